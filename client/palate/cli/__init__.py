@@ -1,0 +1,42 @@
+"""The command line: `palate …`. Speaks to people; every verb is one call of the public API. Imports no ML.
+
+Results go to stdout, progress to stderr; an error is one message and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from palate.cli import about, runs, work
+from palate.errors import PalateError
+
+app = typer.Typer(
+    name="palate",
+    help="Preference-tune an open model and serve it behind an OpenAI-compatible endpoint.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+work.register(app)
+runs.register(app)
+about.register(app)
+
+
+def main() -> None:
+    """Runs the command line; turns Palate's errors into one message and exit code 1."""
+    try:
+        app()
+    except PalateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was submitted goes on: `palate jobs` and `palate services` list it", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`palate logs … | head`): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

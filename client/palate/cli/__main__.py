@@ -1,0 +1,5 @@
+"""`python -m palate.cli` is `palate`."""
+
+from palate.cli import main
+
+main()

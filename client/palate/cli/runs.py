@@ -1,0 +1,154 @@
+"""Verbs about what is there: jobs, services, logs, stop, delete."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palate.errors import RunNotFoundError
+
+if TYPE_CHECKING:
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
+
+
+def _age(created_at: float) -> str:
+    seconds = max(0, int(time.time() - created_at))
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:100] if text else ""
+
+
+def jobs(
+    status: Annotated[str | None, typer.Option(help="Only those in this state, such as Running.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List training jobs, newest first."""
+    from palate.job import TrainingJob, summarize
+
+    rows = [summarize(job) for job in TrainingJob.list()]
+    rows = [row for row in rows if status is None or row["state"].lower() == status.lower()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from palate.terminal import print_table
+
+    print_table(
+        ("job", "state", "model", "method", "strategy", "age", "reason"),
+        [
+            (
+                row["id"],
+                row["state"],
+                row["model"],
+                row["method"],
+                row["strategy"],
+                _age(row["created_at"]),
+                _first_line(row["reason"]),
+            )
+            for row in rows
+        ],
+    )
+    if not rows:
+        print("no jobs yet; next: palate quickstart", file=sys.stderr)
+
+
+def services(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List services."""
+    from palate.predictor import Predictor
+
+    rows = [predictor.describe_service() for predictor in Predictor.list()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from palate.terminal import print_table
+
+    print_table(
+        ("service", "state", "model", "endpoint", "reason"),
+        [
+            (row["ServiceName"], row["Status"], row["Model"], row["Endpoint"], _first_line(row["Reason"]))
+            for row in rows
+        ],
+    )
+    if not rows:
+        print("no services; next: palate deploy JOB", file=sys.stderr)
+
+
+def logs(
+    name: Annotated[str, typer.Argument(help="Job id or service name.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
+) -> None:
+    """Print the log of a job or service."""
+    for line in _find(name).logs(follow=follow):
+        print(line, flush=follow)
+
+
+def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
+    """Stop a job (it writes a checkpoint first) or a service (it can be started again)."""
+    from palate.job import TrainingJob
+
+    found = _find(name)
+    if isinstance(found, TrainingJob):
+        found.stop()
+        print(f"{name}\t{found.status}")
+    else:
+        found.stop_service()
+        print(f"{name}\t{found.service_status}")
+
+
+def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
+    """Start a stopped service again."""
+    from palate.predictor import Predictor
+
+    predictor = Predictor(name)
+    predictor.start_service()
+    print(f"{name}\t{predictor.endpoint}")
+
+
+def delete(
+    names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a job's model is removed.")] = False,
+) -> None:
+    """Delete services and jobs, with everything below them."""
+    from palate.job import TrainingJob
+
+    for name in names:
+        found = _find(name)
+        if isinstance(found, TrainingJob):
+            if not yes and sys.stdin.isatty():
+                typer.confirm(f"remove job {name} with its model and checkpoints?", abort=True)
+            found.delete()
+        else:
+            found.delete_service()
+        print(f"{name}\tdeleted")
+
+
+def _find(name: str) -> TrainingJob | Predictor:
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
+    from palate.session import get_default_session
+
+    try:
+        return TrainingJob.get(name)
+    except RunNotFoundError:
+        pass
+    try:
+        return Predictor(name)
+    except RunNotFoundError:
+        raise RunNotFoundError(
+            f"no job and no service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
+        ) from None
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these verbs to the command line."""
+    for verb in (jobs, services, logs, stop, start, delete):
+        app.command()(verb)

@@ -1,0 +1,160 @@
+"""Verbs that make something: train, deploy, chat, quickstart."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from palate.errors import ConfigurationError
+
+
+def _pairs(entries: list[str], flag: str) -> dict[str, str]:
+    pairs = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        if not separator or not name:
+            raise ConfigurationError(f"{flag} {entry!r} is no NAME=VALUE")
+        pairs[name.strip()] = value
+    return pairs
+
+
+def train(
+    data: Annotated[
+        str, typer.Argument(help="Preference file: a path, file://, s3:// or oss:// (JSON array or JSONL).")
+    ],
+    model: Annotated[str | None, typer.Option(help="Name from `palate models`.")] = None,
+    model_uri: Annotated[str | None, typer.Option(help="Folder or object-store URI of a model instead.")] = None,
+    method: Annotated[str, typer.Option(help="LoRA_LLM, QLoRA_LLM or Standard_LLM (full fine-tuning).")] = "LoRA_LLM",
+    strategy: Annotated[str, typer.Option(help="dpo or sft (the hyperparameter training_strategy).")] = "dpo",
+    validation: Annotated[str | None, typer.Option(help="Preference file for evaluation.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="NAME=VALUE",
+            help="A hyperparameter; again for more. `palate models --hyperparameters` lists them.",
+        ),
+    ] = None,
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="TOML file with model, method and hyperparameters.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Job id; default: a unique one.")] = None,
+    max_run_time: Annotated[int | None, typer.Option(help="Seconds after which the training is ended.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend; default: the session's.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
+) -> None:
+    """Train a model on preference data; prints the job's id."""
+    from palate.model import ModelTrainingRecipe
+    from palate_recipes.files import read_recipe
+
+    settings: dict[str, Any] = (
+        read_recipe(recipe_file) if recipe_file else {"hyperparameters": {"training_strategy": strategy}}
+    )
+    hyperparameters = {**settings.pop("hyperparameters", {}), **_pairs(set_ or [], "--set")}
+    if model or model_uri:
+        settings = {**settings, "model_name": model, "model_uri": model_uri}
+    settings.setdefault("method", method)
+    recipe = ModelTrainingRecipe(
+        **settings, hyperparameters=hyperparameters, max_run_time=max_run_time, backend=backend
+    )
+    inputs = {"train": data, **({"validation": validation} if validation else {})}
+    job = recipe.train(inputs=inputs, wait=wait, job_name=name)
+    print(job.id)
+    following = f"palate deploy {job.id}" if wait else f"palate logs --follow {job.id}"
+    print(f"next: {following}", file=sys.stderr)
+
+
+def deploy(
+    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job; or a model name with --base.")],
+    name: Annotated[str | None, typer.Option(help="Service name; default: from the job.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Serve a model of the catalog as it is.")] = False,
+    engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    time_to_live: Annotated[float | None, typer.Option(help="Seconds after which the service stops by itself.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it answers.")] = True,
+) -> None:
+    """Serve a job's model behind an OpenAI-compatible endpoint; prints name and endpoint."""
+    from palate.job import TrainingJob
+    from palate.model import RegisteredModel
+
+    options: dict[str, Any] = {"engine": engine, "port": port, "host": host}
+    if max_model_len is not None:
+        options["max_model_len"] = max_model_len
+    if time_to_live is not None:
+        options["time_to_live_s"] = time_to_live
+    if base:
+        predictor = RegisteredModel(job_id).deploy(name or f"{job_id}-base", options=options, wait=wait, show_logs=True)
+    else:
+        predictor = TrainingJob.get(job_id).deploy(name, options=options, wait=wait, show_logs=True)
+    print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
+    print(f"next: palate chat {predictor.service_name}", file=sys.stderr)
+
+
+def chat(
+    service: Annotated[str, typer.Argument(help="Service name.")],
+    message: Annotated[
+        str | None, typer.Argument(help="One message; without it, a conversation from the terminal or stdin.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="default (tuned) or base.")] = "default",
+    system: Annotated[str | None, typer.Option(help="System prompt; default: the one it was trained with.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 answers the same each time.")] = 0.7,
+) -> None:
+    """Talk to a service; answers stream to stdout."""
+    from palate.predictor import Predictor
+
+    predictor = Predictor(service)
+    client = predictor.openai()
+    if system is None:
+        system = predictor.manifest.body.get("system_prompt") or ""
+    history: list[Any] = [{"role": "system", "content": system}] if system else []
+
+    def ask(text: str) -> None:
+        history.append({"role": "user", "content": text})
+        stream: Any = client.chat.completions.create(
+            model=model, messages=history, stream=True, max_tokens=max_tokens, temperature=temperature
+        )
+        answer = ""
+        for event in stream:
+            piece = (event.choices[0].delta.content or "") if event.choices else ""
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+        history.append({"role": "assistant", "content": answer})
+
+    if message is not None:
+        ask(message)
+        return
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{service}, model {model}; an empty line or Ctrl-D ends", file=sys.stderr)
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        ask(line.strip())
+
+
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where data and results go.")] = Path("palate-quickstart"),
+    direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
+    engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+) -> None:
+    """Train a small model to stop flattering, and ask it and its base the same questions."""
+    from palate.quickstart import run_quickstart
+
+    run_quickstart(folder, direction=direction, engine=engine)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these verbs to the command line."""
+    for verb in (train, deploy, chat, quickstart):
+        app.command()(verb)

@@ -1,0 +1,1 @@
+"""Small helpers under the names that scripts for PAI's SDK import."""

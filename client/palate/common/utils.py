@@ -1,0 +1,31 @@
+"""Names for things. Knows nothing of jobs or services."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from datetime import UTC, datetime
+
+_ALPHABET = string.ascii_lowercase + string.digits
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def random_str(n: int) -> str:
+    """Returns `n` random lowercase letters and digits (the name that PAI's SDK has for it)."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(n))
+
+
+def unique_name(base: str) -> str:
+    """Returns `base` with a UTC time and four random characters, such as `qwen2-dpo-20260131-120000-x7k2`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", base.lower()).strip("-")[:60] or "job"
+    return f"{slug}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{random_str(4)}"
+
+
+def check_name(kind: str, name: str) -> str:
+    """Returns `name` when it can be part of a key, a URL and a model name; raises ValueError otherwise."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"{kind} {name!r} is not usable: up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+    return name

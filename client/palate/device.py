@@ -1,0 +1,74 @@
+"""What this machine can compute with, read from the system in milliseconds. Imports no torch and starts no CUDA context."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from palate_recipes.hyperparameters import DeviceFacts
+
+_GIB = 1024**3
+_FIRST_BF16_CAPABILITY = 8.0
+"""CUDA compute capability from which bf16 is native (Ampere); T4 is 7.5, V100 7.0."""
+
+
+@lru_cache(maxsize=1)
+def local_device() -> DeviceFacts:
+    """Returns the facts of this machine: first GPU if there is one, else the processor."""
+    gpu = _first_gpu()
+    memory_gib = available_memory() / _GIB
+    if gpu is not None:
+        name, gpu_memory_gib, capability = gpu
+        bf16 = capability >= _FIRST_BF16_CAPABILITY
+        return DeviceFacts(
+            cuda=True, bf16=bf16, fp16=True, gpu_name=name, gpu_memory_gib=gpu_memory_gib, memory_gib=memory_gib
+        )
+    flags = _cpu_flags()
+    bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return DeviceFacts(cuda=False, bf16=bf16, fp16=False, memory_gib=memory_gib)
+
+
+def available_memory() -> int:
+    """Returns the bytes that a new process may take: free memory, or what the cgroup still allows if that is less."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _cgroup_memory()
+    return free if limit is None else min(free, max(limit - used, 0))
+
+
+def _cgroup_memory() -> tuple[int | None, int]:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return None, 0
+    return (None if limit == "max" else int(limit)), used
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return set(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return set()
+
+
+def _first_gpu() -> tuple[str, float, float] | None:
+    """Returns (name, memory in GiB, compute capability) as nvidia-smi says, or None where no GPU is to be used."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return None
+    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, memory_mib, capability = (part.strip() for part in answer.splitlines()[0].rsplit(",", 2))
+        return name, float(memory_mib) / 1024, float(capability)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

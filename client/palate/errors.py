@@ -1,0 +1,99 @@
+"""Every error that Palate raises on purpose, in one tree. Knows nothing else.
+
+PalateError
+├── HyperparameterError (ValueError)        unknown, wrong type, out of bounds, contradictory
+├── UnknownModelError (LookupError)         not in the catalog
+├── DataError (ValueError)                  a preference file cannot be used
+├── ConfigurationError (ValueError)         an argument or setting that cannot work
+│   └── UnsupportedParameterError           a PAI parameter that has no meaning here
+├── MissingDependencyError (ImportError)    an optional package is not installed
+├── NotEnoughMemoryError (MemoryError)      the model does not fit, found before anything starts
+├── NameTakenError (FileExistsError)        a job or service of that name is there already
+├── RunNotFoundError (LookupError)          no job or service of that name in this store
+├── JobNotReadyError (RuntimeError)         deploy or model data asked of a job that has not succeeded
+├── TrainingJobError (RuntimeError)         a job failed or was stopped; carries reason and last log lines
+├── ServiceError (RuntimeError)             a service failed to start, or died; carries reason and last log lines
+├── WaitTimeoutError (TimeoutError)         what was waited for did not come in time
+└── StoreError (OSError)                    see `palate.store.errors`
+"""
+
+from __future__ import annotations
+
+from palate_recipes.errors import DataError, HyperparameterError, PalateError, UnknownModelError
+
+__all__ = [
+    "ConfigurationError",
+    "DataError",
+    "HyperparameterError",
+    "JobNotReadyError",
+    "MissingDependencyError",
+    "NameTakenError",
+    "NotEnoughMemoryError",
+    "PalateError",
+    "RunNotFoundError",
+    "ServiceError",
+    "TrainingJobError",
+    "UnknownModelError",
+    "UnsupportedParameterError",
+    "WaitTimeoutError",
+]
+
+
+class ConfigurationError(PalateError, ValueError):
+    """An argument or setting cannot work."""
+
+
+class UnsupportedParameterError(ConfigurationError):
+    """A parameter of PAI's SDK has no meaning here and is refused instead of ignored."""
+
+
+class MissingDependencyError(PalateError, ImportError):
+    """An optional package that this path needs is not installed."""
+
+
+class NotEnoughMemoryError(PalateError, MemoryError):
+    """The model does not fit into the memory of the machine; found before anything starts."""
+
+
+class NameTakenError(PalateError, FileExistsError):
+    """A job or service of that name is there already."""
+
+
+class RunNotFoundError(PalateError, LookupError):
+    """No job or service of that name is in this store."""
+
+
+class JobNotReadyError(PalateError, RuntimeError):
+    """Something was asked of a job that only a succeeded job has."""
+
+
+class WaitTimeoutError(PalateError, TimeoutError):
+    """What was waited for did not come in time."""
+
+
+class _RunError(PalateError, RuntimeError):
+    def __init__(self, what: str, *, reason: str, log_tail: list[str] | None = None) -> None:
+        self.reason = reason
+        self.log_tail = log_tail or []
+        lines = [f"{what}: {reason}"]
+        if self.log_tail:
+            lines += ["last log lines:", *(f"  {line}" for line in self.log_tail)]
+        super().__init__("\n".join(lines))
+
+
+class TrainingJobError(_RunError):
+    """A job failed or was stopped.
+
+    Attributes:
+        reason: The cause in one message.
+        log_tail: The last lines that the job logged.
+    """
+
+
+class ServiceError(_RunError):
+    """A service failed to start, or died.
+
+    Attributes:
+        reason: The cause in one message.
+        log_tail: The last lines that the engine logged.
+    """

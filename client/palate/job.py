@@ -1,0 +1,222 @@
+"""A training job: a URI in a store that can be followed, stopped and deployed from anywhere. Knows no training."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from palate.errors import JobNotReadyError, TrainingJobError
+from palate.record import Manifest, Record, State, Status, locate, names
+from palate.run import RunHandle
+from palate.session import Session, get_default_session
+
+if TYPE_CHECKING:
+    from palate.predictor import Predictor
+
+
+class TrainingJob:
+    """A training job in a store.
+
+    Made by `ModelTrainingRecipe.train`, or found again with `TrainingJob.get` or `attach`, by any process that reaches
+    the store.
+    """
+
+    def __init__(self, record: Record, session: Session) -> None:
+        self._run = RunHandle(record, session)
+
+    @classmethod
+    def get(cls, training_job_id: str, session: Session | None = None) -> TrainingJob:
+        """Returns the job of that id (or URI).
+
+        Raises:
+            RunNotFoundError: There is none in the session's store.
+        """
+        session = session or get_default_session()
+        if "/" in training_job_id:
+            root, kind, name = locate(training_job_id)
+            if kind != "jobs":
+                raise ValueError(f"{training_job_id!r} is a service: Predictor({name!r}) holds it")
+            session = Session(session.region_id, store=root, backend=session.backend, options=session.options)
+        else:
+            name = training_job_id
+        job = cls(Record(session.store, "jobs", name), session)
+        _ = job.manifest  # raises when there is none
+        return job
+
+    attach = get
+
+    @classmethod
+    def list(
+        cls, status: State | None = None, session: Session | None = None, page_size: int = 50, page_number: int = 1
+    ) -> builtins.list[TrainingJob]:
+        """Returns the jobs of the session's store, newest first.
+
+        Args:
+            status: Only those in this state.
+            session: Default: the default session.
+            page_size: Jobs a page.
+            page_number: Page, from 1.
+        """
+        session = session or get_default_session()
+        jobs = [cls(Record(session.store, "jobs", name), session) for name in names(session.store, "jobs")]
+        jobs.sort(key=lambda job: job.manifest.created_at, reverse=True)
+        if status is not None:
+            jobs = [job for job in jobs if job.status == status]
+        return jobs[(page_number - 1) * page_size : page_number * page_size]
+
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def id(self) -> str:
+        return self._run.record.name
+
+    @property
+    def uri(self) -> str:
+        return self._run.record.uri
+
+    @property
+    def manifest(self) -> Manifest:
+        """What reproduces the run: model and revision, resolved hyperparameters, input digests, versions."""
+        return self._run.manifest
+
+    @property
+    def status(self) -> State:
+        """Where it stands: Creating, Running, Stopping, Succeeded, Failed or Stopped."""
+        return self._run.refresh().state
+
+    def describe(self) -> Status:
+        """Returns the whole status: state, reason, times, exit code, details."""
+        return self._run.refresh()
+
+    def is_succeeded(self) -> bool:
+        return self.status == "Succeeded"
+
+    def is_completed(self) -> bool:
+        """Returns whether it has ended, in whatever way."""
+        return self._run.refresh().is_terminal
+
+    # ── what it says and gives ──────────────────────────────────────────────────────────────────────────────────────
+
+    def logs(self, follow: bool = False) -> Iterator[str]:
+        """Yields the log line by line; with `follow`, goes on until the job has ended."""
+        return self._run.lines(follow=follow)
+
+    def metrics(self) -> builtins.list[dict[str, Any]]:
+        """Returns every logged metrics object in order, by TRL's names.
+
+        Those of `kind` `train` have step, epoch, loss, learning_rate, rewards/margins and so on, those of `kind` `eval`
+        eval_loss, eval_rewards/accuracies and so on. `start` comes first with sizes, `end` last with the final figures.
+        """
+        return [*self._run.record.metrics()]
+
+    def output_path(self, channel_name: str = "model") -> str:
+        """Returns the URI of an output of the job.
+
+        Args:
+            channel_name: `model` (adapter or weights), `checkpoints`, or `tensorboard`.
+        """
+        channels = ("model", "checkpoints", "tensorboard")
+        if channel_name not in channels:
+            raise ValueError(
+                f"channel_name={channel_name!r} is no output of a job: choose one of {', '.join(channels)}"
+            )
+        return f"{self.uri}/{channel_name}"
+
+    # ── what can be done with it ────────────────────────────────────────────────────────────────────────────────────
+
+    def wait(self, interval: float = 1.0, show_logs: bool = True, *, timeout_s: float | None = None) -> TrainingJob:
+        """Waits until the job has succeeded.
+
+        Args:
+            interval: Seconds between two looks.
+            show_logs: Shows a live view on a terminal, log lines elsewhere, on stderr.
+            timeout_s: Seconds after which WaitTimeoutError is raised; the job goes on. None waits without end.
+
+        Returns:
+            The job itself.
+
+        Raises:
+            TrainingJobError: It failed or was stopped; carries the reason and the last log lines.
+        """
+        status = self._run.follow(
+            until=lambda status: status.is_terminal,
+            show_logs=show_logs,
+            timeout_s=timeout_s,
+            interval_s=interval,
+            what="the end of the training",
+        )
+        if status.state != "Succeeded":
+            verb = "was stopped" if status.state == "Stopped" else "failed"
+            raise TrainingJobError(f"job {self.id} {verb}", reason=status.reason, log_tail=list(status.log_tail))
+        return self
+
+    def stop(self, *, grace_s: float = 150.0) -> None:
+        """Stops the job: it writes a checkpoint and ends; by force after `grace_s` seconds. Ended already is no error."""
+        self._run.stop(grace_s=grace_s)
+
+    def delete(self) -> None:
+        """Stops the job if it runs, and removes it with its model and checkpoints."""
+        self.stop()
+        self._run.record.delete()
+
+    def require_model(self) -> None:
+        """Raises JobNotReadyError unless the job has succeeded: nothing else may be deployed or read."""
+        status = self._run.refresh()
+        if status.state == "Succeeded":
+            return
+        remedy = (
+            f"wait for it (`palate logs --follow {self.id}`)"
+            if not status.is_terminal
+            else f"see why (`palate logs {self.id}`) and train again"
+        )
+        reason = f": {status.reason}" if status.reason else ""
+        raise JobNotReadyError(f"job {self.id} is {status.state}{reason}. Only a succeeded job has a model: {remedy}")
+
+    def deploy(
+        self,
+        service_name: str | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        wait: bool = True,
+        show_logs: bool = False,
+    ) -> Predictor:
+        """Serves the job's model; see `ModelTrainingRecipe.deploy`.
+
+        Raises:
+            JobNotReadyError: The job has not succeeded.
+        """
+        from palate.predictor import start_service
+
+        self.require_model()
+        body = self.manifest.body
+        return start_service(
+            self._run.session,
+            service_name=service_name or f"{self.id}-service",
+            model=body["model"],
+            tuned_uri=self.output_path("model"),
+            adapter=body["method"] != "Standard_LLM",
+            system_prompt=body["hyperparameters"]["system_prompt"],
+            labels={"job": self.id},
+            options=options,
+            wait=wait,
+            show_logs=show_logs,
+        )
+
+    def __repr__(self) -> str:
+        return f"TrainingJob(id={self.id!r}, uri={self.uri!r})"
+
+
+def summarize(job: TrainingJob) -> dict[str, Any]:
+    """Returns what a list of jobs shows of one: id, state, model, strategy, age, last loss."""
+    body = job.manifest.body
+    status = job.describe()
+    return {
+        "id": job.id,
+        "state": status.state,
+        "model": body["model"]["name"],
+        "method": body["method"],
+        "strategy": body["hyperparameters"]["training_strategy"],
+        "created_at": job.manifest.created_at,
+        "reason": status.reason,
+    }

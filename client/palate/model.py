@@ -1,0 +1,471 @@
+"""Models and recipes: what to train, how, and on what. Knows the schema and the catalog; the run itself is a `TrainingJob`.
+
+The parameters are those of PAI's `ModelTrainingRecipe`, in its order; what has no meaning here is refused by name.
+"""
+
+from __future__ import annotations
+
+import builtins
+import difflib
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import palate
+from palate.backend import Backend, get_backend
+from palate.common.utils import check_name, unique_name
+from palate.errors import ConfigurationError, JobNotReadyError, NameTakenError, UnsupportedParameterError
+from palate.job import TrainingJob
+from palate.preflight import Input, as_local_path, check_input, check_memory
+from palate.record import Manifest, Record
+from palate.run import RunHandle
+from palate.session import Session, get_default_session
+from palate.weights import WeightsSource, find_weights
+from palate_recipes.catalog import Model, find_model, models
+from palate_recipes.hyperparameters import Resolved, as_definitions, resolve, validate
+
+if TYPE_CHECKING:
+    from palate.predictor import Predictor
+
+CHANNELS = ("train", "validation")
+DEFAULT_METHOD = "LoRA_LLM"
+
+_NO_MEANING = {
+    "source_dir": "the training program is Palate's own; its behaviour is set by hyperparameters",
+    "command": "the training program is Palate's own; its behaviour is set by hyperparameters",
+    "requirements": "the training program runs in a pinned environment: add packages to the environment or the image",
+    "job_type": "every training is one job of one program",
+    "spot_spec": "where a run is placed is the backend's matter; it has no spot market",
+    "resource_id": "where a run is placed is the backend's matter: choose backend=",
+    "resource_type": "where a run is placed is the backend's matter: choose backend=",
+    "user_vpc_config": "Palate knows endpoints, not Alibaba's networks",
+    "experiment_config": "metrics and TensorBoard files lie beside the job: see job.metrics() and job.output_path('tensorboard')",
+    "input_channels": f"the channels are fixed: {', '.join(CHANNELS)}",
+    "output_channels": "outputs are fixed: model, checkpoints, tensorboard; see job.output_path()",
+    "outputs": "outputs lie in the job's own prefix: see job.output_path(), and Session(store=…) to choose where jobs are kept",
+    "resource_config": "where a service is placed is the backend's matter: choose backend=",
+    "inference_spec": "what a service runs follows from the job; options= sets engine, port and limits",
+}
+
+
+def _refuse(**parameters: object) -> None:
+    for name, value in parameters.items():
+        if value is not None:
+            raise UnsupportedParameterError(
+                f"{name}={value!r} has no meaning in Palate: {_NO_MEANING[name]}. Leave it out"
+            )
+
+
+class ModelTrainingRecipe:
+    """A model, a method and hyperparameters, ready to train on preference data.
+
+    Args:
+        model_name: A name of the catalog (`palate models`).
+        model_version: Revision of the weights on the hub: branch, tag or commit.
+        model_provider: Publisher, or `pai`, which stands for any; checked against the catalog.
+        model_uri: A folder or object-store URI with config, weights and tokenizer; wins over the catalog's own source.
+        method: `LoRA_LLM` (default), `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
+        source_dir: Refused.
+        model_channel_name: Refused unless `model`, PAI's default.
+        hyperparameters: By PAI's names, validated now; see `hyperparameter_definitions` and docs/hyperparameters.md.
+        job_type: Refused.
+        image_uri: Image of the trainer, on backends that run images.
+        command: Refused.
+        instance_count, instance_type, instance_spec: Placement, on backends that can give it.
+        spot_spec, resource_id, resource_type, user_vpc_config: Refused.
+        labels: Key-value pairs, recorded with the job.
+        requirements: Refused.
+        environments: Variables for the training program; their values are never recorded.
+        experiment_config, input_channels, output_channels: Refused.
+        max_run_time: Seconds after which the training is ended as failed, checkpoints kept.
+        default_training_inputs: Inputs for `train()` without any.
+        base_job_name: Beginning of job ids; default: model and strategy.
+        backend: Name of a backend, or one; default: the session's.
+        session: Default: the default session.
+
+    Raises:
+        HyperparameterError: Lists every bad value with its bounds, every unknown name with the nearest known one.
+        UnknownModelError: Names the nearest models.
+        UnsupportedParameterError: Names the parameter and why it has no meaning here.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        model_version: str | None = None,
+        model_provider: str | None = None,
+        model_uri: str | None = None,
+        method: str | None = None,
+        source_dir: str | None = None,
+        model_channel_name: str = "model",
+        hyperparameters: Mapping[str, Any] | None = None,
+        job_type: object = None,
+        image_uri: str | None = None,
+        command: object = None,
+        instance_count: int | None = None,
+        instance_type: str | None = None,
+        spot_spec: object = None,
+        instance_spec: object = None,
+        resource_id: str | None = None,
+        resource_type: object = None,
+        user_vpc_config: object = None,
+        labels: Mapping[str, str] | None = None,
+        requirements: list[str] | None = None,
+        environments: Mapping[str, str] | None = None,
+        experiment_config: object = None,
+        input_channels: object = None,
+        output_channels: object = None,
+        max_run_time: int | None = None,
+        default_training_inputs: Mapping[str, str] | None = None,
+        base_job_name: str | None = None,
+        *,
+        backend: str | Backend | None = None,
+        session: Session | None = None,
+    ) -> None:
+        _refuse(
+            source_dir=source_dir,
+            job_type=job_type,
+            command=command,
+            spot_spec=spot_spec,
+            resource_id=resource_id,
+            resource_type=resource_type,
+            user_vpc_config=user_vpc_config,
+            requirements=requirements,
+            experiment_config=experiment_config,
+            input_channels=input_channels,
+            output_channels=output_channels,
+        )
+        if model_channel_name != "model":
+            raise UnsupportedParameterError(
+                f"model_channel_name={model_channel_name!r} has no meaning here: the channel is 'model'"
+            )
+        if max_run_time is not None and max_run_time <= 0:
+            raise ConfigurationError(f"max_run_time={max_run_time!r} must be above 0 seconds, or None for no limit")
+        self.session = _with_backend(session or get_default_session(), backend)
+        self.session.backend.refuse(
+            image_uri=image_uri, instance_type=instance_type, instance_count=instance_count, instance_spec=instance_spec
+        )
+        self.method = method or DEFAULT_METHOD
+        self._given = validate(hyperparameters, method=self.method)
+        if model_name is not None:
+            self._row: Model | None = (
+                find_model(model_name, provider=model_provider) if model_uri is None else _row_if_known(model_name)
+            )
+        elif model_uri is None:
+            raise ConfigurationError(
+                "no model is named: give model_name= (`palate models` lists them) or model_uri= (any folder)"
+            )
+        else:
+            self._row = None
+        self.model_name = model_name or str(model_uri).rstrip("/").rpartition("/")[2]
+        self.model_version = model_version
+        self.model_provider = model_provider
+        self.model_uri = model_uri
+        self.labels = dict(labels or {})
+        self.environments = dict(environments or {})
+        self.max_run_time = max_run_time
+        self.default_inputs: dict[str, str] = dict(default_training_inputs or {})
+        self.base_job_name = base_job_name
+        self._jobs: list[TrainingJob] = []
+
+    # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every hyperparameter as it would be trained with on the session's backend, defaults written out."""
+        return dict(self.resolve().values)
+
+    @property
+    def hyperparameter_definitions(self) -> list[dict[str, Any]]:
+        """Name, type, default, bounds, unit and meaning of every hyperparameter (PAI's keys)."""
+        return as_definitions()
+
+    def resolve(self) -> Resolved:
+        """Returns hyperparameters, precision, and a note for everything that was changed for the machine's sake."""
+        return resolve(self._given, method=self.method, device=self.session.backend.device())
+
+    # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def train(
+        self,
+        inputs: Mapping[str, str | Path] | None = None,
+        outputs: object = None,
+        wait: bool = True,
+        job_name: str | None = None,
+        show_logs: bool = True,
+    ) -> TrainingJob:
+        """Checks everything, then submits a training job.
+
+        Args:
+            inputs: Preference files by channel: `train`, and optionally `validation`; a path, `file://`, `s3://` or `oss://`.
+            outputs: Refused: outputs lie in the job's own prefix.
+            wait: Whether to wait until it has succeeded.
+            job_name: The job's id; default: a unique one from `base_job_name`.
+            show_logs: With `wait`: a live view on a terminal, log lines elsewhere, on stderr.
+
+        Returns:
+            The job.
+
+        Raises:
+            DataError: An input cannot be read; names file, row, field and remedy.
+            NotEnoughMemoryError: The model cannot fit.
+            NameTakenError: `job_name` is in use.
+            TrainingJobError: With `wait`: it failed or was stopped; carries reason and last log lines.
+        """
+        _refuse(outputs=outputs)
+        resolved = self.resolve()
+        name = check_name(
+            "job_name",
+            job_name or unique_name(self.base_job_name or f"{self.model_name}-{resolved.values['training_strategy']}"),
+        )
+        chosen = dict(inputs) if inputs is not None else dict(self.default_inputs)
+        _check_channels(chosen)
+        source, row = find_weights(
+            self.session, model_name=self.model_name if self._row or not self.model_uri else None,
+            model_uri=self.model_uri, model_version=self.model_version,
+        )  # fmt: skip
+        checked = {
+            channel: check_input(channel, uri, self.session, strategy=resolved.values["training_strategy"])
+            for channel, uri in chosen.items()
+        }
+        check_memory(
+            self.model_name, _parameters(source, row), resolved,
+            method=self.method, device=self.session.backend.device(), row=row,
+        )  # fmt: skip
+        self.session.store.check()
+
+        record = Record(self.session.store, "jobs", name)
+        if record.exists():
+            raise NameTakenError(
+                f"job name {name!r} is taken in {self.session.store.root}: choose another, or delete it first (`palate delete {name}`)"
+            )
+        manifest = Manifest(
+            kind="train",
+            name=name,
+            backend=self.session.backend.name,
+            labels=self.labels,
+            versions={"palate": palate.__version__, "python": platform.python_version()},
+            body={
+                "model": {"name": self.model_name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
+                "method": self.method,
+                "hyperparameters": dict(resolved.values),
+                "given": self._given,
+                "precision": resolved.precision,
+                "notes": list(resolved.notes),
+                "inputs": {channel: _keep(record, channel, item).to_json() for channel, item in checked.items()},
+                "max_run_time_s": self.max_run_time,
+                "environment_names": sorted(self.environments),
+            },
+        )
+        record.create(manifest)
+        job = TrainingJob(record, self.session)
+        RunHandle(record, self.session).start(self.environments)
+        self._jobs.append(job)
+        if show_logs:
+            _announce(job, resolved, checked, notes=not wait)  # the log that is shown while waiting has them
+        if wait:
+            job.wait(show_logs=show_logs)
+        return job
+
+    run = train
+
+    @property
+    def latest_job(self) -> TrainingJob | None:
+        """The job that this recipe submitted last, or None."""
+        return self._jobs[-1] if self._jobs else None
+
+    def wait(self, interval: float = 5, show_logs: bool = True, all_jobs: bool = False) -> None:
+        """Waits for the latest job (or all of this recipe's) to succeed; raises as `TrainingJob.wait` does."""
+        for job in self._jobs if all_jobs else [self._need_job()]:
+            job.wait(interval=interval, show_logs=show_logs)
+
+    def model_data(self) -> str:
+        """Returns the URI of what the latest job made.
+
+        Raises:
+            JobNotReadyError: There is no job, or it has not succeeded.
+        """
+        job = self._need_job()
+        job.require_model()
+        return job.output_path("model")
+
+    def retrieve_scripts(self, local_path: str) -> None:
+        raise UnsupportedParameterError(
+            f"retrieve_scripts({local_path!r}): the training program is the package palate_trainer, installed beside this one"
+        )
+
+    # ── serving ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def deploy(
+        self,
+        service_name: str | None = None,
+        instance_type: str | None = None,
+        instance_count: int | None = 1,
+        resource_config: object = None,
+        resource_id: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        inference_spec: object = None,
+        *,
+        show_logs: bool = False,
+    ) -> Predictor:
+        """Serves what the latest job made behind an OpenAI-compatible endpoint.
+
+        `default` and the service's name answer with the tuned model, `base` with the untuned one.
+
+        Args:
+            service_name: Its name; default: the job's id with `-service`.
+            instance_type, instance_count: Placement, on backends that can give it.
+            resource_config, resource_id, inference_spec: Refused.
+            options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
+                `max_model_len` (tokens), `start_timeout_s`, `time_to_live_s`, `engine_args` (list of str).
+            wait: Whether to wait until it has answered a real request.
+            show_logs: With `wait`: whether to show the engine's log.
+
+        Returns:
+            The predictor; as a context manager it deletes the service at the end.
+
+        Raises:
+            JobNotReadyError: The latest job has not succeeded: a failed job never deploys.
+            NameTakenError: `service_name` is in use.
+            ServiceError: It failed to start; carries the reason and the engine's last lines. Nothing is left running.
+        """
+        _refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
+        self.session.backend.refuse(
+            image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
+        )
+        return self._need_job().deploy(service_name, options=dict(options or {}), wait=wait, show_logs=show_logs)
+
+    def _need_job(self) -> TrainingJob:
+        if not self._jobs:
+            raise JobNotReadyError(
+                "this recipe has no job yet: call train() first, or TrainingJob.get(id) for an earlier one"
+            )
+        return self._jobs[-1]
+
+    def __repr__(self) -> str:
+        return f"ModelTrainingRecipe(model_name={self.model_name!r}, method={self.method!r})"
+
+
+class RegisteredModel:
+    """A model of the catalog.
+
+    Args:
+        model_name: A name, alias or hub id.
+        model_version: Revision of the weights on the hub.
+        model_provider: Publisher, or `pai`, which stands for any.
+        session: Default: the default session.
+
+    Raises:
+        UnknownModelError: Names the nearest models.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        model_version: str | None = None,
+        model_provider: str | None = None,
+        session: Session | None = None,
+    ) -> None:
+        self.row = find_model(model_name, provider=model_provider)
+        self.model_name = self.row.name
+        self.model_version = model_version
+        self.model_provider = self.row.provider
+        self._session = session
+
+    @classmethod
+    def list(cls, task: str | None = None, session: Session | None = None) -> builtins.list[RegisteredModel]:
+        """Returns the catalog's models.
+
+        Args:
+            task: Only those fit for it: `chat` or `text-generation`.
+            session: Default: the default session.
+        """
+        return [cls(row.name, session=session) for row in models(task)]
+
+    def training_recipe(
+        self, method: str | None = None, hyperparameters: Mapping[str, Any] | None = None
+    ) -> ModelTrainingRecipe:
+        """Returns a recipe that trains this model."""
+        return ModelTrainingRecipe(
+            model_name=self.model_name,
+            model_version=self.model_version,
+            method=method,
+            hyperparameters=hyperparameters,
+            session=self._session,
+        )
+
+    def deploy(
+        self, service_name: str, *, options: Mapping[str, Any] | None = None, wait: bool = True, show_logs: bool = False
+    ) -> Predictor:
+        """Serves the model as it is, untuned; see `ModelTrainingRecipe.deploy`."""
+        from palate.predictor import start_service
+
+        session = self._session or get_default_session()
+        source, _ = find_weights(session, model_name=self.model_name, model_uri=None, model_version=self.model_version)
+        return start_service(
+            session,
+            service_name=service_name,
+            model={"name": self.model_name, "source": source.to_json(), "hub_id": self.row.hub_id},
+            tuned_uri=None,
+            adapter=False,
+            system_prompt="",
+            labels={},
+            options=dict(options or {}),
+            wait=wait,
+            show_logs=show_logs,
+        )
+
+    def __repr__(self) -> str:
+        return f"RegisteredModel(model_name={self.model_name!r}, model_provider={self.model_provider!r})"
+
+
+def _with_backend(session: Session, backend: str | Backend | None) -> Session:
+    if backend is None:
+        return session
+    chosen = get_backend(backend) if isinstance(backend, str) else backend
+    return Session(session.region_id, store=session.store_uri, backend=chosen, options=session.options)
+
+
+def _row_if_known(name: str) -> Model | None:
+    try:
+        return find_model(name)
+    except LookupError:
+        return None  # with model_uri=, the name is the user's own
+
+
+def _check_channels(inputs: Mapping[str, Any]) -> None:
+    for channel in inputs:
+        if channel not in CHANNELS:
+            near = difflib.get_close_matches(channel, CHANNELS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigurationError(
+                f"inputs has an unknown channel {channel!r}: {hint}known are {', '.join(CHANNELS)}"
+            )
+    if "train" not in inputs:
+        raise ConfigurationError('no training data: give inputs={"train": "<path or URI of a preference file>"}')
+
+
+def _parameters(source: WeightsSource, row: Model | None) -> float:
+    """Returns the number of parameters: from the catalog, else from the weights' size (taken as 16 bit), else 0."""
+    return row.parameters_b * 1e9 if row is not None else source.size_bytes / 2
+
+
+def _keep(record: Record, channel: str, item: Input) -> Input:
+    """Copies an input that lies on this machine into the job's prefix: the job must find it from anywhere, unchanged."""
+    path = as_local_path(item.uri)
+    if path is None:
+        return item
+    key = record.key("inputs", channel, path.name)
+    record.store.upload(path, key)
+    return Input(uri=record.store.uri(key), sha256=item.sha256, size=item.size, rows=item.rows)
+
+
+def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input], *, notes: bool) -> None:
+    rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
+    lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
+    shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
+    lines += [f"precision={resolved.precision}  {shown}"]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,372 @@
+"""A service: a URI with a port, and the clients that speak to it. Knows no engine."""
+
+from __future__ import annotations
+
+import builtins
+import difflib
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from palate.common.utils import check_name
+from palate.errors import ConfigurationError, ServiceError, UnsupportedParameterError
+from palate.record import TOKEN_KEY, Manifest, Record, State, Status, names
+from palate.run import RunHandle
+from palate.session import Session, get_default_session
+
+if TYPE_CHECKING:
+    import httpx
+    from openai import AsyncOpenAI, OpenAI
+
+READY_MARGIN_S = 900.0
+"""Staging of model and base on top of the engine's own start: a first download of several GB belongs to it."""
+
+STOP_GRACE_S = 30.0
+
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "engine": (str,),
+    "host": (str,),
+    "port": (int,),
+    "max_model_len": (int,),
+    "start_timeout_s": (int, float),
+    "engine_args": (list, tuple),
+    "time_to_live_s": (int, float),
+}
+
+
+class Predictor:
+    """A service in a store; as a context manager it deletes the service at the end.
+
+    Args:
+        service_name: Its name.
+        endpoint_type: Refused unless `INTERNET`, PAI's default: there is one endpoint.
+        serializer: Refused: bodies are JSON.
+        session: Default: the default session.
+
+    Raises:
+        RunNotFoundError: No service of that name is in the session's store.
+    """
+
+    def __init__(
+        self,
+        service_name: str,
+        endpoint_type: str = "INTERNET",
+        serializer: object = None,
+        session: Session | None = None,
+    ) -> None:
+        if endpoint_type != "INTERNET":
+            raise UnsupportedParameterError(
+                f"endpoint_type={endpoint_type!r} has no meaning here: a service has one endpoint"
+            )
+        if serializer is not None:
+            raise UnsupportedParameterError("serializer has no meaning here: predict() and raw_predict() speak JSON")
+        session = session or get_default_session()
+        self._run = RunHandle(Record(session.store, "services", service_name), session)
+        _ = self._run.manifest  # raises when there is none
+
+    @classmethod
+    def list(cls, session: Session | None = None) -> builtins.list[Predictor]:
+        """Returns all services of the session's store."""
+        session = session or get_default_session()
+        return [cls(name, session=session) for name in names(session.store, "services")]
+
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def service_name(self) -> str:
+        return self._run.record.name
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._run.manifest
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return dict(self._run.manifest.labels)
+
+    @property
+    def service_status(self) -> State:
+        """Where it stands: Creating, Running, Stopping, Stopped or Failed."""
+        return self._run.refresh().state
+
+    @property
+    def endpoint(self) -> str:
+        """The base URL, without `/v1`.
+
+        Raises:
+            ServiceError: It is not running, so it has none.
+        """
+        status = self._run.refresh()
+        if not status.endpoint:
+            raise ServiceError(
+                f"service {self.service_name} has no endpoint",
+                reason=f"it is {status.state}" + (f": {status.reason}" if status.reason else ""),
+                log_tail=[*status.log_tail],
+            )
+        return status.endpoint
+
+    @property
+    def access_token(self) -> str:
+        """The bearer token; read from the store when asked for, and shown nowhere."""
+        record = self._run.record
+        return record.store.get(record.key(TOKEN_KEY)).decode()
+
+    def describe_service(self) -> dict[str, Any]:
+        """Returns what is known of the service, without its token."""
+        status = self._run.refresh()
+        body = self._run.manifest.body
+        return {
+            "ServiceName": self.service_name,
+            "Status": status.state,
+            "Reason": status.reason,
+            "Endpoint": status.endpoint,
+            "Model": body["model"]["name"],
+            "ModelUri": body.get("tuned_uri"),
+            "Labels": self.labels,
+            "Uri": self._run.record.uri,
+            **status.details,
+        }
+
+    def logs(self, follow: bool = False) -> Iterator[str]:
+        """Yields the log of server and engine; with `follow`, goes on until the service has ended."""
+        return self._run.lines(follow=follow)
+
+    # ── asking it ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def openai(self, url_suffix: str = "v1", **kwargs: Any) -> OpenAI:
+        """Returns an OpenAI client for this service.
+
+        Models: `default` and the service's name answer with the tuned model, `base` with the untuned one.
+
+        Args:
+            url_suffix: Path below the endpoint.
+            kwargs: For `openai.OpenAI`: timeout, max_retries and so on.
+        """
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.endpoint}/{url_suffix}", api_key=self.access_token, **kwargs)
+
+    def async_openai(self, url_suffix: str = "v1", **kwargs: Any) -> AsyncOpenAI:
+        """Returns the asynchronous client; see `openai`."""
+        import openai
+
+        return openai.AsyncOpenAI(base_url=f"{self.endpoint}/{url_suffix}", api_key=self.access_token, **kwargs)
+
+    def raw_predict(
+        self,
+        data: Any = None,
+        path: str | None = None,
+        headers: dict[str, str] | None = None,
+        method: str = "POST",
+        timeout: float | None = 60.0,
+    ) -> httpx.Response:
+        """Sends one request to the service and returns the response, whatever its status.
+
+        Args:
+            data: JSON-able object, bytes or str; None sends no body.
+            path: Below the endpoint, such as `/v1/models`; default `/v1/chat/completions`.
+            headers: On top of the authorisation.
+            method: HTTP method.
+            timeout: Seconds; None waits without end.
+        """
+        import httpx
+
+        url = f"{self.endpoint}/{(path or '/v1/chat/completions').lstrip('/')}"
+        sent = {"Authorization": f"Bearer {self.access_token}", **(headers or {})}
+        if data is None or isinstance(data, bytes | str):
+            return httpx.request(method, url, content=data, headers=sent, timeout=timeout)
+        return httpx.request(method, url, json=data, headers=sent, timeout=timeout)
+
+    def predict(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Sends a chat completion request and returns its JSON; `model` may be left out.
+
+        Raises:
+            ServiceError: The service answered with an error.
+        """
+        response = self.raw_predict({"model": "default", **data}, timeout=None)
+        if response.is_error:
+            raise ServiceError(
+                f"service {self.service_name} answered {response.status_code}", reason=response.text.strip()
+            )
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def wait_for_ready(self, timeout_s: float | None = None, *, show_logs: bool = False) -> Predictor:
+        """Waits until the service has answered a real request.
+
+        Args:
+            timeout_s: Seconds; default: the service's own start timeout plus 900 s for staging its model.
+
+        Raises:
+            ServiceError: It failed or was stopped; carries the reason and the engine's last lines.
+            WaitTimeoutError: It did not come up in time. It still tries; `stop_service()` ends it.
+        """
+        if timeout_s is None:
+            timeout_s = self._run.manifest.body["options"].get("start_timeout_s", 600.0) + READY_MARGIN_S
+        status = self._run.follow(
+            until=lambda status: status.state == "Running",
+            show_logs=show_logs,
+            timeout_s=timeout_s,
+            interval_s=0.5,
+            what="readiness",
+        )
+        if status.state != "Running":
+            raise self._failure(status)
+        return self
+
+    wait = wait_for_ready
+
+    def refresh(self) -> None:
+        """Does nothing that the properties do not: they always look. Kept for PAI's scripts."""
+
+    def start_service(self, wait: bool = True) -> None:
+        """Starts a stopped or failed service again, with the model and settings it had. Running is no error."""
+        record = self._run.record
+        self._run.refresh()
+        started = record.advance(
+            "Creating",
+            expect={"Stopped", "Failed"},
+            reason="",
+            log_tail=(),
+            engine_id="",
+            exit_code=None,
+            finished_at=None,
+        )
+        if started is not None:
+            self._run.start()
+        if wait:
+            self.wait_for_ready()
+
+    def stop_service(self, wait: bool = True) -> None:
+        """Stops the service and keeps its name and settings; its port and processes are free when this returns."""
+        self._run.stop(grace_s=STOP_GRACE_S)
+
+    def delete_service(self) -> None:
+        """Stops and removes the service: port, processes and record. Deleted already is no error."""
+        if self._run.record.exists():
+            self._run.stop(grace_s=STOP_GRACE_S)
+            self._run.record.delete()
+
+    def switch_version(self, version: int) -> None:
+        raise UnsupportedParameterError(
+            f"switch_version({version}) has no meaning here: a service has one version; deploy the other job under another name"
+        )
+
+    def _failure(self, status: Status) -> ServiceError:
+        verb = "was stopped" if status.state == "Stopped" else "failed"
+        return ServiceError(f"service {self.service_name} {verb}", reason=status.reason, log_tail=[*status.log_tail])
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.delete_service()
+
+    def __repr__(self) -> str:
+        return f"Predictor(service_name={self.service_name!r}, uri={self._run.record.uri!r})"
+
+
+def start_service(
+    session: Session,
+    *,
+    service_name: str,
+    model: dict[str, Any],
+    tuned_uri: str | None,
+    adapter: bool,
+    system_prompt: str,
+    labels: dict[str, str] | None,
+    options: dict[str, Any] | None,
+    wait: bool,
+    show_logs: bool,
+) -> Predictor:
+    """Creates a service, starts it, and waits until it answers; nothing is left running when it does not.
+
+    Args:
+        session: Store and backend.
+        service_name: Its name, and a model name that it answers to.
+        model: The base: name and weights source, as a job's manifest has it.
+        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
+        adapter: Whether `tuned_uri` is an adapter on top of the base.
+        system_prompt: What the model was trained with: `palate chat` begins with it.
+        labels: Key-value pairs to find it by.
+        options: See `ModelTrainingRecipe.deploy`.
+        wait: Whether to wait until it answers.
+        show_logs: Whether to show the engine's log meanwhile.
+    """
+    check_name("service name", service_name)
+    checked = _check_options(options or {})
+    time_to_live_s = checked.pop("time_to_live_s", None)
+    if session.backend.name == "process":
+        _check_port(checked)  # elsewhere the port is another machine's
+    record = Record(session.store, "services", service_name)
+    if record.exists() and RunHandle(record, session).refresh().state == "Failed":
+        record.delete()  # a failed start holds nothing worth keeping: its name is free again
+    manifest = Manifest(
+        kind="serve",
+        name=service_name,
+        backend=session.backend.name,
+        labels=labels or {},
+        body={
+            "model": model,
+            "tuned_uri": tuned_uri,
+            "adapter": adapter,
+            "system_prompt": system_prompt,
+            "options": checked,
+            "time_to_live_s": time_to_live_s,
+        },
+    )
+    record.create(manifest)
+    record.store.put(record.key(TOKEN_KEY), secrets.token_urlsafe(32).encode(), private=True)
+    predictor = Predictor(service_name, session=session)
+    predictor._run.start()
+    if wait:
+        try:
+            predictor.wait_for_ready(show_logs=show_logs)
+        except BaseException:
+            predictor._run.stop(grace_s=5.0)  # also on Ctrl-C: what nobody waits for must not stay
+            raise
+    return predictor
+
+
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigurationError(f"unknown deploy option {name!r}: {hint}known are {', '.join(_OPTIONS)}")
+        if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
+            wanted = " or ".join(kind.__name__ for kind in _OPTIONS[name])
+            raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
+    if options.get("engine", "auto") not in {"auto", "vllm", "transformers"}:
+        raise ConfigurationError(f"deploy option engine={options['engine']!r} is unknown: auto, vllm or transformers")
+    for name in ("max_model_len", "start_timeout_s", "time_to_live_s"):
+        if options.get(name, 1) <= 0:
+            raise ConfigurationError(f"deploy option {name}={options[name]!r} must be above 0")
+    if not 0 <= options.get("port", 0) <= 65535:
+        raise ConfigurationError(
+            f"deploy option port={options['port']!r} must lie between 1 and 65535, or be 0 for any free one"
+        )
+    return dict(options)
+
+
+def _check_port(options: dict[str, Any]) -> None:
+    port, host = options.get("port", 0), options.get("host", "127.0.0.1")
+    if not port:
+        return
+    deadline = time.monotonic() + 1.0
+    while True:  # a port that was just freed may take a moment
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(
+                    f"port {port} on {host} cannot be used: {error.strerror}. Give another port=, or leave it out for a free one"
+                ) from None
+            time.sleep(0.1)

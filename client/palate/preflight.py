@@ -1,0 +1,144 @@
+"""What must hold before a second of compute is spent: memory that suffices, data that can be read. Knows no run.
+
+Errors from here come before anything is written or started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from palate.errors import ConfigurationError, DataError, NotEnoughMemoryError
+from palate.session import Session
+from palate.store import open_parent
+from palate_recipes.catalog import Model
+from palate_recipes.hyperparameters import DeviceFacts, Resolved
+from palate_trainer.spec.preferences import read_preferences
+
+_GIB = 1024**3
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_FULL_BYTES = {"float32": 16.0, "bfloat16": 16.0, "float16": 18.0}
+"""Bytes a trained parameter: weight, gradient, two Adam moments (and an fp32 master copy under fp16)."""
+
+_PROCESS_GIB = 0.7
+"""What Python, torch and the libraries take before any weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A preference file that has been read to its last row.
+
+    Attributes:
+        uri: Where it lies; a local path has become `file://`.
+        sha256: Digest of its bytes.
+        size: Bytes.
+        rows: Rows that can be trained on.
+    """
+
+    uri: str
+    sha256: str
+    size: int
+    rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"uri": self.uri, "sha256": self.sha256, "bytes": self.size, "rows": self.rows}
+
+
+def as_local_path(uri: str | Path) -> Path | None:
+    """Returns the path that `uri` names on this machine, or None when it lies in an object store."""
+    text = str(uri)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if "://" in text else Path(text).expanduser().absolute()
+
+
+def check_input(channel: str, uri: str | Path, session: Session, *, strategy: Literal["dpo", "sft"]) -> Input:
+    """Reads a preference file whole, from wherever it lies.
+
+    Raises:
+        DataError: It is missing or has unusable rows; names file, row, field and remedy.
+        StoreError: The object store cannot be read.
+    """
+    if not isinstance(uri, str | Path) or not str(uri):
+        raise ConfigurationError(f"inputs[{channel!r}]={uri!r} must be a path or a URI (file://, s3://, oss://)")
+    with _at_hand(uri, session) as path:
+        pairs = read_preferences(path, strategy=strategy)
+        data = path.read_bytes()
+        local = as_local_path(uri)
+        return Input(
+            uri=f"file://{local}" if local else str(uri),
+            sha256=hashlib.sha256(data).hexdigest(),
+            size=len(data),
+            rows=len(pairs),
+        )
+
+
+@contextmanager
+def _at_hand(uri: str | Path, session: Session) -> Iterator[Path]:
+    local = as_local_path(uri)
+    if local is not None:
+        yield local
+        return
+    store, name = open_parent(uri, options=session.options_for(str(uri)))
+    with tempfile.TemporaryDirectory(prefix="palate-") as folder:
+        path = Path(folder) / name
+        try:
+            store.download(name, path)
+        except FileNotFoundError as error:
+            raise DataError(f"{uri} is not there: check bucket and key, or upload the file first") from error
+        yield path
+
+
+def training_memory_gib(parameters: float, resolved: Resolved, *, method: str) -> float:
+    """Returns the memory that a training needs at least, in GiB.
+
+    A lower bound, on purpose: what it refuses cannot work, what it lets through may still be tight.
+
+    Args:
+        parameters: Of the model.
+        resolved: Resolved hyperparameters: batch, length, quantisation, precision.
+        method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM`.
+    """
+    if method == "Standard_LLM":
+        weights = parameters * _FULL_BYTES[resolved.precision]
+    elif resolved.values["load_in_4bit"]:
+        weights = parameters * 0.6  # NF4 with its block constants
+    elif resolved.values["load_in_8bit"]:
+        weights = parameters * 1.1
+    else:
+        weights = parameters * _BYTES[resolved.precision]
+    return weights / _GIB + _PROCESS_GIB
+
+
+def check_memory(
+    model_name: str, parameters: float, resolved: Resolved, *, method: str, device: DeviceFacts, row: Model | None
+) -> None:
+    """Raises NotEnoughMemoryError when the training cannot fit the device; says what is needed, what is there, and the remedy."""
+    if not parameters:
+        return
+    needed = training_memory_gib(parameters, resolved, method=method)
+    there = device.gpu_memory_gib if device.cuda else device.memory_gib
+    if not there or needed <= there:
+        return
+    where = (
+        f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB"
+        if device.cuda
+        else f"this machine has {there:.1f} GiB free"
+    )
+    remedies = []
+    if method == "Standard_LLM":
+        remedies.append('method="LoRA_LLM"')
+    if device.cuda and not resolved.values["load_in_4bit"]:
+        remedies.append('method="QLoRA_LLM"')
+    remedies.append("a smaller model (`palate models`)")
+    if row is not None and not device.cuda:
+        remedies.append(f"a GPU with {row.min_gpu_memory(method):.0f} GiB")
+    raise NotEnoughMemoryError(
+        f"{model_name} with {method} in {resolved.precision} needs at least {needed:.1f} GiB of memory, {where}: "
+        f"use {', or '.join(remedies)}"
+    )

@@ -1,0 +1,86 @@
+"""The main job on the demo data, start to end, through the public API alone: what a first user would write."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from palate.common.utils import random_str
+from palate.job import TrainingJob
+from palate.model import ModelTrainingRecipe
+from palate.terminal import print_side_by_side
+from palate_recipes.demo import demo_questions, write_demo
+from palate_recipes.files import read_recipe
+
+MAX_TOKENS = 80
+
+
+def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "auto") -> TrainingJob:
+    """Writes demo data, trains on it, serves the result, asks base and tuned model the same questions, and cleans up.
+
+    Args:
+        folder: Receives data and answers.
+        direction: What the data prefers (`palate_recipes.demo.DIRECTIONS`).
+        engine: Serving engine: auto, vllm or transformers.
+
+    Returns:
+        The job, which is kept.
+    """
+    begun = time.monotonic()
+
+    def step(text: str) -> None:
+        print(f"\n[{time.monotonic() - begun:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    step(f"writing demo preference data into {folder}")
+    data = write_demo(folder, direction=direction)
+
+    settings = read_recipe(Path(str(files("palate_recipes.demo") / "recipe.toml")))
+    recipe = ModelTrainingRecipe(**settings)
+    step(f"training {recipe.model_name}: LoRA + DPO, everything on this machine")
+    job = recipe.train(inputs=data)
+    _print_learning(job)
+
+    step("serving the tuned model and its base (the engine takes about half a minute)")
+    system = recipe.hyperparameters["system_prompt"]
+    answers = []
+    with recipe.deploy(service_name=f"quickstart_{random_str(6)}", options={"engine": engine}) as predictor:
+        client = predictor.openai()
+        step(f"{predictor.service_name} answers at {predictor.endpoint}: held-out questions, before and after")
+        for question in demo_questions():
+            messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+            answer = {}
+            for model in ("base", "default"):
+                reply = client.chat.completions.create(
+                    model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS
+                )
+                answer[model] = (reply.choices[0].message.content or "").strip()
+            print_side_by_side(question, ("base", answer["base"]), ("tuned", answer["default"]))
+            answers.append({"question": question, **answer})
+    (folder / "answers.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    step("the service is deleted; what stays:")
+    for name, value in (
+        ("adapter", job.output_path("model")),
+        ("job", job.id),
+        ("data", folder),
+        ("answers", folder / "answers.json"),
+    ):
+        print(f"  {name:8} {value}")
+    print(f"\nnext: palate deploy {job.id} --name my-model && palate chat my-model", file=sys.stderr)
+    return job
+
+
+def _print_learning(job: TrainingJob) -> None:
+    metrics = job.metrics()
+    train = [entry for entry in metrics if entry["kind"] == "train"]
+    held_out = [entry for entry in metrics if entry["kind"] == "eval"]
+    first, last = train[0], train[-1]
+    print(f"training loss      {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']} (ln 2 = 0.693: undecided)")
+    if held_out:
+        print(f"held-out accuracy  {held_out[-1]['eval_rewards/accuracies']:.2f}")
+        print(f"held-out margin    {held_out[-1]['eval_rewards/margins']:+.2f}")

@@ -1,0 +1,55 @@
+"""Objects under a URI, one surface over `file://` (and plain paths), `s3://` and `oss://`. Knows no job.
+
+Loads no client library before an object store is opened.
+"""
+
+from __future__ import annotations
+
+import os
+
+from palate.store.base import ObjectInfo, Store
+from palate.store.options import StoreOptions
+from palate.store.uri import normal_uri, split_uri
+
+__all__ = ["ObjectInfo", "Store", "StoreOptions", "open_parent", "open_store", "read_uri", "split_uri"]
+
+
+def open_store(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> Store:
+    """Opens the store whose root is `uri`. Sends nothing yet: `Store.check` does.
+
+    Args:
+        uri: `file:///folder`, a plain path, `s3://bucket/folder` or `oss://bucket/folder`.
+        options: Endpoint and credentials of an object store; a file store needs none.
+
+    Raises:
+        StoreUsageError: The URI or the options cannot work.
+        MissingDependencyError: boto3 is not installed; only for `s3://` and `oss://`.
+    """
+    root = normal_uri(uri)
+    if root.startswith("file://"):
+        from palate.store.file import FileStore
+
+        return FileStore(root)
+    from palate.store.s3 import S3Store
+
+    return S3Store(root, options or StoreOptions())
+
+
+def open_parent(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> tuple[Store, str]:
+    """Opens the folder that holds the object or folder `uri`, and returns the store and the name in it.
+
+    Raises:
+        StoreUsageError: The URI or the options cannot work, or `uri` is a whole bucket.
+    """
+    parent, name = split_uri(uri)
+    return open_store(parent, options=options), name
+
+
+def read_uri(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> bytes:
+    """Returns the content of one object, named by its whole URI.
+
+    Raises:
+        ObjectNotFoundError: There is none.
+    """
+    store, name = open_parent(uri, options=options)
+    return store.get(name)

@@ -1,0 +1,245 @@
+"""A store in a bucket behind an S3 endpoint: AWS, compatible servers, Alibaba OSS. Knows boto3, never a job.
+
+Loading this module loads boto3, so `open_store` does it only for `s3://` and `oss://`.
+
+OSS speaks S3 with three differences: virtual-hosted addressing only, no aws-chunked checksum trailers, and no
+conditional headers on puts (it answers NotImplemented). Its own `x-oss-forbid-overwrite` stands in for
+If-None-Match; nothing stands in for If-Match, so there the etag is compared before the put.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_not_root, in_parallel
+from palate.store.errors import BucketNotFoundError, ObjectNotFoundError, PreconditionFailedError, StoreError
+from palate.store.options import StoreOptions
+from palate.store.uri import RESERVED, check_key, check_prefix, is_reserved
+
+try:
+    import boto3.exceptions
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+except ImportError as missing:
+    from palate.errors import MissingDependencyError
+
+    raise MissingDependencyError(
+        f"s3:// and oss:// stores need boto3 ({missing}): pip install 'palate[s3]'"
+    ) from missing
+
+from palate.store.s3_client import connect
+from palate.store.s3_errors import code_of, explain
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_TRANSFER = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_concurrency=4)
+_PROBE = f"{RESERVED}check"
+_CONFLICT_ATTEMPTS = 5
+
+
+class S3Store(Store):
+    """Objects below a prefix of a bucket.
+
+    Args:
+        root: `s3://bucket/prefix` or `oss://bucket/prefix`, as `normal_uri` spells it.
+        options: Endpoint and credentials.
+
+    Raises:
+        StoreUsageError: The options cannot work, such as an `oss://` root with neither region nor endpoint.
+    """
+
+    def __init__(self, root: str, options: StoreOptions) -> None:
+        super().__init__(root)
+        scheme, _, rest = root.partition("://")
+        self._bucket, _, prefix = rest.partition("/")
+        self._prefix = prefix + "/" if prefix else ""
+        self._options = options
+        self._is_oss = scheme == "oss"
+        self.atomic_replace = not self._is_oss
+        self._bucket_seen = False
+        self._endpoint = options.endpoint_url or "the default endpoint"
+        with self._explained("opened", ""):
+            self._client: S3Client = connect(options, is_oss=self._is_oss)
+        self._endpoint = self._client.meta.endpoint_url
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.root!r}, endpoint={self._endpoint!r})"
+
+    def get(self, key: str) -> bytes:
+        with self._explained("read", key):
+            return self._client.get_object(Bucket=self._bucket, Key=self._full(key))["Body"].read()
+
+    def put(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+        private: bool = False,
+    ) -> str:
+        check_condition(key, if_match, if_none_match)
+        conditions: dict[str, Any] = {}
+        if if_none_match:
+            conditions["IfNoneMatch"] = "*"
+        elif if_match is not None and self.atomic_replace:
+            conditions["IfMatch"] = f'"{if_match}"'
+        elif if_match is not None:
+            info = self.stat(key)
+            if info is None or info.etag != if_match:
+                raise self._lost(key)
+        for attempt in range(_CONFLICT_ATTEMPTS):
+            with self._explained("written", key):
+                try:
+                    answer = self._client.put_object(Bucket=self._bucket, Key=self._full(key), Body=data, **conditions)
+                except ClientError as error:
+                    code, status = code_of(error)
+                    # AWS: another conditional put of this key is under way, and neither has won yet.
+                    if code == "ConditionalRequestConflict" and attempt < _CONFLICT_ATTEMPTS - 1:
+                        continue
+                    lost = (
+                        status == 412 or code == "FileAlreadyExists" or (if_match is not None and code == "NoSuchKey")
+                    )
+                    if not lost:
+                        raise
+                    if error.response["ResponseMetadata"].get("RetryAttempts") and (
+                        etag := self._etag_if_equal(key, data)
+                    ):
+                        return etag  # our own first try was written, only its answer got lost
+                    raise self._lost(key) from error
+                return _plain(answer["ETag"])
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        try:
+            with self._explained("read", key):
+                head = self._client.head_object(Bucket=self._bucket, Key=self._full(key))
+        except ObjectNotFoundError:
+            self._require_bucket()
+            return None
+        return ObjectInfo(
+            key=key,
+            size=head["ContentLength"],
+            etag=_plain(head["ETag"]),
+            modified_s=head["LastModified"].timestamp(),
+        )
+
+    def delete(self, key: str) -> None:
+        try:
+            with self._explained("deleted", key):
+                self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
+        except ObjectNotFoundError:  # AWS answers 204, some servers 404
+            pass
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        return (info for info in self._all(prefix) if not info.key.endswith("/") and not is_reserved(info.key))
+
+    def list_children(self, prefix: str = "") -> Keys:
+        below = self._prefix + check_prefix(prefix)
+        with self._explained("listed", prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=below, Delimiter="/"
+            )
+            found = [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", [])]
+        names = (name.removeprefix(below).removesuffix("/") for name in found)
+        return sorted(name for name in names if name and not is_reserved(name))
+
+    def delete_tree(self, prefix: str) -> None:
+        check_not_root(prefix)
+
+        # One request each: DeleteObjects wants a Content-MD5 on OSS, and botocore no longer sends one.
+        def delete(key: str) -> None:
+            with self._explained("deleted", prefix):
+                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+        in_parallel(delete, [info.key for info in self._all(prefix)])
+
+    def upload(self, path: str | os.PathLike[str], key: str) -> None:
+        if not os.path.isfile(path):
+            raise ObjectNotFoundError(
+                f"{os.fspath(path)} is no file of this machine: nothing to upload to {self.uri(key)}"
+            )
+        full = self._full(key)
+        with self._explained("written", key):
+            self._client.upload_file(os.fspath(path), self._bucket, full, Config=_TRANSFER)
+
+    def _fetch(self, key: str, target: Path) -> None:
+        try:
+            with self._explained("read", key):
+                self._client.download_file(self._bucket, self._full(key), str(target), Config=_TRANSFER)
+        except ObjectNotFoundError:
+            self._require_bucket()
+            raise
+
+    def check(self, *, write: bool = True) -> None:
+        with self._explained("used", ""):
+            client = connect(self._options, is_oss=self._is_oss, impatient=True)
+            client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        self._bucket_seen = True
+        if not write:
+            return
+        with self._explained("written", ""):
+            client.put_object(Bucket=self._bucket, Key=self._prefix + _PROBE, Body=b"")
+        with self._explained("deleted", ""):
+            client.delete_object(Bucket=self._bucket, Key=self._prefix + _PROBE)
+
+    # ── inside ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _full(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _all(self, prefix: str) -> Iterator[ObjectInfo]:
+        below = self._prefix + check_prefix(prefix)
+        found = []
+        with self._explained("listed", prefix):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=below):
+                for entry in page.get("Contents", []):
+                    info = ObjectInfo(
+                        key=entry["Key"].removeprefix(self._prefix),
+                        size=entry["Size"],
+                        etag=_plain(entry["ETag"]),
+                        modified_s=entry["LastModified"].timestamp(),
+                    )
+                    found.append(info)
+        # AWS sorts by bytes; SeaweedFS by folders.
+        yield from sorted(found, key=lambda info: info.key)
+
+    def _etag_if_equal(self, key: str, data: bytes) -> str | None:
+        answer = self._client.get_object(Bucket=self._bucket, Key=self._full(key))
+        return _plain(answer["ETag"]) if answer["Body"].read() == data else None
+
+    def _require_bucket(self) -> None:
+        """Raises BucketNotFoundError when the bucket is missing: for HEAD that is a 404 like any other."""
+        if self._bucket_seen:
+            return
+        try:
+            with self._explained("listed", ""):
+                self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        except BucketNotFoundError:
+            raise
+        except StoreError:
+            pass  # who may not list learns nothing here, and the 404 stands
+        self._bucket_seen = True
+
+    def _lost(self, key: str) -> PreconditionFailedError:
+        return PreconditionFailedError(
+            f"{self.uri(key)} at {self._endpoint} was not written: another writer was first; read it again"
+        )
+
+    @contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        """Turns what boto3 raises into a StoreError with URI, endpoint, cause and remedy."""
+        try:
+            yield
+        except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
+            what = f"{self.uri(key)} at {self._endpoint} cannot be {verb}"
+            raise explain(error, what=what, bucket=self._bucket, options=self._options) from error
+
+
+def _plain(etag: str) -> str:
+    return etag.strip('"')

@@ -1,0 +1,229 @@
+"""Where a base model's weights come from, and how they get into this machine's cache. Knows no training and no serving.
+
+A source is decided and checked by the client, recorded in the manifest, and fetched by the runner, once a machine: two
+processes that want the same weights at once wait for one fetch, and a broken fetch leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Literal
+
+from palate.errors import ConfigurationError, PalateError
+from palate.home import palate_home
+from palate.session import Session
+from palate.store import open_store
+from palate_recipes.catalog import Model, find_model
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_IGNORED_ON_HUB = ["*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.tflite"]
+
+
+class WeightsError(PalateError, RuntimeError):
+    """Weights could not be fetched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsSource:
+    """Where weights come from.
+
+    Attributes:
+        kind: `folder` (a local path), `store` (an object-store URI), `hub` (Hugging Face), or `package` (a Python package).
+        location: Path, URI, hub id, or package name.
+        revision: Version of a package, hub revision, or "" for the newest.
+        size_bytes: Bytes of weights where they can be known now, else 0.
+    """
+
+    kind: Literal["folder", "store", "hub", "package"]
+    location: str
+    revision: str = ""
+    size_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> WeightsSource:
+        return cls(**values)
+
+
+def find_weights(
+    session: Session, *, model_name: str | None, model_uri: str | None, model_version: str | None = None
+) -> tuple[WeightsSource, Model | None]:
+    """Decides where the weights come from, and fails now when they cannot be there.
+
+    Args:
+        session: For URIs of object stores.
+        model_name: A name of the catalog.
+        model_uri: A folder or object-store URI; wins over the catalog's own source.
+        model_version: Hub revision (branch, tag or commit).
+
+    Returns:
+        The source, and the catalog row if `model_name` has one.
+
+    Raises:
+        UnknownModelError: The name is not in the catalog and no URI is given.
+        ConfigurationError: Neither is given, or the folder holds no usable model.
+    """
+    if model_uri:
+        row = find_model(model_name) if model_name else None
+        return _from_uri(session, model_uri), row
+    if not model_name:
+        raise ConfigurationError(
+            "no model is named: give model_name= (`palate models` lists them) or model_uri= (any folder)"
+        )
+    model = find_model(model_name)
+    if model.package:
+        try:
+            version = distribution(model.package).version
+            return WeightsSource(kind="package", location=model.package, revision=version, size_bytes=0), model
+        except PackageNotFoundError:
+            pass
+    return WeightsSource(kind="hub", location=model.hub_id, revision=model_version or ""), model
+
+
+def _from_uri(session: Session, uri: str) -> WeightsSource:
+    if "://" in uri and not uri.startswith("file://"):
+        store = open_store(uri, options=session.options_for(uri))
+        sizes = {info.key.lstrip("/"): info.size for info in store.list("")}
+        check_model_files(uri, set(sizes))
+        weights = sum(size for key, size in sizes.items() if key.endswith(_WEIGHT_SUFFIXES))
+        return WeightsSource(kind="store", location=uri, size_bytes=weights)
+    folder = Path(uri.removeprefix("file://")).expanduser().absolute()
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"model_uri={uri!r} is no folder on this machine: give a folder with config, weights and tokenizer"
+        )
+    check_model_files(str(folder), {entry.name for entry in folder.iterdir()})
+    size = sum(entry.stat().st_size for entry in folder.iterdir() if entry.suffix in _WEIGHT_SUFFIXES)
+    return WeightsSource(kind="folder", location=str(folder), size_bytes=size)
+
+
+def check_model_files(where: str, names: set[str]) -> None:
+    """Raises ConfigurationError unless `names` hold config, weights and tokenizer of a model."""
+    missing = []
+    if "config.json" not in names:
+        missing.append("config.json")
+    if not any(name.endswith(_WEIGHT_SUFFIXES) and not name.startswith("adapter_") for name in names):
+        missing.append("weights (*.safetensors)")
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"}:
+        missing.append("tokenizer (tokenizer.json)")
+    if missing:
+        adapter = (
+            " It looks like a LoRA adapter: name its base model instead." if "adapter_config.json" in names else ""
+        )
+        raise ConfigurationError(
+            f"{where} is not a whole model folder: {', '.join(missing)} missing.{adapter} "
+            "A folder saved with save_pretrained() of model and tokenizer has all of it"
+        )
+
+
+def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str], None]) -> tuple[Path, str]:
+    """Brings the weights onto this machine and returns (model folder, exact revision).
+
+    Args:
+        source: What `find_weights` decided.
+        session: For URIs of object stores.
+        say: Receives progress lines.
+
+    Raises:
+        WeightsError: They could not be fetched; says what, why and the remedy.
+    """
+    if source.kind == "folder":
+        folder = Path(source.location)
+        if not (folder / "config.json").is_file():
+            raise WeightsError(
+                f"the model folder {folder} is not on this machine: give model_uri= a place that every machine reaches"
+            )
+        return folder, _folder_revision(folder)
+    if source.kind == "hub":
+        return _from_hub(source, say)
+    cache = palate_home() / "cache" / "models"
+    key = f"{source.kind}-{_slug(source.location)}-{_slug(source.revision) or 'latest'}"
+    if source.kind == "store":
+        store = open_store(source.location, options=session.options_for(source.location))
+        listing = "\n".join(f"{info.key} {info.etag}" for info in store.list(""))
+        revision = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        key = f"store-{_slug(source.location)}-{revision}"
+
+        def fill(folder: Path) -> None:  # makes the folder
+            say(f"downloading {source.location}")
+            store.download_tree("", folder)
+    else:
+        revision = source.revision
+
+        def fill(folder: Path) -> None:
+            say(f"unpacking the weights of the package {source.location} {source.revision}")
+            _from_package(source.location, folder)
+
+    target = cache / key
+    with _lock(cache / f"{key}.lock"):
+        if not target.is_dir():
+            draft = cache / f"{key}.draft"
+            shutil.rmtree(draft, ignore_errors=True)
+            try:
+                fill(draft)
+                check_model_files(source.location, {entry.name for entry in draft.iterdir()})
+                draft.rename(target)  # whole or not at all
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return target, revision
+
+
+def _from_package(name: str, folder: Path) -> None:
+    files = [Path(str(file.locate())) for file in distribution(name).files or [] if file.name.endswith(".gguf")]
+    if len(files) != 1:
+        raise WeightsError(f"the package {name} holds {len(files)} GGUF files, one is expected: reinstall it")
+    command = [sys.executable, "-m", "palate_trainer.weights_from_gguf", str(files[0]), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode != 0:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise WeightsError(f"the weights of the package {name} could not be converted:\n{tail}")
+
+
+def _from_hub(source: WeightsSource, say: Callable[[str], None]) -> tuple[Path, str]:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise WeightsError("huggingface_hub is not installed here: pip install 'palate[train]'") from None
+    say(f"fetching {source.location} from the Hugging Face hub (or its cache)")
+    try:
+        path = snapshot_download(source.location, revision=source.revision or None, ignore_patterns=_IGNORED_ON_HUB)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{source.location} could not be fetched from the Hugging Face hub: {cause}. Check the network, the name, and "
+            "HF_TOKEN for gated models; or give model_uri= a local folder or object-store URI with the weights"
+        ) from error
+    return Path(path), Path(path).name
+
+
+def _folder_revision(folder: Path) -> str:
+    """Returns a fingerprint of a folder from names, sizes and times: cheap, and changed by any rewrite."""
+    entries = sorted(
+        (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in folder.iterdir() if entry.is_file()
+    )
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+
+
+def _slug(text: str) -> str:
+    readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text)[-60:].strip("-")
+    return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if readable != text else readable
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

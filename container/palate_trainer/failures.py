@@ -1,0 +1,35 @@
+"""What went wrong, in one message for people with a remedy. Knows exceptions, no run."""
+
+from __future__ import annotations
+
+import errno
+
+from palate_recipes.errors import PalateError
+
+_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
+_MEMORY_REMEDY = (
+    "Use less memory: per_device_train_batch_size=1 with a higher gradient_accumulation_steps, a shorter seq_length,"
+    " gradient_checkpointing=true, a smaller lora_dim, QLoRA_LLM (load_in_4bit=true), or a smaller model."
+)
+_DISK_REMEDY = (
+    "Free space where the output folder lies, or write fewer checkpoints (a higher save_steps, 0 for none)."
+)
+
+
+def explain(error: BaseException) -> str:
+    """One message: Palate's own errors as they are, known causes with a remedy, anything else as type and text."""
+    if isinstance(error, PalateError):
+        return str(error)
+    text = f"{error}".strip()
+    signs = text.lower()
+    if isinstance(error, MemoryError) or any(sign in signs for sign in _MEMORY_SIGNS):
+        return f"Out of memory: {_first_line(text) or type(error).__name__}. {_MEMORY_REMEDY}"
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "no space left" in signs:
+        return f"The disk is full: {_first_line(text)}. {_DISK_REMEDY}"
+    if isinstance(error, PermissionError):
+        return f"Not allowed to read or write: {_first_line(text)}. Check the owner and the permissions of that path."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0].rstrip(".") if text else ""

@@ -1,0 +1,108 @@
+"""Base model and tokenizer from a folder, and the adapter's shape. Knows transformers and PEFT, no data and no training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from palate_trainer.errors import TrainerError
+from palate_trainer.spec import TrainSpec
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def uses_adapter(spec: TrainSpec) -> bool:
+    """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
+    return spec.method != "Standard_LLM" and spec.hyperparameters["lora_dim"] > 0
+
+
+def check_model_dir(spec: TrainSpec) -> None:
+    """Raises TrainerError when the folder lacks what a model needs, or the settings cannot go together."""
+    folder = Path(spec.model_dir)
+    if not folder.is_dir():
+        raise TrainerError(f"{folder}: no such model folder. Name a folder with config.json, weights and tokenizer.")
+    if not (folder / "config.json").is_file():
+        raise TrainerError(f"{folder} has no config.json, so it is no model folder.")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise TrainerError(f"{folder} has no weights (*.safetensors). The download may be incomplete: fetch the model again.")
+    four, eight = spec.hyperparameters["load_in_4bit"], spec.hyperparameters["load_in_8bit"]
+    if four and eight:
+        raise TrainerError("load_in_4bit and load_in_8bit are both true. Choose one.")
+    if (four or eight) and not uses_adapter(spec):
+        raise TrainerError("Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM.")
+    if spec.precision == "float16" and not torch.cuda.is_available():
+        raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
+
+
+def load_tokenizer(spec: TrainSpec) -> Any:
+    """The tokenizer, with a padding token (batches are masked, so the end-of-text token may stand in)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainerError(f"{spec.model_dir} has no usable tokenizer: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: TrainSpec) -> Any:
+    """The base model as a causal language model, quantised when the hyperparameters ask for it.
+
+    A frozen base is loaded in `precision`. Weights that are trained themselves stay float32: an update of a 16-bit
+    weight is mostly rounded away; arithmetic still runs in `precision`.
+    """
+    hyperparameters = spec.hyperparameters
+    dtype = DTYPES[spec.precision] if uses_adapter(spec) else torch.float32
+    config = AutoConfig.from_pretrained(spec.model_dir)
+    if getattr(config, "attention_dropout", 0.0):
+        config.attention_dropout = 0.0  # the reference and the policy must see the same network
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    if hyperparameters["load_in_4bit"] or hyperparameters["load_in_8bit"]:
+        options["quantization_config"] = _quantisation(spec)
+        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(spec.model_dir, **options)
+    except ImportError as error:
+        raise TrainerError(f"Loading the model needs a package that is not installed: {error}") from error
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        if "quantization_config" not in options or isinstance(error, torch.OutOfMemoryError):
+            raise
+        bits = 4 if hyperparameters["load_in_4bit"] else 8
+        raise TrainerError(
+            f"The model could not be loaded in {bits} bit on {'CUDA' if torch.cuda.is_available() else 'this CPU'}: {error}."
+            f" Set load_in_{bits}bit=false (LoRA on {spec.precision} weights)."
+        ) from error
+    # TRL's disable_dropout would silence LoRA's dropout as well: the base is silenced here, before the adapter exists.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    return model
+
+
+def lora_config(spec: TrainSpec) -> LoraConfig:
+    """The adapter's shape, from PAI's names."""
+    hyperparameters = spec.hyperparameters
+    targets = hyperparameters["target_modules"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=hyperparameters["lora_dim"],
+        lora_alpha=hyperparameters["lora_alpha"],
+        lora_dropout=hyperparameters["lora_dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+
+
+def _quantisation(spec: TrainSpec) -> BitsAndBytesConfig:
+    if spec.hyperparameters["load_in_8bit"]:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[spec.precision],
+    )

@@ -1,0 +1,229 @@
+"""What a run says while it goes: metrics.jsonl, plain progress lines, the marks of whole checkpoints, and the stop on SIGTERM.
+
+Knows transformers' callbacks and one output folder, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from palate_trainer.spec import COMPLETE_MARK, METRICS_FILE
+
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("eval_loss", "loss", "{:.4f}"),
+    ("rewards/margins", "margin", "{:.3f}"),
+    ("eval_rewards/margins", "margin", "{:.3f}"),
+    ("rewards/accuracies", "accuracy", "{:.2f}"),
+    ("eval_rewards/accuracies", "accuracy", "{:.2f}"),
+    ("mean_token_accuracy", "token accuracy", "{:.2f}"),
+    ("eval_mean_token_accuracy", "token accuracy", "{:.2f}"),
+    ("learning_rate", "lr", "{:.2e}"),
+    ("pairs_per_s", "pairs/s", "{:.2f}"),
+)
+
+
+def say(line: str) -> None:
+    """One progress line on stdout, at once."""
+    print(line, flush=True)
+
+
+class Metrics:
+    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / METRICS_FILE
+
+    def write(self, kind: str, values: dict[str, Any]) -> None:
+        # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **clean}, ensure_ascii=False) + "\n")
+
+
+class StopRequested(BaseException):
+    """SIGTERM came where there is no step to finish. Not an Exception, so that no library swallows it."""
+
+
+class StopSignal:
+    """Remembers SIGTERM while it is `deferred`, and raises StopRequested at once while it is not."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.deferred = False
+        signal.signal(signal.SIGTERM, self._received)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if first and not self.deferred:
+            raise StopRequested
+        if first:
+            say("stop requested: finishing what is under way")
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes events and lines as transformers reports them, and turns a stop request into a last checkpoint.
+
+    Args:
+        metrics: Where events go.
+        stop: Whether SIGTERM came.
+        rows: Rows of one epoch.
+        start_event: What `start` says besides steps.
+    """
+
+    def __init__(self, metrics: Metrics, stop: StopSignal, *, rows: int, start_event: dict[str, Any]) -> None:
+        self.metrics, self.stop, self.rows, self.start_event = metrics, stop, rows, start_event
+        self.trainer: Any = None
+        self.last: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
+        self.step_losses: list[float] = []  # (steps of this process,)
+        self._last_window = 0  # steps in the last log line
+        self._logged_steps = 0
+        self._train_seconds = 0.0  # without evaluations and checkpoints
+        self._rows_done = 0.0
+        self._began = self._mark = time.monotonic()
+        self._epoch_mark = 0.0
+
+    def attach(self, trainer: Any) -> None:
+        """Takes the trainer whose steps these are, and its printer of raw dicts out."""
+        self.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop.deferred = True
+        self._began = self._mark = time.monotonic()
+        self._epoch_mark = float(state.epoch or 0.0)
+        model = self.trainer.model
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        self.metrics.write(
+            "start",
+            {
+                **self.start_event,
+                "step": state.global_step,
+                "total_steps": state.max_steps,
+                "trainable_parameters": trainable,
+                "total_parameters": total,
+            },
+        )
+        say(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
+        if state.global_step:
+            say(f"resumed after step {state.global_step}")
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate's wrappers do not always pass the epoch on to a sampler, and a resumed run depends on it
+        self.trainer.order.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.step_losses.append(self.trainer.step_loss)
+        self.trainer.step_loss = 0.0
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # or the steps after the last full window would never be seen
+        return self._maybe_stop(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.stop.requested:
+            control.should_evaluate = False
+            control.should_save = False  # the step's own save has done it
+        return control
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.requested:
+            raise StopRequested
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = dict(logs or {})
+        if "train_runtime" in logs:  # transformers' own summary; the `end` event says it in Palate's names
+            return
+        kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        now = time.monotonic()
+        values = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": round(float(state.epoch or 0.0), 4),
+            "seconds": round(now - self._began, 2),
+        }
+        if kind == "train":
+            done = (float(state.epoch or 0.0) - self._epoch_mark) * self.rows
+            self._train_seconds += now - self._mark
+            self._rows_done += done
+            values["pairs_per_s"] = round(done / max(now - self._mark, 1e-9), 3)
+            self._epoch_mark = float(state.epoch or 0.0)
+            self._last_window, self._logged_steps = len(self.step_losses) - self._logged_steps, len(self.step_losses)
+        self._mark = now
+        logs.pop("epoch", None)
+        values.update(logs)
+        self.last[kind] = values
+        self.metrics.write(kind, values)
+        say(_line(kind, values))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / COMPLETE_MARK).touch()
+        self._mark = time.monotonic()
+        say(f"checkpoint {folder.name} written")
+
+    @property
+    def all_steps_done(self) -> bool:
+        """Whether the last planned step has been taken."""
+        return bool(self.trainer.state.global_step >= self.trainer.state.max_steps)
+
+    def checkpoint_now(self) -> None:
+        """Writes a whole checkpoint of the last finished step, unless it is there or training is over."""
+        trainer = self.trainer
+        if not self.all_steps_done and not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}" / COMPLETE_MARK).exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            self.on_save(trainer.args, trainer.state, trainer.control)
+
+    def finish(self, *, seconds: float) -> dict[str, Any]:
+        """Writes the `end` event and returns it.
+
+        Args:
+            seconds: Wall time of the whole run.
+        """
+        state = self.trainer.state
+        epoch_steps = max(1, round(state.max_steps / max(float(state.epoch or 1.0), 1e-9)))
+        event = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": round(float(state.epoch or 0.0), 4),
+            "seconds": round(seconds, 2),
+            "train_seconds": round(self._train_seconds, 2),
+            "pairs_per_s": round(self._rows_done / max(self._train_seconds, 1e-9), 3),
+            "first_loss": _mean(self.step_losses[:1]),
+            "final_loss": _mean(self.step_losses[-max(1, self._last_window) :]),
+            "last_epoch_loss": _mean(self.step_losses[-epoch_steps:]),
+            "train": _numbers_only(self.last["train"]),
+            "eval": _numbers_only(self.last["eval"]),
+        }
+        self.metrics.write("end", event)
+        return event
+
+    def _maybe_stop(self, state: Any, control: Any) -> Any:
+        if self.stop.requested and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def _numbers_only(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in ("step", "total_steps", "seconds", "epoch")}
+
+
+def _line(kind: str, values: dict[str, Any]) -> str:
+    words = [f"{'step' if kind == 'train' else 'held-out at step'} {values['step']}/{values['total_steps']}"]
+    words += [f"{label} {form.format(values[name])}" for name, label, form in _SHOWN if values.get(name) is not None]
+    return " ".join(words)

@@ -1,0 +1,70 @@
+"""What the trainer takes and gives, as types without ML imports. Clients may import this package and nothing else of the trainer.
+
+`TrainSpec` is the program's only argument. Its output folder:
+
+    adapter/ or weights   <output_dir>/model/          what is served: adapter or full weights, with tokenizer
+    metrics               <output_dir>/metrics.jsonl    one JSON object a logged step, appended
+    checkpoints           <output_dir>/checkpoints/checkpoint-N/   with `.complete` written last
+    TensorBoard           <output_dir>/tensorboard/
+    failure               <output_dir>/error.txt        one message for people, only when the exit code is not 0
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ERROR_FILE = "error.txt"
+METRICS_FILE = "metrics.jsonl"
+MODEL_DIR = "model"
+PROBE_FILE = "probe.json"
+"""In the model folder: token ids and log-probabilities that a server with this model must give again."""
+CHECKPOINTS_DIR = "checkpoints"
+TENSORBOARD_DIR = "tensorboard"
+TENSORBOARD_DIR = "tensorboard"
+COMPLETE_MARK = ".complete"
+"""Written into a checkpoint folder after everything else: without it the checkpoint is half-written."""
+
+EXIT_FAILED = 1
+EXIT_STOPPED = 143
+"""A SIGTERM was honoured: a checkpoint and the model so far are written, the run is not complete."""
+
+Precision = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One training run, as the trainer program reads it from JSON.
+
+    Attributes:
+        method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
+        model_dir: Folder with config, weights and tokenizer of the base model.
+        train_file: Preference file for training (PAI JSON array or JSONL).
+        validation_file: The same for evaluation, or None.
+        output_dir: Folder that receives everything; made if missing.
+        hyperparameters: Resolved values, every name of the schema present.
+        precision: Dtype of weights and arithmetic.
+        resume_from: A whole checkpoint folder to go on from, or None.
+        model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
+    """
+
+    method: str
+    model_dir: str
+    train_file: str
+    output_dir: str
+    hyperparameters: dict[str, Any]
+    precision: Precision
+    validation_file: str | None = None
+    resume_from: str | None = None
+    model_name: str = ""
+
+    def write(self, path: Path) -> None:
+        """Writes the spec as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> TrainSpec:
+        """Reads a spec; raises TypeError on unknown or missing fields."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,253 @@
+"""What hyperparameters mean together: validation of what a user gives, and resolution on a machine.
+Knows no trainer and no ML library; one value at a time is `palate_recipes.schema`.
+
+    validate(values, method="LoRA_LLM")               only the given names, in their own types
+    resolve(values, method="LoRA_LLM", device=facts)  every name, the precision, a note for each silent change
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import HyperparameterError
+from .schema import HYPERPARAMETERS, METHODS, Hyperparameter, as_definitions, describe, show
+
+__all__ = [
+    "HYPERPARAMETERS",
+    "METHODS",
+    "DeviceFacts",
+    "Hyperparameter",
+    "Precision",
+    "Resolved",
+    "as_definitions",
+    "check_method",
+    "describe",
+    "resolve",
+    "validate",
+]
+
+Precision = Literal["bfloat16", "float16", "float32"]
+
+# What users of other toolkits type. Hinted at, never accepted: one name a thing keeps manifests comparable.
+_HINTS: Mapping[str, tuple[str, ...]] = {
+    "training_strategy": ("training_method", "training_type", "strategy", "stage", "rlhf_type"),
+    "learning_rate": ("lr", "base_lr", "peak_lr"),
+    "num_train_epochs": ("epoch", "epochs", "n_epochs", "num_epochs"),
+    "per_device_train_batch_size": ("batch_size", "train_batch_size", "micro_batch_size"),
+    "seq_length": (
+        "max_length",
+        "max_seq_length",
+        "max_seq_len",
+        "max_context_length",
+        "sequence_len",
+        "sequence_length",
+        "cutoff_len",
+    ),
+    "lora_dim": ("lora_rank", "lora_r", "rank", "r"),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "dpo_beta": ("beta", "pref_beta"),
+    "load_in_4bit": ("quantization_bit", "quant_bits", "quantization"),
+    "gradient_accumulation_steps": ("grad_accum", "accumulate_grad_batches", "gradient_accumulation"),
+    "apply_chat_template": ("chat_template", "use_chat_template"),
+    "system_prompt": ("system", "default_system", "system_message"),
+    "warmup_ratio": ("warmup_steps", "warmup", "lr_warmup"),
+    "target_modules": ("lora_target", "lora_target_modules", "lora_trainable_modules"),
+    "lr_scheduler_type": ("lr_scheduler", "scheduler"),
+    "max_grad_norm": ("max_gradient_norm", "gradient_clipping", "clip_grad"),
+    "seed": ("random_seed",),
+    "loss_type": ("pref_loss", "dpo_loss", "dpo_loss_type"),
+    "gradient_checkpointing": ("use_gradient_checkpointing", "activation_checkpointing"),
+}
+_LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
+_DPO_NAMES = ("dpo_beta", "loss_type")
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What training needs to know of a machine. `bf16` and `fp16` are what its GPU, or without CUDA its CPU,
+    computes fast; a CPU has bf16 with avx512_bf16 or amx."""
+
+    cuda: bool
+    bf16: bool
+    fp16: bool
+    gpu_name: str = ""
+    gpu_memory_gib: float = 0.0
+    memory_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The hyperparameters of one run with every default written out, the precision it computes in, and one
+    sentence for each default that gave way and each given value that has no effect."""
+
+    values: dict[str, Any]
+    precision: Precision
+    notes: tuple[str, ...]
+
+
+def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, Any]:
+    """Check the given hyperparameters and return them in their own types; defaults are not filled in.
+
+    Args:
+        values: names to values; strings are read as PAI sends them (`"5e-5"`, `"true"`). None is no values.
+        method: one of `METHODS`.
+
+    Raises:
+        HyperparameterError: lists every problem at once, each with name, value and what it must be.
+    """
+    check_method(method)
+    if values is not None and not isinstance(values, Mapping):
+        raise HyperparameterError(
+            f"hyperparameters is a {type(values).__name__}; give a dict of names to values, such as "
+            '{"training_strategy": "dpo"}'
+        )
+    given: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in (values or {}).items():
+        row = HYPERPARAMETERS.get(name)
+        if row is None:
+            problems.append(f"{name} = {_shorten(value)}: unknown name; {_hint(name)}")
+            continue
+        try:
+            given[name] = row.parse(value)
+        except ValueError as error:
+            problems.append(f"{name} = {_shorten(value)}: {error}")
+    problems.extend(_contradictions(given, method))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise HyperparameterError(f"{count} in the hyperparameters for {method}:\n  " + "\n  ".join(problems))
+    return given
+
+
+def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceFacts) -> Resolved:
+    """Check the given hyperparameters, fill in every default, and settle what depends on method and machine.
+
+    The 4-bit rule is PAI's (an adapter, load_in_4bit and not load_in_8bit hold the weights in 4 bits), except
+    that the default of load_in_4bit gives way where it cannot work: without CUDA, with load_in_8bit, and in
+    Standard_LLM. QLoRA_LLM asks for 4 bits by its name, so there the default holds without CUDA too.
+
+    Raises:
+        HyperparameterError: as `validate`.
+    """
+    given = validate(values, method=method)
+    resolved = {name: given.get(name, _copy(row.default)) for name, row in HYPERPARAMETERS.items()}
+    precision = _precision(device)
+    notes: list[str] = []
+
+    if "load_in_4bit" not in given and (reason := _why_not_4bit(resolved, method, device, precision)):
+        resolved["load_in_4bit"] = False
+        notes.append(f"load_in_4bit is false: {reason}.")
+    quantised = [name for name in ("load_in_4bit", "load_in_8bit") if resolved[name]]
+    if quantised and not device.cuda:
+        notes.append(
+            f"{quantised[0]} stays true without CUDA, as asked: "
+            f"it needs bitsandbytes' CPU kernels and is slower than {precision} weights."
+        )
+    if precision == "float16":
+        notes.append(f"{device.gpu_name or 'This GPU'} has no bfloat16: training computes in float16.")
+    notes.extend(_without_effect(given, resolved, method))
+    return Resolved(values=resolved, precision=precision, notes=tuple(notes))
+
+
+def _why_not_4bit(resolved: Mapping[str, Any], method: str, device: DeviceFacts, precision: Precision) -> str | None:
+    if method == "Standard_LLM":
+        return "Standard_LLM trains every weight, and 4-bit weights cannot be trained"
+    if resolved["load_in_8bit"]:
+        return "load_in_8bit=true was given, and weights are held in one of the two"
+    if not device.cuda and method != "QLoRA_LLM":
+        return f"its default is for CUDA, which this machine lacks, so the weights are held in {precision}"
+    return None
+
+
+def check_method(method: str) -> str:
+    """The method's name if it is one of `METHODS`.
+
+    Raises:
+        HyperparameterError: it is not; the message names the nearest one and all of them.
+    """
+    if method in METHODS:
+        return method
+    nearest = {"full": "Standard_LLM", "full_ft": "Standard_LLM"}.get(str(method).casefold())
+    nearest = nearest or _nearest(str(method), METHODS, cutoff=0.5)
+    hint = f'did you mean "{nearest}"? ' if nearest else ""
+    known = "; ".join(f"{name} {meaning}" for name, meaning in METHODS.items())
+    raise HyperparameterError(f"method = {method!r}: unknown method; {hint}The methods are: {known}.")
+
+
+def _contradictions(given: Mapping[str, Any], method: str) -> Iterable[str]:
+    four, eight = given.get("load_in_4bit"), given.get("load_in_8bit")
+    if method == "Standard_LLM":
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if given.get(name):
+                yield f"{name} = true: Standard_LLM trains full weights; drop it, or use method QLoRA_LLM"
+        return
+    if four and eight:
+        yield "load_in_4bit = true, load_in_8bit = true: weights are held in one of the two; give only one"
+    if method == "QLoRA_LLM" and four is False and not eight:
+        yield (
+            "load_in_4bit = false, load_in_8bit = false: QLoRA_LLM holds the weights in 4 or 8 bits; "
+            "set one to true, or use method LoRA_LLM"
+        )
+    if given.get("lora_dim") == 0:
+        yield f"lora_dim = 0: {method} needs an adapter; give at least 1, or use method Standard_LLM"
+    modules = given.get("target_modules", [])
+    if given.get("training_strategy") == "dpo" and any(m.split(".")[-1] == "lm_head" for m in modules):
+        # TRL computes log-probabilities from lm_head.weight itself and refuses an adapter there.
+        yield f"target_modules = {show(modules)}: DPO cannot train an adapter on lm_head; leave it out"
+
+
+def _without_effect(given: Mapping[str, Any], resolved: Mapping[str, Any], method: str) -> Iterable[str]:
+    if resolved["training_strategy"] == "sft":
+        for name in _DPO_NAMES:
+            if name in given:
+                yield f'{name} has no effect: training_strategy is "sft"; "dpo" trains on preferences.'
+    elif resolved["loss_type"] in ("aot", "aot_unpaired") and resolved["per_device_train_batch_size"] == 1:
+        yield (
+            f"loss_type={resolved['loss_type']} compares pairs within a batch, "
+            "and per_device_train_batch_size is 1: give more pairs."
+        )
+    if method == "Standard_LLM":
+        for name in _LORA_NAMES:
+            if name in given:
+                yield f"{name} has no effect: Standard_LLM trains every weight, without an adapter."
+    if given.get("system_prompt") and not resolved["apply_chat_template"]:
+        yield "system_prompt has no effect: apply_chat_template is false."
+    if given.get("warmup_ratio") and resolved["lr_scheduler_type"] == "constant":
+        yield "warmup_ratio has no effect: lr_scheduler_type is constant; use constant_with_warmup."
+    if "num_train_epochs" in given and resolved["max_steps"]:
+        yield f"num_train_epochs has no effect: max_steps={resolved['max_steps']} decides when to stop."
+
+
+def _precision(device: DeviceFacts) -> Precision:
+    if device.bf16:
+        return "bfloat16"
+    return "float16" if device.cuda and device.fp16 else "float32"
+
+
+def _hint(name: object) -> str:
+    key = str(name).strip().casefold().replace("-", "_")
+    alias = next((known for known, others in _HINTS.items() if key in others), None)
+    nearest = alias or _nearest(key, HYPERPARAMETERS, cutoff=0.6)
+    if nearest:
+        return f"did you mean {nearest}?"
+    return "recipe.hyperparameter_definitions lists the known names"
+
+
+def _nearest(word: str, known: Iterable[str], *, cutoff: float) -> str | None:
+    import difflib  # only a mistake needs it
+
+    folded = {name.casefold(): name for name in known}
+    found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else None
+
+
+def _shorten(value: object) -> str:
+    text = show(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _copy(default: Any) -> Any:
+    return list(default) if isinstance(default, list) else default

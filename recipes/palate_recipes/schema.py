@@ -1,0 +1,351 @@
+"""The hyperparameter schema: one row a name, with type, default, bounds, unit and meaning.
+Knows one value at a time, never how values fit together or what a machine makes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from .values import ALL_LINEAR, PARSERS
+
+METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "LoRA_LLM": "trains a low-rank adapter on frozen weights, held in 4 bits where CUDA is there",
+        "QLoRA_LLM": "trains a low-rank adapter on frozen weights, held in 4 or 8 bits on every machine",
+        "Standard_LLM": "trains every weight of the model; needs the most memory",
+    }
+)
+
+LR_SCHEDULERS = (  # transformers.SchedulerType, without those that need lr_scheduler_kwargs or an evaluation
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, without exo_pair and robust, which need label_smoothing
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One hyperparameter: what it means and which values it takes.
+
+    `type` is the value's form: "string", "int", "float", "bool", or "modules" (`"all-linear"` or a list of
+    module names).
+    `minimum` and `maximum` are included in the range unless marked exclusive; every number has both.
+    """
+
+    name: str
+    type: str
+    default: Any
+    meaning: str
+    unit: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    minimum_exclusive: bool = False
+    maximum_exclusive: bool = False
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def expectation(self) -> str:
+        """What a value must be, as the words after "must be"."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.type == "bool":
+            return "true or false"
+        if self.type == "string":
+            return "a string"
+        if self.type == "modules":
+            return f'"{ALL_LINEAR}", or module names as a list or separated by commas'
+        noun = "a whole number" if self.type == "int" else "a number"
+        if self.minimum_exclusive:
+            return f"{noun} greater than {_number(self.minimum)}, at most {_number(self.maximum)}"
+        end = " to less than" if self.maximum_exclusive else " to"
+        return f"{noun} from {_number(self.minimum)}{end} {_number(self.maximum)}"
+
+    def parse(self, value: object) -> Any:
+        """The value in its own type. PAI sends strings: `"5e-5"`, `"8"`, `"true"` are read as what they say.
+
+        Raises:
+            ValueError: the value has the wrong type or is out of bounds; the message says what it must be.
+        """
+        try:
+            parsed = PARSERS[self.type](value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"must be {self.expectation}") from None
+        if self.choices:
+            parsed = parsed.strip().casefold()
+            if parsed not in self.choices:
+                raise ValueError(f"must be {self.expectation}")
+        if self.type in ("int", "float") and not self._within(parsed):
+            raise ValueError(f"must be {self.expectation}")
+        return parsed
+
+    def _within(self, number: float) -> bool:
+        if self.minimum is not None and number <= self.minimum:
+            return number == self.minimum and not self.minimum_exclusive
+        if self.maximum is not None and number >= self.maximum:
+            return number == self.maximum and not self.maximum_exclusive
+        return True
+
+
+_ROWS = (
+    Hyperparameter(
+        "training_strategy",
+        "string",
+        "sft",
+        "what is trained for: sft imitates one answer, dpo prefers the chosen over the rejected answer",
+        choices=("sft", "dpo"),
+    ),
+    Hyperparameter(
+        "learning_rate",
+        "float",
+        5e-5,
+        "peak step size of AdamW",
+        minimum=0,
+        minimum_exclusive=True,
+        maximum=1,
+    ),
+    Hyperparameter(
+        "num_train_epochs",
+        "float",
+        1.0,
+        "passes over the training data; a fraction stops within a pass",
+        "epochs",
+        minimum=0,
+        minimum_exclusive=True,
+        maximum=1000,
+    ),
+    Hyperparameter(
+        "per_device_train_batch_size",
+        "int",
+        1,
+        "rows (sft) or pairs (dpo) that one device takes at once",
+        "rows",
+        minimum=1,
+        maximum=1024,
+    ),
+    Hyperparameter(
+        "seq_length",
+        "int",
+        128,
+        "longest prompt plus answer; what is longer is cut at the end",
+        "tokens",
+        minimum=16,
+        maximum=1_048_576,
+    ),
+    Hyperparameter(
+        "lora_dim",
+        "int",
+        32,
+        "rank of the adapter's matrices; 0 only with Standard_LLM, 512 is the largest rank that vLLM serves",
+        minimum=0,
+        maximum=512,
+    ),
+    Hyperparameter(
+        "lora_alpha",
+        "int",
+        32,
+        "the adapter's output is scaled by lora_alpha / lora_dim",
+        minimum=1,
+        maximum=4096,
+    ),
+    Hyperparameter(
+        "dpo_beta",
+        "float",
+        0.1,
+        "pull towards the reference model in DPO: higher stays closer to it",
+        minimum=0,
+        minimum_exclusive=True,
+        maximum=100,
+    ),
+    Hyperparameter(
+        "load_in_4bit",
+        "bool",
+        True,
+        "hold the frozen weights in 4 bits; false by default without CUDA, with load_in_8bit or Standard_LLM",
+    ),
+    Hyperparameter("load_in_8bit", "bool", False, "hold the frozen weights in 8 bits"),
+    Hyperparameter(
+        "gradient_accumulation_steps",
+        "int",
+        8,
+        "batches whose gradients are averaged into one optimizer step",
+        "batches",
+        minimum=1,
+        maximum=4096,
+    ),
+    Hyperparameter(
+        "apply_chat_template",
+        "bool",
+        True,
+        "wrap prompt and answer in the model's chat template, with system_prompt",
+    ),
+    Hyperparameter(
+        "system_prompt",
+        "string",
+        "You are a helpful assistant",
+        "system message of every row when the chat template is applied; empty leaves it to the template",
+    ),
+    Hyperparameter(
+        "warmup_ratio",
+        "float",
+        0.0,
+        "part of all optimizer steps over which the learning rate rises from 0",
+        "fraction of steps",
+        minimum=0,
+        maximum=1,
+        maximum_exclusive=True,
+    ),
+    Hyperparameter(
+        "target_modules",
+        "modules",
+        ALL_LINEAR,
+        f'layers with an adapter: "{ALL_LINEAR}" (all but the output head), or names such as q_proj,v_proj',
+    ),
+    Hyperparameter(
+        "lora_dropout",
+        "float",
+        0.0,
+        "part of the adapter's inputs that are dropped in training",
+        "fraction",
+        minimum=0,
+        maximum=1,
+        maximum_exclusive=True,
+    ),
+    Hyperparameter(
+        "lr_scheduler_type",
+        "string",
+        "linear",
+        "how the learning rate runs after the warm-up",
+        choices=LR_SCHEDULERS,
+    ),
+    Hyperparameter("weight_decay", "float", 0.0, "AdamW's decoupled weight decay", minimum=0, maximum=1),
+    Hyperparameter(
+        "max_grad_norm",
+        "float",
+        1.0,
+        "gradients longer than this are scaled down to it; 0 turns clipping off",
+        "L2 norm",
+        minimum=0,
+        maximum=1000,
+    ),
+    Hyperparameter(
+        "seed", "int", 42, "seed of adapter start, data order and dropout", minimum=0, maximum=4_294_967_295
+    ),
+    Hyperparameter(
+        "logging_steps",
+        "int",
+        10,
+        "metrics are written once in this many steps",
+        "optimizer steps",
+        minimum=1,
+        maximum=1_000_000,
+    ),
+    Hyperparameter(
+        "save_steps",
+        "int",
+        0,
+        "a checkpoint is kept once in this many steps; 0 saves at the end only",
+        "optimizer steps",
+        minimum=0,
+        maximum=10_000_000,
+    ),
+    Hyperparameter(
+        "eval_steps",
+        "int",
+        0,
+        "validation data is scored once in this many steps; 0 scores it at the end of every epoch",
+        "optimizer steps",
+        minimum=0,
+        maximum=10_000_000,
+    ),
+    Hyperparameter(
+        "max_steps",
+        "int",
+        0,
+        "stops after this many steps, whatever num_train_epochs says; 0 is off",
+        "optimizer steps",
+        minimum=0,
+        maximum=100_000_000,
+    ),
+    Hyperparameter(
+        "loss_type",
+        "string",
+        "sigmoid",
+        "loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper",
+        choices=LOSS_TYPES,
+    ),
+    Hyperparameter(
+        "gradient_checkpointing",
+        "bool",
+        False,
+        "recompute activations in the backward pass: less memory, about a third more time",
+    ),
+)
+
+HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def as_definitions() -> list[dict[str, Any]]:
+    """The schema as PAI's `recipe.hyperparameter_definitions` lists it, one dict a name; no bound is None."""
+    types = {"string": "String", "int": "Int", "float": "Float", "bool": "Bool", "modules": "String"}
+    return [
+        {
+            "Name": row.name,
+            "DefaultValue": row.default,
+            "Type": types[row.type],
+            "Description": row.meaning,
+            "Minimum": row.minimum,
+            "Maximum": row.maximum,
+            "Choices": list(row.choices) if row.choices else None,
+            "Unit": row.unit,
+        }
+        for row in HYPERPARAMETERS.values()
+    ]
+
+
+def describe() -> str:
+    """The schema as a Markdown table, one row a name; docs/hyperparameters.md holds exactly this text."""
+    lines = ["| name | default | values | unit | meaning |", "| --- | --- | --- | --- | --- |"]
+    for row in HYPERPARAMETERS.values():
+        lines.append(f"| `{row.name}` | `{show(row.default)}` | {row.expectation} | {row.unit} | {row.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def show(value: object) -> str:
+    """A value as it is written in a table or a message: `true`, `5e-5`, `"text"`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, float):
+        return _number(value)
+    return repr(value)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "any"
+    if isinstance(value, float) and not value.is_integer():
+        return repr(value).replace("e-0", "e-")
+    return str(int(value))

@@ -1,0 +1,10 @@
+"""`python -m palate_server SPEC.json`: logging to stderr, then the program."""
+
+import logging
+import sys
+
+from palate_server.program import main
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="palate_server: %(message)s")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""The program with its real engines: what a client sees, and that nothing stays when it ends, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from palate_server.spec import READY_FILE, STOP_GRACE_S, describe_engines
+
+from .conftest import TOKEN, Server, running, start
+
+pytestmark = pytest.mark.slow
+
+INSTALLED = {engine.name: engine for engine in describe_engines()}
+MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def require(engine: str) -> None:
+    info = next(e for name, e in INSTALLED.items() if name == engine)
+    if info.distribution is None:
+        pytest.skip(f"{engine} is not installed: {info.remedy}")
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def server(
+    request: pytest.FixtureRequest, base_model: str, adapter: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One running server per engine; the tests of each engine share it, and the last one ends it."""
+    require(request.param)
+    work = tmp_path_factory.mktemp(request.param)
+    fields = {"model_dir": adapter, "base_model_dir": base_model, "engine": request.param, "max_model_len": 256}
+    with running(work, **fields) as started:
+        yield started
+
+
+def say(server: Server, model: str, **options: Any) -> openai.types.chat.ChatCompletion:
+    settings = {"max_tokens": 8, "temperature": 0, **options}
+    return server.client().chat.completions.create(model=model, messages=MESSAGES, **settings)
+
+
+def test_tuned_and_base_answer_and_differ(server: Server) -> None:
+    tuned, named, base = (say(server, model) for model in ("default", "smol_example", "base"))
+    assert tuned.choices[0].message.content != base.choices[0].message.content
+    assert named.choices[0].message.content == tuned.choices[0].message.content
+    assert (tuned.model, named.model, base.model) == ("default", "default", "base")
+    assert tuned.usage is not None
+    assert base.usage is not None
+    assert tuned.usage.prompt_tokens == base.usage.prompt_tokens
+    assert "France" in (base.choices[0].message.content or "")
+
+
+def test_the_first_model_listed_is_the_tuned_one(server: Server) -> None:
+    names = [model.id for model in server.client().models.list().data]
+    assert names == ["default", "smol_example", "base"]
+    assert server.ready is not None
+    assert server.ready.models == names
+    assert server.client().models.retrieve("smol_example").id == "smol_example"
+
+
+def test_a_wrong_token_is_refused_and_health_is_open(server: Server) -> None:
+    with pytest.raises(openai.AuthenticationError, match="no valid token"):
+        server.client(token="wrong").models.list()
+    for path in ("/v1/models", "/metrics", "/ping", "/docs", "/openapi.json", "/version"):
+        assert httpx.get(f"{server.url}{path}").status_code == 401, path
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_an_unknown_model_is_not_found(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match="This service has: default, smol_example, base"):
+        say(server, "nope")
+
+
+def test_a_stream_carries_the_same_answer(server: Server) -> None:
+    whole = say(server, "smol_example").choices[0]
+    stream = server.client().chat.completions.create(
+        model="smol_example", messages=MESSAGES, stream=True, max_completion_tokens=8, temperature=0
+    )
+    chunks = [chunk for chunk in stream if chunk.choices]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
+    assert len(chunks) > 3
+
+
+def test_a_raw_stream_ends_with_done(server: Server) -> None:
+    body = {"messages": MESSAGES, "stream": True, "max_tokens": 2}  # no model named: the tuned one answers
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert '"model":"default"' in lines[0]
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_prompt_and_answer_stay_within_the_context(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="256"):
+        server.client().completions.create(model="base", prompt="one two " * 300, max_tokens=1)
+
+
+def test_the_token_is_in_no_argv_and_no_file(server: Server) -> None:
+    assert not any(TOKEN in " ".join(process.cmdline()) for process in server.family())
+    texts = [f for f in Path(server.spec.work_dir).iterdir() if f.is_file()]
+    assert not any(TOKEN in f.read_text() for f in texts)
+
+
+def test_sigterm_leaves_nothing(server: Server) -> None:
+    """The last test of each engine: ends the shared server."""
+    family = server.family()
+    assert len(family) >= 3
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=STOP_GRACE_S + 5) == 0
+    assert_nothing_left(server, family)
+
+
+def test_full_weights_answer_as_default_and_kill_9_leaves_nothing(base_model: str, tmp_path: Path) -> None:
+    engine = next((name for name in ("vllm", "transformers") if INSTALLED[name].distribution), None)
+    if engine is None:
+        pytest.skip("no engine is installed")
+    with running(tmp_path, model_dir=base_model, engine="auto", max_model_len=256) as server:
+        assert server.ready is not None
+        assert server.ready.models == ["default", "smol_example"]
+        assert "France" in (say(server, "smol_example").choices[0].message.content or "")
+        with pytest.raises(openai.NotFoundError):
+            say(server, "base")
+        family = server.family()
+        server.process.kill()
+        assert psutil.wait_procs(family, timeout=STOP_GRACE_S + 5)[1] == []
+        assert port_is_free(server.url)
+
+
+def test_an_engine_that_cannot_start_tells_its_own_cause(base_model: str, tmp_path: Path) -> None:
+    require("vllm")
+    server = start(tmp_path, model_dir=base_model, engine="vllm", engine_args=("--no-such-option",))
+    assert server.process.wait(timeout=60) == 1
+    assert "ended by itself with exit code 2" in server.error()
+    assert "error: unrecognized arguments: --no-such-option" in server.error().splitlines()[0]
+    assert "  | " in server.error()
+
+
+def test_weights_that_cannot_be_read_fail_with_the_engines_lines(tiny_model: Path, tmp_path: Path) -> None:
+    require("transformers")
+    server = start(tmp_path / "work", model_dir=str(tiny_model), engine="transformers")
+    assert server.process.wait(timeout=60) == 1
+    assert "answered its first request with 500" in server.error()
+    assert "The engine's last lines:" in server.error()
+    assert children_named(str(tmp_path)) == []
+
+
+def test_a_start_that_takes_too_long_leaves_nothing(base_model: str, tmp_path: Path) -> None:
+    server = start(tmp_path, model_dir=base_model, start_timeout_s=1)
+    assert server.process.wait(timeout=60) == 1
+    assert "did not answer within start_timeout_s=1" in server.error()
+    assert not (tmp_path / READY_FILE).exists()
+    assert children_named(str(tmp_path)) == []
+
+
+def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: Path) -> None:
+    require("transformers")
+    with running(tmp_path, model_dir=base_model, engine="transformers") as server:
+        family = server.family()
+        engine = next(p for p in family if "palate_server.transformers_engine" in p.cmdline()[2:3])
+        os.kill(engine.pid, signal.SIGKILL)
+        assert server.process.wait(timeout=20) == 1
+        assert "ended by itself with exit code 137" in server.error()
+        assert_nothing_left(server, family)
+
+
+def assert_nothing_left(server: Server, family: list[psutil.Process]) -> None:
+    assert psutil.wait_procs(family, timeout=1)[1] == []
+    assert port_is_free(server.url)
+    assert not (Path(server.spec.work_dir) / READY_FILE).exists()
+
+
+def port_is_free(url: str) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+    return True
+
+
+def children_named(text: str) -> list[str]:
+    """Returns the command lines of living processes that mention the text."""
+    listed = subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines()
+    return [line for line in listed if text in line and "pytest" not in line.split("/tmp")[0]]

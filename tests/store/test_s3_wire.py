@@ -1,0 +1,163 @@
+"""What no real server does on demand: lost answers, conflicts, OSS's refusals. A few lines of HTTP play them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from palate.store import Store, StoreOptions, open_store
+from palate.store.errors import PreconditionFailedError, StoreError, StoreUnreachableError
+
+
+@dataclass
+class Bucket:
+    """One bucket in memory. `answer` decides what a put says: a status, a code, or None for no answer at all."""
+
+    answer: Callable[[int], tuple[int, str] | None]
+    objects: dict[str, bytes] = field(default_factory=dict)
+    puts: list[dict[str, str]] = field(default_factory=list)
+
+
+@contextmanager
+def serving(bucket: Bucket, scheme: str) -> Iterator[Store]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            bucket.puts.append({name.lower(): value for name, value in self.headers.items()})
+            answer = bucket.answer(len(bucket.puts))
+            if answer is None or answer[0] == 200:
+                bucket.objects[self.path] = body
+            if answer is None:
+                self.close_connection = True
+                return
+            self.say(*answer, etag=hashlib.md5(body).hexdigest())
+
+        def do_GET(self) -> None:
+            body = bucket.objects[self.path.partition("?")[0]]
+            self.say(200, body.decode(), etag=hashlib.md5(body).hexdigest())
+
+        do_HEAD = do_GET
+
+        def say(self, status: int, text: str, *, etag: str) -> None:
+            body = text if status == 200 else f"<Error><Code>{text}</Code><Message>no</Message></Error>"
+            self.send_response(status)
+            self.send_header("ETag", f'"{etag}"')
+            self.send_header("Last-Modified", "Sat, 21 Nov 2026 03:38:09 GMT")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        options = StoreOptions(
+            endpoint_url=f"http://127.0.0.1:{server.server_port}",
+            region="cn-hangzhou",
+            access_key_id="id",
+            secret_access_key="secret",
+            addressing_style="path",
+        )
+        yield open_store(f"{scheme}://bucket", options=options)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_put_whose_answer_got_lost_has_won() -> None:
+    bucket = Bucket(lambda number: None if number == 1 else (412, "PreconditionFailed"))
+    with serving(bucket, "s3") as store:
+        assert store.put("status", b"mine", if_none_match=True) == hashlib.md5(b"mine").hexdigest()
+    assert len(bucket.puts) == 2
+
+
+def test_a_put_whose_answer_got_lost_and_that_another_overwrote_has_lost() -> None:
+    def answer(number: int) -> tuple[int, str] | None:
+        if number == 1:
+            return None
+        bucket.objects["/bucket/status"] = b"another's"
+        return 412, "PreconditionFailed"
+
+    bucket = Bucket(answer)
+    with serving(bucket, "s3") as store, pytest.raises(PreconditionFailedError):
+        store.put("status", b"mine", if_none_match=True)
+
+
+def test_a_plain_refusal_asks_nothing_more() -> None:
+    bucket = Bucket(lambda _: (412, "PreconditionFailed"), objects={"/bucket/status": b"mine"})
+    with serving(bucket, "s3") as store, pytest.raises(PreconditionFailedError):
+        store.put("status", b"mine", if_none_match=True)
+    assert len(bucket.puts) == 1
+
+
+def test_a_conflict_is_tried_again() -> None:
+    bucket = Bucket(lambda number: (409, "ConditionalRequestConflict") if number < 3 else (200, ""))
+    with serving(bucket, "s3") as store:
+        store.put("status", b"mine", if_match="abc")
+    assert [headers["if-match"] for headers in bucket.puts] == ['"abc"'] * 3
+
+
+def test_a_conflict_that_stays_is_an_error() -> None:
+    bucket = Bucket(lambda _: (409, "ConditionalRequestConflict"))
+    with serving(bucket, "s3") as store, pytest.raises(StoreError, match="ConditionalRequestConflict"):
+        store.put("status", b"mine", if_match="abc")
+    assert len(bucket.puts) == 5
+
+
+def test_if_match_of_a_deleted_object_has_lost() -> None:
+    bucket = Bucket(lambda _: (404, "NoSuchKey"))
+    with serving(bucket, "s3") as store, pytest.raises(PreconditionFailedError):
+        store.put("status", b"mine", if_match="abc")
+
+
+def test_a_failing_server_is_unreachable_after_retries() -> None:
+    bucket = Bucket(lambda _: (500, "InternalError"))
+    with serving(bucket, "s3") as store, pytest.raises(StoreUnreachableError, match=r"InternalError.* after retries"):
+        store.put("status", b"mine")
+    assert len(bucket.puts) == 5
+
+
+def test_oss_creates_in_its_own_words() -> None:
+    bucket = Bucket(lambda number: (200, "") if number == 1 else (409, "FileAlreadyExists"))
+    with serving(bucket, "oss") as store:
+        store.put("manifest", b"1", if_none_match=True)
+        with pytest.raises(PreconditionFailedError):
+            store.put("manifest", b"2", if_none_match=True)
+    for headers in bucket.puts:
+        assert headers["x-oss-forbid-overwrite"] == "true"
+        assert "x-oss-forbid-overwrite" in headers["authorization"], "signed with the rest"
+        assert not set(headers) & {"if-none-match", "x-amz-trailer", "x-amz-sdk-checksum-algorithm"}
+        assert "aws-chunked" not in headers.get("content-encoding", "")
+
+
+def test_oss_compares_before_it_replaces() -> None:
+    bucket = Bucket(lambda _: (200, ""), objects={"/bucket/status": b"1"})
+    with serving(bucket, "oss") as store:
+        assert not store.atomic_replace
+        etag = store.put("status", b"2", if_match=hashlib.md5(b"1").hexdigest())
+        with pytest.raises(PreconditionFailedError):
+            store.put("status", b"3", if_match="stale")
+        assert store.put("status", b"3", if_match=etag)
+    assert len(bucket.puts) == 2
+    assert not any({"if-match", "x-oss-forbid-overwrite"} & set(headers) for headers in bucket.puts)
+
+
+def test_oss_endpoint_follows_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "https://s3.oss-cn-beijing.aliyuncs.com" in repr(
+        open_store("oss://bucket/x", options=StoreOptions(region="cn-beijing"))
+    )
+    monkeypatch.setenv("OSS_REGION", "cn-shanghai")
+    assert "https://s3.oss-cn-shanghai.aliyuncs.com" in repr(open_store("oss://bucket/x"))

@@ -1,0 +1,250 @@
+"""A store that cannot be used says so early: which URI, which endpoint, why, what to do, and never a secret."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from palate.store import Store, StoreOptions, open_store
+from palate.store.errors import (
+    BucketNotFoundError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnreachableError,
+    StoreUsageError,
+)
+from tests.support.seaweed import free_ports
+
+SECRET = "hush-hush-very-secret"
+
+
+def everything(store: Store, tmp_path: Path) -> dict[str, StoreError]:
+    """Does each thing once and returns how it failed."""
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_text("x")
+    calls: dict[str, Callable[[], object]] = {
+        "check": store.check,
+        "check-read": lambda: store.check(write=False),
+        "get": lambda: store.get("k"),
+        "put": lambda: store.put("k", b""),
+        "stat": lambda: store.stat("k"),
+        "list": lambda: list(store.list()),
+        "children": store.list_children,
+        "upload": lambda: store.upload(tmp_path / "tree" / "file", "k"),
+        "upload_tree": lambda: store.upload_tree(tmp_path / "tree", "k"),
+        "download": lambda: store.download("k", tmp_path / "out"),
+        "download_tree": lambda: store.download_tree("k", tmp_path / "out"),
+        "delete_tree": lambda: store.delete_tree("k"),
+    }
+    errors = {}
+    for name, call in calls.items():
+        with pytest.raises(StoreError) as caught:
+            call()
+        errors[name] = caught.value
+    assert not (tmp_path / "out").exists()
+    return errors
+
+
+def test_a_missing_bucket(s3_options: StoreOptions, tmp_path: Path) -> None:
+    store = open_store("s3://no-such-bucket/x", options=s3_options)
+    for name, error in everything(store, tmp_path).items():
+        assert type(error) is BucketNotFoundError, name
+        assert not isinstance(error, FileNotFoundError), "a reader would wait for an object that cannot come"
+        assert "'no-such-bucket' is not there. Create it" in str(error)
+        assert str(s3_options.endpoint_url) in str(error)
+
+
+@pytest.mark.parametrize("wrong", ["secret", "both", "none"])
+def test_wrong_credentials(s3_options: StoreOptions, bucket: str, wrong: str, tmp_path: Path) -> None:
+    if wrong == "none":
+        options = replace(s3_options, access_key_id=None, secret_access_key=None, anonymous=True)
+    else:
+        key_id = s3_options.access_key_id if wrong == "secret" else "nobody"
+        options = replace(s3_options, access_key_id=key_id, secret_access_key=SECRET)
+    store = open_store(f"s3://{bucket}/x", options=options)
+    for name, error in everything(store, tmp_path).items():
+        assert type(error) is StoreDeniedError, name
+        assert isinstance(error, PermissionError)
+        assert f"s3://{bucket}/x" in str(error)
+        assert "Check" in str(error)
+        assert SECRET not in str(error)
+
+
+def test_no_credentials_at_all(s3_options: StoreOptions, bucket: str) -> None:
+    options = StoreOptions(endpoint_url=s3_options.endpoint_url)
+    with pytest.raises(StoreDeniedError, match="set AWS_ACCESS_KEY_ID"):
+        open_store(f"s3://{bucket}", options=options).check()
+
+
+def test_credentials_and_endpoint_from_the_environment(
+    s3_options: StoreOptions, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_options.environment().items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"s3://{bucket}/from-environment")
+    store.check()
+    assert str(s3_options.endpoint_url) in repr(store)
+
+    key_id, secret = os.environ.pop("AWS_ACCESS_KEY_ID"), os.environ.pop("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("OSS_ACCESS_KEY_ID", key_id)
+    monkeypatch.setenv("OSS_ACCESS_KEY_SECRET", secret)
+    open_store(f"oss://{bucket}/from-environment").check()
+
+
+def test_nothing_listens_at_the_endpoint(s3_options: StoreOptions) -> None:
+    options = replace(s3_options, endpoint_url=f"http://127.0.0.1:{free_ports(1)[0]}")
+    store = open_store("s3://bucket/x", options=options)
+    for call in (store.check, lambda: store.get("k"), lambda: store.put("k", b"")):
+        began = time.monotonic()
+        with pytest.raises(StoreUnreachableError, match="Check the endpoint") as caught:
+            call()
+        assert time.monotonic() - began < 10
+        assert str(options.endpoint_url) in str(caught.value)
+        assert isinstance(caught.value, ConnectionError)
+
+
+def test_the_endpoint_accepts_and_says_nothing(s3_options: StoreOptions) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = replace(s3_options, endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StoreUnreachableError, match="Check the endpoint"):
+            open_store("s3://bucket/x", options=options).check()
+        assert time.monotonic() - began < 12
+
+
+def test_no_secret_is_ever_shown(s3_options: StoreOptions) -> None:
+    options = replace(s3_options, secret_access_key=SECRET, session_token=SECRET + "-token")
+    store = open_store("s3://bucket/x", options=options)
+    assert SECRET not in f"{options!r} {options} {store!r} {store}"
+    assert set(options.environment().values()) >= {SECRET, SECRET + "-token"}
+    for uri in (f"s3://key:{SECRET}@bucket/x", f"oss://key:{SECRET}@bucket"):
+        with pytest.raises(StoreUsageError, match="holds credentials") as caught:
+            open_store(uri)
+        assert SECRET not in str(caught.value)
+    for endpoint in (f"http://key:{SECRET}@host", f"key:{SECRET}@host"):
+        with pytest.raises(StoreUsageError, match="endpoint_url") as caught:
+            StoreOptions(endpoint_url=endpoint)
+        assert SECRET not in str(caught.value)
+
+
+def test_half_given_options() -> None:
+    with pytest.raises(StoreUsageError, match="go together"):
+        StoreOptions(access_key_id="id")
+    with pytest.raises(StoreUsageError, match="go together"):
+        StoreOptions(secret_access_key=SECRET)
+    with pytest.raises(StoreUsageError, match="all three"):
+        StoreOptions(session_token=SECRET)
+    with pytest.raises(StoreUsageError, match="addressing_style='odd'"):
+        StoreOptions(addressing_style="odd")
+    with pytest.raises(StoreUsageError, match="needs a region"):
+        open_store("oss://bucket")
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("gs://bucket/x", "s3://"),
+        ("", "empty"),
+        ("file://data/x", "three slashes"),
+        ("file://~/x", "three slashes"),
+        ("s3://", "names no bucket"),
+        ("s3:///x", "names no bucket"),
+        ("s3://bucket/../other", "'..'"),
+        ("s3://bucket/a//b", "empty part"),
+    ],
+)
+def test_uris_that_cannot_work(uri: str, says: str) -> None:
+    with pytest.raises(StoreUsageError, match=says):
+        open_store(uri)
+
+
+def test_paths_are_file_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    roots = {open_store(uri).root for uri in (tmp_path / "s", "s", "./s/", "~/s", f"file://{tmp_path}/s/")}
+    assert roots == {f"file://{tmp_path}/s"}
+    assert not (tmp_path / "s").exists(), "opening makes nothing"
+
+
+def test_a_file_stores_folder(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "a" / "b")
+    with pytest.raises(BucketNotFoundError, match="is not there"):
+        store.check(write=False)
+    store.check()
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "plain").write_text("")
+    for uri in (tmp_path / "plain", tmp_path / "plain" / "below"):
+        with pytest.raises(StoreError, match="plain"):
+            open_store(uri).check()
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "shut"
+    folder.mkdir(mode=0o500)
+    store = open_store(folder)
+    with _without_root():
+        for call in (store.check, lambda: store.put("k", b"")):
+            with pytest.raises(StoreDeniedError, match=r"shut.* Give this user"):
+                call()
+
+
+def test_an_object_is_no_folder_in_a_file_store(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put("a/b", b"")
+    for key in ("a", "a/b/c"):
+        with pytest.raises(StoreError, match="choose another key"):
+            store.put(key, b"")
+
+
+def test_a_failed_put_leaves_no_draft(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StoreError):
+        store.put("folder", b"x")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", ".palate-lock"}
+
+
+def test_without_boto3_only_an_object_store_fails(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.modules["boto3"] = None
+from palate.store import open_store
+open_store({str(tmp_path)!r}).put("k", b"v")
+try:
+    open_store("s3://bucket")
+except ImportError as error:
+    from palate.errors import MissingDependencyError
+    assert isinstance(error, MissingDependencyError)
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "pip install 'palate[s3]'" in done.stdout
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    program = "import sys, palate.store; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"boto3", "botocore", "concurrent.futures", "hashlib", "shutil", "logging", "palate.store.s3"}
+
+
+@contextmanager
+def _without_root() -> Iterator[None]:
+    """Root may write anywhere: be nobody for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
