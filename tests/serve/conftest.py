@@ -118,7 +118,7 @@ def adapter(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     tuned = get_peft_model(model, config)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.2)
+            torch.nn.init.normal_(weight, std=1.0)
     tuned.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_model).save_pretrained(folder)
     return folder

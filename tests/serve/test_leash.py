@@ -67,12 +67,13 @@ def test_a_killed_holder_or_keeper_leaves_nothing(tmp_path: Path, stubborn: list
         family = psutil.Process(holder.pid).children(recursive=True)
         keeper = next(p for p in family if p.ppid() == holder.pid)
         os.kill(holder.pid if victim == "holder" else keeper.pid, signal.SIGKILL)
-        left = psutil.wait_procs([*family, orphan], timeout=15)[1]
-    if victim == "keeper":
-        # Without the keeper nobody knows a process that left both its parent and its session.
-        orphan.kill()
-        left = [p for p in left if p.pid != orphan.pid]
-    assert left == []
+        if victim == "keeper":
+            # Without the keeper nobody knows a process that left both its parent and its session.
+            orphan.kill()
+            family = [process for process in family if process.pid != orphan.pid]
+        else:
+            family.append(orphan)
+        assert psutil.wait_procs(family, timeout=15)[1] == []
 
 
 def test_the_exit_code_comes_through(tmp_path: Path) -> None:
