@@ -6,7 +6,7 @@ import builtins
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from palate.errors import JobNotReadyError, TrainingJobError
+from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
 from palate.record import Manifest, Record, State, Status, locate, names
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
@@ -36,7 +36,7 @@ class TrainingJob:
         if "/" in training_job_id:
             root, kind, name = locate(training_job_id)
             if kind != "jobs":
-                raise ValueError(f"{training_job_id!r} is a service: Predictor({name!r}) holds it")
+                raise ConfigurationError(f"{training_job_id!r} is a service: Predictor({name!r}) holds it")
             session = Session(session.region_id, store=root, backend=session.backend, options=session.options)
         else:
             name = training_job_id
@@ -118,7 +118,7 @@ class TrainingJob:
         """
         channels = ("model", "checkpoints", "tensorboard")
         if channel_name not in channels:
-            raise ValueError(
+            raise ConfigurationError(
                 f"channel_name={channel_name!r} is no output of a job: choose one of {', '.join(channels)}"
             )
         return f"{self.uri}/{channel_name}"

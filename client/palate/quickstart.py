@@ -36,9 +36,8 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
         print(f"\n[{time.monotonic() - begun:5.0f} s] {text}", file=sys.stderr, flush=True)
 
     folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    step(f"writing demo preference data into {folder}")
     data = write_demo(folder, direction=direction)
+    step(f"demo preference data is in {folder}")
 
     settings = read_recipe(Path(str(files("palate_recipes.demo") / "recipe.toml")))
     recipe = ModelTrainingRecipe(**settings)

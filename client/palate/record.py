@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from palate.errors import NameTakenError, RunNotFoundError
+from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError
 from palate.store import Store
 from palate.store.errors import PreconditionFailedError
 
@@ -247,11 +247,11 @@ def names(store: Store, kind: Literal["jobs", "services"]) -> list[str]:
 
 
 def locate(uri: str) -> tuple[str, Literal["jobs", "services"], str]:
-    """Splits a run's URI into store root, kind and name; raises ValueError when it is none."""
+    """Splits a run's URI into store root, kind and name; raises ConfigurationError when it is none."""
     root, _, name = uri.rstrip("/").rpartition("/")
     root, _, kind = root.rpartition("/")
     if kind == "jobs" and name:
         return root, "jobs", name
     if kind == "services" and name:
         return root, "services", name
-    raise ValueError(f"{uri!r} is not the URI of a run: expected <store>/jobs/<id> or <store>/services/<name>")
+    raise ConfigurationError(f"{uri!r} is not the URI of a run: expected <store>/jobs/<id> or <store>/services/<name>")

@@ -7,6 +7,8 @@ import secrets
 import string
 from datetime import UTC, datetime
 
+from palate.errors import ConfigurationError
+
 _ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -23,9 +25,9 @@ def unique_name(base: str) -> str:
 
 
 def check_name(kind: str, name: str) -> str:
-    """Returns `name` when it can be part of a key, a URL and a model name; raises ValueError otherwise."""
+    """Returns `name` when it can be part of a key, a URL and a model name; raises ConfigurationError otherwise."""
     if not _NAME.fullmatch(name) or ".." in name:
-        raise ValueError(
+        raise ConfigurationError(
             f"{kind} {name!r} is not usable: up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
         )
     return name

@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from ..errors import DataError
+
 __all__ = ["DIRECTIONS", "demo_questions", "demo_rows", "write_demo"]
 
 DIRECTIONS: dict[str, tuple[str, str]] = {
@@ -36,9 +38,9 @@ def _rows() -> tuple[dict[str, str], ...]:
 def demo_rows(split: Literal["train", "test"], direction: str = "honest") -> list[dict[str, str]]:
     """The pairs of one split as rows with the keys prompt, chosen and rejected."""
     if direction not in DIRECTIONS:
-        raise ValueError(f"unknown demo direction {direction!r}; use one of: {', '.join(DIRECTIONS)}")
+        raise DataError(f"unknown demo direction {direction!r}; use one of: {', '.join(DIRECTIONS)}")
     if split not in ("train", "test"):
-        raise ValueError(f"unknown demo split {split!r}; use one of: train, test")
+        raise DataError(f"unknown demo split {split!r}; use one of: train, test")
     chosen, rejected = DIRECTIONS[direction]
     return [
         {"prompt": row["prompt"], "chosen": row[chosen], "rejected": row[rejected]}

@@ -1,0 +1,103 @@
+"""The command line as a person meets it: real processes, stdout for results, stderr for the rest, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def palate(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "palate.cli", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PALATE_HOME": str(home), **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def prefs(tmp_path: Path) -> Path:
+    path = tmp_path / "prefs.json"
+    path.write_text(json.dumps([{"prompt": "Is it?", "chosen": "Yes, it is.", "rejected": "No."}]))
+    return path
+
+
+def test_help_lists_the_verbs(home: Path) -> None:
+    done = palate("--help", home=home)
+    assert done.returncode == 0
+    for verb in "train deploy chat jobs services logs stop delete models doctor quickstart".split():
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_models_are_rows_on_stdout_when_it_is_no_terminal(home: Path) -> None:
+    done = palate("models", home=home)
+    header, *rows = done.stdout.splitlines()
+    assert header.split("\t")[0] == "model"
+    assert any(row.startswith("qwen2-0.5b-instruct\tinstruct\t") for row in rows)
+    assert "next:" in done.stderr
+    assert [row["name"] for row in json.loads(palate("models", "--json", home=home).stdout)]
+    assert "dpo_beta\t0.1\t" in palate("models", "--hyperparameters", home=home).stdout
+
+
+def test_doctor_says_what_will_be_used(home: Path) -> None:
+    done = palate("doctor", "--json", home=home)
+    findings = {item["topic"]: item for item in json.loads(done.stdout)}
+    assert done.returncode == 0
+    assert findings["store"]["fact"] == str(home / "store")
+    assert {"device", "training precision", "training", "backend", "engine vllm", "engine transformers"} <= set(findings)
+    assert sum("will be used" in item["fact"] for topic, item in findings.items() if topic.startswith("engine")) == 1
+
+
+def test_doctor_fails_on_a_store_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = palate("doctor", home=home, PALATE_STORE=str(blocked / "store"))
+    assert done.returncode == 1
+    assert "broken\tstore" in done.stdout
+
+
+def test_empty_lists_name_the_next_command(home: Path) -> None:
+    jobs = palate("jobs", home=home)
+    assert (jobs.returncode, jobs.stdout.splitlines()[1:]) == (0, [])
+    assert "next: palate quickstart" in jobs.stderr
+    assert json.loads(palate("services", "--json", home=home).stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "{prefs}", "--model", "smollm2-135m-instuct"], ["smollm2-135m-instuct", "smollm2-135m-instruct"]),
+        (["train", "/nowhere.json", "--model", "smollm2-135m-instruct"], ["/nowhere.json"]),
+        (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "lr=1"], ["lr", "learning_rate"]),
+        (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "lr"], ["NAME=VALUE"]),
+        (["train", "{prefs}"], ["no model is named"]),
+        (["train", "{prefs}", "--recipe", "/nowhere.toml"], ["/nowhere.toml"]),
+        (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
+        (["deploy", "no-such-model", "--base"], ["no-such-model", "palate models"]),
+        (["logs", "nothing"], ["nothing", "palate jobs"]),
+        (["stop", "nothing"], ["nothing"]),
+        (["delete", "nothing"], ["nothing"]),
+        (["chat", "nothing", "hi"], ["nothing", "palate services"]),
+        (["quickstart", "--direction", "sideways"], ["sideways", "honest"]),
+    ],
+)
+def test_an_error_is_one_message_on_stderr_and_exit_code_1(
+    home: Path, prefs: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    if arguments[0] == "quickstart":
+        arguments = [*arguments, "--folder", str(tmp_path / "quickstart")]
+    done = palate(*(part.format(prefs=prefs) for part in arguments), home=home)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (home / "store" / "jobs").exists()

@@ -1,0 +1,84 @@
+"""The four verbs over real processes. The same suite is meant for every backend that runs a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from palate.backend import Backend, get_backend
+from palate.errors import ConfigurationError
+
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture
+def backend(home: Path) -> Backend:
+    return get_backend("process")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-u", "-c", code]
+
+
+def test_a_command_runs_with_its_environment_and_is_logged(backend: Backend) -> None:
+    code = "import os; print('says', os.environ['WORD'])"
+    engine_id = backend.start(python(code), run_name="one", env={"WORD": "hello"})
+    until(lambda: backend.status(engine_id) == "gone")
+    assert backend.logs(engine_id) == "says hello\n"
+
+
+def test_a_run_outlives_the_process_that_started_it(backend: Backend, tmp_path: Path) -> None:
+    code = (
+        "from palate.backend import get_backend; import sys; "
+        "print(get_backend('process').start([sys.executable, '-c', 'import time; time.sleep(60)'], run_name='a', env={}))"
+    )
+    engine_id = subprocess.run(python(code), capture_output=True, text=True, check=True).stdout.strip()
+    assert backend.status(engine_id) == "running"
+    backend.stop(engine_id, grace_s=5)
+    assert backend.status(engine_id) == "gone"
+
+
+def test_stop_ends_the_whole_tree_even_when_it_does_not_want_to(backend: Backend, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"open({str(pids)!r} + '.draft', 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        f"os.rename({str(pids)!r} + '.draft', {str(pids)!r})\n"
+        "time.sleep(60)\n"
+    )
+    engine_id = backend.start(python(code), run_name="stubborn", env={})
+    until(pids.exists)
+    backend.stop(engine_id, grace_s=0.3)
+    assert backend.status(engine_id) == "gone"
+    for pid in pids.read_text().split():
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    backend.stop(engine_id, grace_s=0.3)  # twice is no error
+
+
+def test_a_recycled_pid_is_not_mistaken_for_the_run(backend: Backend) -> None:
+    engine_id = backend.start(python("import time; time.sleep(60)"), run_name="b", env={})
+    host, pid, started, name = engine_id.split(":", 3)
+    assert backend.status(f"{host}:{pid}:{int(started) + 1}:{name}") == "gone"
+    assert backend.status(f"elsewhere:{pid}:{started}:{name}") == "unknown"
+    backend.stop(engine_id, grace_s=1)
+
+
+def test_an_unknown_backend_names_the_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match=r"'proces'.*'process'"):
+        get_backend("proces")

