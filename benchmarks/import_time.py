@@ -1,6 +1,6 @@
 """How long the first lines of a user's script take: bare Python, `import palate`, and the recipe's import, alternating.
 
-    python benchmarks/import_time.py [rounds]
+python benchmarks/import_time.py [rounds]
 """
 
 from __future__ import annotations

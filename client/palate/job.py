@@ -77,7 +77,7 @@ class TrainingJob:
 
     @property
     def manifest(self) -> Manifest:
-        """What reproduces the run: model and revision, resolved hyperparameters, input digests, versions."""
+        """What was asked for: weights source, resolved hyperparameters, input digests. `describe().details` has the versions."""
         return self._run.manifest
 
     @property

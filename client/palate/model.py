@@ -313,14 +313,15 @@ class ModelTrainingRecipe:
     ) -> Predictor:
         """Serves what the latest job made behind an OpenAI-compatible endpoint.
 
-        `default` and the service's name answer with the tuned model, `base` with the untuned one.
+        `default` and the service's name answer with the tuned model, `base` with the untuned one (not after full fine-tuning:
+        that leaves no adapter to put aside).
 
         Args:
             service_name: Its name; default: the job's id with `-service`.
             instance_type, instance_count: Placement, on backends that can give it.
             resource_config, resource_id, inference_spec: Refused.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
-                `max_model_len` (tokens), `start_timeout_s`, `time_to_live_s`, `engine_args` (list of str).
+                `dtype`, `max_model_len` (tokens), `start_timeout_s`, `time_to_live_s`, `engine_args` (list of str).
             wait: Whether to wait until it has answered a real request.
             show_logs: With `wait`: whether to show the engine's log.
 
@@ -398,12 +399,26 @@ class RegisteredModel:
         )
 
     def deploy(
-        self, service_name: str, *, options: Mapping[str, Any] | None = None, wait: bool = True, show_logs: bool = False
+        self,
+        service_name: str,
+        instance_type: str | None = None,
+        instance_count: int | None = 1,
+        resource_config: object = None,
+        resource_id: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        inference_spec: object = None,
+        *,
+        show_logs: bool = False,
     ) -> Predictor:
-        """Serves the model as it is, untuned; see `ModelTrainingRecipe.deploy`."""
+        """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`."""
         from palate.predictor import start_service
 
+        _refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
         session = self._session or get_default_session()
+        session.backend.refuse(
+            image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
+        )
         source, _ = find_weights(session, model_name=self.model_name, model_uri=None, model_version=self.model_version)
         return start_service(
             session,

@@ -15,6 +15,7 @@ from palate.errors import ConfigurationError, ServiceError, UnsupportedParameter
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status, names
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
+from palate_server.spec import ServeSpec
 
 if TYPE_CHECKING:
     import httpx
@@ -29,6 +30,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "engine": (str,),
     "host": (str,),
     "port": (int,),
+    "dtype": (str,),
     "max_model_len": (int,),
     "start_timeout_s": (int, float),
     "engine_args": (list, tuple),
@@ -242,8 +244,15 @@ class Predictor:
             self.wait_for_ready()
 
     def stop_service(self, wait: bool = True) -> None:
-        """Stops the service and keeps its name and settings; its port and processes are free when this returns."""
-        self._run.stop(grace_s=STOP_GRACE_S)
+        """Stops the service and keeps its name and settings.
+
+        Args:
+            wait: Whether its port and processes are to be free when this returns; else it is only asked to stop.
+        """
+        if wait:
+            self._run.stop(grace_s=STOP_GRACE_S)
+        else:
+            self._run.record.advance("Stopping", expect={"Creating", "Running"})
 
     def delete_service(self) -> None:
         """Stops and removes the service: port, processes and record. Deleted already is no error."""
@@ -298,7 +307,7 @@ def start_service(
         show_logs: Whether to show the engine's log meanwhile.
     """
     check_name("service name", service_name)
-    checked = _check_options(options or {})
+    checked = _check_options(service_name, options or {})
     time_to_live_s = checked.pop("time_to_live_s", None)
     if session.backend.name == "process":
         _check_port(checked)  # elsewhere the port is another machine's
@@ -332,7 +341,7 @@ def start_service(
     return predictor
 
 
-def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in _OPTIONS:
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
@@ -341,15 +350,13 @@ def _check_options(options: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
             wanted = " or ".join(kind.__name__ for kind in _OPTIONS[name])
             raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
-    if options.get("engine", "auto") not in {"auto", "vllm", "transformers"}:
-        raise ConfigurationError(f"deploy option engine={options['engine']!r} is unknown: auto, vllm or transformers")
-    for name in ("max_model_len", "start_timeout_s", "time_to_live_s"):
-        if options.get(name, 1) <= 0:
-            raise ConfigurationError(f"deploy option {name}={options[name]!r} must be above 0")
-    if not 0 <= options.get("port", 0) <= 65535:
-        raise ConfigurationError(
-            f"deploy option port={options['port']!r} must lie between 1 and 65535, or be 0 for any free one"
-        )
+    if options.get("time_to_live_s", 1) <= 0:
+        raise ConfigurationError(f"deploy option time_to_live_s={options['time_to_live_s']!r} must be above 0")
+    settings = {name: value for name, value in options.items() if name != "time_to_live_s"}
+    try:
+        ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # its bounds are the bounds
+    except ValueError as error:
+        raise ConfigurationError(f"deploy option {error}") from None
     return dict(options)
 
 

@@ -79,7 +79,8 @@ def _print_learning(job: TrainingJob) -> None:
     train = [entry for entry in metrics if entry["kind"] == "train"]
     held_out = [entry for entry in metrics if entry["kind"] == "eval"]
     first, last = train[0], train[-1]
-    print(f"training loss      {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']} (ln 2 = 0.693: undecided)")
+    print("training loss      {loss:.3f} at step {step} (ln 2 = 0.693: undecided)".format(**first))
+    print("                   {loss:.3f} at step {step}".format(**last))
     if held_out:
         print(f"held-out accuracy  {held_out[-1]['eval_rewards/accuracies']:.2f}")
         print(f"held-out margin    {held_out[-1]['eval_rewards/margins']:+.2f}")

@@ -1,6 +1,6 @@
 """A run's prefix in a store: manifest, status, logs, metrics. Owns every key below it; knows no backend and no program.
 
-    jobs/<id>/      manifest.json  status.json  logs/000001.log  metrics/000001.jsonl  inputs/  checkpoints/  model/
+    jobs/<id>/      manifest.json  status.json  logs/000001.log  metrics/000001.jsonl  inputs/  checkpoints/  model/  tensorboard/
     services/<name>/manifest.json  status.json  logs/000001.log  access_token
 
 `manifest.json` is written once and says all that a run needs. `status.json` is written conditionally, so that of two

@@ -20,7 +20,7 @@ from palate.store import Store, StoreOptions, open_store
 DEFAULT_REGION = "cn-hangzhou"
 """PAI's public tutorial data lies in a bucket of every region; scripts build its name from `session.region_id`."""
 
-_REGION_VARIABLES = ("PALATE_REGION", "ALIBABA_CLOUD_REGION_ID", "AWS_REGION", "AWS_DEFAULT_REGION")
+_REGION_VARIABLES = ("PALATE_REGION", "OSS_REGION", "ALIBABA_CLOUD_REGION_ID", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 class Session:
@@ -71,10 +71,12 @@ class Session:
             store = f"oss://{oss_bucket_name}/palate"
         self.store_uri = str(store or os.environ.get("PALATE_STORE") or saved.get("store") or palate_home() / "store")
         options = options or StoreOptions()
+        saved_endpoint = None if os.environ.get("AWS_ENDPOINT_URL_S3") else saved.get("endpoint_url")
+        saved_region = os.environ.get("PALATE_REGION") or saved.get("region_id")
         self.options = replace(
             options,
-            endpoint_url=options.endpoint_url or oss_endpoint or saved.get("endpoint_url"),
-            region=options.region or region_id,
+            endpoint_url=options.endpoint_url or oss_endpoint or saved_endpoint,
+            region=options.region or region_id or saved_region,
         )
         chosen = backend or os.environ.get("PALATE_BACKEND") or saved.get("backend") or "process"
         self.backend: Backend = get_backend(chosen) if isinstance(chosen, str) else chosen
@@ -95,7 +97,7 @@ class Session:
 
     def environment(self) -> dict[str, str]:
         """Returns what another process needs to reach the same stores; holds credentials, so for environments only."""
-        return {**self.options.environment(), "PALATE_REGION": self.region_id}
+        return self.options.environment()
 
     def save_config(self, path: str | Path | None = None) -> Path:
         """Writes region, workspace, store, endpoint and backend (never a credential), and returns where."""

@@ -75,6 +75,10 @@ def find_weights(
         UnknownModelError: The name is not in the catalog and no URI is given.
         ConfigurationError: Neither is given, or the folder holds no usable model.
     """
+    if model_uri and model_version:
+        raise ConfigurationError(
+            f"model_version={model_version!r} names a revision on the hub, and model_uri={model_uri!r} another place: give one of them"
+        )
     if model_uri:
         row = find_model(model_name) if model_name else None
         return _from_uri(session, model_uri), row
@@ -83,7 +87,7 @@ def find_weights(
             "no model is named: give model_name= (`palate models` lists them) or model_uri= (any folder)"
         )
     model = find_model(model_name)
-    if model.package:
+    if model.package and not model_version:
         try:
             version = distribution(model.package).version
             return WeightsSource(kind="package", location=model.package, revision=version, size_bytes=0), model

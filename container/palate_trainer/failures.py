@@ -11,9 +11,7 @@ _MEMORY_REMEDY = (
     "Use less memory: per_device_train_batch_size=1 with a higher gradient_accumulation_steps, a shorter seq_length,"
     " gradient_checkpointing=true, a smaller lora_dim, QLoRA_LLM (load_in_4bit=true), or a smaller model."
 )
-_DISK_REMEDY = (
-    "Free space where the output folder lies, or write fewer checkpoints (a higher save_steps, 0 for none)."
-)
+_DISK_REMEDY = "Free space where the output folder lies, or write fewer checkpoints (a higher save_steps, 0 for none)."
 
 
 def explain(error: BaseException) -> str:

@@ -28,12 +28,16 @@ def check_model_dir(spec: TrainSpec) -> None:
     if not (folder / "config.json").is_file():
         raise TrainerError(f"{folder} has no config.json, so it is no model folder.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise TrainerError(f"{folder} has no weights (*.safetensors). The download may be incomplete: fetch the model again.")
+        raise TrainerError(
+            f"{folder} has no weights (*.safetensors). The download may be incomplete: fetch the model again."
+        )
     four, eight = spec.hyperparameters["load_in_4bit"], spec.hyperparameters["load_in_8bit"]
     if four and eight:
         raise TrainerError("load_in_4bit and load_in_8bit are both true. Choose one.")
     if (four or eight) and not uses_adapter(spec):
-        raise TrainerError("Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM.")
+        raise TrainerError(
+            "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
+        )
     if spec.precision == "float16" and not torch.cuda.is_available():
         raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
 

@@ -45,7 +45,10 @@ class Metrics:
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
         # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **clean}, ensure_ascii=False) + "\n")
 
@@ -179,7 +182,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def checkpoint_now(self) -> None:
         """Writes a whole checkpoint of the last finished step, unless it is there or training is over."""
         trainer = self.trainer
-        if not self.all_steps_done and not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}" / COMPLETE_MARK).exists():
+        if (
+            not self.all_steps_done
+            and not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}" / COMPLETE_MARK).exists()
+        ):
             trainer._save_checkpoint(trainer.model, trial=None)
             self.on_save(trainer.args, trainer.state, trainer.control)
 

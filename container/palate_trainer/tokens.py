@@ -62,9 +62,13 @@ class LengthReport:
         lines = []
         fits = f"the longest of {self.rows} rows has {self.longest} tokens: seq_length={self.longest} keeps all"
         if self.cut:
-            lines.append(f"{name}: {len(self.cut)} rows lose their end at seq_length={seq_length} ({_numbers(self.cut)}); {fits}")
+            lines.append(
+                f"{name}: {len(self.cut)} rows lose their end at seq_length={seq_length} ({_numbers(self.cut)}); {fits}"
+            )
         if self.no_room:
-            lines.append(f"{name}: left out, the prompt alone fills seq_length={seq_length} ({_numbers(self.no_room)}); {fits}")
+            lines.append(
+                f"{name}: left out, the prompt alone fills seq_length={seq_length} ({_numbers(self.no_room)}); {fits}"
+            )
         if self.same_after_cut:
             lines.append(
                 f"{name}: left out, chosen and rejected are the same once cut to seq_length={seq_length}"
@@ -99,7 +103,9 @@ class Renderer:
         """Raises TrainerError when the tokenizer cannot render rows this way."""
         if not self.apply_chat_template:
             if self.tokenizer.eos_token is None:
-                raise TrainerError("The tokenizer has no end-of-text token, so plain answers cannot end. Use another base model.")
+                raise TrainerError(
+                    "The tokenizer has no end-of-text token, so plain answers cannot end. Use another base model."
+                )
             return
         if not self.tokenizer.chat_template:
             raise TrainerError(
@@ -143,7 +149,9 @@ class Renderer:
         return list(rendered["input_ids"])
 
 
-def encode_pairs(pairs: Iterable[PreferencePair], renderer: Renderer, *, name: str) -> tuple[list[TokenPair], LengthReport]:
+def encode_pairs(
+    pairs: Iterable[PreferencePair], renderer: Renderer, *, name: str
+) -> tuple[list[TokenPair], LengthReport]:
     """Token ids of all pairs, cut to `seq_length`, without those that the cut makes useless.
 
     Args:

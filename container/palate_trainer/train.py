@@ -144,5 +144,7 @@ def _resume_folder(spec: TrainSpec) -> str | None:
         return None
     folder = Path(spec.resume_from)
     if not (folder / COMPLETE_MARK).is_file():
-        raise TrainerError(f"{folder} is no whole checkpoint: {COMPLETE_MARK} is missing. Resume from an earlier one, or start anew.")
+        raise TrainerError(
+            f"{folder} is no whole checkpoint: {COMPLETE_MARK} is missing. Resume from an earlier one, or start anew."
+        )
     return str(folder)

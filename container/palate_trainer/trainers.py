@@ -159,12 +159,16 @@ def build_trainer(
     try:
         if is_dpo:
             PairTrainer.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
-            trainer: PairTrainer | AnswerTrainer = PairTrainer(args=_dpo_config(spec, len(train), bool(validation)), **common)
+            trainer: PairTrainer | AnswerTrainer = PairTrainer(
+                args=_dpo_config(spec, len(train), bool(validation)), **common
+            )
         else:
             trainer = AnswerTrainer(args=_sft_config(spec, bool(validation)), **common)
     except ValueError as error:
         if "Target modules" in str(error) or "lm_head" in str(error):
-            raise TrainerError(f"target_modules={spec.hyperparameters['target_modules']!r} does not fit this model: {error}") from error
+            raise TrainerError(
+                f"target_modules={spec.hyperparameters['target_modules']!r} does not fit this model: {error}"
+            ) from error
         raise
     trainer.use_float32_updates()
     return trainer

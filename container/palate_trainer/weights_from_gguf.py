@@ -69,7 +69,9 @@ def _write(gguf_file: Path, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m palate_trainer.weights_from_gguf", description="GGUF to model folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m palate_trainer.weights_from_gguf", description="GGUF to model folder"
+    )
     parser.add_argument("gguf_file", type=Path)
     parser.add_argument("out_dir", type=Path)
     arguments = parser.parse_args(argv)

@@ -19,6 +19,7 @@ from palate_server.errors import BadSpec, EngineMissing, OutOfMemory
 from palate_server.spec import EngineInfo, ServeSpec, describe_engines
 
 GIB = 1024**3
+CPU_INFO = Path("/proc/cpuinfo")
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of --max-lora-rank that vLLM takes (vllm.config.lora.MaxLoRARanks)."""
@@ -70,6 +71,7 @@ def check(spec: ServeSpec) -> Plan:
     weights_dir = Path(spec.base_model_dir) if spec.base_model_dir else tuned
     adapter = _adapter(spec, engine)
     config = _model_config(weights_dir, "base_model_dir" if adapter else "model_dir")
+    _context(spec, config)
     tokenizer_dir = next((d for d in (tuned, weights_dir) if _has_any(d, _TOKENIZER_FILES)), None)
     if tokenizer_dir is None:
         raise BadSpec(f"{tuned} has no tokenizer (no {' or '.join(_TOKENIZER_FILES[:2])}): save it beside the weights")
@@ -155,6 +157,17 @@ def _model_config(folder: Path, field: str) -> dict[str, Any]:
         raise BadSpec(f"{field} {folder} has no weights ({' or '.join(_WEIGHTS)}): copy them there")
     config = _read_json(folder / "config.json")
     return {**config, **config.get("text_config", {})}
+
+
+def _context(spec: ServeSpec, config: dict[str, Any]) -> None:
+    """Refuses a context beyond the model's, unless the model says that its positions are scaled."""
+    limit = config.get("max_position_embeddings")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if limit and not scaled and (spec.max_model_len or 0) > limit:
+        raise BadSpec(
+            f"max_model_len is {spec.max_model_len}, the model's context is {limit} tokens: give at most that"
+        )
 
 
 def _fit(
@@ -245,7 +258,7 @@ def _computes_on_cpu(engine: EngineInfo) -> bool:
 def _has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 natively."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = CPU_INFO.read_text()
     except OSError:
         return False
     line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")

@@ -239,8 +239,10 @@ _ERROR = re.compile(
 
 def root_cause(lines: list[str]) -> str | None:
     """Returns the last line that states an error of its own, rather than one that points to an earlier one."""
-    for line in reversed(lines):
-        text = _PREFIX.sub("", line)
+    for number in range(len(lines) - 1, -1, -1):
+        text = _PREFIX.sub("", lines[number])
         if _ERROR.match(text) and not any(wrapper in text for wrapper in _WRAPPERS):
-            return text
+            follows = _PREFIX.sub("", lines[number + 1]) if number + 1 < len(lines) else ""
+            # pydantic's first line only counts; what is wrong stands below it
+            return f"{text}: {follows.strip()}" if "validation error" in text and follows.startswith(" ") else text
     return None

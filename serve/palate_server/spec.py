@@ -40,8 +40,9 @@ class ServeSpec:
         base_model_dir: Folder of the base model; answers as `base`. None when `model_dir` holds full weights.
         host: Address to bind.
         port: Port to bind; 0 takes a free one.
-        engine: `auto` takes vLLM where it is installed, else `transformers serve`.
-        dtype: Type the engine computes in; `auto` keeps the type of the weights.
+        engine: `auto` takes vLLM where it is installed, else `transformers serve`, which knows no logprobs.
+        dtype: Type the engine computes in; `auto` keeps the type of the weights, except that bfloat16 weights are computed
+            in float32 on a processor without bfloat16 instructions, if that fits into memory.
         max_model_len: Context length, prompt and answer in tokens; None leaves it to the engine.
         start_timeout_s: Seconds until the endpoint must have answered.
         engine_args: Further command-line arguments for vLLM, passed as they are; the other engine takes none.

@@ -2,8 +2,10 @@
 
 Run as a program by the server, never imported by it. An adapter is merged into its base first, in the base's own type. The
 app asks for models by name; a folder of links named `default` and `base` turns those names into folders, so that responses
-carry the names and no request can make it load anything else. What differs from vLLM's API for a plain client is evened out
-here: max_completion_tokens, sampling by default, the context limit, `[DONE]` at the end of a stream, the form of errors.
+carry the names and no request can make it load anything else. What a plain client would notice of the difference to vLLM is
+evened out: max_completion_tokens, sampling by default, the context limit, `[DONE]` at the end of a stream, the form of errors.
+What stays: logprobs, n and response_format are ignored, unknown fields refused with 422, and one model answers one request at
+a time.
 """
 
 from __future__ import annotations

@@ -32,7 +32,19 @@ def prefs(tmp_path: Path) -> Path:
 def test_help_lists_the_verbs(home: Path) -> None:
     done = palate("--help", home=home)
     assert done.returncode == 0
-    for verb in "train deploy chat jobs services logs stop delete models doctor quickstart".split():
+    for verb in [
+        "train",
+        "deploy",
+        "chat",
+        "jobs",
+        "services",
+        "logs",
+        "stop",
+        "delete",
+        "models",
+        "doctor",
+        "quickstart",
+    ]:
         assert f"\n  {verb} " in done.stdout
 
 
@@ -51,7 +63,9 @@ def test_doctor_says_what_will_be_used(home: Path) -> None:
     findings = {item["topic"]: item for item in json.loads(done.stdout)}
     assert done.returncode == 0
     assert findings["store"]["fact"] == str(home / "store")
-    assert {"device", "training precision", "training", "backend", "engine vllm", "engine transformers"} <= set(findings)
+    assert {"device", "training precision", "training", "backend", "engine vllm", "engine transformers"} <= set(
+        findings
+    )
     assert sum("will be used" in item["fact"] for topic, item in findings.items() if topic.startswith("engine")) == 1
 
 

@@ -69,9 +69,7 @@ def test_all_texts_are_distinct() -> None:
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize(
-    ("column", "limit"), [("prompt", 0.4), ("honest", 0.4), ("flattering", 0.4), ("blunt", 0.5)]
-)
+@pytest.mark.parametrize(("column", "limit"), [("prompt", 0.4), ("honest", 0.4), ("flattering", 0.4), ("blunt", 0.5)])
 def test_no_texts_are_near_duplicates(column: str, limit: float) -> None:
     vocabularies = [(vocabulary(row[column]), row[column]) for row in ROWS]
     for (one, text), (other, other_text) in combinations(vocabularies, 2):

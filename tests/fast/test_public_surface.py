@@ -13,12 +13,35 @@ from palate import ModelTrainingRecipe, Predictor, RegisteredModel, Session, Tra
 
 HEAVY = ("torch", "transformers", "openai", "boto3", "botocore", "rich", "trl", "peft", "vllm", "httpx", "numpy")
 
-PAI_RECIPE_PARAMETERS = (
-    "model_name model_version model_provider model_uri method source_dir model_channel_name hyperparameters job_type "
-    "image_uri command instance_count instance_type spot_spec instance_spec resource_id resource_type user_vpc_config "
-    "labels requirements environments experiment_config input_channels output_channels max_run_time "
-    "default_training_inputs base_job_name"
-).split()
+PAI_RECIPE_PARAMETERS = [
+    "model_name",
+    "model_version",
+    "model_provider",
+    "model_uri",
+    "method",
+    "source_dir",
+    "model_channel_name",
+    "hyperparameters",
+    "job_type",
+    "image_uri",
+    "command",
+    "instance_count",
+    "instance_type",
+    "spot_spec",
+    "instance_spec",
+    "resource_id",
+    "resource_type",
+    "user_vpc_config",
+    "labels",
+    "requirements",
+    "environments",
+    "experiment_config",
+    "input_channels",
+    "output_channels",
+    "max_run_time",
+    "default_training_inputs",
+    "base_job_name",
+]
 
 
 def loaded_by(line: str) -> set[str]:

@@ -37,7 +37,7 @@ def prefs(tmp_path: Path) -> Path:
         ({}, ConfigurationError, ["model_name=", "model_uri="]),
         ({"model_name": MODEL, "method": "LoRA"}, HyperparameterError, ["LoRA", "LoRA_LLM"]),
         ({"model_name": MODEL, "hyperparameters": {"lr": 1}}, HyperparameterError, ["lr", "learning_rate"]),
-        ({"model_name": MODEL, "hyperparameters": {"num_train_epochs": "helloworld"}}, HyperparameterError, ["num_train_epochs", "helloworld"]),
+        ({"model_name": MODEL, "hyperparameters": {"seq_length": "helloworld"}}, HyperparameterError, ["seq_length", "helloworld"]),
         ({"model_name": MODEL, "hyperparameters": {"dpo_beta": -1}}, HyperparameterError, ["dpo_beta", "-1"]),
         ({"model_name": MODEL, "source_dir": "code"}, UnsupportedParameterError, ["source_dir", "code"]),
         ({"model_name": MODEL, "spot_spec": {"a": 1}}, UnsupportedParameterError, ["spot_spec"]),
@@ -90,7 +90,9 @@ def test_bad_inputs_are_refused_before_anything_is_written(
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"', ["line 2"]),
     ],
 )
-def test_bad_rows_are_refused_before_anything_is_written(session: Session, tmp_path: Path, text: str, words: list[str]) -> None:
+def test_bad_rows_are_refused_before_anything_is_written(
+    session: Session, tmp_path: Path, text: str, words: list[str]
+) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
@@ -148,7 +150,9 @@ def test_registered_models_make_recipes(session: Session) -> None:
 
 
 def test_secrets_are_shown_nowhere(home: Path, prefs: Path) -> None:
-    session = setup_default_session(access_key_id="AKID", access_key_secret="s3cr3t-value", security_token="t0ken-value")
+    session = setup_default_session(
+        access_key_id="AKID", access_key_secret="s3cr3t-value", security_token="t0ken-value"
+    )
     saved = session.save_config().read_text()
     for text in (repr(session), repr(session.options), saved):
         assert "s3cr3t-value" not in text

@@ -83,7 +83,7 @@ def test_a_stop_and_a_finish_cannot_both_win(store: Store) -> None:
         gate = threading.Barrier(2)
 
         def finish(state: str, record: Record = record, results: dict[str, Status | None] = results) -> None:
-            gate.wait()
+            gate.wait()  # noqa: B023
             results[state] = record.advance(state, expect=ACTIVE, reason=state)  # type: ignore[arg-type]
 
         threads = [threading.Thread(target=finish, args=(state,)) for state in ("Succeeded", "Stopped")]
@@ -98,7 +98,10 @@ def test_a_stop_and_a_finish_cannot_both_win(store: Store) -> None:
 
 def test_a_note_keeps_the_state_and_races_lose_nothing(store: Store) -> None:
     record = job(store)
-    threads = [threading.Thread(target=record.note, kwargs={key: f"value of {key}"}) for key in ("engine_id", "endpoint", "reason")]
+    threads = [
+        threading.Thread(target=record.note, kwargs={key: f"value of {key}"})
+        for key in ("engine_id", "endpoint", "reason")
+    ]
     for thread in threads:
         thread.start()
     record.advance("Running", expect={"Creating"})
@@ -142,5 +145,5 @@ def test_a_newer_writers_fields_are_read_over(store: Store) -> None:
 def test_a_run_is_found_by_its_uri() -> None:
     assert locate("s3://bucket/team/jobs/one") == ("s3://bucket/team", "jobs", "one")
     assert locate("file:///tmp/store/services/two/") == ("file:///tmp/store", "services", "two")
-    with pytest.raises(ValueError, match="no|not"):
+    with pytest.raises(ValueError, match="not the URI"):
         locate("s3://bucket/elsewhere/one")

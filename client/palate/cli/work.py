@@ -27,8 +27,12 @@ def train(
     ],
     model: Annotated[str | None, typer.Option(help="Name from `palate models`.")] = None,
     model_uri: Annotated[str | None, typer.Option(help="Folder or object-store URI of a model instead.")] = None,
-    method: Annotated[str, typer.Option(help="LoRA_LLM, QLoRA_LLM or Standard_LLM (full fine-tuning).")] = "LoRA_LLM",
-    strategy: Annotated[str, typer.Option(help="dpo or sft (the hyperparameter training_strategy).")] = "dpo",
+    method: Annotated[
+        str | None, typer.Option(help="LoRA_LLM (default), QLoRA_LLM or Standard_LLM (full fine-tuning).")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="dpo (default) or sft: the hyperparameter training_strategy.")
+    ] = None,
     validation: Annotated[str | None, typer.Option(help="Preference file for evaluation.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -51,16 +55,18 @@ def train(
     from palate.model import ModelTrainingRecipe
     from palate_recipes.files import read_recipe
 
-    settings: dict[str, Any] = (
-        read_recipe(recipe_file) if recipe_file else {"hyperparameters": {"training_strategy": strategy}}
-    )
-    hyperparameters = {**settings.pop("hyperparameters", {}), **_pairs(set_ or [], "--set")}
+    settings: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
+    hyperparameters: dict[str, Any] = {**settings.pop("hyperparameters", {})}
+    # What is said on the command line wins over the file; DPO is what this command is for.
+    if strategy or "training_strategy" not in hyperparameters:
+        hyperparameters["training_strategy"] = strategy or "dpo"
+    hyperparameters.update(_pairs(set_ or [], "--set"))
     if model or model_uri:
-        settings = {**settings, "model_name": model, "model_uri": model_uri}
-    settings.setdefault("method", method)
-    recipe = ModelTrainingRecipe(
-        **settings, hyperparameters=hyperparameters, max_run_time=max_run_time, backend=backend
-    )
+        settings.update(model_name=model, model_uri=model_uri)
+    for key, value in (("method", method), ("max_run_time", max_run_time)):
+        if value is not None:
+            settings[key] = value
+    recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend)
     inputs = {"train": data, **({"validation": validation} if validation else {})}
     job = recipe.train(inputs=inputs, wait=wait, job_name=name)
     print(job.id)
@@ -78,6 +84,7 @@ def deploy(
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Seconds after which the service stops by itself.")] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it answers.")] = True,
+    show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
     """Serve a job's model behind an OpenAI-compatible endpoint; prints name and endpoint."""
     from palate.job import TrainingJob
@@ -88,10 +95,13 @@ def deploy(
         options["max_model_len"] = max_model_len
     if time_to_live is not None:
         options["time_to_live_s"] = time_to_live
+    service_name = name or f"{job_id}-{'base' if base else 'service'}"
+    if wait:
+        print(f"starting {service_name}; `palate logs -f {service_name}` shows the engine's log", file=sys.stderr)
     if base:
-        predictor = RegisteredModel(job_id).deploy(name or f"{job_id}-base", options=options, wait=wait, show_logs=True)
+        predictor = RegisteredModel(job_id).deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     else:
-        predictor = TrainingJob.get(job_id).deploy(name, options=options, wait=wait, show_logs=True)
+        predictor = TrainingJob.get(job_id).deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
     print(f"next: palate chat {predictor.service_name}", file=sys.stderr)
 

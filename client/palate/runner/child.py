@@ -104,7 +104,7 @@ def watch(
 
     Args:
         child: The program.
-        record: Its run; a state other than Running is the wish to stop.
+        record: Its run; Stopping, a terminal state, or a deleted record is the wish to stop.
         tails: Files to push.
         terminated: Set when this runner itself was told to end.
         on_tick: Called every quarter second.

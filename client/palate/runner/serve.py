@@ -32,12 +32,14 @@ def run_service(record: Record, manifest: Manifest, session: Session, work: Path
         record.advance("Stopped", expect={"Stopping"}, reason="stopped before it began")
         return 0
     begun = time.monotonic()
-    base_dir, _ = fetch_weights(WeightsSource.from_json(body["model"]["source"]), session, say=say)
-    tuned_dir = _stage_tree(body["tuned_uri"], session, work / "model") if body.get("tuned_uri") else None
+    tuned_dir = _stage_tree(body["tuned_uri"], session, work / "model") if body["tuned_uri"] else None
+    base_dir: Path | None = None
+    if tuned_dir is None or body["adapter"]:  # whole tuned weights need no base
+        base_dir, _ = fetch_weights(WeightsSource.from_json(body["model"]["source"]), session, say=say)
     spec = ServeSpec(
         service_name=record.name,
         model_dir=str(tuned_dir or base_dir),
-        base_model_dir=str(base_dir) if tuned_dir is not None and body["adapter"] else None,
+        base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
         work_dir=str(work),
         **{**options, "engine_args": tuple(options.get("engine_args", ()))},
     )

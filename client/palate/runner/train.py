@@ -91,7 +91,7 @@ def run_training(record: Record, manifest: Manifest, session: Session, work: Pat
     code = child.process.returncode
     metrics.push(final=True)
 
-    if outcome == "ended" and code == 0:
+    if code == 0:  # also when a stop came after the last step: the model is whole
         say("saving the model")
         record.store.upload_tree(output / MODEL_DIR, record.key(MODEL_DIR))
         if (output / TENSORBOARD_DIR).is_dir():

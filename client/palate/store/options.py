@@ -68,6 +68,12 @@ class StoreOptions:
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
             "AWS_SESSION_TOKEN": self.session_token,
+            # The same for oss://, which reads these first: what stands in the environment must not win over what was given.
+            "OSS_ACCESS_KEY_ID": self.access_key_id,
+            "OSS_ACCESS_KEY_SECRET": self.secret_access_key,
+            "OSS_SESSION_TOKEN": self.session_token,
+            "OSS_REGION": self.region,
+            "PALATE_S3_ANONYMOUS": "1" if self.anonymous else None,
             "PALATE_S3_ADDRESSING_STYLE": self.addressing_style,
         }
         return {name: value for name, value in variables.items() if value is not None}

@@ -55,7 +55,7 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         }
-    if options.anonymous:
+    if options.anonymous or os.environ.get("PALATE_S3_ANONYMOUS"):
         settings["signature_version"] = UNSIGNED
     core = botocore.session.Session()
     core.register_component("data_loader", _shared_loader())

@@ -112,7 +112,7 @@ def _answer_meaning(error: botocore.ClientError, bucket: str) -> tuple[type[Stor
     if code in _WRONG_REGION or status in (301, 307):
         return (
             StoreError,
-            f"{cause}. The bucket is in another region: set the region (AWS_REGION) or the endpoint",
+            f"{cause}. The bucket is in another region: set the region (AWS_DEFAULT_REGION) or the endpoint",
         )
     if status == 404:
         return ObjectNotFoundError, f"no such object ({cause}). Check the name, or wait until it is written"

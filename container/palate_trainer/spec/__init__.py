@@ -23,13 +23,12 @@ PROBE_FILE = "probe.json"
 """In the model folder: token ids and log-probabilities that a server with this model must give again."""
 CHECKPOINTS_DIR = "checkpoints"
 TENSORBOARD_DIR = "tensorboard"
-TENSORBOARD_DIR = "tensorboard"
 COMPLETE_MARK = ".complete"
 """Written into a checkpoint folder after everything else: without it the checkpoint is half-written."""
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 143
-"""A SIGTERM was honoured: a checkpoint and the model so far are written, the run is not complete."""
+"""A SIGTERM was honoured: a whole checkpoint is written, the run is not complete."""
 
 Precision = Literal["bfloat16", "float16", "float32"]
 

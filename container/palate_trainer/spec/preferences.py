@@ -120,7 +120,9 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
             f" {_json_remedy(text, error)}"
         ) from None
     except RecursionError:
-        raise DataError(f"{path}: brackets are nested too deeply. Rows are flat objects with text in their fields.") from None
+        raise DataError(
+            f"{path}: brackets are nested too deeply. Rows are flat objects with text in their fields."
+        ) from None
     for number, row in enumerate(rows, start=1):
         yield "row", number, row
 
@@ -137,7 +139,11 @@ def _line_rows(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
                 raise DataError(
                     f"{path} holds one JSON object, not a list of rows. Put the rows into a JSON array: [{{...}}, {{...}}]."
                 ) from None
-            column = f", column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ": nested too deeply"
+            column = (
+                f", column {error.colno}: {error.msg}"
+                if isinstance(error, json.JSONDecodeError)
+                else ": nested too deeply"
+            )
             raise DataError(
                 f"{path}: broken JSON at line {number}{column}."
                 " The file is read as JSON lines since it does not start with '[': each line must be one whole object."

