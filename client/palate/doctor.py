@@ -13,13 +13,13 @@ from palate.backend import backend_names
 from palate.device import local_device
 from palate.errors import PalateError
 from palate.home import palate_home
+from palate.preflight import TRAINER_PACKAGES
 from palate.session import get_default_session
 from palate_recipes.hyperparameters import resolve
 from palate_server.spec import describe_engines
 
 _GIB = 1024**3
 
-_TRAINER = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tensorboard")
 _ROOM_GIB = 5.0
 
 
@@ -83,7 +83,7 @@ def _settings() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    found = {name: _version(name) for name in _TRAINER}
+    found = {name: _version(name) for name in TRAINER_PACKAGES}
     missing = [name for name, installed in found.items() if installed is None]
     findings = [
         Finding(

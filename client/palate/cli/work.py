@@ -95,13 +95,16 @@ def deploy(
         options["max_model_len"] = max_model_len
     if time_to_live is not None:
         options["time_to_live_s"] = time_to_live
+    source: RegisteredModel | TrainingJob
+    if base:
+        source = RegisteredModel(job_id)
+    else:
+        source = TrainingJob.get(job_id)
+        source.require_model()
     service_name = name or f"{job_id}-{'base' if base else 'service'}"
     if wait:
         print(f"starting {service_name}; `palate logs -f {service_name}` shows the engine's log", file=sys.stderr)
-    if base:
-        predictor = RegisteredModel(job_id).deploy(service_name, options=options, wait=wait, show_logs=show_logs)
-    else:
-        predictor = TrainingJob.get(job_id).deploy(service_name, options=options, wait=wait, show_logs=show_logs)
+    predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
     print(f"next: palate chat {predictor.service_name}", file=sys.stderr)
 

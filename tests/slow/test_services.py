@@ -1,0 +1,245 @@
+"""Services with the real engine: deployed from a job, asked, stopped, started, deleted; and what a failed start leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+import palate.session
+from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
+from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
+from palate.record import TOKEN_KEY
+from tests.slow.conftest import preference_rows, processes_of, until
+
+pytestmark = pytest.mark.slow
+
+SERVICE = "smol_example"
+LIMITS = {"max_model_len": 512, "start_timeout_s": 240}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[tuple[Path, str]]:
+    """A home with one succeeded job: SmolLM2, pushed far enough by a few steps to answer differently."""
+    import json
+
+    folder = tmp_path_factory.mktemp("trained")
+    prefs = folder / "prefs.json"
+    prefs.write_text(json.dumps(preference_rows(8)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PALATE_HOME", str(folder / "home"))
+        patch.setattr(palate.session, "_default", None)
+        settings = {
+            "training_strategy": "dpo",
+            "learning_rate": 2e-3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+        }
+        recipe = ModelTrainingRecipe("smollm2-135m-instruct", model_uri=str(base_model), hyperparameters=settings)
+        job = recipe.train(inputs={"train": prefs}, show_logs=False)
+        yield folder / "home", job.id
+
+
+@pytest.fixture
+def job(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
+    """The job, found again in its store as any process would."""
+    home, job_id = trained
+    monkeypatch.setenv("PALATE_HOME", str(home))
+    monkeypatch.setattr(palate.session, "_default", None)
+    return TrainingJob.attach(job_id)
+
+
+@pytest.fixture
+def home(job: TrainingJob) -> Path:
+    return Path(os.environ["PALATE_HOME"])
+
+
+def is_free(endpoint: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", urlsplit(endpoint).port or 0)) != 0
+
+
+def ask(client: openai.OpenAI, model: str) -> str:
+    reply = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Is 3 an even number?"}], temperature=0, max_tokens=24
+    )
+    return reply.choices[0].message.content or ""
+
+
+def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: Path) -> None:
+    predictor = job.deploy(SERVICE, options=LIMITS)
+    assert predictor.service_status == "Running"
+    endpoint = predictor.endpoint
+    assert endpoint.startswith("http://127.0.0.1:")
+
+    # Who holds the store's address holds the service: nothing else is needed.
+    held = Predictor(SERVICE, session=Session())
+    client = held.openai()
+    assert [model.id for model in client.models.list().data] == ["default", SERVICE, "base"]
+    tuned, base = ask(client, "default"), ask(client, "base")
+    assert tuned != base
+    assert ask(client, SERVICE) == tuned == ask(client, client.models.list().data[0].id)
+
+    async def ask_async() -> str:
+        async with held.async_openai() as asynchronous:
+            reply = await asynchronous.completions.create(
+                model="base", prompt="The capital of France is", max_tokens=4, temperature=0
+            )
+            return reply.choices[0].text
+
+    assert "Paris" in asyncio.run(ask_async())
+    assert held.predict({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2})["choices"]
+    assert held.raw_predict(path="/v1/models", method="GET").status_code == 200
+    assert held.raw_predict({"model": "absent", "messages": []}).status_code == 404
+    assert held.raw_predict({"messages": []}, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    with pytest.raises(ServiceError, match="404"):
+        held.predict({"model": "absent", "messages": [{"role": "user", "content": "Hi"}]})
+
+    spoken = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "palate.cli",
+            "chat",
+            SERVICE,
+            "Is 3 an even number?",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "24",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert spoken.stdout.strip() == _with_system(client)
+
+    token = held.access_token
+    assert len(token) >= 32
+    assert stat.S_IMODE((home / "store" / "services" / SERVICE / TOKEN_KEY).stat().st_mode) == 0o600
+    for path in (home / "store" / "services" / SERVICE).rglob("*"):
+        if path.is_file() and path.name != TOKEN_KEY:
+            assert token.encode() not in path.read_bytes(), path
+    assert token not in repr(held) + str(held.describe_service())
+    assert held.describe_service()["Labels"] == {"job": job.id}
+
+    with pytest.raises(NameTakenError, match=SERVICE):
+        job.deploy(SERVICE, options=LIMITS)
+    port = urlsplit(endpoint).port
+    with pytest.raises(ConfigurationError, match=f"port {port}"):
+        job.deploy("other", options={"port": port})
+    assert [found.service_name for found in Predictor.list()] == [SERVICE]
+
+    held.stop_service()
+    assert held.service_status == "Stopped"
+    assert is_free(endpoint)
+    assert processes_of(home) == []
+    with pytest.raises(ServiceError, match="Stopped"):
+        _ = held.endpoint
+
+    held.start_service()
+    assert ask(held.openai(), "default") == tuned
+
+    # A runner that is killed takes the engine along, and is noticed.
+    again = held.endpoint
+    os.kill(int(held._run.refresh().engine_id.split(":")[1]), signal.SIGKILL)
+    until(lambda: held.service_status == "Failed", timeout_s=20)
+    until(lambda: processes_of(home) == [] and is_free(again), timeout_s=20)
+    assert "runner is gone" in held.describe_service()["Reason"]
+
+    predictor.delete_service()
+    predictor.delete_service()  # twice is no error
+    with pytest.raises(RunNotFoundError):
+        Predictor(SERVICE)
+    assert processes_of(home) == []
+
+
+def _with_system(client: openai.OpenAI) -> str:
+    reply = client.chat.completions.create(
+        model="default",
+        messages=[
+            {"role": "system", "content": "You are a helpful assistant"},
+            {"role": "user", "content": "Is 3 an even number?"},
+        ],
+        temperature=0,
+        max_tokens=24,
+    )
+    return (reply.choices[0].message.content or "").strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"engine": "vlm"}, ["engine", "vlm"]),
+        ({"prot": 8000}, ["'prot'", "'port'"]),
+        ({"port": "8000"}, ["port='8000'", "int"]),
+        ({"port": 70000}, ["70000"]),
+        ({"time_to_live_s": 0}, ["time_to_live_s"]),
+        ({"start_timeout_s": -1}, ["start_timeout_s"]),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    job: TrainingJob, options: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        job.deploy("never", options=options)
+    for word in words:
+        assert word in str(caught.value)
+    assert Predictor.list() == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "default", "base", "x" * 101])
+def test_a_service_name_that_cannot_be_used_is_refused(job: TrainingJob, name: str) -> None:
+    from palate.predictor import start_service
+
+    with pytest.raises(ConfigurationError):
+        start_service(
+            job._run.session, service_name=name, model={}, tuned_uri=None, adapter=False, system_prompt="",
+            labels=None, options=None, wait=True, show_logs=False,
+        )  # fmt: skip
+
+
+def test_a_start_that_fails_raises_with_the_engines_words_and_frees_its_name(job: TrainingJob, home: Path) -> None:
+    with pytest.raises(ServiceError) as caught:
+        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--no-such-flag"]})
+    assert "--no-such-flag" in str(caught.value)
+    assert Predictor("broken").service_status == "Failed"
+    assert processes_of(home) == []
+    with pytest.raises(ServiceError):
+        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--nor-this-one"]})
+    Predictor("broken").delete_service()
+
+
+def test_a_start_that_hangs_raises_within_its_timeout_and_leaves_nothing(job: TrainingJob, home: Path) -> None:
+    with pytest.raises(ServiceError, match="3"):
+        job.deploy("slow", options={"start_timeout_s": 3})
+    assert processes_of(home) == []
+    Predictor("slow").delete_service()
+
+
+def test_whole_weights_and_time_to_live_on_the_engine_of_last_resort(
+    trained: tuple[Path, str], job: TrainingJob, home: Path, base_model: Path
+) -> None:
+    from palate.predictor import start_service
+
+    source = {**job.manifest.body["model"]}
+    with start_service(
+        job._run.session, service_name="untuned", model=source, tuned_uri=None, adapter=False, system_prompt="",
+        labels=None, options={"engine": "transformers", "time_to_live_s": 90}, wait=True, show_logs=False,
+    ) as predictor:  # fmt: skip
+        client = predictor.openai()
+        assert [model.id for model in client.models.list().data] == ["default", "untuned"]
+        assert ask(client, "default")
+        until(lambda: predictor.service_status == "Stopped", timeout_s=120)
+        assert "time to live" in predictor.describe_service()["Reason"]
+    assert processes_of(home) == []
