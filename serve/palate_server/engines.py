@@ -47,6 +47,7 @@ def engine_environment(plan: Plan, *, spec_file: Path, ipc_dir: str) -> dict[str
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,
+        "TMPDIR": ipc_dir,  # what an engine forgets goes with this folder
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
     }

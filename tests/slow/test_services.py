@@ -19,6 +19,7 @@ import pytest
 import palate.session
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
+from palate.predictor import start_service
 from palate.record import TOKEN_KEY
 from tests.slow.conftest import preference_rows, processes_of, until
 
@@ -147,16 +148,6 @@ def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: P
     with pytest.raises(ServiceError, match="Stopped"):
         _ = held.endpoint
 
-    held.start_service()
-    assert ask(held.openai(), "default") == tuned
-
-    # A runner that is killed takes the engine along, and is noticed.
-    again = held.endpoint
-    os.kill(int(held._run.refresh().engine_id.split(":")[1]), signal.SIGKILL)
-    until(lambda: held.service_status == "Failed", timeout_s=20)
-    until(lambda: processes_of(home) == [] and is_free(again), timeout_s=20)
-    assert "runner is gone" in held.describe_service()["Reason"]
-
     predictor.delete_service()
     predictor.delete_service()  # twice is no error
     with pytest.raises(RunNotFoundError):
@@ -200,8 +191,6 @@ def test_bad_options_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "default", "base", "x" * 101])
 def test_a_service_name_that_cannot_be_used_is_refused(job: TrainingJob, name: str) -> None:
-    from palate.predictor import start_service
-
     with pytest.raises(ConfigurationError):
         start_service(
             job._run.session, service_name=name, model={}, tuned_uri=None, adapter=False, system_prompt="",
@@ -209,37 +198,50 @@ def test_a_service_name_that_cannot_be_used_is_refused(job: TrainingJob, name: s
         )  # fmt: skip
 
 
-def test_a_start_that_fails_raises_with_the_engines_words_and_frees_its_name(job: TrainingJob, home: Path) -> None:
+def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_nothing(
+    job: TrainingJob, home: Path
+) -> None:
     with pytest.raises(ServiceError) as caught:
         job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--no-such-flag"]})
     assert "--no-such-flag" in str(caught.value)
     assert Predictor("broken").service_status == "Failed"
     assert processes_of(home) == []
-    with pytest.raises(ServiceError):
-        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--nor-this-one"]})
+    with pytest.raises(ServiceError, match="3"):  # the name is free again; this time the start hangs
+        job.deploy("broken", options={"start_timeout_s": 3})
+    assert processes_of(home) == []
     Predictor("broken").delete_service()
 
 
-def test_a_start_that_hangs_raises_within_its_timeout_and_leaves_nothing(job: TrainingJob, home: Path) -> None:
-    with pytest.raises(ServiceError, match="3"):
-        job.deploy("slow", options={"start_timeout_s": 3})
+def untuned(job: TrainingJob, name: str, **options: object) -> Predictor:
+    """The base model alone on the engine of last resort, which starts in seconds."""
+    return start_service(
+        job._run.session, service_name=name, model=job.manifest.body["model"], tuned_uri=None, adapter=False,
+        system_prompt="", labels=None, options={"engine": "transformers", **options}, wait=True, show_logs=False,
+    )  # fmt: skip
+
+
+def test_a_stopped_service_starts_again_and_a_killed_one_is_noticed(job: TrainingJob, home: Path) -> None:
+    predictor = untuned(job, "untuned")
+    client = predictor.openai()
+    assert [model.id for model in client.models.list().data] == ["default", "untuned"]
+    before = ask(client, "default")
+    predictor.stop_service()
     assert processes_of(home) == []
-    Predictor("slow").delete_service()
+    predictor.start_service()
+    assert ask(predictor.openai(), "untuned") == before
+
+    endpoint = predictor.endpoint
+    os.kill(int(predictor._run.refresh().engine_id.split(":")[1]), signal.SIGKILL)
+    until(lambda: predictor.service_status == "Failed", timeout_s=20)
+    until(lambda: processes_of(home) == [] and is_free(endpoint), timeout_s=20)
+    assert "runner is gone" in predictor.describe_service()["Reason"]
+    predictor.delete_service()
 
 
-def test_whole_weights_and_time_to_live_on_the_engine_of_last_resort(
-    trained: tuple[Path, str], job: TrainingJob, home: Path, base_model: Path
-) -> None:
-    from palate.predictor import start_service
-
-    source = {**job.manifest.body["model"]}
-    with start_service(
-        job._run.session, service_name="untuned", model=source, tuned_uri=None, adapter=False, system_prompt="",
-        labels=None, options={"engine": "transformers", "time_to_live_s": 90}, wait=True, show_logs=False,
-    ) as predictor:  # fmt: skip
-        client = predictor.openai()
-        assert [model.id for model in client.models.list().data] == ["default", "untuned"]
-        assert ask(client, "default")
-        until(lambda: predictor.service_status == "Stopped", timeout_s=120)
+def test_a_service_stops_by_itself_when_its_time_is_over(job: TrainingJob, home: Path) -> None:
+    with untuned(job, "brief", time_to_live_s=3) as predictor:
+        assert predictor.service_status == "Running"
+        until(lambda: predictor.service_status == "Stopped", timeout_s=30)
         assert "time to live" in predictor.describe_service()["Reason"]
-    assert processes_of(home) == []
+        assert processes_of(home) == []
+    assert Predictor.list() == []

@@ -97,7 +97,7 @@ def watch(
     *,
     terminated: threading.Event,
     on_tick: Callable[[], None],
-    deadline: float | None,
+    deadline: Callable[[], float | None],
     grace_s: float,
 ) -> Literal["ended", "stopped", "timed out"]:
     """Pushes what the child says until it ends, a stop is asked for, or the deadline comes.
@@ -108,7 +108,7 @@ def watch(
         tails: Files to push.
         terminated: Set when this runner itself was told to end.
         on_tick: Called every quarter second.
-        deadline: `time.monotonic()` at which the run is over, or None.
+        deadline: Gives the `time.monotonic()` at which the run is over, or None.
         grace_s: Seconds that the child has to end by itself after a stop, before it is killed.
 
     Returns:
@@ -127,7 +127,7 @@ def watch(
         if kill_at is None:
             if terminated.is_set():
                 outcome = "stopped"
-            elif deadline is not None and now >= deadline:
+            elif (limit := deadline()) is not None and now >= limit:
                 outcome = "timed out"
             elif now - checked >= STATUS_EVERY_S:
                 checked = now

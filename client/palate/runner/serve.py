@@ -52,13 +52,16 @@ def run_service(record: Record, manifest: Manifest, session: Session, work: Path
         cwd=work,
     )
     ready_file = work / READY_FILE
+    over_at: float | None = None
     announced = False
 
     def announce() -> None:
-        nonlocal announced
+        nonlocal announced, over_at
         if announced or not ready_file.exists():
             return
         announced = True
+        if body["time_to_live_s"]:
+            over_at = time.monotonic() + body["time_to_live_s"]  # its life begins when it answers
         ready = Ready.read(ready_file)
         record.advance(
             "Running",
@@ -68,14 +71,13 @@ def run_service(record: Record, manifest: Manifest, session: Session, work: Path
             details={"engine": ready.engine, "models": ready.models, "start_s": round(time.monotonic() - begun, 1)},
         )
 
-    lifetime = body.get("time_to_live_s")
     outcome = watch(
         child,
         record,
         [logs],
         terminated=terminated,
         on_tick=announce,
-        deadline=begun + lifetime if lifetime else None,
+        deadline=lambda: over_at,
         grace_s=STOP_GRACE_S,
     )
     code = child.process.returncode

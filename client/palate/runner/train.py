@@ -84,7 +84,7 @@ def run_training(record: Record, manifest: Manifest, session: Session, work: Pat
             [logs, metrics],
             terminated=terminated,
             on_tick=checkpoints.look,
-            deadline=deadline,
+            deadline=lambda: deadline,
             grace_s=STOP_GRACE_S,
         )
         checkpoints.look()

@@ -1,0 +1,304 @@
+"""The training program on a real tokenizer and a tiny real model: numbers against stock TRL, stops, resumes, failures."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate_recipes.hyperparameters import DeviceFacts, resolve
+from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
+from tests.slow.conftest import preference_rows
+
+pytestmark = pytest.mark.slow
+
+CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
+QUICK = {
+    "training_strategy": "dpo",
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+}
+
+
+def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12, **fields: Any) -> TrainSpec:
+    """A spec over generated rows; hyperparameters by keyword, on top of QUICK."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "prefs.json"
+    data.write_text(json.dumps(fields.pop("data", preference_rows(rows))))
+    resume = fields.pop("resume_from", None)
+    validation = str(data) if fields.pop("validate", False) else None
+    resolved = resolve({**QUICK, **fields}, method=method, device=CPU)
+    return TrainSpec(
+        method=method,
+        model_dir=str(model),
+        train_file=str(data),
+        validation_file=validation,
+        output_dir=str(folder / "out"),
+        hyperparameters=dict(resolved.values),
+        precision=resolved.precision,
+        resume_from=resume,
+        model_name="tiny",
+    )
+
+
+@pytest.fixture(autouse=True)
+def keep_signals() -> Iterator[None]:
+    """The program takes SIGTERM for itself; the test process wants it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def train(wanted: TrainSpec) -> list[dict[str, Any]]:
+    """Runs the program's main path in this process and returns its metrics."""
+    from palate_trainer.train import run
+
+    code = run(wanted)
+    error = Path(wanted.output_dir) / ERROR_FILE
+    assert code == 0, error.read_text() if error.exists() else code
+    return [json.loads(line) for line in (Path(wanted.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    return [entry["loss"] for entry in metrics if entry["kind"] == "train"]
+
+
+def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None:
+    """Same rows, same order, fp32: palate's trainer against `DPOTrainer` as TRL ships it, over 12 steps."""
+    ours = train(spec(tiny, tmp_path / "ours", num_train_epochs=4, learning_rate=1e-3, seq_length=128))
+
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from palate_trainer.trainers import SimilarLengths
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    system = {"role": "system", "content": "You are a helpful assistant"}
+    rows = [
+        {
+            "prompt": [system, {"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in preference_rows()
+    ]
+    order = _order_of_ours(tiny, SimilarLengths)
+
+    class Stock(DPOTrainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "stock"), per_device_train_batch_size=4, gradient_accumulation_steps=1, num_train_epochs=1,
+        learning_rate=1e-3, logging_steps=1, max_length=128, beta=0.1, bf16=False, use_cpu=True, gradient_checkpointing=False,
+        report_to=[], save_strategy="no", seed=42, disable_tqdm=True, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="linear",
+        disable_dropout=True,
+    )  # fmt: skip
+    from transformers import set_seed
+
+    set_seed(42)
+    stock = Stock(
+        model=AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"),
+        args=arguments,
+        train_dataset=Dataset.from_list([rows[index] for epoch in order for index in epoch]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=32, target_modules="all-linear"),
+    )
+    stock.train()
+    expected = [entry["loss"] for entry in stock.state.log_history if "loss" in entry]
+    assert len(expected) == len(losses(ours)) == 12
+    assert losses(ours) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0] - 1e-3  # a curve that moves
+
+
+def _order_of_ours(tiny: Path, sampler: Any) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    from palate_trainer.spec.preferences import PreferencePair
+    from palate_trainer.tokens import Renderer, encode_pairs
+
+    pairs = [
+        PreferencePair(row["prompt"], row["chosen"], row["rejected"], index)
+        for index, row in enumerate(preference_rows(), 1)
+    ]
+    renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "You are a helpful assistant", 128)
+    encoded, _ = encode_pairs(pairs, renderer, name="train")
+    order = sampler([row.length for row in encoded], 4, 42)
+    epochs = []
+    for epoch in range(4):
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+    return epochs
+
+
+def test_step_0_is_undecided_and_metrics_have_trls_names(tiny: Path, tmp_path: Path) -> None:
+    metrics = train(spec(tiny, tmp_path, validate=True, max_steps=2))
+    assert [entry["kind"] for entry in metrics] == ["start", "train", "train", "eval", "end"]
+    first = metrics[1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert {
+        "step",
+        "epoch",
+        "learning_rate",
+        "grad_norm",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+    } <= set(first)
+    assert {"logps/chosen", "logps/rejected"} <= set(first)
+    assert {"eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"} <= set(metrics[3])
+    assert metrics[-1]["final_loss"] > 0
+    probe = json.loads((tmp_path / "out" / "model" / "probe.json").read_text())
+    assert len(probe["rows"]) == 8
+    assert all(len(row["logps"]) == len(row["completion_ids"]) for row in probe["rows"])
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 4, "learning_rate": 1e-3, "save_steps": 5, "lora_dropout": 0.1}
+    whole = losses(train(spec(tiny, tmp_path / "whole", **settings)))
+    checkpoint = tmp_path / "whole" / "out" / "checkpoints" / "checkpoint-5"
+    assert (checkpoint / COMPLETE_MARK).exists()
+    resumed = losses(train(spec(tiny, tmp_path / "resumed", resume_from=str(checkpoint), **settings)))
+    assert resumed == pytest.approx(whole[5:], abs=1e-5)
+
+
+def test_accumulation_equals_a_larger_batch(tiny: Path, tmp_path: Path) -> None:
+    settings = {"rows": 8, "num_train_epochs": 3, "learning_rate": 1e-3}
+    wide = train(spec(tiny, tmp_path / "wide", per_device_train_batch_size=8, **settings))
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    deep = train(spec(tiny, tmp_path / "deep", **split, **settings))
+    assert losses(deep) == pytest.approx(losses(wide), abs=1e-5)
+
+
+def test_lora_dropout_is_what_was_set(tiny: Path, tmp_path: Path) -> None:
+    plain = losses(train(spec(tiny, tmp_path / "plain", num_train_epochs=2, learning_rate=1e-3)))
+    dropped = losses(train(spec(tiny, tmp_path / "dropped", num_train_epochs=2, learning_rate=1e-3, lora_dropout=0.5)))
+    assert dropped != pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge", "apo_zero", "sppo_hard"])
+def test_other_losses_train(tiny: Path, tmp_path: Path, loss_type: str) -> None:
+    assert all(math.isfinite(loss) for loss in losses(train(spec(tiny, tmp_path, max_steps=2, loss_type=loss_type))))
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_training_on_this_processor_works_or_says_why_not(
+    base_model: Path, tmp_path: Path, bits: str
+) -> None:
+    from palate_trainer.train import run
+
+    wanted = spec(
+        base_model, tmp_path, method="QLoRA_LLM", rows=2, max_steps=1, per_device_train_batch_size=1, **{bits: True}
+    )
+    code = run(wanted)
+    error = Path(wanted.output_dir) / ERROR_FILE
+    if code == 0:
+        assert (Path(wanted.output_dir) / "model" / "adapter_model.safetensors").exists()
+    else:
+        assert f"{bits}=false" in error.read_text()
+
+
+def test_rows_that_truncation_would_spoil_are_left_out_by_number(tiny: Path, tmp_path: Path) -> None:
+    long = "word " * 200
+    data = [
+        {"prompt": "short", "chosen": "yes", "rejected": "no"},
+        {"prompt": long, "chosen": "yes", "rejected": "no"},
+        {"prompt": "short", "chosen": long + "a", "rejected": long + "b"},
+    ]
+    start = train(spec(tiny, tmp_path, data=data, max_steps=1, seq_length=64))[0]
+    assert start["dropped_rows"] == [2, 3]
+    assert start["train_rows"] == 1
+    assert any("row 2" in note for note in start["notes"])
+
+
+@pytest.mark.parametrize("system_prompt", ["You are terse", ""])
+def test_one_rendering_one_system_turn_and_trls_own_ids(base_model: Path, system_prompt: str) -> None:
+    from transformers import AutoTokenizer
+
+    from palate_trainer.spec.preferences import PreferencePair
+    from palate_trainer.tokens import Renderer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    renderer = Renderer(tokenizer, True, system_prompt, 512)
+    encoded, merged = renderer.encode(PreferencePair("The sky is bl", "ue.", "green.", 1))
+    text = tokenizer.decode(encoded.prompt_ids + encoded.chosen_ids)
+    assert text.count("<|im_start|>system") == 1  # ours, or the one the template puts when there is none
+    if system_prompt:
+        assert f"<|im_start|>system\n{system_prompt}<|im_end|>" in text
+    assert text.endswith("<|im_start|>assistant\nue.<|im_end|>\n")
+    assert not merged
+    turns = [*renderer.messages("The sky is bl"), {"role": "assistant", "content": "ue."}]
+    assert encoded.prompt_ids + encoded.chosen_ids == tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
+
+
+def program(wanted: TrainSpec, folder: Path) -> subprocess.Popen[str]:
+    path = folder / "spec.json"
+    wanted.write(path)
+    return subprocess.Popen(
+        [sys.executable, "-m", "palate_trainer", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_sigterm_leaves_a_whole_checkpoint_and_says_so_in_the_exit_code(tiny: Path, tmp_path: Path) -> None:
+    process = program(spec(tiny, tmp_path, num_train_epochs=1000), tmp_path)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output[-2000:]
+    (mark,) = (tmp_path / "out" / "checkpoints").glob(f"checkpoint-*/{COMPLETE_MARK}")
+    names = {path.name for path in mark.parent.iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from palate_trainer.train import run
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    model.save_pretrained(broken)
+    wanted = spec(broken, tmp_path / "run", max_steps=3)
+    assert run(wanted) == 1
+    message = (Path(wanted.output_dir) / ERROR_FILE).read_text()
+    assert "nan at step 1" in message
+    assert "learning_rate" in message
+    assert not (Path(wanted.output_dir) / "model").exists()
+
+
+def test_a_base_without_a_chat_template_is_refused_with_the_remedy(tiny: Path, tmp_path: Path) -> None:
+    from palate_trainer.train import run
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in tiny.iterdir():
+        if path.name != "chat_template.jinja":
+            (bare / path.name).write_bytes(path.read_bytes())
+    wanted = spec(bare, tmp_path / "run", max_steps=1)
+    assert run(wanted) == 1
+    assert "apply_chat_template=false" in (Path(wanted.output_dir) / ERROR_FILE).read_text()
+    train(spec(bare, tmp_path / "plain", max_steps=1, apply_chat_template=False))
