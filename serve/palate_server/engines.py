@@ -29,6 +29,11 @@ def engine_command(spec: ServeSpec, plan: Plan, *, spec_file: Path, port: int) -
         adapter = json.dumps({"name": TUNED_MODEL, "path": spec.model_dir, "base_model_name": BASE_MODEL})
         command += ["--lora-modules", adapter, "--max-lora-rank", str(plan.lora_rank)]
         command += ["--tokenizer", str(plan.tokenizer_dir)]
+        if plan.on_cpu:
+            # vLLM's CPU kernels index the adapters with -1 for a request without one: the last slot. With one slot that is
+            # the tuned adapter, and `base` would answer as `default` whenever two requests share a batch. A second, empty
+            # slot makes -1 mean no adapter, as it does on a GPU. A test asks both at once.
+            command += ["--max-loras", "2"]
     else:
         command += ["--model", spec.model_dir, "--served-model-name", TUNED_MODEL]
     if spec.max_model_len is not None:

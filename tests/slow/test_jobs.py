@@ -33,6 +33,14 @@ def recipe(model: Path, hyperparameters: dict[str, object], **arguments: object)
     return ModelTrainingRecipe(model_name="tiny", model_uri=str(model), hyperparameters=hyperparameters, **arguments)  # type: ignore[arg-type]
 
 
+def palate(*arguments: str) -> str:
+    """Runs the command line as a new process and returns its stdout."""
+    command = [sys.executable, "-m", "palate.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_job_trains_and_leaves_what_it_promises(
     store_session: Session, home: Path, tiny: Path, prefs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,10 +108,7 @@ def test_training_survives_the_client_that_started_it(
     client.send_signal(signal.SIGKILL)
     client.wait()
 
-    listed = subprocess.run(
-        [sys.executable, "-m", "palate.cli", "jobs", "--json"], capture_output=True, text=True, check=True
-    )
-    assert [(row["id"], row["state"]) for row in json.loads(listed.stdout)] == [("survivor", "Running")]
+    assert [(row["id"], row["state"]) for row in json.loads(palate("jobs", "--json"))] == [("survivor", "Running")]
     job = TrainingJob.attach("survivor").wait(show_logs=False, timeout_s=120)
     assert job.is_succeeded()
     marks = [
@@ -111,6 +116,13 @@ def test_training_survives_the_client_that_started_it(
     ]
     assert "jobs/survivor/checkpoints/step-000050/.complete" in marks
     assert TrainingJob.get(job.uri).is_succeeded()
+
+    # And a new process serves it, from nothing but the store.
+    told = palate("deploy", "survivor", "--name", "served", "--engine", "transformers")
+    assert told.startswith("served\thttp://127.0.0.1:")
+    assert palate("chat", "served", "Hi", "--max-tokens", "4")
+    assert palate("delete", "served") == "served\tdeleted\n"
+    assert processes_of(home) == []
 
 
 def test_stop_from_another_process_keeps_a_whole_checkpoint(
@@ -120,10 +132,7 @@ def test_stop_from_another_process_keeps_a_whole_checkpoint(
     with pytest.raises(WaitTimeoutError, match="palate stop long"):
         job.wait(show_logs=False, timeout_s=0.5)
     until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
-    stopped = subprocess.run(
-        [sys.executable, "-m", "palate.cli", "stop", "long"], capture_output=True, text=True, check=True
-    )
-    assert stopped.stdout == "long\tStopped\n"
+    assert palate("stop", "long") == "long\tStopped\n"
     assert processes_of(home) == []
     assert any(info.key.endswith("/.complete") for info in session.store.list("jobs/long/checkpoints/"))
     with pytest.raises(TrainingJobError, match="was stopped"):

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -90,6 +91,11 @@ def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: P
     tuned, base = ask(client, "default"), ask(client, "base")
     assert tuned != base
     assert ask(client, SERVICE) == tuned == ask(client, client.models.list().data[0].id)
+
+    # Both models in one batch answer as they do alone.
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(lambda model: ask(client, model), ["base", "default"] * 3))
+    assert together == [base, tuned] * 3
 
     async def ask_async() -> str:
         async with held.async_openai() as asynchronous:

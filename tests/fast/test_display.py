@@ -1,0 +1,63 @@
+"""What a person sees: the live line on a terminal, plain lines elsewhere, nothing when nothing was asked for."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+SCRIPT = """
+import json
+from palate.display import make_display
+start = {"kind": "start", "total_steps": 40}
+step = {"kind": "train", "step": 10, "total_steps": 40, "seconds": 60.0, "loss": 0.5, "rewards/margins": 0.25,
+        "rewards/accuracies": 0.75, "pairs_per_s": 1.5}
+with make_display(SHOW, "my-job") as display:
+    if display.wants_news:
+        display.log("loading the model\\nstep 10/40 loss 0.5000\\n")
+        display.metrics("".join(json.dumps(entry) + "\\n" for entry in (start, step)).encode())
+print("the result")
+"""
+
+
+def run(show: bool, *, terminal: bool) -> tuple[str, str]:
+    """Returns (stdout, stderr) of the script, with stderr a terminal or a pipe."""
+    command = [sys.executable, "-c", SCRIPT.replace("SHOW", str(show))]
+    if not terminal:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr
+    controller, side = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=side, env=environment, text=True)
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(controller, 65536)
+        except OSError:  # Linux's way to say that the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(controller)
+    stdout, _ = process.communicate(timeout=30)
+    return stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+def test_a_terminal_shows_step_loss_margin_accuracy_rate_and_time_left() -> None:
+    stdout, stderr = run(True, terminal=True)
+    assert stdout == "the result\n"
+    assert "loading the model" in stderr
+    for words in ("my-job", "10/40", "loss 0.500", "margin +0.25", "accuracy 0.75", "pairs/s 1.50", "3:00 left"):
+        assert words in stderr
+    assert "step 10/40 loss" not in stderr  # the live line has it
+
+
+def test_a_pipe_shows_the_log_as_it_is() -> None:
+    assert run(True, terminal=False) == ("the result\n", "loading the model\nstep 10/40 loss 0.5000\n")
+
+
+def test_nothing_is_shown_when_nothing_was_asked_for() -> None:
+    assert run(False, terminal=False) == ("the result\n", "")
