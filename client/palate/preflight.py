@@ -6,11 +6,9 @@ Errors from here come before anything is written or started.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +88,8 @@ def _at_hand(uri: str | Path, session: Session) -> Iterator[Path]:
         yield local
         return
     store, name = open_parent(uri, options=session.options_for(str(uri)))
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="palate-") as folder:
         path = Path(folder) / name
         try:
@@ -109,6 +109,8 @@ def check_trainer() -> None:
 
 
 def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return bool(version(name))
     except PackageNotFoundError:

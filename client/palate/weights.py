@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,9 +87,10 @@ def find_weights(
         )
     model = find_model(model_name)
     if model.package and not model_version:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
-            version = distribution(model.package).version
-            return WeightsSource(kind="package", location=model.package, revision=version, size_bytes=0), model
+            return WeightsSource(kind="package", location=model.package, revision=version(model.package)), model
         except PackageNotFoundError:
             pass
     return WeightsSource(kind="hub", location=model.hub_id, revision=model_version or ""), model
@@ -185,6 +185,8 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
 
 
 def _from_package(name: str, folder: Path) -> None:
+    from importlib.metadata import distribution
+
     files = [Path(str(file.locate())) for file in distribution(name).files or [] if file.name.endswith(".gguf")]
     if len(files) != 1:
         raise WeightsError(f"the package {name} holds {len(files)} GGUF files, one is expected: reinstall it")

@@ -38,7 +38,8 @@ def save_model(spec: TrainSpec, model: Any, tokenizer: Any, probe_rows: list[Tok
     if isinstance(model, PeftModel):
         # A path of this machine means nothing to a reader elsewhere.
         model.peft_config["default"].base_model_name_or_path = spec.model_name or Path(spec.model_dir).name
-        model.save_pretrained(draft)
+        # Adapters on linear layers leave the vocabulary alone; PEFT would look for the base's config to find that out.
+        model.save_pretrained(draft, save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     else:
         model.config.use_cache = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 import string
 from datetime import UTC, datetime
 
@@ -15,7 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 def random_str(n: int) -> str:
     """Returns `n` random lowercase letters and digits (the name that PAI's SDK has for it)."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(n))
+    return "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(n))
 
 
 def unique_name(base: str) -> str:

@@ -24,6 +24,7 @@ FAST_UNTIL_S = 120.0
 
 LOG_TAIL_LINES = 25
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # opened here: between fork and exec as little as possible may happen
 
 
 class Child:
@@ -166,4 +167,4 @@ def describe_exit(code: int) -> str:
 def _die_with_parent() -> None:
     # A runner that is killed must not leave a program behind: the kernel signals the child instead.
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
