@@ -6,30 +6,22 @@ The parameters are those of PAI's `ModelTrainingRecipe`, in its order; what has 
 from __future__ import annotations
 
 import builtins
-import difflib
-import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import palate
 from palate.backend import Backend, get_backend
-from palate.common.utils import check_name, unique_name
-from palate.errors import ConfigurationError, JobNotReadyError, NameTakenError, UnsupportedParameterError
+from palate.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate.job import TrainingJob
-from palate.preflight import Input, as_local_path, check_input, check_memory, check_trainer
-from palate.record import Manifest, Record
-from palate.run import RunHandle
 from palate.session import Session, get_default_session
-from palate.weights import WeightsSource, find_weights
+from palate.submission import CHANNELS, TrainingRequest, submit
+from palate.weights import find_weights
 from palate_recipes.catalog import Model, find_model, models
 from palate_recipes.hyperparameters import Resolved, as_definitions, resolve, validate
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor
 
-CHANNELS = ("train", "validation")
 DEFAULT_METHOD = "LoRA_LLM"
 
 _NO_MEANING = {
@@ -215,58 +207,23 @@ class ModelTrainingRecipe:
             TrainingJobError: With `wait`: it failed or was stopped; carries reason and last log lines.
         """
         _refuse(outputs=outputs)
-        resolved = self.resolve()
-        name = check_name(
-            "job_name",
-            job_name or unique_name(self.base_job_name or f"{self.model_name}-{resolved.values['training_strategy']}"),
-        )
-        chosen = dict(inputs) if inputs is not None else dict(self.default_inputs)
-        _check_channels(chosen)
-        source, row = find_weights(
-            self.session, model_name=self.model_name if self._row or not self.model_uri else None,
-            model_uri=self.model_uri, model_version=self.model_version,
-        )  # fmt: skip
-        checked = {
-            channel: check_input(channel, uri, self.session, strategy=resolved.values["training_strategy"])
-            for channel, uri in chosen.items()
-        }
-        if self.session.backend.name == "process":
-            check_trainer()  # elsewhere the libraries are in the image
-        check_memory(
-            self.model_name, _parameters(source, row), resolved,
-            method=self.method, device=self.session.backend.device(), row=row,
-        )  # fmt: skip
-        self.session.store.check()
-
-        record = Record(self.session.store, "jobs", name)
-        if record.exists():
-            raise NameTakenError(
-                f"job name {name!r} is taken in {self.session.store.root}: choose another, or delete it first (`palate delete {name}`)"
-            )
-        manifest = Manifest(
-            kind="train",
-            name=name,
-            backend=self.session.backend.name,
+        request = TrainingRequest(
+            model_name=self.model_name,
+            model_uri=self.model_uri,
+            model_version=self.model_version,
+            row=self._row,
+            method=self.method,
+            given=self._given,
+            resolved=self.resolve(),
+            inputs=self.default_inputs if inputs is None else inputs,
+            job_name=job_name,
+            base_job_name=self.base_job_name,
             labels=self.labels,
-            versions={"palate": palate.__version__, "python": platform.python_version()},
-            body={
-                "model": {"name": self.model_name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
-                "method": self.method,
-                "hyperparameters": dict(resolved.values),
-                "given": self._given,
-                "precision": resolved.precision,
-                "notes": list(resolved.notes),
-                "inputs": {channel: _keep(record, channel, item).to_json() for channel, item in checked.items()},
-                "max_run_time_s": self.max_run_time,
-                "environment_names": sorted(self.environments),
-            },
+            environments=self.environments,
+            max_run_time_s=self.max_run_time,
         )
-        record.create(manifest)
-        job = TrainingJob(record, self.session)
-        RunHandle(record, self.session).start(self.environments)
+        job = submit(request, self.session, announce=show_logs, notes=not wait)
         self._jobs.append(job)
-        if show_logs:
-            _announce(job, resolved, checked, notes=not wait)  # the log that is shown while waiting has them
         if wait:
             job.wait(show_logs=show_logs)
         return job
@@ -451,38 +408,3 @@ def _row_if_known(name: str) -> Model | None:
         return find_model(name)
     except LookupError:
         return None  # with model_uri=, the name is the user's own
-
-
-def _check_channels(inputs: Mapping[str, Any]) -> None:
-    for channel in inputs:
-        if channel not in CHANNELS:
-            near = difflib.get_close_matches(channel, CHANNELS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigurationError(
-                f"inputs has an unknown channel {channel!r}: {hint}known are {', '.join(CHANNELS)}"
-            )
-    if "train" not in inputs:
-        raise ConfigurationError('no training data: give inputs={"train": "<path or URI of a preference file>"}')
-
-
-def _parameters(source: WeightsSource, row: Model | None) -> float:
-    """Returns the number of parameters: from the catalog, else from the weights' size (taken as 16 bit), else 0."""
-    return row.parameters_b * 1e9 if row is not None else source.size_bytes / 2
-
-
-def _keep(record: Record, channel: str, item: Input) -> Input:
-    """Copies an input that lies on this machine into the job's prefix: the job must find it from anywhere, unchanged."""
-    path = as_local_path(item.uri)
-    if path is None:
-        return item
-    key = record.key("inputs", channel, path.name)
-    record.store.upload(path, key)
-    return Input(uri=record.store.uri(key), sha256=item.sha256, size=item.size, rows=item.rows)
-
-
-def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input], *, notes: bool) -> None:
-    rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
-    lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
-    shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
-    lines += [f"precision={resolved.precision}  {shown}"]
-    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,163 @@
+"""From a recipe to a submitted job: everything is checked, then the manifest is written and the run started. Knows no recipe class.
+
+The order is the point: whatever can be refused is refused before the first key is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import palate
+from palate.common.utils import check_name, unique_name
+from palate.errors import ConfigurationError, NameTakenError
+from palate.job import TrainingJob
+from palate.preflight import Input, as_local_path, check_input, check_memory, check_trainer
+from palate.record import Manifest, Record
+from palate.run import RunHandle
+from palate.session import Session
+from palate.weights import WeightsSource, find_weights
+from palate_recipes.catalog import Model
+from palate_recipes.hyperparameters import Resolved
+
+CHANNELS = ("train", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """What a recipe asks for.
+
+    Attributes:
+        model_name: Name for people: of the catalog, or the user's own beside `model_uri`.
+        model_uri, model_version: See `find_weights`.
+        row: The catalog's row, when the name has one.
+        method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM`.
+        given: Hyperparameters as the user gave them, validated.
+        resolved: The same with every default, for the machine that trains.
+        inputs: Preference files by channel.
+        job_name: The job's id, or None for a unique one that begins with `base_job_name`.
+        base_job_name: See `job_name`.
+        labels: Recorded.
+        environments: For the trainer; only their names are recorded.
+        max_run_time_s: Seconds until the training is ended, or None.
+    """
+
+    model_name: str
+    model_uri: str | None
+    model_version: str | None
+    row: Model | None
+    method: str
+    given: dict[str, Any]
+    resolved: Resolved
+    inputs: Mapping[str, str | Path]
+    job_name: str | None
+    base_job_name: str | None
+    labels: dict[str, str]
+    environments: dict[str, str]
+    max_run_time_s: int | None
+
+
+def submit(request: TrainingRequest, session: Session, *, announce: bool, notes: bool) -> TrainingJob:
+    """Checks a request whole, writes its manifest, and starts its run.
+
+    Args:
+        request: What to train.
+        session: Store and backend.
+        announce: Say on stderr what was submitted.
+        notes: Let that include the notes on changed defaults (a reader of the log sees them there).
+
+    Raises:
+        PalateError: Something cannot work; nothing has been written. See `ModelTrainingRecipe.train`.
+    """
+    strategy = request.resolved.values["training_strategy"]
+    base_name = request.base_job_name or f"{request.model_name}-{strategy}"
+    name = check_name("job_name", request.job_name or unique_name(base_name))
+    _check_channels(request.inputs)
+    source, row = find_weights(
+        session,
+        model_name=request.model_name if request.row or not request.model_uri else None,
+        model_uri=request.model_uri,
+        model_version=request.model_version,
+    )
+    inputs = {channel: check_input(channel, uri, session, strategy=strategy) for channel, uri in request.inputs.items()}
+    if session.backend.name == "process":
+        check_trainer()  # elsewhere the libraries are in the image
+    check_memory(
+        request.model_name,
+        _parameters(source, row),
+        request.resolved,
+        method=request.method,
+        device=session.backend.device(),
+        row=row,
+    )
+    session.store.check()
+    record = Record(session.store, "jobs", name)
+    if record.exists():
+        raise NameTakenError(
+            f"job name {name!r} is taken in {session.store.root}: choose another, or delete it first (`palate delete {name}`)"
+        )
+
+    manifest = Manifest(
+        kind="train",
+        name=name,
+        backend=session.backend.name,
+        labels=request.labels,
+        versions={"palate": palate.__version__, "python": platform.python_version()},
+        body={
+            "model": {"name": request.model_name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
+            "method": request.method,
+            "hyperparameters": dict(request.resolved.values),
+            "given": request.given,
+            "precision": request.resolved.precision,
+            "notes": list(request.resolved.notes),
+            "inputs": {channel: _keep(record, channel, item).to_json() for channel, item in inputs.items()},
+            "max_run_time_s": request.max_run_time_s,
+            "environment_names": sorted(request.environments),
+        },
+    )
+    record.create(manifest)
+    job = TrainingJob(record, session)
+    RunHandle(record, session).start(request.environments)
+    if announce:
+        _announce(job, request.resolved, inputs, notes=notes)
+    return job
+
+
+def _check_channels(inputs: Mapping[str, Any]) -> None:
+    for channel in inputs:
+        if channel not in CHANNELS:
+            near = difflib.get_close_matches(channel, CHANNELS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigurationError(
+                f"inputs has an unknown channel {channel!r}: {hint}known are {', '.join(CHANNELS)}"
+            )
+    if "train" not in inputs:
+        raise ConfigurationError('no training data: give inputs={"train": "<path or URI of a preference file>"}')
+
+
+def _parameters(source: WeightsSource, row: Model | None) -> float:
+    """Returns the number of parameters: from the catalog, else from the weights' size (taken as 16 bit), else 0."""
+    return row.parameters_b * 1e9 if row is not None else source.size_bytes / 2
+
+
+def _keep(record: Record, channel: str, item: Input) -> Input:
+    """Copies an input that lies on this machine into the job's prefix: the job must find it from anywhere, unchanged."""
+    path = as_local_path(item.uri)
+    if path is None:
+        return item
+    key = record.key("inputs", channel, path.name)
+    record.store.upload(path, key)
+    return Input(uri=record.store.uri(key), sha256=item.sha256, size=item.size, rows=item.rows)
+
+
+def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input], *, notes: bool) -> None:
+    rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
+    lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
+    shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
+    lines += [f"precision={resolved.precision}  {shown}"]
+    print("\n".join(lines), file=sys.stderr, flush=True)
