@@ -54,7 +54,7 @@ class Metrics:
 
 
 class StopRequested(BaseException):
-    """SIGTERM came where there is no step to finish. Not an Exception, so that no library swallows it."""
+    """There is no step to finish: SIGTERM came elsewhere, or all are done. Not an Exception, so no library swallows it."""
 
 
 class StopSignal:
@@ -120,6 +120,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         say(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
         if state.global_step:
             say(f"resumed after step {state.global_step}")
+        if state.global_step >= state.max_steps:
+            raise StopRequested  # resumed from the last step's checkpoint: transformers would take a step too many
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate's wrappers do not always pass the epoch on to a sampler, and a resumed run depends on it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,6 +30,8 @@ def run(spec: TrainSpec) -> int:
     Returns:
         0 when `model/` is whole; EXIT_STOPPED after a SIGTERM; EXIT_FAILED with error.txt written.
     """
+    # Until StopSignal takes over: the imports alone take seconds, and a stop in them has the same exit code.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     output = Path(spec.output_dir)
     (output / ERROR_FILE).unlink(missing_ok=True)
     try:
@@ -125,7 +128,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
             callback.attach(trainer)
             try:
                 trainer.train(resume_from_checkpoint=resume_from)
-            except StopRequested:  # in an evaluation
+            except StopRequested:  # in an evaluation, or nothing was left to train
                 callback.checkpoint_now()
         if stop.requested and not callback.all_steps_done:
             return EXIT_STOPPED

@@ -176,6 +176,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) 
     assert resumed == pytest.approx(whole[5:], abs=1e-5)
 
 
+def test_resuming_a_finished_run_takes_no_further_step(tiny: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-3}
+    train(spec(tiny, tmp_path / "whole", **settings))
+    checkpoint = tmp_path / "whole" / "out" / "checkpoints" / "checkpoint-2"
+    metrics = train(spec(tiny, tmp_path / "again", resume_from=str(checkpoint), **settings))
+    assert [entry["kind"] for entry in metrics] == ["start", "end"]
+    weights = "model/adapter_model.safetensors"
+    assert (tmp_path / "again/out" / weights).read_bytes() == (tmp_path / "whole/out" / weights).read_bytes()
+
+
 def test_accumulation_equals_a_larger_batch(tiny: Path, tmp_path: Path) -> None:
     settings = {"rows": 8, "num_train_epochs": 3, "learning_rate": 1e-3}
     wide = train(spec(tiny, tmp_path / "wide", per_device_train_batch_size=8, **settings))
@@ -267,6 +277,19 @@ def test_sigterm_leaves_a_whole_checkpoint_and_says_so_in_the_exit_code(tiny: Pa
     (mark,) = (tmp_path / "out" / "checkpoints").glob(f"checkpoint-*/{COMPLETE_MARK}")
     names = {path.name for path in mark.parent.iterdir()}
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_sigterm_before_the_first_step_has_the_same_exit_code(tiny: Path, tmp_path: Path) -> None:
+    process = program(spec(tiny, tmp_path), tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out").exists():  # made before the imports, which take seconds
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output[-2000:]
+    assert not (tmp_path / "out" / ERROR_FILE).exists()
     assert not (tmp_path / "out" / "model").exists()
 
 
