@@ -15,7 +15,7 @@ from palate import Predictor, TrainingJob
 from palate.session import Session
 from tests.slow.conftest import processes_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_the_quickstart_teaches_a_model_to_stop_flattering(home: Path, tmp_path: Path, base_model: Path) -> None:
