@@ -68,7 +68,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
     from transformers import set_seed
 
-    from palate_trainer.fused_head import completion_tokens_only
+    from palate_trainer.fast.compact import completion_tokens_only
     from palate_trainer.loading import check_model_dir, load_model, load_tokenizer
     from palate_trainer.outputs import save_model
     from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say

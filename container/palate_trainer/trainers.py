@@ -11,15 +11,23 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import Sampler
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from palate_trainer.errors import TrainerError
+from palate_trainer.fast.forward import add_tree_forward, difference, why_not
+from palate_trainer.fast.lora import fuse_lora
+from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
 from palate_trainer.loading import lora_config, uses_adapter
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
 from palate_trainer.tokens import TokenPair
 
 _PROGRESS_EVERY_S = 10.0
+_MOST_APART, _MOST_APART_16_BIT = 1e-3, 0.1
+"""Nats a token by which packed log-probabilities may differ from TRL's: rounding, no more."""
 
 
 class SimilarLengths(Sampler[int]):
@@ -55,6 +63,35 @@ class SimilarLengths(Sampler[int]):
 
 class _Additions:
     """What both trainers share; mixed in before TRL's class."""
+
+    note: Callable[[str], None] = staticmethod(lambda line: None)
+
+    def pack(self) -> None:
+        """Sends batches through the model as packed prefix trees, once it has shown the same numbers that way.
+
+        The first call decides for the run: DPO's constructor scores the reference already.
+        """
+        collator: TreeCollator = self.data_collator  # type: ignore[attr-defined]
+        if collator.enabled or collator.refused:
+            return
+        wrapper = self.model  # type: ignore[attr-defined]
+        network = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
+        lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
+        reason = why_not(network, longest=max(lengths))
+        if reason is None:
+            add_tree_forward(network)
+            collator.enabled = True
+            shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
+            batch = self._prepare_inputs(collator([self.train_dataset[row] for row in shortest]))  # type: ignore[attr-defined]
+            with self.accelerator.autocast():  # type: ignore[attr-defined]
+                apart = difference(wrapper, batch)
+            exact = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
+            if apart > (_MOST_APART_16_BIT if exact else _MOST_APART):
+                reason = f"its log-probabilities differ by {apart:.2g} a token when packed"
+        if reason is not None:
+            collator.enabled, collator.refused = False, True
+            self.note(f"note: prompts are encoded once an answer, not once a pair, because of this model: {reason}")
+        fuse_lora(wrapper)
 
     step_loss: float = 0.0
     """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
@@ -99,12 +136,11 @@ class _Additions:
 class PairTrainer(_Additions, DPOTrainer):
     """DPO on rows that carry token ids already, with the reference scored once before the first step."""
 
-    note: Callable[[str], None] = staticmethod(lambda line: None)
-
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self.pack()
         # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
         order = sorted(range(len(dataset)), key=dataset["length"].__getitem__, reverse=True)
         logps = torch.zeros(len(dataset), 2)  # (pairs, [chosen, rejected])
@@ -156,20 +192,30 @@ def build_trainer(
         "callbacks": callbacks,
         "peft_config": lora_config(spec) if uses_adapter(spec) else None,
     }
+    _Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
     try:
         if is_dpo:
-            PairTrainer.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
+            stock = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
             trainer: PairTrainer | AnswerTrainer = PairTrainer(
-                args=_dpo_config(spec, len(train), bool(validation)), **common
+                args=_dpo_config(spec, len(train), bool(validation)),
+                data_collator=TreeCollator(stock, pair_sequences),
+                **common,
             )
         else:
-            trainer = AnswerTrainer(args=_sft_config(spec, bool(validation)), **common)
+            trainer = AnswerTrainer(
+                args=_sft_config(spec, bool(validation)),
+                data_collator=TreeCollator(
+                    DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id), answer_sequences
+                ),
+                **common,
+            )
     except ValueError as error:
         if "Target modules" in str(error) or "lm_head" in str(error):
             raise TrainerError(
                 f"target_modules={spec.hyperparameters['target_modules']!r} does not fit this model: {error}"
             ) from error
         raise
+    trainer.pack()
     trainer.use_float32_updates()
     return trainer
 

@@ -1,0 +1,176 @@
+"""Attention over a packed prefix tree, as an attention implementation that transformers knows by name. Knows no trainer.
+
+The tree's `ends` travel in the place of the attention mask, as an int64 tensor of shape (1, 1, 1, tokens): transformers
+hands a 4-D mask through to every layer untouched, under gradient checkpointing too. Any other mask means an ordinary
+batch, and goes to SDPA.
+
+On CPU, and where FlexAttention cannot run, the tree is cut into groups: a subtree that is small enough, with its
+ancestors as further keys. A group is a few dense products, so attention grows with the groups, not with the packed row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from palate_trainer.fast.tree import visible
+
+NAME = "palate_tree"
+_GROUP_TOKENS = 256
+"""A subtree of at most this many tokens is one group."""
+
+
+@dataclass
+class Group:
+    """Queries of one stretch of the row, and the keys they may see: ancestors, then the stretch itself."""
+
+    queries: slice
+    ancestors: list[slice]
+    seen: torch.Tensor  # bool (queries, keys)
+    _bias: torch.Tensor | None = None
+
+    def bias(self, copies: int) -> torch.Tensor:
+        """What is added to scores, for `copies` query heads that share a key head.  # float32 (copies * queries, keys)"""
+        if self._bias is None or len(self._bias) != copies * len(self.seen):
+            bias = torch.zeros(self.seen.shape, device=self.seen.device).masked_fill_(~self.seen, float("-inf"))
+            self._bias = bias.repeat(copies, 1)
+        return self._bias
+
+
+def groups(ends: torch.Tensor) -> list[Group]:
+    """Cuts a tree into groups.
+
+    Args:
+        ends: Of a `PrefixTree`.  # (tokens,)
+    """
+    last = ends.tolist()
+    found: list[Group] = []
+
+    def cut(start: int, stop: int, above: list[slice]) -> None:
+        # a run of siblings: as many of them as fit are one group
+        while start < stop:
+            end = last[start]
+            if end - start > _GROUP_TOKENS:
+                # the stem up to its first fork, then what grows on it
+                fork = start
+                while fork < end and last[fork] == end and fork - start < _GROUP_TOKENS:
+                    fork += 1
+                add(start, fork, above)
+                cut(fork, end, [*above, slice(start, fork)])
+                start = end
+                continue
+            reach = end
+            while reach < stop and last[reach] - start <= _GROUP_TOKENS // 2:
+                reach = last[reach]
+            add(start, reach, above)
+            start = reach
+
+    def add(start: int, stop: int, above: list[slice]) -> None:
+        queries = slice(start, stop)
+        own = visible(ends, queries, queries)
+        older = torch.ones(stop - start, sum(s.stop - s.start for s in above), dtype=torch.bool, device=ends.device)
+        found.append(Group(queries, above, torch.cat([older, own], dim=1)))
+
+    cut(0, len(last), [])
+    return found
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """softmax(q k^T) v group by group. Probabilities are made anew in the backward pass: they are cheap and large."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: list[Group], scale: float) -> Any:
+        q, k, v = (q * scale).contiguous(), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q)  # q (heads, tokens, dim), k and v (kv heads, tokens, dim)
+        for group in plan:
+            p = _probabilities(q, k, group).to(v.dtype)
+            out[:, group.queries] = _merge(p @ _rows(v, group), q)
+        ctx.save_for_backward(q, k, v)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for group in ctx.plan:
+            p = _probabilities(q, k, group)
+            g = _split(grad[:, group.queries], k)
+            dp = (g @ _rows(v, group).transpose(1, 2)).to(p.dtype)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
+            dq[:, group.queries] = _merge(ds @ _rows(k, group), q)
+            _add_rows(dk, group, ds.transpose(1, 2) @ _split(q[:, group.queries], k))
+            _add_rows(dv, group, p.to(g.dtype).transpose(1, 2) @ g)
+        return dq.mul_(ctx.scale), dk, dv, None, None
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, group: Group) -> torch.Tensor:
+    """In float32, as SDPA's kernels do: a score rounded to 16 bits is off by more than its neighbours' distance."""
+    queries, keys = _split(q[:, group.queries], k), _rows(k, group)
+    bias = group.bias(len(q) // len(k)).expand(len(k), -1, -1)
+    return torch.baddbmm(bias, queries.float(), keys.float().transpose(1, 2)).softmax(-1)
+
+
+def _split(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Query heads beside the key head they share.  # (heads, n, dim) -> (kv heads, heads / kv heads * n, dim)"""
+    return q.reshape(len(k), -1, q.shape[-1])
+
+
+def _merge(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return x.reshape(len(q), -1, x.shape[-1])
+
+
+def _rows(x: torch.Tensor, group: Group) -> torch.Tensor:
+    own = x[:, group.queries]
+    return torch.cat([*(x[:, part] for part in group.ancestors), own], dim=1) if group.ancestors else own
+
+
+def _add_rows(x: torch.Tensor, group: Group, values: torch.Tensor) -> None:
+    start = 0
+    for part in [*group.ancestors, group.queries]:
+        stop = start + part.stop - part.start
+        x[:, part] += values[:, start:stop]
+        start = stop
+
+
+def as_mask(ends: torch.Tensor) -> torch.Tensor:
+    """What to pass as `attention_mask` for a packed tree.  # int64 (1, 1, 1, tokens)"""
+    return ends[None, None, None]
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: a packed tree when the mask is one, else SDPA."""
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return out, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _GroupedAttention.apply(  # type: ignore[no-untyped-call]
+        query[0], key[0], value[0], _plan(attention_mask), scale
+    )
+    return out.transpose(0, 1)[None], None  # (1, tokens, heads, dim)
+
+
+def _plan(mask: torch.Tensor) -> list[Group]:
+    # Every layer asks for the groups of the same mask: the first makes them, and they go when the mask goes.
+    plan: list[Group] | None = getattr(mask, "palate_groups", None)
+    if plan is None:
+        plan = groups(mask[0, 0, 0])
+        mask.palate_groups = plan  # type: ignore[attr-defined]
+    return plan
+
+
+AttentionInterface.register(NAME, tree_attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,126 @@
+"""Puts the prefix tree behind TRL's fused LM head: the same batch in, the same log-probabilities out. Knows TRL's hook.
+
+TRL 1.16 patches `model.forward` so that `fused_lm_head=True` gives log-probabilities of shape (sequences, length - 1)
+(`trl.trainer.utils.add_fused_lm_head`). Everything TRL does with them stays TRL's. With a `tree` in the call, the same
+values come from one pass over the packed tree; without one, TRL's own path runs.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from trl.trainer import utils
+
+from palate_trainer.fast import attention
+from palate_trainer.fast.head import Scores, score_edges
+from palate_trainer.fast.tree import PrefixTree
+
+_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+_LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
+"""Config fields by which some architectures change their logits; TRL's own path knows them all."""
+
+
+def why_not(model: Any, *, longest: int) -> str | None:
+    """Why a model cannot take the packed tree, or None when nothing known speaks against it.
+
+    Args:
+        model: A causal language model.
+        longest: Tokens of the longest sequence.
+    """
+    config = model.config.get_text_config()
+    if model.config._attn_implementation not in ("sdpa", attention.NAME):
+        return f"its attention is {model.config._attn_implementation}"
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_FACTORS):
+        return "it changes its logits after the LM head"
+    if getattr(config, "output_router_logits", False):
+        return "its router's loss counts tokens as often as they appear"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
+        return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest})"
+    return None
+
+
+def add_tree_forward(model: Any) -> None:
+    """Lets a causal language model that has TRL's fused head take a `tree` (of `PrefixTree.as_dict`) beside its batch.
+
+    Args:
+        model: The network itself, not its PEFT wrapper.
+    """
+    stock = model.forward
+    model.set_attn_implementation(attention.NAME)
+
+    def forward(self: Any, *args: Any, tree: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
+        if tree is None or not kwargs.get("fused_lm_head"):
+            return stock(*args, **kwargs)
+        return _tree_forward(self, PrefixTree(**tree), kwargs["labels"], kwargs.get("num_items_in_batch"))
+
+    model.forward = MethodType(forward, model)
+
+
+def _tree_forward(model: Any, tree: PrefixTree, labels: torch.Tensor, num_items: Any) -> utils.FusedCausalLMOutput:
+    hidden = model.base_model(
+        input_ids=tree.ids[None],
+        position_ids=tree.positions[None],
+        attention_mask=attention.as_mask(tree.ends),
+        use_cache=False,
+    ).last_hidden_state[0, tree.score_rows]  # (rows, hidden)
+    scores = _score(model.get_output_embeddings(), hidden, tree)
+    scored = labels[:, 1:] != -100  # (sequences, length - 1)
+    fields = {
+        name: values.new_zeros(scored.shape).masked_scatter(scored, values[tree.slots])
+        for name, values in scores._asdict().items()
+    }
+    count = scored.sum().clamp(min=1) if num_items is None else num_items
+    return utils.FusedCausalLMOutput(loss=-fields["log_probs"].sum() / count, label_mask=scored, **fields)
+
+
+def _score(head: Any, hidden: torch.Tensor, tree: PrefixTree) -> Scores:
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):  # FSDP: gathered once for all blocks
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    if not weight.requires_grad:
+        return score_edges(hidden, weight, bias, tree.edge_rows, tree.edge_targets)
+    log_probs, entropy, _, mean_logits, is_top1 = utils._ChunkedLogProbFunction.apply(
+        hidden[tree.edge_rows],
+        weight,
+        bias,
+        tree.edge_targets,
+        1.0,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        _OUTPUTS,
+    )
+    return Scores(log_probs, entropy, mean_logits, is_top1)
+
+
+def difference(model: Any, batch: dict[str, Any]) -> float:
+    """Mean distance of the log-probabilities that the tree gives from TRL's own, on one batch.
+
+    Args:
+        model: As the trainer calls it, with `add_tree_forward` done.
+        batch: Of a `TreeCollator`, on the model's device.
+
+    Returns:
+        In nats a scored token; infinite when the model cannot run a tree at all.
+    """
+    labels = (
+        batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        if "labels" not in batch
+        else batch["labels"]
+    )
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = model(**inputs, fused_lm_head=True).log_probs
+            found = model(**inputs, tree=batch["tree"], fused_lm_head=True).log_probs
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+        return float("inf")  # the architecture's own code stumbles over a packed row: it is trained TRL's way
+    finally:
+        model.train(training)
+    return float((found - expected).abs().sum() / (labels[:, 1:] != -100).sum())

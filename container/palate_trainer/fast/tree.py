@@ -1,0 +1,157 @@
+"""Sequences with common beginnings as one packed row: each common token once, padding never. Knows token ids, no model.
+
+The tokens of a batch form a tree (a trie): the system turn is the root, prompts branch off, chosen and rejected answers
+are the twigs. Laid out depth first, a token sees exactly the tokens on its path, which one number a token can say:
+
+    position   0 1 2 3 4 5 6 7 8         row      S S P P c c r r r
+    token k is seen by token q   <=>   k <= q < ends[k]
+
+so `ends` is the whole attention mask. A token's next-token distribution is needed once for every *edge* that an answer
+follows; sequences that share an edge share its log-probability, and its gradients add up.
+(Prefix sharing for preference pairs: arXiv 2410.20305.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """A packed batch. All fields are int64 tensors; `as_dict` and `PrefixTree(**...)` carry it through a collator.
+
+    Attributes:
+        ids: Token ids, depth first.  # (tokens,)
+        positions: Depth of each token, its position in its sequences.  # (tokens,)
+        ends: One past the last token below each token.  # (tokens,)
+        score_rows: Tokens whose next token is scored, ascending, each once.  # (rows,)
+        edge_rows: For every scored edge, its place in `score_rows`.  # (edges,)
+        edge_targets: For every scored edge, the token it leads to.  # (edges,)
+        slots: Edge of each scored token of each sequence, sequence after sequence.  # (scored tokens,)
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    ends: torch.Tensor
+    score_rows: torch.Tensor
+    edge_rows: torch.Tensor
+    edge_targets: torch.Tensor
+    slots: torch.Tensor
+
+    def as_dict(self) -> dict[str, torch.Tensor]:
+        return dict(vars(self))
+
+
+def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
+    """Builds the tree of a batch.
+
+    Args:
+        sequences: Token ids of each sequence, at least two tokens.
+        scored_from: For each sequence the index of its first scored token, 1 or more: the prompt's length.
+
+    Returns:
+        The tree; `slots` follow the order of `sequences`.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    path: list[int] = []  # packed index of each token of the sequence at hand
+    previous: list[int] = []
+    edges: dict[int, int] = {}  # packed index of the token an edge leads to -> edge
+    edge_parents: list[int] = []
+    paths: list[list[int]] = [[] for _ in sequences]
+    for number in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = sequences[number]
+        shared = _common(previous, sequence)
+        for left in path[shared:]:
+            ends[left] = len(ids)
+        grown = range(len(ids), len(ids) + len(sequence) - shared)
+        path = [*path[:shared], *grown]
+        ids += sequence[shared:]
+        positions += range(shared, len(sequence))
+        ends += [0] * len(grown)
+        paths[number] = path
+        previous = sequence
+    for left in path:
+        ends[left] = len(ids)
+    slots = []
+    for number, path in enumerate(paths):
+        for depth in range(scored_from[number], len(path)):
+            node = path[depth]
+            if node not in edges:
+                edges[node] = len(edges)
+                edge_parents.append(path[depth - 1])
+            slots.append(edges[node])
+    rows = sorted(set(edge_parents))
+    place = {row: index for index, row in enumerate(rows)}
+    return PrefixTree(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        ends=torch.tensor(ends),
+        score_rows=torch.tensor(rows),
+        edge_rows=torch.tensor([place[parent] for parent in edge_parents]),
+        edge_targets=torch.tensor([ids[node] for node in edges]),
+        slots=torch.tensor(slots),
+    )
+
+
+def visible(ends: torch.Tensor, queries: slice, keys: torch.Tensor | slice) -> torch.Tensor:
+    """The attention mask between two parts of a tree.  # bool (queries, keys), True where attention is allowed"""
+    index = torch.arange(len(ends), device=ends.device)
+    asked, held = index[queries, None], index[keys][None]
+    return (held <= asked) & (asked < ends[keys][None])
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    low, high = 0, length  # one[:low] == other[:low], one[:high] != other[:high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class TreeCollator:
+    """A collator that adds the batch's tree to what TRL's own collator gives.
+
+    Args:
+        stock: TRL's collator.
+        sequences: Gives a batch's token ids, and for each sequence the index of its first scored token, in the order in
+            which the stock collator stacks them.
+    """
+
+    def __init__(
+        self,
+        stock: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        sequences: Callable[[list[dict[str, Any]]], tuple[list[list[int]], list[int]]],
+    ) -> None:
+        self.stock, self.sequences = stock, sequences
+        self.enabled = self.refused = False
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.stock(rows)
+        if self.enabled:
+            # A plain dict of tensors: it reaches the device like any other part of the batch.
+            batch["tree"] = plant(*self.sequences(rows)).as_dict()
+        return batch
+
+
+def pair_sequences(rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[int]]:
+    """Sequences of preference rows, all chosen ones first, as `DataCollatorForPreference` stacks them."""
+    sequences = [row["prompt_ids"] + row[answer] for answer in ("chosen_ids", "rejected_ids") for row in rows]
+    return sequences, [max(1, len(row["prompt_ids"])) for row in rows] * 2
+
+
+def answer_sequences(rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[int]]:
+    """Sequences of SFT rows; what is scored starts at the first label that is not -100."""
+    starts = [next(index for index, label in enumerate(row["labels"]) if label != -100) for row in rows]
+    return [row["input_ids"] for row in rows], [max(1, start) for start in starts]
