@@ -18,6 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from palate_trainer.errors import TrainerError
+from palate_trainer.fast.attention import allow_flex
 from palate_trainer.fast.forward import add_tree_forward, difference, why_not
 from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
@@ -83,10 +84,14 @@ class _Additions:
             collator.enabled = True
             shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
             batch = self._prepare_inputs(collator([self.train_dataset[row] for row in shortest]))  # type: ignore[attr-defined]
+            rounds = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
+            most = _MOST_APART_16_BIT if rounds else _MOST_APART
             with self.accelerator.autocast():  # type: ignore[attr-defined]
                 apart = difference(wrapper, batch)
-            exact = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
-            if apart > (_MOST_APART_16_BIT if exact else _MOST_APART):
+                if apart > most and batch["input_ids"].is_cuda:
+                    allow_flex(False)
+                    apart = difference(wrapper, batch)
+            if apart > most:
                 reason = f"its log-probabilities differ by {apart:.2g} a token when packed"
         if reason is not None:
             collator.enabled, collator.refused = False, True
@@ -110,7 +115,9 @@ class _Additions:
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SimilarLengths:
         rows = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         args = self.args  # type: ignore[attr-defined]
-        self.order = SimilarLengths(list(rows["length"]), args.per_device_train_batch_size, args.seed)
+        # A packed batch has no padding to save: its rows stay as they were drawn.
+        lengths = [1] * len(rows) if self.data_collator.enabled else list(rows["length"])  # type: ignore[attr-defined]
+        self.order = SimilarLengths(lengths, args.per_device_train_batch_size, args.seed)
         return self.order
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

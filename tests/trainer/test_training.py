@@ -136,7 +136,7 @@ def _order_of_ours(tiny: Path, sampler: Any) -> list[list[int]]:
     ]
     renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "You are a helpful assistant", 128)
     encoded, _ = encode_pairs(pairs, renderer, name="train")
-    order = sampler([row.length for row in encoded], 4, 42)
+    order = sampler([1] * len(encoded), 4, 42)  # packed rows are not sorted by length
     epochs = []
     for epoch in range(4):
         order.set_epoch(epoch)

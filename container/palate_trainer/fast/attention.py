@@ -4,23 +4,29 @@ The tree's `ends` travel in the place of the attention mask, as an int64 tensor 
 hands a 4-D mask through to every layer untouched, under gradient checkpointing too. Any other mask means an ordinary
 batch, and goes to SDPA.
 
-On CPU, and where FlexAttention cannot run, the tree is cut into groups: a subtree that is small enough, with its
-ancestors as further keys. A group is a few dense products, so attention grows with the groups, not with the packed row.
+On GPUs that Triton serves, FlexAttention takes the tree as a block mask. On CPU, and where FlexAttention cannot run, the
+tree is cut into groups: a subtree that is small enough, with its ancestors as further keys. A group is a few dense
+products, so attention grows with the groups, not with the packed row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from palate_trainer.fast.tree import visible
 
 NAME = "palate_tree"
+_flex = True
+_FLEX_CAPABILITY = (8, 0)
 _GROUP_TOKENS = 256
 """A subtree of at most this many tokens is one group."""
 
@@ -156,20 +162,40 @@ def tree_attention_forward(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
+    if _flex and query.is_cuda and torch.cuda.get_device_capability(query.device) >= _FLEX_CAPABILITY:
+        block_mask = _kept(attention_mask, "palate_blocks", flex_mask)
+        return flex_attention_forward(module, query, key, value, block_mask, scaling=scaling)[0], None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _GroupedAttention.apply(  # type: ignore[no-untyped-call]
-        query[0], key[0], value[0], _plan(attention_mask), scale
-    )
+    plan = _kept(attention_mask, "palate_groups", groups)
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores
+        out = _GroupedAttention.apply(query[0], key[0], value[0], plan, scale)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None  # (1, tokens, heads, dim)
 
 
-def _plan(mask: torch.Tensor) -> list[Group]:
-    # Every layer asks for the groups of the same mask: the first makes them, and they go when the mask goes.
-    plan: list[Group] | None = getattr(mask, "palate_groups", None)
-    if plan is None:
-        plan = groups(mask[0, 0, 0])
-        mask.palate_groups = plan  # type: ignore[attr-defined]
-    return plan
+def flex_mask(ends: torch.Tensor) -> BlockMask:
+    """The tree's mask for FlexAttention.
+
+    Args:
+        ends: Of a `PrefixTree`.  # (tokens,)
+    """
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (query < ends[key])
+
+    return create_block_mask(seen, B=None, H=None, Q_LEN=len(ends), KV_LEN=len(ends), device=ends.device)
+
+
+def allow_flex(allowed: bool) -> None:
+    """Whether GPUs may use FlexAttention: it is compiled on its first call, and a machine may lack what that needs."""
+    global _flex
+    _flex = allowed
+
+
+def _kept(mask: torch.Tensor, name: str, make: Callable[[torch.Tensor], Any]) -> Any:
+    # Every layer asks for the same of the same mask: the first makes it, and it goes when the mask goes.
+    if not hasattr(mask, name):
+        setattr(mask, name, make(mask[0, 0, 0]))
+    return getattr(mask, name)
 
 
 AttentionInterface.register(NAME, tree_attention_forward)

@@ -48,7 +48,8 @@ def score_edges(
         edge_rows: Row of each edge.  # (edges,)
         edge_targets: Token id of each edge.  # (edges,)
     """
-    return Scores(*_OnePass.apply(hidden, weight, bias, edge_rows, edge_targets))  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the sums
+        return Scores(*_OnePass.apply(hidden, weight, bias, edge_rows, edge_targets))  # type: ignore[no-untyped-call]
 
 
 class _OnePass(torch.autograd.Function):

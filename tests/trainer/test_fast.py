@@ -1,0 +1,234 @@
+"""The parts of the fast forward pass, each against the plain computation that it replaces, and all of it against TRL's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def sequences(seed: int, count: int = 9, *, stem: int = 6, longest: int = 14) -> tuple[list[list[int]], list[int]]:
+    """Sequences that share beginnings by chance: few token ids, one stem for all; one is a part of another, one comes twice."""
+    draw = random.Random(seed)
+    head = [draw.randrange(3) for _ in range(stem)]
+    found = [head + [draw.randrange(2) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+    found += [found[0] + [1, 0], list(found[1])]
+    return found, [draw.randint(1, len(one) - 1) for one in found]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tree_holds_every_sequence_once_and_shows_each_token_its_path(seed: int) -> None:
+    import torch
+
+    from palate_trainer.fast.tree import plant, visible
+
+    found, starts = sequences(seed)
+    tree = plant(found, starts)
+    seen = visible(tree.ends, slice(None), slice(None))
+    prefixes = {tuple(one[:end]) for one in found for end in range(1, len(one) + 1)}
+    paths = [tuple(tree.ids[seen[token]].tolist()) for token in range(len(tree.ids))]
+    assert len(paths) == len(prefixes)
+    assert set(paths) == prefixes  # a token sees its own prefix, whole and in order, and nothing else
+    assert tree.positions.tolist() == [len(path) - 1 for path in paths]
+
+    slots = iter(tree.slots.tolist())
+    for one, start in zip(found, starts, strict=True):
+        for depth in range(start, len(one)):
+            edge = next(slots)
+            row = int(tree.score_rows[tree.edge_rows[edge]])
+            assert paths[row] == tuple(one[:depth])
+            assert int(tree.edge_targets[edge]) == one[depth]
+    assert next(slots, None) is None
+    assert len(set(tree.score_rows.tolist())) == len(tree.score_rows)
+    assert torch.equal(tree.score_rows, tree.score_rows.sort().values)
+
+
+@pytest.mark.parametrize("stem", [6, 700])
+def test_grouped_attention_is_masked_attention(stem: int) -> None:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from palate_trainer.fast.attention import as_mask, groups, tree_attention_forward
+    from palate_trainer.fast.tree import plant, visible
+
+    tree = plant(*sequences(1, stem=stem, longest=300))
+    assert len(groups(tree.ends)) > 2
+    torch.manual_seed(0)
+    tokens = len(tree.ids)
+    q, k, v = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (6, 2, 2))
+    weight = torch.randn(1, tokens, 6, 8)
+    out, _ = tree_attention_forward(torch.nn.Identity(), q, k, v, as_mask(tree.ends), scaling=0.3)
+    mask = visible(tree.ends, slice(None), slice(None))
+    plain = scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=mask, scale=0.3
+    ).transpose(1, 2)
+    torch.testing.assert_close(out, plain, atol=2e-6, rtol=1e-5)
+    ours = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((plain * weight).sum(), (q, k, v))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_the_gpus_attention_gets_the_same_mask() -> None:
+    """FlexAttention's block mask, run uncompiled on CPU tensors."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from palate_trainer.fast.attention import as_mask, flex_mask, tree_attention_forward
+    from palate_trainer.fast.tree import plant
+
+    tree = plant(*sequences(2, longest=90))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, len(tree.ids), 16) for _ in range(3))
+    expected, _ = tree_attention_forward(torch.nn.Identity(), q, k, v, as_mask(tree.ends))
+    found = flex_attention(q, k, v, block_mask=flex_mask(tree.ends)).transpose(1, 2)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-5), ("bfloat16", 6e-2)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_one_pass_head_is_log_softmax(dtype: str, atol: float, with_bias: bool) -> None:
+    import torch
+
+    from palate_trainer.fast.head import score_edges
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    hidden = torch.randn(13, 24).to(kind).requires_grad_()
+    weight = torch.randn(20_000, 24).to(kind) * 0.5  # three blocks of the vocabulary
+    bias = torch.randn(20_000).to(kind) if with_bias else None
+    rows, targets = torch.tensor([0, 0, 5, 12, 7]), torch.tensor([3, 19_999, 8_191, 8_192, 3])
+    logits = (hidden.float() @ weight.float().T + (0 if bias is None else bias.float()))[rows]
+    targets[4] = int(logits[4].argmax())
+    logps = logits.log_softmax(-1)
+    scores = score_edges(hidden, weight, bias, rows, targets)
+    expected = logps.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(scores.log_probs, expected, atol=atol, rtol=1e-2)
+    torch.testing.assert_close(scores.entropy, -(logps.exp() * logps).sum(-1), atol=atol, rtol=1e-2)
+    torch.testing.assert_close(scores.mean_logits, logits.mean(-1), atol=atol, rtol=1e-2)
+    assert scores.is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
+    (ours,) = torch.autograd.grad((scores.log_probs * weights).sum(), hidden)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    torch.testing.assert_close(ours.float(), theirs.float(), atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fused_lora_is_pefts_lora(tiny: Path, dropout: float) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from palate_trainer.fast.lora import fuse_lora
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, config)
+    ids = torch.randint(0, 1000, (2, 9))
+
+    def run() -> tuple[Any, dict[str, Any]]:
+        torch.manual_seed(1)
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return logits.detach(), gradients
+
+    model.train()
+    expected, expected_gradients = run()
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(input_ids=ids).logits
+    assert fuse_lora(model) == 14
+    found, found_gradients = run()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert set(found_gradients) == set(expected_gradients)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+PAIRS = [
+    # prompts of two lengths with one beginning, answers with one beginning, an answer that begins the other
+    {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [9, 9, 2], "rejected_ids": [9, 8, 2]},
+    {"prompt_ids": [1, 5, 6], "chosen_ids": [4, 2], "rejected_ids": [4, 2, 3, 3, 3, 2]},
+    {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [2], "rejected_ids": [30, 31, 32, 33, 2]},
+    {"prompt_ids": [40], "chosen_ids": [41, 2], "rejected_ids": [42, 2]},
+]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_a_packed_batch_scores_and_learns_as_trls_does(
+    tiny: Path, precision: str, tolerance: float, checkpointing: bool
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.utils import add_fused_lm_head
+
+    from palate_trainer.fast.forward import add_tree_forward
+    from palate_trainer.fast.lora import fuse_lora
+    from palate_trainer.fast.tree import TreeCollator, pair_sequences
+
+    collator = TreeCollator(DataCollatorForPreference(pad_token_id=2), pair_sequences)
+    collator.enabled = True
+    batch = collator(PAIRS)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    outcomes = []
+    for packed in (False, True):
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, precision))
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(network, config).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        add_fused_lm_head(network, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        add_tree_forward(network)
+        fuse_lora(model)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            output = model(**inputs, fused_lm_head=True, use_cache=False, **({"tree": batch["tree"]} if packed else {}))
+        (output.log_probs * torch.linspace(-1, 1, output.log_probs.shape[1])).sum().backward()
+        gradients = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+        outcomes.append((output, gradients))
+    (theirs, their_gradients), (ours, our_gradients) = outcomes
+    for name in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(ours[name], theirs[name].float(), atol=tolerance, rtol=tolerance)
+    assert torch.equal(ours.is_top1, theirs.is_top1.bool()) or precision == "bfloat16"
+    assert torch.equal(ours.label_mask, theirs.label_mask)
+    torch.testing.assert_close(ours.loss, theirs.loss.float(), atol=tolerance, rtol=tolerance)
+    assert (our_gradients - their_gradients).norm() <= tolerance * their_gradients.norm()
+
+
+def test_a_row_alone_equals_the_row_in_a_ragged_batch(tiny: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.utils import add_fused_lm_head
+
+    from palate_trainer.fast.forward import add_tree_forward
+    from palate_trainer.fast.tree import TreeCollator, pair_sequences
+
+    network = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval().requires_grad_(False)
+    add_fused_lm_head(network)
+    add_tree_forward(network)
+    collator = TreeCollator(DataCollatorForPreference(pad_token_id=2), pair_sequences)
+    collator.enabled = True
+
+    def logps(rows: list[dict[str, Any]]) -> Any:
+        batch = collator(rows)
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        out = network(input_ids=batch["input_ids"], labels=labels, tree=batch["tree"], fused_lm_head=True)
+        return out.log_probs.sum(1).view(2, -1)  # (chosen and rejected, pairs)
+
+    together = logps(PAIRS)
+    for number, row in enumerate(PAIRS):
+        torch.testing.assert_close(logps([row])[:, 0], together[:, number], atol=1e-5, rtol=1e-5)
