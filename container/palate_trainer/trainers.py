@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer
 
 from palate_trainer.errors import TrainerError
 from palate_trainer.loading import lora_config, uses_adapter
+from palate_trainer.reference import ReferenceScores
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
+from palate_trainer.spec.reference import LogProbs, row_digest
 from palate_trainer.tokens import TokenPair
-
-_PROGRESS_EVERY_S = 10.0
 
 
 class SimilarLengths(Sampler[int]):
@@ -97,29 +98,48 @@ class _Additions:
 
 
 class PairTrainer(_Additions, DPOTrainer):
-    """DPO on rows that carry token ids already, with the reference scored once before the first step."""
+    """DPO on rows that carry token ids already, with the reference scored once before the first step.
 
-    note: Callable[[str], None] = staticmethod(lambda line: None)
+    Args:
+        reference: Where its log-probabilities come from and go to.
+        arguments: For TRL's trainer.
+    """
+
+    def __init__(self, *, reference: ReferenceScores, **arguments: Any) -> None:
+        self.reference = reference  # before TRL's constructor, which already asks for the log-probabilities
+        with no_weights_hash():
+            super().__init__(**arguments)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
-        order = sorted(range(len(dataset)), key=dataset["length"].__getitem__, reverse=True)
-        logps = torch.zeros(len(dataset), 2)  # (pairs, [chosen, rejected])
-        said = time.monotonic()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        def score(rows: list[int]) -> list[LogProbs]:
             batch = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
-            logps[rows] = torch.stack(self.compute_ref_log_probs(self.model, batch), dim=1).float().cpu()
-            if time.monotonic() - said > _PROGRESS_EVERY_S:
-                said = time.monotonic()
-                self.note(f"reference {name} {start + len(rows)}/{len(order)} pairs")
-        columns = {"ref_chosen_logps": logps[:, 0].tolist(), "ref_rejected_logps": logps[:, 1].tolist()}
-        for column, values in columns.items():
-            dataset = dataset.add_column(column, values)
-        return dataset
+            chosen, rejected = self.compute_ref_log_probs(self.model, batch)  # (pairs,) each
+            return list(zip(chosen.float().tolist(), rejected.float().tolist(), strict=True))
+
+        logps = self.reference.logps(
+            list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size
+        )
+        chosen, rejected = zip(*logps, strict=True)
+        return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
+
+
+@contextmanager
+def no_weights_hash() -> Iterator[None]:
+    """Within it, a DPOTrainer is built without the SHA-256 of all weights, which only TRL's own cache reads.
+
+    Raises:
+        AttributeError: The installed TRL has no such function; the tested version is pinned.
+    """
+    stock = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = stock
 
 
 class AnswerTrainer(_Additions, SFTTrainer):
@@ -134,7 +154,7 @@ def build_trainer(
     train: list[TokenPair],
     validation: list[TokenPair],
     callbacks: list[Any],
-    note: Callable[[str], None],
+    reference: ReferenceScores,
 ) -> PairTrainer | AnswerTrainer:
     """The trainer for `spec`, with adapter, reference log-probabilities and float32 updates in place.
 
@@ -145,22 +165,28 @@ def build_trainer(
         train: Rows to train on.
         validation: Rows to evaluate on; may be empty.
         callbacks: Transformers callbacks.
-        note: Takes one progress line.
+        reference: For DPO, where the reference's log-probabilities come from and go to.
     """
     is_dpo = spec.hyperparameters["training_strategy"] == "dpo"
     common: dict[str, Any] = {
         "model": model,
-        "train_dataset": _dataset(train, is_dpo),
-        "eval_dataset": _dataset(validation, is_dpo) if validation else None,
+        "train_dataset": _dataset(spec, train),
+        "eval_dataset": _dataset(spec, validation) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
         "peft_config": lora_config(spec) if uses_adapter(spec) else None,
     }
     try:
         if is_dpo:
-            PairTrainer.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
+            known = all(
+                reference.knows(list(rows["digest"]))
+                for rows in (common["train_dataset"], common["eval_dataset"])
+                if rows
+            )
             trainer: PairTrainer | AnswerTrainer = PairTrainer(
-                args=_dpo_config(spec, len(train), bool(validation)), **common
+                args=_dpo_config(spec, len(train), bool(validation), reference_known=known),
+                reference=reference,
+                **common,
             )
         else:
             trainer = AnswerTrainer(args=_sft_config(spec, bool(validation)), **common)
@@ -174,8 +200,9 @@ def build_trainer(
     return trainer
 
 
-def _dataset(rows: list[TokenPair], is_dpo: bool) -> Dataset:
-    if is_dpo:
+def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
+    if spec.hyperparameters["training_strategy"] == "dpo":
+        ld_alpha = spec.hyperparameters.get("ld_alpha")
         return Dataset.from_list(
             [
                 {
@@ -183,6 +210,7 @@ def _dataset(rows: list[TokenPair], is_dpo: bool) -> Dataset:
                     "chosen_ids": row.chosen_ids,
                     "rejected_ids": row.rejected_ids,
                     "length": row.length,
+                    "digest": row_digest(row.prompt_ids, row.chosen_ids, row.rejected_ids, ld_alpha=ld_alpha),
                 }
                 for row in rows
             ]
@@ -199,7 +227,7 @@ def _dataset(rows: list[TokenPair], is_dpo: bool) -> Dataset:
     )
 
 
-def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool) -> DPOConfig:
+def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, reference_known: bool) -> DPOConfig:
     hyperparameters = spec.hyperparameters
     pairs_a_step = hyperparameters["per_device_train_batch_size"] * hyperparameters["gradient_accumulation_steps"]
     covers_most = not hyperparameters["max_steps"] or hyperparameters["max_steps"] * pairs_a_step >= rows / 2
@@ -209,8 +237,9 @@ def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool) -> DPOConfig:
         loss_type=[hyperparameters["loss_type"]],
         max_length=None,  # rows are cut already
         disable_dropout=False,  # the base has none left, and LoRA's is to apply
-        # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached.
-        precompute_ref_log_probs=covers_most or not uses_adapter(spec),
+        # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
+        # unless the cache has them all.
+        precompute_ref_log_probs=covers_most or not uses_adapter(spec) or reference_known,
         precompute_ref_batch_size=2 * hyperparameters["per_device_train_batch_size"],
     )
 
