@@ -38,11 +38,9 @@ def test_the_second_job_of_a_sweep_finds_all_rows_in_the_store(
     assert counts == (ROWS, 0)
     assert [info.key for info in store.list("cache")] == [table.key]
 
-    store.delete_tree("cache")
+    store.put(table.key, b"\x00 not a table")
     counts, uncached = finished(start(tiny, prefs, "three", learning_rate=2e-3))
     assert counts == (0, ROWS)
     assert losses == pytest.approx(uncached, abs=1e-6)
-
-    store.put(table.key, b"\x00 not a table")
-    assert finished(start(tiny, prefs, "four", learning_rate=2e-3)) == ((0, ROWS), uncached)
+    assert store.get(table.key).startswith(b'{"format": 1')
     assert processes_of(home) == []
