@@ -270,6 +270,7 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
     from palate_recipes.hyperparameters import DeviceFacts, resolve
     from palate_trainer.fast.compact import completion_tokens_only
     from palate_trainer.loading import load_model, load_tokenizer
+    from palate_trainer.reference import ReferenceScores
     from palate_trainer.spec import TrainSpec
     from palate_trainer.trainers import build_trainer
 
@@ -315,7 +316,8 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
             train=rows,
             validation=[],
             callbacks=[Rows()],
-            note=lambda line: None,
+            reference=ReferenceScores(spec, _quiet),
+            note=_quiet,
         )
         built = time.perf_counter()
         trainer.train()
@@ -326,6 +328,10 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
         "flops": _flops(trainer, rows, options.epochs),
         **_curve(trainer, rows),
     }
+
+
+def _quiet(line: str) -> None:
+    pass
 
 
 def _flops(trainer: Any, rows: list[Any], epochs: int) -> float:

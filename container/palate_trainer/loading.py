@@ -17,7 +17,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def uses_adapter(spec: TrainSpec) -> bool:
     """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
-    return spec.method != "Standard_LLM" and spec.hyperparameters["lora_dim"] > 0
+    return spec.trains_adapter
 
 
 def check_model_dir(spec: TrainSpec) -> None:

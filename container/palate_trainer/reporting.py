@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from palate_trainer.spec import COMPLETE_MARK, METRICS_FILE
+from palate_trainer.startup import Startup
 
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
@@ -80,11 +81,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         metrics: Where events go.
         stop: Whether SIGTERM came.
         rows: Rows of one epoch.
-        start_event: What `start` says besides steps.
+        startup: Clock of the stages before the first step.
+        start_event: What `start` says besides steps and seconds.
     """
 
-    def __init__(self, metrics: Metrics, stop: StopSignal, *, rows: int, start_event: dict[str, Any]) -> None:
+    def __init__(
+        self, metrics: Metrics, stop: StopSignal, *, rows: int, startup: Startup, start_event: dict[str, Any]
+    ) -> None:
         self.metrics, self.stop, self.rows, self.start_event = metrics, stop, rows, start_event
+        self.startup = startup
         self.trainer: Any = None
         self.last: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
         self.step_losses: list[float] = []  # (steps of this process,)
@@ -111,12 +116,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             "start",
             {
                 **self.start_event,
+                **self.startup.report(),
                 "step": state.global_step,
                 "total_steps": state.max_steps,
                 "trainable_parameters": trainable,
                 "total_parameters": total,
             },
         )
+        say(self.startup.line())
         say(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
         if state.global_step:
             say(f"resumed after step {state.global_step}")

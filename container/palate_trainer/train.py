@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from palate_trainer.spec import (
     TrainSpec,
 )
 from palate_trainer.spec.preferences import read_preferences
+from palate_trainer.startup import Startup
 
 
 def run(spec: TrainSpec) -> int:
@@ -55,7 +55,7 @@ def write_error(output_dir: Path, message: str) -> None:
 
 
 def _train(spec: TrainSpec, output: Path) -> int:
-    began = time.monotonic()
+    startup = Startup()
     hyperparameters = spec.hyperparameters
     strategy = hyperparameters["training_strategy"]
 
@@ -63,6 +63,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
     train_pairs = read_preferences(spec.train_file, strategy=strategy)
     validation_pairs = read_preferences(spec.validation_file, strategy=strategy) if spec.validation_file else []
     resume_from = _resume_folder(spec)
+    startup.done("read")
 
     prepare_environment()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
@@ -71,10 +72,12 @@ def _train(spec: TrainSpec, output: Path) -> int:
     from palate_trainer.fast.compact import completion_tokens_only
     from palate_trainer.loading import check_model_dir, load_model, load_tokenizer
     from palate_trainer.outputs import save_model
+    from palate_trainer.reference import ReferenceScores
     from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
     from palate_trainer.tokens import Renderer, encode_pairs
     from palate_trainer.trainers import build_trainer
 
+    startup.done("imports")
     stop = StopSignal()
     try:
         set_seed(hyperparameters["seed"])
@@ -95,14 +98,17 @@ def _train(spec: TrainSpec, output: Path) -> int:
             notes += validation_report.notes("validation", renderer.seq_length)
         for note in notes:
             say(f"note: {note}")
+        startup.done("data")
 
         threads = use_available_cores()
         say(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
         model = load_model(spec)
+        startup.done("model")
         callback = RunCallback(
             Metrics(output),
             stop,
             rows=len(train_rows),
+            startup=startup,
             start_event={
                 "strategy": strategy,
                 "method": spec.method,
@@ -115,6 +121,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 "notes": notes,
             },
         )
+        reference = ReferenceScores(spec, say)
         with completion_tokens_only():
             trainer = build_trainer(
                 spec,
@@ -123,8 +130,14 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 train=train_rows,
                 validation=validation_rows,
                 callbacks=[callback],
+                reference=reference,
                 note=say,
             )
+            if strategy == "dpo":
+                startup.done("build", reference=reference.seconds)
+                callback.start_event |= reference.report()
+            else:
+                startup.done("build")
             callback.attach(trainer)
             try:
                 trainer.train(resume_from_checkpoint=resume_from)
@@ -134,7 +147,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
             return EXIT_STOPPED
         stop.deferred = True  # nothing is left but to save: that is done before a stop is obeyed
         folder = save_model(spec, trainer.model, tokenizer, validation_rows or train_rows)
-        summary = callback.finish(seconds=time.monotonic() - began)
+        summary = callback.finish(seconds=startup.seconds)
     except StopRequested:
         say("stopped before the first step")
         return EXIT_STOPPED

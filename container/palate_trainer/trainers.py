@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -23,10 +24,11 @@ from palate_trainer.fast.forward import add_tree_forward, difference, why_not
 from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
 from palate_trainer.loading import lora_config, uses_adapter
+from palate_trainer.reference import ReferenceScores
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
+from palate_trainer.spec.reference import LogProbs, row_digest
 from palate_trainer.tokens import TokenPair
 
-_PROGRESS_EVERY_S = 10.0
 _MOST_APART, _MOST_APART_16_BIT = 1e-3, 0.1
 """Nats a token by which packed log-probabilities may differ from TRL's: rounding, no more."""
 
@@ -141,28 +143,50 @@ class _Additions:
 
 
 class PairTrainer(_Additions, DPOTrainer):
-    """DPO on rows that carry token ids already, with the reference scored once before the first step."""
+    """DPO on rows that carry token ids already, with the reference scored once before the first step.
+
+    Args:
+        reference: Where its log-probabilities come from and go to.
+        arguments: For TRL's trainer.
+    """
+
+    def __init__(self, *, reference: ReferenceScores, **arguments: Any) -> None:
+        self.reference = reference  # before TRL's constructor, which already asks for the log-probabilities
+        with no_weights_hash():
+            super().__init__(**arguments)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self.pack()
+
         # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
-        order = sorted(range(len(dataset)), key=dataset["length"].__getitem__, reverse=True)
-        logps = torch.zeros(len(dataset), 2)  # (pairs, [chosen, rejected])
-        said = time.monotonic()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        def score(rows: list[int]) -> list[LogProbs]:
             batch = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
-            logps[rows] = torch.stack(self.compute_ref_log_probs(self.model, batch), dim=1).float().cpu()
-            if time.monotonic() - said > _PROGRESS_EVERY_S:
-                said = time.monotonic()
-                self.note(f"reference {name} {start + len(rows)}/{len(order)} pairs")
-        columns = {"ref_chosen_logps": logps[:, 0].tolist(), "ref_rejected_logps": logps[:, 1].tolist()}
-        for column, values in columns.items():
-            dataset = dataset.add_column(column, values)
-        return dataset
+            chosen, rejected = self.compute_ref_log_probs(self.model, batch)  # (pairs,) each
+            return list(zip(chosen.float().tolist(), rejected.float().tolist(), strict=True))
+
+        logps = self.reference.logps(
+            list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size
+        )
+        chosen, rejected = zip(*logps, strict=True)
+        return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
+
+
+@contextmanager
+def no_weights_hash() -> Iterator[None]:
+    """Within it, a DPOTrainer is built without the SHA-256 of all weights, which only TRL's own cache reads.
+
+    Raises:
+        AttributeError: The installed TRL has no such function; the tested version is pinned.
+    """
+    stock = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = stock
 
 
 class AnswerTrainer(_Additions, SFTTrainer):
@@ -177,6 +201,7 @@ def build_trainer(
     train: list[TokenPair],
     validation: list[TokenPair],
     callbacks: list[Any],
+    reference: ReferenceScores,
     note: Callable[[str], None],
 ) -> PairTrainer | AnswerTrainer:
     """The trainer for `spec`, with adapter, reference log-probabilities and float32 updates in place.
@@ -188,13 +213,14 @@ def build_trainer(
         train: Rows to train on.
         validation: Rows to evaluate on; may be empty.
         callbacks: Transformers callbacks.
+        reference: For DPO, where the reference's log-probabilities come from and go to.
         note: Takes one progress line.
     """
     is_dpo = spec.hyperparameters["training_strategy"] == "dpo"
     common: dict[str, Any] = {
         "model": model,
-        "train_dataset": _dataset(train, is_dpo),
-        "eval_dataset": _dataset(validation, is_dpo) if validation else None,
+        "train_dataset": _dataset(spec, train),
+        "eval_dataset": _dataset(spec, validation) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
         "peft_config": lora_config(spec) if uses_adapter(spec) else None,
@@ -202,10 +228,17 @@ def build_trainer(
     _Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
     try:
         if is_dpo:
-            stock = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+            known = all(
+                reference.knows(list(rows["digest"]))
+                for rows in (common["train_dataset"], common["eval_dataset"])
+                if rows
+            )
             trainer: PairTrainer | AnswerTrainer = PairTrainer(
-                args=_dpo_config(spec, len(train), bool(validation)),
-                data_collator=TreeCollator(stock, pair_sequences),
+                args=_dpo_config(spec, len(train), bool(validation), reference_known=known),
+                reference=reference,
+                data_collator=TreeCollator(
+                    DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), pair_sequences
+                ),
                 **common,
             )
         else:
@@ -227,8 +260,9 @@ def build_trainer(
     return trainer
 
 
-def _dataset(rows: list[TokenPair], is_dpo: bool) -> Dataset:
-    if is_dpo:
+def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
+    if spec.hyperparameters["training_strategy"] == "dpo":
+        ld_alpha = spec.hyperparameters.get("ld_alpha")
         return Dataset.from_list(
             [
                 {
@@ -236,6 +270,7 @@ def _dataset(rows: list[TokenPair], is_dpo: bool) -> Dataset:
                     "chosen_ids": row.chosen_ids,
                     "rejected_ids": row.rejected_ids,
                     "length": row.length,
+                    "digest": row_digest(row.prompt_ids, row.chosen_ids, row.rejected_ids, ld_alpha=ld_alpha),
                 }
                 for row in rows
             ]
@@ -252,7 +287,7 @@ def _dataset(rows: list[TokenPair], is_dpo: bool) -> Dataset:
     )
 
 
-def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool) -> DPOConfig:
+def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, reference_known: bool) -> DPOConfig:
     hyperparameters = spec.hyperparameters
     pairs_a_step = hyperparameters["per_device_train_batch_size"] * hyperparameters["gradient_accumulation_steps"]
     covers_most = not hyperparameters["max_steps"] or hyperparameters["max_steps"] * pairs_a_step >= rows / 2
@@ -262,8 +297,9 @@ def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool) -> DPOConfig:
         loss_type=[hyperparameters["loss_type"]],
         max_length=None,  # rows are cut already
         disable_dropout=False,  # the base has none left, and LoRA's is to apply
-        # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached.
-        precompute_ref_log_probs=covers_most or not uses_adapter(spec),
+        # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
+        # unless the cache has them all.
+        precompute_ref_log_probs=covers_most or not uses_adapter(spec) or reference_known,
         precompute_ref_batch_size=2 * hyperparameters["per_device_train_batch_size"],
     )
 

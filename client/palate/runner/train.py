@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.record import ACTIVE, Manifest, Record
+from palate.runner.cache import ReferenceCache
 from palate.runner.child import Child, Tail, describe_exit, log_line, log_tail, watch
 from palate.session import Session
 from palate.store import open_parent
@@ -68,8 +69,10 @@ def run_training(record: Record, manifest: Manifest, session: Session, work: Pat
         output_dir=str(output),
         hyperparameters=body["hyperparameters"],
         precision=body["precision"],
+        cache_dir=str(work / "cache"),
     )
     spec.write(work / "spec.json")
+    cache = ReferenceCache(record.store, spec, lambda text: log_line(log, text))
     say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
     child = Child(
         [sys.executable, "-m", "palate_trainer", str(work / "spec.json")],
@@ -77,13 +80,18 @@ def run_training(record: Record, manifest: Manifest, session: Session, work: Pat
         env={"HF_HUB_OFFLINE": "1"},  # everything is staged: nothing may be fetched behind the user's back
         cwd=work,
     )
-    with _CheckpointPusher(record, output / CHECKPOINTS_DIR) as checkpoints:
+
+    def look() -> None:
+        checkpoints.look()
+        cache.look()
+
+    with cache, _CheckpointPusher(record, output / CHECKPOINTS_DIR) as checkpoints:
         outcome = watch(
             child,
             record,
             [logs, metrics],
             terminated=terminated,
-            on_tick=checkpoints.look,
+            on_tick=look,
             deadline=lambda: deadline,
             grace_s=STOP_GRACE_S,
         )

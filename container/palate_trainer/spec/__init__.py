@@ -47,6 +47,7 @@ class TrainSpec:
         precision: Dtype of weights and arithmetic.
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
+        cache_dir: Folder for what later runs can use again (see `palate_trainer.spec.reference`), or None for no cache.
     """
 
     method: str
@@ -58,6 +59,12 @@ class TrainSpec:
     validation_file: str | None = None
     resume_from: str | None = None
     model_name: str = ""
+    cache_dir: str | None = None
+
+    @property
+    def trains_adapter(self) -> bool:
+        """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
+        return self.method != "Standard_LLM" and self.hyperparameters["lora_dim"] > 0
 
     def write(self, path: Path) -> None:
         """Writes the spec as JSON."""
