@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from palate_trainer.errors import TrainerError
+from palate_trainer.parallel import local_rank
 from palate_trainer.spec import TrainSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,7 +68,7 @@ def load_model(spec: TrainSpec) -> Any:
     options: dict[str, Any] = {"config": config, "dtype": dtype}
     if hyperparameters["load_in_4bit"] or hyperparameters["load_in_8bit"]:
         options["quantization_config"] = _quantisation(spec)
-        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+        options["device_map"] = {"": local_rank() if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.model_dir, **options)
     except ImportError as error:

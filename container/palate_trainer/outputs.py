@@ -12,18 +12,19 @@ import torch
 from peft import PeftModel
 
 from palate_trainer.loading import DTYPES
+from palate_trainer.parallel import is_main
 from palate_trainer.spec import MODEL_DIR, PROBE_FILE, TrainSpec
 from palate_trainer.tokens import TokenPair
 
 PROBE_ROWS = 8
 
 
-def save_model(spec: TrainSpec, model: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
-    """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer.
+def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
+    """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer. Rank 0 alone writes.
 
     Args:
         spec: The run.
-        model: The trained model, a PeftModel or the whole network.
+        trainer: After its last step; its model is a PeftModel or the whole network.
         tokenizer: With the chat template that training used.
         probe_rows: Rows to score into probe.json; the first eight are taken.
 
@@ -31,6 +32,9 @@ def save_model(spec: TrainSpec, model: Any, tokenizer: Any, probe_rows: list[Tok
         The folder. It is renamed into place last: its presence means that it is whole.
     """
     folder = Path(spec.output_dir) / MODEL_DIR
+    model = trainer.model
+    if not is_main():
+        return folder
     draft = folder.with_name(f".{MODEL_DIR}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

@@ -47,6 +47,8 @@ class TrainSpec:
         precision: Dtype of weights and arithmetic.
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
+        processes: Processes that train together on this machine, one a GPU; 0 takes every visible GPU, or without CUDA
+            one process.
     """
 
     method: str
@@ -58,6 +60,7 @@ class TrainSpec:
     validation_file: str | None = None
     resume_from: str | None = None
     model_name: str = ""
+    processes: int = 0
 
     def write(self, path: Path) -> None:
         """Writes the spec as JSON."""
