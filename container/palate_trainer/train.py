@@ -165,9 +165,9 @@ def _train(spec: TrainSpec, output: Path) -> int:
 def _batch_note(hyperparameters: dict[str, Any]) -> str:
     rows, batches = hyperparameters["per_device_train_batch_size"], hyperparameters["gradient_accumulation_steps"]
     return (
-        f"{world_size()} processes take {rows} rows each, {batches} times a step: {world_size() * rows * batches} rows a"
-        f" step, {world_size()} times those of one process. For the same steps as there, divide"
-        f" gradient_accumulation_steps={batches} by {world_size()}."
+        f"{world_size()} processes x {rows} rows x {batches} batches: a step takes {world_size() * rows * batches} rows,"
+        f" {world_size()} times those of one process. To keep its steps, divide gradient_accumulation_steps={batches}"
+        f" or per_device_train_batch_size={rows} by {world_size()}."
     )
 
 

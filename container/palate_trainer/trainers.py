@@ -17,8 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from palate_trainer.errors import TrainerError
-from palate_trainer.loading import lora_config, uses_adapter
+from palate_trainer.loading import load_model, lora_config, uses_adapter
 from palate_trainer.parallel import Rounds, gather_rows, rank, share_of_rank, world_size
+from palate_trainer.sharding import enter_fsdp, fsdp_arguments, is_sharded, reference_by_layers
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
 from palate_trainer.tokens import TokenPair
 
@@ -95,6 +96,10 @@ class _Processes:
                 pin_memory=args.dataloader_pin_memory,
             )
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        enter_fsdp(self)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._micro = 0
@@ -211,9 +216,10 @@ class PairTrainer(_Additions, DPOTrainer):
         said = time.monotonic()
         mine = share_of_rank([order[start : start + batch_size] for start in range(0, len(order), batch_size)])
         scored = []
+        scorer = self.ref_model or self.model
         for done, rows in enumerate(mine, 1):
             batch = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
-            scored.append((rows, torch.stack(self.compute_ref_log_probs(self.model, batch), dim=1).float().cpu()))
+            scored.append((rows, torch.stack(self.compute_ref_log_probs(scorer, batch), dim=1).float().cpu()))
             if time.monotonic() - said > _PROGRESS_EVERY_S:
                 said = time.monotonic()
                 self.note(f"reference {name} {len(order) * done // len(mine)}/{len(order)} pairs")
@@ -273,9 +279,12 @@ def build_trainer(
     try:
         if is_dpo:
             PairTrainer.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
-            trainer: PairTrainer | AnswerTrainer = PairTrainer(
-                args=_dpo_config(spec, len(train), bool(validation)), **common
-            )
+            config = _dpo_config(spec, len(train), bool(validation))
+            # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
+            reference = load_model(spec) if is_sharded(spec) and config.precompute_ref_log_probs else None
+            with reference_by_layers():
+                trainer: PairTrainer | AnswerTrainer = PairTrainer(args=config, ref_model=reference, **common)
+            trainer.ref_model = None  # has scored all rows
         else:
             trainer = AnswerTrainer(args=_sft_config(spec, bool(validation)), **common)
     except ValueError as error:
@@ -369,6 +378,7 @@ def _common_arguments(spec: TrainSpec, evaluates: bool) -> dict[str, Any]:
         "eval_steps": hyperparameters["eval_steps"] or None,
         "prediction_loss_only": True,
         "remove_unused_columns": False,  # keeps the length column, which orders the batches
+        **fsdp_arguments(spec),
         "accelerator_config": {"even_batches": False},  # `Rounds` sees to it
         "report_to": ["tensorboard"],
         "disable_tqdm": True,

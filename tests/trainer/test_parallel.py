@@ -127,6 +127,32 @@ def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"max_steps": 1, "rows": 40}, {"method": "Standard_LLM"}, {"training_strategy": "sft", "method": "Standard_LLM"}],
+    ids=["lora", "lora-reference-in-step", "full", "full-sft"],
+)
+def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    settings = {"rows": 11, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **fields}
+    alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=4, validate=True, **settings))
+    shards = spec(tiny, tmp_path / "both", gradient_accumulation_steps=2, validate=True, fsdp="full_shard", **settings)
+    both = together(shards)
+    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    norms = [[entry["grad_norm"] for entry in run if entry["kind"] == "train"] for run in (alone, both)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert both[0]["trainable_parameters"] == alone[0]["trainable_parameters"]
+    from safetensors.torch import load_file
+
+    (weights,) = (path.name for path in (tmp_path / "alone/out/model").glob("*.safetensors"))
+    one, two = (load_file(tmp_path / name / "out/model" / weights) for name in ("alone", "both"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].dtype == two[name].dtype
+        assert two[name].shape == one[name].shape
+        assert (two[name] - one[name]).abs().max() < 1e-3, name
+
+
+@pytest.mark.slow
 def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) -> None:
     settings = {"num_train_epochs": 4, "learning_rate": 1e-3, "save_steps": 3, "lora_dropout": 0.1}
     settings |= {"per_device_train_batch_size": 2, "rows": 13}
