@@ -10,7 +10,7 @@ from pathlib import Path
 
 from palate_trainer.errors import TrainerError
 from palate_trainer.launch import die_with_launcher, is_worker, launch, leave, process_count
-from palate_trainer.spec import EXIT_FAILED, EXIT_STOPPED, TrainSpec
+from palate_trainer.spec import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         processes = process_count(spec)
     except TrainerError as error:
         print(error, file=sys.stderr)
+        (Path(spec.output_dir) / ERROR_FILE).unlink(missing_ok=True)
         write_error(Path(spec.output_dir), str(error))
         return EXIT_FAILED
     return run(spec) if processes == 1 else launch(path, spec, processes)

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from trl.trainer import dpo_trainer
 
 from palate_trainer.parallel import is_main, world_size
 from palate_trainer.spec import TrainSpec
+
+_ARITHMETIC = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_sharded(spec: TrainSpec) -> bool:
@@ -35,21 +38,25 @@ def fsdp_arguments(spec: TrainSpec) -> dict[str, Any]:
 
 
 def enter_fsdp(trainer: Any) -> None:
-    """Lets the trainer's accelerator shard on the processor too.
+    """Finishes what accelerate begins: the precision of what is exchanged, and FSDP on the processor too.
 
     accelerate 1.15 takes an FSDP plugin from GPU processes only (`AcceleratorState.__init__`) and forgets it without a
-    word elsewhere; torch's FSDP2 itself runs on gloo.
+    word elsewhere; torch's FSDP2 itself runs on gloo. Under mixed precision it would round what the model returns to 16
+    bit, and DPO sums hundreds of those log-probabilities, and the gradients where they are added.
     """
-    state = trainer.accelerator.state
-    if trainer.args.fsdp_plugin_args is None or getattr(state, "fsdp_plugin", None) is not None:
+    if trainer.args.fsdp_plugin_args is None:
         return
-    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-    if trainer.accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(trainer.accelerator.mixed_precision)
-    state.fsdp_plugin = plugin
-    state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every new view of the state copies it from here
-    trainer.is_fsdp_enabled = True
+    state = trainer.accelerator.state
+    if getattr(state, "fsdp_plugin", None) is None:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every new view of the state copies it
+        trainer.is_fsdp_enabled = True
+    arithmetic = _ARITHMETIC.get(trainer.accelerator.mixed_precision)
+    if arithmetic is not None:
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=arithmetic, reduce_dtype=torch.float32
+        )
 
 
 @contextmanager
@@ -75,12 +82,15 @@ def whole_weights(model: Any, *, trainable_only: bool, dtype: torch.dtype | None
         trainable_only: Leave out what was frozen: a base model is on disk already.
         dtype: What they are cast to, or None for as they are.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = {}
-    for name, value in model.state_dict().items():
-        if trainable_only and name not in trained:
+    weights: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()  # a tied output head is the embedding under a second name
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in seen or (trainable_only and not value.requires_grad):
             continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time: the GPU holds no second model
+        seen.add(id(value))
+        whole = value.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()  # one at a time: the GPU holds no second model
         if is_main():
-            weights[name] = whole.detach().to(device="cpu", dtype=dtype if whole.is_floating_point() else None)
+            weights[name] = whole.to(device="cpu", dtype=dtype if whole.is_floating_point() else None)
     return weights

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import Sampler
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from palate_trainer.errors import TrainerError
 from palate_trainer.loading import load_model, lora_config, uses_adapter
-from palate_trainer.parallel import Rounds, gather_rows, rank, share_of_rank, world_size
-from palate_trainer.sharding import enter_fsdp, fsdp_arguments, is_sharded, reference_by_layers
+from palate_trainer.parallel import gather_rows, share_of_rank, world_size
+from palate_trainer.processes import OneOfSeveral
+from palate_trainer.sharding import fsdp_arguments, is_sharded, reference_by_layers
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
 from palate_trainer.tokens import TokenPair
 
@@ -57,106 +56,7 @@ class SimilarLengths(Sampler[int]):
         return (row for batch in [*batches, short] for row in batch)
 
 
-class _Processes:
-    """What a trainer needs to be one of several processes; without the others every method is TRL's own.
-
-    TRL gathers two dozen values a batch from all processes. Here each keeps its own, and they are put together when they
-    are logged: batches need not be of one size, and nobody waits.
-    """
-
-    rounds: Rounds
-    """The batches of training, as they are dealt."""
-
-    _micro = 0
-    """Rounds of the step under way whose loss has been computed."""
-
-    def _get_dataloader(
-        self,
-        dataset: Dataset,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Dataset], Any] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Any:
-        if world_size() == 1:
-            return super()._get_dataloader(  # type: ignore[misc]
-                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-            )
-        args = self.args  # type: ignore[attr-defined]
-        order = (sampler_fn(dataset) if sampler_fn else None) or SequentialSampler(dataset)
-        rounds = Rounds(BatchSampler(order, batch_size, drop_last=False), world_size(), args.gradient_accumulation_steps)
-        if is_training:
-            self.rounds = rounds
-        return self.accelerator.prepare(  # type: ignore[attr-defined]
-            DataLoader(
-                dataset,
-                batch_sampler=rounds,
-                collate_fn=self.data_collator,  # type: ignore[attr-defined]
-                pin_memory=args.dataloader_pin_memory,
-            )
-        )
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        enter_fsdp(self)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._micro = 0
-        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-
-    def _weight(self, micro: int, process: int) -> float:
-        return self.rounds.weight(self.state.global_step, micro, process)  # type: ignore[attr-defined]
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if world_size() == 1:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        metrics = self._metrics  # type: ignore[attr-defined]
-        if not self.model.training:  # type: ignore[attr-defined]
-            with self._by_itself():
-                loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-            metrics["eval"]["loss"].append(float(loss))
-            return loss
-        weight = self._weight(self._micro, rank())
-        self._micro += 1
-        before = None if weight else {name: list(values) for name, values in metrics["train"].items()}
-        tokens = self._total_train_tokens  # type: ignore[has-type]
-        with self._by_itself():
-            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if before is not None:  # a stand-in teaches nothing and is in no average
-            metrics["train"] = defaultdict(list, before)
-            self._total_train_tokens = tokens
-        return self._weighted(loss, weight)
-
-    def _weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
-        return loss * weight
-
-    @contextmanager
-    def _by_itself(self) -> Iterator[None]:
-        """Within it, what TRL would gather from all processes is this process's alone."""
-        accelerator = self.accelerator  # type: ignore[attr-defined]
-        accelerator.gather = accelerator.gather_for_metrics = lambda values, *args, **kwargs: values
-        try:
-            yield
-        finally:
-            del accelerator.gather, accelerator.gather_for_metrics
-
-    def _put_metrics_together(self) -> None:
-        """Makes the values that TRL is about to average those of all processes, batch by batch in the order of the data."""
-        mode = "train" if self.model.training else "eval"  # type: ignore[attr-defined]
-        mine = self._metrics[mode]  # type: ignore[attr-defined]
-        everyone = gather_rows((dict(mine), self._total_train_tokens))
-        mine.clear()
-        names = {name: None for values, _ in everyone for name in values if name != "num_tokens"}
-        for name in names:
-            columns = [values.get(name, []) for values, _ in everyone]
-            longest = max(map(len, columns))
-            mine[name] = [column[row] for row in range(longest) for column in columns if row < len(column)]
-        if any("num_tokens" in values for values, _ in everyone):
-            mine["num_tokens"] = [sum(tokens for _, tokens in everyone)]
-
-
-class _Additions(_Processes):
+class _Additions(OneOfSeveral):
     """What both trainers share; mixed in before TRL's class."""
 
     step_loss: float = 0.0
@@ -181,7 +81,7 @@ class _Additions(_Processes):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if world_size() > 1:
-            self._put_metrics_together()
+            self.put_metrics_together()
         # TRL averages over batches; the last one may be shorter, so pairs are weighted by their batch here.
         if any(name.startswith("eval_") for name in logs):
             rows, size = len(self.eval_dataset), self.args.per_device_eval_batch_size  # type: ignore[attr-defined]
@@ -223,9 +123,9 @@ class PairTrainer(_Additions, DPOTrainer):
             if time.monotonic() - said > _PROGRESS_EVERY_S:
                 said = time.monotonic()
                 self.note(f"reference {name} {len(order) * done // len(mine)}/{len(order)} pairs")
-        for shares in gather_rows(scored):
-            for rows, values in shares:
-                logps[rows] = values
+        for share in gather_rows(scored):
+            for rows, scores in share:
+                logps[rows] = scores
         columns = {"ref_chosen_logps": logps[:, 0].tolist(), "ref_rejected_logps": logps[:, 1].tolist()}
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
@@ -238,11 +138,11 @@ class AnswerTrainer(_Additions, SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # TRL divides by the tokens of all processes' batches: a stand-in must have none.
         last = len(batch_samples) - 1
-        if world_size() > 1 and batch_samples and not self._weight(last, rank()):
+        if world_size() > 1 and batch_samples and not self.weight(last):
             batch_samples[last]["labels"].fill_(-100)
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def _weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+    def weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
         return loss  # a mean over tokens already, whoever has them
 
 

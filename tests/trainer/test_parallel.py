@@ -25,6 +25,23 @@ CLOCKS = {"seconds", "train_seconds", "pairs_per_s", "eval_runtime", "eval_sampl
 CLOCKS |= {"epoch"}  # a share of the rounds, and a stand-in fills a round
 
 
+FAULT = """
+import os, sys, threading, time
+
+def fail(self, *args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+def wait():
+    while not hasattr(sys.modules.get("palate_trainer.trainers"), "build_trainer"):
+        time.sleep(0.01)
+    sys.modules["palate_trainer.trainers"].PairTrainer.training_step = fail
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=wait, daemon=True).start()
+"""
+"""Breaks the first step of the second process: Python runs a `sitecustomize` of the path at its start."""
+
+
 def start(wanted: TrainSpec, **environment: str) -> subprocess.Popen[str]:
     """Starts the program on `wanted`, as the runner does."""
     path = Path(wanted.output_dir).parent / "spec.json"
@@ -129,7 +146,12 @@ def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"max_steps": 1, "rows": 40}, {"method": "Standard_LLM"}, {"training_strategy": "sft", "method": "Standard_LLM"}],
+    [
+        {},
+        {"max_steps": 1, "rows": 40},
+        {"method": "Standard_LLM"},
+        {"training_strategy": "sft", "method": "Standard_LLM"},
+    ],
     ids=["lora", "lora-reference-in-step", "full", "full-sft"],
 )
 def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -153,8 +175,15 @@ def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fiel
 
 
 @pytest.mark.slow
-def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) -> None:
-    settings = {"num_train_epochs": 4, "learning_rate": 1e-3, "save_steps": 3, "lora_dropout": 0.1}
+@pytest.mark.parametrize("fsdp", ["off", "full_shard"])
+def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path, fsdp: str) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "save_steps": 3,
+        "lora_dropout": 0.1,
+        "fsdp": fsdp,
+    }
     settings |= {"per_device_train_batch_size": 2, "rows": 13}
     whole = losses(together(spec(tiny, tmp_path / "whole", **settings)))
     checkpoint = tmp_path / "whole/out/checkpoints/checkpoint-3"
@@ -168,7 +197,7 @@ def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path)
 def test_sigterm_stops_all_processes_with_one_whole_checkpoint(tiny: Path, tmp_path: Path) -> None:
     wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
     program = start(wanted)
-    until(lambda: training(wanted) or program.poll() is not None, timeout_s=120)
+    until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     assert len(workers_of(wanted)) == 3, log_of(wanted)[-3000:]
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == EXIT_STOPPED, log_of(wanted)[-3000:]
@@ -195,7 +224,7 @@ def test_sigterm_before_the_first_step_stops_all_processes(tiny: Path, tmp_path:
 def test_a_killed_process_ends_the_others_and_is_named(tiny: Path, tmp_path: Path) -> None:
     wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
     program = start(wanted)
-    until(lambda: training(wanted) or program.poll() is not None, timeout_s=120)
+    until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     (second,) = (worker for worker in workers_of(wanted) if worker.environ().get("RANK") == "1")
     second.kill()
     assert program.wait(timeout=60) == EXIT_FAILED, log_of(wanted)[-3000:]
@@ -207,23 +236,11 @@ def test_a_killed_process_ends_the_others_and_is_named(tiny: Path, tmp_path: Pat
 def test_the_message_of_the_process_that_failed_is_kept(tiny: Path, tmp_path: Path) -> None:
     """One process alone fails: the other's loss of it is not the cause."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import threading, sys\n"
-        "    def fail():\n"
-        "        import time\n"
-        "        while 'palate_trainer.trainers' not in sys.modules or not hasattr(sys.modules['palate_trainer.trainers'], 'PairTrainer'):\n"
-        "            time.sleep(0.01)\n"
-        "        def step(self, *args, **kwargs):\n"
-        "            raise OSError(28, 'No space left on device')\n"
-        "        sys.modules['palate_trainer.trainers'].PairTrainer.training_step = step\n"
-        "    threading.Thread(target=fail, daemon=True).start()\n"
-    )
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
     wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
     paths = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
     program = start(wanted, PYTHONPATH=os.pathsep.join(filter(None, paths)))
-    assert program.wait(timeout=120) == EXIT_FAILED, log_of(wanted)[-3000:]
+    assert program.wait(timeout=240) == EXIT_FAILED, log_of(wanted)[-3000:]
     message = (tmp_path / "out" / ERROR_FILE).read_text()
     assert message.startswith("The disk is full"), message
     assert not workers_of(wanted)
@@ -233,7 +250,7 @@ def test_the_message_of_the_process_that_failed_is_kept(tiny: Path, tmp_path: Pa
 def test_no_worker_outlives_a_killed_launcher(tiny: Path, tmp_path: Path) -> None:
     wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
     program = start(wanted)
-    until(lambda: training(wanted) or program.poll() is not None, timeout_s=120)
+    until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     program.kill()
     program.wait(timeout=10)
     until(lambda: not workers_of(wanted), timeout_s=10)
