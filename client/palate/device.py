@@ -17,14 +17,19 @@ _FIRST_BF16_CAPABILITY = 8.0
 
 @lru_cache(maxsize=1)
 def local_device() -> DeviceFacts:
-    """Returns the facts of this machine: first GPU if there is one, else the processor."""
-    gpu = _first_gpu()
+    """Returns the facts of this machine: its GPUs by the first one, if there is one, else the processor."""
+    gpu = _gpus()
     memory_gib = available_memory() / _GIB
     if gpu is not None:
-        name, gpu_memory_gib, capability = gpu
-        bf16 = capability >= _FIRST_BF16_CAPABILITY
+        name, gpu_memory_gib, capability, count = gpu
         return DeviceFacts(
-            cuda=True, bf16=bf16, fp16=True, gpu_name=name, gpu_memory_gib=gpu_memory_gib, memory_gib=memory_gib
+            cuda=True,
+            bf16=capability >= _FIRST_BF16_CAPABILITY,
+            fp16=True,
+            gpu_name=name,
+            gpu_memory_gib=gpu_memory_gib,
+            memory_gib=memory_gib,
+            gpu_count=count,
         )
     flags = _cpu_flags()
     bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
@@ -60,15 +65,18 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def _first_gpu() -> tuple[str, float, float] | None:
-    """Returns (name, memory in GiB, compute capability) as nvidia-smi says, or None where no GPU is to be used."""
+def _gpus() -> tuple[str, float, float, int] | None:
+    """Returns (name, memory in GiB, compute capability) of the first GPU as nvidia-smi says, and how many are to be used."""
     tool = shutil.which("nvidia-smi")
-    if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or visible in {"", "-1"}:
         return None
     query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, memory_mib, capability = (part.strip() for part in answer.splitlines()[0].rsplit(",", 2))
-        return name, float(memory_mib) / 1024, float(capability)
+        lines = answer.splitlines()
+        name, memory_mib, capability = (part.strip() for part in lines[0].rsplit(",", 2))
+        count = len(lines) if visible is None else min(len(lines), len(visible.split(",")))
+        return name, float(memory_mib) / 1024, float(capability), count
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None

@@ -49,6 +49,8 @@ def _machine() -> list[Finding]:
     device = local_device()
     if device.cuda:
         where = f"{device.gpu_name}, {device.gpu_memory_gib:.0f} GiB"
+        if device.gpu_count > 1:
+            where = f"{device.gpu_count} x {where}"
     else:
         where = f"no GPU; {platform.processor() or platform.machine()}, {device.memory_gib:.1f} GiB of memory free"
     resolved = resolve({}, method="LoRA_LLM", device=device)

@@ -117,8 +117,8 @@ def _installed(name: str) -> bool:
         return False
 
 
-def training_memory_gib(parameters: float, resolved: Resolved, *, method: str) -> float:
-    """Returns the memory that a training needs at least, in GiB.
+def training_memory_gib(parameters: float, resolved: Resolved, *, method: str, gpus: int = 1) -> float:
+    """Returns the memory that a training needs at least on each GPU, or on the machine without one, in GiB.
 
     A lower bound, on purpose: what it refuses cannot work, what it lets through may still be tight.
 
@@ -126,6 +126,7 @@ def training_memory_gib(parameters: float, resolved: Resolved, *, method: str) -
         parameters: Of the model.
         resolved: Resolved hyperparameters: batch, length, quantisation, precision.
         method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM`.
+        gpus: That take part; they share the weights under `fsdp=full_shard`, and else hold a copy each.
     """
     if method == "Standard_LLM":
         weights = parameters * _FULL_BYTES[resolved.precision]
@@ -135,6 +136,8 @@ def training_memory_gib(parameters: float, resolved: Resolved, *, method: str) -
         weights = parameters * 1.1
     else:
         weights = parameters * _BYTES[resolved.precision]
+    if resolved.values["fsdp"] == "full_shard":
+        weights /= max(1, gpus)
     return weights / _GIB + _PROCESS_GIB
 
 
@@ -144,20 +147,24 @@ def check_memory(
     """Raises NotEnoughMemoryError when the training cannot fit the device; says what is needed, what is there, and the remedy."""
     if not parameters:
         return
-    needed = training_memory_gib(parameters, resolved, method=method)
+    gpus = device.gpu_count if device.cuda else 1
+    needed = training_memory_gib(parameters, resolved, method=method, gpus=gpus)
     there = device.gpu_memory_gib if device.cuda else device.memory_gib
     if not there or needed <= there:
         return
     where = (
-        f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB"
+        f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB{f', {gpus} of them are here' if gpus > 1 else ''}"
         if device.cuda
         else f"this machine has {there:.1f} GiB free"
     )
+    quantised = resolved.values["load_in_4bit"] or resolved.values["load_in_8bit"]
     remedies = []
     if method == "Standard_LLM":
         remedies.append('method="LoRA_LLM"')
-    if device.cuda and not resolved.values["load_in_4bit"]:
+    if device.cuda and not resolved.values["load_in_4bit"] and resolved.values["fsdp"] == "off":
         remedies.append('method="QLoRA_LLM"')
+    if gpus > 1 and resolved.values["fsdp"] == "off" and not quantised:
+        remedies.append('fsdp="full_shard"')
     remedies.append("a smaller model (`palate models`)")
     if row is not None and not device.cuda:
         remedies.append(f"a GPU with {row.min_gpu_memory(method):.0f} GiB")

@@ -23,17 +23,23 @@ _QUIET_AND_OFFLINE = {
 
 
 def prepare_environment() -> None:
-    """Offline, quiet, one process on one device. Call before importing torch or transformers."""
+    """Offline and quiet. Call before importing torch or transformers."""
     os.environ.update(_QUIET_AND_OFFLINE)
     # Threads that spin at a barrier stall each other as soon as another process wants a core: seen 3 to 4 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "LOCAL_RANK" not in os.environ:
-        # TRL refuses several visible GPUs without a launcher; a single process uses the first.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("transformers", "trl", "accelerate", "datasets", "peft", "tensorboard", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_one_gpu() -> None:
+    """Hides all GPUs but the first from a process that has no launcher: TRL refuses several in one process.
+
+    Call before CUDA is first used; a launcher's worker sees all, and takes the one of its local rank.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def use_available_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 
 from palate_recipes.errors import PalateError
 
@@ -27,6 +28,14 @@ def explain(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         return f"Not allowed to read or write: {_first_line(text)}. Check the owner and the permissions of that path."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def explain_signal(number: int) -> str:
+    """How a process ended that a signal killed, as the words after "was"."""
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
+        return f"killed by {name}: most often the kernel ending a process that took too much memory. {_MEMORY_REMEDY}"
+    return f"killed by {name}."
 
 
 def _first_line(text: str) -> str:

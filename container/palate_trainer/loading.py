@@ -10,6 +10,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from palate_trainer.errors import TrainerError
+from palate_trainer.parallel import local_rank
+from palate_trainer.sharding import is_sharded
 from palate_trainer.spec import TrainSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -37,6 +39,10 @@ def check_model_dir(spec: TrainSpec) -> None:
     if (four or eight) and not uses_adapter(spec):
         raise TrainerError(
             "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
+        )
+    if (four or eight) and is_sharded(spec):
+        raise TrainerError(
+            "fsdp=full_shard cannot split quantised weights. Set load_in_4bit=false and load_in_8bit=false, or fsdp=off."
         )
     if spec.precision == "float16" and not torch.cuda.is_available():
         raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
@@ -67,7 +73,7 @@ def load_model(spec: TrainSpec) -> Any:
     options: dict[str, Any] = {"config": config, "dtype": dtype}
     if hyperparameters["load_in_4bit"] or hyperparameters["load_in_8bit"]:
         options["quantization_config"] = _quantisation(spec)
-        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+        options["device_map"] = {"": local_rank() if torch.cuda.is_available() else "cpu"}
     try:
         model = AutoModelForCausalLM.from_pretrained(spec.model_dir, **options)
     except ImportError as error:

@@ -12,18 +12,20 @@ import torch
 from peft import PeftModel
 
 from palate_trainer.loading import DTYPES
+from palate_trainer.parallel import is_main
+from palate_trainer.sharding import is_sharded, whole_weights
 from palate_trainer.spec import MODEL_DIR, PROBE_FILE, TrainSpec
 from palate_trainer.tokens import TokenPair
 
 PROBE_ROWS = 8
 
 
-def save_model(spec: TrainSpec, model: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
-    """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer.
+def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
+    """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer. Rank 0 alone writes.
 
     Args:
         spec: The run.
-        model: The trained model, a PeftModel or the whole network.
+        trainer: After its last step; its model is a PeftModel or the whole network.
         tokenizer: With the chat template that training used.
         probe_rows: Rows to score into probe.json; the first eight are taken.
 
@@ -31,19 +33,28 @@ def save_model(spec: TrainSpec, model: Any, tokenizer: Any, probe_rows: list[Tok
         The folder. It is renamed into place last: its presence means that it is whole.
     """
     folder = Path(spec.output_dir) / MODEL_DIR
+    model = trainer.model
+    sharded = is_sharded(spec)
+    probe = _probe(spec, model, probe_rows[:PROBE_ROWS]) if sharded or is_main() else {}
+    dtype = None if isinstance(model, PeftModel) else DTYPES[spec.precision]
+    weights = whole_weights(model, trainable_only=dtype is None, dtype=dtype) if sharded else None
+    if not is_main():
+        return folder
     draft = folder.with_name(f".{MODEL_DIR}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    probe = _probe(spec, model, probe_rows[:PROBE_ROWS])
     if isinstance(model, PeftModel):
         # A path of this machine means nothing to a reader elsewhere.
         model.peft_config["default"].base_model_name_or_path = spec.model_name or Path(spec.model_dir).name
         # Adapters on linear layers leave the vocabulary alone; PEFT would look for the base's config to find that out.
-        model.save_pretrained(draft, save_embedding_layers=False)
+        model.save_pretrained(draft, state_dict=weights, save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     else:
         model.config.use_cache = True
-        model.to(DTYPES[spec.precision]).save_pretrained(draft)
+        if not sharded:
+            model.to(dtype)
+        model.config.dtype = dtype
+        model.save_pretrained(draft, state_dict=weights)
     tokenizer.save_pretrained(draft)
     (draft / PROBE_FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
     if folder.exists():

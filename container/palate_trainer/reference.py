@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from palate_trainer.parallel import is_main
 from palate_trainer.spec import TrainSpec
 from palate_trainer.spec.reference import LogProbs, Table, read_table, reference_key, table_name, write_table
 
@@ -160,7 +161,7 @@ class ReferenceScores:
         return absolute + relative * abs(value)
 
     def _save(self) -> None:
-        if self._path is None:
+        if self._path is None or not is_main():
             return
         try:
             # Another run may have written to the same folder meanwhile.

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from palate_trainer.parallel import any_process, is_main, sum_over_processes, wait_for_all
 from palate_trainer.spec import COMPLETE_MARK, METRICS_FILE
 from palate_trainer.startup import Startup
 
@@ -34,17 +35,20 @@ _SHOWN = (
 
 
 def say(line: str) -> None:
-    """One progress line on stdout, at once."""
-    print(line, flush=True)
+    """One progress line on stdout, at once; of several processes the first one speaks."""
+    if is_main():
+        print(line, flush=True)
 
 
 class Metrics:
-    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line."""
+    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line. Rank 0 alone writes."""
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / METRICS_FILE
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
+        if not is_main():
+            return
         # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -59,10 +63,16 @@ class StopRequested(BaseException):
 
 
 class StopSignal:
-    """Remembers SIGTERM while it is `deferred`, and raises StopRequested at once while it is not."""
+    """Remembers SIGTERM while it is `deferred`, and raises StopRequested at once while it is not.
+
+    Attributes:
+        requested: It came to this process.
+        agreed: Every process of the training knows of it: what they do about it, they do in the same step.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.agreed = False
         self.deferred = False
         signal.signal(signal.SIGTERM, self._received)
 
@@ -80,7 +90,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         metrics: Where events go.
         stop: Whether SIGTERM came.
-        rows: Rows of one epoch.
+        rows: Rows of one epoch, of all processes.
         startup: Clock of the stages before the first step.
         start_event: What `start` says besides steps and seconds.
     """
@@ -135,20 +145,23 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.step_losses.append(self.trainer.step_loss)
+        requests, loss = sum_over_processes([float(self.stop.requested), self.trainer.step_loss])
+        self.stop.agreed = requests > 0
+        self.step_losses.append(loss / args.world_size)
         self.trainer.step_loss = 0.0
         if state.global_step >= state.max_steps:
             control.should_log = True  # or the steps after the last full window would never be seen
         return self._maybe_stop(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.stop.requested:
+        if self.stop.agreed:
             control.should_evaluate = False
             control.should_save = False  # the step's own save has done it
         return control
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop.requested:
+        self.stop.agreed = any_process(self.stop.requested)
+        if self.stop.agreed:
             raise StopRequested
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -179,7 +192,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / COMPLETE_MARK).touch()
+        wait_for_all()  # each writes the state of its own random numbers
+        if is_main():
+            (folder / COMPLETE_MARK).touch()
         self._mark = time.monotonic()
         say(f"checkpoint {folder.name} written")
 
@@ -223,7 +238,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         return event
 
     def _maybe_stop(self, state: Any, control: Any) -> Any:
-        if self.stop.requested and state.global_step < state.max_steps:
+        if self.stop.agreed and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False

@@ -9,9 +9,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from palate_trainer.environment import prepare_environment, use_available_cores
+from palate_trainer.environment import keep_one_gpu, prepare_environment, use_available_cores
 from palate_trainer.errors import TrainerError
 from palate_trainer.failures import explain
+from palate_trainer.parallel import wait_for_all, world_size
 from palate_trainer.spec import (
     COMPLETE_MARK,
     ERROR_FILE,
@@ -33,7 +34,8 @@ def run(spec: TrainSpec) -> int:
     # Until StopSignal takes over: the imports alone take seconds, and a stop in them has the same exit code.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     output = Path(spec.output_dir)
-    (output / ERROR_FILE).unlink(missing_ok=True)
+    if world_size() == 1:  # the launcher of several has done it, and one of them may already have failed
+        (output / ERROR_FILE).unlink(missing_ok=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
         return _train(spec, output)
@@ -46,10 +48,16 @@ def run(spec: TrainSpec) -> int:
 
 
 def write_error(output_dir: Path, message: str) -> None:
-    """Leaves error.txt, or gives up quietly where not even that can be written: the message stands on stderr too."""
+    """Leaves error.txt, or gives up quietly where not even that can be written: the message stands on stderr too.
+
+    Of several processes the first one's message stays: when one ends, the others fail for the loss of it.
+    """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ERROR_FILE).write_text(message.rstrip() + "\n", encoding="utf-8")
+        with (output_dir / ERROR_FILE).open("x", encoding="utf-8") as file:
+            file.write(message.rstrip() + "\n")
+    except FileExistsError:
+        pass
     except OSError as error:
         print(f"{ERROR_FILE} cannot be written: {error}", file=sys.stderr)
 
@@ -66,6 +74,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
     startup.done("read")
 
     prepare_environment()
+    keep_one_gpu()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
     from transformers import set_seed
 
@@ -100,6 +109,9 @@ def _train(spec: TrainSpec, output: Path) -> int:
             say(f"note: {note}")
         startup.done("data")
 
+        if world_size() > 1:
+            notes.append(_batch_note(hyperparameters))
+            say(f"note: {notes[-1]}")
         threads = use_available_cores()
         say(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
         model = load_model(spec)
@@ -114,6 +126,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 "method": spec.method,
                 "model_name": spec.model_name,
                 "precision": spec.precision,
+                "processes": world_size(),
                 "train_rows": len(train_rows),
                 "validation_rows": len(validation_rows),
                 "dropped_rows": report.dropped,
@@ -143,16 +156,32 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 trainer.train(resume_from_checkpoint=resume_from)
             except StopRequested:  # in an evaluation, or nothing was left to train
                 callback.checkpoint_now()
-        if stop.requested and not callback.all_steps_done:
+        if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
         stop.deferred = True  # nothing is left but to save: that is done before a stop is obeyed
-        folder = save_model(spec, trainer.model, tokenizer, validation_rows or train_rows)
+        folder = save_model(spec, trainer, tokenizer, validation_rows or train_rows)
         summary = callback.finish(seconds=startup.seconds)
+        wait_for_all()
     except StopRequested:
         say("stopped before the first step")
         return EXIT_STOPPED
+    except Exception:
+        if world_size() > 1 and stop.requested:
+            # Told to end, as all are when one fails or a stop is asked for; what fails then is the tie to one that is gone.
+            traceback.print_exc(file=sys.stderr)
+            return EXIT_STOPPED
+        raise
     say(f"{folder} written, {summary['seconds']} s in all")
     return 0
+
+
+def _batch_note(hyperparameters: dict[str, Any]) -> str:
+    rows, batches = hyperparameters["per_device_train_batch_size"], hyperparameters["gradient_accumulation_steps"]
+    return (
+        f"{world_size()} processes x {rows} rows x {batches} batches: a step takes {world_size() * rows * batches} rows,"
+        f" {world_size()} times those of one process. To keep its steps, divide gradient_accumulation_steps={batches}"
+        f" or per_device_train_batch_size={rows} by {world_size()}."
+    )
 
 
 def _resume_folder(spec: TrainSpec) -> str | None:

@@ -23,8 +23,11 @@ from palate_trainer.fast.attention import allow_flex
 from palate_trainer.fast.forward import add_tree_forward, difference, why_not
 from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
-from palate_trainer.loading import lora_config, uses_adapter
+from palate_trainer.loading import load_model, lora_config, uses_adapter
+from palate_trainer.parallel import gather_rows, share_of_rank, world_size
+from palate_trainer.processes import OneOfSeveral
 from palate_trainer.reference import ReferenceScores
+from palate_trainer.sharding import fsdp_arguments, is_sharded, reference_by_layers
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
 from palate_trainer.spec.reference import LogProbs, row_digest
 from palate_trainer.tokens import TokenPair
@@ -64,7 +67,7 @@ class SimilarLengths(Sampler[int]):
         return (row for batch in [*batches, short] for row in batch)
 
 
-class _Additions:
+class _Additions(OneOfSeveral):
     """What both trainers share; mixed in before TRL's class."""
 
     note: Callable[[str], None] = staticmethod(lambda line: None)
@@ -82,7 +85,9 @@ class _Additions:
         lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
         reason = why_not(network, longest=max(lengths))
         if reason is None:
-            add_tree_forward(network)
+            for one in (network, getattr(self, "ref_model", None)):
+                if one is not None:
+                    add_tree_forward(one)
             collator.enabled = True
             shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
             batch = self._prepare_inputs(collator([self.train_dataset[row] for row in shortest]))  # type: ignore[attr-defined]
@@ -123,13 +128,15 @@ class _Additions:
         return self.order
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if world_size() > 1:
+            self.put_metrics_together()
         # TRL averages over batches; the last one may be shorter, so pairs are weighted by their batch here.
         if any(name.startswith("eval_") for name in logs):
             rows, size = len(self.eval_dataset), self.args.per_device_eval_batch_size  # type: ignore[attr-defined]
             sizes = [size] * (rows // size) + ([rows % size] if rows % size else [])
             for values in self._metrics["eval"].values():  # type: ignore[attr-defined]
-                if len(values) == len(sizes):
-                    values[:] = [sum(v * n for v, n in zip(values, sizes, strict=True)) / rows]
+                if len(values) >= len(sizes):  # beyond them: a stand-in of a process without a batch
+                    values[:] = [sum(v * n for v, n in zip(values, sizes, strict=False)) / rows]
         super().log(logs, start_time)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -161,14 +168,20 @@ class PairTrainer(_Additions, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self.pack()
 
-        # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
         def score(rows: list[int]) -> list[LogProbs]:
-            batch = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
-            chosen, rejected = self.compute_ref_log_probs(self.model, batch)  # (pairs,) each
-            return list(zip(chosen.float().tolist(), rejected.float().tolist(), strict=True))
+            found: dict[int, LogProbs] = {}
+            for part in share_of_rank([rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]):
+                batch = self._prepare_inputs(self.data_collator([dataset[row] for row in part]))
+                chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)  # (pairs,) each
+                found |= dict(
+                    zip(part, zip(chosen.float().tolist(), rejected.float().tolist(), strict=True), strict=True)
+                )
+            everyone = {row: values for share in gather_rows(found) for row, values in share.items()}
+            return [everyone[row] for row in rows]
 
+        # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
         logps = self.reference.logps(
-            list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size
+            list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size * world_size()
         )
         chosen, rejected = zip(*logps, strict=True)
         return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
@@ -191,6 +204,16 @@ def no_weights_hash() -> Iterator[None]:
 
 class AnswerTrainer(_Additions, SFTTrainer):
     """SFT on rows that carry token ids and labels already."""
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # TRL divides by the tokens of all processes' batches: a stand-in must have none.
+        last = len(batch_samples) - 1
+        if world_size() > 1 and batch_samples and not self.weight(last):
+            batch_samples[last]["labels"].fill_(-100)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+        return loss  # a mean over tokens already, whoever has them
 
 
 def build_trainer(
@@ -233,14 +256,20 @@ def build_trainer(
                 for rows in (common["train_dataset"], common["eval_dataset"])
                 if rows
             )
-            trainer: PairTrainer | AnswerTrainer = PairTrainer(
-                args=_dpo_config(spec, len(train), bool(validation), reference_known=known),
-                reference=reference,
-                data_collator=TreeCollator(
-                    DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), pair_sequences
-                ),
-                **common,
-            )
+            config = _dpo_config(spec, len(train), bool(validation), reference_known=known)
+            # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
+            frozen = load_model(spec) if is_sharded(spec) and config.precompute_ref_log_probs else None
+            with reference_by_layers():
+                trainer: PairTrainer | AnswerTrainer = PairTrainer(
+                    args=config,
+                    ref_model=frozen,
+                    reference=reference,
+                    data_collator=TreeCollator(
+                        DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), pair_sequences
+                    ),
+                    **common,
+                )
+            trainer.ref_model = None  # has scored all rows
         else:
             trainer = AnswerTrainer(
                 args=_sft_config(spec, bool(validation)),
@@ -290,6 +319,7 @@ def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
 def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, reference_known: bool) -> DPOConfig:
     hyperparameters = spec.hyperparameters
     pairs_a_step = hyperparameters["per_device_train_batch_size"] * hyperparameters["gradient_accumulation_steps"]
+    pairs_a_step *= world_size()
     covers_most = not hyperparameters["max_steps"] or hyperparameters["max_steps"] * pairs_a_step >= rows / 2
     return DPOConfig(
         **_common_arguments(spec, evaluates),
@@ -343,6 +373,8 @@ def _common_arguments(spec: TrainSpec, evaluates: bool) -> dict[str, Any]:
         "eval_steps": hyperparameters["eval_steps"] or None,
         "prediction_loss_only": True,
         "remove_unused_columns": False,  # keeps the length column, which orders the batches
+        **fsdp_arguments(spec),
+        "accelerator_config": {"even_batches": False},  # `Rounds` sees to it
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
     }

@@ -60,6 +60,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "seed": ("random_seed",),
     "loss_type": ("pref_loss", "dpo_loss", "dpo_loss_type"),
     "gradient_checkpointing": ("use_gradient_checkpointing", "activation_checkpointing"),
+    "fsdp": ("sharding_strategy", "fsdp_strategy", "zero_stage"),
 }
 _LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
 _DPO_NAMES = ("dpo_beta", "loss_type")
@@ -68,7 +69,8 @@ _DPO_NAMES = ("dpo_beta", "loss_type")
 @dataclass(frozen=True)
 class DeviceFacts:
     """What training needs to know of a machine. `bf16` and `fp16` are what its GPU, or without CUDA its CPU,
-    computes fast; a CPU has bf16 with avx512_bf16 or amx."""
+    computes fast; a CPU has bf16 with avx512_bf16 or amx. `gpu_name` and `gpu_memory_gib` are those of the first GPU,
+    `gpu_count` says how many a run may use (0: not known)."""
 
     cuda: bool
     bf16: bool
@@ -76,6 +78,7 @@ class DeviceFacts:
     gpu_name: str = ""
     gpu_memory_gib: float = 0.0
     memory_gib: float = 0.0
+    gpu_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,10 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
         )
     if precision == "float16":
         notes.append(f"{device.gpu_name or 'This GPU'} has no bfloat16: training computes in float16.")
+    if resolved["fsdp"] == "full_shard" and (not device.cuda or device.gpu_count == 1):
+        notes.append(
+            f"fsdp has no effect: {'there is one GPU' if device.cuda else 'there is no CUDA'} to hold the weights."
+        )
     notes.extend(_without_effect(given, resolved, method))
     return Resolved(values=resolved, precision=precision, notes=tuple(notes))
 
@@ -157,6 +164,8 @@ def _why_not_4bit(resolved: Mapping[str, Any], method: str, device: DeviceFacts,
         return "Standard_LLM trains every weight, and 4-bit weights cannot be trained"
     if resolved["load_in_8bit"]:
         return "load_in_8bit=true was given, and weights are held in one of the two"
+    if resolved["fsdp"] == "full_shard" and device.cuda and device.gpu_count != 1:
+        return f"fsdp=full_shard was given, and 4-bit weights cannot be split, so they are held in {precision}"
     if not device.cuda and method != "QLoRA_LLM":
         return f"its default is for CUDA, which this machine lacks, so the weights are held in {precision}"
     return None
@@ -184,6 +193,12 @@ def _contradictions(given: Mapping[str, Any], method: str) -> Iterable[str]:
             if given.get(name):
                 yield f"{name} = true: Standard_LLM trains full weights; drop it, or use method QLoRA_LLM"
         return
+    if given.get("fsdp") == "full_shard":
+        if method == "QLoRA_LLM":
+            yield 'fsdp = "full_shard": it cannot split 4-bit or 8-bit weights; drop it, or use method LoRA_LLM'
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if given.get(name) and method != "QLoRA_LLM":
+                yield f'fsdp = "full_shard", {name} = true: quantised weights cannot be split; give only one'
     if four and eight:
         yield "load_in_4bit = true, load_in_8bit = true: weights are held in one of the two; give only one"
     if method == "QLoRA_LLM" and four is False and not eight:

@@ -301,6 +301,13 @@ _ROWS = (
         False,
         "recompute activations in the backward pass: less memory, about a third more time",
     ),
+    Hyperparameter(
+        "fsdp",
+        "string",
+        "off",
+        "full_shard splits the weights over all GPUs, for a model that one GPU cannot hold; off keeps a copy on each",
+        choices=("off", "full_shard"),
+    ),
 )
 
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})

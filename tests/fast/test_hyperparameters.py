@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,33 @@ def test_resolution_of_bits_and_precision(
     assert all(word in text for word in words)
     assert bool(resolved.notes) == bool(words)
     assert all(note.endswith(".") and "\n" not in note for note in resolved.notes)
+
+
+EIGHT = replace(H200, gpu_count=8)
+
+
+@pytest.mark.parametrize(
+    ("device", "four_bits", "words"),
+    [
+        (EIGHT, False, "fsdp=full_shard was given"),
+        (H200, False, "fsdp=full_shard was given"),  # how many are there is not known
+        (replace(H200, gpu_count=1), True, "there is one GPU"),
+        (CPU, False, "there is no CUDA"),
+    ],
+)
+def test_full_shard_needs_several_gpus_and_whole_weights(device: DeviceFacts, four_bits: bool, words: str) -> None:
+    resolved = resolve({"fsdp": "full_shard"}, method="LoRA_LLM", device=device)
+    assert resolved.values["load_in_4bit"] is four_bits
+    assert words in "\n".join(resolved.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [("QLoRA_LLM", {}), ("LoRA_LLM", {"load_in_4bit": True}), ("LoRA_LLM", {"load_in_8bit": True})],
+)
+def test_full_shard_with_quantised_weights_is_refused(method: str, values: dict[str, object]) -> None:
+    with pytest.raises(HyperparameterError, match='fsdp = "full_shard"'):
+        validate({"fsdp": "full_shard", **values}, method=method)
 
 
 def test_resolve_fills_in_every_default() -> None:

@@ -48,6 +48,8 @@ class TrainSpec:
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
         cache_dir: Folder for what later runs can use again (see `palate_trainer.spec.reference`), or None for no cache.
+        processes: Processes that train together on this machine, one a GPU; 0 takes every visible GPU, or without CUDA
+            one process.
     """
 
     method: str
@@ -65,6 +67,8 @@ class TrainSpec:
     def trains_adapter(self) -> bool:
         """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
         return self.method != "Standard_LLM" and self.hyperparameters["lora_dim"] > 0
+
+    processes: int = 0
 
     def write(self, path: Path) -> None:
         """Writes the spec as JSON."""

@@ -1,0 +1,172 @@
+"""Starts one worker process a GPU through torch's own launcher, and gives their end as one exit code.
+
+Knows processes, signals and exit codes, no training: every worker is this same program on the same spec.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from palate_trainer.environment import prepare_environment
+from palate_trainer.errors import TrainerError
+from palate_trainer.failures import explain_signal
+from palate_trainer.parallel import world_size
+from palate_trainer.spec import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, MODEL_DIR, TrainSpec
+
+_STOP_GRACE_S = 110
+"""Time of the workers to finish their step and write a checkpoint; below what the runner grants this process."""
+
+_SAME_MOMENT_S = 5
+"""A worker that is killed takes the others' connections with it: their errors come seconds later, and are not the cause."""
+
+_LAUNCHER = "PALATE_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def is_worker() -> bool:
+    """Whether a launcher (this one, torchrun, `accelerate launch`) has started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def process_count(spec: TrainSpec) -> int:
+    """How many processes `spec` asks for on this machine.
+
+    Raises:
+        TrainerError: More than the visible GPUs.
+    """
+    if spec.processes == 1:
+        return 1
+    gpus = visible_gpus()
+    if gpus and spec.processes > gpus:
+        raise TrainerError(
+            f"processes={spec.processes}, but {gpus} GPUs are visible: a process needs one of its own."
+            " Ask for fewer, or make more visible in CUDA_VISIBLE_DEVICES; 0 takes all there are."
+        )
+    return spec.processes or max(1, gpus)
+
+
+def visible_gpus() -> int:
+    """CUDA devices that this process may use. Torch counts them, and is imported only where there is a device at all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} or not any(Path("/dev").glob("nvidia*")):
+        return 0
+    prepare_environment()
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
+    """Runs `processes` workers to their end.
+
+    Args:
+        spec_file: What each of them reads.
+        spec: The same, read.
+        processes: Workers, each with a GPU of its own, or on the processor.
+
+    Returns:
+        0 when all ended well; EXIT_STOPPED after a SIGTERM, with the workers ended; EXIT_FAILED with error.txt written.
+    """
+    prepare_environment()
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # its account of a failure would bury the worker's own
+    output = Path(spec.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / ERROR_FILE).unlink(missing_ok=True)
+    before = _identity(output / MODEL_DIR)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: its host name need not resolve
+    os.environ[_LAUNCHER] = str(os.getpid())
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port of the system's choice
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this process's own output
+        shutdown_timeout=_STOP_GRACE_S,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "palate_trainer", str(spec_file))
+    except SignalException:
+        finished = _identity(output / MODEL_DIR)
+        # A stop that came after the last step: the model was saved all the same.
+        return 0 if finished and finished != before else EXIT_STOPPED
+    except ChildFailedError as error:
+        return _failed(output, error.failures, processes)
+    return 0
+
+
+def die_with_launcher() -> None:
+    """Ties a worker's life to the launcher's: killed, it could stop nobody, and workers lead sessions of their own."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it went before the line above
+        os._exit(EXIT_FAILED)
+
+
+def leave(code: int) -> int:
+    """Ends a worker's part in the group; with a bad `code` it does not return.
+
+    A worker that failed is out of step with the others, and to take leave in order would be to wait for them.
+    """
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        if code != 0:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return code
+
+
+def _failed(output: Path, failures: dict[int, Any], processes: int) -> int:
+    from palate_trainer.train import write_error
+
+    first = min(failures.values(), key=lambda failure: failure.timestamp)
+    killed = next(
+        (
+            (rank, -failure.exitcode)
+            for rank, failure in failures.items()
+            if failure.exitcode < 0
+            and failure.exitcode != -signal.SIGTERM
+            and failure.timestamp <= first.timestamp + _SAME_MOMENT_S
+        ),
+        None,
+    )
+    if killed:
+        rank, number = killed
+        message = f"Process {rank + 1} of {processes} was {explain_signal(number)}"
+        (output / ERROR_FILE).unlink(missing_ok=True)  # at most the others' loss of their connection to it
+        print(message, file=sys.stderr, flush=True)
+        write_error(output, message)
+    elif not (output / ERROR_FILE).exists():
+        write_error(output, f"A process of {processes} ended with exit code {first.exitcode}; its last lines say more.")
+    return EXIT_FAILED
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of the same name, or None where there is none."""
+    if not folder.is_dir():
+        return None
+    facts = folder.stat()
+    return facts.st_ino, facts.st_mtime_ns

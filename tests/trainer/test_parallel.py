@@ -1,0 +1,256 @@
+"""Two processes on the processor, started as they are on GPUs: their numbers against one process, their ends, their failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from palate_trainer.parallel import Rounds
+from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
+from tests.slow.conftest import until
+from tests.trainer.test_training import keep_signals, losses, spec, train
+
+__all__ = ["keep_signals"]
+
+CLOCKS = {"seconds", "train_seconds", "pairs_per_s", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+CLOCKS |= {"epoch"}  # a share of the rounds, and a stand-in fills a round
+
+
+FAULT = """
+import os, sys, threading, time
+
+def fail(self, *args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+def wait():
+    while not hasattr(sys.modules.get("palate_trainer.trainers"), "build_trainer"):
+        time.sleep(0.01)
+    sys.modules["palate_trainer.trainers"].PairTrainer.training_step = fail
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=wait, daemon=True).start()
+"""
+"""Breaks the first step of the second process: Python runs a `sitecustomize` of the path at its start."""
+
+
+def start(wanted: TrainSpec, **environment: str) -> subprocess.Popen[str]:
+    """Starts the program on `wanted`, as the runner does."""
+    path = Path(wanted.output_dir).parent / "spec.json"
+    wanted.write(path)
+    log = path.with_name("program.log").open("w")
+    return subprocess.Popen(
+        [sys.executable, "-m", "palate_trainer", str(path)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        text=True,
+    )
+
+
+def log_of(wanted: TrainSpec) -> str:
+    return (Path(wanted.output_dir).parent / "program.log").read_text()
+
+
+def together(wanted: TrainSpec, processes: int = 2) -> list[dict[str, Any]]:
+    """Runs `wanted` in so many processes and returns its metrics."""
+    wanted = replace(wanted, processes=processes)
+    code = start(wanted).wait(timeout=240)
+    assert code == 0, log_of(wanted)[-3000:]
+    return [json.loads(line) for line in (Path(wanted.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def workers_of(wanted: TrainSpec) -> list[psutil.Process]:
+    """All live processes of a run, by the spec that their command names."""
+    name = str(Path(wanted.output_dir).parent / "spec.json")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and name in process.cmdline():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def training(wanted: TrainSpec) -> bool:
+    metrics = Path(wanted.output_dir) / "metrics.jsonl"
+    return metrics.exists() and '"kind": "train"' in metrics.read_text()
+
+
+@pytest.mark.parametrize(
+    ("batches", "processes", "accumulation"), [(8, 2, 2), (7, 2, 1), (7, 2, 2), (5, 4, 1), (1, 3, 4), (9, 2, 8)]
+)
+def test_batches_are_dealt_once_and_weigh_the_same_in_their_step(
+    batches: int, processes: int, accumulation: int
+) -> None:
+    data = [[2 * index, 2 * index + 1] for index in range(batches)]
+    rounds = Rounds(data, processes, accumulation)
+    dealt = list(rounds)
+    assert len(dealt) == len(rounds) == rounds.rounds * processes
+    assert dealt[:batches] == data
+    counted = 0
+    for step in range(rounds.steps):
+        first = step * accumulation
+        micros = min(accumulation, rounds.rounds - first)
+        weights = [rounds.weight(step, micro, process) for micro in range(micros) for process in range(processes)]
+        real = [weight for weight in weights if weight]
+        assert len(set(real)) == 1
+        assert sum(weights) == pytest.approx(micros * processes)  # a mean over all slots is one over the batches there
+        counted += len(real)
+    assert counted == batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [16, 13])
+def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path: Path, rows: int) -> None:
+    """13 rows are 7 batches of 2: the last round lacks one, and the last batch is short."""
+    settings = {"rows": rows, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=2, validate=True, **settings))
+    both = together(spec(tiny, tmp_path / "both", gradient_accumulation_steps=1, validate=True, **settings))
+    assert len(losses(alone)) == 2 * -(-rows // 4)
+    for one, two in zip(alone, both, strict=True):
+        assert one["kind"] == two["kind"]
+        for name in {name for name, value in one.items() if isinstance(value, float)} - CLOCKS:
+            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
+        assert one.get("num_tokens") == two.get("num_tokens")
+    assert both[0]["processes"] == 2
+    assert any("2 processes" in note for note in both[0]["notes"])
+    assert both[-1]["pairs_per_s"] > 0
+    said = log_of(spec(tiny, tmp_path / "both")).splitlines()
+    assert len([line for line in said if line.startswith("step 1/")]) == 1  # one speaks for all
+    probes = [json.loads((tmp_path / name / "out/model/probe.json").read_text()) for name in ("alone", "both")]
+    for one, two in zip(probes[0]["rows"], probes[1]["rows"], strict=True):
+        assert two["logps"] == pytest.approx(one["logps"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"training_strategy": "sft"}, {"method": "Standard_LLM"}], ids=["sft", "full"])
+def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[str, str]) -> None:
+    settings = {"rows": 11, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **fields}
+    alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=4, validate=True, **settings))
+    both = together(spec(tiny, tmp_path / "both", gradient_accumulation_steps=2, validate=True, **settings))
+    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    evaluations = [[entry["eval_loss"] for entry in run if entry["kind"] == "eval"] for run in (alone, both)]
+    assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_steps": 1, "rows": 40},
+        {"method": "Standard_LLM"},
+        {"training_strategy": "sft", "method": "Standard_LLM"},
+    ],
+    ids=["lora", "lora-reference-in-step", "full", "full-sft"],
+)
+def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    settings = {"rows": 11, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **fields}
+    alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=4, validate=True, **settings))
+    shards = spec(tiny, tmp_path / "both", gradient_accumulation_steps=2, validate=True, fsdp="full_shard", **settings)
+    both = together(shards)
+    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    norms = [[entry["grad_norm"] for entry in run if entry["kind"] == "train"] for run in (alone, both)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert both[0]["trainable_parameters"] == alone[0]["trainable_parameters"]
+    from safetensors.torch import load_file
+
+    (weights,) = (path.name for path in (tmp_path / "alone/out/model").glob("*.safetensors"))
+    one, two = (load_file(tmp_path / name / "out/model" / weights) for name in ("alone", "both"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].dtype == two[name].dtype
+        assert two[name].shape == one[name].shape
+        assert (two[name] - one[name]).abs().max() < 1e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["off", "full_shard"])
+def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path, fsdp: str) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "save_steps": 3,
+        "lora_dropout": 0.1,
+        "fsdp": fsdp,
+    }
+    settings |= {"per_device_train_batch_size": 2, "rows": 13}
+    whole = losses(together(spec(tiny, tmp_path / "whole", **settings)))
+    checkpoint = tmp_path / "whole/out/checkpoints/checkpoint-3"
+    assert (checkpoint / COMPLETE_MARK).exists()
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    resumed = losses(together(spec(tiny, tmp_path / "resumed", resume_from=str(checkpoint), **settings)))
+    assert resumed == pytest.approx(whole[3:], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_processes_with_one_whole_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    program = start(wanted)
+    until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
+    assert len(workers_of(wanted)) == 3, log_of(wanted)[-3000:]
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=60) == EXIT_STOPPED, log_of(wanted)[-3000:]
+    (mark,) = (tmp_path / "out" / "checkpoints").glob(f"checkpoint-*/{COMPLETE_MARK}")
+    names = {path.name for path in mark.parent.iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_1.pth"} <= names
+    assert not (tmp_path / "out" / ERROR_FILE).exists()
+    assert not (tmp_path / "out" / "model").exists()
+    assert not workers_of(wanted)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_stops_all_processes(tiny: Path, tmp_path: Path) -> None:
+    wanted = replace(spec(tiny, tmp_path), processes=2)
+    program = start(wanted)
+    until(lambda: len(workers_of(wanted)) == 3)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=60) == EXIT_STOPPED, log_of(wanted)[-3000:]
+    assert not (tmp_path / "out" / ERROR_FILE).exists()
+    assert not workers_of(wanted)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_is_named(tiny: Path, tmp_path: Path) -> None:
+    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    program = start(wanted)
+    until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
+    (second,) = (worker for worker in workers_of(wanted) if worker.environ().get("RANK") == "1")
+    second.kill()
+    assert program.wait(timeout=60) == EXIT_FAILED, log_of(wanted)[-3000:]
+    assert "Process 2 of 2 was killed by SIGKILL" in (tmp_path / "out" / ERROR_FILE).read_text()
+    assert not workers_of(wanted)
+
+
+@pytest.mark.slow
+def test_the_message_of_the_process_that_failed_is_kept(tiny: Path, tmp_path: Path) -> None:
+    """One process alone fails: the other's loss of it is not the cause."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
+    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    paths = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
+    program = start(wanted, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    assert program.wait(timeout=240) == EXIT_FAILED, log_of(wanted)[-3000:]
+    message = (tmp_path / "out" / ERROR_FILE).read_text()
+    assert message.startswith("The disk is full"), message
+    assert not workers_of(wanted)
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_killed_launcher(tiny: Path, tmp_path: Path) -> None:
+    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    program = start(wanted)
+    until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
+    program.kill()
+    program.wait(timeout=10)
+    until(lambda: not workers_of(wanted), timeout_s=10)
