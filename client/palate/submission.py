@@ -9,7 +9,7 @@ import difflib
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from palate.session import Session
 from palate.weights import WeightsSource, find_weights
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import Resolved
+from palate_trainer.spec.preferences import describe_skipped
 
 CHANNELS = ("train", "validation")
 
@@ -74,7 +75,7 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
     Raises:
         PalateError: Something cannot work; nothing has been written. See `ModelTrainingRecipe.train`.
     """
-    strategy = request.resolved.values["training_strategy"]
+    strategy, bad_rows = request.resolved.values["training_strategy"], request.resolved.values["bad_rows"]
     base_name = request.base_job_name or f"{request.model_name}-{strategy}"
     name = check_name("job_name", request.job_name or unique_name(base_name))
     _check_channels(request.inputs)
@@ -84,7 +85,10 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
         model_uri=request.model_uri,
         model_version=request.model_version,
     )
-    inputs = {channel: check_input(channel, uri, session, strategy=strategy) for channel, uri in request.inputs.items()}
+    inputs = {
+        channel: check_input(channel, uri, session, strategy=strategy, bad_rows=bad_rows)
+        for channel, uri in request.inputs.items()
+    }
     if session.backend.name == "process":
         check_trainer()  # elsewhere the libraries are in the image
     check_memory(
@@ -152,12 +156,17 @@ def _keep(record: Record, channel: str, item: Input) -> Input:
         return item
     key = record.key("inputs", channel, path.name)
     record.store.upload(path, key)
-    return Input(uri=record.store.uri(key), sha256=item.sha256, size=item.size, rows=item.rows)
+    return replace(item, uri=record.store.uri(key))
 
 
 def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input], *, notes: bool) -> None:
     rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
     lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
+    lines += [
+        f"note: {channel}: {describe_skipped(item.skipped)}"
+        for channel, item in inputs.items()
+        if item.skipped and notes
+    ]
     shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
     lines += [f"precision={resolved.precision}  {shown}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def load_tokenizer(spec: TrainSpec) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_token_ids(spec: TrainSpec) -> frozenset[int]:
+    """Tokens at which engines end an answer by the model's generation_config.json, which may be missing."""
+    path = Path(spec.model_dir) / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return frozenset(given if isinstance(given, list) else [] if given is None else [given])
 
 
 def load_model(spec: TrainSpec) -> Any:

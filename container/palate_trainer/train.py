@@ -21,7 +21,7 @@ from palate_trainer.spec import (
     TENSORBOARD_DIR,
     TrainSpec,
 )
-from palate_trainer.spec.preferences import read_preferences
+from palate_trainer.spec.preferences import PreferencePair, describe_skipped, read_preferences
 
 
 def run(spec: TrainSpec) -> int:
@@ -60,16 +60,17 @@ def _train(spec: TrainSpec, output: Path) -> int:
     strategy = hyperparameters["training_strategy"]
 
     # Everything that can be refused without ML libraries or weights comes first.
-    train_pairs = read_preferences(spec.train_file, strategy=strategy)
-    validation_pairs = read_preferences(spec.validation_file, strategy=strategy) if spec.validation_file else []
+    train_pairs, skipped = _read_rows(spec, spec.train_file)
+    validation_pairs, skipped_validation = _read_rows(spec, spec.validation_file)
     resume_from = _resume_folder(spec)
 
     prepare_environment()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
     from transformers import set_seed
 
+    from palate_trainer.chat_templates import take_out_system_default
     from palate_trainer.fused_head import completion_tokens_only
-    from palate_trainer.loading import check_model_dir, load_model, load_tokenizer
+    from palate_trainer.loading import check_model_dir, load_model, load_tokenizer, stop_token_ids
     from palate_trainer.outputs import save_model
     from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
     from palate_trainer.tokens import Renderer, encode_pairs
@@ -85,10 +86,18 @@ def _train(spec: TrainSpec, output: Path) -> int:
             apply_chat_template=hyperparameters["apply_chat_template"],
             system_prompt=hyperparameters["system_prompt"],
             seq_length=hyperparameters["seq_length"],
+            stop_ids=stop_token_ids(spec),
         )
         renderer.check()
+        notes = [
+            f"{name}: {describe_skipped(rows)}"
+            for name, rows in (("train", skipped), ("validation", skipped_validation))
+            if rows
+        ]
+        if renderer.apply_chat_template and not renderer.system_prompt.strip():
+            notes += filter(None, [take_out_system_default(tokenizer)])
         train_rows, report = encode_pairs(train_pairs, renderer, name="train")
-        notes = report.notes("train", renderer.seq_length)
+        notes += report.notes("train", renderer.seq_length)
         validation_rows: list[Any] = []
         if validation_pairs:
             validation_rows, validation_report = encode_pairs(validation_pairs, renderer, name="validation")
@@ -110,7 +119,10 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 "precision": spec.precision,
                 "train_rows": len(train_rows),
                 "validation_rows": len(validation_rows),
+                "skipped_rows": list(skipped),
                 "dropped_rows": report.dropped,
+                "prompt_too_long_rows": len(report.no_room),
+                "same_after_cut_rows": len(report.same_after_cut),
                 "truncated_rows": len(report.cut),
                 "notes": notes,
             },
@@ -140,6 +152,20 @@ def _train(spec: TrainSpec, output: Path) -> int:
         return EXIT_STOPPED
     say(f"{folder} written, {summary['seconds']} s in all")
     return 0
+
+
+def _read_rows(spec: TrainSpec, path: str | None) -> tuple[list[PreferencePair], dict[int, str]]:
+    """Pairs of one file, and the wrong rows that `bad_rows` lets be left out, by number."""
+    skipped: dict[int, str] = {}
+    if path is None:
+        return [], skipped
+    pairs = read_preferences(
+        path,
+        strategy=spec.hyperparameters["training_strategy"],
+        bad_rows=spec.hyperparameters["bad_rows"],
+        on_skip=skipped.__setitem__,
+    )
+    return pairs, skipped
 
 
 def _resume_folder(spec: TrainSpec) -> str | None:

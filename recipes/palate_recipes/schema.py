@@ -204,7 +204,7 @@ _ROWS = (
         "system_prompt",
         "string",
         "You are a helpful assistant",
-        "system message of every row when the chat template is applied; empty leaves it to the template",
+        "system message of every row when the chat template is applied; empty is none, not the template's own either",
     ),
     Hyperparameter(
         "warmup_ratio",
@@ -294,6 +294,14 @@ _ROWS = (
         "sigmoid",
         "loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper",
         choices=LOSS_TYPES,
+    ),
+    Hyperparameter(
+        "bad_rows",
+        "string",
+        "refuse",
+        "what becomes of rows that are empty, incomplete or have the same answer twice: "
+        "refuse ends with their numbers, skip leaves them out and says which",
+        choices=("refuse", "skip"),
     ),
     Hyperparameter(
         "gradient_checkpointing",
