@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from palate_trainer.errors import TrainerError
 from palate_trainer.spec import TrainSpec
+from palate_trainer.spec.adapter import ADAPTER_CONFIG, ADAPTER_FILES, AdapterShape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,6 +42,8 @@ def check_model_dir(spec: TrainSpec) -> None:
         raise TrainerError(
             "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
         )
+    if spec.adapter_dir is not None:
+        _check_adapter(spec, Path(spec.adapter_dir))
     if spec.precision == "float16" and not torch.cuda.is_available():
         raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
 
@@ -109,6 +114,44 @@ def lora_config(spec: TrainSpec) -> LoraConfig:
         lora_dropout=hyperparameters["lora_dropout"],
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
+
+
+def load_adapter(spec: TrainSpec, model: Any) -> Any:
+    """The model with the adapter of `spec.adapter_dir` on it, to be trained further.
+
+    Raises:
+        TrainerError: The adapter's weights are not those of this model's layers.
+    """
+    config = LoraConfig.from_pretrained(spec.adapter_dir)
+    config.lora_dropout = spec.hyperparameters["lora_dropout"]
+    misfit = TrainerError(
+        f"The adapter in {spec.adapter_dir} does not fit {spec.model_name or spec.model_dir}: its base is"
+        f" {config.base_model_name_or_path or 'unnamed'}. Train the model that it belongs to."
+    )
+    config.base_model_name_or_path = spec.model_dir  # PEFT looks there when it saves
+    try:
+        model = PeftModel.from_pretrained(model, spec.adapter_dir, config=config, is_trainable=True)
+    except (ValueError, RuntimeError) as error:  # no such layer; another size
+        raise misfit from error
+    with safe_open(Path(str(spec.adapter_dir)) / ADAPTER_FILES[1], framework="pt") as file:
+        # PEFT only warns of weights that found no place, and of places that got none.
+        if set(file.keys()) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
+            raise misfit
+    # TRL adds a frozen copy, "ref", as DPO's reference. It is the run's input, no part of what it makes; and a checkpoint
+    # with it would be resumed without the trained adapter.
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"])
+    return model
+
+
+def _check_adapter(spec: TrainSpec, folder: Path) -> None:
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise TrainerError(f"{folder} lacks {' and '.join(missing)}: name the model folder of a finished LoRA run.")
+    if not uses_adapter(spec):
+        raise TrainerError(f"{spec.method} trains every weight and cannot go on from the adapter in {folder}.")
+    shape = AdapterShape.parse((folder / ADAPTER_CONFIG).read_bytes(), where=str(folder))
+    if problems := shape.contradictions(spec.hyperparameters):
+        raise TrainerError(f"The adapter in {folder} has its shape already:\n  " + "\n  ".join(problems))
 
 
 def _quantisation(spec: TrainSpec) -> BitsAndBytesConfig:

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from palate_trainer.errors import TrainerError
-from palate_trainer.loading import lora_config, uses_adapter
+from palate_trainer.loading import load_adapter, lora_config, uses_adapter
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
 from palate_trainer.tokens import TokenPair
 
@@ -140,7 +140,7 @@ def build_trainer(
 
     Args:
         spec: The run.
-        model: From `load_model`.
+        model: From `load_model`; the adapter is put on it here, a new one or that of `spec.adapter_dir`.
         tokenizer: From `load_tokenizer`.
         train: Rows to train on.
         validation: Rows to evaluate on; may be empty.
@@ -148,13 +148,20 @@ def build_trainer(
         note: Takes one progress line.
     """
     is_dpo = spec.hyperparameters["training_strategy"] == "dpo"
+    if spec.adapter_dir is not None:
+        model = load_adapter(spec, model)
+    start = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if spec.adapter_dir and value.requires_grad
+    }
     common: dict[str, Any] = {
         "model": model,
         "train_dataset": _dataset(train, is_dpo),
         "eval_dataset": _dataset(validation, is_dpo) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "peft_config": lora_config(spec) if uses_adapter(spec) else None,
+        "peft_config": lora_config(spec) if uses_adapter(spec) and spec.adapter_dir is None else None,
     }
     try:
         if is_dpo:
@@ -171,6 +178,9 @@ def build_trainer(
             ) from error
         raise
     trainer.use_float32_updates()
+    for name, value in start.items():
+        # On quantised weights TRL has rounded the adapter to bfloat16, but not its frozen copy, the reference.
+        trainer.model.get_parameter(name).data.copy_(value)
     return trainer
 
 

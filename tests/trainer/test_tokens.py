@@ -116,7 +116,9 @@ def test_a_merge_across_the_boundary_loses_and_shifts_no_token(tokenizer: Any) -
 
 
 def test_a_merge_in_a_chat_template_keeps_the_served_prompt(tokenizer: Any) -> None:
-    tokenizer.chat_template = "{% for m in messages %}{{ 'Q: ' + m['content'] + ' A: bl' if m['role'] == 'user' else m['content'] }}{% endfor %}"
+    tokenizer.chat_template = """{% for m in messages -%}
+        {% if m['role'] == 'user' %}Q: {{ m['content'] }} A: bl{% else %}{{ m['content'] }}{% endif %}
+    {%- endfor %}"""
     made = renderer(tokenizer)
     encoded, parted = made.encode(PAIR)
     assert parted
