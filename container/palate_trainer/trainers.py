@@ -216,7 +216,12 @@ def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool) -> DPOConfig:
     return DPOConfig(
         **_common_arguments(spec, evaluates),
         beta=hyperparameters["dpo_beta"],
-        loss_type=[hyperparameters["loss_type"]],
+        loss_type=hyperparameters["loss_type"].split(","),
+        loss_weights=hyperparameters["loss_weights"] or None,
+        label_smoothing=hyperparameters["label_smoothing"],
+        # At 1 every token counts fully, and the plain sum is the cheaper way to the same number.
+        ld_alpha=None if hyperparameters["ld_alpha"] == 1 else hyperparameters["ld_alpha"],
+        discopop_tau=hyperparameters["discopop_tau"],
         max_length=None,  # rows are cut already
         disable_dropout=False,  # the base has none left, and LoRA's is to apply
         # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached.
