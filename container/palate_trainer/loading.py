@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
+from palate_recipes.modules import why_not_served
 from palate_trainer.errors import TrainerError
 from palate_trainer.spec import TrainSpec
 from palate_trainer.spec.adapter import ADAPTER_CONFIG, ADAPTER_FILES, AdapterShape
@@ -46,6 +49,34 @@ def check_model_dir(spec: TrainSpec) -> None:
         _check_adapter(spec, Path(spec.adapter_dir))
     if spec.precision == "float16" and not torch.cuda.is_available():
         raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
+
+
+def check_target_modules(spec: TrainSpec) -> None:
+    """Raises TrainerError when a name in `target_modules` fits no layer that can carry an adapter.
+
+    The model is built from its config alone, without weights.
+    """
+    targets = spec.hyperparameters["target_modules"]
+    if not uses_adapter(spec) or spec.adapter_dir is not None or isinstance(targets, str):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_dir))
+    kinds = {path: module for path, module in model.named_modules() if not list(module.children())}
+    linear = {path.rpartition(".")[2] for path, module in kinds.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    known = sorted(name for name in linear if why_not_served(name) is None)
+    for target in targets:
+        fitting = [module for path, module in kinds.items() if f".{path}".endswith(f".{target}")]
+        reason = why_not_served(target)
+        if not fitting:
+            near = get_close_matches(target, known, n=2, cutoff=0.5)
+            reason = "fits no layer of this model" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        elif not any(isinstance(module, torch.nn.Linear | Conv1D) for module in fitting):
+            reason = f"is no linear layer but {type(fitting[0]).__name__}, which takes no adapter that can be served"
+        if reason is not None:
+            raise TrainerError(
+                f"target_modules: {target} {reason.rstrip('.')}{'' if reason.endswith('?') else '.'}"
+                f" Layers that can carry an adapter here: {', '.join(known)}; or all-linear for all of them."
+            )
 
 
 def load_tokenizer(spec: TrainSpec) -> Any:

@@ -70,7 +70,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
 
     from palate_trainer.chat_templates import take_out_system_default
     from palate_trainer.fused_head import completion_tokens_only
-    from palate_trainer.loading import check_model_dir, load_model, load_tokenizer, stop_token_ids
+    from palate_trainer.loading import check_model_dir, check_target_modules, load_model, load_tokenizer, stop_token_ids
     from palate_trainer.outputs import save_model
     from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
     from palate_trainer.tokens import Renderer, encode_pairs
@@ -80,6 +80,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
     try:
         set_seed(hyperparameters["seed"])
         check_model_dir(spec)
+        check_target_modules(spec)
         tokenizer = load_tokenizer(spec)
         renderer = Renderer(
             tokenizer=tokenizer,

@@ -74,6 +74,8 @@ def test_a_folder_without_an_adapter_is_refused(session: Session, tmp_path: Path
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias=all"),
+        ({"r": 1024}, "r=1024"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head among its layers"),
         ({"r": None}, "describes no LoRA adapter"),
         ({"target_modules": None}, "describes no LoRA adapter"),
     ],

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from palate_recipes.errors import DataError
+from palate_recipes.modules import why_not_served
+from palate_recipes.schema import HYPERPARAMETERS
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
@@ -66,6 +68,10 @@ class AdapterShape:
             odd = [f"peft_type={kind}"]
         if config.get("bias", "none") != "none":
             odd.append(f"bias={config['bias']}")
+        if shape.rank > (HYPERPARAMETERS["lora_dim"].maximum or 0):
+            odd.append(f"r={shape.rank}")
+        if isinstance(shape.target_modules, list):
+            odd += [f"{name} among its layers" for name in shape.target_modules if why_not_served(name)]
         if odd:
             raise DataError(
                 f"{where} holds an adapter with {', '.join(odd)}: Palate goes on from plain LoRA adapters only."
