@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.slow.conftest import preference_rows
-from tests.trainer.support import losses, refusal, spec, train
+from tests.trainer.support import refusal, spec, train
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +24,16 @@ def flipped(row: dict[str, str]) -> dict[str, str]:
 
 
 def test_flipped_labels_turn_the_margin_and_shuffled_ones_teach_nothing(tiny: Path, tmp_path: Path) -> None:
-    """64 rows to learn from, 64 held out. Accuracy on labels drawn by lot is binomial: 0.5 within 3 standard deviations."""
-    rows = preference_rows(128)
-    learn, held_out = rows[:64], rows[64:]
+    """32 rows to learn from, 32 held out. Accuracy on labels drawn by lot is binomial: 0.5 within 3 standard deviations."""
+    rows = preference_rows(64)
+    learn, held_out = rows[:32], rows[32:]
     draw = random.Random(0)
 
     def by_lot(some: list[dict[str, str]]) -> list[dict[str, str]]:
         return [flipped(row) if draw.random() < 0.5 else row for row in some]
 
     def held_out_after(name: str, data: list[dict[str, str]], truth: list[dict[str, str]]) -> dict[str, Any]:
-        settings = {"per_device_train_batch_size": 16, "learning_rate": 5e-3, "logging_steps": 100}
+        settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 100, "system_prompt": ""}
         return dict(train(spec(tiny, tmp_path / name, data=data, held_out=truth, **settings))[-1]["eval"])
 
     true = held_out_after("true", learn, held_out)
@@ -43,7 +43,7 @@ def test_flipped_labels_turn_the_margin_and_shuffled_ones_teach_nothing(tiny: Pa
     assert turned["eval_rewards/margins"] < -0.1
     assert turned["eval_rewards/accuracies"] == 0
     shuffled = held_out_after("shuffled", by_lot(learn), by_lot(held_out))
-    assert shuffled["eval_rewards/accuracies"] == pytest.approx(0.5, abs=3 * (0.25 / 64) ** 0.5)
+    assert shuffled["eval_rewards/accuracies"] == pytest.approx(0.5, abs=3 * (0.25 / 32) ** 0.5)
 
 
 # Dropout
@@ -64,14 +64,11 @@ def test_lora_dropout_is_in_every_adapter_and_sleeps_in_evaluation(tiny: Path, t
     assert {p for name, p in dropouts.items() if name not in adapters} <= {0.0}
 
 
-def test_lora_dropout_changes_training_and_not_evaluation(tiny: Path, tmp_path: Path) -> None:
+def test_lora_dropout_leaves_evaluation_alone(tiny: Path, tmp_path: Path) -> None:
     still = {"learning_rate": 1e-9, "max_steps": 2, "validate": True}
     plain = train(spec(tiny, tmp_path / "plain", lora_dropout=0.0, **still))[-1]["eval"]
     dropped = train(spec(tiny, tmp_path / "dropped", lora_dropout=0.5, **still))[-1]["eval"]
     assert dropped["eval_logps/chosen"] == pytest.approx(plain["eval_logps/chosen"], abs=1e-4)
-    moving = {"learning_rate": 1e-2, "num_train_epochs": 2}
-    differing = [losses(train(spec(tiny, tmp_path / f"{p}", lora_dropout=p, **moving))) for p in (0.0, 0.5)]
-    assert max(abs(a - b) for a, b in zip(*differing, strict=True)) > 1e-3
 
 
 # What is saved
