@@ -40,10 +40,11 @@ def merge(base_dir: str, adapter_dir: str, merged_dir: str) -> None:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto")
-    if getattr(base, "hf_quantizer", None) is not None:
+    quantised = getattr(base, "hf_quantizer", None) is not None
+    if quantised:
         base = base.dequantize()
     merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(merged_dir)
+    merged.save_pretrained(merged_dir, save_original_format=not quantised)
 
 
 def begin_merge(spec: ServeSpec, merged_dir: Path) -> BaseProcess | None:
