@@ -123,6 +123,16 @@ class TrainingJob:
             )
         return f"{self.uri}/{channel_name}"
 
+    @property
+    def model_uri(self) -> str:
+        """URI of what the job made: for `inputs["adapter"]` of a further training, after LoRA.
+
+        Raises:
+            JobNotReadyError: The job has not succeeded.
+        """
+        self.require_model()
+        return self.output_path("model")
+
     # ── what can be done with it ────────────────────────────────────────────────────────────────────────────────────
 
     def wait(self, interval: float = 1.0, show_logs: bool = True, *, timeout_s: float | None = None) -> TrainingJob:

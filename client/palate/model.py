@@ -192,6 +192,8 @@ class ModelTrainingRecipe:
 
         Args:
             inputs: Preference files by channel: `train`, and optionally `validation`; a path, `file://`, `s3://` or `oss://`.
+                `adapter` names the model folder of a finished LoRA run to go on from (`job.model_uri`), such as SFT before
+                DPO: its rank, alpha and layers hold, and under DPO it is the reference as well.
             outputs: Refused: outputs lie in the job's own prefix.
             wait: Whether to wait until it has succeeded.
             job_name: The job's id; default: a unique one from `base_job_name`.
@@ -246,9 +248,7 @@ class ModelTrainingRecipe:
         Raises:
             JobNotReadyError: There is no job, or it has not succeeded.
         """
-        job = self._need_job()
-        job.require_model()
-        return job.output_path("model")
+        return self._need_job().model_uri
 
     def retrieve_scripts(self, local_path: str) -> None:
         raise UnsupportedParameterError(

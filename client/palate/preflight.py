@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,15 +41,18 @@ class Input:
         sha256: Digest of its bytes.
         size: Bytes.
         rows: Rows that can be trained on.
+        skipped: Rows that `bad_rows=skip` leaves out: number to fault.
     """
 
     uri: str
     sha256: str
     size: int
     rows: int
+    skipped: dict[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"uri": self.uri, "sha256": self.sha256, "bytes": self.size, "rows": self.rows}
+        facts = {"uri": self.uri, "sha256": self.sha256, "bytes": self.size, "rows": self.rows}
+        return {**facts, "skipped_rows": list(self.skipped)} if self.skipped else facts
 
 
 def as_local_path(uri: str | Path) -> Path | None:
@@ -60,17 +63,26 @@ def as_local_path(uri: str | Path) -> Path | None:
     return None if "://" in text else Path(text).expanduser().absolute()
 
 
-def check_input(channel: str, uri: str | Path, session: Session, *, strategy: Literal["dpo", "sft"]) -> Input:
+def check_input(
+    channel: str,
+    uri: str | Path,
+    session: Session,
+    *,
+    strategy: Literal["dpo", "sft"],
+    bad_rows: Literal["refuse", "skip"],
+) -> Input:
     """Reads a preference file whole, from wherever it lies.
 
     Raises:
-        DataError: It is missing or has unusable rows; names file, row, field and remedy.
+        DataError: It is missing or has unusable rows (with `bad_rows="skip"`: no usable one); names file, row, field and
+            remedy.
         StoreError: The object store cannot be read.
     """
     if not isinstance(uri, str | Path) or not str(uri):
         raise ConfigurationError(f"inputs[{channel!r}]={uri!r} must be a path or a URI (file://, s3://, oss://)")
     with _at_hand(uri, session) as path:
-        pairs = read_preferences(path, strategy=strategy)
+        skipped: dict[int, str] = {}
+        pairs = read_preferences(path, strategy=strategy, bad_rows=bad_rows, on_skip=skipped.__setitem__)
         data = path.read_bytes()
         local = as_local_path(uri)
         return Input(
@@ -78,6 +90,7 @@ def check_input(channel: str, uri: str | Path, session: Session, *, strategy: Li
             sha256=hashlib.sha256(data).hexdigest(),
             size=len(data),
             rows=len(pairs),
+            skipped=skipped,
         )
 
 

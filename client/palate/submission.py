@@ -9,12 +9,13 @@ import difflib
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import palate
 from palate.common.utils import check_name, unique_name
+from palate.continuation import CHANNEL, keep_adapter, read_adapter
 from palate.errors import ConfigurationError, NameTakenError
 from palate.job import TrainingJob
 from palate.preflight import Input, as_local_path, check_input, check_memory, check_trainer
@@ -24,8 +25,9 @@ from palate.session import Session
 from palate.weights import WeightsSource, find_weights
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import Resolved
+from palate_trainer.spec.preferences import describe_skipped
 
-CHANNELS = ("train", "validation")
+CHANNELS = ("train", "validation", CHANNEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class TrainingRequest:
         method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM`.
         given: Hyperparameters as the user gave them, validated.
         resolved: The same with every default, for the machine that trains.
-        inputs: Preference files by channel.
+        inputs: Preference files by channel, and an adapter to go on from.
         job_name: The job's id, or None for a unique one that begins with `base_job_name`.
         base_job_name: See `job_name`.
         labels: Recorded.
@@ -74,7 +76,8 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
     Raises:
         PalateError: Something cannot work; nothing has been written. See `ModelTrainingRecipe.train`.
     """
-    strategy = request.resolved.values["training_strategy"]
+    resolved = request.resolved
+    strategy, bad_rows = resolved.values["training_strategy"], resolved.values["bad_rows"]
     base_name = request.base_job_name or f"{request.model_name}-{strategy}"
     name = check_name("job_name", request.job_name or unique_name(base_name))
     _check_channels(request.inputs)
@@ -84,13 +87,22 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
         model_uri=request.model_uri,
         model_version=request.model_version,
     )
-    inputs = {channel: check_input(channel, uri, session, strategy=strategy) for channel, uri in request.inputs.items()}
+    inputs = {
+        channel: check_input(channel, uri, session, strategy=strategy, bad_rows=bad_rows)
+        for channel, uri in request.inputs.items()
+        if channel != CHANNEL
+    }
+    adapter = read_adapter(request.inputs[CHANNEL], session) if CHANNEL in request.inputs else None
+    if adapter:
+        resolved = adapter.settle(resolved, request.given, method=request.method)
+        if note := adapter.base_note(request.model_name, row):
+            resolved = replace(resolved, notes=(*resolved.notes, note))
     if session.backend.name == "process":
         check_trainer()  # elsewhere the libraries are in the image
     check_memory(
         request.model_name,
         _parameters(source, row),
-        request.resolved,
+        resolved,
         method=request.method,
         device=session.backend.device(),
         row=row,
@@ -111,11 +123,14 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
         body={
             "model": {"name": request.model_name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
             "method": request.method,
-            "hyperparameters": dict(request.resolved.values),
+            "hyperparameters": dict(resolved.values),
             "given": request.given,
-            "precision": request.resolved.precision,
-            "notes": list(request.resolved.notes),
-            "inputs": {channel: _keep(record, channel, item).to_json() for channel, item in inputs.items()},
+            "precision": resolved.precision,
+            "notes": list(resolved.notes),
+            "inputs": {
+                **{channel: _keep(record, channel, item).to_json() for channel, item in inputs.items()},
+                **({CHANNEL: keep_adapter(record, adapter, session).to_json()} if adapter else {}),
+            },
             "max_run_time_s": request.max_run_time_s,
             "environment_names": sorted(request.environments),
         },
@@ -124,7 +139,7 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
     job = TrainingJob(record, session)
     RunHandle(record, session).start(request.environments)
     if announce:
-        _announce(job, request.resolved, inputs, notes=notes)
+        _announce(job, resolved, inputs, notes=notes)
     return job
 
 
@@ -152,12 +167,17 @@ def _keep(record: Record, channel: str, item: Input) -> Input:
         return item
     key = record.key("inputs", channel, path.name)
     record.store.upload(path, key)
-    return Input(uri=record.store.uri(key), sha256=item.sha256, size=item.size, rows=item.rows)
+    return replace(item, uri=record.store.uri(key))
 
 
 def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input], *, notes: bool) -> None:
     rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
     lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
+    lines += [
+        f"note: {channel}: {describe_skipped(item.skipped)}"
+        for channel, item in inputs.items()
+        if item.skipped and notes
+    ]
     shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
     lines += [f"precision={resolved.precision}  {shown}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,14 +1,17 @@
-"""Preference pairs to token ids: one rendering for prompt and answers, cut to length, with a report. Knows the tokenizer, no model.
+"""Preference pairs to token ids: prompts as serving renders them, answers cut to length, with a report. Knows the tokenizer, no model.
 
-The ids are those that TRL 1.16's own preparation gives (a test compares them); they are made here so that every pair that
-truncation would spoil is known by its row number before a weight is loaded.
+A prompt's ids are those of its rendering alone, with the generation prompt: what an engine is given. An answer's ids are the
+rest of the rendering with it. Where no token merges across the boundary that is what TRL 1.16's own preparation gives (a test
+compares them); where one does, TRL drops the end of the prompt, and here the answer begins with a token of its own. All is
+made before a weight is loaded, so that every pair that truncation would spoil is known by its row number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from jinja2 import TemplateError
@@ -45,18 +48,30 @@ class TokenPair:
 
 @dataclass
 class LengthReport:
-    """What `seq_length` did to one file: rows cut, rows left out and why, the longest row in tokens."""
+    """What became of one file's rows: those cut, those left out and why, the longest in tokens.
+
+    Attributes:
+        rows: How many there were.
+        longest: Tokens of the longest.
+        cut: Rows that lost the end of an answer.
+        no_room: Left out: the prompt alone fills `seq_length`.
+        same_after_cut: Left out: both answers are the same once cut.
+        same_tokens: Left out: both answers are the same once rendered, uncut.
+        own_boundary: Rows whose answer would otherwise merge into the end of the prompt.
+    """
 
     rows: int = 0
     longest: int = 0
     cut: list[int] = field(default_factory=list)
     no_room: list[int] = field(default_factory=list)
     same_after_cut: list[int] = field(default_factory=list)
-    merged_boundary: list[int] = field(default_factory=list)
+    same_tokens: list[int] = field(default_factory=list)
+    own_boundary: list[int] = field(default_factory=list)
 
     @property
     def dropped(self) -> list[int]:
-        return sorted(self.no_room + self.same_after_cut)
+        """Rows that are not trained on."""
+        return sorted(self.no_room + self.same_after_cut + self.same_tokens)
 
     def notes(self, name: str, seq_length: int) -> list[str]:
         """One line for people per finding, none when every row fits."""
@@ -75,10 +90,14 @@ class LengthReport:
                 f"{name}: left out, chosen and rejected are the same once cut to seq_length={seq_length}"
                 f" ({_numbers(self.same_after_cut)}); {fits}"
             )
-        if self.merged_boundary:
+        if self.same_tokens:
             lines.append(
-                f"{name}: prompt and answer merge into one token ({_numbers(self.merged_boundary)}); end these prompts with"
-                " a line break or set apply_chat_template=true, or serving sees other tokens than training"
+                f"{name}: left out, chosen and rejected are the same tokens once rendered ({_numbers(self.same_tokens)})"
+            )
+        if self.own_boundary:
+            lines.append(
+                f"{name}: the prompt renders differently with an answer behind it ({_numbers(self.own_boundary)});"
+                " trained on as serving renders it, and the answer begins with a token of its own"
             )
         return lines
 
@@ -89,31 +108,31 @@ class Renderer:
 
     Attributes:
         tokenizer: A Hugging Face tokenizer.
-        apply_chat_template: Render through the model's chat template; else plain text, where an answer ends with EOS.
-        system_prompt: The one system turn; empty leaves it out, and the template may then put its own default, in
-            training as in serving.
+        apply_chat_template: Render through the model's chat template; else plain text.
+        system_prompt: The one system turn; empty leaves it out.
         seq_length: Most tokens of prompt and answer together.
+        stop_ids: Tokens at which an engine ends an answer, beside the tokenizer's EOS. An answer that ends with none of them
+            gets EOS.
     """
 
     tokenizer: Any
     apply_chat_template: bool
     system_prompt: str
     seq_length: int
+    stop_ids: frozenset[int] = frozenset()
 
     def check(self) -> None:
         """Raises TrainerError when the tokenizer cannot render rows this way."""
+        if self.tokenizer.eos_token is None:
+            raise TrainerError("The tokenizer has no end-of-text token, so answers cannot end. Use another base model.")
         if not self.apply_chat_template:
-            if self.tokenizer.eos_token is None:
-                raise TrainerError(
-                    "The tokenizer has no end-of-text token, so plain answers cannot end. Use another base model."
-                )
             return
         if not self.tokenizer.chat_template:
             raise TrainerError(
                 "apply_chat_template=true, but this base model has no chat template: it is not a chat model. Use the instruct"
                 " version of the model, add a chat_template.jinja to its folder, or set apply_chat_template=false."
             )
-        self._rendered(self.messages("Hello"), add_generation_prompt=True)
+        self._text("Hello", answer=None)
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """The conversation up to the answer: at most one system turn, then the user's."""
@@ -121,9 +140,10 @@ class Renderer:
         return [*system, {"role": "user", "content": prompt}]
 
     def encode(self, pair: PreferencePair) -> tuple[TokenPair, bool]:
-        """Token ids of one pair, uncut, and whether an answer merged into the end of its prompt.
+        """Token ids of one pair, uncut, and whether an answer had to be parted from the end of its prompt.
 
-        The answer starts where the rendering with it departs from the rendering of the prompt alone, as in TRL.
+        Raises:
+            TrainerError: The chat template refuses the conversation, or leaves the answer out of it.
         """
         return next(self.encode_all([pair]))
 
@@ -131,41 +151,98 @@ class Renderer:
         """Yields what `encode` gives for each pair, many at a time: a fast tokenizer works on them with all cores."""
         remaining = iter(pairs)
         while batch := list(islice(remaining, _BATCH_ROWS)):
-            texts = [self.texts(pair) for pair in batch]
+            texts = [self._texts(pair) for pair in batch]
             ids = iter(self._ids([text for row in texts for text in row]))
             for pair, row in zip(batch, texts, strict=True):
-                yield _split(pair, list(islice(ids, len(row))))
+                yield self._split(pair, row, list(islice(ids, len(row))))
 
-    def texts(self, pair: PreferencePair) -> list[str]:
+    def _texts(self, pair: PreferencePair) -> list[str]:
         """What is tokenised for a pair: the prompt as it is served, then the whole with each answer."""
-        answers = [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
-        if not self.apply_chat_template:
-            eos = self.tokenizer.eos_token
-            wholes = [pair.prompt + answer + ("" if answer.endswith(eos) else eos) for answer in answers]
-            return [pair.prompt, *wholes]
-        turns = self.messages(pair.prompt)
-        conversations = [[*turns, {"role": "assistant", "content": answer}] for answer in answers]
-        return [
-            self._rendered(turns, add_generation_prompt=True),
-            *(self._rendered(conversation) for conversation in conversations),
-        ]
+        return [self._text(pair.prompt, answer=answer) for answer in (None, *_answers(pair))]
 
-    def _rendered(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _split(self, pair: PreferencePair, texts: list[str], ids: list[list[int]]) -> tuple[TokenPair, bool]:
+        """Cuts the answers off the whole renderings."""
+        prompt = ids[0]
+        completions, parted = [], False
+        for answer, text, whole in zip(_answers(pair), texts[1:], ids[1:], strict=True):
+            if whole[: len(prompt)] == prompt:
+                completion = whole[len(prompt) :]
+            else:
+                parted = True
+                completion = self._continuation(prompt, texts[0], _after(texts[0], text, answer, pair.row))
+            completions.append(self._ended(completion))
+        rejected = completions[1] if len(completions) == 2 else []
+        return TokenPair(pair.row, prompt, completions[0], rejected), parted
+
+    def _text(self, prompt: str, *, answer: str | None) -> str:
+        eos = self.tokenizer.eos_token
+        if answer is not None and answer.rstrip().endswith(eos):
+            answer = answer.rstrip().removesuffix(eos)  # one end, and it is put there in one place
+        if not self.apply_chat_template:
+            return prompt if answer is None else prompt + answer
+        turns = self.messages(prompt)
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
         try:
-            return str(
-                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-            )
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
         except TemplateError as error:
             remedy = " Try system_prompt='': some templates have no system turn." if self.system_prompt.strip() else ""
             raise TrainerError(f"The model's chat template refuses the conversation: {error}.{remedy}") from error
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # A template writes its special tokens itself; apply_chat_template(tokenize=True) adds none either.
-        encoded = self.tokenizer(
-            text=texts, add_special_tokens=not self.apply_chat_template, return_attention_mask=False
+        # A template writes its own first token; before plain text the tokenizer puts it, unless the text brings it.
+        encoded = self.tokenizer(text=texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if self.apply_chat_template:
+            return [list(ids) for ids in encoded]
+        bos = self.tokenizer.bos_token
+        return [
+            list(ids) if bos and text.startswith(bos) else [*self._front, *ids]
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    @cached_property
+    def _front(self) -> list[int]:
+        """Ids that the tokenizer itself puts before plain text (what it puts behind is left out: EOS has its own place)."""
+        bare, dressed = self._bare("a"), list(self.tokenizer(text="a")["input_ids"])
+        return next((dressed[:at] for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), [])
+
+    def _bare(self, text: str) -> list[int]:
+        return list(self.tokenizer(text=text, add_special_tokens=False)["input_ids"])
+
+    def _continuation(self, prompt: list[int], text: str, rest: str) -> list[int]:
+        """Ids of `rest` that read on after `prompt`: some tokenizers put a space before what stands alone."""
+        wanted = self._decode(self._ids([text + rest])[0])
+        for lead in ("", "\n"):
+            before, ids = self._bare(lead), self._bare(lead + rest)
+            if ids[: len(before)] == before and self._decode(prompt + ids[len(before) :]) == wanted:
+                return ids[len(before) :]
+        return self._bare(rest)
+
+    def _ended(self, completion: list[int]) -> list[int]:
+        """The completion with EOS behind it, unless it ends with a stop token (a line break after it is the template's)."""
+        last = next((token for token in reversed(completion) if self._decode([token]).strip()), None)
+        eos: int = self.tokenizer.eos_token_id
+        return completion if last == eos or last in self.stop_ids else [*completion, eos]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _answers(pair: PreferencePair) -> list[str]:
+    return [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
+
+
+def _after(prompt: str, whole: str, answer: str, row: int) -> str:
+    """What follows the prompt in the rendering with the answer, or from the answer on where a template renders both anew."""
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    at = whole.rfind(answer.strip())
+    if at < 0:
+        raise TrainerError(
+            f"row {row}: the model's chat template leaves out or rewrites the answer {answer[:40]!r}. Give a model folder with"
+            " another chat_template.jinja, or set apply_chat_template=false."
         )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+    return whole[at:]
 
 
 def encode_pairs(
@@ -183,12 +260,15 @@ def encode_pairs(
     """
     report = LengthReport()
     kept = []
-    for whole, merged in renderer.encode_all(pairs):
+    for whole, parted in renderer.encode_all(pairs):
         room = renderer.seq_length - len(whole.prompt_ids)
         report.rows += 1
         report.longest = max(report.longest, whole.length)
-        if merged:
-            report.merged_boundary.append(whole.row)
+        if parted:
+            report.own_boundary.append(whole.row)
+        if whole.chosen_ids == whole.rejected_ids:
+            report.same_tokens.append(whole.row)
+            continue
         if room <= 0:
             report.no_room.append(whole.row)
             continue
@@ -202,21 +282,6 @@ def encode_pairs(
     if not kept:
         raise DataError(f"No row of {name} is left to train on.\n" + "\n".join(report.notes(name, renderer.seq_length)))
     return kept, report
-
-
-def _split(pair: PreferencePair, ids: list[list[int]]) -> tuple[TokenPair, bool]:
-    """Cuts the answers off the whole renderings: `ids` are those of `Renderer.texts`."""
-    prompt, *wholes = ids
-    shared = min(_common_prefix(prompt, whole) for whole in wholes)
-    completions = [whole[shared:] for whole in wholes]
-    rejected = completions[1] if len(completions) == 2 else []
-    return TokenPair(pair.row, prompt[:shared], completions[0], rejected), shared < len(prompt)
-
-
-def _common_prefix(ids: list[int], others: list[int]) -> int:
-    if others[: len(ids)] == ids:  # as good as always, and a hundred times faster than counting
-        return len(ids)
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, others, strict=False)))
 
 
 def _numbers(rows: list[int]) -> str:

@@ -21,7 +21,7 @@ from palate_trainer.spec import (
     TENSORBOARD_DIR,
     TrainSpec,
 )
-from palate_trainer.spec.preferences import read_preferences
+from palate_trainer.spec.preferences import PreferencePair, describe_skipped, read_preferences
 from palate_trainer.startup import Startup
 
 
@@ -68,8 +68,8 @@ def _train(spec: TrainSpec, output: Path) -> int:
     strategy = hyperparameters["training_strategy"]
 
     # Everything that can be refused without ML libraries or weights comes first.
-    train_pairs = read_preferences(spec.train_file, strategy=strategy)
-    validation_pairs = read_preferences(spec.validation_file, strategy=strategy) if spec.validation_file else []
+    train_pairs, skipped = _read_rows(spec, spec.train_file)
+    validation_pairs, skipped_validation = _read_rows(spec, spec.validation_file)
     resume_from = _resume_folder(spec)
     startup.done("read")
 
@@ -78,8 +78,9 @@ def _train(spec: TrainSpec, output: Path) -> int:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
     from transformers import set_seed
 
+    from palate_trainer.chat_templates import take_out_system_default
     from palate_trainer.fast.compact import completion_tokens_only
-    from palate_trainer.loading import check_model_dir, load_model, load_tokenizer
+    from palate_trainer.loading import check_model_dir, check_target_modules, load_model, load_tokenizer, stop_token_ids
     from palate_trainer.outputs import save_model
     from palate_trainer.reference import ReferenceScores
     from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
@@ -91,16 +92,25 @@ def _train(spec: TrainSpec, output: Path) -> int:
     try:
         set_seed(hyperparameters["seed"])
         check_model_dir(spec)
+        check_target_modules(spec)
         tokenizer = load_tokenizer(spec)
         renderer = Renderer(
             tokenizer=tokenizer,
             apply_chat_template=hyperparameters["apply_chat_template"],
             system_prompt=hyperparameters["system_prompt"],
             seq_length=hyperparameters["seq_length"],
+            stop_ids=stop_token_ids(spec),
         )
         renderer.check()
+        notes = [
+            f"{name}: {describe_skipped(rows)}"
+            for name, rows in (("train", skipped), ("validation", skipped_validation))
+            if rows
+        ]
+        if renderer.apply_chat_template and not renderer.system_prompt.strip():
+            notes += filter(None, [take_out_system_default(tokenizer)])
         train_rows, report = encode_pairs(train_pairs, renderer, name="train")
-        notes = report.notes("train", renderer.seq_length)
+        notes += report.notes("train", renderer.seq_length)
         validation_rows: list[Any] = []
         if validation_pairs:
             validation_rows, validation_report = encode_pairs(validation_pairs, renderer, name="validation")
@@ -129,7 +139,10 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 "processes": world_size(),
                 "train_rows": len(train_rows),
                 "validation_rows": len(validation_rows),
+                "skipped_rows": list(skipped),
                 "dropped_rows": report.dropped,
+                "prompt_too_long_rows": len(report.no_room),
+                "same_after_cut_rows": len(report.same_after_cut),
                 "truncated_rows": len(report.cut),
                 "notes": notes,
             },
@@ -182,6 +195,20 @@ def _batch_note(hyperparameters: dict[str, Any]) -> str:
         f" {world_size()} times those of one process. To keep its steps, divide gradient_accumulation_steps={batches}"
         f" or per_device_train_batch_size={rows} by {world_size()}."
     )
+
+
+def _read_rows(spec: TrainSpec, path: str | None) -> tuple[list[PreferencePair], dict[int, str]]:
+    """Pairs of one file, and the wrong rows that `bad_rows` lets be left out, by number."""
+    skipped: dict[int, str] = {}
+    if path is None:
+        return [], skipped
+    pairs = read_preferences(
+        path,
+        strategy=spec.hyperparameters["training_strategy"],
+        bad_rows=spec.hyperparameters["bad_rows"],
+        on_skip=skipped.__setitem__,
+    )
+    return pairs, skipped
 
 
 def _resume_folder(spec: TrainSpec) -> str | None:

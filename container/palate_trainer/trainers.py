@@ -23,7 +23,7 @@ from palate_trainer.fast.attention import allow_flex
 from palate_trainer.fast.forward import add_tree_forward, difference, why_not
 from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
-from palate_trainer.loading import load_model, lora_config, uses_adapter
+from palate_trainer.loading import load_adapter, load_model, lora_config, uses_adapter
 from palate_trainer.parallel import gather_rows, share_of_rank, world_size
 from palate_trainer.processes import OneOfSeveral
 from palate_trainer.reference import ReferenceScores
@@ -231,7 +231,7 @@ def build_trainer(
 
     Args:
         spec: The run.
-        model: From `load_model`.
+        model: From `load_model`; the adapter is put on it here, a new one or that of `spec.adapter_dir`.
         tokenizer: From `load_tokenizer`.
         train: Rows to train on.
         validation: Rows to evaluate on; may be empty.
@@ -240,13 +240,20 @@ def build_trainer(
         note: Takes one progress line.
     """
     is_dpo = spec.hyperparameters["training_strategy"] == "dpo"
+    if spec.adapter_dir is not None:
+        model = load_adapter(spec, model)
+    start = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if spec.adapter_dir and value.requires_grad
+    }
     common: dict[str, Any] = {
         "model": model,
         "train_dataset": _dataset(spec, train),
         "eval_dataset": _dataset(spec, validation) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "peft_config": lora_config(spec) if uses_adapter(spec) else None,
+        "peft_config": lora_config(spec) if uses_adapter(spec) and spec.adapter_dir is None else None,
     }
     _Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
     try:
@@ -286,6 +293,9 @@ def build_trainer(
         raise
     trainer.pack()
     trainer.use_float32_updates()
+    for name, value in start.items():
+        # On quantised weights TRL has rounded the adapter to bfloat16, but not its frozen copy, the reference.
+        trainer.model.get_parameter(name).data.copy_(value)
     return trainer
 
 
@@ -324,12 +334,19 @@ def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, reference_known:
     return DPOConfig(
         **_common_arguments(spec, evaluates),
         beta=hyperparameters["dpo_beta"],
-        loss_type=[hyperparameters["loss_type"]],
+        loss_type=hyperparameters["loss_type"].split(","),
+        loss_weights=hyperparameters["loss_weights"] or None,
+        label_smoothing=hyperparameters["label_smoothing"],
+        # At 1 every token counts fully, and the plain sum is the cheaper way to the same number.
+        ld_alpha=None if hyperparameters["ld_alpha"] == 1 else hyperparameters["ld_alpha"],
+        discopop_tau=hyperparameters["discopop_tau"],
         max_length=None,  # rows are cut already
         disable_dropout=False,  # the base has none left, and LoRA's is to apply
         # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
         # unless the cache has them all.
-        precompute_ref_log_probs=covers_most or not uses_adapter(spec) or reference_known,
+        # A starting adapter whose base is sharded is its own reference step by step: TRL keeps a frozen copy beside it.
+        precompute_ref_log_probs=(covers_most or not uses_adapter(spec) or reference_known)
+        and not (is_sharded(spec) and spec.adapter_dir is not None),
         precompute_ref_batch_size=2 * hyperparameters["per_device_train_batch_size"],
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import HyperparameterError
+from .modules import why_not_served
 from .schema import HYPERPARAMETERS, METHODS, Hyperparameter, as_definitions, describe, show
 
 __all__ = [
@@ -59,11 +60,21 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "max_grad_norm": ("max_gradient_norm", "gradient_clipping", "clip_grad"),
     "seed": ("random_seed",),
     "loss_type": ("pref_loss", "dpo_loss", "dpo_loss_type"),
+    "bad_rows": ("skip_bad_rows", "on_bad_row"),
+    "loss_weights": ("loss_weight", "pref_ftx", "rpo_alpha"),
     "gradient_checkpointing": ("use_gradient_checkpointing", "activation_checkpointing"),
     "fsdp": ("sharding_strategy", "fsdp_strategy", "zero_stage"),
 }
 _LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
-_DPO_NAMES = ("dpo_beta", "loss_type")
+_DPO_NAMES = ("dpo_beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau")
+_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+# Objectives that TRL 1.16 keeps in trl.experimental only, and what comes nearest among its stable ones.
+_NOT_OFFERED: Mapping[str, str] = {
+    "simpo": "training_strategy=dpo with loss_type=sigmoid_norm compares length-normalised log-probabilities, with a reference",
+    "cpo": 'training_strategy=dpo with loss_type="sigmoid,sft" adds its likelihood term to DPO',
+    "orpo": 'training_strategy=dpo with loss_type="sigmoid,sft" adds the likelihood of the chosen answer to DPO',
+}
 
 
 @dataclass(frozen=True)
@@ -117,8 +128,9 @@ def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, A
         try:
             given[name] = row.parse(value)
         except ValueError as error:
-            problems.append(f"{name} = {_shorten(value)}: {error}")
+            problems.append(f"{name} = {_shorten(value)}: {error}{_not_offered(value)}")
     problems.extend(_contradictions(given, method))
+    problems.extend(_loss_contradictions(given))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise HyperparameterError(f"{count} in the hyperparameters for {method}:\n  " + "\n  ".join(problems))
@@ -209,9 +221,23 @@ def _contradictions(given: Mapping[str, Any], method: str) -> Iterable[str]:
     if given.get("lora_dim") == 0:
         yield f"lora_dim = 0: {method} needs an adapter; give at least 1, or use method Standard_LLM"
     modules = given.get("target_modules", [])
-    if given.get("training_strategy") == "dpo" and any(m.split(".")[-1] == "lm_head" for m in modules):
-        # TRL computes log-probabilities from lm_head.weight itself and refuses an adapter there.
-        yield f"target_modules = {show(modules)}: DPO cannot train an adapter on lm_head; leave it out"
+    for module in modules if isinstance(modules, list) else []:
+        if reason := why_not_served(module):
+            yield f"target_modules = {show(modules)}: {module} {reason}; leave it out"
+
+
+def _loss_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
+    losses = given.get("loss_type", HYPERPARAMETERS["loss_type"].default).split(",")
+    weights, smoothing = given.get("loss_weights"), given.get("label_smoothing", 0.0)
+    if weights and len(weights) != len(losses):
+        yield (
+            f"loss_weights = {show(weights)}: {len(weights)} for {len(losses)} losses ({', '.join(losses)}); "
+            "give one for each, or none"
+        )
+    elif weights and not any(weights):
+        yield f"loss_weights = {show(weights)}: nothing would be trained; give at least one above 0"
+    if given.get("training_strategy") == "dpo" and "exo_pair" in losses and not smoothing:
+        yield "loss_type = exo_pair needs label_smoothing above 0 (its paper takes 1e-3): give label_smoothing"
 
 
 def _without_effect(given: Mapping[str, Any], resolved: Mapping[str, Any], method: str) -> Iterable[str]:
@@ -219,11 +245,8 @@ def _without_effect(given: Mapping[str, Any], resolved: Mapping[str, Any], metho
         for name in _DPO_NAMES:
             if name in given:
                 yield f'{name} has no effect: training_strategy is "sft"; "dpo" trains on preferences.'
-    elif resolved["loss_type"] in ("aot", "aot_unpaired") and resolved["per_device_train_batch_size"] == 1:
-        yield (
-            f"loss_type={resolved['loss_type']} compares pairs within a batch, "
-            "and per_device_train_batch_size is 1: give more pairs."
-        )
+    else:
+        yield from _loss_notes(given, resolved)
     if method == "Standard_LLM":
         for name in _LORA_NAMES:
             if name in given:
@@ -234,6 +257,31 @@ def _without_effect(given: Mapping[str, Any], resolved: Mapping[str, Any], metho
         yield "warmup_ratio has no effect: lr_scheduler_type is constant; use constant_with_warmup."
     if "num_train_epochs" in given and resolved["max_steps"]:
         yield f"num_train_epochs has no effect: max_steps={resolved['max_steps']} decides when to stop."
+
+
+def _loss_notes(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterable[str]:
+    losses = set(resolved["loss_type"].split(","))
+    if losses & {"aot", "aot_unpaired"} and resolved["per_device_train_batch_size"] == 1:
+        yield (
+            f"loss_type={resolved['loss_type']} compares pairs within a batch, "
+            "and per_device_train_batch_size is 1: give more pairs."
+        )
+    if "sft" in losses and resolved["gradient_accumulation_steps"] > 1:
+        yield (
+            "the loss sft is a mean over the tokens of one batch: with gradient_accumulation_steps="
+            f"{resolved['gradient_accumulation_steps']} a token in a batch of short answers weighs more."
+        )
+    if given.get("label_smoothing") and not losses & _SMOOTHED:
+        yield f"label_smoothing has no effect on {resolved['loss_type']}: {', '.join(sorted(_SMOOTHED))} have it."
+    if "discopop_tau" in given and "discopop" not in losses:
+        yield f"discopop_tau has no effect: loss_type is {resolved['loss_type']}."
+
+
+def _not_offered(value: object) -> str:
+    name = str(value).strip().casefold()
+    if name not in _NOT_OFFERED:
+        return ""
+    return f". TRL has {name} among its experiments only, so it is not offered: {_NOT_OFFERED[name]}"
 
 
 def _precision(device: DeviceFacts) -> Precision:

@@ -28,10 +28,12 @@ LR_SCHEDULERS = (  # transformers.SchedulerType, without those that need lr_sche
     "polynomial",
     "inverse_sqrt",
 )
-LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, without exo_pair and robust, which need label_smoothing
+LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, all of them
     "sigmoid",
     "hinge",
     "ipo",
+    "exo_pair",
+    "robust",
     "nca_pair",
     "bco_pair",
     "sppo_hard",
@@ -49,8 +51,9 @@ LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, without exo_pair and robust, whi
 class Hyperparameter:
     """One hyperparameter: what it means and which values it takes.
 
-    `type` is the value's form: "string", "int", "float", "bool", or "modules" (`"all-linear"` or a list of
-    module names).
+    `type` is the value's form: "string", "int", "float", "bool", "modules" (`"all-linear"` or a list of module names),
+    "names" (one or several of `choices`, kept as they are written: `"sigmoid,sft"`), or "numbers" (a list; empty is
+    none, and the bounds hold for each).
     `minimum` and `maximum` are included in the range unless marked exclusive; every number has both.
     """
 
@@ -68,6 +71,13 @@ class Hyperparameter:
     @property
     def expectation(self) -> str:
         """What a value must be, as the words after "must be"."""
+        if self.type == "names":
+            return "one or, as a list or separated by commas, several of " + ", ".join(self.choices or ())
+        if self.type == "numbers":
+            end = " to less than" if self.maximum_exclusive else " to"
+            return (
+                f"numbers from {_number(self.minimum)}{end} {_number(self.maximum)}, as a list or separated by commas"
+            )
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.type == "bool":
@@ -92,11 +102,15 @@ class Hyperparameter:
             parsed = PARSERS[self.type](value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"must be {self.expectation}") from None
-        if self.choices:
+        if self.type == "names":
+            if not set(parsed.split(",")) <= set(self.choices or ()):
+                raise ValueError(f"must be {self.expectation}")
+        elif self.choices:
             parsed = parsed.strip().casefold()
             if parsed not in self.choices:
                 raise ValueError(f"must be {self.expectation}")
-        if self.type in ("int", "float") and not self._within(parsed):
+        numbers = parsed if self.type == "numbers" else [parsed] if self.type in ("int", "float") else []
+        if not all(map(self._within, numbers)):
             raise ValueError(f"must be {self.expectation}")
         return parsed
 
@@ -204,7 +218,7 @@ _ROWS = (
         "system_prompt",
         "string",
         "You are a helpful assistant",
-        "system message of every row when the chat template is applied; empty leaves it to the template",
+        "system message of every row when the chat template is applied; empty is none, not the template's own either",
     ),
     Hyperparameter(
         "warmup_ratio",
@@ -290,10 +304,54 @@ _ROWS = (
     ),
     Hyperparameter(
         "loss_type",
-        "string",
+        "names",
         "sigmoid",
-        "loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper",
+        "loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper; several are added up",
         choices=LOSS_TYPES,
+    ),
+    Hyperparameter(
+        "loss_weights",
+        "numbers",
+        [],
+        "factor of each loss in loss_type, in its order; empty is 1 for each",
+        minimum=0,
+        maximum=1000,
+    ),
+    Hyperparameter(
+        "label_smoothing",
+        "float",
+        0.0,
+        "share of pairs whose labels are taken to be flipped, in the losses robust, exo_pair (above 0), aot and aot_unpaired",
+        "fraction",
+        minimum=0,
+        maximum=0.5,
+        maximum_exclusive=True,
+    ),
+    Hyperparameter(
+        "ld_alpha",
+        "float",
+        1.0,
+        "weight of the tokens by which the longer answer of a pair exceeds the other (LD-DPO); 1 is DPO as it is",
+        "fraction",
+        minimum=0,
+        maximum=1,
+    ),
+    Hyperparameter(
+        "discopop_tau",
+        "float",
+        0.05,
+        "temperature of the loss discopop",
+        minimum=0,
+        minimum_exclusive=True,
+        maximum=100,
+    ),
+    Hyperparameter(
+        "bad_rows",
+        "string",
+        "refuse",
+        "what becomes of rows that are empty, incomplete or have the same answer twice: "
+        "refuse ends with their numbers, skip leaves them out and says which",
+        choices=("refuse", "skip"),
     ),
     Hyperparameter(
         "gradient_checkpointing",
@@ -315,12 +373,12 @@ HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row 
 
 def as_definitions() -> list[dict[str, Any]]:
     """The schema as PAI's `recipe.hyperparameter_definitions` lists it, one dict a name; no bound is None."""
-    types = {"string": "String", "int": "Int", "float": "Float", "bool": "Bool", "modules": "String"}
+    types = {"int": "Int", "float": "Float", "bool": "Bool"}
     return [
         {
             "Name": row.name,
             "DefaultValue": row.default,
-            "Type": types[row.type],
+            "Type": types.get(row.type, "String"),
             "Description": row.meaning,
             "Minimum": row.minimum,
             "Maximum": row.maximum,

@@ -59,23 +59,39 @@ def _ascii(text: str) -> str:
 
 
 def _modules(value: object) -> str | list[str]:
-    if isinstance(value, str):
-        text = value.strip()
-        if text.casefold() == ALL_LINEAR:
-            return ALL_LINEAR
-        if text.startswith("["):  # a list on its way through PAI's string form
-            import json
-
-            value = json.loads(text)
-        else:
-            value = text.split(",")
-    if not isinstance(value, (list, tuple)):
-        raise TypeError
-    names = [_string(item).strip() for item in value]
+    if isinstance(value, str) and value.strip().casefold() == ALL_LINEAR:
+        return ALL_LINEAR
+    names = [_string(item).strip() for item in _items(value)]
     if not names or not all(name.replace(".", "").isidentifier() for name in names):
         raise ValueError
     # A list even for one name: PEFT reads a plain string as a regular expression.
     return list(dict.fromkeys(names))
+
+
+def _items(value: object) -> list[object]:
+    """The items of a list, or of the string that stands for one: "a,b" or "[1, 2]"."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not text.startswith("["):
+            return [part.strip() for part in text.split(",")] if text else []
+        import json
+
+        value = json.loads(text)
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return list(value)
+
+
+def _names(value: object) -> str:
+    names = [_string(item).strip().casefold() for item in _items(value)]
+    if not names or len(set(names)) < len(names):
+        raise ValueError
+    return ",".join(names)
+
+
+def _numbers(value: object) -> list[float]:
+    single = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return [_float(item) for item in (_items([value]) if single else _items(value))]
 
 
 PARSERS: Mapping[str, Callable[[object], Any]] = {
@@ -84,4 +100,6 @@ PARSERS: Mapping[str, Callable[[object], Any]] = {
     "int": _int,
     "float": _float,
     "modules": _modules,
+    "names": _names,
+    "numbers": _numbers,
 }

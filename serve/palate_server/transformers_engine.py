@@ -32,13 +32,19 @@ _CLOSE_S = 3
 
 
 def merge(base_dir: str, adapter_dir: str, merged_dir: str) -> None:
-    """Writes the base model with the adapter merged into it, in the type of the base's weights, never quantised."""
+    """Writes the base model with the adapter merged into it, in the type of the base's weights.
+
+    A base that is stored quantised is taken out of it first: a sum rounded to 4 or 8 bits would lose most of the adapter.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto")
+    quantised = getattr(base, "hf_quantizer", None) is not None
+    if quantised:
+        base = base.dequantize()
     merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(merged_dir)
+    merged.save_pretrained(merged_dir, save_original_format=not quantised)
 
 
 def begin_merge(spec: ServeSpec, merged_dir: Path) -> BaseProcess | None:

@@ -161,7 +161,7 @@ def test_choices(row: Hyperparameter) -> None:
     for choice in row.choices:
         assert check(row.name, choice) == choice
         assert check(row.name, choice.upper()) == choice
-    for bad in ("nonsense", "", 1, True, None, [row.choices[0]]):
+    for bad in ("nonsense", "", 1, True, None, [1], *([[row.choices[0]]] if row.type == "string" else [])):
         assert ", ".join(row.choices) in refusal({row.name: bad})
 
 
@@ -236,7 +236,13 @@ def test_every_problem_is_listed_at_once() -> None:
         ("QLoRA_LLM", {"lora_dim": "0"}, "Standard_LLM"),
         ("QLoRA_LLM", {"load_in_4bit": False, "load_in_8bit": False}, "use method LoRA_LLM"),
         ("QLoRA_LLM", {"load_in_4bit": "false"}, "use method LoRA_LLM"),
-        ("LoRA_LLM", {"training_strategy": "dpo", "target_modules": "q_proj,lm_head"}, "lm_head"),
+        ("LoRA_LLM", {"target_modules": "q_proj,lm_head"}, "lm_head is the output head"),
+        ("LoRA_LLM", {"target_modules": ["model.embed_tokens"]}, "embed_tokens is an embedding"),
+        ("LoRA_LLM", {"target_modules": "q_proj,input_layernorm"}, "input_layernorm is a normalisation"),
+        ("LoRA_LLM", {"target_modules": "mlp.gate"}, "mlp.gate chooses between experts"),
+        ("LoRA_LLM", {"training_strategy": "dpo", "loss_type": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
+        ("LoRA_LLM", {"loss_type": "sigmoid,sft", "loss_weights": [1]}, "1 for 2 losses (sigmoid, sft)"),
+        ("LoRA_LLM", {"loss_weights": "0"}, "nothing would be trained"),
     ],
 )
 def test_contradictions(method: str, values: dict[str, object], part: str) -> None:
@@ -255,7 +261,9 @@ def test_contradictions(method: str, values: dict[str, object], part: str) -> No
         ("Standard_LLM", {"load_in_4bit": False, "load_in_8bit": False, "lora_dim": 0}),
         ("LoRA_LLM", {"training_strategy": "sft", "dpo_beta": 0.2, "loss_type": "ipo"}),
         ("LoRA_LLM", {"training_strategy": "dpo", "target_modules": "q_proj,v_proj"}),
-        ("LoRA_LLM", {"training_strategy": "sft", "target_modules": "q_proj,lm_head"}),
+        ("LoRA_LLM", {"target_modules": "gate_proj,up_proj"}),
+        ("LoRA_LLM", {"training_strategy": "dpo", "loss_type": "exo_pair", "label_smoothing": 1e-3}),
+        ("LoRA_LLM", {"training_strategy": "dpo", "loss_type": "sigmoid,sft", "loss_weights": "1,0.5"}),
     ],
 )
 def test_no_contradiction(method: str, values: dict[str, object]) -> None:
@@ -384,11 +392,66 @@ def test_resolved_values_resolve_to_themselves() -> None:
         ("LoRA_LLM", {"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, "constant_with_warmup"),
         ("LoRA_LLM", {"num_train_epochs": 2, "max_steps": 5}, "max_steps=5"),
         ("LoRA_LLM", {"training_strategy": "dpo", "loss_type": "aot"}, "per_device_train_batch_size is 1"),
+        ("LoRA_LLM", {"training_strategy": "dpo", "loss_type": "sigmoid,sft"}, "mean over the tokens of one batch"),
+        ("LoRA_LLM", {"training_strategy": "dpo", "label_smoothing": 0.1}, "label_smoothing has no effect"),
+        ("LoRA_LLM", {"training_strategy": "dpo", "discopop_tau": 0.1}, "discopop_tau has no effect"),
+        ("LoRA_LLM", {"ld_alpha": 0.5}, "ld_alpha has no effect"),
     ],
 )
 def test_values_without_effect_are_noted(method: str, values: dict[str, object], part: str) -> None:
     notes = resolve(values, method=method, device=H200).notes
     assert sum(part in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("sigmoid", "sigmoid"),
+        (" Sigmoid, sft ", "sigmoid,sft"),
+        (["sigmoid", "BCO_pair"], "sigmoid,bco_pair"),
+        ('["ipo"]', "ipo"),
+    ],
+)
+def test_several_losses_are_one_value(given: object, kept: str) -> None:
+    assert check("loss_type", given) == kept
+
+
+@pytest.mark.parametrize(
+    "given", ["", [], "sigmoid,sigmoid", "sigmoid,", "sigmoid;sft", ["sigmoid", 1], {"sigmoid": 1}]
+)
+def test_what_is_no_list_of_losses_is_refused(given: object) -> None:
+    assert "loss_type" in refusal({"loss_type": given})
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("1,0.5", [1, 0.5]), ([1, "0.5"], [1, 0.5]), ("[2]", [2]), (2, [2]), ("", []), ([], [])]
+)
+def test_numbers_are_a_list(given: object, kept: list[float]) -> None:
+    losses = {0: "sigmoid", 1: "sigmoid", 2: "sigmoid,sft"}[len(kept)]
+    assert validate({"loss_type": losses, "loss_weights": given}, method="LoRA_LLM")["loss_weights"] == kept
+
+
+@pytest.mark.parametrize("given", ["a", "1,", [True], [-1], [1e9], "nan", {"a": 1}, None])
+def test_what_is_no_list_of_numbers_is_refused(given: object) -> None:
+    assert "loss_weights" in refusal({"loss_weights": given})
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1])
+def test_label_smoothing_stays_below_a_half(smoothing: float) -> None:
+    assert "label_smoothing" in refusal({"label_smoothing": smoothing})
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"loss_type": "simpo"}, ["simpo among its experiments only", "loss_type=sigmoid_norm"]),
+        ({"loss_type": "orpo"}, ["orpo among its experiments only", "sigmoid,sft"]),
+        ({"training_strategy": "orpo"}, ["orpo among its experiments only", "sigmoid,sft"]),
+        ({"training_strategy": "CPO"}, ["cpo among its experiments only"]),
+    ],
+)
+def test_what_trl_only_tries_out_is_refused_with_the_nearest_offer(values: dict[str, object], parts: list[str]) -> None:
+    assert all(part in refusal(values) for part in parts)
 
 
 def test_choices_are_those_of_the_trainer() -> None:

@@ -93,7 +93,7 @@ def test_the_key_covers_the_reference_and_no_training_option(tmp_path: Path) -> 
     ]
     assert {reference_key(item) for item in same} == {reference_key(base)}
     adapter = write_model(tmp_path / "adapter")
-    keys = [reference_key(item) for item in [base, *other]] + [reference_key(base, adapter_dir=adapter)]
+    keys = [reference_key(item) for item in [base, *other]] + [reference_key(replace(base, adapter_dir=str(adapter)))]
     assert len(set(keys)) == len(keys)
     assert reference_key(replace(base, method="Standard_LLM")) == reference_key(base)  # float32 in both
 

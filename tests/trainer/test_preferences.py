@@ -87,3 +87,16 @@ def test_sft_takes_chosen_or_instruction_and_output(tmp_path: Path) -> None:
     assert (pair.prompt, pair.chosen, pair.rejected) == ("p", "c", None)
     (pair,) = read_preferences(file(tmp_path, f"[{GOOD}]"), strategy="sft")
     assert (pair.prompt, pair.chosen, pair.rejected) == ("p", "c", None)
+
+
+def test_skipping_leaves_out_wrong_rows_by_number_and_nothing_else(tmp_path: Path) -> None:
+    same = '{"prompt": "p", "chosen": "c", "rejected": "c"}'
+    skipped: dict[int, str] = {}
+    path = file(tmp_path, f'{GOOD}\n\n{same}\n"text"\n{GOOD}')
+    pairs = read_preferences(path, bad_rows="skip", on_skip=skipped.__setitem__)
+    assert [pair.row for pair in pairs] == [1, 5]
+    assert list(skipped) == [3, 4]
+    assert "same text" in skipped[3]
+    for content, words in ((f"[{same}]", "1 of 1 rows is wrong"), (f"{GOOD}\n{{", "broken JSON at line 2")):
+        with pytest.raises(DataError, match=words):
+            read_preferences(file(tmp_path, content), bad_rows="skip")

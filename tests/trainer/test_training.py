@@ -9,68 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from palate_recipes.hyperparameters import DeviceFacts, resolve
 from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
 from tests.slow.conftest import preference_rows
+from tests.trainer.support import losses, spec, train
 
 pytestmark = pytest.mark.slow
-
-CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
-QUICK = {
-    "training_strategy": "dpo",
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-}
-
-
-def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12, **fields: Any) -> TrainSpec:
-    """A spec over generated rows; hyperparameters by keyword, on top of QUICK."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "prefs.json"
-    data.write_text(json.dumps(fields.pop("data", preference_rows(rows))))
-    resume = fields.pop("resume_from", None)
-    validation = str(data) if fields.pop("validate", False) else None
-    resolved = resolve({**QUICK, **fields}, method=method, device=CPU)
-    return TrainSpec(
-        method=method,
-        model_dir=str(model),
-        train_file=str(data),
-        validation_file=validation,
-        output_dir=str(folder / "out"),
-        hyperparameters=dict(resolved.values),
-        precision=resolved.precision,
-        resume_from=resume,
-        model_name="tiny",
-    )
-
-
-@pytest.fixture(autouse=True)
-def keep_signals() -> Iterator[None]:
-    """The program takes SIGTERM for itself; the test process wants it back."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def train(wanted: TrainSpec) -> list[dict[str, Any]]:
-    """Runs the program's main path in this process and returns its metrics."""
-    from palate_trainer.train import run
-
-    code = run(wanted)
-    error = Path(wanted.output_dir) / ERROR_FILE
-    assert code == 0, error.read_text() if error.exists() else code
-    return [json.loads(line) for line in (Path(wanted.output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(metrics: list[dict[str, Any]]) -> list[float]:
-    return [entry["loss"] for entry in metrics if entry["kind"] == "train"]
 
 
 def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None:
@@ -220,39 +168,6 @@ def test_quantised_training_on_this_processor_works_or_says_why_not(
         assert (Path(wanted.output_dir) / "model" / "adapter_model.safetensors").exists()
     else:
         assert f"{bits}=false" in error.read_text()
-
-
-def test_rows_that_truncation_would_spoil_are_left_out_by_number(tiny: Path, tmp_path: Path) -> None:
-    long = "word " * 200
-    data = [
-        {"prompt": "short", "chosen": "yes", "rejected": "no"},
-        {"prompt": long, "chosen": "yes", "rejected": "no"},
-        {"prompt": "short", "chosen": long + "a", "rejected": long + "b"},
-    ]
-    start = train(spec(tiny, tmp_path, data=data, max_steps=1, seq_length=64))[0]
-    assert start["dropped_rows"] == [2, 3]
-    assert start["train_rows"] == 1
-    assert any("row 2" in note for note in start["notes"])
-
-
-@pytest.mark.parametrize("system_prompt", ["You are terse", ""])
-def test_one_rendering_one_system_turn_and_trls_own_ids(base_model: Path, system_prompt: str) -> None:
-    from transformers import AutoTokenizer
-
-    from palate_trainer.spec.preferences import PreferencePair
-    from palate_trainer.tokens import Renderer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    renderer = Renderer(tokenizer, True, system_prompt, 512)
-    encoded, merged = renderer.encode(PreferencePair("The sky is bl", "ue.", "green.", 1))
-    text = tokenizer.decode(encoded.prompt_ids + encoded.chosen_ids)
-    assert text.count("<|im_start|>system") == 1  # ours, or the one the template puts when there is none
-    if system_prompt:
-        assert f"<|im_start|>system\n{system_prompt}<|im_end|>" in text
-    assert text.endswith("<|im_start|>assistant\nue.<|im_end|>\n")
-    assert not merged
-    turns = [*renderer.messages("The sky is bl"), {"role": "assistant", "content": "ue."}]
-    assert encoded.prompt_ids + encoded.chosen_ids == tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
 
 
 def program(wanted: TrainSpec, folder: Path) -> subprocess.Popen[str]:

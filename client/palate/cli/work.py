@@ -34,6 +34,9 @@ def train(
         str | None, typer.Option(help="dpo (default) or sft: the hyperparameter training_strategy.")
     ] = None,
     validation: Annotated[str | None, typer.Option(help="Preference file for evaluation.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Model folder of a finished LoRA run to go on from, such as SFT before DPO.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,7 +70,8 @@ def train(
         if value is not None:
             settings[key] = value
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend)
-    inputs = {"train": data, **({"validation": validation} if validation else {})}
+    given = {"train": data, "validation": validation, "adapter": adapter}
+    inputs = {channel: uri for channel, uri in given.items() if uri}
     job = recipe.train(inputs=inputs, wait=wait, job_name=name)
     print(job.id)
     following = f"palate deploy {job.id}" if wait else f"palate logs --follow {job.id}"

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from palate.continuation import fetch_adapter
 from palate.record import ACTIVE, Manifest, Record
 from palate.runner.cache import ReferenceCache
 from palate.runner.child import Child, Tail, describe_exit, log_line, log_tail, watch
@@ -64,6 +65,11 @@ def run_training(record: Record, manifest: Manifest, session: Session, work: Pat
         validation_file=(
             str(_stage(body["inputs"]["validation"]["uri"], session, work / "validation"))
             if "validation" in body["inputs"]
+            else None
+        ),
+        adapter_dir=(
+            str(fetch_adapter(body["inputs"]["adapter"]["uri"], session, work / "adapter"))
+            if "adapter" in body["inputs"]
             else None
         ),
         output_dir=str(output),

@@ -45,6 +45,8 @@ class TrainSpec:
         output_dir: Folder that receives everything; made if missing.
         hyperparameters: Resolved values, every name of the schema present.
         precision: Dtype of weights and arithmetic.
+        adapter_dir: Folder of a LoRA adapter to go on training, or None for a new one. Under DPO its first state is the
+            reference.
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
         cache_dir: Folder for what later runs can use again (see `palate_trainer.spec.reference`), or None for no cache.
@@ -59,6 +61,7 @@ class TrainSpec:
     hyperparameters: dict[str, Any]
     precision: Precision
     validation_file: str | None = None
+    adapter_dir: str | None = None
     resume_from: str | None = None
     model_name: str = ""
     cache_dir: str | None = None

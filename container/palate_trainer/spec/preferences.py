@@ -8,7 +8,7 @@ The client runs this before it submits, the trainer when it loads: both see the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from palate_recipes.errors import DataError
 
 Strategy = Literal["dpo", "sft"]
+BadRows = Literal["refuse", "skip"]
 
 ROWS_SHOWN = 5
 """Wrong rows that one error spells out; the rest is counted."""
@@ -42,26 +43,36 @@ class _RowProblem(Exception):
     """Why one row is refused; collected, never shown alone."""
 
 
-def read_preferences(path: str | Path, *, strategy: Strategy = "dpo") -> list[PreferencePair]:
+def read_preferences(
+    path: str | Path,
+    *,
+    strategy: Strategy = "dpo",
+    bad_rows: BadRows = "refuse",
+    on_skip: Callable[[int, str], None] = lambda row, problem: None,
+) -> list[PreferencePair]:
     """Reads a preference file, or refuses it with one error that covers all of its wrong rows.
 
     Args:
         path: A JSON array of objects (PAI's format) or JSON lines, in UTF-8, with or without a byte-order mark.
         strategy: `dpo` needs `prompt`, `chosen` and `rejected`; `sft` needs `prompt` and `chosen` (a `rejected` is
             ignored) or `instruction` and `output`.
+        bad_rows: `refuse` ends with an error when a row is wrong, `skip` leaves wrong rows out. A file whose JSON is broken
+            is refused either way: nobody knows what else it has lost.
+        on_skip: Called with number and fault of each row that is left out: 3, "row 3: `rejected` is missing".
 
     Returns:
         The rows in file order, at least one.
 
     Raises:
-        DataError: The file cannot be read, or rows in it are wrong; names file, row, field and remedy.
+        DataError: The file cannot be read, or rows in it are wrong (with `skip`: all of them); names file, row, field and
+            remedy.
     """
     path = Path(path)
     if strategy not in get_args(Strategy):
         raise DataError(f"Unknown training strategy {strategy!r}: use one of {', '.join(get_args(Strategy))}.")
     shape = _ROW_SHAPES[strategy]
     pairs: list[PreferencePair] = []
-    problems: list[str] = []
+    problems: dict[int, str] = {}
     total = 0
     unit = "row"
     for unit, number, row in _rows(path, _text(path)):
@@ -69,16 +80,27 @@ def read_preferences(path: str | Path, *, strategy: Strategy = "dpo") -> list[Pr
         try:
             pairs.append(shape.read(_as_object(row), number))
         except _RowProblem as problem:
-            problems.append(f"{unit} {number}: {problem}")
-    if problems:
-        shown = [f"  {line}" for line in problems[:ROWS_SHOWN]]
+            problems[number] = f"{unit} {number}: {problem}"
+    if problems and (bad_rows == "refuse" or not pairs):
+        shown = [f"  {line}" for line in list(problems.values())[:ROWS_SHOWN]]
         if len(problems) > ROWS_SHOWN:
             shown.append(f"  and {len(problems) - ROWS_SHOWN} more")
         count = f"{len(problems)} of {total} {unit}s {'is' if len(problems) == 1 else 'are'} wrong"
         raise DataError(f"{path}: {count} for training_strategy={strategy}.\n" + "\n".join(shown) + f"\n{shape.remedy}")
     if not pairs:
         raise DataError(f"{path}: the array is empty. {shape.remedy}")
+    for number, fault in problems.items():
+        on_skip(number, fault)
     return pairs
+
+
+def describe_skipped(skipped: Mapping[int, str]) -> str:
+    """Returns one line for people on rows that were left out, by number and fault."""
+    shown = "; ".join(list(skipped.values())[:ROWS_SHOWN])
+    more = f"; and {len(skipped) - ROWS_SHOWN} more" if len(skipped) > ROWS_SHOWN else ""
+    return (
+        f"{len(skipped)} wrong {'row is' if len(skipped) == 1 else 'rows are'} left out (bad_rows=skip): {shown}{more}"
+    )
 
 
 # Containers: a file's text to (unit, number, row).
@@ -222,11 +244,12 @@ def _kind(value: Any) -> str:
 _ROW_SHAPES: dict[str, _RowShape] = {
     "dpo": _RowShape(
         _dpo_row,
-        "A row needs text in `prompt`, `chosen` and `rejected`, the last two different. Correct or remove the rows;"
-        " for data without `rejected` set training_strategy=sft.",
+        "A row needs text in `prompt`, `chosen` and `rejected`, the last two different. Correct or remove the rows, or leave"
+        " them out with bad_rows=skip; for data without `rejected` set training_strategy=sft.",
     ),
     "sft": _RowShape(
         _sft_row,
-        "A row needs text in `prompt` and `chosen`, or in `instruction` and `output`. Correct or remove the rows.",
+        "A row needs text in `prompt` and `chosen`, or in `instruction` and `output`. Correct or remove the rows, or leave them"
+        " out with bad_rows=skip.",
     ),
 }

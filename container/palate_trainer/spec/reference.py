@@ -77,12 +77,8 @@ def model_fingerprint(model_dir: str | Path) -> str:
     return digest.hexdigest()
 
 
-def reference_key(spec: TrainSpec, *, adapter_dir: str | Path | None = None) -> str:
-    """Names the table for a run's reference: weights, arithmetic, quantisation. Training options do not enter.
-
-    Args:
-        spec: The run.
-        adapter_dir: Folder of the adapter that training starts from, which is then the reference; None for the base.
+def reference_key(spec: TrainSpec) -> str:
+    """Names the table for a run's reference: weights, starting adapter, arithmetic, quantisation. Training options do not enter.
 
     Raises:
         OSError: Weights cannot be read.
@@ -90,7 +86,7 @@ def reference_key(spec: TrainSpec, *, adapter_dir: str | Path | None = None) -> 
     return _digest(
         FORMAT,
         model_fingerprint(spec.model_dir),
-        model_fingerprint(adapter_dir) if adapter_dir else None,
+        model_fingerprint(spec.adapter_dir) if spec.adapter_dir else None,
         spec.precision,
         # Weights that are trained themselves are held in float32, whatever the arithmetic.
         spec.precision if spec.trains_adapter else "float32",

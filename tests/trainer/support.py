@@ -1,0 +1,78 @@
+"""Runs of the training program in the test's own process, over generated rows. Knows the program's spec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from palate_recipes.hyperparameters import DeviceFacts, resolve
+from palate_trainer.spec import ERROR_FILE, TrainSpec
+from tests.slow.conftest import preference_rows
+
+CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
+QUICK = {
+    "training_strategy": "dpo",
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+}
+
+
+def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12, **fields: Any) -> TrainSpec:
+    """A spec over generated rows; hyperparameters by keyword, on top of QUICK.
+
+    Args:
+        model: Folder of the base model.
+        folder: Receives data and output.
+        method: As in a recipe.
+        rows: How many rows to generate.
+        fields: Hyperparameters, and `data` (rows instead of generated ones), `held_out` (rows for validation), `validate`
+            (validate on the training rows), `resume_from`, `adapter_dir`, `precision`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data, held_out = folder / "prefs.json", folder / "held-out.json"
+    data.write_text(json.dumps(fields.pop("data", preference_rows(rows))))
+    validation = str(data) if fields.pop("validate", False) else None
+    if "held_out" in fields:
+        held_out.write_text(json.dumps(fields.pop("held_out")))
+        validation = str(held_out)
+    beside = {name: fields.pop(name) for name in ("resume_from", "adapter_dir", "precision") if name in fields}
+    resolved = resolve({**QUICK, **fields}, method=method, device=CPU)
+    return TrainSpec(
+        **{
+            "method": method,
+            "model_dir": str(model),
+            "train_file": str(data),
+            "validation_file": validation,
+            "output_dir": str(folder / "out"),
+            "hyperparameters": dict(resolved.values),
+            "precision": resolved.precision,
+            "model_name": "tiny",
+            **beside,
+        }
+    )
+
+
+def train(wanted: TrainSpec) -> list[dict[str, Any]]:
+    """Runs the program's main path in this process and returns its metrics."""
+    from palate_trainer.train import run
+
+    code = run(wanted)
+    error = Path(wanted.output_dir) / ERROR_FILE
+    assert code == 0, error.read_text() if error.exists() else code
+    return [json.loads(line) for line in (Path(wanted.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def refusal(wanted: TrainSpec) -> str:
+    """Runs the program, which must fail without a model, and returns its message."""
+    from palate_trainer.train import run
+
+    assert run(wanted) == 1
+    assert not (Path(wanted.output_dir) / "model").exists()
+    return (Path(wanted.output_dir) / ERROR_FILE).read_text()
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    """The loss of each logged step."""
+    return [entry["loss"] for entry in metrics if entry["kind"] == "train"]
