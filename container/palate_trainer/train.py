@@ -22,6 +22,7 @@ from palate_trainer.spec import (
     TrainSpec,
 )
 from palate_trainer.spec.preferences import read_preferences
+from palate_trainer.spec.reading import ADVICE_NAMES
 
 
 def run(spec: TrainSpec) -> int:
@@ -112,6 +113,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 "validation_rows": len(validation_rows),
                 "dropped_rows": report.dropped,
                 "truncated_rows": len(report.cut),
+                **{name: hyperparameters[name] for name in ADVICE_NAMES},
                 "notes": notes,
             },
         )
@@ -139,6 +141,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
         say("stopped before the first step")
         return EXIT_STOPPED
     say(f"{folder} written, {summary['seconds']} s in all")
+    say("reading: {verdict}. {text}".format(**summary["reading"]))
     return 0
 
 
