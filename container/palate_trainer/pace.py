@@ -40,6 +40,7 @@ class Pace:
         self._evaluation_s: float | None = None
         self._checkpoint_s = 0.0
         self._marks: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=RECENT_WINDOWS + 1)  # (steps, train_s)
+        self._after_first = (0.0, 0.0)
         self._window_s = 0.0
 
     @property
@@ -50,7 +51,10 @@ class Pace:
     def micro_batch(self, share: float) -> None:
         """A micro-batch that did not end its step is done; `share` of the step lies behind."""
         self._trained()
-        if self.steps == 0 and self._marks[0] == (0.0, 0.0):  # the first one also warms up: what comes after it says more about the rest
+        if self.steps == 0 and self._marks[0] == (
+            0.0,
+            0.0,
+        ):  # the first one also warms up: what comes after it says more about the rest
             self._marks[0] = (share, self.train_s)
 
     def step(self) -> None:
@@ -145,7 +149,7 @@ def peak_memory_gb() -> float | None:
     """
     torch = sys.modules.get("torch")  # not worth an import: without it nothing lies on a device
     if torch is not None and torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        return round(float(torch.cuda.max_memory_allocated()) / 1e9, 3)
     try:
         # Not getrusage: its peak survives exec, so a child would report what its parent once held.
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:

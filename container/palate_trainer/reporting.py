@@ -25,6 +25,7 @@ from palate_trainer.spec.reading import read_run
 _NOT_SCALARS = ("step", "total_steps", "seconds", "kind")
 """Values that TensorBoard has on its axes already."""
 
+
 def say(line: str) -> None:
     """One progress line on stdout, at once."""
     print(line, flush=True)

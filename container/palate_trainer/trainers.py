@@ -113,13 +113,14 @@ def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
     Returns:
         A scalar on the batch's device.
     """
-    mask = batch.get("attention_mask")
+    mask: torch.Tensor | None = batch.get("attention_mask")
     if mask is None:
         return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
     if "completion_mask" not in batch:
         return mask.sum()
     chosen, _ = mask.chunk(2)
-    _, rejected_answers = batch["completion_mask"].chunk(2)
+    completion_mask: torch.Tensor = batch["completion_mask"]
+    _, rejected_answers = completion_mask.chunk(2)
     return chosen.sum() + rejected_answers.sum()
 
 

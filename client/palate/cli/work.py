@@ -70,7 +70,7 @@ def train(
     inputs = {"train": data, **({"validation": validation} if validation else {})}
     job = recipe.train(inputs=inputs, wait=wait, job_name=name)
     print(job.id)
-    following = f"palate deploy {job.id}" if wait else f"palate logs --follow {job.id}"
+    following = f"palate deploy {job.id}" if wait else f"palate watch {job.id}"
     print(f"next: {following}", file=sys.stderr)
 
 

@@ -73,7 +73,7 @@ class Curves:
     @property
     def is_dpo(self) -> bool:
         """Whether answers are compared in pairs, so that margins and accuracies exist."""
-        return self.start.get("strategy", "dpo") == "dpo"
+        return bool(self.start.get("strategy", "dpo") == "dpo")
 
     @property
     def steps(self) -> int:

@@ -124,22 +124,21 @@ def _over_fitting(curves: Curves) -> Reading | None:
     if not points or first is None or end is None:
         return None
     best, last = min(points, key=_loss), points[-1]
+    if curves.is_dpo and _loss(best) > (1 - FLAT) * first and end < _BY_HEART * first:
+        cause = (
+            f"the rows were learned by heart. Take fewer epochs or more rows, or {lower_rate(curves, 3)}"
+            if curves.train[-1].epoch > 1
+            else "what was learned does not carry over. See whether the validation rows are of the same kind; varied data helps"
+        )
+        text = f"The training loss fell to {end:.3f}, the validation loss is {_loss(last):.3f} ({first:.3f} untrained)"
+        return Reading("over-fitting", f"{text}: {cause}.")
     then = mean(curves.around(best.step), "loss")
-    rise = _loss(last) - _loss(best)
-    if rise > _flat(curves) * first and then is not None and end < then:
+    if _loss(last) - _loss(best) > _flat(curves) * first and then is not None and end < then:
         text = (
             f"The validation loss was lowest, {_loss(best):.3f}, at step {best.step} (epoch {best.epoch:.2g}) and rose to"
             f" {_loss(last):.3f}, while the training loss fell from {then:.3f} to {end:.3f}."
         )
         return Reading("over-fitting", f"{text} {_sentence(_stop_at(curves, best))}")
-    if _loss(last) > (1 - FLAT) * first and end < _BY_HEART * first and curves.is_dpo:
-        cause = (
-            f"the rows were learned by heart. Take fewer epochs or more rows, or {lower_rate(curves, 3)}"
-            if curves.train[-1].epoch > 1
-            else "what was learned does not carry over. Look whether the validation rows are of the same kind; more varied data helps"
-        )
-        text = f"The training loss fell to {end:.3f}, the validation loss is {_loss(last):.3f} ({first:.3f} untrained)"
-        return Reading("over-fitting", f"{text}: {cause}.")
     return None
 
 
@@ -173,9 +172,12 @@ def _not_learning(curves: Curves) -> Reading | None:
         cause = "The rewards move, but not towards the chosen answers: see whether chosen and rejected differ as they should"
         return Reading("not learning", f"{text} {cause}, and {lower_rate(curves, 10)}.")
     if _sure(curves):
-        return Reading("not learning", f"{text} The direction is right, the steps far too small: {_raise_rate(curves, 10)}.")
+        return Reading(
+            "not learning", f"{text} The direction is right, the steps far too small: {_raise_rate(curves, 10)}."
+        )
     return Reading(
-        "not learning", f"{text} {_sentence(_raise_rate(curves, 10))} If that changes nothing, look at the pairs themselves."
+        "not learning",
+        f"{text} {_sentence(_raise_rate(curves, 10))} If that changes nothing, look at the pairs themselves.",
     )
 
 
@@ -186,17 +188,18 @@ def _saturated(curves: Curves) -> Reading | None:
     since = None
     for point in curves.train:
         right = point.accuracy is None or point.accuracy >= _SATURATED_ACCURACY
-        if right and point.loss is not None and point.loss < _SATURATED_LOSS * first:
-            since = since or point
-        else:
-            since = None
+        holds = right and point.loss is not None and point.loss < _SATURATED_LOSS * first
+        since = (since or point) if holds else None
     if since is None or since.step > steps / 3 or steps - since.step < ENOUGH_STEPS / 2:
         return None
     end = mean(curves.last(), "loss")
     by_heart = "the rows were learned by heart" if since.epoch > 1 else "the pairs are told apart by something trivial"
     if not curves.is_dpo:
         by_heart = "the answers were learned by heart"
-        text = f"From step {since.step} of {steps} on the loss was below {_SATURATED_LOSS * first:.3f}; it ended at {end:.3f}: {by_heart}."
+        text = (
+            f"From step {since.step} of {steps} on the loss was below {_SATURATED_LOSS * first:.3f}; it ended at {end:.3f}:"
+            f" {by_heart}."
+        )
     else:
         text = (
             f"From step {since.step} of {steps} on every pair was right; the loss ended at {end:.4f}: {by_heart}, and later steps"
@@ -248,9 +251,7 @@ def _gap(curves: Curves) -> str | None:
     behind = accuracy is not None and point.accuracy is not None and accuracy - point.accuracy > _GAP_ACCURACY
     if not behind and _loss(point) < max(1.5 * end, end + CLEAR * first):
         return None
-    return (
-        f"Validation is behind training (loss {_loss(point):.3f} against {end:.3f}): more data or fewer epochs would narrow that."
-    )
+    return f"Validation is behind training (loss {_loss(point):.3f} against {end:.3f}): more data or fewer epochs would narrow that."
 
 
 def _still_falling(curves: Curves) -> str | None:
@@ -258,7 +259,13 @@ def _still_falling(curves: Curves) -> str | None:
     before = mean([point for point in curves.last(0.5) if point not in curves.last()], "loss")
     epochs = curves.start.get("num_train_epochs")
     rising = len(curves.validation) > 1 and _loss(curves.validation[-1]) > _loss(curves.validation[-2])
-    if end is None or before is None or rising or curves.steps < ENOUGH_STEPS or before - end < 0.05 * (curves.first_loss or 0.0):
+    if (
+        end is None
+        or before is None
+        or rising
+        or curves.steps < ENOUGH_STEPS
+        or before - end < 0.05 * (curves.first_loss or 0.0)
+    ):
         return None
     more = f" (num_train_epochs={epochs + 1:g})" if epochs else ""
     return f"The loss was still falling at the end: another epoch{more} may give more."
@@ -303,10 +310,8 @@ def _sure(curves: Curves) -> bool:
 
 def _stop_at(curves: Curves, best: Point) -> str:
     whole = max(1, round(best.epoch))
-    if whole < round(curves.train[-1].epoch):
-        advice = f"set num_train_epochs={whole}"
-    else:
-        advice = lower_rate(curves, 3)
+    later = whole < round(curves.train[-1].epoch)
+    advice = f"set num_train_epochs={whole}" if later else lower_rate(curves, 3)
     return f"{advice}, or add data; eval_steps with save_steps keeps the best step as a checkpoint"
 
 
