@@ -10,6 +10,7 @@ from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
 from palate.record import Manifest, Record, State, Status, locate, names
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
+from palate_trainer.spec.reading import Reading, read_run
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor
@@ -106,9 +107,17 @@ class TrainingJob:
         """Returns every logged metrics object in order, by TRL's names.
 
         Those of `kind` `train` have step, epoch, loss, learning_rate, rewards/margins and so on, those of `kind` `eval`
-        eval_loss, eval_rewards/accuracies and so on. `start` comes first with sizes, `end` last with the final figures.
+        eval_loss, eval_rewards/accuracies and so on. `start` comes first with sizes, `end` last with final figures and reading.
         """
         return [*self._run.record.metrics()]
+
+    def reading(self) -> Reading:
+        """Returns what the metrics say in words, whether the job has ended or not.
+
+        Its `verdict` is one of learning, over-fitting, not learning, unstable, saturated, too early to tell; its `text` has
+        the figures and what to change. See "Watching a run" in docs/training.md.
+        """
+        return read_run(self.metrics())
 
     def output_path(self, channel_name: str = "model") -> str:
         """Returns the URI of an output of the job.
@@ -176,7 +185,7 @@ class TrainingJob:
         if status.state == "Succeeded":
             return
         remedy = (
-            f"wait for it (`palate logs --follow {self.id}`)"
+            f"wait for it (`palate watch {self.id}`)"
             if not status.is_terminal
             else f"see why (`palate logs {self.id}`) and train again"
         )

@@ -6,72 +6,126 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from palate.display import Display
+from palate_trainer.spec.curves import Curves
+from palate_trainer.spec.progress import duration
 
-_QUIET = ("step ",)
+_QUIET = ("step ", "validation at step ", "reading: ")
 """Lines that the live view itself shows better."""
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 40
+_REFRESHES_A_SECOND = 4
 
 
 class LiveDisplay:
-    """Log lines above, one line below: step, loss, margin, accuracy, rate, time left."""
+    """Log lines above; below them a block with progress, the last figures, time left, and the curve of the loss.
+
+    All of it comes from logs and metrics, so any process that reaches the record can show it, from any moment on.
+    """
 
     wants_news = True
 
-    def __init__(self, title: str) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=32),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
             console=self._console,
-            transient=False,
         )
-        self._task = self._progress.add_task(title, total=None, facts="")
-        self._begun = time.monotonic()
+        self._task = self._progress.add_task(title, total=None)
+        self._curves = Curves()
+        self._last: dict[str, Any] = {}
+        self._seen = 0.0
+        self._reading: dict[str, str] | None = None
+        self._live = Live(
+            console=self._console, get_renderable=self._block, refresh_per_second=_REFRESHES_A_SECOND, transient=False
+        )
 
     def log(self, text: str) -> None:
         for line in text.splitlines():
             if not line.startswith(_QUIET):
-                self._progress.console.print(Text(line, style="dim"))
+                self._console.print(Text(line, style="yellow" if "note: " in line[:16] else "dim"))
 
     def metrics(self, data: bytes) -> None:
         for line in data.splitlines():
             entry = json.loads(line)
-            if entry["kind"] == "start":
-                self._progress.update(self._task, total=entry["total_steps"])
-            elif entry["kind"] == "train":
-                self._progress.update(self._task, completed=entry["step"], facts=facts(entry))
+            self._curves.add(entry)
+            if entry["kind"] == "train":
+                self._last, self._seen = entry, time.monotonic()
+            elif entry["kind"] == "end":
+                self._reading = entry.get("reading")
+            if "total_steps" in entry:
+                self._progress.update(self._task, total=entry["total_steps"], completed=entry["step"])
 
     def __enter__(self) -> Display:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._progress.stop_task(self._task)
+        self._live.stop()
+
+    def _block(self) -> RenderableType:
+        lines: list[RenderableType] = [self._progress.get_renderable()]
+        if self._last:
+            passed = time.monotonic() - self._seen
+            validation = self._curves.validation[-1] if self._curves.validation else None
+            lines.append(Text("  " + facts(self._last, validation.loss if validation else None, passed_s=passed)))
+        losses = [point.loss for point in self._curves.train if point.loss is not None]
+        if len(losses) > 1 and not self._console.options.ascii_only:
+            lines.append(Text(f"  loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", style="cyan"))
+        if self._reading is not None:
+            lines.append(
+                Text("  {verdict}. ".format(**self._reading), style="bold").append(self._reading["text"], "none")
+            )
+        return Group(*lines)
 
 
-def facts(entry: dict[str, Any]) -> str:
-    """Returns one metrics object as a short line: loss, margin, accuracy, rate, time left."""
+def facts(entry: dict[str, Any], validation_loss: float | None = None, *, passed_s: float = 0.0) -> str:
+    """Returns the figures of a `train` event as one short line: losses, margin, accuracy, rate, time left.
+
+    Args:
+        entry: The event.
+        validation_loss: Of the last evaluation, if there was one.
+        passed_s: Seconds since the event was seen, taken off the time left.
+    """
     shown = (
-        ("loss", "loss", "{:.3f}"),
-        ("margin", "rewards/margins", "{:+.2f}"),
-        ("accuracy", "rewards/accuracies", "{:.2f}"),
-        ("pairs/s", "pairs_per_s", "{:.2f}"),
+        ("loss", "loss {:.3f}"),
+        ("validation", "validation {:.3f}"),
+        ("rewards/margins", "margin {:+.2f}"),
+        ("rewards/accuracies", "accuracy {:.2f}"),
+        *([] if "rewards/margins" in entry else [("mean_token_accuracy", "token accuracy {:.2f}")]),
+        ("tokens_per_s", "{:.0f} tokens/s"),
+        ("memory_gb", "{:.1f} GB"),
     )
-    parts = [f"{label} {form.format(entry[key])}" for label, key, form in shown if key in entry]
-    if entry["step"] and "seconds" in entry:
-        left = entry["seconds"] / entry["step"] * (entry["total_steps"] - entry["step"])
-        parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+    values = {**entry, "validation": validation_loss}
+    parts = [form.format(values[name]) for name, form in shown if values.get(name) is not None]
+    left = entry.get("seconds_left")
+    if left is not None and entry["step"] < entry["total_steps"]:
+        parts.append(f"{duration(max(0.0, left - passed_s))} left")
     return "  ".join(parts)
+
+
+def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
+    """Returns a curve as at most `width` block characters, from the lowest value to the highest."""
+    cells = min(width, len(values))
+    edges = [len(values) * cell // cells for cell in range(cells + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((value - low) * scale)] for value in means)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:

@@ -8,30 +8,24 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from palate_trainer.pace import Pace, peak_memory_gb
 from palate_trainer.parallel import any_process, is_main, sum_over_processes, wait_for_all
 from palate_trainer.spec import COMPLETE_MARK, METRICS_FILE
+from palate_trainer.spec.early import Watch
+from palate_trainer.spec.progress import progress_line
+from palate_trainer.spec.reading import read_run
 from palate_trainer.startup import Startup
 
-_SHOWN = (
-    ("loss", "loss", "{:.4f}"),
-    ("eval_loss", "loss", "{:.4f}"),
-    ("rewards/margins", "margin", "{:.3f}"),
-    ("eval_rewards/margins", "margin", "{:.3f}"),
-    ("rewards/accuracies", "accuracy", "{:.2f}"),
-    ("eval_rewards/accuracies", "accuracy", "{:.2f}"),
-    ("mean_token_accuracy", "token accuracy", "{:.2f}"),
-    ("eval_mean_token_accuracy", "token accuracy", "{:.2f}"),
-    ("learning_rate", "lr", "{:.2e}"),
-    ("pairs_per_s", "pairs/s", "{:.2f}"),
-)
+_NOT_SCALARS = ("step", "total_steps", "seconds", "kind")
+"""Values that TensorBoard has on its axes already."""
 
 
 def say(line: str) -> None:
@@ -41,7 +35,10 @@ def say(line: str) -> None:
 
 
 class Metrics:
-    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line. Rank 0 alone writes."""
+    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line; and reads them back.
+
+    Of several processes the first alone writes.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / METRICS_FILE
@@ -50,12 +47,12 @@ class Metrics:
         if not is_main():
             return
         # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **clean}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"kind": kind, **_without_nan(values)}, ensure_ascii=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every event so far, those of an earlier process that was resumed included."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
 class StopRequested(BaseException):
@@ -105,34 +102,35 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.step_losses: list[float] = []  # (steps of this process,)
         self._last_window = 0  # steps in the last log line
         self._logged_steps = 0
-        self._train_seconds = 0.0  # without evaluations and checkpoints
-        self._rows_done = 0.0
-        self._began = self._mark = time.monotonic()
+        self._pace = Pace()
+        self._watch = Watch()
         self._epoch_mark = 0.0
 
     def attach(self, trainer: Any) -> None:
         """Takes the trainer whose steps these are, and its printer of raw dicts out."""
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
+        tensorboard = trainer.pop_callback(TensorBoardCallback)
+        if tensorboard is not None:
+            trainer.add_callback(tensorboard)  # after this one, so that it writes what this one adds to the logs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop.deferred = True
-        self._began = self._mark = time.monotonic()
+        self._pace.start()
         self._epoch_mark = float(state.epoch or 0.0)
         model = self.trainer.model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        self.metrics.write(
-            "start",
-            {
-                **self.start_event,
-                **self.startup.report(),
-                "step": state.global_step,
-                "total_steps": state.max_steps,
-                "trainable_parameters": trainable,
-                "total_parameters": total,
-            },
-        )
+        event = {
+            **self.start_event,
+            **self.startup.report(),
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+        }
+        self.metrics.write("start", event)
+        self._watch.add({"kind": "start", **event})
         say(self.startup.line())
         say(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
         if state.global_step:
@@ -144,9 +142,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         # accelerate's wrappers do not always pass the epoch on to a sampler, and a resumed run depends on it
         self.trainer.order.set_epoch(int(state.epoch or 0))
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pace.micro_batch(1 / args.gradient_accumulation_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         requests, loss = sum_over_processes([float(self.stop.requested), self.trainer.step_loss])
         self.stop.agreed = requests > 0
+        self._pace.step()
         self.step_losses.append(loss / args.world_size)
         self.trainer.step_loss = 0.0
         if state.global_step >= state.max_steps:
@@ -165,37 +167,42 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             raise StopRequested
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = dict(logs or {})
+        shared = {} if logs is None else logs  # what the callbacks after this one see
+        logs = dict(shared)
         if "train_runtime" in logs:  # transformers' own summary; the `end` event says it in Palate's names
             return
         kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        now = time.monotonic()
-        values = {
+        values: dict[str, Any] = {
             "step": state.global_step,
             "total_steps": state.max_steps,
             "epoch": round(float(state.epoch or 0.0), 4),
-            "seconds": round(now - self._began, 2),
+            "seconds": round(self._pace.seconds, 2),
         }
         if kind == "train":
-            done = (float(state.epoch or 0.0) - self._epoch_mark) * self.rows
-            self._train_seconds += now - self._mark
-            self._rows_done += done
-            values["pairs_per_s"] = round(done / max(now - self._mark, 1e-9), 3)
+            rows = (float(state.epoch or 0.0) - self._epoch_mark) * self.rows
             self._epoch_mark = float(state.epoch or 0.0)
+            values |= self._pace.window(rows, logs.get("tokens"))
+            values["seconds_left"] = self._pace.seconds_left(**self._to_come(args, state))
+            if (memory := peak_memory_gb()) is not None:
+                values["memory_gb"] = memory
             self._last_window, self._logged_steps = len(self.step_losses) - self._logged_steps, len(self.step_losses)
-        self._mark = now
-        logs.pop("epoch", None)
-        values.update(logs)
+        else:
+            self._pace.evaluation()
+        values |= {name: value for name, value in logs.items() if name != "epoch"}
         self.last[kind] = values
         self.metrics.write(kind, values)
-        say(_line(kind, values))
+        event = {"kind": kind, **_without_nan(values)}
+        say(progress_line(event))
+        for note in self._watch.add(event):
+            say(f"note: {note}")
+        shared.update({name: value for name, value in event.items() if name not in _NOT_SCALARS and value is not None})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         wait_for_all()  # each writes the state of its own random numbers
         if is_main():
             (folder / COMPLETE_MARK).touch()
-        self._mark = time.monotonic()
+        self._pace.checkpoint()
         say(f"checkpoint {folder.name} written")
 
     @property
@@ -214,11 +221,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.on_save(trainer.args, trainer.state, trainer.control)
 
     def finish(self, *, seconds: float) -> dict[str, Any]:
-        """Writes the `end` event and returns it.
+        """Writes the `end` event, with the reading of the whole run, and returns it.
 
         Args:
             seconds: Wall time of the whole run.
         """
+        reading = read_run(self.metrics.read())
         state = self.trainer.state
         epoch_steps = max(1, round(state.max_steps / max(float(state.epoch or 1.0), 1e-9)))
         event = {
@@ -226,16 +234,32 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             "total_steps": state.max_steps,
             "epoch": round(float(state.epoch or 0.0), 4),
             "seconds": round(seconds, 2),
-            "train_seconds": round(self._train_seconds, 2),
-            "pairs_per_s": round(self._rows_done / max(self._train_seconds, 1e-9), 3),
+            **self._pace.totals(),
+            "memory_gb": peak_memory_gb(),
             "first_loss": _mean(self.step_losses[:1]),
             "final_loss": _mean(self.step_losses[-max(1, self._last_window) :]),
             "last_epoch_loss": _mean(self.step_losses[-epoch_steps:]),
             "train": _numbers_only(self.last["train"]),
             "eval": _numbers_only(self.last["eval"]),
+            "reading": {"verdict": reading.verdict, "text": reading.text},
         }
         self.metrics.write("end", event)
         return event
+
+    def _to_come(self, args: Any, state: Any) -> dict[str, int]:
+        """What is left to do after the step that is being logged; its own evaluation and checkpoint are to come."""
+        step, total = state.global_step, state.max_steps
+        evaluations = 0
+        if args.eval_strategy == "epoch":
+            evaluations = state.num_train_epochs - math.ceil(float(state.epoch or 0.0) - 1e-6) + 1
+        elif args.eval_strategy == "steps":
+            evaluations = _multiples(step, total, state.eval_steps)
+        return {
+            "steps": total - step,
+            "evaluations": evaluations,
+            "evaluation_rows": len(self.trainer.eval_dataset or ()),
+            "checkpoints": _multiples(step, total, state.save_steps) if args.save_strategy == "steps" else 0,
+        }
 
     def _maybe_stop(self, state: Any, control: Any) -> Any:
         if self.stop.agreed and state.global_step < state.max_steps:
@@ -249,11 +273,17 @@ def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 6) if values else None
 
 
+def _multiples(first: int, last: int, every: int) -> int:
+    """Steps from `first` to `last` at which something happens: the multiples of `every`, and the last one."""
+    return last // every - (first - 1) // every + (last % every != 0)
+
+
 def _numbers_only(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in ("step", "total_steps", "seconds", "epoch")}
+    left_out = (*_NOT_SCALARS, "epoch", "seconds_left", "memory_gb")
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
-def _line(kind: str, values: dict[str, Any]) -> str:
-    words = [f"{'step' if kind == 'train' else 'held-out at step'} {values['step']}/{values['total_steps']}"]
-    words += [f"{label} {form.format(values[name])}" for name, label, form in _SHOWN if values.get(name) is not None]
-    return " ".join(words)
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,7 @@ from palate_trainer.spec import (
     TrainSpec,
 )
 from palate_trainer.spec.preferences import PreferencePair, describe_skipped, read_preferences
+from palate_trainer.spec.reading import ADVICE_NAMES
 from palate_trainer.startup import Startup
 
 
@@ -144,6 +145,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
                 "prompt_too_long_rows": len(report.no_room),
                 "same_after_cut_rows": len(report.same_after_cut),
                 "truncated_rows": len(report.cut),
+                **{name: hyperparameters[name] for name in ADVICE_NAMES},
                 "notes": notes,
             },
         )
@@ -185,6 +187,7 @@ def _train(spec: TrainSpec, output: Path) -> int:
             return EXIT_STOPPED
         raise
     say(f"{folder} written, {summary['seconds']} s in all")
+    say("reading: {verdict}. {text}".format(**summary["reading"]))
     return 0
 
 

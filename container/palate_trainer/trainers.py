@@ -108,7 +108,12 @@ class _Additions(OneOfSeveral):
     step_loss: float = 0.0
     """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
 
+    _tokens: torch.Tensor | None = None
+    """Tokens trained on since the last log line, on the device: a count there does not wait for it."""
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = count_tokens(args[1])
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         value = float(loss)
         if not math.isfinite(value):
@@ -137,6 +142,9 @@ class _Additions(OneOfSeveral):
             for values in self._metrics["eval"].values():  # type: ignore[attr-defined]
                 if len(values) >= len(sizes):  # beyond them: a stand-in of a process without a batch
                     values[:] = [sum(v * n for v, n in zip(values, sizes, strict=False)) / rows]
+        elif self._tokens is not None:
+            logs["tokens"] = int(self.accelerator.gather(self._tokens).sum())  # type: ignore[attr-defined]
+            self._tokens = None
         super().log(logs, start_time)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -147,6 +155,26 @@ class _Additions(OneOfSeveral):
         for parameter in self.model.parameters():  # type: ignore[attr-defined]
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Tokens of a batch without padding, a pair's prompt once although both answers follow a copy of it.
+
+    Args:
+        batch: As TRL's collators make it; pairs have `completion_mask` and stand as (chosen rows, rejected rows).
+
+    Returns:
+        A scalar on the batch's device.
+    """
+    mask: torch.Tensor | None = batch.get("attention_mask")
+    if mask is None:
+        return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+    if "completion_mask" not in batch:
+        return mask.sum()
+    chosen, _ = mask.chunk(2)
+    completion_mask: torch.Tensor = batch["completion_mask"]
+    _, rejected_answers = completion_mask.chunk(2)
+    return chosen.sum() + rejected_answers.sum()
 
 
 class PairTrainer(_Additions, DPOTrainer):

@@ -1,4 +1,4 @@
-"""What a person sees: the live line on a terminal, plain lines elsewhere, nothing when nothing was asked for."""
+"""What a person sees: the live block on a terminal, plain lines elsewhere, nothing when nothing was asked for."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ SCRIPT = """
 import json
 from palate.display import make_display
 start = {"kind": "start", "total_steps": 40}
-step = {"kind": "train", "step": 10, "total_steps": 40, "seconds": 60.0, "loss": 0.5, "rewards/margins": 0.25,
-        "rewards/accuracies": 0.75, "pairs_per_s": 1.5}
+first = {"kind": "train", "step": 1, "total_steps": 40, "loss": 0.7}
+step = {"kind": "train", "step": 10, "total_steps": 40, "loss": 0.5, "rewards/margins": 0.25,
+        "rewards/accuracies": 0.75, "tokens_per_s": 310.4, "seconds_left": 240.0}
+evaluation = {"kind": "eval", "step": 10, "total_steps": 40, "eval_loss": 0.55}
+end = {"kind": "end", "step": 10, "total_steps": 40, "reading": {"verdict": "learning", "text": "It went down."}}
 with make_display(SHOW, "my-job") as display:
     if display.wants_news:
-        display.log("loading the model\\nstep 10/40 loss 0.5000\\n")
-        display.metrics("".join(json.dumps(entry) + "\\n" for entry in (start, step)).encode())
+        display.log("loading the model\\nstep 10/40 loss 0.5000\\nvalidation at step 10/40 loss\\n")
+        display.metrics("".join(json.dumps(entry) + "\\n" for entry in (start, first, step, evaluation, end)).encode())
 print("the result")
 """
 
@@ -29,7 +32,7 @@ def run(show: bool, *, terminal: bool) -> tuple[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout, done.stderr
     controller, side = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=side, env=environment, text=True)
     os.close(side)
     shown = b""
@@ -46,17 +49,21 @@ def run(show: bool, *, terminal: bool) -> tuple[str, str]:
     return stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
 
 
-def test_a_terminal_shows_step_loss_margin_accuracy_rate_and_time_left() -> None:
+def test_a_terminal_shows_figures_time_left_the_curve_and_the_reading() -> None:
     stdout, stderr = run(True, terminal=True)
     assert stdout == "the result\n"
     assert "loading the model" in stderr
-    for words in ("my-job", "10/40", "loss 0.500", "margin +0.25", "accuracy 0.75", "pairs/s 1.50", "3:00 left"):
+    figures = "loss 0.500  validation 0.550  margin +0.25  accuracy 0.75  310 tokens/s  4 min left"
+    for words in ("my-job", "10/40", figures, "loss 0.700 █▁ 0.500", "learning. It went down."):
         assert words in stderr
-    assert "step 10/40 loss" not in stderr  # the live line has it
+    assert "step 10/40 loss" not in stderr  # the live block has it
 
 
 def test_a_pipe_shows_the_log_as_it_is() -> None:
-    assert run(True, terminal=False) == ("the result\n", "loading the model\nstep 10/40 loss 0.5000\n")
+    assert run(True, terminal=False) == (
+        "the result\n",
+        "loading the model\nstep 10/40 loss 0.5000\nvalidation at step 10/40 loss\n",
+    )
 
 
 def test_nothing_is_shown_when_nothing_was_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""Verbs about what is there: jobs, services, logs, stop, delete."""
+"""Verbs about what is there: jobs, services, watch, metrics, logs, stop, delete."""
 
 from __future__ import annotations
 
@@ -82,6 +82,46 @@ def services(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
         print("no services; next: palate deploy JOB", file=sys.stderr)
 
 
+def watch(
+    name: Annotated[str, typer.Argument(help="Job id.")],
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait; the job goes on.")] = None,
+) -> None:
+    """Follow a job to its end: a live view on a terminal, log lines elsewhere. Ctrl-C leaves the job running."""
+    from palate.job import TrainingJob
+
+    job = TrainingJob.get(name)
+    job.wait(timeout_s=timeout)
+    print(f"{name}\t{job.status}")
+    print(f"next: palate deploy {name}", file=sys.stderr)
+
+
+def metrics(
+    name: Annotated[str, typer.Argument(help="Job id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print every event as a JSON line.")] = False,
+) -> None:
+    """Print a job's metrics, and what they say in words; of a running job those so far."""
+    from palate.job import TrainingJob
+
+    job = TrainingJob.get(name)
+    events = job.metrics()
+    if as_json:
+        for event in events:
+            print(json.dumps(event))
+        return
+    from palate.terminal import print_table
+
+    columns = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "grad_norm", "learning_rate")
+    rows = []
+    for event in events:
+        if event["kind"] in ("train", "eval"):
+            prefix = "eval_" if event["kind"] == "eval" else ""
+            values = (event.get(prefix + column) for column in columns)
+            shown = ("" if value is None else f"{value:.4g}" for value in values)
+            rows.append(("validation" if prefix else "training", event["step"], event["epoch"], *shown))
+    print_table(("", "step", "epoch", *columns), rows)
+    print(f"reading: {job.reading()}", file=sys.stderr)
+
+
 def logs(
     name: Annotated[str, typer.Argument(help="Job id or service name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
@@ -150,5 +190,5 @@ def _find(name: str) -> TrainingJob | Predictor:
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (jobs, services, logs, stop, start, delete):
+    for verb in (jobs, services, watch, metrics, logs, stop, start, delete):
         app.command()(verb)

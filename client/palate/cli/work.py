@@ -74,7 +74,7 @@ def train(
     inputs = {channel: uri for channel, uri in given.items() if uri}
     job = recipe.train(inputs=inputs, wait=wait, job_name=name)
     print(job.id)
-    following = f"palate deploy {job.id}" if wait else f"palate logs --follow {job.id}"
+    following = f"palate deploy {job.id}" if wait else f"palate watch {job.id}"
     print(f"next: {following}", file=sys.stderr)
 
 
