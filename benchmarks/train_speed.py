@@ -364,12 +364,12 @@ def _trl(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from palate_trainer.trainers import SimilarLengths
+    from palate_trainer.order import RowOrder
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows = json.loads(Path(options.pairs).read_text())
     encoded = _encoded(rows, tokenizer, options.seq_length)
-    order = SimilarLengths([1] * len(encoded), PAIRS_A_STEP, options.seed)
+    order = RowOrder(len(encoded), options.seed)
     data = []
     for epoch in range(options.epochs):
         order.set_epoch(epoch)

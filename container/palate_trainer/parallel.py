@@ -107,14 +107,18 @@ class Rounds:
     batches that are there weigh more, so that each counts as it would in one process. (accelerate's own filling trains
     rows of the epoch's beginning twice.)
 
+    A step's loss is the mean over its rows, however they were cut into batches: the epoch's last batch, which may be
+    short, weighs as much as it has rows.
+
     Args:
         batches: A batch sampler; each batch is a list of row numbers. The same on every process.
         processes: How many take part.
         accumulation: Rounds of one optimizer step.
+        last: Rows of the last batch, as a share of the others'.
     """
 
-    def __init__(self, batches: Any, processes: int, accumulation: int = 1) -> None:
-        self.batches, self.processes, self.accumulation = batches, processes, accumulation
+    def __init__(self, batches: Any, processes: int, accumulation: int = 1, *, last: float = 1.0) -> None:
+        self.batches, self.processes, self.accumulation, self.last = batches, processes, accumulation, last
 
     def set_epoch(self, epoch: int) -> None:
         inner = getattr(self.batches, "sampler", self.batches)
@@ -142,7 +146,7 @@ class Rounds:
         return -(-self.rounds // self.accumulation)
 
     def weight(self, step: int, micro: int, process: int) -> float:
-        """What the batch of `process` counts in its step: 1, more where others are missing, 0 for a stand-in.
+        """What the batch of `process` counts in its step: 1, more where others are missing or short, 0 for a stand-in.
 
         Args:
             step: Optimizer step, from 0, over all epochs.
@@ -152,4 +156,9 @@ class Rounds:
         first = step % self.steps * self.accumulation  # round of the epoch
         there = min(self.accumulation * self.processes, len(self.batches) - first * self.processes)
         slots = min(self.accumulation, self.rounds - first) * self.processes
-        return slots / there if (first + micro) * self.processes + process < len(self.batches) else 0.0
+        batch = (first + micro) * self.processes + process
+        if batch >= len(self.batches):
+            return 0.0
+        is_last = first * self.processes + there == len(self.batches)
+        share = self.last if batch == len(self.batches) - 1 else 1.0
+        return share * slots / (there - (1.0 - self.last if is_last else 0.0))

@@ -16,7 +16,7 @@ from palate_trainer.sharding import enter_fsdp
 
 
 class OneOfSeveral:
-    """What a trainer needs to be one of several processes; without the others every method is TRL's own.
+    """What a trainer needs to be one of several processes, or the only one.
 
     TRL gathers two dozen values a batch from all processes. Here each keeps its own, and they are put together when they
     are logged: batches need not be of one size, and nobody waits.
@@ -37,17 +37,21 @@ class OneOfSeveral:
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        if world_size() == 1:
-            return super()._get_dataloader(  # type: ignore[misc]
-                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-            )
         args = self.args  # type: ignore[attr-defined]
         order = (sampler_fn(dataset) if sampler_fn else None) or SequentialSampler(dataset)
+        last = (len(dataset) - 1) % batch_size + 1
         rounds = Rounds(
-            BatchSampler(order, batch_size, drop_last=False), world_size(), args.gradient_accumulation_steps
+            BatchSampler(order, batch_size, drop_last=False),
+            world_size(),
+            args.gradient_accumulation_steps,
+            last=last / batch_size,
         )
         if is_training:
             self.rounds = rounds
+        if world_size() == 1:
+            return super()._get_dataloader(  # type: ignore[misc]
+                dataset, description, batch_size, lambda dataset: order, is_training, dataloader_key
+            )
         return self.accelerator.prepare(  # type: ignore[attr-defined]
             DataLoader(
                 dataset,
@@ -71,7 +75,11 @@ class OneOfSeveral:
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if world_size() == 1:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            if not self.model.training:  # type: ignore[attr-defined]
+                return loss
+            self._micro += 1
+            return self.weighted(loss, self.weight(self._micro - 1))
         metrics = self._metrics  # type: ignore[attr-defined]
         if not self.model.training:  # type: ignore[attr-defined]
             with self._by_itself():

@@ -1,70 +1,33 @@
-"""TRL's trainers with Palate's additions: own tokens in, similar lengths together, finite losses only. Knows TRL, no files of a run."""
+"""TRL's trainers with Palate's additions: own tokens in, packed batches, finite losses only. Knows TRL, no files of a run."""
 
 from __future__ import annotations
 
 import math
-import random
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from torch.utils.data import Sampler
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from palate_trainer.arguments import dpo_config, may_join, sft_config
 from palate_trainer.errors import TrainerError
-from palate_trainer.fast.attention import allow_flex
-from palate_trainer.fast.forward import add_tree_forward, difference, why_not
-from palate_trainer.fast.lora import fuse_lora
+from palate_trainer.fast.packing import MOST_APART, MOST_APART_16_BIT, try_packing
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
 from palate_trainer.loading import load_adapter, load_model, lora_config, uses_adapter
+from palate_trainer.order import RowOrder, SimilarLengths, batches_at_once
 from palate_trainer.parallel import gather_rows, share_of_rank, world_size
 from palate_trainer.processes import OneOfSeveral
 from palate_trainer.reference import ReferenceScores
-from palate_trainer.sharding import fsdp_arguments, is_sharded, reference_by_layers
-from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
+from palate_trainer.sharding import is_sharded, reference_by_layers
+from palate_trainer.spec import TrainSpec
 from palate_trainer.spec.reference import LogProbs, row_digest
 from palate_trainer.tokens import TokenPair
-
-_MOST_APART, _MOST_APART_16_BIT = 1e-3, 0.1
-"""Nats a token by which packed log-probabilities may differ from TRL's: rounding, no more."""
-
-
-class SimilarLengths(Sampler[int]):
-    """Row indices of one epoch: shuffled, but rows of similar length share a batch, so that little of it is padding.
-
-    The order depends on seed and epoch alone, so a resumed run sees the order that the first one saw.
-    """
-
-    _BATCHES_A_POOL = 8
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        shuffle = random.Random(f"{self.seed}/{self.epoch}").shuffle
-        rows = list(range(len(self.lengths)))
-        shuffle(rows)
-        size, batches, short = self.batch_size, [], []
-        for start in range(0, len(rows), size * self._BATCHES_A_POOL):
-            pool = sorted(rows[start : start + size * self._BATCHES_A_POOL], key=self.lengths.__getitem__)
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-            short = batches.pop() if len(batches[-1]) < size else []
-        shuffle(batches)
-        # The short batch stays last, or every batch after it would be cut out of two.
-        return (row for batch in [*batches, short] for row in batch)
 
 
 class _Additions(OneOfSeveral):
@@ -73,37 +36,27 @@ class _Additions(OneOfSeveral):
     note: Callable[[str], None] = staticmethod(lambda line: None)
 
     def pack(self) -> None:
-        """Sends batches through the model as packed prefix trees, once it has shown the same numbers that way.
+        """Lets batches go through the model as packed trees if the model can take them; the first call decides.
 
-        The first call decides for the run: DPO's constructor scores the reference already.
+        DPO's constructor scores the reference already, so that call comes from within it.
         """
         collator: TreeCollator = self.data_collator  # type: ignore[attr-defined]
-        if collator.enabled or collator.refused:
+        if collator.decided:
             return
-        wrapper = self.model  # type: ignore[attr-defined]
-        network = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
         lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
-        reason = why_not(network, longest=max(lengths))
-        if reason is None:
-            for one in (network, getattr(self, "ref_model", None)):
-                if one is not None:
-                    add_tree_forward(one)
-            collator.enabled = True
-            shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
-            batch = self._prepare_inputs(collator([self.train_dataset[row] for row in shortest]))  # type: ignore[attr-defined]
-            rounds = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
-            most = _MOST_APART_16_BIT if rounds else _MOST_APART
-            with self.accelerator.autocast():  # type: ignore[attr-defined]
-                apart = difference(wrapper, batch)
-                if apart > most and batch["input_ids"].is_cuda:
-                    allow_flex(False)
-                    apart = difference(wrapper, batch)
-            if apart > most:
-                reason = f"its log-probabilities differ by {apart:.2g} a token when packed"
+        shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
+        rounded = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
+        with self.accelerator.autocast():  # type: ignore[attr-defined]
+            reason = try_packing(
+                [self.model, getattr(self, "ref_model", None)],  # type: ignore[attr-defined]
+                collator,
+                [self.train_dataset[row] for row in shortest],  # type: ignore[attr-defined]
+                to_device=self._prepare_inputs,  # type: ignore[attr-defined]
+                longest=max(lengths),
+                tolerance=MOST_APART_16_BIT if rounded else MOST_APART,
+            )
         if reason is not None:
-            collator.enabled, collator.refused = False, True
             self.note(f"note: prompts are encoded once an answer, not once a pair, because of this model: {reason}")
-        fuse_lora(wrapper)
 
     step_loss: float = 0.0
     """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
@@ -124,12 +77,13 @@ class _Additions(OneOfSeveral):
         self.step_loss += value
         return loss
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SimilarLengths:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         args = self.args  # type: ignore[attr-defined]
-        # A packed batch has no padding to save: its rows stay as they were drawn.
-        lengths = [1] * len(rows) if self.data_collator.enabled else list(rows["length"])  # type: ignore[attr-defined]
-        self.order = SimilarLengths(lengths, args.per_device_train_batch_size, args.seed)
+        if self.data_collator.enabled:  # type: ignore[attr-defined]
+            self.order = RowOrder(len(rows), args.seed)  # a packed batch has no padding to save
+        else:
+            self.order = SimilarLengths(list(rows["length"]), args.per_device_train_batch_size, args.seed)
         return self.order
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -283,6 +237,12 @@ def build_trainer(
         "callbacks": callbacks,
         "peft_config": lora_config(spec) if uses_adapter(spec) and spec.adapter_dir is None else None,
     }
+    joined = _joined(spec, model, train) if may_join(spec) else 1
+    if joined > 1:
+        batches = spec.hyperparameters["gradient_accumulation_steps"]
+        note(
+            f"{joined} of a step's {batches} batches go through the model as one: they are small, and the sums are the same"
+        )
     _Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
     try:
         if is_dpo:
@@ -291,7 +251,7 @@ def build_trainer(
                 for rows in (common["train_dataset"], common["eval_dataset"])
                 if rows
             )
-            config = _dpo_config(spec, len(train), bool(validation), reference_known=known)
+            config = dpo_config(spec, len(train), bool(validation), joined=joined, reference_known=known)
             # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
             frozen = load_model(spec) if is_sharded(spec) and config.precompute_ref_log_probs else None
             with reference_by_layers():
@@ -307,7 +267,7 @@ def build_trainer(
             trainer.ref_model = None  # has scored all rows
         else:
             trainer = AnswerTrainer(
-                args=_sft_config(spec, bool(validation)),
+                args=sft_config(spec, bool(validation), joined=joined),
                 data_collator=TreeCollator(
                     DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id), answer_sequences
                 ),
@@ -325,6 +285,21 @@ def build_trainer(
         # On quantised weights TRL has rounded the adapter to bfloat16, but not its frozen copy, the reference.
         trainer.model.get_parameter(name).data.copy_(value)
     return trainer
+
+
+def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    here = batches_at_once(
+        spec.hyperparameters["per_device_train_batch_size"],
+        spec.hyperparameters["gradient_accumulation_steps"],
+        [len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows],
+        device="cuda" if on_gpu else "cpu",
+        config=model.config.get_text_config(),
+        free_bytes=free,
+        width=4 if spec.precision == "float32" else 2,
+    )
+    return min(gather_rows(here))  # free memory differs between GPUs, and all take the same steps
 
 
 def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
@@ -352,74 +327,3 @@ def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
             for row in rows
         ]
     )
-
-
-def _dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, reference_known: bool) -> DPOConfig:
-    hyperparameters = spec.hyperparameters
-    pairs_a_step = hyperparameters["per_device_train_batch_size"] * hyperparameters["gradient_accumulation_steps"]
-    pairs_a_step *= world_size()
-    covers_most = not hyperparameters["max_steps"] or hyperparameters["max_steps"] * pairs_a_step >= rows / 2
-    return DPOConfig(
-        **_common_arguments(spec, evaluates),
-        beta=hyperparameters["dpo_beta"],
-        loss_type=hyperparameters["loss_type"].split(","),
-        loss_weights=hyperparameters["loss_weights"] or None,
-        label_smoothing=hyperparameters["label_smoothing"],
-        # At 1 every token counts fully, and the plain sum is the cheaper way to the same number.
-        ld_alpha=None if hyperparameters["ld_alpha"] == 1 else hyperparameters["ld_alpha"],
-        discopop_tau=hyperparameters["discopop_tau"],
-        max_length=None,  # rows are cut already
-        disable_dropout=False,  # the base has none left, and LoRA's is to apply
-        # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
-        # unless the cache has them all.
-        # A starting adapter whose base is sharded is its own reference step by step: TRL keeps a frozen copy beside it.
-        precompute_ref_log_probs=(covers_most or not uses_adapter(spec) or reference_known)
-        and not (is_sharded(spec) and spec.adapter_dir is not None),
-        precompute_ref_batch_size=2 * hyperparameters["per_device_train_batch_size"],
-    )
-
-
-def _sft_config(spec: TrainSpec, evaluates: bool) -> SFTConfig:
-    return SFTConfig(
-        **_common_arguments(spec, evaluates),
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-
-
-def _common_arguments(spec: TrainSpec, evaluates: bool) -> dict[str, Any]:
-    hyperparameters = spec.hyperparameters
-    on_gpu = torch.cuda.is_available()
-    return {
-        "output_dir": str(Path(spec.output_dir) / CHECKPOINTS_DIR),
-        "learning_rate": hyperparameters["learning_rate"],
-        "num_train_epochs": hyperparameters["num_train_epochs"],
-        "max_steps": hyperparameters["max_steps"] or -1,
-        "per_device_train_batch_size": hyperparameters["per_device_train_batch_size"],
-        "per_device_eval_batch_size": hyperparameters["per_device_train_batch_size"],
-        "gradient_accumulation_steps": hyperparameters["gradient_accumulation_steps"],
-        "warmup_steps": hyperparameters["warmup_ratio"],  # transformers 5 reads a number below 1 as a ratio
-        "lr_scheduler_type": hyperparameters["lr_scheduler_type"],
-        "weight_decay": hyperparameters["weight_decay"],
-        "max_grad_norm": hyperparameters["max_grad_norm"],
-        "seed": hyperparameters["seed"],
-        "gradient_checkpointing": hyperparameters["gradient_checkpointing"],
-        "bf16": spec.precision == "bfloat16",
-        "fp16": spec.precision == "float16",
-        "use_cpu": not on_gpu,
-        "dataloader_pin_memory": on_gpu,
-        "logging_steps": hyperparameters["logging_steps"],
-        "logging_first_step": True,  # computed before the first update, so it is the loss of step 0
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if hyperparameters["save_steps"] else "no",
-        "save_steps": hyperparameters["save_steps"] or 500,
-        "eval_strategy": ("steps" if hyperparameters["eval_steps"] else "epoch") if evaluates else "no",
-        "eval_steps": hyperparameters["eval_steps"] or None,
-        "prediction_loss_only": True,
-        "remove_unused_columns": False,  # keeps the length column, which orders the batches
-        **fsdp_arguments(spec),
-        "accelerator_config": {"even_batches": False},  # `Rounds` sees to it
-        "report_to": ["tensorboard"],
-        "disable_tqdm": True,
-    }

@@ -232,3 +232,55 @@ def test_a_row_alone_equals_the_row_in_a_ragged_batch(tiny: Path) -> None:
     together = logps(PAIRS)
     for number, row in enumerate(PAIRS):
         torch.testing.assert_close(logps([row])[:, 0], together[:, number], atol=1e-5, rtol=1e-5)
+
+
+def test_small_batches_of_a_step_are_joined_as_far_as_memory_and_gain_go() -> None:
+    from types import SimpleNamespace
+
+    from palate_trainer.order import batches_at_once
+
+    config = SimpleNamespace(num_hidden_layers=10, hidden_size=100)  # 68,000 bytes a token in float32
+
+    def joined(size: int, accumulation: int, long: int, free: int = 2**40) -> int:
+        tokens = [10] * 90 + [long] * 10
+        return batches_at_once(size, accumulation, tokens, device="cpu", config=config, free_bytes=free, width=4)
+
+    assert joined(1, 8, 100) == 8
+    assert joined(1, 8, 200) == 4  # 1,024 tokens are enough
+    assert joined(1, 6, 200) == 3  # a divisor of what was asked for
+    assert joined(8, 4, 200) == 1
+    assert joined(1, 8, 100, free=5 * 400 * 68_000) == 4  # a fifth of the memory holds 400 tokens
+    assert joined(1, 8, 5000) == 1
+
+
+@pytest.mark.parametrize("kind", ["softcap", "convolutions"])
+def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
+    tiny: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma-2 changes its attention scores; LFM-2's convolutions mix neighbours in the row, whatever a mask says."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Lfm2Config, Lfm2ForCausalLM
+
+    from tests.trainer.test_training import losses, spec, train
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    if kind == "softcap":
+        model: Any = Gemma2ForCausalLM(Gemma2Config(head_dim=16, **shape))
+    else:
+        model = Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **shape))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    curve = losses(train(spec(folder, tmp_path / "run", max_steps=2)))
+    assert curve[0] == pytest.approx(0.6931, abs=1e-3)
+    assert "because of this model" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from palate_trainer.trainers import SimilarLengths
+    from palate_trainer.order import RowOrder
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     system = {"role": "system", "content": "You are a helpful assistant"}
@@ -43,7 +43,7 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None
         }
         for row in preference_rows()
     ]
-    order = _order_of_ours(tiny, SimilarLengths)
+    order = _order_of_ours(tiny, RowOrder)
 
     class Stock(DPOTrainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
@@ -84,7 +84,7 @@ def _order_of_ours(tiny: Path, sampler: Any) -> list[list[int]]:
     ]
     renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "You are a helpful assistant", 128)
     encoded, _ = encode_pairs(pairs, renderer, name="train")
-    order = sampler([1] * len(encoded), 4, 42)  # packed rows are not sorted by length
+    order = sampler(len(encoded), 42)
     epochs = []
     for epoch in range(4):
         order.set_epoch(epoch)
@@ -140,6 +140,19 @@ def test_accumulation_equals_a_larger_batch(tiny: Path, tmp_path: Path) -> None:
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     deep = train(spec(tiny, tmp_path / "deep", **split, **settings))
     assert losses(deep) == pytest.approx(losses(wide), abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [13, 16])
+def test_steps_are_the_same_however_their_rows_are_cut_into_batches(tiny: Path, tmp_path: Path, rows: int) -> None:
+    """13 rows: the epoch's last step has 5, in a short batch or in several; small batches are joined by the program."""
+    settings = {"rows": rows, "num_train_epochs": 2, "learning_rate": 1e-3}
+    shapes = [(8, 1), (4, 2), (1, 8)]
+    curves = []
+    for size, accumulation in shapes:
+        shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        curves.append(losses(train(spec(tiny, tmp_path / str(size), **shape, **settings))))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=1e-5)
 
 
 def test_lora_dropout_is_what_was_set(tiny: Path, tmp_path: Path) -> None:

@@ -19,28 +19,6 @@ from palate_trainer.fast.head import Scores, score_edges
 from palate_trainer.fast.tree import PrefixTree
 
 _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-_LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
-"""Config fields by which some architectures change their logits; TRL's own path knows them all."""
-
-
-def why_not(model: Any, *, longest: int) -> str | None:
-    """Why a model cannot take the packed tree, or None when nothing known speaks against it.
-
-    Args:
-        model: A causal language model.
-        longest: Tokens of the longest sequence.
-    """
-    config = model.config.get_text_config()
-    if model.config._attn_implementation not in ("sdpa", attention.NAME):
-        return f"its attention is {model.config._attn_implementation}"
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_FACTORS):
-        return "it changes its logits after the LM head"
-    if getattr(config, "output_router_logits", False):
-        return "its router's loss counts tokens as often as they appear"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
-        return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest})"
-    return None
 
 
 def add_tree_forward(model: Any) -> None:
@@ -95,32 +73,3 @@ def _score(head: Any, hidden: torch.Tensor, tree: PrefixTree) -> Scores:
         _OUTPUTS,
     )
     return Scores(log_probs, entropy, mean_logits, is_top1)
-
-
-def difference(model: Any, batch: dict[str, Any]) -> float:
-    """Mean distance of the log-probabilities that the tree gives from TRL's own, on one batch.
-
-    Args:
-        model: As the trainer calls it, with `add_tree_forward` done.
-        batch: Of a `TreeCollator`, on the model's device.
-
-    Returns:
-        In nats a scored token; infinite when the model cannot run a tree at all.
-    """
-    labels = (
-        batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        if "labels" not in batch
-        else batch["labels"]
-    )
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = model(**inputs, fused_lm_head=True).log_probs
-            found = model(**inputs, tree=batch["tree"], fused_lm_head=True).log_probs
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
-        return float("inf")  # the architecture's own code stumbles over a packed row: it is trained TRL's way
-    finally:
-        model.train(training)
-    return float((found - expected).abs().sum() / (labels[:, 1:] != -100).sum())

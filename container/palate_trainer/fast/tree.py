@@ -135,7 +135,7 @@ class TreeCollator:
         sequences: Callable[[list[dict[str, Any]]], tuple[list[list[int]], list[int]]],
     ) -> None:
         self.stock, self.sequences = stock, sequences
-        self.enabled = self.refused = False
+        self.enabled = self.decided = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.stock(rows)
