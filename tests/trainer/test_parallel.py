@@ -120,6 +120,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
     for one, two in zip(alone, both, strict=True):
         assert one["kind"] == two["kind"]
         for name in {name for name, value in one.items() if isinstance(value, float)} - CLOCKS:
+            if "seconds" in name or name.endswith(("_per_s", "_gb")):
+                continue
             assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
         assert one.get("num_tokens") == two.get("num_tokens")
     assert both[0]["processes"] == 2

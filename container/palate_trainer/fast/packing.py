@@ -13,7 +13,7 @@ from palate_trainer.fast.forward import add_tree_forward
 from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.fast.tree import TreeCollator
 
-MOST_APART, MOST_APART_16_BIT = 1e-3, 0.1
+MOST_APART, MOST_APART_16_BIT = 1e-4, 0.1
 """Nats a token by which packed log-probabilities may differ from TRL's: rounding, no more."""
 
 _LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
@@ -77,6 +77,11 @@ def why_not(model: Any, *, longest: int) -> str | None:
         return f"its attention is {model.config._attn_implementation}"
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_FACTORS):
         return "it changes its logits after the LM head"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+        return "its convolutions mix neighbours in the row"
     if getattr(config, "output_router_logits", False):
         return "its router's loss counts tokens as often as they appear"
     window = getattr(config, "sliding_window", None)
