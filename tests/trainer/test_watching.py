@@ -17,22 +17,9 @@ __all__ = ["keep_signals"]  # a fixture that every test here uses by itself
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["river", "stone", "cloud", "lamp", "garden", "paper", "train", "music", "winter", "copper", "yellow", "orbit"]
-    "river",
-    "stone",
-    "cloud",
-    "lamp",
-    "garden",
-    "paper",
-    "train",
-    "music",
-    "winter",
-    "copper",
-    "yellow",
-    "seven",
-    "orbit",
-    "magnet",
-]
+WORDS = [
+    "river", "stone", "cloud", "lamp", "garden", "paper", "train", "music", "winter", "copper", "yellow", "seven", "orbit", "magnet",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +140,7 @@ def test_a_resumed_run_has_sane_rates_and_time_left(tiny: Path, tmp_path: Path) 
     ("rows", "settings", "verdict", "words"),
     [
         (with_a_rule, {"learning_rate": 1e-6}, "not learning", "raise learning_rate from 1e-06 to 1e-05"),
-        (without_a_rule, {"learning_rate": 0.1}, "unstable", "Lower learning_rate from 0.1 to 0.01"),
+        (without_a_rule, {"learning_rate": 0.1}, "unstable", "Lower learning_rate from 0.1 to 0.0"),
         (with_a_rule, {"learning_rate": 1e-3}, "saturated", "every pair was right"),
     ],
 )
@@ -175,7 +162,7 @@ def test_few_rows_and_many_epochs_are_over_fitting_and_noted_early(
     loud: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = watched(
-        loud, tmp_path, without_a_rule(16, 1), without_a_rule(16, 2), learning_rate=5e-3, num_train_epochs=8
+        loud, tmp_path, without_a_rule(24, 1), without_a_rule(24, 2), learning_rate=3e-3, num_train_epochs=12
     )
     assert metrics[-1]["reading"]["verdict"] == "over-fitting"
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the validation loss")]
