@@ -38,6 +38,8 @@ def test_help_lists_the_verbs(home: Path) -> None:
         "chat",
         "jobs",
         "services",
+        "watch",
+        "metrics",
         "logs",
         "stop",
         "delete",
@@ -96,6 +98,8 @@ def test_empty_lists_name_the_next_command(home: Path) -> None:
         (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
         (["deploy", "no-such-model", "--base"], ["no-such-model", "palate models"]),
         (["logs", "nothing"], ["nothing", "palate jobs"]),
+        (["watch", "nothing"], ["nothing", "palate jobs"]),
+        (["metrics", "nothing"], ["nothing", "palate jobs"]),
         (["stop", "nothing"], ["nothing"]),
         (["delete", "nothing"], ["nothing"]),
         (["chat", "nothing", "hi"], ["nothing", "palate services"]),
@@ -115,3 +119,28 @@ def test_an_error_is_one_message_on_stderr_and_exit_code_1(
     for word in words:
         assert word in done.stderr
     assert not (home / "store" / "jobs").exists()
+
+
+def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
+    from palate.record import Manifest, Record
+    from palate.store import open_store
+
+    record = Record(open_store(home / "store"), "jobs", "done")
+    record.create(Manifest(kind="train", name="done", backend="process", body={}, labels={}))
+    start = {"kind": "start", "step": 0, "total_steps": 2, "strategy": "dpo", "learning_rate": 1e-4}
+    step = {"kind": "train", "step": 2, "total_steps": 2, "epoch": 1.0, "loss": 0.5, "rewards/margins": 0.4}
+    record.append("metrics", 1, "".join(json.dumps(event) + "\n" for event in (start, step)).encode())
+    record.append("logs", 1, b"step 2/2 loss 0.500\n")
+    record.advance("Succeeded", expect={"Creating"}, exit_code=0)
+
+    watched = palate("watch", "done", home=home)
+    assert (watched.returncode, watched.stdout) == (0, "done\tSucceeded\n")
+    assert watched.stderr.splitlines() == ["step 2/2 loss 0.500", "next: palate deploy done"]
+
+    told = palate("metrics", "done", home=home)
+    assert told.stdout.splitlines()[1].split("\t")[:5] == ["training", "2", "1.0", "0.5", "0.4"]
+    assert told.stderr.startswith("reading: too early to tell. 2 steps are too few")
+    assert [json.loads(line) for line in palate("metrics", "done", "--json", home=home).stdout.splitlines()] == [
+        start,
+        step,
+    ]

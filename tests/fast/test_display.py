@@ -11,7 +11,7 @@ import sys
 SCRIPT = """
 import json
 from palate.display import make_display
-start = {"kind": "start", "total_steps": 40}
+start = {"kind": "start", "step": 0, "total_steps": 40}
 first = {"kind": "train", "step": 1, "total_steps": 40, "loss": 0.7}
 step = {"kind": "train", "step": 10, "total_steps": 40, "loss": 0.5, "rewards/margins": 0.25,
         "rewards/accuracies": 0.75, "tokens_per_s": 310.4, "seconds_left": 240.0}

@@ -114,7 +114,7 @@ def test_the_recipe_takes_pais_parameters_in_pais_order() -> None:
 def test_pais_methods_are_there() -> None:
     surface = {
         ModelTrainingRecipe: "train run deploy model_data latest_job wait hyperparameters hyperparameter_definitions",
-        TrainingJob: "get attach list wait stop logs metrics status is_succeeded is_completed output_path deploy id",
+        TrainingJob: "get attach list wait stop logs metrics reading status is_succeeded is_completed output_path deploy id",
         RegisteredModel: "list training_recipe deploy",
         Predictor: "openai async_openai raw_predict predict wait_for_ready wait describe_service logs start_service "
         "stop_service delete_service endpoint service_status access_token labels refresh",

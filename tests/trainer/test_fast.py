@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-    from tests.trainer.test_training import losses, spec, train
+    from tests.trainer.support import losses, spec, train
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     shape: dict[str, Any] = {

@@ -17,13 +17,10 @@ import pytest
 from palate_trainer.parallel import Rounds
 from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
 from tests.slow.conftest import until
-from tests.trainer.test_training import keep_signals, losses, spec, train
+from tests.trainer.support import losses, spec, train
 
-__all__ = ["keep_signals"]
-
-CLOCKS = {"seconds", "train_seconds", "pairs_per_s", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-CLOCKS |= {"epoch"}  # a share of the rounds, and a stand-in fills a round
-
+CLOCKS = ("seconds", "_left", "_per_s", "per_second", "_runtime", "_gb", "epoch")
+"""Ends of names that two runs need not share; an epoch is a share of the rounds, and a stand-in fills a round."""
 
 FAULT = """
 import os, sys, threading, time
@@ -119,9 +116,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
     assert len(losses(alone)) == 2 * -(-rows // 4)
     for one, two in zip(alone, both, strict=True):
         assert one["kind"] == two["kind"]
-        for name in {name for name, value in one.items() if isinstance(value, float)} - CLOCKS:
-            if "seconds" in name or name.endswith(("_per_s", "_gb")):
-                continue
+        for name in [name for name, value in one.items() if isinstance(value, float) and not name.endswith(CLOCKS)]:
             assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), name
         assert one.get("num_tokens") == two.get("num_tokens")
     assert both[0]["processes"] == 2

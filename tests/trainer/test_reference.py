@@ -12,7 +12,7 @@ import pytest
 from palate_trainer.spec import TrainSpec
 from palate_trainer.spec.reference import Table, read_table, reference_key, table_name, write_table
 from tests.slow.conftest import preference_rows
-from tests.trainer.test_training import keep_signals, losses, spec, train  # noqa: F401
+from tests.trainer.support import losses, spec, train
 
 pytestmark = pytest.mark.slow
 

@@ -40,7 +40,6 @@ _GAP_ACCURACY = 0.15
 _SATURATED_ACCURACY = 0.99
 _SATURATED_LOSS = 0.1
 _DISPLACED = 1.0
-_SENTENCES = 3
 
 
 @dataclass(frozen=True)
@@ -220,8 +219,8 @@ def _saturated(curves: Curves) -> Reading | None:
 
 def _learning(curves: Curves) -> Reading:
     sentences = [f"{_figures(curves)[0].upper()}{_figures(curves)[1:]}."]
-    for remark in (_displacement(curves), _gap(curves), _still_falling(curves)):
-        if remark is not None and len(sentences) < _SENTENCES:
+    for remark in (_displacement(curves), _gap(curves) or _still_falling(curves)):
+        if remark is not None:
             sentences.append(remark)
     return Reading("learning", " ".join(sentences))
 
