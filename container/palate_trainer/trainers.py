@@ -6,9 +6,11 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer import dpo_trainer
@@ -299,7 +301,11 @@ def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
         free_bytes=free,
         width=4 if spec.precision == "float32" else 2,
     )
-    return min(gather_rows(here))  # free memory differs between GPUs, and all take the same steps
+    if world_size() == 1:
+        return here
+    # Free memory differs between GPUs, and all take the same steps. TRL's arguments would tie the processes later, so.
+    PartialState(cpu=not on_gpu, timeout=timedelta(minutes=30))
+    return min(gather_rows(here))
 
 
 def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:

@@ -19,7 +19,7 @@ from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STO
 from tests.slow.conftest import until
 from tests.trainer.support import losses, spec, train
 
-CLOCKS = ("seconds", "_left", "_per_s", "per_second", "_runtime", "_gb", "epoch")
+CLOCKS = ("seconds", "first_step", "_left", "_per_s", "per_second", "_runtime", "_gb", "epoch")
 """Ends of names that two runs need not share; an epoch is a share of the rounds, and a stand-in fills a round."""
 
 FAULT = """
