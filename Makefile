@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-fast check bench-import clean
+.PHONY: help setup quickstart test test-fast check bench-train bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,6 +15,7 @@ help:
 	echo "make test-fast     only the tests that start neither"
 	echo "make check         lint, types, import contracts"
 	echo "make setup         the virtual environment that all of them use"
+	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
 	echo "make bench-import  how long 'import palate' takes"
 
 setup: $(VENV)/.ready
@@ -60,6 +61,9 @@ check: setup
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
 	"$(VENV)/bin/lint-imports"
+
+bench-train: setup
+	@"$(PY)" benchmarks/train_speed.py $(ARGS)
 
 bench-import: setup
 	@"$(PY)" benchmarks/import_time.py

@@ -284,3 +284,27 @@ def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
     curve = losses(train(spec(folder, tmp_path / "run", max_steps=2)))
     assert curve[0] == pytest.approx(0.6931, abs=1e-3)
     assert "because of this model" in capsys.readouterr().out
+
+
+def test_in_bfloat16_the_final_margin_is_trls_within_the_noise_of_seeds(tiny: Path, tmp_path: Path) -> None:
+    """Three seeds each: the packed run against the same program on TRL's own path."""
+    import statistics
+
+    from palate_trainer.fast import packing
+    from tests.trainer.support import spec, train
+
+    settings = {"rows": 16, "num_train_epochs": 3, "learning_rate": 2e-3, "precision": "bfloat16"}
+
+    def margins(folder: Path) -> list[float]:
+        return [
+            train(spec(tiny, folder / str(seed), seed=seed, **settings))[-1]["train"]["rewards/margins"]
+            for seed in (1, 2, 3)
+        ]
+
+    packed = margins(tmp_path / "packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "why_not", lambda model, *, longest: "of this test")
+        padded = margins(tmp_path / "padded")
+    noise = statistics.stdev(padded)
+    assert abs(statistics.mean(packed) - statistics.mean(padded)) < noise
+    assert min(packed) > 0.1

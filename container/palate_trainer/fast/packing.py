@@ -111,9 +111,15 @@ def difference(model: Any, batch: dict[str, Any]) -> float:
     try:
         with torch.no_grad():
             expected = model(**inputs, fused_lm_head=True).log_probs
+        # FlexAttention compiles its backward pass by itself: it has to stand the trial too.
+        backward = inputs["input_ids"].is_cuda and isinstance(model, PeftModel)
+        with torch.set_grad_enabled(backward):
             found = model(**inputs, tree=batch["tree"], fused_lm_head=True).log_probs
+            if backward:
+                found.sum().backward()
+                model.zero_grad(set_to_none=True)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
         return float("inf")  # the architecture's own code stumbles over a packed row: it is trained TRL's way
     finally:
         model.train(training)
-    return float((found - expected).abs().sum() / (labels[:, 1:] != -100).sum())
+    return float((found.detach() - expected).abs().sum() / (labels[:, 1:] != -100).sum())
