@@ -1,7 +1,8 @@
 """What a run's curves say, in words: a verdict, the figures it rests on, and what to change. Knows metrics events, no ML.
 
-The thresholds were compared with real runs at learning rates too low, right and far too high, on few rows and on many; a test
-repeats small ones. A reading is a first look, not a measurement: how good the answers are is for an evaluation to say.
+The thresholds were compared with runs of a two-layer model at learning rates too low, right and far too high, on few rows and
+on more; tests repeat some. Those for gradient norms, swinging margins and displacement have met made curves alone.
+A reading is a first look, not a measurement: how good the answers are is for an evaluation to say.
 """
 
 from __future__ import annotations
