@@ -164,7 +164,15 @@ def _measure(options: argparse.Namespace, pairs: Path, folder: Path) -> dict[str
                 command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
             command += ["--steps", str(options.stock_steps or options.steps if stock else options.steps)]
             command += ["--epochs", str(1 if stock else options.epochs)]
-            subprocess.run(command, check=True, env={**os.environ, "PALATE_BENCH_DIR": str(folder)})
+            child = subprocess.run(
+                command,
+                env={**os.environ, "PALATE_BENCH_DIR": str(folder)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if child.returncode:
+                raise SystemExit(f"{name} failed:\n{child.stderr[-4000:]}")
             results[name].append(json.loads(out.read_text()))
             run = results[name][-1]
             print(f"round {number + 1} {name:9} {run['pairs'] / run['seconds']:6.3f} pairs/s", flush=True)

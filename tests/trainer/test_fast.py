@@ -153,6 +153,48 @@ def test_fused_lora_is_pefts_lora(tiny: Path, dropout: float) -> None:
         assert torch.equal(model(input_ids=ids).logits, plain)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_norms_and_gates_keep_less_and_give_the_same(tiny: Path, dtype: str, tolerance: float) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from palate_trainer.fast.elementwise import fuse_elementwise
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype)).requires_grad_(False)
+    layer, norm = model.model.layers[0].mlp, model.model.norm
+    torch.manual_seed(0)
+    norm.weight.uniform_(0.5, 2.0)
+    x = torch.randn(2, 5, 64).to(norm.weight.dtype).requires_grad_()
+
+    def run() -> list[Any]:
+        out = norm(x) + layer(x)
+        (gradient,) = torch.autograd.grad((out * torch.linspace(-1, 1, 64)).sum(), x)
+        return [out.detach().float(), gradient.float()]
+
+    expected = run()
+    assert fuse_elementwise(model) == 7  # two layers with two norms and a gate each, and the last norm
+    for found, plain in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, plain, atol=tolerance * float(plain.abs().max()), rtol=tolerance)
+
+
+def test_a_norm_of_another_kind_is_left_alone() -> None:
+    import torch
+
+    from palate_trainer.fast.elementwise import fuse_elementwise
+
+    class OneMore(torch.nn.Module):
+        """Gemma's: the weight is what is added to 1."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.full((8,), 0.5), requires_grad=False), 1e-6
+
+        def forward(self, x: Any) -> Any:
+            return x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt() * (1 + self.weight)
+
+    assert fuse_elementwise(torch.nn.Sequential(OneMore())) == 0
+
+
 PAIRS = [
     # prompts of two lengths with one beginning, answers with one beginning, an answer that begins the other
     {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [9, 9, 2], "rejected_ids": [9, 8, 2]},

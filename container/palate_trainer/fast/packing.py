@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from palate_trainer.fast import attention
+from palate_trainer.fast.elementwise import fuse_elementwise
 from palate_trainer.fast.forward import add_tree_forward
 from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.fast.tree import TreeCollator
@@ -31,7 +32,7 @@ def try_packing(
 ) -> str | None:
     """Sends batches through the model as packed trees if it gives the same log-probabilities that way.
 
-    LoRA layers get their fused computation in any case.
+    LoRA layers, norms and gates get their fused computation in any case.
 
     Args:
         models: The policy, and a reference model beside it or None.
@@ -47,6 +48,9 @@ def try_packing(
     policy = models[0]
     networks = [one.get_base_model() if isinstance(one, PeftModel) else one for one in models if one is not None]
     collator.decided = True
+    for one in models:
+        if one is not None:
+            fuse_elementwise(one)
     fuse_lora(policy)
     reason = why_not(networks[0], longest=longest)
     if reason is not None:
