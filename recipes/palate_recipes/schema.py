@@ -153,7 +153,7 @@ _ROWS = (
         "per_device_train_batch_size",
         "int",
         1,
-        "rows (sft) or pairs (dpo) that one device takes at once",
+        "rows (sft) or pairs (dpo) of one batch on one device",
         "rows",
         minimum=1,
         maximum=1024,

@@ -95,9 +95,10 @@ def formula(name: str, s: Scores) -> Any:
 def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, Scores]:
     """The trainer's loss over ROWS with an adapter that is not new, and the scores it must come from."""
     import torch
-    from palate_trainer.fused_head import completion_tokens_only
 
+    from palate_trainer.fast.compact import completion_tokens_only
     from palate_trainer.loading import load_model, load_tokenizer
+    from palate_trainer.reference import ReferenceScores
     from palate_trainer.spec.preferences import read_preferences
     from palate_trainer.tokens import Renderer, encode_pairs
     from palate_trainer.trainers import build_trainer
@@ -109,7 +110,14 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
     rows, _ = encode_pairs(read_preferences(wanted.train_file), renderer, name="train")
     with completion_tokens_only():
         trainer = build_trainer(
-            wanted, model=load_model(wanted), tokenizer=tokenizer, train=rows, validation=[], callbacks=[], note=print
+            wanted,
+            model=load_model(wanted),
+            tokenizer=tokenizer,
+            train=rows,
+            validation=[],
+            callbacks=[],
+            reference=ReferenceScores(wanted, print),
+            note=print,
         )
         torch.manual_seed(1)
         for name, parameter in trainer.model.named_parameters():
