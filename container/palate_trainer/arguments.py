@@ -78,7 +78,7 @@ def _common_arguments(spec: TrainSpec, evaluates: bool, joined: int) -> dict[str
         "num_train_epochs": hyperparameters["num_train_epochs"],
         "max_steps": hyperparameters["max_steps"] or -1,
         "per_device_train_batch_size": joined * hyperparameters["per_device_train_batch_size"],
-        "per_device_eval_batch_size": joined * hyperparameters["per_device_train_batch_size"],
+        "per_device_eval_batch_size": hyperparameters["per_device_train_batch_size"],
         "gradient_accumulation_steps": hyperparameters["gradient_accumulation_steps"] // joined,
         "warmup_steps": hyperparameters["warmup_ratio"],  # transformers 5 reads a number below 1 as a ratio
         "lr_scheduler_type": hyperparameters["lr_scheduler_type"],

@@ -48,9 +48,7 @@ def try_packing(
     policy = models[0]
     networks = [one.get_base_model() if isinstance(one, PeftModel) else one for one in models if one is not None]
     collator.decided = True
-    for one in models:
-        if one is not None:
-            fuse_elementwise(one)
+    fuse_elementwise(policy)  # a reference keeps nothing for a backward pass
     fuse_lora(policy)
     reason = why_not(networks[0], longest=longest)
     if reason is not None:
