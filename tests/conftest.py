@@ -36,6 +36,11 @@ def session(home: Path) -> Session:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, and the longest file last: a broken rule shows in seconds."""
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "quickstart" in item.nodeid))
+    if os.environ.get("PALATE_TEST_THOROUGH") != "1":
+        further = pytest.mark.skip(reason="a further case; PALATE_TEST_THOROUGH=1 runs it")
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(further)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

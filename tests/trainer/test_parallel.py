@@ -109,7 +109,7 @@ def test_batches_are_dealt_once_and_weigh_the_same_in_their_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [16, 13])
+@pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.thorough), 13])
 def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path: Path, rows: int) -> None:
     """13 rows are 7 batches of 2: the last round lacks one, and the last batch is short."""
     settings = {"rows": rows, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
@@ -136,6 +136,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("fields", [{"training_strategy": "sft"}, {"method": "Standard_LLM"}], ids=["sft", "full"])
 def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[str, str]) -> None:
     settings = {"rows": 11, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **fields}
@@ -151,9 +152,9 @@ def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[
     "fields",
     [
         {},
-        {"max_steps": 1, "rows": 40},
+        pytest.param({"max_steps": 1, "rows": 40}, marks=pytest.mark.thorough),
         {"method": "Standard_LLM"},
-        {"training_strategy": "sft", "method": "Standard_LLM"},
+        pytest.param({"training_strategy": "sft", "method": "Standard_LLM"}, marks=pytest.mark.thorough),
     ],
     ids=["lora", "lora-reference-in-step", "full", "full-sft"],
 )
@@ -178,7 +179,7 @@ def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fiel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", ["off", "full_shard"])
+@pytest.mark.parametrize("fsdp", [pytest.param("off", marks=pytest.mark.thorough), "full_shard"])
 def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path, fsdp: str) -> None:
     settings: dict[str, Any] = {
         "max_steps": 6,

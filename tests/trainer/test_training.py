@@ -142,7 +142,7 @@ def test_accumulation_equals_a_larger_batch(tiny: Path, tmp_path: Path) -> None:
     assert losses(deep) == pytest.approx(losses(wide), abs=1e-5)
 
 
-@pytest.mark.parametrize("rows", [13, 16])
+@pytest.mark.parametrize("rows", [13, pytest.param(16, marks=pytest.mark.thorough)])
 def test_steps_are_the_same_however_their_rows_are_cut_into_batches(tiny: Path, tmp_path: Path, rows: int) -> None:
     """13 rows: the epoch's last step has 5, in a short batch or in several; small batches are joined by the program."""
     settings = {"rows": rows, "num_train_epochs": 2, "learning_rate": 1e-3}
