@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from trl import DPOConfig, SFTConfig
 
-from palate_trainer.loading import uses_adapter
 from palate_trainer.parallel import world_size
 from palate_trainer.sharding import fsdp_arguments, is_sharded
 from palate_trainer.spec import CHECKPOINTS_DIR, TrainSpec
@@ -53,7 +52,7 @@ def dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, joined: int, refe
         # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
         # unless the cache has them all.
         # A starting adapter whose base is sharded is its own reference step by step: TRL keeps a frozen copy beside it.
-        precompute_ref_log_probs=(covers_most or not uses_adapter(spec) or reference_known)
+        precompute_ref_log_probs=(covers_most or not spec.trains_adapter or reference_known)
         and not (is_sharded(spec) and spec.adapter_dir is not None),
         precompute_ref_batch_size=2 * joined * hyperparameters["per_device_train_batch_size"],
     )

@@ -24,11 +24,6 @@ from palate_trainer.spec.adapter import ADAPTER_CONFIG, ADAPTER_FILES, AdapterSh
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def uses_adapter(spec: TrainSpec) -> bool:
-    """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
-    return spec.trains_adapter
-
-
 def check_model_dir(spec: TrainSpec) -> None:
     """Raises TrainerError when the folder lacks what a model needs, or the settings cannot go together."""
     folder = Path(spec.model_dir)
@@ -43,7 +38,7 @@ def check_model_dir(spec: TrainSpec) -> None:
     four, eight = spec.hyperparameters["load_in_4bit"], spec.hyperparameters["load_in_8bit"]
     if four and eight:
         raise TrainerError("load_in_4bit and load_in_8bit are both true. Choose one.")
-    if (four or eight) and not uses_adapter(spec):
+    if (four or eight) and not spec.trains_adapter:
         raise TrainerError(
             "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
         )
@@ -63,7 +58,7 @@ def check_target_modules(spec: TrainSpec) -> None:
     The model is built from its config alone, without weights.
     """
     targets = spec.hyperparameters["target_modules"]
-    if not uses_adapter(spec) or spec.adapter_dir is not None or isinstance(targets, str):
+    if not spec.trains_adapter or spec.adapter_dir is not None or isinstance(targets, str):
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_dir))
@@ -112,7 +107,7 @@ def load_model(spec: TrainSpec) -> Any:
     weight is mostly rounded away; arithmetic still runs in `precision`.
     """
     hyperparameters = spec.hyperparameters
-    dtype = DTYPES[spec.precision] if uses_adapter(spec) else torch.float32
+    dtype = DTYPES[spec.precision] if spec.trains_adapter else torch.float32
     config = AutoConfig.from_pretrained(spec.model_dir)
     if getattr(config, "attention_dropout", 0.0):
         config.attention_dropout = 0.0  # the reference and the policy must see the same network
@@ -184,7 +179,7 @@ def _check_adapter(spec: TrainSpec, folder: Path) -> None:
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise TrainerError(f"{folder} lacks {' and '.join(missing)}: name the model folder of a finished LoRA run.")
-    if not uses_adapter(spec):
+    if not spec.trains_adapter:
         raise TrainerError(f"{spec.method} trains every weight and cannot go on from the adapter in {folder}.")
     shape = AdapterShape.parse((folder / ADAPTER_CONFIG).read_bytes(), where=str(folder))
     if problems := shape.contradictions(spec.hyperparameters):

@@ -21,7 +21,7 @@ from palate_trainer.arguments import dpo_config, may_join, sft_config
 from palate_trainer.errors import TrainerError
 from palate_trainer.fast.packing import MOST_APART, MOST_APART_16_BIT, try_packing
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
-from palate_trainer.loading import load_adapter, load_model, lora_config, uses_adapter
+from palate_trainer.loading import load_adapter, load_model, lora_config
 from palate_trainer.order import RowOrder, SimilarLengths, batches_at_once
 from palate_trainer.parallel import gather_rows, share_of_rank, world_size
 from palate_trainer.processes import OneOfSeveral
@@ -57,18 +57,21 @@ class _Additions(OneOfSeveral):
                 longest=max(lengths),
                 tolerance=MOST_APART_16_BIT if rounded else MOST_APART,
             )
+        # One order of rows for all processes: where one cannot pack (its memory may be the smaller), none does.
+        reason = next((one for one in gather_rows(reason) if one is not None), None)
         if reason is not None:
+            collator.enabled = False
             self.note(f"note: prompts are encoded once an answer, not once a pair, because of this model: {reason}")
 
     step_loss: float = 0.0
     """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
 
-    _tokens: torch.Tensor | None = None
+    _tokens: torch.Tensor | int = 0
     """Tokens trained on since the last log line, on the device: a count there does not wait for it."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = count_tokens(args[1])
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        if self.weight(self._micro):  # a stand-in's tokens are nobody's
+            self._tokens = self._tokens + count_tokens(args[1])
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         value = float(loss)
         if not math.isfinite(value):
@@ -98,9 +101,9 @@ class _Additions(OneOfSeveral):
             for values in self._metrics["eval"].values():  # type: ignore[attr-defined]
                 if len(values) >= len(sizes):  # beyond them: a stand-in of a process without a batch
                     values[:] = [sum(v * n for v, n in zip(values, sizes, strict=False)) / rows]
-        elif self._tokens is not None:
-            logs["tokens"] = int(self.accelerator.gather(self._tokens).sum())  # type: ignore[attr-defined]
-            self._tokens = None
+        elif "loss" in logs:
+            logs["tokens"] = sum(gather_rows(int(self._tokens)))
+            self._tokens = 0
         super().log(logs, start_time)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -237,7 +240,7 @@ def build_trainer(
         "eval_dataset": _dataset(spec, validation) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "peft_config": lora_config(spec) if uses_adapter(spec) and spec.adapter_dir is None else None,
+        "peft_config": lora_config(spec) if spec.trains_adapter and spec.adapter_dir is None else None,
     }
     joined = _joined(spec, model, train) if may_join(spec) else 1
     if joined > 1:
@@ -310,7 +313,7 @@ def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
 
 def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
     if spec.hyperparameters["training_strategy"] == "dpo":
-        ld_alpha = spec.hyperparameters.get("ld_alpha")
+        ld_alpha = spec.hyperparameters["ld_alpha"]
         return Dataset.from_list(
             [
                 {
