@@ -328,6 +328,32 @@ def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
     assert "because of this model" in capsys.readouterr().out
 
 
+def test_a_packed_row_that_lets_answers_see_each_other_is_found_out_before_training(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trial's own numbers decide: a mask that is causal alone shows the rejected answer what was chosen."""
+    from dataclasses import replace
+
+    import torch
+
+    from palate_trainer.fast import packing, tree
+    from tests.trainer.support import losses, spec, train
+
+    planted = tree.plant
+
+    def leaky(sequences: list[list[int]], scored_from: list[int]) -> tree.PrefixTree:
+        right = planted(sequences, scored_from)
+        return replace(right, ends=torch.full_like(right.ends, len(right.ids)))
+
+    with monkeypatch.context() as changed:
+        changed.setattr(packing, "why_not", lambda *_, **__: "the test says so")
+        expected = losses(train(spec(tiny, tmp_path / "unpacked", max_steps=3)))
+    monkeypatch.setattr(tree, "plant", leaky)
+    found = losses(train(spec(tiny, tmp_path / "leaky", max_steps=3)))
+    assert "its log-probabilities differ by" in capsys.readouterr().out
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
 def test_in_bfloat16_the_final_margin_is_trls_within_the_noise_of_seeds(tiny: Path, tmp_path: Path) -> None:
     """Three seeds each: the packed run against the same program on TRL's own path."""
     import statistics
