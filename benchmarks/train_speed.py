@@ -117,10 +117,10 @@ def _usable(rows: list[dict[str, str]], options: argparse.Namespace) -> list[dic
 
 
 def _encoded(rows: list[dict[str, str]], tokenizer: Any, seq_length: int) -> list[Any]:
-    from palate_trainer.spec.preferences import PreferencePair
+    from palate_recipes.data.rows import plain_row
     from palate_trainer.tokens import Renderer, encode_pairs
 
-    pairs = [PreferencePair(row["prompt"], row["chosen"], row["rejected"], n) for n, row in enumerate(rows, 1)]
+    pairs = [plain_row(row["prompt"], row["chosen"], row["rejected"], n) for n, row in enumerate(rows, 1)]
     return encode_pairs(pairs, Renderer(tokenizer, True, "You are a helpful assistant", seq_length), name="train")[0]
 
 
@@ -277,9 +277,10 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
 
     from palate_recipes.hyperparameters import DeviceFacts, resolve
     from palate_trainer.fast.compact import completion_tokens_only
-    from palate_trainer.loading import load_model, load_tokenizer
+    from palate_trainer.loading import load_model
     from palate_trainer.reference import ReferenceScores
     from palate_trainer.spec import TrainSpec
+    from palate_trainer.tokenizer import load_tokenizer
     from palate_trainer.trainers import build_trainer
 
     given = {
@@ -304,7 +305,7 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
         hyperparameters=dict(resolved.values),
         precision=resolved.precision,
     )
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec.model_dir)
     rows = _encoded(json.loads(Path(options.pairs).read_text()), tokenizer, options.seq_length)
     set_seed(options.seed)
     model = load_model(spec)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palate.common.utils import random_str
+    from palate.data.inputs import PreferenceData
     from palate.errors import PalateError
     from palate.job import TrainingJob
     from palate.model import ModelTrainingRecipe, RegisteredModel
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ModelTrainingRecipe": "palate.model",
     "RegisteredModel": "palate.model",
+    "PreferenceData": "palate.data.inputs",
     "TrainingJob": "palate.job",
     "Predictor": "palate.predictor",
     "Session": "palate.session",
@@ -31,6 +33,7 @@ __all__ = [
     "ModelTrainingRecipe",
     "PalateError",
     "Predictor",
+    "PreferenceData",
     "RegisteredModel",
     "Session",
     "TrainingJob",

@@ -13,6 +13,7 @@ PalateError
 ├── JobNotReadyError (RuntimeError)         deploy or model data asked of a job that has not succeeded
 ├── TrainingJobError (RuntimeError)         a job failed or was stopped; carries reason and last log lines
 ├── ServiceError (RuntimeError)             a service failed to start, or died; carries reason and last log lines
+├── EndpointError (RuntimeError)            an endpoint refuses or has gone while pairs are made; see `palate.data.endpoint`
 ├── WaitTimeoutError (TimeoutError)         what was waited for did not come in time
 └── StoreError (OSError)                    see `palate.store.errors`
 """

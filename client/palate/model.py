@@ -20,6 +20,7 @@ from palate_recipes.catalog import Model, find_model, models
 from palate_recipes.hyperparameters import Resolved, as_definitions, resolve, validate
 
 if TYPE_CHECKING:
+    from palate.data.inputs import PreferenceData
     from palate.predictor import Predictor
 
 DEFAULT_METHOD = "LoRA_LLM"
@@ -182,7 +183,7 @@ class ModelTrainingRecipe:
 
     def train(
         self,
-        inputs: Mapping[str, str | Path] | None = None,
+        inputs: Mapping[str, str | Path | PreferenceData] | None = None,
         outputs: object = None,
         wait: bool = True,
         job_name: str | None = None,
@@ -191,7 +192,8 @@ class ModelTrainingRecipe:
         """Checks everything, then submits a training job.
 
         Args:
-            inputs: Preference files by channel: `train`, and optionally `validation`; a path, `file://`, `s3://` or `oss://`.
+            inputs: Preference data by channel: `train`, and optionally `validation`; a path, folder, glob or URI (`file://`, `s3://`,
+                `oss://`, `hf://`, `gsheet://`), or a `PreferenceData` where it has to be said how to read it.
                 `adapter` names the model folder of a finished LoRA run to go on from (`job.model_uri`), such as SFT before
                 DPO: its rank, alpha and layers hold, and under DPO it is the reference as well.
             outputs: Refused: outputs lie in the job's own prefix.

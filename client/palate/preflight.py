@@ -1,23 +1,13 @@
-"""What must hold before a second of compute is spent: memory that suffices, data that can be read. Knows no run.
+"""What must hold before a second of compute is spent: libraries that are there, memory that suffices. Knows no run and no data.
 
 Errors from here come before anything is written or started.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-from palate.errors import ConfigurationError, DataError, MissingDependencyError, NotEnoughMemoryError
-from palate.session import Session
-from palate.store import open_parent
+from palate.errors import MissingDependencyError, NotEnoughMemoryError
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import DeviceFacts, Resolved
-from palate_trainer.spec.preferences import read_preferences
 
 _GIB = 1024**3
 
@@ -28,88 +18,11 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FULL_BYTES = {"float32": 16.0, "bfloat16": 16.0, "float16": 18.0}
 """Bytes a trained parameter: weight, gradient, two Adam moments (and an fp32 master copy under fp16)."""
 
+_REFERENCE_BYTES = 4.0
+"""KTO scores its reference within each step: when every weight is trained, a float32 copy stays beside them."""
+
 _PROCESS_GIB = 0.7
 """What Python, torch and the libraries take before any weight."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """A preference file that has been read to its last row.
-
-    Attributes:
-        uri: Where it lies; a local path has become `file://`.
-        sha256: Digest of its bytes.
-        size: Bytes.
-        rows: Rows that can be trained on.
-        skipped: Rows that `bad_rows=skip` leaves out: number to fault.
-    """
-
-    uri: str
-    sha256: str
-    size: int
-    rows: int
-    skipped: dict[int, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        facts = {"uri": self.uri, "sha256": self.sha256, "bytes": self.size, "rows": self.rows}
-        return {**facts, "skipped_rows": list(self.skipped)} if self.skipped else facts
-
-
-def as_local_path(uri: str | Path) -> Path | None:
-    """Returns the path that `uri` names on this machine, or None when it lies in an object store."""
-    text = str(uri)
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    return None if "://" in text else Path(text).expanduser().absolute()
-
-
-def check_input(
-    channel: str,
-    uri: str | Path,
-    session: Session,
-    *,
-    strategy: Literal["dpo", "sft"],
-    bad_rows: Literal["refuse", "skip"],
-) -> Input:
-    """Reads a preference file whole, from wherever it lies.
-
-    Raises:
-        DataError: It is missing or has unusable rows (with `bad_rows="skip"`: no usable one); names file, row, field and
-            remedy.
-        StoreError: The object store cannot be read.
-    """
-    if not isinstance(uri, str | Path) or not str(uri):
-        raise ConfigurationError(f"inputs[{channel!r}]={uri!r} must be a path or a URI (file://, s3://, oss://)")
-    with _at_hand(uri, session) as path:
-        skipped: dict[int, str] = {}
-        pairs = read_preferences(path, strategy=strategy, bad_rows=bad_rows, on_skip=skipped.__setitem__)
-        data = path.read_bytes()
-        local = as_local_path(uri)
-        return Input(
-            uri=f"file://{local}" if local else str(uri),
-            sha256=hashlib.sha256(data).hexdigest(),
-            size=len(data),
-            rows=len(pairs),
-            skipped=skipped,
-        )
-
-
-@contextmanager
-def _at_hand(uri: str | Path, session: Session) -> Iterator[Path]:
-    local = as_local_path(uri)
-    if local is not None:
-        yield local
-        return
-    store, name = open_parent(uri, options=session.options_for(str(uri)))
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="palate-") as folder:
-        path = Path(folder) / name
-        try:
-            store.download(name, path)
-        except FileNotFoundError as error:
-            raise DataError(f"{uri} is not there: check bucket and key, or upload the file first") from error
-        yield path
 
 
 def check_trainer() -> None:
@@ -143,6 +56,8 @@ def training_memory_gib(parameters: float, resolved: Resolved, *, method: str, g
     """
     if method == "Standard_LLM":
         weights = parameters * _FULL_BYTES[resolved.precision]
+        if resolved.values["training_strategy"] == "kto":
+            weights += parameters * _REFERENCE_BYTES
     elif resolved.values["load_in_4bit"]:
         weights = parameters * 0.6  # NF4 with its block constants
     elif resolved.values["load_in_8bit"]:
@@ -176,7 +91,8 @@ def check_memory(
         remedies.append('method="LoRA_LLM"')
     if device.cuda and not resolved.values["load_in_4bit"] and resolved.values["fsdp"] == "off":
         remedies.append('method="QLoRA_LLM"')
-    if gpus > 1 and resolved.values["fsdp"] == "off" and not quantised:
+    shardable = not quantised and resolved.values["training_strategy"] != "kto"
+    if gpus > 1 and resolved.values["fsdp"] == "off" and shardable:
         remedies.append('fsdp="full_shard"')
     remedies.append("a smaller model (`palate models`)")
     if row is not None and not device.cuda:

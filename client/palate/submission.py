@@ -11,21 +11,21 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import palate
 from palate.common.utils import check_name, unique_name
 from palate.continuation import CHANNEL, keep_adapter, read_adapter
+from palate.data.inputs import Input, PreferenceData, checked_inputs
 from palate.errors import ConfigurationError, NameTakenError
 from palate.job import TrainingJob
-from palate.preflight import Input, as_local_path, check_input, check_memory, check_trainer
+from palate.preflight import check_memory, check_trainer
 from palate.record import Manifest, Record
 from palate.run import RunHandle
 from palate.session import Session
 from palate.weights import WeightsSource, find_weights
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import Resolved
-from palate_trainer.spec.preferences import describe_skipped
 
 CHANNELS = ("train", "validation", CHANNEL)
 
@@ -41,7 +41,7 @@ class TrainingRequest:
         method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM`.
         given: Hyperparameters as the user gave them, validated.
         resolved: The same with every default, for the machine that trains.
-        inputs: Preference files by channel, and an adapter to go on from.
+        inputs: Preference data by channel, and an adapter to go on from.
         job_name: The job's id, or None for a unique one that begins with `base_job_name`.
         base_job_name: See `job_name`.
         labels: Recorded.
@@ -56,7 +56,7 @@ class TrainingRequest:
     method: str
     given: dict[str, Any]
     resolved: Resolved
-    inputs: Mapping[str, str | Path]
+    inputs: Mapping[str, str | Path | PreferenceData]
     job_name: str | None
     base_job_name: str | None
     labels: dict[str, str]
@@ -76,8 +76,8 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
     Raises:
         PalateError: Something cannot work; nothing has been written. See `ModelTrainingRecipe.train`.
     """
-    resolved = request.resolved
-    strategy, bad_rows = resolved.values["training_strategy"], resolved.values["bad_rows"]
+    values = request.resolved.values
+    strategy, bad_rows = values["training_strategy"], values["bad_rows"]
     base_name = request.base_job_name or f"{request.model_name}-{strategy}"
     name = check_name("job_name", request.job_name or unique_name(base_name))
     _check_channels(request.inputs)
@@ -87,12 +87,29 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
         model_uri=request.model_uri,
         model_version=request.model_version,
     )
-    inputs = {
-        channel: check_input(channel, uri, session, strategy=strategy, bad_rows=bad_rows)
-        for channel, uri in request.inputs.items()
-        if channel != CHANNEL
-    }
-    adapter = read_adapter(request.inputs[CHANNEL], session) if CHANNEL in request.inputs else None
+    with checked_inputs(
+        {channel: given for channel, given in request.inputs.items() if channel != CHANNEL},
+        session,
+        strategy=strategy,
+        bad_rows=bad_rows,
+    ) as inputs:
+        job, resolved = _submit(request, session, name, source, row, inputs)
+        if announce:
+            _announce(job, resolved, inputs, notes=notes)
+    return job
+
+
+def _submit(
+    request: TrainingRequest,
+    session: Session,
+    name: str,
+    source: WeightsSource,
+    row: Model | None,
+    inputs: Mapping[str, Input],
+) -> tuple[TrainingJob, Resolved]:
+    """What is left once weights and data are known to be good; the job, and the hyperparameters that it has."""
+    resolved = request.resolved
+    adapter = read_adapter(cast("str | Path", request.inputs[CHANNEL]), session) if CHANNEL in request.inputs else None
     if adapter:
         resolved = adapter.settle(resolved, request.given, method=request.method)
         if note := adapter.base_note(request.model_name, row):
@@ -128,7 +145,7 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
             "precision": resolved.precision,
             "notes": list(resolved.notes),
             "inputs": {
-                **{channel: _keep(record, channel, item).to_json() for channel, item in inputs.items()},
+                **{channel: item.keep(record, channel) for channel, item in inputs.items()},
                 **({CHANNEL: keep_adapter(record, adapter, session).to_json()} if adapter else {}),
             },
             "max_run_time_s": request.max_run_time_s,
@@ -138,9 +155,7 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
     record.create(manifest)
     job = TrainingJob(record, session)
     RunHandle(record, session).start(request.environments)
-    if announce:
-        _announce(job, resolved, inputs, notes=notes)
-    return job
+    return job, resolved
 
 
 def _check_channels(inputs: Mapping[str, Any]) -> None:
@@ -160,24 +175,10 @@ def _parameters(source: WeightsSource, row: Model | None) -> float:
     return row.parameters_b * 1e9 if row is not None else source.size_bytes / 2
 
 
-def _keep(record: Record, channel: str, item: Input) -> Input:
-    """Copies an input that lies on this machine into the job's prefix: the job must find it from anywhere, unchanged."""
-    path = as_local_path(item.uri)
-    if path is None:
-        return item
-    key = record.key("inputs", channel, path.name)
-    record.store.upload(path, key)
-    return replace(item, uri=record.store.uri(key))
-
-
 def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input], *, notes: bool) -> None:
     rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
     lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
-    lines += [
-        f"note: {channel}: {describe_skipped(item.skipped)}"
-        for channel, item in inputs.items()
-        if item.skipped and notes
-    ]
+    lines += [line for channel, item in inputs.items() for line in item.remarks(channel, skipped=notes)]
     shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
     lines += [f"precision={resolved.precision}  {shown}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -128,6 +128,12 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     return "".join(_SPARKS[round((value - low) * scale)] for value in means)
 
 
+def bars(counts: Sequence[int]) -> str:
+    """Returns a histogram as one block character a step; a step without any is a space."""
+    top = max(counts, default=0)
+    return "".join(_SPARKS[min(7, 8 * count // (top + 1))] if count else " " for count in counts)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
     """Prints rows to stdout: a table on a terminal, tab-separated lines with a header elsewhere."""
     if not sys.stdout.isatty():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from palate_trainer.parallel import world_size
 from palate_trainer.sharding import fsdp_arguments, is_sharded
@@ -18,10 +18,10 @@ _OF_ONE_BATCH = {"sft", "aot", "aot_unpaired"}
 
 def may_join(spec: TrainSpec) -> bool:
     """Whether batches of one step may go through the model as one without a change of the loss."""
-    return not (
-        spec.hyperparameters["training_strategy"] == "dpo"
-        and _OF_ONE_BATCH.intersection(spec.hyperparameters["loss_type"].split(","))
-    )
+    strategy = spec.hyperparameters["training_strategy"]
+    if strategy == "kto":  # a batch has its own estimate of the KL divergence
+        return False
+    return strategy != "dpo" or not _OF_ONE_BATCH.intersection(spec.hyperparameters["loss_type"].split(","))
 
 
 def dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, joined: int, reference_known: bool) -> DPOConfig:
@@ -65,6 +65,21 @@ def sft_config(spec: TrainSpec, evaluates: bool, *, joined: int) -> SFTConfig:
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def kto_config(spec: TrainSpec, evaluates: bool) -> KTOConfig:
+    """Arguments of a KTO run; see `dpo_config`."""
+    hyperparameters = spec.hyperparameters
+    return KTOConfig(
+        **_common_arguments(spec, evaluates, joined=1),
+        beta=hyperparameters["dpo_beta"],
+        desirable_weight=hyperparameters["desirable_weight"],
+        undesirable_weight=hyperparameters["undesirable_weight"],
+        max_length=None,  # rows are cut already
+        disable_dropout=False,  # the base has none left, and LoRA's is to apply
+        # Of a pass before the first step only half would serve: which prompt meets which answer changes every epoch.
+        precompute_ref_log_probs=False,
     )
 
 

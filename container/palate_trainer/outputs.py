@@ -67,7 +67,7 @@ def _probe(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> dict[str, Any]
     model.eval()
     scored = []
     for row in rows:
-        entry = {"row": row.row, "prompt_ids": row.prompt_ids, "completion_ids": row.chosen_ids}
+        entry = {"row": row.row, "prompt_ids": row.prompt_ids, "completion_ids": row.answer_ids}
         entry["logps"] = _logps(spec, model, row)
         if isinstance(model, PeftModel):
             with model.disable_adapter():
@@ -78,9 +78,9 @@ def _probe(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> dict[str, Any]
 
 def _logps(spec: TrainSpec, model: Any, row: TokenPair) -> list[float]:
     device = next(model.parameters()).device
-    ids = torch.tensor([row.prompt_ids + row.chosen_ids], device=device)  # (1, tokens)
+    ids = torch.tensor([row.prompt_ids + row.answer_ids], device=device)  # (1, tokens)
     mixed = nullcontext() if spec.precision == "float32" else torch.autocast(device.type, DTYPES[spec.precision])
     with torch.no_grad(), mixed:
         logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1].float()
-    picked = logits.log_softmax(-1).gather(1, torch.tensor(row.chosen_ids, device=device).unsqueeze(1))
+    picked = logits.log_softmax(-1).gather(1, torch.tensor(row.answer_ids, device=device).unsqueeze(1))
     return [round(value, 5) for value in picked.squeeze(1).tolist()]

@@ -1,14 +1,15 @@
-"""Preference pairs to token ids: prompts as serving renders them, answers cut to length, with a report. Knows the tokenizer, no model.
+"""Rows to token ids: prompts as serving renders them, answers cut to length, with a report. Knows the tokenizer, no model.
 
 A prompt's ids are those of its rendering alone, with the generation prompt: what an engine is given. An answer's ids are the
 rest of the rendering with it. Where no token merges across the boundary that is what TRL 1.16's own preparation gives (a test
 compares them); where one does, TRL drops the end of the prompt, and here the answer begins with a token of its own. All is
-made before a weight is loaded, so that every pair that truncation would spoil is known by its row number.
+made before a weight is loaded, so that every row that truncation would spoil is known by its number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -16,23 +17,25 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from palate_recipes.data.rows import Message, Row
 from palate_recipes.errors import DataError
 from palate_trainer.errors import TrainerError
-from palate_trainer.spec.preferences import PreferencePair
+from palate_trainer.verbatim import Verbatim, find_verbatim
 
 ROWS_NAMED = 8
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 500
+_Batch = tuple[list[Row], list[list[str]], "Future[list[list[int]]]"]
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One pair as the trainer sees it: `prompt + chosen` and `prompt + rejected` are at most `seq_length` tokens.
+    """One row as the trainer sees it: `prompt + chosen` and `prompt + rejected` are at most `seq_length` tokens.
 
     Attributes:
         row: The row number in the preference file.
         prompt_ids: Tokens both answers follow.
-        chosen_ids: Tokens of the chosen answer, scored.
-        rejected_ids: Tokens of the rejected answer, scored; empty for SFT.
+        chosen_ids: Tokens of the chosen answer, scored; empty where KTO has a bad answer.
+        rejected_ids: Tokens of the rejected answer, scored; empty for SFT, and where KTO has a good answer.
     """
 
     row: int
@@ -44,6 +47,11 @@ class TokenPair:
     def length(self) -> int:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """Tokens of the chosen answer, or of the only one."""
+        return self.chosen_ids or self.rejected_ids
 
 
 @dataclass
@@ -71,7 +79,7 @@ class LengthReport:
     @property
     def dropped(self) -> list[int]:
         """Rows that are not trained on."""
-        return sorted(self.no_room + self.same_after_cut + self.same_tokens)
+        return sorted({*self.no_room, *self.same_after_cut, *self.same_tokens})
 
     def notes(self, name: str, seq_length: int) -> list[str]:
         """One line for people per finding, none when every row fits."""
@@ -109,7 +117,7 @@ class Renderer:
     Attributes:
         tokenizer: A Hugging Face tokenizer.
         apply_chat_template: Render through the model's chat template; else plain text.
-        system_prompt: The one system turn; empty leaves it out.
+        system_prompt: The system turn of rows that bring none; empty leaves it out.
         seq_length: Most tokens of prompt and answer together.
         stop_ids: Tokens at which an engine ends an answer, beside the tokenizer's EOS. An answer that ends with none of them
             gets EOS.
@@ -132,62 +140,100 @@ class Renderer:
                 "apply_chat_template=true, but this base model has no chat template: it is not a chat model. Use the instruct"
                 " version of the model, add a chat_template.jinja to its folder, or set apply_chat_template=false."
             )
-        self._text("Hello", answer=None)
+        self._text((Message("user", "Hello"),), answer=None)
 
-    def messages(self, prompt: str) -> list[dict[str, str]]:
-        """The conversation up to the answer: at most one system turn, then the user's."""
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt.strip() else []
-        return [*system, {"role": "user", "content": prompt}]
+    def messages(self, prompt: tuple[Message, ...]) -> list[dict[str, str]]:
+        """The conversation up to the answer: at most one system turn, the row's own or `system_prompt`, then the others."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        if prompt[0].role == "system" or not self.system_prompt.strip():
+            return turns
+        return [{"role": "system", "content": self.system_prompt}, *turns]
 
-    def encode(self, pair: PreferencePair) -> tuple[TokenPair, bool]:
-        """Token ids of one pair, uncut, and whether an answer had to be parted from the end of its prompt.
+    def encode(self, row: Row) -> tuple[TokenPair, bool]:
+        """Token ids of one row, uncut, and whether an answer had to be parted from the end of its prompt.
 
         Raises:
             TrainerError: The chat template refuses the conversation, or leaves the answer out of it.
         """
-        return next(self.encode_all([pair]))
+        return next(self.encode_all([row]))
 
-    def encode_all(self, pairs: Iterable[PreferencePair]) -> Iterator[tuple[TokenPair, bool]]:
-        """Yields what `encode` gives for each pair, many at a time: a fast tokenizer works on them with all cores."""
-        remaining = iter(pairs)
-        while batch := list(islice(remaining, _BATCH_ROWS)):
-            texts = [self._texts(pair) for pair in batch]
-            ids = iter(self._ids([text for row in texts for text in row]))
-            for pair, row in zip(batch, texts, strict=True):
-                yield self._split(pair, row, list(islice(ids, len(row))))
+    def encode_all(self, rows: Iterable[Row]) -> Iterator[tuple[TokenPair, bool]]:
+        """Yields what `encode` gives for each row, many at a time: a fast tokenizer works on them with all cores.
 
-    def _texts(self, pair: PreferencePair) -> list[str]:
-        """What is tokenised for a pair: the prompt as it is served, then the whole with each answer."""
-        return [self._text(pair.prompt, answer=answer) for answer in (None, *_answers(pair))]
+        While it does, the next ones are rendered: a template is Python's work, the tokenizer's needs no Python.
+        """
+        remaining = iter(rows)
+        with ThreadPoolExecutor(1) as pool:
+            before: _Batch | None = None
+            while batch := list(islice(remaining, _BATCH_ROWS)):
+                rendered = [self._texts(row) for row in batch]
+                ids = pool.submit(self._ids, [text for texts in rendered for text in texts])
+                if before is not None:
+                    yield from self._splits(before)
+                before = batch, rendered, ids
+            if before is not None:
+                yield from self._splits(before)
 
-    def _split(self, pair: PreferencePair, texts: list[str], ids: list[list[int]]) -> tuple[TokenPair, bool]:
+    def _splits(self, batch: _Batch) -> Iterator[tuple[TokenPair, bool]]:
+        rows, rendered, encoded = batch
+        ids = iter(encoded.result())
+        for row, texts in zip(rows, rendered, strict=True):
+            yield self._split(row, texts, list(islice(ids, len(texts))))
+
+    def _texts(self, row: Row) -> list[str]:
+        """What is tokenised for a row: the prompt as it is served, then the whole with each answer."""
+        if not self.apply_chat_template and row.text is None:
+            raise TrainerError(
+                f"row {row.number} is a conversation of {len(row.prompt)} turns, and with apply_chat_template=false a prompt is"
+                " one text. Set apply_chat_template=true, or write the conversation as one text."
+            )
+        turns = self.messages(row.prompt)
+        before = self._rendered(turns, None)
+        texts = [before]
+        for answer in map(self._unended, _answers(row)):
+            if self._verbatim is not None and self._verbatim.covers(turns, answer):
+                texts.append(before + answer + self._verbatim.tail)
+            else:
+                texts.append(self._rendered(turns, answer))
+        return texts
+
+    def _split(self, row: Row, texts: list[str], ids: list[list[int]]) -> tuple[TokenPair, bool]:
         """Cuts the answers off the whole renderings."""
         prompt = ids[0]
         completions, parted = [], False
-        for answer, text, whole in zip(_answers(pair), texts[1:], ids[1:], strict=True):
+        for answer, text, whole in zip(_answers(row), texts[1:], ids[1:], strict=True):
             if whole[: len(prompt)] == prompt:
                 completion = whole[len(prompt) :]
             else:
                 parted = True
-                completion = self._continuation(prompt, texts[0], _after(texts[0], text, answer, pair.row))
+                completion = self._continuation(prompt, texts[0], _after(texts[0], text, answer, row.number))
             completions.append(self._ended(completion))
-        rejected = completions[1] if len(completions) == 2 else []
-        return TokenPair(pair.row, prompt, completions[0], rejected), parted
+        chosen = completions[0] if row.chosen is not None else []
+        rejected = completions[-1] if row.rejected is not None else []
+        return TokenPair(row.number, prompt, chosen, rejected), parted
 
-    def _text(self, prompt: str, *, answer: str | None) -> str:
+    def _text(self, prompt: tuple[Message, ...], *, answer: str | None) -> str:
+        return self._rendered(self.messages(prompt), None if answer is None else self._unended(answer))
+
+    def _unended(self, answer: str) -> str:
+        """The answer without an end of its own: there is one, and it is put there in one place."""
         eos = self.tokenizer.eos_token
-        if answer is not None and answer.rstrip().endswith(eos):
-            answer = answer.rstrip().removesuffix(eos)  # one end, and it is put there in one place
+        return answer.rstrip().removesuffix(eos) if answer.rstrip().endswith(eos) else answer
+
+    def _rendered(self, turns: list[dict[str, str]], answer: str | None) -> str:
         if not self.apply_chat_template:
-            return prompt if answer is None else prompt + answer
-        turns = self.messages(prompt)
+            return turns[-1]["content"] + (answer or "")
         if answer is not None:
-            turns.append({"role": "assistant", "content": answer})
+            turns = [*turns, {"role": "assistant", "content": answer}]
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
         except TemplateError as error:
             remedy = " Try system_prompt='': some templates have no system turn." if self.system_prompt.strip() else ""
             raise TrainerError(f"The model's chat template refuses the conversation: {error}.{remedy}") from error
+
+    @cached_property
+    def _verbatim(self) -> Verbatim | None:
+        return find_verbatim(self._rendered, self.tokenizer.get_chat_template()) if self.apply_chat_template else None
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # A template writes its own first token; before plain text the tokenizer puts it, unless the text brings it.
@@ -228,8 +274,8 @@ class Renderer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _answers(pair: PreferencePair) -> list[str]:
-    return [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
+def _answers(row: Row) -> list[str]:
+    return [answer for answer in (row.chosen, row.rejected) if answer is not None]
 
 
 def _after(prompt: str, whole: str, answer: str, row: int) -> str:
@@ -245,22 +291,20 @@ def _after(prompt: str, whole: str, answer: str, row: int) -> str:
     return whole[at:]
 
 
-def encode_pairs(
-    pairs: Iterable[PreferencePair], renderer: Renderer, *, name: str
-) -> tuple[list[TokenPair], LengthReport]:
-    """Token ids of all pairs, cut to `seq_length`, without those that the cut makes useless.
+def encode_pairs(rows: Iterable[Row], renderer: Renderer, *, name: str) -> tuple[list[TokenPair], LengthReport]:
+    """Token ids of all rows, cut to `seq_length`, without those that the cut makes useless.
 
     Args:
-        pairs: From `read_preferences`.
+        rows: From `read_rows`.
         renderer: How rows become tokens.
         name: What the file is called in messages.
 
     Raises:
-        DataError: Not one pair is left.
+        DataError: Not one row is left.
     """
     report = LengthReport()
     kept = []
-    for whole, parted in renderer.encode_all(pairs):
+    for whole, parted in renderer.encode_all(rows):
         room = renderer.seq_length - len(whole.prompt_ids)
         report.rows += 1
         report.longest = max(report.longest, whole.length)
@@ -279,9 +323,25 @@ def encode_pairs(
         if cut != whole:
             report.cut.append(whole.row)
         kept.append(cut)
+    told_both_ways = _told_both_ways(kept)
+    kept = [one for one in kept if one.row not in told_both_ways]
+    for row in told_both_ways:
+        (report.same_after_cut if row in report.cut else report.same_tokens).append(row)
+    report.cut = [row for row in report.cut if row not in told_both_ways]
+    for rows_named in (report.cut, report.no_room, report.own_boundary):
+        rows_named[:] = dict.fromkeys(rows_named)  # a row with several answers is one row of the file
     if not kept:
         raise DataError(f"No row of {name} is left to train on.\n" + "\n".join(report.notes(name, renderer.seq_length)))
     return kept, report
+
+
+def _told_both_ways(kept: list[TokenPair]) -> list[int]:
+    """Rows that came apart into a good and a bad answer, and whose answers are the same tokens."""
+    labels: dict[tuple[int, tuple[int, ...]], set[bool]] = {}
+    for one in kept:
+        if not (one.chosen_ids and one.rejected_ids):
+            labels.setdefault((one.row, tuple(one.answer_ids)), set()).add(bool(one.chosen_ids))
+    return [row for (row, _), found in labels.items() if len(found) == 2]
 
 
 def _numbers(rows: list[int]) -> str:

@@ -9,6 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from palate_recipes.data.reading import describe_skipped, read_rows
+from palate_recipes.data.rows import Row
 from palate_trainer.environment import keep_one_gpu, prepare_environment, use_available_cores
 from palate_trainer.errors import TrainerError
 from palate_trainer.failures import explain
@@ -21,7 +23,6 @@ from palate_trainer.spec import (
     TENSORBOARD_DIR,
     TrainSpec,
 )
-from palate_trainer.spec.preferences import PreferencePair, describe_skipped, read_preferences
 from palate_trainer.spec.reading import ADVICE_NAMES
 from palate_trainer.startup import Startup
 
@@ -69,8 +70,8 @@ def _train(spec: TrainSpec, output: Path) -> int:
     strategy = hyperparameters["training_strategy"]
 
     # Everything that can be refused without ML libraries or weights comes first.
-    train_pairs, skipped = _read_rows(spec, spec.train_file)
-    validation_pairs, skipped_validation = _read_rows(spec, spec.validation_file)
+    train_data, skipped = _read_rows(spec, spec.train_file)
+    validation_data, skipped_validation = _read_rows(spec, spec.validation_file)
     resume_from = _resume_folder(spec)
     startup.done("read")
 
@@ -81,12 +82,14 @@ def _train(spec: TrainSpec, output: Path) -> int:
 
     from palate_trainer.chat_templates import take_out_system_default
     from palate_trainer.fast.compact import completion_tokens_only
-    from palate_trainer.loading import check_model_dir, check_target_modules, load_model, load_tokenizer, stop_token_ids
+    from palate_trainer.loading import check_model_dir, check_target_modules, load_model
     from palate_trainer.outputs import save_model
     from palate_trainer.reference import ReferenceScores
     from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
+    from palate_trainer.tokenizer import load_tokenizer, stop_token_ids
     from palate_trainer.tokens import Renderer, encode_pairs
     from palate_trainer.trainers import build_trainer
+    from palate_trainer.unpaired import balance_note
 
     startup.done("imports")
     stop = StopSignal()
@@ -94,13 +97,13 @@ def _train(spec: TrainSpec, output: Path) -> int:
         set_seed(hyperparameters["seed"])
         check_model_dir(spec)
         check_target_modules(spec)
-        tokenizer = load_tokenizer(spec)
+        tokenizer = load_tokenizer(spec.model_dir)
         renderer = Renderer(
             tokenizer=tokenizer,
             apply_chat_template=hyperparameters["apply_chat_template"],
             system_prompt=hyperparameters["system_prompt"],
             seq_length=hyperparameters["seq_length"],
-            stop_ids=stop_token_ids(spec),
+            stop_ids=stop_token_ids(spec.model_dir),
         )
         renderer.check()
         notes = [
@@ -110,11 +113,14 @@ def _train(spec: TrainSpec, output: Path) -> int:
         ]
         if renderer.apply_chat_template and not renderer.system_prompt.strip():
             notes += filter(None, [take_out_system_default(tokenizer)])
-        train_rows, report = encode_pairs(train_pairs, renderer, name="train")
+        train_rows, report = encode_pairs(train_data, renderer, name="train")
         notes += report.notes("train", renderer.seq_length)
+        if strategy == "kto":
+            weights = {name: hyperparameters[name] for name in ("desirable_weight", "undesirable_weight")}
+            notes += filter(None, [balance_note(train_rows, **weights)])
         validation_rows: list[Any] = []
-        if validation_pairs:
-            validation_rows, validation_report = encode_pairs(validation_pairs, renderer, name="validation")
+        if validation_data:
+            validation_rows, validation_report = encode_pairs(validation_data, renderer, name="validation")
             notes += validation_report.notes("validation", renderer.seq_length)
         for note in notes:
             say(f"note: {note}")
@@ -200,18 +206,18 @@ def _batch_note(hyperparameters: dict[str, Any]) -> str:
     )
 
 
-def _read_rows(spec: TrainSpec, path: str | None) -> tuple[list[PreferencePair], dict[int, str]]:
-    """Pairs of one file, and the wrong rows that `bad_rows` lets be left out, by number."""
+def _read_rows(spec: TrainSpec, path: str | None) -> tuple[list[Row], dict[int, str]]:
+    """Rows of one file, and the wrong rows that `bad_rows` lets be left out, by number."""
     skipped: dict[int, str] = {}
     if path is None:
         return [], skipped
-    pairs = read_preferences(
+    rows = read_rows(
         path,
         strategy=spec.hyperparameters["training_strategy"],
         bad_rows=spec.hyperparameters["bad_rows"],
         on_skip=skipped.__setitem__,
     )
-    return pairs, skipped
+    return rows, skipped
 
 
 def _resume_folder(spec: TrainSpec) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,126 +16,22 @@ from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from palate_trainer.arguments import dpo_config, may_join, sft_config
+from palate_trainer.additions import Additions
+from palate_trainer.arguments import dpo_config, kto_config, may_join, sft_config
 from palate_trainer.errors import TrainerError
-from palate_trainer.fast.packing import MOST_APART, MOST_APART_16_BIT, try_packing
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
 from palate_trainer.loading import load_adapter, load_model, lora_config
-from palate_trainer.order import RowOrder, SimilarLengths, batches_at_once
+from palate_trainer.order import batches_at_once
 from palate_trainer.parallel import gather_rows, share_of_rank, world_size
-from palate_trainer.processes import OneOfSeveral
 from palate_trainer.reference import ReferenceScores
 from palate_trainer.sharding import is_sharded, reference_by_layers
 from palate_trainer.spec import TrainSpec
 from palate_trainer.spec.reference import LogProbs, row_digest
 from palate_trainer.tokens import TokenPair
+from palate_trainer.unpaired import LabelTrainer, MismatchedAnswers, label_rows
 
 
-class _Additions(OneOfSeveral):
-    """What both trainers share; mixed in before TRL's class."""
-
-    note: Callable[[str], None] = staticmethod(lambda line: None)
-
-    def pack(self) -> None:
-        """Lets batches go through the model as packed trees if the model can take them; the first call decides.
-
-        DPO's constructor scores the reference already, so that call comes from within it.
-        """
-        collator: TreeCollator = self.data_collator  # type: ignore[attr-defined]
-        if collator.decided:
-            return
-        lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
-        shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
-        rounded = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
-        with self.accelerator.autocast():  # type: ignore[attr-defined]
-            reason = try_packing(
-                [self.model, getattr(self, "ref_model", None)],  # type: ignore[attr-defined]
-                collator,
-                [self.train_dataset[row] for row in shortest],  # type: ignore[attr-defined]
-                to_device=self._prepare_inputs,  # type: ignore[attr-defined]
-                longest=max(lengths),
-                tolerance=MOST_APART_16_BIT if rounded else MOST_APART,
-            )
-        # One order of rows for all processes: where one cannot pack (its memory may be the smaller), none does.
-        reason = next((one for one in gather_rows(reason) if one is not None), None)
-        if reason is not None:
-            collator.enabled = False
-            self.note(f"note: prompts are encoded once an answer, not once a pair, because of this model: {reason}")
-
-    step_loss: float = 0.0
-    """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
-
-    _tokens: torch.Tensor | int = 0
-    """Tokens trained on since the last log line, on the device: a count there does not wait for it."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.weight(self._micro):  # a stand-in's tokens are nobody's
-            self._tokens = self._tokens + count_tokens(args[1])
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        value = float(loss)
-        if not math.isfinite(value):
-            raise TrainerError(
-                f"The loss became {value} at step {self.state.global_step + 1}."  # type: ignore[attr-defined]
-                " Lower learning_rate (a tenth is a good try) or max_grad_norm, or train in bfloat16 or float32 instead of float16."
-            )
-        self.step_loss += value
-        return loss
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowOrder:
-        rows = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
-        args = self.args  # type: ignore[attr-defined]
-        if self.data_collator.enabled:  # type: ignore[attr-defined]
-            self.order = RowOrder(len(rows), args.seed)  # a packed batch has no padding to save
-        else:
-            self.order = SimilarLengths(list(rows["length"]), args.per_device_train_batch_size, args.seed)
-        return self.order
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if world_size() > 1:
-            self.put_metrics_together()
-        # TRL averages over batches; the last one may be shorter, so pairs are weighted by their batch here.
-        if any(name.startswith("eval_") for name in logs):
-            rows, size = len(self.eval_dataset), self.args.per_device_eval_batch_size  # type: ignore[attr-defined]
-            sizes = [size] * (rows // size) + ([rows % size] if rows % size else [])
-            for values in self._metrics["eval"].values():  # type: ignore[attr-defined]
-                if len(values) >= len(sizes):  # beyond them: a stand-in of a process without a batch
-                    values[:] = [sum(v * n for v, n in zip(values, sizes, strict=False)) / rows]
-        elif "loss" in logs:
-            logs["tokens"] = sum(gather_rows(int(self._tokens)))
-            self._tokens = 0
-        super().log(logs, start_time)  # type: ignore[misc]
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL would put a README with a hub's wording beside the checkpoints."""
-
-    def use_float32_updates(self) -> None:
-        """Casts what is trained to float32: TRL makes QLoRA adapters bfloat16, which the float16 scaler cannot take."""
-        for parameter in self.model.parameters():  # type: ignore[attr-defined]
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-
-
-def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
-    """Tokens of a batch without padding, a pair's prompt once although both answers follow a copy of it.
-
-    Args:
-        batch: As TRL's collators make it; pairs have `completion_mask` and stand as (chosen rows, rejected rows).
-
-    Returns:
-        A scalar on the batch's device.
-    """
-    mask: torch.Tensor | None = batch.get("attention_mask")
-    if mask is None:
-        return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
-    if "completion_mask" not in batch:
-        return mask.sum()
-    chosen, _ = mask.chunk(2)
-    completion_mask: torch.Tensor = batch["completion_mask"]
-    _, rejected_answers = completion_mask.chunk(2)
-    return chosen.sum() + rejected_answers.sum()
-
-
-class PairTrainer(_Additions, DPOTrainer):
+class PairTrainer(Additions, DPOTrainer):
     """DPO on rows that carry token ids already, with the reference scored once before the first step.
 
     Args:
@@ -189,7 +84,7 @@ def no_weights_hash() -> Iterator[None]:
         dpo_trainer.hash_module = stock
 
 
-class AnswerTrainer(_Additions, SFTTrainer):
+class AnswerTrainer(Additions, SFTTrainer):
     """SFT on rows that carry token ids and labels already."""
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -213,7 +108,7 @@ def build_trainer(
     callbacks: list[Any],
     reference: ReferenceScores,
     note: Callable[[str], None],
-) -> PairTrainer | AnswerTrainer:
+) -> PairTrainer | AnswerTrainer | LabelTrainer:
     """The trainer for `spec`, with adapter, reference log-probabilities and float32 updates in place.
 
     Args:
@@ -226,7 +121,7 @@ def build_trainer(
         reference: For DPO, where the reference's log-probabilities come from and go to.
         note: Takes one progress line.
     """
-    is_dpo = spec.hyperparameters["training_strategy"] == "dpo"
+    strategy = spec.hyperparameters["training_strategy"]
     if spec.adapter_dir is not None:
         model = load_adapter(spec, model)
     start = {
@@ -237,7 +132,7 @@ def build_trainer(
     common: dict[str, Any] = {
         "model": model,
         "train_dataset": _dataset(spec, train),
-        "eval_dataset": _dataset(spec, validation) if validation else None,
+        "eval_dataset": _dataset(spec, validation, evaluation=True) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
         "peft_config": lora_config(spec) if spec.trains_adapter and spec.adapter_dir is None else None,
@@ -248,9 +143,10 @@ def build_trainer(
         note(
             f"{joined} of a step's {batches} batches go through the model as one: they are small, and the sums are the same"
         )
-    _Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
+    Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
     try:
-        if is_dpo:
+        trainer: PairTrainer | AnswerTrainer | LabelTrainer
+        if strategy == "dpo":
             known = all(
                 reference.knows(list(rows["digest"]))
                 for rows in (common["train_dataset"], common["eval_dataset"])
@@ -260,7 +156,7 @@ def build_trainer(
             # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
             frozen = load_model(spec) if is_sharded(spec) and config.precompute_ref_log_probs else None
             with reference_by_layers():
-                trainer: PairTrainer | AnswerTrainer = PairTrainer(
+                trainer = PairTrainer(
                     args=config,
                     ref_model=frozen,
                     reference=reference,
@@ -270,6 +166,16 @@ def build_trainer(
                     **common,
                 )
             trainer.ref_model = None  # has scored all rows
+        elif strategy == "kto":
+            trainer = LabelTrainer(
+                args=kto_config(spec, bool(validation)),
+                # Without an adapter to switch off, TRL would look for the weights by the name in their config.
+                ref_model=None if spec.trains_adapter else load_model(spec),
+                data_collator=MismatchedAnswers(
+                    pad_token_id=tokenizer.pad_token_id, seq_length=spec.hyperparameters["seq_length"]
+                ),
+                **common,
+            )
         else:
             trainer = AnswerTrainer(
                 args=sft_config(spec, bool(validation), joined=joined),
@@ -311,7 +217,9 @@ def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
     return min(gather_rows(here))
 
 
-def _dataset(spec: TrainSpec, rows: list[TokenPair]) -> Dataset:
+def _dataset(spec: TrainSpec, rows: list[TokenPair], *, evaluation: bool = False) -> Dataset:
+    if spec.hyperparameters["training_strategy"] == "kto":
+        return label_rows(rows, shuffle_seed=spec.hyperparameters["seed"] if evaluation else None)
     if spec.hyperparameters["training_strategy"] == "dpo":
         ld_alpha = spec.hyperparameters["ld_alpha"]
         return Dataset.from_list(

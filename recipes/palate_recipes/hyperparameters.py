@@ -49,7 +49,9 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "lora_dim": ("lora_rank", "lora_r", "rank", "r"),
     "lora_alpha": ("alpha",),
     "lora_dropout": ("dropout",),
-    "dpo_beta": ("beta", "pref_beta"),
+    "dpo_beta": ("beta", "pref_beta", "kto_beta"),
+    "desirable_weight": ("kto_chosen_weight", "chosen_weight", "lambda_d"),
+    "undesirable_weight": ("kto_rejected_weight", "rejected_weight", "lambda_u"),
     "load_in_4bit": ("quantization_bit", "quant_bits", "quantization"),
     "gradient_accumulation_steps": ("grad_accum", "accumulate_grad_batches", "gradient_accumulation"),
     "apply_chat_template": ("chat_template", "use_chat_template"),
@@ -66,7 +68,11 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "fsdp": ("sharding_strategy", "fsdp_strategy", "zero_stage"),
 }
 _LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
-_DPO_NAMES = ("dpo_beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau")
+_PAIR_NAMES = ("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau")
+_DPO_NAMES = ("dpo_beta", *_PAIR_NAMES)
+_KTO_NAMES = ("desirable_weight", "undesirable_weight")
+_KTO_BATCH = 4
+"""Answers of a batch where none are asked for: TRL's advice for its estimate of the KL divergence is 4 or more."""
 _SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 # Objectives that TRL 1.16 keeps in trl.experimental only, and what comes nearest among its stable ones.
@@ -131,6 +137,7 @@ def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, A
             problems.append(f"{name} = {_shorten(value)}: {error}{_not_offered(value)}")
     problems.extend(_contradictions(given, method))
     problems.extend(_loss_contradictions(given))
+    problems.extend(_kto_contradictions(given))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise HyperparameterError(f"{count} in the hyperparameters for {method}:\n  " + "\n  ".join(problems))
@@ -140,6 +147,7 @@ def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, A
 def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceFacts) -> Resolved:
     """Check the given hyperparameters, fill in every default, and settle what depends on method and machine.
 
+    Under kto a batch has 4 answers unless a size is given: PAI's default of 1 cannot work there.
     The 4-bit rule is PAI's (an adapter, load_in_4bit and not load_in_8bit hold the weights in 4 bits), except
     that the default of load_in_4bit gives way where it cannot work: without CUDA, with load_in_8bit, and in
     Standard_LLM. QLoRA_LLM asks for 4 bits by its name, so there the default holds without CUDA too.
@@ -152,6 +160,12 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
     precision = _precision(device)
     notes: list[str] = []
 
+    if resolved["training_strategy"] == "kto" and "per_device_train_batch_size" not in given:
+        resolved["per_device_train_batch_size"] = _KTO_BATCH
+        notes.append(
+            f"per_device_train_batch_size is {_KTO_BATCH}: kto estimates the KL divergence from the answers of one batch, "
+            "and the default of 1 has none to compare."
+        )
     if "load_in_4bit" not in given and (reason := _why_not_4bit(resolved, method, device, precision)):
         resolved["load_in_4bit"] = False
         notes.append(f"load_in_4bit is false: {reason}.")
@@ -240,13 +254,45 @@ def _loss_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
         yield "loss_type = exo_pair needs label_smoothing above 0 (its paper takes 1e-3): give label_smoothing"
 
 
+def _kto_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
+    strategy = given.get("training_strategy")
+    # A value that is the default is no wish: resolved values hold every name, and are given again to repeat a run.
+    wished = {name for name, value in given.items() if value != HYPERPARAMETERS[name].default}
+    if strategy == "kto":
+        for name in _PAIR_NAMES:
+            if name in wished:
+                yield (
+                    f"{name} = {show(given[name])}: it is part of a loss over pairs, and kto has its own loss over single "
+                    "answers; drop it, or use training_strategy=dpo"
+                )
+        size = given.get("per_device_train_batch_size", _KTO_BATCH)
+        if size < 2:
+            yield (
+                f"per_device_train_batch_size = {size}: kto estimates the KL divergence from the other answers of a batch; "
+                f"give at least 2, better {_KTO_BATCH} or more"
+            )
+        if given.get("fsdp") == "full_shard":
+            yield 'fsdp = "full_shard": kto trains on whole weights; drop it, or use training_strategy=dpo'
+    elif strategy is not None:
+        for name in _KTO_NAMES:
+            if name in wished:
+                yield f'{name} = {show(given[name])}: only kto weighs answers, and training_strategy is "{strategy}"; drop it'
+    weights = [given.get(name, HYPERPARAMETERS[name].default) for name in _KTO_NAMES]
+    if not any(weights):
+        yield "desirable_weight = 0, undesirable_weight = 0: nothing would be trained; give at least one above 0"
+
+
 def _without_effect(given: Mapping[str, Any], resolved: Mapping[str, Any], method: str) -> Iterable[str]:
     if resolved["training_strategy"] == "sft":
         for name in _DPO_NAMES:
             if name in given:
                 yield f'{name} has no effect: training_strategy is "sft"; "dpo" trains on preferences.'
-    else:
+    elif resolved["training_strategy"] == "dpo":
         yield from _loss_notes(given, resolved)
+    if resolved["training_strategy"] != "kto":
+        for name in _KTO_NAMES:
+            if resolved[name] != HYPERPARAMETERS[name].default:
+                yield f'{name} has no effect: training_strategy is "{resolved["training_strategy"]}"; "kto" has it.'
     if method == "Standard_LLM":
         for name in _LORA_NAMES:
             if name in given:
@@ -279,6 +325,8 @@ def _loss_notes(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterab
 
 def _not_offered(value: object) -> str:
     name = str(value).strip().casefold()
+    if name == "kto":
+        return ". KTO is no loss over pairs: training_strategy=kto trains on good and bad answers, those of pairs too"
     if name not in _NOT_OFFERED:
         return ""
     return f". TRL has {name} among its experiments only, so it is not offered: {_NOT_OFFERED[name]}"

@@ -478,7 +478,7 @@ def test_definitions_have_the_form_of_pai() -> None:
         "Choices": None,
         "Unit": "",
     }
-    assert definitions["training_strategy"]["Choices"] == ["sft", "dpo"]
+    assert definitions["training_strategy"]["Choices"] == ["sft", "dpo", "kto"]
     assert {row["Type"] for row in definitions.values()} == {"String", "Int", "Float", "Bool"}
 
 

@@ -78,6 +78,7 @@ def test_the_public_names() -> None:
         "ModelTrainingRecipe",
         "PalateError",
         "Predictor",
+        "PreferenceData",
         "RegisteredModel",
         "Session",
         "TrainingJob",

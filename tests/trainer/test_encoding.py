@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from palate_trainer.spec.preferences import PreferencePair
+from palate_recipes.data.rows import Row, plain_row
 from tests.slow.conftest import preference_rows
 
 pytestmark = pytest.mark.slow
 
 
-def pairs(count: int) -> list[PreferencePair]:
+def pairs(count: int) -> list[Row]:
     extra = ["", " ", "\n\n", " <|im_end|> in the text", "ünïcödé 中文 🙂", "def f(x):\n\treturn x  "]
     return [
-        PreferencePair(row["prompt"] + extra[number % 6], row["chosen"] + extra[number % 5], row["rejected"], number)
+        plain_row(row["prompt"] + extra[number % 6], row["chosen"] + extra[number % 5], row["rejected"], number)
         for number, row in enumerate(preference_rows(count), 1)
     ]
 
@@ -49,8 +49,59 @@ def test_plain_text_and_rows_without_a_rejected_answer(base_model: Path) -> None
 
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     renderer = Renderer(tokenizer, False, "", 512)
-    data = [PreferencePair("Question:\n", "an answer", None, 1), PreferencePair("Again:\n", "yes", "no", 2)]
+    data = [plain_row("Question:\n", "an answer", None, 1), plain_row("Again:\n", "yes", "no", 2)]
     (first, _), (second, _) = renderer.encode_all(data)
     assert first.prompt_ids + first.chosen_ids == tokenizer("Question:\nan answer<|im_end|>")["input_ids"]
     assert first.rejected_ids == []
     assert second.prompt_ids + second.rejected_ids == tokenizer("Again:\nno<|im_end|>")["input_ids"]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content']FILTER }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING = CHATML.replace("{{ m['content']FILTER }}", "{{ m['content'].split('</think>')[-1] }}")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML.replace(
+    "FILTER", ""
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (CHATML.replace("FILTER", ""), True),
+        (CHATML.replace("FILTER", " | trim"), False),
+        (THINKING, True),
+        (NO_SYSTEM, False),
+    ],
+    ids=["as it is", "trimmed", "thinking", "no system"],
+)
+def test_one_rendering_serves_both_answers_only_where_that_changes_nothing(
+    base_model: Path, template: str, found: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    from palate_trainer.tokens import Renderer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer, True, "", 4096)
+    assert (renderer._verbatim is not None) is found
+    answers = [
+        "Yes.",
+        "  so \n",
+        "<think>\nhm\n</think>\n\nYes.",
+        "a<|im_end|>",
+        "<|im_start|>user\nwhat",
+        "ünï 中文 🙂",
+        "{{ x }}",
+    ]
+    for answer in answers:
+        row = plain_row("Why?", answer, "No.")
+        turns = [{"role": "user", "content": "Why?"}]
+        ended = answer.removesuffix("<|im_end|>")  # the tokenizer's EOS
+        expected = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)] + [
+            tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": text}], tokenize=False)
+            for text in (ended, "No.")
+        ]
+        assert renderer._texts(row) == expected

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from palate_recipes.data.rows import plain_row
 from palate_recipes.errors import DataError
 from palate_trainer.errors import TrainerError
-from palate_trainer.spec.preferences import PreferencePair
 from tests.trainer.support import spec, train
 
 pytestmark = pytest.mark.slow
 
-PAIR = PreferencePair("The sky is bl", "ue, as ever.", "ack at night.", 1)
+PAIR = plain_row("The sky is bl", "ue, as ever.", "ack at night.", 1)
 
 
 def template(name: str) -> str:
@@ -106,12 +106,12 @@ def test_prompt_and_completion_come_from_one_rendering_and_are_trls(tokenizer: A
 
 def test_a_merge_across_the_boundary_loses_and_shifts_no_token(tokenizer: Any) -> None:
     """Plain text: "bl" + "ue" is one token. TRL would drop the prompt's last token and train on "blue" instead."""
-    bare = tokenizer(PAIR.prompt)["input_ids"]
-    assert tokenizer(PAIR.prompt + PAIR.chosen)["input_ids"][: len(bare)] != bare
+    bare = tokenizer(PAIR.text)["input_ids"]
+    assert tokenizer(PAIR.text + PAIR.chosen)["input_ids"][: len(bare)] != bare
     encoded, parted = renderer(tokenizer, chat=False).encode(PAIR)
     assert parted
     assert encoded.prompt_ids == bare
-    assert text(tokenizer, encoded.prompt_ids + encoded.chosen_ids) == f"{PAIR.prompt}{PAIR.chosen}<|im_end|>"
+    assert text(tokenizer, encoded.prompt_ids + encoded.chosen_ids) == f"{PAIR.text}{PAIR.chosen}<|im_end|>"
     assert text(tokenizer, encoded.chosen_ids) == f"{PAIR.chosen}<|im_end|>"
 
 
@@ -129,7 +129,7 @@ def test_a_merge_in_a_chat_template_keeps_the_served_prompt(tokenizer: Any) -> N
 def test_a_tokenizer_that_puts_a_space_before_a_beginning_puts_none_before_the_answer(spaced: Any) -> None:
     encoded, parted = renderer(spaced, chat=False).encode(PAIR)
     assert parted
-    assert encoded.prompt_ids == spaced(PAIR.prompt)["input_ids"]
+    assert encoded.prompt_ids == spaced(PAIR.text)["input_ids"]
     assert text(spaced, encoded.prompt_ids + encoded.chosen_ids) == "The sky is blue, as ever.</s>"
 
 
@@ -198,10 +198,10 @@ def test_an_empty_system_prompt_is_none_and_so_is_it_in_the_saved_template(
     encoded, parted = renderer(tokenizer).encode(PAIR)
     assert not parted
     assert "system" not in text(tokenizer, encoded.prompt_ids)
-    assert text(tokenizer, encoded.prompt_ids) == f"<|im_start|>user\n{PAIR.prompt}<|im_end|>\n<|im_start|>assistant\n"
+    assert text(tokenizer, encoded.prompt_ids) == f"<|im_start|>user\n{PAIR.text}<|im_end|>\n<|im_start|>assistant\n"
     tokenizer.save_pretrained(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    assert served(saved, [{"role": "user", "content": PAIR.prompt}]) == encoded.prompt_ids
+    assert served(saved, [{"role": "user", "content": PAIR.text}]) == encoded.prompt_ids
     assert text(saved, before["talk"]).endswith(text(saved, served(saved, talk)))  # later turns are untouched
     assert served(saved, given) == before["given"]
     assert take_out_system_default(saved) is None  # nothing is left to take out
@@ -243,7 +243,7 @@ def test_training_without_a_system_prompt_serves_without_one(tiny: Path, tmp_pat
 
 def test_one_end_with_chatml(tokenizer: Any) -> None:
     for answer in ("Yes.", "Yes.<|im_end|>", "Yes.<|im_end|>\n"):
-        encoded, _ = renderer(tokenizer).encode(PreferencePair("So?", answer, None, 1))
+        encoded, _ = renderer(tokenizer).encode(plain_row("So?", answer, None, 1))
         assert text(tokenizer, encoded.chosen_ids) == "Yes.<|im_end|>\n"  # the line break is the template's, and TRL's
 
 
@@ -259,7 +259,7 @@ def test_one_beginning_and_one_end_with_llama_3(llama3: Any) -> None:
 def test_one_beginning_and_one_end_with_plain_text(llama3: Any) -> None:
     for prompt in ("So?\n", "<|begin_of_text|>So?\n"):
         for answer in ("Yes.", "Yes.<|eot_id|>", "Yes.<|eot_id|>\n"):
-            encoded, _ = renderer(llama3, chat=False).encode(PreferencePair(prompt, answer, None, 1))
+            encoded, _ = renderer(llama3, chat=False).encode(plain_row(prompt, answer, None, 1))
             ids = encoded.prompt_ids + encoded.chosen_ids
             assert text(llama3, ids) == "<|begin_of_text|>So?\nYes.<|eot_id|>"
             assert encoded.prompt_ids == llama3("So?\n")["input_ids"]  # as /v1/completions would have it
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer: Any
 
     end = ("<|im_end|>", tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=[end])
-    encoded, _ = renderer(tokenizer, chat=False).encode(PreferencePair("So?\n", "Yes.", None, 1))
+    encoded, _ = renderer(tokenizer, chat=False).encode(plain_row("So?\n", "Yes.", None, 1))
     assert text(tokenizer, encoded.prompt_ids + encoded.chosen_ids) == "So?\nYes.<|im_end|>"
 
 
@@ -287,7 +287,7 @@ def test_a_template_without_an_end_gets_one(tokenizer: Any) -> None:
 
 def test_the_end_is_one_at_which_the_engine_stops(tokenizer: Any, base_model: Path, tmp_path: Path) -> None:
     """A base model with a chat template of its own: EOS is <|endoftext|>, the turn ends with <|im_end|>."""
-    from palate_trainer.loading import stop_token_ids
+    from palate_trainer.tokenizer import stop_token_ids
     from palate_trainer.tokens import Renderer
 
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -295,8 +295,8 @@ def test_the_end_is_one_at_which_the_engine_stops(tokenizer: Any, base_model: Pa
     unknown, _ = Renderer(tokenizer, True, "", 512).encode(PAIR)
     assert text(tokenizer, unknown.chosen_ids).endswith("<|im_end|>\n<|endoftext|>")
     wanted = spec(base_model, tmp_path)
-    assert turn_end in stop_token_ids(wanted)
-    known, _ = Renderer(tokenizer, True, "", 512, stop_token_ids(wanted)).encode(PAIR)
+    assert turn_end in stop_token_ids(wanted.model_dir)
+    known, _ = Renderer(tokenizer, True, "", 512, stop_token_ids(wanted.model_dir)).encode(PAIR)
     assert text(tokenizer, known.chosen_ids).endswith("<|im_end|>\n")
 
 
@@ -331,7 +331,7 @@ def test_truncation_keeps_the_prompt_and_is_the_same_for_both_answers(tokenizer:
     from palate_trainer.tokens import encode_pairs
 
     made = renderer(tokenizer, "Be brief.", seq_length=40)
-    pair = PreferencePair("Say a number.", "one " * 60, "two " * 60, 7)
+    pair = plain_row("Say a number.", "one " * 60, "two " * 60, 7)
     (cut,), report = encode_pairs([pair], made, name="train")
     assert report.cut == [7]
     assert cut.prompt_ids == served(tokenizer, made.messages(pair.prompt))
@@ -341,7 +341,7 @@ def test_truncation_keeps_the_prompt_and_is_the_same_for_both_answers(tokenizer:
 def test_a_file_of_spoilt_rows_is_refused(tokenizer: Any) -> None:
     from palate_trainer.tokens import encode_pairs
 
-    pairs = [PreferencePair("word " * 99, "yes", "no", row) for row in (1, 2)]
+    pairs = [plain_row("word " * 99, "yes", "no", row) for row in (1, 2)]
     with pytest.raises(DataError, match=r"No row of train is left.*\n.*rows 1, 2"):
         encode_pairs(pairs, renderer(tokenizer, seq_length=32), name="train")
 

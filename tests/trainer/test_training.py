@@ -75,11 +75,11 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None
 def _order_of_ours(tiny: Path, sampler: Any) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from palate_trainer.spec.preferences import PreferencePair
+    from palate_recipes.data.rows import plain_row
     from palate_trainer.tokens import Renderer, encode_pairs
 
     pairs = [
-        PreferencePair(row["prompt"], row["chosen"], row["rejected"], index)
+        plain_row(row["prompt"], row["chosen"], row["rejected"], index)
         for index, row in enumerate(preference_rows(), 1)
     ]
     renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "You are a helpful assistant", 128)

@@ -91,11 +91,11 @@ def test_a_line_has_rates_memory_and_time_left_and_tensorboard_has_the_same(
 
     from transformers import AutoTokenizer
 
-    from palate_trainer.spec.preferences import PreferencePair
+    from palate_recipes.data.rows import plain_row
     from palate_trainer.tokens import Renderer
 
     renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "You are a helpful assistant", 64)
-    rows = [PreferencePair(row["prompt"], row["chosen"], row["rejected"], 1) for row in with_a_rule(16, 1)]
+    rows = [plain_row(row["prompt"], row["chosen"], row["rejected"], 1) for row in with_a_rule(16, 1)]
     encoded = [renderer.encode(row)[0] for row in rows]
     assert sum(entry["tokens"] for entry in lines) == sum(
         len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded

@@ -11,6 +11,7 @@ import sys
 import typer
 
 from palate.cli import about, runs, work
+from palate.cli.data import data
 from palate.errors import PalateError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 work.register(app)
 runs.register(app)
 about.register(app)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

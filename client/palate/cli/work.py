@@ -23,7 +23,10 @@ def _pairs(entries: list[str], flag: str) -> dict[str, str]:
 
 def train(
     data: Annotated[
-        str, typer.Argument(help="Preference file: a path, file://, s3:// or oss:// (JSON array or JSONL).")
+        str,
+        typer.Argument(
+            help="Preference data: a file, folder, glob or URI (s3://, oss://, hf://, gsheet://); see docs/data.md."
+        ),
     ],
     model: Annotated[str | None, typer.Option(help="Name from `palate models`.")] = None,
     model_uri: Annotated[str | None, typer.Option(help="Folder or object-store URI of a model instead.")] = None,
@@ -31,9 +34,9 @@ def train(
         str | None, typer.Option(help="LoRA_LLM (default), QLoRA_LLM or Standard_LLM (full fine-tuning).")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="dpo (default) or sft: the hyperparameter training_strategy.")
+        str | None, typer.Option(help="dpo (default), kto or sft: the hyperparameter training_strategy.")
     ] = None,
-    validation: Annotated[str | None, typer.Option(help="Preference file for evaluation.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Preference data for evaluation.")] = None,
     adapter: Annotated[
         str | None, typer.Option(help="Model folder of a finished LoRA run to go on from, such as SFT before DPO.")
     ] = None,

@@ -40,13 +40,13 @@ class TrainSpec:
     Attributes:
         method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
         model_dir: Folder with config, weights and tokenizer of the base model.
-        train_file: Preference file for training (PAI JSON array or JSONL).
+        train_file: Data file for training, of any container and format that `palate_recipes.data` reads.
         validation_file: The same for evaluation, or None.
         output_dir: Folder that receives everything; made if missing.
         hyperparameters: Resolved values, every name of the schema present.
         precision: Dtype of weights and arithmetic.
-        adapter_dir: Folder of a LoRA adapter to go on training, or None for a new one. Under DPO its first state is the
-            reference.
+        adapter_dir: Folder of a LoRA adapter to go on training, or None for a new one. Under DPO and KTO its first
+            state is the reference.
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
         cache_dir: Folder for what later runs can use again (see `palate_trainer.spec.reference`), or None for no cache.

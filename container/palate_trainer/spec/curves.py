@@ -76,6 +76,11 @@ class Curves:
         return bool(self.start.get("strategy", "dpo") == "dpo")
 
     @property
+    def has_reference(self) -> bool:
+        """Whether answers are scored against a reference: then rewards exist, and no part of the loss is there to stay."""
+        return self.is_dpo or self.start.get("strategy") == "kto"
+
+    @property
     def steps(self) -> int:
         return self.train[-1].step if self.train else 0
 
@@ -84,7 +89,7 @@ class Curves:
         """The training loss before anything was learned."""
         if self.is_dpo and self.start.get("loss_type", "sigmoid") in _UNDECIDED:
             return _UNDECIDED[self.start.get("loss_type", "sigmoid")]
-        if self.is_dpo:
+        if self.has_reference:
             return next((point.loss for point in self.train if point.loss is not None), None)
         # One batch of answers says little about the level: SFT begins with what the first tenth shows.
         early = [point for point in self.train if point.step <= max(1, self.steps / 10)]

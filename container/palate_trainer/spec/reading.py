@@ -124,7 +124,7 @@ def _over_fitting(curves: Curves) -> Reading | None:
     if not points or first is None or end is None:
         return None
     best, last = min(points, key=_loss), points[-1]
-    if curves.is_dpo and _loss(best) > (1 - FLAT) * first and end < _BY_HEART * first:
+    if curves.has_reference and _loss(best) > (1 - FLAT) * first and end < _BY_HEART * first:
         cause = (
             f"the rows were learned by heart. Take fewer epochs or more rows, or {lower_rate(curves, 3)}"
             if curves.train[-1].epoch > 1
@@ -164,20 +164,24 @@ def _not_learning(curves: Curves) -> Reading | None:
     if first - end > _flat(curves) * first:
         return None
     text = f"After {curves.steps} steps {_figures(curves)}."
-    if not curves.is_dpo:
+    if not curves.has_reference:
         return Reading("not learning", f"{text} {_sentence(_raise_rate(curves, 5))}")
     margins = [point.margin for point in curves.last(0.5) if point.margin is not None]
     stirred = math.sqrt(sum(margin**2 for margin in margins) / max(1, len(margins)))
-    if stirred > _STIRRED:
-        cause = "The rewards move, but not towards the chosen answers: see whether chosen and rejected differ as they should"
+    # A loss over pairs falls as soon as margins grow; KTO's follows at an eighth of them.
+    towards = not curves.is_dpo and stirred > _STIRRED and sum(margins) > len(margins) * stirred / 2
+    if stirred > _STIRRED and not towards:
+        differ = "chosen and rejected" if curves.is_dpo else "good and bad answers"
+        cause = f"The rewards move, but not towards the chosen answers: see whether {differ} differ as they should"
         return Reading("not learning", f"{text} {cause}, and {lower_rate(curves, 10)}.")
-    if _sure(curves):
+    if towards or _sure(curves):
         return Reading(
             "not learning", f"{text} The direction is right, the steps far too small: {_raise_rate(curves, 10)}."
         )
     return Reading(
         "not learning",
-        f"{text} {_sentence(_raise_rate(curves, 10))} If that changes nothing, look at the pairs themselves.",
+        f"{text} {_sentence(_raise_rate(curves, 10))} If that changes nothing, look at the"
+        f" {'pairs' if curves.is_dpo else 'answers and labels'} themselves.",
     )
 
 
@@ -284,13 +288,15 @@ def _figures(curves: Curves) -> str:
     accuracy, margin, tokens = (mean(points, name) for name in ("accuracy", "margin", "token_accuracy"))
     if curves.is_dpo and accuracy is not None and margin is not None:
         return f"{words}; {accuracy:.0%} of the {where} pairs are in the right order, with a margin of {margin:.2f}"
+    if curves.has_reference and margin is not None:
+        return f"{words}; the reward of good {where} answers is {margin:.2f} above that of bad ones"
     if tokens is not None:
         return f"{words}; {tokens:.0%} of the {where} answers' tokens are ranked first"
     return words
 
 
 def _flat(curves: Curves) -> float:
-    return FLAT if curves.is_dpo else FLAT_SFT
+    return FLAT if curves.has_reference else FLAT_SFT
 
 
 def _held_out(curves: Curves) -> Point | None:

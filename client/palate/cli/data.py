@@ -1,0 +1,322 @@
+"""`palate data …`: preference data checked, converted, split, described, made. Speaks to people; `palate_recipes.data` works."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palate.cli.generate import generate
+from palate.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from palate_recipes.data.changes import Change
+    from palate_recipes.data.formats import Format
+    from palate_recipes.data.report import Report
+
+data = typer.Typer(help="Check, convert, split, describe and make preference data.", no_args_is_help=True)
+
+Files = Annotated[list[str], typer.Argument(help="Files, folders, globs or URIs (s3://, oss://, hf://, gsheet://).")]
+Strategy = Annotated[str, typer.Option(help="What it is for: dpo, sft, kto, or any.")]
+From = Annotated[str | None, typer.Option("--from", help="Format of the rows; default: their fields decide.")]
+InputColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-column", metavar="PLACEHOLDER=COLUMN", help="A column that the prompt is made of; again for more."
+    ),
+]
+LabelColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label-column",
+        metavar="chosen=COLUMN",
+        help="Columns of the answers; chosen.KEY=COLUMN makes the answer a JSON object with that key.",
+    ),
+]
+Template = Annotated[Path | None, typer.Option("--prompt-template", help="CSV or YAML with name, system and user.")]
+TemplateName = Annotated[str | None, typer.Option("--prompt-name", help="Which of several prompt templates.")]
+
+
+@data.command()
+def check(
+    files: Files,
+    validation: Annotated[list[str] | None, typer.Option(help="Held-out data, searched for the same prompts.")] = None,
+    strategy: Strategy = "dpo",
+    from_: From = None,
+    input_column: InputColumns = None,
+    label_column: LabelColumns = None,
+    prompt_template: Template = None,
+    prompt_name: TemplateName = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model name or folder: also count tokens, as training would.")
+    ] = None,
+    seq_length: Annotated[int, typer.Option(help="With --tokenizer: tokens of prompt and answer.")] = 128,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="With --tokenizer: system prompt; default: that of training.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write the rows that can be trained on, cleaned, to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check data row by row, as train() does; exit code 1 when something is wrong."""
+    from palate_recipes.data.changes import clean
+    from palate_recipes.data.checking import check as check_files
+
+    settings = _settings(from_, input_column, label_column, prompt_template, prompt_name)
+    form, wanted = _format(settings), _strategy(strategy)
+    with _at_hand(files) as found, _at_hand(validation or []) as held_out:
+        report = check_files(found, held_out, strategy=wanted, format=form)
+        if tokenizer is not None:
+            from palate.data.measured import measure
+
+            measure(
+                report,
+                [*found, *held_out],
+                tokenizer=tokenizer,
+                strategy=strategy,
+                settings=settings,
+                seq_length=seq_length,
+                system_prompt=system_prompt,
+            )
+        change = clean([path for path, _ in found], fix, strategy=wanted, format=form) if fix else None
+    if as_json:
+        print(
+            json.dumps(report.to_json() | ({"fixed": _as_json(change)} if change else {}), indent=1, ensure_ascii=False)
+        )
+    else:
+        print("\n".join(report.lines()))
+    if change:
+        _say(change)
+        print(f"next: palate data check {fix}", file=sys.stderr)
+    wrong = report.count("error") + (report.count("warning") if strict else 0)
+    if wrong and not fix:
+        print("next: palate data check … --fix OUT.jsonl writes the good rows", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@data.command()
+def convert(
+    files: Files,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write: .json .jsonl .csv .tsv .parquet, or .gz/.zst of them."),
+    ],
+    to: Annotated[str, typer.Option(help="Format to write; `palate data formats` lists them.")] = "trl",
+    from_: From = None,
+    input_column: InputColumns = None,
+    label_column: LabelColumns = None,
+    prompt_template: Template = None,
+    prompt_name: TemplateName = None,
+    unpair: Annotated[bool, typer.Option("--unpair", help="Make two labelled rows of each pair (for kto).")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave wrong rows out and say so.")] = False,
+) -> None:
+    """Write data in another format or container; prints the file."""
+    from palate_recipes.data.changes import convert as convert_files
+    from palate_recipes.data.formats import format_named
+
+    form = _format(_settings(from_, input_column, label_column, prompt_template, prompt_name))
+    with _at_hand(files) as found:
+        change = convert_files(
+            [path for path, _ in found],
+            output,
+            format_named(to),
+            format=form,
+            bad_rows="skip" if skip_bad_rows else "refuse",
+            unpair=unpair,
+        )
+    _say(change)
+    print(output)
+    print(f"next: palate data check {output}", file=sys.stderr)
+
+
+@data.command()
+def split(
+    files: Files,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File for training; NAME.validation.EXT is written beside it.")
+    ],
+    validation: Annotated[Path | None, typer.Option(help="File for validation instead.")] = None,
+    share: Annotated[float, typer.Option(help="Of the rows that validation gets.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed draws other rows.")] = 0,
+    from_: From = None,
+) -> None:
+    """Split data into training and validation, no prompt on both sides; prints both files."""
+    from palate_recipes.data.changes import split as split_files
+
+    beside = validation or output.with_name(_beside(output.name))
+    with _at_hand(files) as found:
+        change = split_files(
+            [path for path, _ in found], output, beside, share=share, seed=seed, format=_format({"name": from_})
+        )
+    _say(change)
+    print(f"{output}\n{beside}")
+    print(f"next: palate train {output} --validation {beside}", file=sys.stderr)
+
+
+@data.command()
+def stats(
+    files: Files,
+    strategy: Strategy = "any",
+    from_: From = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe data: rows, formats, lengths with a small plot, languages."""
+    from palate_recipes.data.checking import check as check_files
+
+    with _at_hand(files) as found:
+        report = check_files(found, strategy=_strategy(strategy), format=_format({"name": from_}))
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+        return
+    _describe(report)
+    print("next: palate data check " + " ".join(files), file=sys.stderr)
+
+
+@data.command()
+def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the formats of rows that are read and written."""
+    from palate_recipes.data.formats import FORMATS
+
+    if as_json:
+        rows = [{"name": name, "fields": one.fields, "written": one.write is not None} for name, one in FORMATS.items()]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from palate.terminal import print_table
+
+    print_table(
+        ("format", "fields", "written"),
+        [(name, one.fields, "yes" if one.write else "no") for name, one in FORMATS.items()],
+    )
+
+
+@data.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Receives train.json and validation.json.")] = Path("palate-demo"),
+    direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
+) -> None:
+    """Write the demo data, with the preference in the direction you choose; prints both files."""
+    from palate_recipes.demo import write_demo
+
+    files = write_demo(folder, direction)
+    print("\n".join(str(path) for path in files.values()))
+    print(f"next: palate train {files['train']} --validation {files['validation']}", file=sys.stderr)
+
+
+data.command()(generate)
+
+
+# What the verbs share.
+
+
+def _strategy(name: str) -> Any:
+    if name not in ("dpo", "sft", "kto", "any"):
+        raise ConfigurationError(f"--strategy {name!r} is not known: use dpo, sft, kto or any")
+    return None if name == "any" else name
+
+
+def _settings(
+    name: str | None,
+    inputs: list[str] | None,
+    labels: list[str] | None,
+    template: Path | None,
+    template_name: str | None,
+) -> dict[str, Any]:
+    """Arguments of `format_for`, in types that JSON has."""
+    answers: dict[str, Any] = {}
+    for label, column in _named(labels, "--label-column").items():
+        answer, dot, key = label.partition(".")
+        if not dot:
+            answers[answer] = column
+        elif isinstance(answers.setdefault(answer, {}), dict):
+            answers[answer][key] = column
+        else:
+            raise ConfigurationError(f"--label-column {label}={column}: {answer} is one column already")
+    return {
+        "name": name,
+        "input_columns": _named(inputs, "--input-column") or None,
+        "label_columns": answers or None,
+        "prompt_template": str(template) if template else None,
+        "prompt_name": template_name,
+    }
+
+
+def _named(entries: list[str] | None, flag: str) -> dict[str, str]:
+    named = {}
+    for entry in entries or []:
+        name, separator, column = entry.partition("=")
+        if not separator or not name or not column:
+            raise ConfigurationError(f"{flag} {entry!r} is no NAME=COLUMN")
+        named[name.strip()] = column
+    return named
+
+
+def _format(settings: dict[str, Any]) -> Format | None:
+    from palate_recipes.data.columns import format_for
+
+    return format_for(**settings)
+
+
+@contextmanager
+def _at_hand(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
+    """Files on this machine, each with the name that messages call it by."""
+    from palate.data.sources import at_hand
+    from palate.session import get_default_session
+
+    with ExitStack() as places:
+        found = []
+        for uri in uris:
+            fetched = places.enter_context(at_hand(uri, get_default_session()))
+            if fetched.passed_over:
+                print(f"not read, since no data by their names: {', '.join(fetched.passed_over)}", file=sys.stderr)
+            single = len(fetched.files) == 1
+            found += [(path, uri if single else path.name) for path in fetched.files]
+        yield found
+
+
+def _beside(name: str) -> str:
+    stem, dot, rest = name.partition(".")
+    return f"{stem}.validation{dot}{rest}"
+
+
+def _say(change: Change) -> None:
+    for path, count in change.written.items():
+        print(f"{path}: {count:,} rows", file=sys.stderr)
+    if change.cleaned:
+        print(f"cleaned: {change.cleaned:,} rows, a chat template's marks taken out", file=sys.stderr)
+    for code, count in change.dropped.items():
+        print(f"left out: {count:,} rows, {code}", file=sys.stderr)
+    for line in change.faults:
+        print(f"  {line}", file=sys.stderr)
+
+
+def _as_json(change: Change) -> dict[str, Any]:
+    return {"written": change.written, "dropped": dict(change.dropped), "cleaned": change.cleaned}
+
+
+def _describe(report: Report) -> None:
+    from palate.terminal import bars, print_table
+
+    shapes = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
+    print(f"{report.usable:,} of {report.rows:,} rows can be read; {shapes or 'no known format'}")
+    print_table(
+        ("characters", "mean", "median", "95%", "99%", "longest", "distribution up to 99%"),
+        [
+            (
+                name,
+                *(f"{lengths[key]:,}" for key in ("mean", "p50", "p95", "p99", "max")),
+                bars(report.histograms[name]),
+            )
+            for name, lengths in report.lengths.items()
+        ],
+    )
+    if report.longer_wins is not None:
+        print(f"the longer answer is the chosen one in {report.longer_wins:.0%} of pairs")
+    for found in report.of("info"):
+        print("\n".join(found.lines()))

@@ -1,0 +1,242 @@
+"""`palate data generate`: from prompts to preference pairs with any OpenAI-compatible endpoint. Asks through `palate.data`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palate.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from palate.data.endpoint import Endpoint
+    from palate.data.generate import Generated, Plan, Progress
+    from palate.data.pairs import PairSettings
+
+_NEWS_S = 5.0
+"""Seconds between lines about the progress; on a terminal one line is kept up to date instead."""
+
+
+def generate(
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help="Text file (a prompt a line), JSON or JSONL with `prompt` or `messages`, CSV with `prompt`."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSONL file for the pairs; its ledger stands beside it.")
+    ],
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model that answers; again for more. Default with --service: default.")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Each model answers at each; again for more. Default: 1.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Answers of each model at each temperature.")] = 2,
+    system: Annotated[str, typer.Option(help="System prompt of conversations that have none.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens an answer may have.")] = 512,
+    keep_cut: Annotated[bool, typer.Option("--keep-cut", help="Use answers that were cut there too.")] = False,
+    service: Annotated[str | None, typer.Option(help="A running Palate service that answers.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Or any endpoint; default: OPENAI_BASE_URL.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with its key; default: OPENAI_API_KEY.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model that compares; default: the first --model.")] = None,
+    judge_service: Annotated[str | None, typer.Option(help="Palate service that compares.")] = None,
+    judge_base_url: Annotated[str | None, typer.Option(help="Or any endpoint; default: the one that answers.")] = None,
+    judge_api_key_env: Annotated[str | None, typer.Option(help="Environment variable with that one's key.")] = None,
+    judge_max_tokens: Annotated[int, typer.Option(help="Tokens a verdict may have, reasons included.")] = 512,
+    rubric: Annotated[Path | None, typer.Option(help="Text file that says what makes an answer better.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts alone.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Calls at once.")] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most, for each endpoint.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds one request may take.")] = 300.0,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=IN,OUT", help="Price of a million prompt and completion tokens; again for more."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls there will be, and ask none.")] = False,
+) -> None:
+    """Make preference pairs: models answer, a judge compares twice, the best and the worst become a pair."""
+    from palate.data.endpoint import EndpointError
+    from palate.data.generate import generate_pairs, plan_pairs
+    from palate.data.judge import RUBRIC
+    from palate.data.pairs import PairSettings
+
+    settings = PairSettings(
+        endpoint=_endpoint(service, base_url, api_key_env),
+        models=model or (["default"] if service else []),
+        temperatures=temperature or [1.0],
+        n=n,
+        system_prompt=system,
+        max_tokens=max_tokens,
+        keep_cut=keep_cut,
+        judge_endpoint=_judge(judge_service, judge_base_url, judge_api_key_env),
+        judge_model=judge_model or ("default" if judge_service else None),
+        judge_max_tokens=judge_max_tokens,
+        rubric=_text(rubric) if rubric else RUBRIC,
+        limit=limit,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+        timeout_s=timeout,
+        prices=_prices(price or []),
+    )
+    plan = plan_pairs(prompts, output=output, settings=settings)
+    command = shlex.join(["palate", *sys.argv[1:]])
+    if dry_run:
+        _print_plan(plan, settings)
+        print(f"next: {command.replace(' --dry-run', '')}", file=sys.stderr)
+        return
+    print(
+        f"{plan.prompts} prompts: {plan.calls} calls at most ({plan.finished} finished before), "
+        f"{plan.prompt_tokens + plan.completion_tokens:,} tokens at the very most{_money(plan.cost)}",
+        file=sys.stderr,
+    )
+    news = _News()
+    try:
+        result = generate_pairs(prompts, output=output, settings=settings, progress=news)
+    except EndpointError as error:
+        news.end()  # before the message, not after it
+        print(f"error: {error}\nnext: {command}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        news.end()
+        print(f"interrupted; every finished call is kept\nnext: {command}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        news.end()
+    _print_result(result)
+    print(result.output)
+    print(f"next: palate train {shlex.quote(str(result.output))}", file=sys.stderr)
+
+
+def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None) -> Endpoint:
+    from palate.data.endpoint import Endpoint
+
+    if service:
+        if base_url or api_key_env:
+            raise ConfigurationError("--service has its own address and token: leave --base-url and --api-key-env out")
+        return Endpoint.of_service(service)
+    return Endpoint.from_environment(base_url, api_key_env)
+
+
+def _judge(service: str | None, base_url: str | None, api_key_env: str | None) -> Endpoint | None:
+    from palate.data.endpoint import Endpoint
+
+    if service:
+        if base_url or api_key_env:
+            raise ConfigurationError(
+                "--judge-service has its own address and token: leave --judge-base-url and --judge-api-key-env out"
+            )
+        return Endpoint.of_service(service)
+    if base_url:
+        return Endpoint.other(base_url, api_key_env)
+    if api_key_env:
+        raise ConfigurationError(f"--judge-api-key-env {api_key_env} needs --judge-base-url: which endpoint is it for?")
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"rubric {path} cannot be read: {error}. Give a UTF-8 text file") from None
+
+
+def _prices(entries: list[str]) -> dict[str, tuple[float, float]]:
+    prices = {}
+    for entry in entries:
+        name, _, value = entry.rpartition("=")
+        try:
+            prompt_price, completion_price = (float(part) for part in value.split(","))
+            if not name or not 0 <= prompt_price < float("inf") or not 0 <= completion_price < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise ConfigurationError(
+                f"--price {entry!r} is no MODEL=IN,OUT with two prices of a million tokens, such as small-model=0.15,0.60"
+            ) from None
+        prices[name] = (prompt_price, completion_price)
+    return prices
+
+
+def _money(cost: float | None) -> str:
+    return "" if cost is None else f", cost {cost:.4f}"
+
+
+def _print_plan(plan: Plan, settings: PairSettings) -> None:
+    from palate.terminal import print_table
+
+    rows: list[tuple[str, object]] = [
+        ("prompts", plan.prompts),
+        (f"calls for answers, {settings.answers} a prompt", plan.answers),
+        (f"calls for verdicts, at most {plan.verdicts // plan.prompts} a prompt", plan.verdicts),
+        ("calls that are finished", plan.finished),
+        ("calls that are left, at most", plan.calls),
+        ("prompt tokens, at the very most", plan.prompt_tokens),
+        ("completion tokens, at the very most", plan.completion_tokens),
+    ]
+    if plan.cost is not None:
+        rows.append(("cost, at the very most", f"{plan.cost:.4f}"))
+    print_table(("what", "number"), rows)
+    print("a verdict that cannot be read costs one more call; the tokens allow for that in every case", file=sys.stderr)
+
+
+def _print_result(result: Generated) -> None:
+    say = [
+        f"{result.pairs} pairs from {result.prompts} prompts",
+        f"no pair: {result.ties} tied, {result.same} with identical answers, {result.cut} cut or empty, {result.failed} failed",
+        f"verdicts: {result.disagreements} comparisons changed with the places, {result.unreadable} could not be read",
+        f"calls: {result.asked} asked, {result.reused} taken from {result.ledger}",
+    ]
+    if result.repeated_prompts:
+        say.append(f"{result.repeated_prompts} prompts stood there twice and were asked once")
+    for row in result.usage:
+        unknown = f" ({row.without_usage} calls reported none)" if row.without_usage else ""
+        say.append(
+            f"{row.model}, {row.calls} {row.role}: {row.prompt_tokens:,} prompt tokens, "
+            f"{row.completion_tokens:,} completion tokens{unknown}{_money(row.cost)}"
+        )
+    if result.cost is not None:
+        say.append(f"cost of all calls: {result.cost:.4f}")
+    say += [f"failed: {failure}" for failure in result.failures]
+    if result.failed:
+        say.append("the same command asks what failed once more")
+    print("\n".join(say), file=sys.stderr)
+
+
+class _News:
+    """Says on stderr where the run stands: one line kept up to date on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._begun = time.monotonic()
+        self._said = self._begun if not self._terminal else 0.0
+        self._open = False
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        last = progress.done == progress.prompts
+        if not last and now - self._said < (0.2 if self._terminal else _NEWS_S):
+            return
+        self._said = now
+        left_s = (now - self._begun) / progress.done * (progress.prompts - progress.done)
+        line = (
+            f"{progress.done}/{progress.prompts} prompts  {progress.pairs} pairs  {progress.asked} calls  "
+            f"{progress.tokens:,} tokens{_money(progress.cost)}" + ("" if last else f"  {left_s:.0f} s left")
+        )
+        if self._terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Ends the line that is kept up to date."""
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False

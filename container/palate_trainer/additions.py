@@ -1,0 +1,130 @@
+"""What Palate adds to every TRL trainer: rows in its own order, packed batches, finite losses only. Knows TRL's hooks, no loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from palate_trainer.errors import TrainerError
+from palate_trainer.fast.packing import MOST_APART, MOST_APART_16_BIT, try_packing
+from palate_trainer.fast.tree import TreeCollator
+from palate_trainer.order import RowOrder, SimilarLengths
+from palate_trainer.parallel import gather_rows, world_size
+from palate_trainer.processes import OneOfSeveral
+
+
+class Additions(OneOfSeveral):
+    """What all trainers share; mixed in before TRL's class."""
+
+    note: Callable[[str], None] = staticmethod(lambda line: None)
+
+    def pack(self) -> None:
+        """Lets batches go through the model as packed trees if the model can take them; the first call decides.
+
+        DPO's constructor scores the reference already, so that call comes from within it.
+        """
+        collator: TreeCollator = self.data_collator  # type: ignore[attr-defined]
+        if collator.decided:
+            return
+        lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
+        shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
+        rounded = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
+        with self.accelerator.autocast():  # type: ignore[attr-defined]
+            reason = try_packing(
+                [self.model, getattr(self, "ref_model", None)],  # type: ignore[attr-defined]
+                collator,
+                [self.train_dataset[row] for row in shortest],  # type: ignore[attr-defined]
+                to_device=self._prepare_inputs,  # type: ignore[attr-defined]
+                longest=max(lengths),
+                tolerance=MOST_APART_16_BIT if rounded else MOST_APART,
+            )
+        # One order of rows for all processes: where one cannot pack (its memory may be the smaller), none does.
+        reason = next((one for one in gather_rows(reason) if one is not None), None)
+        if reason is not None:
+            collator.enabled = False
+            self.note(f"note: prompts are encoded once an answer, not once a pair, because of this model: {reason}")
+
+    step_loss: float = 0.0
+    """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
+
+    _tokens: torch.Tensor | int = 0
+    """Tokens trained on since the last log line, on the device: a count there does not wait for it."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.weight(self._micro):  # a stand-in's tokens are nobody's
+            self._tokens = self._tokens + count_tokens(args[1])
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        value = float(loss)
+        if not math.isfinite(value):
+            raise TrainerError(
+                f"The loss became {value} at step {self.state.global_step + 1}."  # type: ignore[attr-defined]
+                " Lower learning_rate (a tenth is a good try) or max_grad_norm, or train in bfloat16 or float32 instead of float16."
+            )
+        self.step_loss += value
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowOrder:
+        rows = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        args = self.args  # type: ignore[attr-defined]
+        if self.data_collator.enabled:  # type: ignore[attr-defined]
+            self.order = RowOrder(len(rows), args.seed)  # a packed batch has no padding to save
+        else:
+            self.order = SimilarLengths(list(rows["length"]), args.per_device_train_batch_size, args.seed)
+        return self.order
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if world_size() > 1:
+            self.put_metrics_together()
+        if any(name.startswith("eval_") for name in logs):
+            rows, size = len(self.eval_dataset), self.args.per_device_eval_batch_size  # type: ignore[attr-defined]
+            sizes = [size] * (rows // size) + ([rows % size] if rows % size else [])
+            self.average(self._metrics["eval"], sizes)  # type: ignore[attr-defined]
+        elif "loss" in logs:
+            self.average(self._metrics["train"], [])  # type: ignore[attr-defined]
+            logs["tokens"] = sum(gather_rows(int(self._tokens)))
+            self._tokens = 0
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def average(self, metrics: dict[str, list[float]], sizes: list[int]) -> None:
+        """Averages metrics where TRL's mean over batches is not one over rows: the last batch may be shorter.
+
+        Args:
+            metrics: Values of each batch by name, changed in place; TRL averages what is in the lists after this.
+            sizes: Rows of each batch of an evaluation; empty in training.
+        """
+        for values in metrics.values():
+            if sizes and len(values) >= len(sizes):  # beyond them: a stand-in of a process without a batch
+                values[:] = [sum(v * n for v, n in zip(values, sizes, strict=False)) / sum(sizes)]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would put a README with a hub's wording beside the checkpoints."""
+
+    def use_float32_updates(self) -> None:
+        """Casts what is trained to float32: TRL makes QLoRA adapters bfloat16, which the float16 scaler cannot take."""
+        for parameter in self.model.parameters():  # type: ignore[attr-defined]
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Tokens of a batch without padding, a pair's prompt once although both answers follow a copy of it.
+
+    Args:
+        batch: As TRL's collators make it; with `completion_mask` and no `label`, rows stand as (chosen rows, rejected rows).
+
+    Returns:
+        A scalar on the batch's device.
+    """
+    mask: torch.Tensor | None = batch.get("attention_mask")
+    if mask is None:
+        return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+    if "completion_mask" not in batch or "label" in batch:
+        return mask.sum()
+    chosen, _ = mask.chunk(2)
+    completion_mask: torch.Tensor = batch["completion_mask"]
+    _, rejected_answers = completion_mask.chunk(2)
+    return chosen.sum() + rejected_answers.sum()

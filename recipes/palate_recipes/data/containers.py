@@ -1,0 +1,400 @@
+"""Files to numbered raw rows: JSON arrays, JSON lines, CSV, Parquet and Arrow, plain or compressed. Knows no row format.
+
+Memory is bounded by a block, never by the file. What is wrong with one line does not hide the others: it comes as a `Fault` in its
+place; what makes the rest unreadable comes as the last one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import orjson
+
+from palate_recipes.data.json_array import JsonArray, advice, plain
+from palate_recipes.data.rows import Fault
+from palate_recipes.errors import DataError
+
+Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
+Compression = Literal["", "gzip", "zstd"]
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+"""Names that folders and globs are searched for; each may end in .gz or .zst. What is in a file its content decides."""
+
+_BLOCK = 1 << 20
+_SMALL_FILE = 1 << 26
+_ROWS_A_BATCH = 512
+_DELIMITERS = ",\t;|"
+_DAMAGED = (OSError, EOFError, zlib.error)
+
+_FOREIGN = (
+    (b"PK\x03\x04", "a ZIP archive or an Excel workbook", "Unpack it, or save the sheet as CSV"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data it stands for", "Fetch it with `git lfs pull`"),
+    (b"<", "HTML or XML, perhaps a page that a server sent in place of the file", "Download the file itself"),
+    (b"BZh", "packed with bzip2", "Unpack it, or pack it with gzip or zstd"),
+    (b"\xfd7zXZ", "packed with xz", "Unpack it, or pack it with gzip or zstd"),
+    (b"%PDF", "a PDF", "Export the data as JSON lines or CSV"),
+)
+"""What other things begin with: each has a reason of its own to be there, and a remedy."""
+
+_MESSAGE = frozenset(("role", "from", "messages"))
+_LISTS = frozenset(("messages", "conversations", "history", "system", "tools"))
+"""Columns whose cells may hold lists of something other than messages."""
+_PYTHON = re.compile(r"""\[?\s*\{\s*'(?:role|from|content|value|messages)'\s*:""")
+csv.field_size_limit(1 << 30)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A data file, known by its first bytes.
+
+    Attributes:
+        path: Where it is.
+        kind: What it holds.
+        compression: What it is packed with, if it is.
+        byte_order_mark: Whether its text begins with one.
+        span: Of JSON lines, when only a part is read: its first byte, the byte behind it, and the number of its first line.
+    """
+
+    path: Path
+    kind: Kind
+    compression: Compression
+    byte_order_mark: bool
+    span: tuple[int, int, int] | None = None
+
+    @property
+    def unit(self) -> str:
+        """What its row numbers count: `line` of a JSON-lines file, `row` elsewhere."""
+        return "line" if self.kind == "jsonl" else "row"
+
+    def raw_rows(self) -> Iterator[tuple[int, Any]]:
+        """Yields number and value of each row; the value is a `Fault` where there is none.
+
+        Raises:
+            DataError: The file cannot be read at all.
+        """
+        try:
+            yield from _READERS[self.kind](self)
+        except _DAMAGED as error:
+            raise _cannot_be_read(self.path, self.compression, error) from None
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Opens its bytes, unpacked, from the first behind a byte-order mark."""
+        with _unpacked(self.path, self.compression) as stream:
+            if self.span is not None:
+                start, end, _ = self.span
+                stream.seek(start)
+                stream = io.BytesIO(stream.read(end - start))
+            if self.byte_order_mark and (self.span is None or self.span[0] == 0):
+                stream.read(len(codecs.BOM_UTF8))
+            yield stream
+
+
+def open_container(path: str | Path) -> Container:
+    """Looks at a file's first bytes.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, it is empty, or what it holds is not known.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a preference file. Name the .json or .jsonl file inside it.")
+    compression: Compression = ""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(8)
+        compression = (
+            "gzip" if magic.startswith(b"\x1f\x8b") else "zstd" if magic.startswith(b"\x28\xb5\x2f\xfd") else ""
+        )
+        with _unpacked(path, compression) as stream:
+            start = stream.read(_BLOCK)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Check the path of the preference file.") from None
+    except _DAMAGED as error:
+        raise _cannot_be_read(path, compression, error) from None
+    kind = _kind(path, start)
+    return Container(path, kind, compression, start.startswith(codecs.BOM_UTF8))
+
+
+def _cannot_be_read(path: Path, compression: Compression, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+    if not compression or isinstance(error, PermissionError):
+        return DataError(f"{path} cannot be read: {reason}. Check the file and its permissions.")
+    return DataError(
+        f"{path} cannot be read: {reason}. The {compression} data is damaged or cut off: copy the file again."
+    )
+
+
+def _kind(path: Path, start: bytes) -> Kind:
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in start[:4]:
+        raise DataError(f"{path}: not UTF-8 but UTF-16 or binary. Save the file as UTF-8.")
+    for beginning, what, remedy in _FOREIGN:
+        if start.lstrip().startswith(beginning):
+            raise DataError(f"{path} is {what}. {remedy}.")
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not text:
+        raise DataError(f"{path} is empty. Give it a JSON array of objects, or one JSON object a line.")
+    if text.startswith(b"["):
+        return "json"
+    stem = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if not text.startswith(b"{") and (
+        stem.endswith((".csv", ".tsv")) or (not stem.endswith(SUFFIXES) and _is_header(text))
+    ):
+        return "csv"
+    return "jsonl"
+
+
+def _is_header(text: bytes) -> bool:
+    line = text.split(b"\n", 1)[0].decode("utf-8", "replace")
+    cells = {cell.strip().strip('"') for cell in re.split(f"[{_DELIMITERS}]", line)}
+    return len(cells & {"prompt", "chosen", "rejected", "instruction", "messages", "question", "completion"}) > 1
+
+
+@contextmanager
+def _unpacked(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
+    if compression == "zstd":
+        arrow = pyarrow()
+        with arrow.input_stream(str(path), compression="zstd") as stream:
+            yield stream
+    else:
+        with path.open("rb") as file:
+            yield cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if compression == "gzip" else file
+
+
+def pyarrow() -> Any:
+    """Returns the module, or says what to install."""
+    try:
+        return import_module("pyarrow")
+    except ImportError:
+        raise DataError(
+            "Parquet, Arrow and .zst files need pyarrow, not installed here: pip install 'palate[data]'"
+        ) from None
+
+
+# JSON lines.
+
+
+def _line_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    with container.open() as stream:
+        first = container.span[2] if container.span else 1
+        for number, line in enumerate(_lines(container, stream), start=first):
+            try:
+                yield number, orjson.loads(line)
+            except ValueError:
+                if not line.isspace():
+                    yield number, parse_line(line, number, container.path)
+
+
+def _lines(container: Container, stream: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(cast("io.RawIOBase", stream), _BLOCK) if container.compression else stream
+
+
+def parse_line(line: bytes, number: int, path: Path) -> Any:
+    """Returns what a line holds that the fast parser refuses, or the fault in it.
+
+    Raises:
+        DataError: The whole file is one object, spread over lines.
+    """
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at position {error.start + 1}")
+    try:
+        return json.loads(text)  # takes NaN, and half a character: both are judged where they stand
+    except (ValueError, RecursionError) as error:
+        if number == 1 and _is_one_object(path):
+            raise DataError(
+                f"{path} holds one JSON object, not a list of rows. Put the rows into a JSON array: [{{...}}, {{...}}]."
+            ) from None
+        if isinstance(error, RecursionError):
+            return Fault("broken-json", "", f"broken JSON at line {number}: nested too deeply")
+        if not isinstance(error, json.JSONDecodeError):  # Python reads no whole number of more than 4300 digits
+            return Fault("broken-json", "", f"broken JSON at line {number}: a number with too many digits")
+        what = f"broken JSON at line {number}, column {error.colno}: {plain(error.msg)}"
+        hint = advice(error.msg, text[error.pos : error.pos + 8])
+        if text.strip() in ("{", "[{"):
+            hint = "An object fills one line, or the objects stand in an array."
+        return Fault("broken-json", "", f"{what}. {hint}" if hint else what)
+
+
+def _is_one_object(path: Path) -> bool:
+    if path.stat().st_size > _SMALL_FILE:
+        return False
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# A JSON array.
+
+
+def _array_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    with container.open() as stream:
+        yield from JsonArray(stream).values()
+
+
+# Tables.
+
+
+def _csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    with container.open() as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        number = 0
+        try:
+            first = next((line for line in text if line.strip()), "")
+            delimiter = max(_DELIMITERS, key=first.count)
+            reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
+            header = [name.strip() for name in next(reader)]
+            _check_header(container.path, header)
+            for cells in reader:
+                if not cells or cells == [""]:
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    what = f"{len(cells)} cells at line {reader.line_num}, the header has {len(header)}"
+                    yield number, Fault("broken-table", "", what)
+                else:
+                    yield number, _row(header, cells)
+        except UnicodeDecodeError:
+            yield number + 1, _bad_byte(container)
+        except csv.Error as error:
+            reason = "a cell's closing quote is missing" if "end of data" in str(error) else str(error)
+            yield number + 1, Fault("broken-table", "", f"broken CSV at line {reader.line_num}: {reason}")
+        finally:
+            text.detach()
+
+
+def _bad_byte(container: Container) -> Fault:
+    """The reader of text knows no line: the file is looked through again."""
+    with container.open() as stream:
+        first = container.span[2] if container.span else 1
+        for number, line in enumerate(_lines(container, stream), start=first):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at line {number}")
+    return Fault("not-utf8", "", "not UTF-8")
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    for name in header:
+        if not name:
+            raise DataError(
+                f"{path}: column {header.index(name) + 1} has no name. The first row of a table names its columns."
+            )
+        if header.count(name) > 1:
+            raise DataError(f"{path}: two columns are called {name!r}. Rename one of them.")
+
+
+def _row(header: list[str], cells: list[str]) -> Any:
+    """The cells by name; conversations among them are JSON, any other cell is text, even one that JSON would take."""
+    row: dict[str, Any] = {}
+    for name, text in zip(header, cells, strict=True):
+        row[name] = text
+        if text[:1] in ("[", "{") and text.rstrip()[-1:] in ("]", "}"):
+            try:
+                value = orjson.loads(text)
+            except ValueError:
+                if _PYTHON.match(text):
+                    what = f"`{name}` holds a list as Python prints it, not as JSON: write such cells with json.dumps"
+                    return Fault("not-text", name, what)
+                continue
+            if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
+                row[name] = value
+    return row
+
+
+def _is_ranking(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _holds_messages(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not _MESSAGE.isdisjoint(first)
+
+
+def _parquet_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    def batches(path: str) -> Iterator[Any]:
+        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_ROWS_A_BATCH)
+
+    pyarrow()
+    yield from _arrow_values(container, batches)
+
+
+def _arrow_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    def batches(path: str) -> Iterator[Any]:
+        ipc = import_module("pyarrow.ipc")
+        with arrow.memory_map(path) as file:
+            if file.read(6) == b"ARROW1":
+                file.seek(0)
+                reader = ipc.open_file(file)
+                parts = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                parts = iter(ipc.open_stream(file))
+            for part in parts:
+                for start in range(0, part.num_rows, _ROWS_A_BATCH):
+                    yield part.slice(start, _ROWS_A_BATCH)
+
+    arrow = pyarrow()
+    yield from _arrow_values(container, batches)
+
+
+def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any]]:
+    arrow = pyarrow()
+    number = 0
+    with _as_file(container) as path:
+        try:
+            for batch in batches(str(path)):
+                batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value
+        except (arrow.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{container.path}: the {container.kind} data is damaged{f' behind row {number}' if number else ''}:"
+                f" {str(error).rstrip('.')}. Export it anew."
+            ) from None
+
+
+@contextmanager
+def _as_file(container: Container) -> Iterator[Path]:
+    """These two are read from several places at once, which a packed file does not allow: it is unpacked beside."""
+    if not container.compression:
+        yield container.path
+        return
+    with tempfile.NamedTemporaryFile(prefix="palate-", suffix=container.path.name) as file:
+        with container.open() as stream:
+            shutil.copyfileobj(stream, file, _BLOCK)
+        file.flush()
+        yield Path(file.name)
+
+
+_READERS = {
+    "json": _array_rows,
+    "jsonl": _line_rows,
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}

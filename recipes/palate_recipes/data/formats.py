@@ -1,0 +1,284 @@
+"""The formats of rows: how each is known by its fields, read into a `Row`, and written. Knows no file.
+
+A row's own fields decide, so a file may be read without naming its format; a file of several formats is reported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from palate_recipes.data import shapes
+from palate_recipes.data import shapes_out as out
+from palate_recipes.data.rows import Fault, Row, RowFaults, Strategy, fault
+from palate_recipes.data.shapes import Parts, Raw, listed, missing_fields, nearest
+from palate_recipes.data.turns import kind, quoted
+from palate_recipes.errors import DataError
+
+_FIELDS = ("prompt", "chosen", "rejected", "messages", "instruction", "output", "completion", "label", "conversations")
+
+
+_READ = """prompt question query messages conversations instruction input history system system_prompt chosen rejected output
+ completion response label kto_tag chosen_messages rejected_messages rejected_response preferred_output non_preferred_output
+ schemaVersion"""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of rows.
+
+    Attributes:
+        name: As `--from` and `--to` take it.
+        fields: What a row of it has, for people.
+        read: A raw row to its parts.
+        write: A row to a raw one; None when nothing is written in it.
+        every_turn: Under SFT each assistant turn is an answer to learn, not only the last.
+    """
+
+    name: str
+    fields: str
+    read: Callable[[Raw], Parts]
+    write: Callable[[Row], Raw] | None = None
+    every_turn: bool = False
+
+
+def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", format: Format | None = None) -> Row:
+    """Reads one raw row.
+
+    Args:
+        value: As the container gave it.
+        number: Its number.
+        strategy: What it is for; None takes pairs, unpaired rows and answers alike.
+        format: How it is read; by its fields when None.
+
+    Raises:
+        RowFaults: It cannot be used; holds each thing that is wrong.
+    """
+    if type(value) is not dict:
+        if isinstance(value, Fault):  # the container could not read it
+            raise RowFaults(value)
+        raise fault("not-an-object", "", f"is {kind(value)}, not an object with fields")
+    prompt, chosen, rejected = (format or detect(value, strategy)).read(value)
+    if strategy == "dpo" and (chosen is None or rejected is None):
+        what = "is unpaired: it has a label, not two answers" if _is_unpaired(value) else "has one answer, not two"
+        raise fault("wrong-kind", "", f"{what}; training_strategy=dpo compares two")
+    if strategy == "kto" and rejected is None and not _is_unpaired(value):
+        raise fault(
+            "wrong-kind", "", "has one answer and no label; training_strategy=kto needs to know whether it is good"
+        )
+    if strategy == "sft":
+        if chosen is None:
+            raise fault(
+                "wrong-kind", "", "is labelled as a bad answer: there is nothing to learn for training_strategy=sft"
+            )
+        rejected = None
+    if chosen is not None and rejected is not None and (chosen == rejected or chosen.strip() == rejected.strip()):
+        raise fault("same-answers", "rejected", "`chosen` and `rejected` are the same text, which teaches nothing")
+    return Row(number, prompt, chosen, rejected)
+
+
+def plain_raw(row: Row) -> Raw:
+    """Returns a row as messages, in the one format for what it holds: a pair, a good or bad answer with its label.
+
+    A good answer alone reads the same for SFT (`completion`) and for KTO (`label`).
+    """
+    if row.chosen is not None and row.rejected is not None:
+        return out.write_trl(row)
+    return out.write_unpaired(row)
+
+
+def unpaired(row: Row) -> list[Row]:
+    """Returns a row for each of its answers: a pair says of one that it is good, of the other that it is not."""
+    if row.chosen is None or row.rejected is None:
+        return [row]
+    return [row._replace(rejected=None), row._replace(chosen=None)]
+
+
+def learned_turns(row: Row) -> list[Row]:
+    """Returns a row for each assistant turn of a conversation, in order: what SFT learns from `messages`."""
+    turns = [
+        Row(row.number, row.prompt[:index], turn.content, None)
+        for index, turn in enumerate(row.prompt)
+        if turn.role == "assistant"
+    ]
+    return [*turns, row]
+
+
+# How a row is known.
+
+
+def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
+    """Returns the format that a raw row's fields have.
+
+    Args:
+        row: The fields.
+        strategy: Decides where a row could be read in two ways, such as a pair that also has an `output`.
+
+    Raises:
+        RowFaults: None has them; says which are near.
+    """
+    has = row.__contains__
+    if strategy == "sft" and has("prompt") and has("chosen"):
+        return FORMATS["completions"]  # what `rejected` holds is nobody's concern
+    if has("chosen") and has("rejected"):
+        if has("prompt"):
+            text = type(row["prompt"]) is str and type(row["chosen"]) not in (list, dict)
+            return FORMATS["pai"] if text else FORMATS["trl"]
+        if has("conversations"):
+            return FORMATS["sharegpt"]
+        if has("instruction"):
+            return FORMATS["alpaca"]
+        if has("messages") or has("question") or has("query"):
+            return FORMATS["trl"]
+        if type(row["chosen"]) is str:
+            return FORMATS["hh"]
+        if type(row["chosen"]) is list:
+            return FORMATS["trl"]
+    if has("preferred_output") or has("non_preferred_output"):
+        return FORMATS["openai"]
+    if has("chosen_messages") or (has("rejected_messages") and not has("messages")):
+        return FORMATS["typed-messages"]
+    if has("messages"):
+        if has("rejected_response") or has("rejected_messages"):
+            return FORMATS["messages"]
+        if _has_candidates(row["messages"]):
+            return FORMATS["nova"]
+    if _is_unpaired(row):
+        return FORMATS["unpaired"]
+    if has("instruction") and has("output"):
+        return FORMATS["alpaca-ranking"] if type(row["output"]) is list else FORMATS["instructions"]
+    if not (has("chosen") or has("rejected")):
+        if has("messages"):
+            return FORMATS["chat"]
+        if has("conversations"):
+            return FORMATS["sharegpt-sft"]
+        if has("prompt") and (has("completion") or has("response")):
+            return FORMATS["completions"]
+    raise _unknown(row, strategy)
+
+
+def _unknown(row: Raw, strategy: Strategy | None) -> Exception:
+    wanted: tuple[str, ...]
+    if strategy == "sft":
+        wanted = ("instruction", "output") if "instruction" in row else ("prompt", "chosen")
+    elif type(row.get("input")) is dict:
+        wanted = ("input", "preferred_output", "non_preferred_output")
+    else:
+        asked = next((name for name in ("instruction", *shapes.PROMPTS) if name in row), "prompt")
+        wanted = (asked, "chosen", "rejected")
+    missing = [name for name in wanted if name not in row]
+    there = [name for name in row if name not in wanted]
+    if not any(nearest(name, there) for name in missing) and not any(name in row for name in (*_FIELDS, *wanted)):
+        what = f"has none of the fields of a known format; it has {listed(there) or 'no fields'}"
+        inner = next((name for name, value in row.items() if _are_rows(value)), None)
+        if inner is not None:
+            what = f"is an object around the rows: {quoted(inner)} holds them; make its list alone the file"
+        return fault("unknown-format", "", what)
+    return missing_fields(missing, there)
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value[:2])
+
+
+def _is_unpaired(row: Raw) -> bool:
+    if "chosen" in row or not ("label" in row or "kto_tag" in row):
+        return False
+    if "instruction" in row and "output" in row:  # of instructions, `label` may as well be a topic
+        return "kto_tag" in row or type(row["label"]) is bool
+    return any(name in row for name in ("completion", "messages", "conversations", "response"))
+
+
+def _has_candidates(messages: Any) -> bool:
+    return isinstance(messages, list) and any(isinstance(turn, dict) and "candidates" in turn for turn in messages)
+
+
+def format_named(name: str) -> Format:
+    """Returns a format by its name.
+
+    Raises:
+        DataError: There is none; says which there are, and the nearest.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    near = difflib.get_close_matches(name, FORMATS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"no data format is called {name!r}: {hint}known are {', '.join(FORMATS)}")
+
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format("pai", "`prompt`, `chosen`, `rejected`: texts; perhaps `system`", shapes.read_texts, out.write_pai),
+        Format(
+            "trl",
+            "the same with messages or texts; `prompt` may be missing where the answers begin with it",
+            shapes.read_trl,
+            out.write_trl,
+        ),
+        Format("messages", "`messages`, `rejected_response`", shapes.read_messages_rejected, out.write_messages),
+        Format(
+            "openai",
+            "`input.messages`, `preferred_output`, `non_preferred_output`",
+            shapes.read_openai,
+            out.write_openai,
+        ),
+        Format(
+            "sharegpt",
+            "`conversations` of `from` and `value`, `chosen`, `rejected`",
+            shapes.read_sharegpt,
+            out.write_sharegpt,
+        ),
+        Format(
+            "alpaca",
+            "`instruction`, `input`, `history`, `chosen`, `rejected`",
+            shapes.read_alpaca,
+            out.write_alpaca_pair,
+        ),
+        Format(
+            "alpaca-ranking", "`instruction`, `output`: the better answer, then the other", shapes.read_alpaca_ranking
+        ),
+        Format(
+            "hh", "`chosen`, `rejected`: transcripts `\\n\\nHuman: …\\n\\nAssistant: …`", shapes.read_hh, out.write_hh
+        ),
+        Format(
+            "typed-messages",
+            "`chosen_messages`, `rejected_messages`",
+            shapes.read_typed_messages,
+            out.write_typed_messages,
+        ),
+        Format(
+            "nova",
+            "`messages` that end with `candidates` and their `preferenceLabel`",
+            shapes.read_nova,
+            out.write_nova,
+        ),
+        Format(
+            "unpaired",
+            "`prompt` and `completion`, `instruction` and `output`, or `messages`; `label` or `kto_tag`: true or false",
+            shapes.read_unpaired,
+            out.write_unpaired,
+        ),
+        Format("chat", "`messages`, an assistant turn last", shapes.read_chat, out.write_chat, every_turn=True),
+        Format(
+            "sharegpt-sft",
+            "`conversations`, a `gpt` turn last",
+            shapes.read_sharegpt_sft,
+            out.write_sharegpt_sft,
+            every_turn=True,
+        ),
+        Format("instructions", "`instruction`, `input`, `output`", shapes.read_instructions, out.write_instructions),
+        Format(
+            "completions",
+            "`prompt`, and `completion`, `response` or `chosen`",
+            shapes.read_completions,
+            out.write_completions,
+        ),
+    )
+}
+"""Every format by its name."""
+
+KNOWN_FIELDS = frozenset(_READ.split())
+"""Fields that some format reads."""

@@ -1,0 +1,220 @@
+"""`palate data …` as a person meets it, and the data of a training: real processes, stdout for results, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate import Session
+from palate.data.inputs import PreferenceData, checked_inputs
+from palate.errors import ConfigurationError, DataError
+from palate.record import Record
+
+GOOD = {"prompt": "Is it?", "chosen": "Yes, it is.", "rejected": "No."}
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [{**GOOD, "prompt": f"Is it {number}?"} for number in range(start, start + count)]
+
+
+def data(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "palate.cli", "data", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=folder,
+        env={**os.environ, "PALATE_HOME": str(folder / "home")},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    lines = [GOOD, {**GOOD, "chosen": "<|im_end|>Sure."}, {"prompt": "b", "chosen": "c"}, GOOD]
+    path = tmp_path / "prefs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    return path
+
+
+def test_a_check_names_file_row_field_and_remedy_and_fails(bad: Path) -> None:
+    done = data("check", bad.name, folder=bad.parent)
+    assert done.returncode == 1
+    for words in (
+        "error[broken-json]",
+        "prefs.jsonl, line 5: broken JSON at line 5, column 2",
+        "prefs.jsonl, line 3: `rejected` is missing",
+        "prefs.jsonl, line 2: `chosen` holds '<|im_end|>'",
+        "prefs.jsonl, line 4: the same pair as line 1",
+        "3 of 5 rows can be trained on (dpo, format pai): 2 errors, 2 warnings",
+    ):
+        assert words in done.stdout
+    assert "--fix" in done.stderr
+
+
+def test_a_fixed_copy_passes_the_strict_check(bad: Path) -> None:
+    done = data("check", bad.name, "--fix", "good.jsonl", folder=bad.parent)
+    assert done.returncode == 0
+    assert "left out: 1 rows, duplicate" in done.stderr
+    assert [json.loads(line)["chosen"] for line in (bad.parent / "good.jsonl").read_text().splitlines()] == [
+        "Yes, it is.",
+        "Sure.",
+    ]
+    assert data("check", "good.jsonl", "--strict", folder=bad.parent).returncode == 0
+
+
+def test_warnings_fail_only_a_strict_check(tmp_path: Path) -> None:
+    (tmp_path / "twice.json").write_text(json.dumps([GOOD, GOOD]))
+    assert data("check", "twice.json", folder=tmp_path).returncode == 0
+    assert data("check", "twice.json", "--strict", folder=tmp_path).returncode == 1
+
+
+def test_the_report_is_json_for_programs(bad: Path) -> None:
+    report = json.loads(data("check", bad.name, "--json", folder=bad.parent).stdout)
+    assert (report["rows"], report["usable_rows"], report["errors"]) == (5, 3, 2)
+    found = {finding["code"]: finding for finding in report["findings"]}
+    assert found["missing-field"]["places"] == [
+        {"file": "prefs.jsonl", "row": 3, "unit": "line", "field": "rejected", "what": "`rejected` is missing"}
+    ]
+    assert found["missing-field"]["level"] == "error"
+    assert found["missing-field"]["remedy"]
+
+
+def test_validation_is_searched_for_the_same_prompts(tmp_path: Path) -> None:
+    question = "How was the old steam engine in the valley built, and who paid for all of it in the end"
+    (tmp_path / "train.json").write_text(json.dumps([{**GOOD, "prompt": question}, {**GOOD, "prompt": "Is it?"}]))
+    (tmp_path / "held.json").write_text(
+        json.dumps([{**GOOD, "prompt": f"{question}, please"}, {**GOOD, "prompt": "IS IT"}])
+    )
+    done = data("check", "train.json", "--validation", "held.json", folder=tmp_path)
+    assert "train.json, row 1: the prompt is nearly that in held.json, row 1" in done.stdout
+    assert "train.json, row 2: the prompt is also in held.json, row 2" in done.stdout
+
+
+def test_convert_split_stats_demo_and_formats_say_what_they_did(tmp_path: Path) -> None:
+    assert data("demo", "demo", "--direction", "blunt", folder=tmp_path).stdout.split() == [
+        "demo/train.json",
+        "demo/validation.json",
+    ]
+    done = data("convert", "demo/train.json", "-o", "train.parquet", "--to", "openai", folder=tmp_path)
+    assert (done.stdout, done.returncode) == ("train.parquet\n", 0)
+    done = data("split", "train.parquet", "-o", "part.jsonl", "--share", "0.25", folder=tmp_path)
+    assert done.stdout.split() == ["part.jsonl", "part.validation.jsonl"]
+    assert "palate train part.jsonl --validation part.validation.jsonl" in done.stderr
+    described = data("stats", "part.jsonl", folder=tmp_path).stdout
+    assert "openai" in described
+    assert "the longer answer is the chosen one in" in described
+    assert "openai\t" in data("formats", folder=tmp_path).stdout
+
+
+def test_columns_and_templates_reach_the_check(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("q,good,bad\na,b,c\nd,,f\n")
+    (tmp_path / "prompts.csv").write_text('name,system,user\nplain,,"Say: {question}"\n')
+    mapping = ["--input-column", "question=q", "--label-column", "chosen=good", "--label-column", "rejected=bad"]
+    done = data("check", "table.csv", *mapping, "--prompt-template", "prompts.csv", folder=tmp_path)
+    assert done.returncode == 1
+    assert "table.csv, row 2: column `good` is empty" in done.stdout
+    done = data(
+        "convert",
+        "table.csv",
+        "-o",
+        "out.jsonl",
+        "--to",
+        "pai",
+        "--skip-bad-rows",
+        *mapping,
+        "--prompt-template",
+        "prompts.csv",
+        folder=tmp_path,
+    )
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"prompt": "Say: a", "chosen": "b", "rejected": "c"}
+    assert (
+        "error: --input-column 'q' is no NAME=COLUMN"
+        in data("check", "table.csv", "--input-column", "q", folder=tmp_path).stderr
+    )
+
+
+# The data of a training.
+
+
+def kept(session: Session, tmp_path: Path, inputs: dict[str, Any], **settings: Any) -> dict[str, dict[str, Any]]:
+    record = Record(session.store, "jobs", "job")
+    with checked_inputs(inputs, session, **{"strategy": "dpo", "bad_rows": "refuse", **settings}) as checked:
+        return {
+            channel: item.keep(record, channel) | {"said": item.remarks(channel, skipped=True)}
+            for channel, item in checked.items()
+        }
+
+
+def stored(session: Session, uri: str) -> str:
+    return session.store.get(uri.removeprefix(session.store.root).lstrip("/")).decode()
+
+
+def test_one_local_file_is_copied_as_it_is(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "prefs.json"
+    path.write_text(json.dumps(rows(3)))
+    found = kept(session, tmp_path, {"train": str(path)})["train"]
+    assert found["uri"].endswith("/jobs/job/inputs/train/prefs.json")
+    assert (found["rows"], found["bytes"]) == (3, path.stat().st_size)
+    assert stored(session, found["uri"]) == path.read_text()
+
+
+def test_shards_become_one_file_of_plain_rows(session: Session, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "part-1.json").write_text(json.dumps(rows(2)))
+    (folder / "deep" / "part-1.json").write_text(json.dumps(rows(2, 2)))
+    (folder / "notes.txt").write_text("not data")
+    found = kept(session, tmp_path, {"train": folder})["train"]
+    lines = [json.loads(line) for line in stored(session, found["uri"]).splitlines()]
+    assert [line["prompt"][0]["content"] for line in lines] == [f"Is it {number}?" for number in (2, 3, 0, 1)]
+    assert (found["rows"], found["files"], found["origin"]) == (4, 2, f"file://{folder}")
+    assert any("notes.txt" in line for line in found["said"])
+
+
+def test_named_columns_are_applied_before_the_job_sees_them(session: Session, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("q,good,bad\na,b,c\n")
+    given = PreferenceData(
+        uri=table, input_columns={"prompt": "q"}, label_columns={"chosen": "good", "rejected": "bad"}
+    )
+    found = kept(session, tmp_path, {"train": given})["train"]
+    assert json.loads(stored(session, found["uri"])) == {
+        "prompt": [{"role": "user", "content": "a"}],
+        "chosen": [{"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "assistant", "content": "c"}],
+    }
+
+
+def test_warnings_are_said_and_training_goes_on(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps([*rows(3), rows(1)[0]]))
+    (tmp_path / "held.json").write_text(json.dumps(rows(1)))
+    found = kept(session, tmp_path, {"train": tmp_path / "train.json", "validation": tmp_path / "held.json"})
+    said = "\n".join(found["train"]["said"])
+    assert "train: warning[duplicate]" in said
+    assert "warning[leakage]" in said
+    assert list(found) == ["train", "validation"]
+
+
+def test_wrong_rows_stop_it_or_are_left_out_and_named(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "prefs.json"
+    path.write_text(json.dumps([*rows(2), {"prompt": "p"}]))
+    with pytest.raises(DataError, match=r"(?s)1 of 3 rows is wrong.*row 3: `chosen` is missing"):
+        kept(session, tmp_path, {"train": path})
+    found = kept(session, tmp_path, {"train": path}, bad_rows="skip")["train"]
+    assert (found["rows"], found["skipped_rows"]) == (2, [3])
+    path.write_text(json.dumps(rows(2))[:-5])
+    with pytest.raises(DataError, match="broken JSON at line 1"):
+        kept(session, tmp_path, {"train": path}, bad_rows="skip")
+
+
+@pytest.mark.parametrize("uri", ["", 3, None])
+def test_what_is_no_place_is_refused(session: Session, tmp_path: Path, uri: Any) -> None:
+    with pytest.raises(ConfigurationError, match="must be a path or a URI"):
+        kept(session, tmp_path, {"train": uri})

@@ -1,0 +1,347 @@
+"""Every format, as the ones that publish it show it, reads into the row that is meant; real files are read whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate_recipes.data.formats import FORMATS, detect, format_named, read_row
+from palate_recipes.data.reading import read_rows
+from palate_recipes.data.rows import Message, Row, RowFaults, Strategy
+from palate_recipes.data.writing import WRITTEN, write_rows
+from palate_recipes.errors import DataError
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+Q, A, B = "Which planet has rings?", "Saturn.", "The Moon."
+SYSTEM, USER = Message("system", "Be brief."), Message("user", Q)
+
+
+def says(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def turn(who: str, value: str) -> dict[str, str]:
+    return {"from": who, "value": value}
+
+
+def parts(text: str) -> list[dict[str, str]]:
+    return [{"text": text}]
+
+
+def typed(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "value": text}]
+
+
+EARLIER = (Message("user", "Hello"), Message("assistant", "Hi."))
+PAIR = (A, B)
+
+PAIRS: list[tuple[str, str, dict[str, Any], tuple[Message, ...]]] = [
+    ("PAI", "pai", {"prompt": Q, "chosen": A, "rejected": B}, (USER,)),
+    ("PAI with a system text", "pai", {"system": "Be brief.", "prompt": Q, "chosen": A, "rejected": B}, (SYSTEM, USER)),
+    ("TRL, texts", "pai", {"prompt": Q, "chosen": A, "rejected": B, "images": None}, (USER,)),
+    (
+        "TRL, messages",
+        "trl",
+        {"prompt": [says("user", Q)], "chosen": [says("assistant", A)], "rejected": [says("assistant", B)]},
+        (USER,),
+    ),
+    (
+        "TRL, the prompt in the answers",
+        "trl",
+        {
+            "chosen": [says("system", "Be brief."), says("user", Q), says("assistant", A)],
+            "rejected": [says("system", "Be brief."), says("user", Q), says("assistant", B)],
+        },
+        (SYSTEM, USER),
+    ),
+    (
+        "an empty system turn",
+        "trl",
+        {
+            "prompt": [says("system", ""), says("user", Q)],
+            "chosen": [says("assistant", A)],
+            "rejected": [says("assistant", B)],
+        },
+        (USER,),
+    ),
+    (
+        "UltraFeedback, binarized",
+        "trl",
+        {
+            "prompt": Q,
+            "prompt_id": "6f1c",
+            "chosen": [says("user", Q), says("assistant", A)],
+            "rejected": [says("user", Q), says("assistant", B)],
+            "messages": [says("user", Q), says("assistant", A)],
+            "score_chosen": 8.5,
+            "score_rejected": 3.0,
+        },
+        (USER,),
+    ),
+    ("Orca pairs", "trl", {"system": "Be brief.", "question": Q, "chosen": A, "rejected": B}, (SYSTEM, USER)),
+    ("Orca pairs without a system text", "trl", {"system": "", "question": Q, "chosen": A, "rejected": B}, (USER,)),
+    (
+        "SWIFT",
+        "messages",
+        {"messages": [says("system", "Be brief."), says("user", Q), says("assistant", A)], "rejected_response": B},
+        (SYSTEM, USER),
+    ),
+    (
+        "SWIFT, rejected messages",
+        "messages",
+        {
+            "messages": [says("user", Q), says("assistant", A)],
+            "rejected_messages": [says("user", Q), says("assistant", B)],
+        },
+        (USER,),
+    ),
+    (
+        "OpenAI and Azure",
+        "openai",
+        {
+            "input": {
+                "messages": [says("developer", "Be brief."), says("user", Q)],
+                "tools": [],
+                "parallel_tool_calls": True,
+            },
+            "preferred_output": [says("assistant", A)],
+            "non_preferred_output": [says("assistant", B)],
+        },
+        (SYSTEM, USER),
+    ),
+    (
+        "Fireworks and Together, several turns",
+        "openai",
+        {
+            "input": {"messages": [says("user", "Hello"), says("assistant", "Hi."), says("user", Q)]},
+            "preferred_output": [says("assistant", A)],
+            "non_preferred_output": [says("assistant", B)],
+        },
+        (*EARLIER, USER),
+    ),
+    (
+        "OpenAI, content in parts",
+        "openai",
+        {
+            "input": {"messages": [says("user", [{"type": "text", "text": Q}])]},
+            "preferred_output": [says("assistant", [{"type": "text", "text": A}])],
+            "non_preferred_output": [says("assistant", [{"type": "text", "text": B}])],
+        },
+        (USER,),
+    ),
+    (
+        "ShareGPT, LLaMA-Factory's ranking",
+        "sharegpt",
+        {
+            "conversations": [turn("human", "Hello"), turn("gpt", "Hi."), turn("human", Q)],
+            "chosen": turn("gpt", A),
+            "rejected": turn("gpt", B),
+            "system": "Be brief.",
+        },
+        (SYSTEM, *EARLIER, USER),
+    ),
+    (
+        "ShareGPT with an observation",
+        "sharegpt",
+        {
+            "conversations": [turn("human", Q), turn("gpt", "I look it up."), turn("observation", "{}")],
+            "chosen": turn("gpt", A),
+            "rejected": turn("gpt", B),
+        },
+        (USER, Message("assistant", "I look it up."), Message("tool", "{}")),
+    ),
+    (
+        "Alpaca, LLaMA-Factory's ranking",
+        "alpaca",
+        {
+            "instruction": "Which planet",
+            "input": "has rings?",
+            "chosen": A,
+            "rejected": B,
+            "history": [["Hello", "Hi."]],
+        },
+        (*EARLIER, Message("user", "Which planet\nhas rings?")),
+    ),
+    ("Alpaca, ranked outputs", "alpaca-ranking", {"instruction": Q, "input": "", "output": [A, B]}, (USER,)),
+    (
+        "HH-RLHF",
+        "hh",
+        {
+            "chosen": f"\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: {Q}\n\nAssistant: {A}",
+            "rejected": f"\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: {Q}\n\nAssistant: {B}",
+        },
+        (*EARLIER, USER),
+    ),
+    (
+        "HH's prompt apart",
+        "pai",
+        {"prompt": f"\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: {Q}\n\nAssistant:", "chosen": A, "rejected": B},
+        (*EARLIER, USER),
+    ),
+    (
+        "typed parts, LLaMA-Factory v1",
+        "typed-messages",
+        {
+            "chosen_messages": [
+                {**says("user", typed(Q)), "loss_weight": 0.0},
+                {**says("assistant", typed(A)), "loss_weight": 1.0},
+            ],
+            "rejected_messages": [says("user", typed(Q)), says("assistant", typed(B))],
+        },
+        (USER,),
+    ),
+    (
+        "Amazon Nova",
+        "nova",
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": parts("Be brief."),
+            "messages": [
+                says("user", parts("Hello")),
+                says("assistant", parts("Hi.")),
+                says("user", parts(Q)),
+                {
+                    "role": "assistant",
+                    "candidates": [
+                        {"content": parts(B), "preferenceLabel": "non-preferred"},
+                        {"content": parts(A), "preferenceLabel": "preferred"},
+                    ],
+                },
+            ],
+        },
+        (SYSTEM, *EARLIER, USER),
+    ),
+]
+
+SINGLE: list[tuple[str, str, Strategy, dict[str, Any], tuple[str | None, str | None]]] = [
+    ("TRL, unpaired texts", "unpaired", "kto", {"prompt": Q, "completion": A, "label": True}, (A, None)),
+    (
+        "TRL, unpaired messages",
+        "unpaired",
+        "kto",
+        {"prompt": [says("user", Q)], "completion": [says("assistant", B)], "label": False},
+        (None, B),
+    ),
+    (
+        "LLaMA-Factory, messages and label",
+        "unpaired",
+        "kto",
+        {"messages": [says("user", Q), says("assistant", B)], "label": False},
+        (None, B),
+    ),
+    (
+        "LLaMA-Factory, conversations and kto_tag",
+        "unpaired",
+        "kto",
+        {"conversations": [turn("human", Q), turn("gpt", A)], "kto_tag": True},
+        (A, None),
+    ),
+    (
+        "LLaMA-Factory, instructions and kto_tag",
+        "unpaired",
+        "kto",
+        {"instruction": Q, "input": "", "output": B, "kto_tag": False},
+        (None, B),
+    ),
+    ("a label in a table", "unpaired", "kto", {"prompt": Q, "completion": B, "label": "False"}, (None, B)),
+    ("a label of 1", "unpaired", "kto", {"prompt": Q, "response": A, "label": 1}, (A, None)),
+    (
+        "OpenAI's chat",
+        "chat",
+        "sft",
+        {"messages": [says("user", Q), {**says("assistant", A), "tool_calls": None}]},
+        (A, None),
+    ),
+    ("ShareGPT", "sharegpt-sft", "sft", {"conversations": [turn("human", Q), turn("gpt", A)]}, (A, None)),
+    ("Alpaca", "instructions", "sft", {"instruction": Q, "input": "", "output": A}, (A, None)),
+    ("a topic beside instructions", "instructions", "sft", {"instruction": Q, "output": A, "label": "sky"}, (A, None)),
+    ("prompt and completion", "completions", "sft", {"prompt": Q, "completion": A}, (A, None)),
+    ("prompt and response", "completions", "sft", {"prompt": Q, "response": A}, (A, None)),
+    ("the chosen one of a pair", "completions", "sft", {"prompt": Q, "chosen": A, "rejected": 5}, (A, None)),
+    ("chosen before response", "completions", "sft", {"prompt": Q, "chosen": A, "response": B}, (A, None)),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "prompt"), [row[1:] for row in PAIRS], ids=[row[0] for row in PAIRS])
+def test_a_published_pair_is_read(name: str, raw: dict[str, Any], prompt: tuple[Message, ...]) -> None:
+    assert detect(raw).name == name
+    assert read_row(raw, 3) == Row(3, prompt, *PAIR)
+    assert read_row(raw, 3, format=FORMATS[name]) == Row(3, prompt, *PAIR)
+    assert read_row(raw, 3, strategy=None) == read_row(raw, 3, strategy="kto") == Row(3, prompt, *PAIR)
+    assert read_row(raw, 3, strategy="sft").chosen == A
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "raw", "answers"), [row[1:] for row in SINGLE], ids=[row[0] for row in SINGLE]
+)
+def test_a_published_answer_is_read(
+    name: str, strategy: Strategy, raw: dict[str, Any], answers: tuple[str | None, str | None]
+) -> None:
+    assert detect(raw, strategy).name == name
+    assert read_row(raw, 1, strategy=strategy) == Row(1, (USER,), *answers)
+    assert read_row(raw, 1, strategy=strategy, format=FORMATS[name]) == Row(1, (USER,), *answers)
+
+
+def test_every_format_is_shown() -> None:
+    assert {row[1] for row in PAIRS} | {row[1] for row in SINGLE} == set(FORMATS)
+
+
+def test_a_format_is_named_or_the_nearest_is() -> None:
+    assert format_named("sharegpt").name == "sharegpt"
+    with pytest.raises(DataError, match="no data format is called 'share-gpt': did you mean 'sharegpt'"):
+        format_named("share-gpt")
+
+
+TURNS = (SYSTEM, Message("user", 'Say "hello",\nplease'), Message("assistant", "Hi; [1]\t"), USER)
+ROWS = {
+    "pair": Row(1, TURNS, '["Saturn"]', "{B}"),
+    "question": Row(1, TURNS[:1] + TURNS[-1:], '{"name": "Saturn"}', "null"),
+    "talk": Row(1, TURNS[1:], "Saturn, Jupiter", "Saturn,\n\nand more"),
+    "good": Row(1, TURNS, " Saturn.\r\n", None),
+    "bad": Row(1, TURNS[1:], None, "The Moon\u2028 é😀"),
+}
+
+
+@pytest.mark.parametrize("suffix", [*WRITTEN, ".jsonl.gz", ".json.zst", ".tsv.zst"])
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.write])
+def test_each_format_passes_through_each_container(name: str, suffix: str, tmp_path: Path) -> None:
+    write = FORMATS[name].write
+    assert write is not None
+    held = 0
+    for row in ROWS.values():
+        try:
+            raw = write(row)
+        except RowFaults:
+            continue
+        path = tmp_path / f"rows{suffix}"
+        assert write_rows(path, [raw, raw]) == 2
+        one = (
+            row.rejected is None
+            or row.chosen is None
+            or name in ("chat", "sharegpt-sft", "instructions", "completions")
+        )
+        strategy: Strategy = "kto" if name == "unpaired" else "sft" if one else "dpo"
+        read = read_rows(path, strategy=strategy)
+        expected = row._replace(rejected=None) if one and row.chosen is not None else row
+        if name in ("chat", "sharegpt-sft"):
+            read = [found for found in read if len(found.prompt) == len(row.prompt)]
+        assert [found[1:] for found in read] == [expected[1:]] * 2, path.read_bytes()
+        held += 1
+    assert held
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "count"),
+    [("general_sharegpt_300.json", "dpo", 300), ("kto_en_demo.json", "kto", 300), ("v1_dpo_demo.jsonl", "dpo", 10)],
+)
+def test_real_files_are_read_whole(name: str, strategy: Strategy, count: int) -> None:
+    if not (REAL / name).exists():
+        pytest.skip(f"{REAL / name} is not here")
+    rows = read_rows(REAL / name, strategy=strategy)
+    assert len({row.number for row in rows}) == len(rows) == count
+    assert all(row.prompt[-1].role == "user" for row in rows)
+    if strategy == "kto":
+        assert {row.chosen is None for row in rows} == {True, False}

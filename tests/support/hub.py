@@ -1,0 +1,148 @@
+"""A server that speaks the few routes of the Hugging Face hub that a dataset is read by. Knows nothing of Palate.
+
+Routes: `/api/datasets/ID[/revision/REV]`, `/api/datasets/ID/tree/REV`, `/datasets/ID/resolve/REV/PATH`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+_PAGE = 3
+"""Files a page of the listing: small, so that every test turns pages."""
+
+
+@dataclass
+class Dataset:
+    """One repository, with one commit.
+
+    Attributes:
+        files: Path to content.
+        gated: Its files need `token`; its listing does not.
+        private: All of it needs `token`.
+        revisions: Names that lead to the commit.
+    """
+
+    files: dict[str, bytes]
+    gated: bool = False
+    private: bool = False
+    revisions: tuple[str, ...] = ("main",)
+
+    @property
+    def commit(self) -> str:
+        return hashlib.sha1(json.dumps(sorted(self.files)).encode()).hexdigest()
+
+
+@dataclass
+class Hub:
+    """The running server.
+
+    Attributes:
+        endpoint: For HF_ENDPOINT.
+        datasets: By id; a test puts in what it needs.
+        token: That opens what is gated or private.
+        asked: Method and path of every request, in order.
+        failing: Answers every request with this status when it is set.
+    """
+
+    endpoint: str
+    token: str
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    failing: int = 0
+
+    def add(self, repo: str, files: Mapping[str, str | bytes], **settings: object) -> Dataset:
+        content = {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
+        self.datasets[repo] = Dataset(content, **settings)  # type: ignore[arg-type]
+        return self.datasets[repo]
+
+
+@contextmanager
+def running_hub(token: str) -> Iterator[Hub]:
+    """Serves on a free port of the loopback until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _answer(self, *, with_body: bool) -> None:
+            url = urlsplit(self.path)
+            hub.asked.append(f"{self.command} {unquote(url.path)}")
+            status, headers, body = self._route(unquote(url.path), parse_qs(url.query))
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def _route(self, path: str, query: dict[str, list[str]]) -> tuple[int, dict[str, str], bytes]:
+            if hub.failing:
+                return hub.failing, {}, b"no"
+            api = path.startswith("/api/datasets/")
+            repo, rest = _split(path.removeprefix("/api/datasets/" if api else "/datasets/"))
+            found = hub.datasets.get(repo)
+            allowed = self.headers.get("Authorization") == f"Bearer {hub.token}"
+            if found is None or (found.private and not allowed):
+                return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
+            if found.gated and not api and not allowed:
+                return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {repo} is restricted"}, b""
+            kind, _, rest = rest.partition("/")
+            known = (*found.revisions, found.commit)
+            revision = next((name for name in known if rest == name or rest.startswith(f"{name}/")), None)
+            if kind and revision is None:
+                return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b""
+            if kind in ("", "revision"):
+                return 200, {}, json.dumps({"id": repo, "sha": found.commit, "siblings": []}).encode()
+            if kind == "tree":
+                return self._tree(found, path, int(query.get("cursor", ["0"])[0]))
+            name = rest.removeprefix(f"{revision}/")
+            if name not in found.files:
+                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": found.commit}, b""
+            content = found.files[name]
+            return 200, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": found.commit}, content
+
+        def _tree(self, found: Dataset, path: str, start: int) -> tuple[int, dict[str, str], bytes]:
+            names = sorted(found.files)
+            entries = [
+                {"type": "file", "path": name, "size": len(found.files[name]), "oid": _oid(found.files[name])}
+                for name in names[start : start + _PAGE]
+            ]
+            more = start + _PAGE < len(names)
+            link = {"Link": f'<{hub.endpoint}{path}?cursor={start + _PAGE}>; rel="next"'} if more else {}
+            return 200, link, json.dumps(entries).encode()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        hub = Hub(f"http://127.0.0.1:{server.server_address[1]}", token)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _split(path: str) -> tuple[str, str]:
+    owner, _, rest = path.partition("/")
+    name, _, rest = rest.partition("/")
+    return f"{owner}/{name}", rest
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
