@@ -29,7 +29,7 @@ PAIRS = [
 
 
 def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -245,11 +245,41 @@ def test_a_large_file_is_checked_in_parts_with_the_numbers_of_its_lines(
     whole = check([(path, "large.jsonl")])
     monkeypatch.setattr(checking, "LARGE", 1)
     monkeypatch.setattr(checking, "_PART", 20_000)
+    path.write_bytes(path.read_bytes().rstrip())  # the last line may lack its end
     parts = check([(path, "large.jsonl")])
     assert parts.to_json() == whole.to_json()
     assert [place.row for place in parts.findings["duplicate"].places] == [1501]
     assert [place.row for place in parts.findings["swapped"].places] == [2000]
     assert [place.row for place in parts.findings["missing-field"].places] == [1778]
+
+
+def test_rows_taken_at_once_are_judged_as_rows_taken_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from palate_recipes.data.lint import Linter
+
+    odd: list[Any] = [
+        {"prompt": "a <|im_end|>", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "naïve \ufffd", "rejected": "c"},
+        {"prompt": "a", "chosen": "Yes!", "rejected": "yes"},
+        {"prompt": "me@example.com", "chosen": "b", "rejected": "[list]"},
+    ]
+    wrong: list[Any] = [
+        {"prompt": "a", "chosen": " ", "rejected": "c"},
+        {"prompt": "a", "chosen": "b ", "rejected": " b"},
+        {"prompt": "a", "chosen": 3, "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [1]},
+        {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "chosen": "b", "rejected": "c"},
+        {"prompt": "[{'role': 'user'}]", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "\ud800", "rejected": "c"},
+        [1],
+    ]
+    for number, extra in enumerate([odd, *([row] for row in wrong)]):
+        path = lines(tmp_path / f"{number}.jsonl", [*PAIRS, *PAIRS[:3], *extra])
+        at_once = check([(path, "x")])
+        with monkeypatch.context() as patched:
+            patched.setattr(Linter, "_take_plain", lambda *_: ())
+            assert check([(path, "x")]).to_json() == at_once.to_json()
 
 
 def test_memory_does_not_grow_with_an_array(tmp_path: Path) -> None:

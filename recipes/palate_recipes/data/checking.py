@@ -26,7 +26,9 @@ from palate_recipes.errors import DataError
 LARGE = 32 << 20
 """Bytes from which on helpers pay: they take a quarter of a second to start."""
 
-_PART = 16 << 20
+_PART = 1 << 30
+"""Bytes of a part at most: what a helper gives back, about a twentieth of it, is held twice for a moment."""
+
 _BLOCK = 1 << 22
 
 
@@ -122,16 +124,20 @@ def _parts(container: Container) -> Iterator[Container]:
     if not size:
         yield container
         return
+    cores = len(os.sched_getaffinity(0))
+    wanted = size // (cores * -(-size // (cores * _PART))) + 1  # as many parts as cores, or a multiple
     start, first = 0, 1
     with container.path.open("rb") as file:
         while start < size:
-            lines, left = 0, _PART
+            lines, left, last = 0, wanted, b""
             while left > 0 and (block := file.read(min(_BLOCK, left))):
                 lines += block.count(b"\n")
                 left -= len(block)
-            lines += file.readline().endswith(b"\n")
+                last = block
+            rest = file.readline()
+            lines += 1 if rest else not last.endswith(b"\n")  # the file's last line may have no end
             end = file.tell()
-            yield replace(container, span=(start, end, first))
+            yield replace(container, span=(start, lines, first))
             start, first = end, first + lines
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -67,7 +67,7 @@ class Container:
         kind: What it holds.
         compression: What it is packed with, if it is.
         byte_order_mark: Whether its text begins with one.
-        span: Of JSON lines, when only a part is read: its first byte, the byte behind it, and the number of its first line.
+        span: Of JSON lines, when only a part is read: its first byte, how many lines it has, and the number of the first.
     """
 
     path: Path
@@ -97,9 +97,7 @@ class Container:
         """Opens its bytes, unpacked, from the first behind a byte-order mark."""
         with _unpacked(self.path, self.compression) as stream:
             if self.span is not None:
-                start, end, _ = self.span
-                stream.seek(start)
-                stream = io.BytesIO(stream.read(end - start))
+                stream.seek(self.span[0])
             if self.byte_order_mark and (self.span is None or self.span[0] == 0):
                 stream.read(len(codecs.BOM_UTF8))
             yield stream
@@ -196,7 +194,8 @@ def pyarrow() -> Any:
 def _line_rows(container: Container) -> Iterator[tuple[int, Any]]:
     with container.open() as stream:
         first = container.span[2] if container.span else 1
-        for number, line in enumerate(_lines(container, stream), start=first):
+        lines = islice(_lines(container, stream), container.span[1]) if container.span else _lines(container, stream)
+        for number, line in enumerate(lines, start=first):
             try:
                 yield number, orjson.loads(line)
             except ValueError:
@@ -288,7 +287,8 @@ def _bad_byte(container: Container) -> Fault:
     """The reader of text knows no line: the file is looked through again."""
     with container.open() as stream:
         first = container.span[2] if container.span else 1
-        for number, line in enumerate(_lines(container, stream), start=first):
+        lines = islice(_lines(container, stream), container.span[1]) if container.span else _lines(container, stream)
+        for number, line in enumerate(lines, start=first):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:

@@ -74,7 +74,7 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
                 "wrong-kind", "", "is labelled as a bad answer: there is nothing to learn for training_strategy=sft"
             )
         rejected = None
-    if chosen is not None and rejected is not None and (chosen == rejected or chosen.strip() == rejected.strip()):
+    if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise fault("same-answers", "rejected", "`chosen` and `rejected` are the same text, which teaches nothing")
     return Row(number, prompt, chosen, rejected)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
+from itertools import chain, islice, repeat
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from palate_recipes.data.formats import KNOWN_FIELDS, Format, detect, read_row
 from palate_recipes.data.near import NearIndex
 from palate_recipes.data.report import Place, Report
 from palate_recipes.data.rows import Row, RowFaults, Strategy
-from palate_recipes.data.shapes import listed
+from palate_recipes.data.shapes import OTHER_PROMPTS, listed
 
 FEW_ROWS, MANY_ROWS = 100, 100_000
 """Between them DPO usually works; published guidance of several platforms."""
@@ -27,6 +29,10 @@ HISTOGRAM_STEPS = 24
 
 _LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
 _OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
+
+_BLOCK_ROWS = 256
+_NEARLY = 8
+"""Characters by which answers may differ in length that differ in punctuation alone."""
 
 _SAMPLE_ALL, _SAMPLE_EVERY = 500, 1000
 """Guesses are made on the first rows, then on one in so many."""
@@ -90,25 +96,33 @@ class Linter:
         total = 0
         # Rows of one file mostly have the same fields: they are compared with the last row's, and counted by runs.
         shapes: Counter[tuple[str, ...]] = Counter()
-        shape, run = ("",), 0
-        for number, value in container.raw_rows():
-            total += 1
-            try:
-                form = self._format or detect(value, self._strategy) if type(value) is dict else None
-                row = read_row(value, number, strategy=self._strategy, format=form)
-            except RowFaults as error:
-                self._note_wrong(error, number, name, unit)
+        shape: tuple[str, ...] = ("",)
+        run = 0
+        plain = self._against is None and not index_prompts and self._format is None and self._strategy in ("dpo", None)
+        rows = container.raw_rows()
+        while block := list(islice(rows, _BLOCK_ROWS)):
+            if plain and (fields := self._take_plain(block, name, unit)):
+                total += len(block)
+                shapes[fields] += len(block)
                 continue
-            fields = (form.name, *value)  # type: ignore[union-attr]
-            if fields != shape:
-                shapes[shape] += run
-                shape, run = fields, 0
-            run += 1
-            if "input" in value or "tools" in value or "functions" in value:
-                self._tools += _gives_tools(value)
-            self._look(row, name, unit)
-            if index_prompts:
-                self.prompts.add(row, Place(name, number, unit, "", ""))
+            for number, value in block:
+                total += 1
+                try:
+                    form = self._format or detect(value, self._strategy) if type(value) is dict else None
+                    row = read_row(value, number, strategy=self._strategy, format=form)
+                except RowFaults as error:
+                    self._note_wrong(error, number, name, unit)
+                    continue
+                fields = (form.name, *value)  # type: ignore[union-attr]
+                if fields != shape:
+                    shapes[shape] += run
+                    shape, run = fields, 0
+                run += 1
+                if "input" in value or "tools" in value or "functions" in value:
+                    self._tools += _gives_tools(value)
+                self._look(row, name, unit)
+                if index_prompts:
+                    self.prompts.add(row, Place(name, number, unit, "", ""))
         if not total and container.span is None:
             report.add("no-rows", Place(name, 0, unit, "", "no row is in it"))
         shapes[shape] += run
@@ -149,16 +163,56 @@ class Linter:
         for fault in error.faults:
             self.report.add(fault.code, Place(name, number, unit, fault.field, fault.what))
 
+    def _take_plain(self, block: list[tuple[int, Any]], name: str, unit: str) -> tuple[str, ...]:
+        """Takes a block of rows of three good texts all at once, in a third of the time; returns their fields.
+
+        Empty, with nothing taken, when any row is something else or wrong: then each is looked at by itself, with the same result.
+        """
+        try:
+            prompts, chosen, rejected = (
+                [value[field] for _, value in block] for field in ("prompt", "chosen", "rejected")
+            )
+        except (KeyError, TypeError):
+            return ()
+        texts = [*prompts, *chosen, *rejected]
+        if (
+            set(map(type, texts)) != {str}
+            or {len(value) for _, value in block} != {3}
+            or not all(map(str.strip, texts))
+        ):
+            return ()
+        if any(map(eq, map(str.strip, chosen), map(str.strip, rejected))):
+            return ()
+        if any(map(str.startswith, prompts, repeat(OTHER_PROMPTS))):
+            return ()
+        whole = "".join(texts)
+        try:
+            whole.encode()
+        except UnicodeEncodeError:
+            return ()
+        marked = "<" in whole or "[" in whole or not whole.isascii()
+        numbers = [number for number, _ in block]
+        pairs, mirrored = (
+            map(hash, zip(prompts, chosen, rejected, strict=True)),
+            map(hash, zip(prompts, rejected, chosen, strict=True)),
+        )
+        self._facts.extend(chain.from_iterable(zip(numbers, pairs, mirrored, strict=True)))
+        self._sizes.extend(
+            chain.from_iterable(zip(map(len, prompts), map(len, chosen), map(len, rejected), strict=True))
+        )
+        for number, asked, good, bad in zip(numbers, prompts, chosen, rejected, strict=True):
+            if marked or abs(len(good) - len(bad)) < _NEARLY:
+                self._remark(number, asked, good, bad, name, unit)
+            self._count += 1
+            if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
+                self._guess(number, asked, good, bad, name, unit)
+        return ("pai", *block[0][1])
+
     def _look(self, row: Row, name: str, unit: str) -> None:
         number, prompt, chosen, rejected = row
         chosen, rejected = chosen or "", rejected or ""
         asked = prompt[0].content if len(prompt) == 1 else "\n".join([turn.content for turn in prompt])
-        whole = f"{asked}\0{chosen}\0{rejected}"
-        if "<" in whole or "[" in whole or not whole.isascii():
-            self._look_closely(number, (("prompt", asked), ("chosen", chosen), ("rejected", rejected)), name, unit)
-        if abs(len(chosen) - len(rejected)) < 8 and chosen and rejected and same_words(chosen, rejected):
-            what = "`chosen` and `rejected` differ in case, spaces or punctuation alone"
-            self.report.add("nearly-same-answers", Place(name, number, unit, "rejected", what))
+        self._remark(number, asked, chosen, rejected, name, unit)
         keep = self._keep_fact
         keep(number)
         keep(hash((asked, chosen, rejected)))
@@ -169,9 +223,17 @@ class Linter:
         keep(len(rejected))
         self._count += 1
         if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
-            self._guess(row, asked, name, unit)
+            self._guess(number, asked, chosen, rejected, name, unit)
         if self._against is not None:
             self._compare(row, name, unit)
+
+    def _remark(self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str) -> None:
+        whole = asked + chosen + rejected
+        if "<" in whole or "[" in whole or not whole.isascii():
+            self._look_closely(number, (("prompt", asked), ("chosen", chosen), ("rejected", rejected)), name, unit)
+        if abs(len(chosen) - len(rejected)) < _NEARLY and chosen and rejected and same_words(chosen, rejected):
+            what = "`chosen` and `rejected` differ in case, spaces or punctuation alone"
+            self.report.add("nearly-same-answers", Place(name, number, unit, "rejected", what))
 
     def _look_closely(self, number: int, texts: tuple[tuple[str, str], ...], name: str, unit: str) -> None:
         for field, text in texts:
@@ -181,11 +243,11 @@ class Linter:
             if "\ufffd" in text:
                 self.report.add("damaged-text", Place(name, number, unit, field, f"`{field}` holds U+FFFD"))
 
-    def _guess(self, row: Row, asked: str, name: str, unit: str) -> None:
-        self._languages[hints.language(f"{asked} {row.chosen or row.rejected}")] += 1
-        for field, text in (("prompt", asked), ("chosen", row.chosen), ("rejected", row.rejected)):
+    def _guess(self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str) -> None:
+        self._languages[hints.language(f"{asked} {chosen or rejected}")] += 1
+        for field, text in (("prompt", asked), ("chosen", chosen), ("rejected", rejected)):
             if text and (found := hints.personal_data(text)):
-                place = Place(name, row.number, unit, field, f"`{field}` seems to hold {found}")
+                place = Place(name, number, unit, field, f"`{field}` seems to hold {found}")
                 self.report.add("personal-data", place)
 
     def _compare(self, row: Row, name: str, unit: str) -> None:

@@ -30,6 +30,10 @@ PROMPTS = ("prompt", "question", "query", "messages", "conversations")
 """Fields that hold the question, the first that is there."""
 
 
+OTHER_PROMPTS = ("\n\nHuman:", "Human:", "[")
+"""Beginnings of texts that may be a transcript, or messages that were written as text."""
+
+
 def listed(names: list[Any], most: int = 4) -> str:
     """Returns some field names, for people."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -80,12 +84,14 @@ def read_texts(row: Raw) -> Parts:
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if (  # what `read_prompt` and `read_text` would say of most rows, in a tenth of the time
         type(prompt) is type(chosen) is type(rejected) is str
-        and (prompt + chosen + rejected).isascii()
+        and prompt.isascii()
+        and chosen.isascii()
+        and rejected.isascii()
         and not (prompt.isspace() or chosen.isspace() or rejected.isspace())
         and prompt
         and chosen
         and rejected
-        and not prompt.startswith(("\n\nHuman:", "Human:", "["))
+        and not prompt.startswith(OTHER_PROMPTS)
         and "system" not in row
         and "system_prompt" not in row
     ):
