@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from palate_recipes.data.columns import format_for
 from palate_recipes.data.containers import open_container
+from palate_recipes.data.facts import histogram, percentiles
 from palate_recipes.data.formats import Format, detect, learned_turns, read_row, unpaired
-from palate_recipes.data.lint import percentiles
 from palate_recipes.data.report import PLACES_SHOWN
 from palate_recipes.data.rows import Row, RowFaults, Strategy
 from palate_recipes.errors import PalateError
@@ -37,7 +37,7 @@ def measured(
         DataError: A file cannot be read at all.
         TrainerError: The chat template refuses a conversation.
     """
-    found: Measured = {"counts": {}, "places": {}, "lengths": {}}
+    found: Measured = {"counts": {}, "places": {}, "lengths": {}, "histogram": []}
     lengths = array("I")
     for path, name in files:
         container = open_container(path)
@@ -51,7 +51,7 @@ def measured(
                 if len(places) < PLACES_SHOWN:
                     places.append((name, whole.row, container.unit, what))
     if lengths:
-        found["lengths"] = percentiles(_as_numbers(lengths))
+        found["lengths"], found["histogram"] = percentiles(_as_numbers(lengths)), histogram(_as_numbers(lengths))
     return found
 
 

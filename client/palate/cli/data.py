@@ -41,6 +41,9 @@ LabelColumns = Annotated[
 Template = Annotated[Path | None, typer.Option("--prompt-template", help="CSV or YAML with name, system and user.")]
 TemplateName = Annotated[str | None, typer.Option("--prompt-name", help="Which of several prompt templates.")]
 
+Tokenizer = Annotated[str | None, typer.Option(help="Model name or folder: also count tokens, as training would.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="With --tokenizer: system prompt; default: that of training.")]
+
 
 @data.command()
 def check(
@@ -52,13 +55,9 @@ def check(
     label_column: LabelColumns = None,
     prompt_template: Template = None,
     prompt_name: TemplateName = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Model name or folder: also count tokens, as training would.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     seq_length: Annotated[int, typer.Option(help="With --tokenizer: tokens of prompt and answer.")] = 128,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="With --tokenizer: system prompt; default: that of training.")
-    ] = None,
+    system_prompt: SystemPrompt = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
     fix: Annotated[
         Path | None, typer.Option(help="Write the rows that can be trained on, cleaned, to this file.")
@@ -165,13 +164,27 @@ def stats(
     files: Files,
     strategy: Strategy = "any",
     from_: From = None,
+    tokenizer: Tokenizer = None,
+    system_prompt: SystemPrompt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe data: rows, formats, lengths with a small plot, languages."""
     from palate_recipes.data.checking import check as check_files
 
+    settings = {"name": from_}
     with _at_hand(files) as found:
-        report = check_files(found, strategy=_strategy(strategy), format=_format({"name": from_}))
+        report = check_files(found, strategy=_strategy(strategy), format=_format(settings))
+        if tokenizer is not None:
+            from palate.data.measured import measure
+
+            measure(
+                report,
+                found,
+                tokenizer=tokenizer,
+                strategy=_strategy(strategy),
+                settings=settings,
+                system_prompt=system_prompt,
+            )
     if as_json:
         print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
         return
@@ -300,16 +313,24 @@ def _as_json(change: Change) -> dict[str, Any]:
     return {"written": change.written, "dropped": dict(change.dropped), "cleaned": change.cleaned}
 
 
+_PARTS = {
+    "prompt": "prompt, characters",
+    "chosen": "chosen, characters",
+    "rejected": "rejected, characters",
+    "tokens": "whole row, tokens",
+}
+
+
 def _describe(report: Report) -> None:
     from palate.terminal import bars, print_table
 
     shapes = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
     print(f"{report.usable:,} of {report.rows:,} rows can be read; {shapes or 'no known format'}")
     print_table(
-        ("characters", "mean", "median", "95%", "99%", "longest", "distribution up to 99%"),
+        ("length of", "mean", "median", "95%", "99%", "longest", "distribution up to 99%"),
         [
             (
-                name,
+                _PARTS[name],
                 *(f"{lengths[key]:,}" for key in ("mean", "p50", "p95", "p99", "max")),
                 bars(report.histograms[name]),
             )

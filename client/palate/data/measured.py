@@ -26,8 +26,8 @@ def measure(
     tokenizer: str,
     strategy: str | None,
     settings: dict[str, Any],
-    seq_length: int,
-    system_prompt: str | None,
+    seq_length: int | None = None,
+    system_prompt: str | None = None,
 ) -> None:
     """Counts the tokens of files as a training would cut them, and adds what it finds to their report.
 
@@ -37,7 +37,7 @@ def measure(
         tokenizer: A model of the catalog, or a model folder.
         strategy: What the rows are for; None takes any.
         settings: Arguments of `format_for`.
-        seq_length: Most tokens of prompt and answer together.
+        seq_length: Most tokens of prompt and answer together; None only counts.
         system_prompt: Of rows that bring none; None for the default of training.
 
     Raises:
@@ -56,7 +56,7 @@ def measure(
         files=[[str(path), name] for path, name in files],
         strategy=strategy,
         settings=settings,
-        seq_length=seq_length,
+        seq_length=seq_length or sys.maxsize,
         system_prompt=str(prompt),
     )
     with tempfile.TemporaryDirectory(prefix="palate-") as work:
@@ -74,4 +74,5 @@ def measure(
         for file, row, unit, what in places:
             report.add(code, Place(file, row, unit, "", what))
         report.findings[code].count += found["counts"][code] - len(places)
-    report.lengths["tokens"] = found["lengths"]
+    if found["lengths"]:
+        report.lengths["tokens"], report.histograms["tokens"] = found["lengths"], found["histogram"]

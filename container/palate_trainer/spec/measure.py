@@ -50,8 +50,10 @@ class Measured(TypedDict):
         counts: Rows by code: `no-room`, `same-after-cut`, `same-tokens`, `cut`.
         places: The first of each: file, row number, unit, what.
         lengths: Percentiles of whole rows in tokens, uncut.
+        histogram: Rows by tokens, see `palate_recipes.data.facts.histogram`.
     """
 
     counts: dict[str, int]
     places: dict[str, list[tuple[str, int, str, str]]]
     lengths: dict[str, int]
+    histogram: list[int]

@@ -7,19 +7,15 @@ place; what makes the rest unreadable comes as the last one.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import json
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -27,6 +23,7 @@ import orjson
 
 from palate_recipes.data.json_array import JsonArray, advice, plain
 from palate_recipes.data.rows import Fault
+from palate_recipes.data.tables import DELIMITERS, arrow_rows, csv_rows, parquet_rows, pyarrow
 from palate_recipes.errors import DataError
 
 Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
@@ -37,8 +34,6 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", 
 
 _BLOCK = 1 << 20
 _SMALL_FILE = 1 << 26
-_ROWS_A_BATCH = 512
-_DELIMITERS = ",\t;|"
 _DAMAGED = (OSError, EOFError, zlib.error)
 
 _FOREIGN = (
@@ -50,12 +45,6 @@ _FOREIGN = (
     (b"%PDF", "a PDF", "Export the data as JSON lines or CSV"),
 )
 """What other things begin with: each has a reason of its own to be there, and a remedy."""
-
-_MESSAGE = frozenset(("role", "from", "messages"))
-_LISTS = frozenset(("messages", "conversations", "history", "system", "tools"))
-"""Columns whose cells may hold lists of something other than messages."""
-_PYTHON = re.compile(r"""\[?\s*\{\s*'(?:role|from|content|value|messages)'\s*:""")
-csv.field_size_limit(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,7 @@ def _kind(path: Path, start: bytes) -> Kind:
 
 def _is_header(text: bytes) -> bool:
     line = text.split(b"\n", 1)[0].decode("utf-8", "replace")
-    cells = {cell.strip().strip('"') for cell in re.split(f"[{_DELIMITERS}]", line)}
+    cells = {cell.strip().strip('"') for cell in re.split(f"[{DELIMITERS}]", line)}
     return len(cells & {"prompt", "chosen", "rejected", "instruction", "messages", "question", "completion"}) > 1
 
 
@@ -176,16 +165,6 @@ def _unpacked(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
     else:
         with path.open("rb") as file:
             yield cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if compression == "gzip" else file
-
-
-def pyarrow() -> Any:
-    """Returns the module, or says what to install."""
-    try:
-        return import_module("pyarrow")
-    except ImportError:
-        raise DataError(
-            "Parquet, Arrow and .zst files need pyarrow, not installed here: pip install 'palate[data]'"
-        ) from None
 
 
 # JSON lines.
@@ -252,149 +231,10 @@ def _array_rows(container: Container) -> Iterator[tuple[int, Any]]:
         yield from JsonArray(stream).values()
 
 
-# Tables.
-
-
-def _csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
-    with container.open() as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-        number = 0
-        try:
-            first = next((line for line in text if line.strip()), "")
-            delimiter = max(_DELIMITERS, key=first.count)
-            reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
-            header = [name.strip() for name in next(reader)]
-            _check_header(container.path, header)
-            for cells in reader:
-                if not cells or cells == [""]:
-                    continue
-                number += 1
-                if len(cells) != len(header):
-                    what = f"{len(cells)} cells at line {reader.line_num}, the header has {len(header)}"
-                    yield number, Fault("broken-table", "", what)
-                else:
-                    yield number, _row(header, cells)
-        except UnicodeDecodeError:
-            yield number + 1, _bad_byte(container)
-        except csv.Error as error:
-            reason = "a cell's closing quote is missing" if "end of data" in str(error) else str(error)
-            yield number + 1, Fault("broken-table", "", f"broken CSV at line {reader.line_num}: {reason}")
-        finally:
-            text.detach()
-
-
-def _bad_byte(container: Container) -> Fault:
-    """The reader of text knows no line: the file is looked through again."""
-    with container.open() as stream:
-        first = container.span[2] if container.span else 1
-        lines = islice(_lines(container, stream), container.span[1]) if container.span else _lines(container, stream)
-        for number, line in enumerate(lines, start=first):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at line {number}")
-    return Fault("not-utf8", "", "not UTF-8")
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    for name in header:
-        if not name:
-            raise DataError(
-                f"{path}: column {header.index(name) + 1} has no name. The first row of a table names its columns."
-            )
-        if header.count(name) > 1:
-            raise DataError(f"{path}: two columns are called {name!r}. Rename one of them.")
-
-
-def _row(header: list[str], cells: list[str]) -> Any:
-    """The cells by name; conversations among them are JSON, any other cell is text, even one that JSON would take."""
-    row: dict[str, Any] = {}
-    for name, text in zip(header, cells, strict=True):
-        row[name] = text
-        if text[:1] in ("[", "{") and text.rstrip()[-1:] in ("]", "}"):
-            try:
-                value = orjson.loads(text)
-            except ValueError:
-                if _PYTHON.match(text):
-                    what = f"`{name}` holds a list as Python prints it, not as JSON: write such cells with json.dumps"
-                    return Fault("not-text", name, what)
-                continue
-            if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
-                row[name] = value
-    return row
-
-
-def _is_ranking(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
-
-
-def _holds_messages(value: Any) -> bool:
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, dict) and not _MESSAGE.isdisjoint(first)
-
-
-def _parquet_rows(container: Container) -> Iterator[tuple[int, Any]]:
-    def batches(path: str) -> Iterator[Any]:
-        with import_module("pyarrow.parquet").ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_ROWS_A_BATCH)
-
-    pyarrow()
-    yield from _arrow_values(container, batches)
-
-
-def _arrow_rows(container: Container) -> Iterator[tuple[int, Any]]:
-    def batches(path: str) -> Iterator[Any]:
-        ipc = import_module("pyarrow.ipc")
-        with arrow.memory_map(path) as file:
-            if file.read(6) == b"ARROW1":
-                file.seek(0)
-                reader = ipc.open_file(file)
-                parts = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            else:
-                file.seek(0)
-                parts = iter(ipc.open_stream(file))
-            for part in parts:
-                for start in range(0, part.num_rows, _ROWS_A_BATCH):
-                    yield part.slice(start, _ROWS_A_BATCH)
-
-    arrow = pyarrow()
-    yield from _arrow_values(container, batches)
-
-
-def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any]]:
-    arrow = pyarrow()
-    number = 0
-    with _as_file(container) as path:
-        try:
-            for batch in batches(str(path)):
-                batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
-                for value in batch.to_pylist():
-                    number += 1
-                    yield number, value
-        except (arrow.ArrowException, ValueError, OverflowError) as error:
-            raise DataError(
-                f"{container.path}: the {container.kind} data is damaged{f' behind row {number}' if number else ''}:"
-                f" {str(error).rstrip('.')}. Export it anew."
-            ) from None
-
-
-@contextmanager
-def _as_file(container: Container) -> Iterator[Path]:
-    """These two are read from several places at once, which a packed file does not allow: it is unpacked beside."""
-    if not container.compression:
-        yield container.path
-        return
-    with tempfile.NamedTemporaryFile(prefix="palate-", suffix=container.path.name) as file:
-        with container.open() as stream:
-            shutil.copyfileobj(stream, file, _BLOCK)
-        file.flush()
-        yield Path(file.name)
-
-
 _READERS = {
     "json": _array_rows,
     "jsonl": _line_rows,
-    "csv": _csv_rows,
-    "parquet": _parquet_rows,
-    "arrow": _arrow_rows,
+    "csv": csv_rows,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
 }

@@ -1,23 +1,23 @@
 """Every check of preference data: row by row while files stream by, then the whole. Knows rows and rules, no tokenizer.
 
-Memory is bounded: a row leaves three hashes and three lengths behind (about 50 bytes), nothing else.
+Memory is bounded: a row leaves its `Facts` behind, nothing else.
 """
 
 from __future__ import annotations
 
 import re
-from array import array
 from collections import Counter
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from operator import eq
 from pathlib import Path
 from typing import Any
 
 from palate_recipes.data import hints
 from palate_recipes.data.containers import Container, open_container
+from palate_recipes.data.facts import Facts, histogram, percentiles
 from palate_recipes.data.formats import KNOWN_FIELDS, Format, detect, read_row
 from palate_recipes.data.near import NearIndex
-from palate_recipes.data.report import Place, Report
+from palate_recipes.data.report import PLACES_SHOWN, Place, Report
 from palate_recipes.data.rows import Row, RowFaults, Strategy
 from palate_recipes.data.shapes import OTHER_PROMPTS, listed
 
@@ -25,7 +25,6 @@ FEW_ROWS, MANY_ROWS = 100, 100_000
 """Between them DPO usually works; published guidance of several platforms."""
 
 WRONG_KEPT = 10_000
-HISTOGRAM_STEPS = 24
 
 _LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
 _OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
@@ -68,10 +67,8 @@ class Linter:
         self.wrong_rows = 0
         self._strategy, self._format, self._against = strategy, format, against
         self._starts: list[tuple[int, str, str]] = []  # first index of each file, its name, its unit
-        self._facts = array("q")  # (rows, 3): number, hash of the pair, hash of the pair with its answers swapped
-        self._sizes = array("I")  # (rows, 3): characters of prompt, chosen, rejected
+        self._facts = Facts()
         self._count = 0
-        self._keep_fact, self._keep_size = self._facts.append, self._sizes.append
         self._unread: Counter[str] = Counter()
         self._tools = 0
         self._languages: Counter[str] = Counter()
@@ -138,7 +135,6 @@ class Linter:
         for start, name, unit in part._starts:
             self._begin(name, unit, self._count + start)
         self._facts.extend(part._facts)
-        self._sizes.extend(part._sizes)
         self._count += part._count
         self._tools += part._tools
         self._unread.update(part._unread)
@@ -154,7 +150,7 @@ class Linter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes back from a helper: findings, not the index that it compared with."""
-        return self.__dict__ | {"_against": None, "_keep_fact": None, "_keep_size": None}
+        return self.__dict__ | {"_against": None}
 
     def _note_wrong(self, error: RowFaults, number: int, name: str, unit: str) -> None:
         self.wrong_rows += 1
@@ -192,14 +188,7 @@ class Linter:
             return ()
         marked = "<" in whole or "[" in whole or not whole.isascii()
         numbers = [number for number, _ in block]
-        pairs, mirrored = (
-            map(hash, zip(prompts, chosen, rejected, strict=True)),
-            map(hash, zip(prompts, rejected, chosen, strict=True)),
-        )
-        self._facts.extend(chain.from_iterable(zip(numbers, pairs, mirrored, strict=True)))
-        self._sizes.extend(
-            chain.from_iterable(zip(map(len, prompts), map(len, chosen), map(len, rejected), strict=True))
-        )
+        self._facts.keep_all(numbers, prompts, chosen, rejected)
         for number, asked, good, bad in zip(numbers, prompts, chosen, rejected, strict=True):
             if marked or abs(len(good) - len(bad)) < _NEARLY:
                 self._remark(number, asked, good, bad, name, unit)
@@ -213,14 +202,7 @@ class Linter:
         chosen, rejected = chosen or "", rejected or ""
         asked = prompt[0].content if len(prompt) == 1 else "\n".join([turn.content for turn in prompt])
         self._remark(number, asked, chosen, rejected, name, unit)
-        keep = self._keep_fact
-        keep(number)
-        keep(hash((asked, chosen, rejected)))
-        keep(hash((asked, rejected, chosen)))
-        keep = self._keep_size
-        keep(len(asked))
-        keep(len(chosen))
-        keep(len(rejected))
+        self._facts.keep(number, asked, chosen, rejected)
         self._count += 1
         if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
             self._guess(number, asked, chosen, rejected, name, unit)
@@ -291,51 +273,37 @@ class Linter:
                 self.report.add(code, Place(self.report.files[0], 0, "row", "", what))
 
     def _find_repeats(self) -> None:
-        import numpy as np
-
-        facts = np.frombuffer(self._facts, dtype=np.int64).reshape(-1, 3)
-        pairs, swapped = facts[:, 1], facts[:, 2]
-        order = np.argsort(pairs, kind="stable")  # rows of one hash stay in file order
-        ordered = pairs[order]
-        again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-        repeats = np.sort(order[again])
+        self._add("duplicate", *self._facts.repeats(), "the same pair as {}")
+        later, first = self._facts.mirrored()
+        labels = len(later) and not self._facts.sizes()[later[0], 1:].all()  # one answer, good here and bad there
         self._add(
-            "duplicate", repeats, lambda index: f"the same pair as {self._where(self._first(order, ordered, index))}"
-        )
-        if any(
-            self.report.formats.get(name)
-            for name in ("unpaired", "chat", "completions", "instructions", "sharegpt-sft")
-        ):
-            return
-        at = np.searchsorted(ordered, swapped)
-        at[at == len(ordered)] = 0
-        mirrored = np.flatnonzero(ordered[at] == swapped)
-        later = mirrored[mirrored > order[at[mirrored]]]
-        self._add(
-            "swapped", later, lambda index: f"the same as {self._where(int(order[at[index]]))}, the answers swapped"
+            "swapped",
+            later,
+            first,
+            "the answer of {}, the other label" if labels else "the same as {}, the answers swapped",
         )
 
-    def _first(self, order: Any, ordered: Any, index: int) -> int:
-        return int(order[ordered.searchsorted(self._facts[3 * index + 1])])
+    def _add(self, code: str, rows: Any, others: Any, what: str) -> None:
+        for index, other in zip(rows[:PLACES_SHOWN].tolist(), others[:PLACES_SHOWN].tolist(), strict=True):
+            self._add_at(code, index, what.format(self._where(other)))
+        if len(rows) > PLACES_SHOWN:
+            self.report.findings[code].count += len(rows) - PLACES_SHOWN
 
-    def _add(self, code: str, indexes: Any, what: Any) -> None:
-        for index in indexes[:8].tolist():
-            name, unit = self._file(index)
-            self.report.add(code, Place(name, self._facts[3 * index], unit, "", what(index)))
-        if len(indexes) > 8:
-            self.report.findings[code].count += len(indexes) - 8
+    def _add_at(self, code: str, index: int, what: str) -> None:
+        name, unit = self._file(index)
+        self.report.add(code, Place(name, self._facts.number(index), unit, "", what))
 
     def _file(self, index: int) -> tuple[str, str]:
         return next((name, unit) for start, name, unit in reversed(self._starts) if start <= index)
 
     def _where(self, index: int) -> str:
         name, unit = self._file(index)
-        return f"{unit} {self._facts[3 * index]}" + (f" of {name}" if len(self._starts) > 1 else "")
+        return f"{unit} {self._facts.number(index)}" + (f" of {name}" if len(self._starts) > 1 else "")
 
     def _judge_lengths(self) -> None:
         import numpy as np
 
-        prompt, chosen, rejected = np.frombuffer(self._sizes, dtype=np.uint32).reshape(-1, 3).T
+        prompt, chosen, rejected = self._facts.sizes().T
         for name, lengths in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             if lengths.any():
                 self.report.lengths[name] = percentiles(lengths)
@@ -352,7 +320,8 @@ class Linter:
         total = prompt.astype(np.int64) + np.maximum(chosen, rejected)
         middle = float(np.median(total))
         far = np.flatnonzero(total > max(_OUTLIER * middle, _OUTLIER_CHARACTERS))
-        self._add("outlier", far, lambda index: f"{total[index]:,} characters, the median is {middle:,.0f}")
+        for index in far.tolist():
+            self._add_at("outlier", index, f"{total[index]:,} characters, the median is {middle:,.0f}")
 
     def _judge_count(self) -> None:
         rows, files = self.report.usable, ", ".join(self.report.files)
@@ -375,25 +344,3 @@ def same_words(one: str, other: str) -> bool:
 def normal(text: str) -> str:
     """Returns the letters and digits of a text, in lower case, words apart by one space."""
     return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def percentiles(lengths: Any) -> dict[str, int]:
-    """Returns mean, 50th, 95th and 99th percentile and maximum of an array of lengths."""
-    import numpy as np
-
-    p50, p95, p99 = np.percentile(lengths, (50, 95, 99))
-    return {
-        "mean": round(float(lengths.mean())),
-        "p50": round(p50),
-        "p95": round(p95),
-        "p99": round(p99),
-        "max": int(lengths.max()),
-    }
-
-
-def histogram(lengths: Any) -> list[int]:
-    """Returns how many lengths are in each of HISTOGRAM_STEPS equal steps from 0 to the 99th percentile."""
-    import numpy as np
-
-    top = max(1, int(np.percentile(lengths, 99)))
-    return [int(count) for count in np.histogram(lengths, bins=HISTOGRAM_STEPS, range=(0, top))[0]]

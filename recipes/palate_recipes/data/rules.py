@@ -81,9 +81,8 @@ RULES: dict[str, Rule] = {
     ),
     "swapped": Rule(
         "warning",
-        "the same prompt with chosen and rejected swapped",
+        "the same prompt with the answers swapped, or an answer called good and bad",
         "Decide which is better: the two rows cancel out",
-        "drop",
     ),
     "leakage": Rule(
         "warning", "a validation prompt that is in the training data", "`palate data split` keeps them apart"

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 import orjson
 
-from palate_recipes.data.containers import pyarrow
+from palate_recipes.data.tables import pyarrow
 from palate_recipes.errors import DataError
 
 WRITTEN = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")

@@ -1,0 +1,178 @@
+"""Tables to numbered raw rows: CSV, Parquet, Arrow. Knows their libraries, no row format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from palate_recipes.data.rows import Fault
+from palate_recipes.errors import DataError
+
+if TYPE_CHECKING:
+    from palate_recipes.data.containers import Container
+
+DELIMITERS = ",\t;|"
+
+_BLOCK = 1 << 20
+_ROWS_A_BATCH = 512
+
+_MESSAGE = frozenset(("role", "from", "messages"))
+_LISTS = frozenset(("messages", "conversations", "history", "system", "tools"))
+"""Columns whose cells may hold lists of something other than messages."""
+_PYTHON = re.compile(r"""\[?\s*\{\s*'(?:role|from|content|value|messages)'\s*:""")
+csv.field_size_limit(1 << 30)
+
+
+def pyarrow() -> Any:
+    """Returns the module, or says what to install."""
+    try:
+        return import_module("pyarrow")
+    except ImportError:
+        raise DataError(
+            "Parquet, Arrow and .zst files need pyarrow, not installed here: pip install 'palate[data]'"
+        ) from None
+
+
+def csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    with container.open() as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        number = 0
+        try:
+            first = next((line for line in text if line.strip()), "")
+            delimiter = max(DELIMITERS, key=first.count)
+            reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
+            header = [name.strip() for name in next(reader)]
+            _check_header(container.path, header)
+            for cells in reader:
+                if not cells or cells == [""]:
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    what = f"{len(cells)} cells at line {reader.line_num}, the header has {len(header)}"
+                    yield number, Fault("broken-table", "", what)
+                else:
+                    yield number, _row(header, cells)
+        except UnicodeDecodeError:
+            yield number + 1, _bad_byte(container)
+        except csv.Error as error:
+            reason = "a cell's closing quote is missing" if "end of data" in str(error) else str(error)
+            yield number + 1, Fault("broken-table", "", f"broken CSV at line {reader.line_num}: {reason}")
+        finally:
+            text.detach()
+
+
+def _bad_byte(container: Container) -> Fault:
+    """The reader of text knows no line: the file is looked through again."""
+    with container.open() as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at line {number}")
+    return Fault("not-utf8", "", "not UTF-8")
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    for name in header:
+        if not name:
+            raise DataError(
+                f"{path}: column {header.index(name) + 1} has no name. The first row of a table names its columns."
+            )
+        if header.count(name) > 1:
+            raise DataError(f"{path}: two columns are called {name!r}. Rename one of them.")
+
+
+def _row(header: list[str], cells: list[str]) -> Any:
+    """The cells by name; conversations among them are JSON, any other cell is text, even one that JSON would take."""
+    row: dict[str, Any] = {}
+    for name, text in zip(header, cells, strict=True):
+        row[name] = text
+        if text[:1] in ("[", "{") and text.rstrip()[-1:] in ("]", "}"):
+            try:
+                value = orjson.loads(text)
+            except ValueError:
+                if _PYTHON.match(text):
+                    what = f"`{name}` holds a list as Python prints it, not as JSON: write such cells with json.dumps"
+                    return Fault("not-text", name, what)
+                continue
+            if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
+                row[name] = value
+    return row
+
+
+def _is_ranking(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _holds_messages(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not _MESSAGE.isdisjoint(first)
+
+
+def parquet_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    def batches(path: str) -> Iterator[Any]:
+        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_ROWS_A_BATCH)
+
+    pyarrow()
+    yield from _arrow_values(container, batches)
+
+
+def arrow_rows(container: Container) -> Iterator[tuple[int, Any]]:
+    def batches(path: str) -> Iterator[Any]:
+        ipc = import_module("pyarrow.ipc")
+        with arrow.memory_map(path) as file:
+            if file.read(6) == b"ARROW1":
+                file.seek(0)
+                reader = ipc.open_file(file)
+                parts = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                parts = iter(ipc.open_stream(file))
+            for part in parts:
+                for start in range(0, part.num_rows, _ROWS_A_BATCH):
+                    yield part.slice(start, _ROWS_A_BATCH)
+
+    arrow = pyarrow()
+    yield from _arrow_values(container, batches)
+
+
+def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any]]:
+    arrow = pyarrow()
+    number = 0
+    with _as_file(container) as path:
+        try:
+            for batch in batches(str(path)):
+                batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value
+        except (arrow.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{container.path}: the {container.kind} data is damaged{f' behind row {number}' if number else ''}:"
+                f" {str(error).rstrip('.')}. Export it anew."
+            ) from None
+
+
+@contextmanager
+def _as_file(container: Container) -> Iterator[Path]:
+    """These two are read from several places at once, which a packed file does not allow: it is unpacked beside."""
+    if not container.compression:
+        yield container.path
+        return
+    with tempfile.NamedTemporaryFile(prefix="palate-", suffix=container.path.name) as file:
+        with container.open() as stream:
+            shutil.copyfileobj(stream, file, _BLOCK)
+        file.flush()
+        yield Path(file.name)
