@@ -129,11 +129,11 @@ def _child(options: argparse.Namespace) -> None:
 
 def _tokens(path: Path, folder: str, *, bare: bool) -> float:
     """Seconds of the check with tokens, or of the tokenizer alone on the texts that the check renders."""
-    from palate_trainer.measure import measured
     from transformers import AutoTokenizer
 
     from palate_recipes.data.checking import check
     from palate_recipes.data.reading import read_rows
+    from palate_trainer.measure import measured
     from palate_trainer.tokens import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
