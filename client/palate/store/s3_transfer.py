@@ -1,8 +1,8 @@
 """Moves the bytes of objects over an S3 client: in parts, several at a time, each tried again. Knows no Palate key.
 
 Every object carries the CRC-32 of its content in its metadata, and what comes back is compared with it. A part is one
-`bytes` in memory, sent or received in one piece: that costs half of the processor time of boto3's own transfer,
-which goes through small blocks and a queue. The number of parts in memory is bounded for the whole store.
+`bytes` in memory, sent or received in one piece: on the way down that costs about half of the processor time of boto3's
+own transfer, which goes through small blocks and a queue. The number of parts in memory is bounded for the whole store.
 """
 
 from __future__ import annotations
