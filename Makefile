@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-fast check bench-train bench-data bench-import clean
+.PHONY: help setup quickstart test test-fast check bench-train bench-data bench-store bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -68,6 +68,9 @@ bench-train: setup
 
 bench-data: setup
 	@"$(PY)" benchmarks/data_speed.py $(ARGS)
+
+bench-store: setup
+	@"$(PY)" benchmarks/store_speed.py $(ARGS)
 
 bench-import: setup
 	@"$(PY)" benchmarks/import_time.py

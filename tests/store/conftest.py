@@ -50,8 +50,12 @@ def s3_options(seaweed: SeaweedServer) -> StoreOptions:
 @pytest.fixture(params=["file", "s3", "oss"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """An empty store of each kind. `oss` is its own code path over the same server (no real OSS is reachable)."""
-    if request.param == "file":
+    return empty_store(request.param, request, tmp_path)
+
+
+def empty_store(scheme: str, request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if scheme == "file":
         return open_store(tmp_path / "store")
     options: StoreOptions = request.getfixturevalue("s3_options")
     bucket: str = request.getfixturevalue("bucket")
-    return open_store(f"{request.param}://{bucket}/{tmp_path.name}", options=options)
+    return open_store(f"{scheme}://{bucket}/{tmp_path.name}", options=options)

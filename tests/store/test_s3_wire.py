@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from palate.store import Store, StoreOptions, open_store
-from palate.store.errors import PreconditionFailedError, StoreError, StoreUnreachableError
+from palate.store.errors import (
+    DigestMismatchError,
+    PreconditionFailedError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnreachableError,
+)
 
 
 @dataclass
@@ -22,6 +30,12 @@ class Bucket:
     answer: Callable[[int], tuple[int, str] | None]
     objects: dict[str, bytes] = field(default_factory=dict)
     puts: list[dict[str, str]] = field(default_factory=list)
+    crc: str = ""
+    """Metadata that every object is said to have."""
+    torn: int = 0
+    """Answers to GET that still break off in their middle."""
+    gets: list[str] = field(default_factory=list)
+    """Range of each GET."""
 
 
 @contextmanager
@@ -41,8 +55,28 @@ def serving(bucket: Bucket, scheme: str) -> Iterator[Store]:
             self.say(*answer, etag=hashlib.md5(body).hexdigest())
 
         def do_GET(self) -> None:
-            body = bucket.objects[self.path.partition("?")[0]]
-            self.say(200, body.decode(), etag=hashlib.md5(body).hexdigest())
+            body = bucket.objects.get(self.path.partition("?")[0], b"")
+            etag = hashlib.md5(body).hexdigest()
+            self.send_response(206)
+            if wanted := self.headers["Range"]:
+                start, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+                self.send_header("Content-Range", f"bytes {start}-{min(end, len(body) - 1)}/{len(body)}")
+                body = body[start : end + 1]
+            self.send_header("ETag", f'"{etag}"')
+            self.send_header("Last-Modified", "Sat, 21 Nov 2026 03:38:09 GMT")
+            self.send_header("Content-Length", str(len(body)))
+            if bucket.crc:
+                self.send_header("x-amz-meta-palate-crc32", bucket.crc)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            bucket.gets.append(wanted or "")
+            if bucket.torn:
+                bucket.torn -= 1
+                self.wfile.write(body[: len(body) // 2])
+                self.close_connection = True
+                return
+            self.wfile.write(body)
 
         do_HEAD = do_GET
 
@@ -53,8 +87,7 @@ def serving(bucket: Bucket, scheme: str) -> Iterator[Store]:
             self.send_header("Last-Modified", "Sat, 21 Nov 2026 03:38:09 GMT")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body.encode())
+            self.wfile.write(body.encode())
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -161,3 +194,58 @@ def test_oss_endpoint_follows_the_region(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setenv("OSS_REGION", "cn-shanghai")
     assert "https://s3.oss-cn-shanghai.aliyuncs.com" in repr(open_store("oss://bucket/x"))
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
+    large = bytes(range(256)) * (1 << 16)  # two parts
+    bucket = Bucket(lambda _: (200, ""), objects={"/bucket/k": large}, torn=2, crc=f"{zlib.crc32(large):08x}")
+    with serving(bucket, "s3") as store:
+        store.download("k", tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == large
+        bucket.torn = 1
+        assert b"".join(store.stream("k")) == large
+        bucket.torn = 1
+        assert store.get("k") == large
+        assert len(bucket.gets) == 2 + 2 + 2 + 1 + 1 + 1
+
+
+def test_an_answer_that_always_breaks_off_is_an_error_after_five(tmp_path: Path) -> None:
+    bucket = Bucket(lambda _: (200, ""), objects={"/bucket/k": b"0123456789"}, torn=99)
+    with serving(bucket, "s3") as store, pytest.raises(StoreUnreachableError, match=r"s3://bucket/k .*Check"):
+        store.download("k", tmp_path / "out")
+    assert len(bucket.gets) == 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_that_are_not_those_that_were_uploaded(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"before")
+    bucket = Bucket(lambda _: (200, ""), objects={"/bucket/k": b"damaged"}, crc=f"{zlib.crc32(b'whole'):08x}")
+    moved: list[int] = []
+    with serving(bucket, "oss") as store:
+        with pytest.raises(DigestMismatchError, match=r"oss://bucket/k .*damaged: .*upload it again"):
+            store.download("k", tmp_path / "out", moved=moved.append)
+        assert len(bucket.gets) == 2, "asked once more"
+        assert sum(moved) == 0
+        assert (tmp_path / "out").read_bytes() == b"before"
+        bucket.crc = ""
+        store.download("k", tmp_path / "out")  # written by another program: nothing to compare with
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "says"),
+    [
+        (403, "RequestTimeTooSkewed", StoreDeniedError, "Set this machine's clock"),
+        (403, "ExpiredToken", StoreDeniedError, "new temporary credentials"),
+        (403, "AccessDenied", StoreDeniedError, "Check the credentials"),
+        (400, "AuthorizationHeaderMalformed", StoreError, "another region"),
+        (301, "PermanentRedirect", StoreError, "another region"),
+    ],
+)
+def test_a_refusal_names_object_endpoint_cause_and_remedy(
+    status: int, code: str, kind: type[StoreError], says: str
+) -> None:
+    bucket = Bucket(lambda _: (status, code))
+    with serving(bucket, "oss") as store, pytest.raises(kind, match=says) as caught:
+        store.put("jobs/k", b"1")
+    for part in ("oss://bucket/jobs/k", "http://127.0.0.1:", code):
+        assert part in str(caught.value)

@@ -12,6 +12,7 @@ import typer
 
 from palate.cli import about, runs, work
 from palate.cli.data import data
+from palate.cli.store import store
 from palate.errors import PalateError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ work.register(app)
 runs.register(app)
 about.register(app)
 app.add_typer(data, name="data")
+app.add_typer(store, name="store")
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from palate.errors import ConfigurationError, DataError
 from palate.store import open_parent, open_store
-from palate.store.base import in_parallel, walk
 from palate.store.errors import ObjectNotFoundError
+from palate.store.local import in_parallel, walk
 from palate.store.uri import normal_uri
 from palate_recipes.data.containers import SUFFIXES
 

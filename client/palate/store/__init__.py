@@ -9,9 +9,10 @@ import os
 
 from palate.store.base import ObjectInfo, Store
 from palate.store.options import StoreOptions
+from palate.store.tree import Progress
 from palate.store.uri import normal_uri, split_uri
 
-__all__ = ["ObjectInfo", "Store", "StoreOptions", "open_parent", "open_store", "read_uri", "split_uri"]
+__all__ = ["ObjectInfo", "Progress", "Store", "StoreOptions", "open_parent", "open_store", "read_uri", "split_uri"]
 
 
 def open_store(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> Store:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from palate.store.errors import ObjectNotFoundError, StoreUsageError
-from palate.store.uri import RESERVED, check_key, check_prefix
+from palate.store.errors import StoreError, StoreUsageError
+from palate.store.local import draft_beside
+from palate.store.uri import check_key, check_prefix
 
-PARALLEL = 8
-"""Files of a tree that move at the same time."""
+if TYPE_CHECKING:
+    from palate.store.tree import Progress
+
+LONGEST_LINK_S = 7 * 24 * 3600
+"""Seconds that S3 lets a presigned link live."""
 
 Keys = list[str]  # inside Store, `list` is the method
 
@@ -77,6 +82,31 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def get_range(self, key: str, start: int, length: int | None = None) -> bytes:
+        """Returns a part of the content: less than `length` bytes at its end, none behind it.
+
+        Args:
+            key: Which object.
+            start: Bytes to leave out.
+            length: Bytes at most; None goes to the end.
+
+        Raises:
+            ObjectNotFoundError: No object has this key.
+            StoreUsageError: `start` is negative, or `length` less than 1.
+        """
+
+    @abstractmethod
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Yields the content in blocks of some megabytes, all of one version of the object.
+
+        Each block is a request of its own, tried again when its connection breaks.
+
+        Raises:
+            ObjectNotFoundError: No object has this key.
+            PreconditionFailedError: The object was replaced meanwhile; what came so far is the old one's.
+        """
+
+    @abstractmethod
     def put(
         self,
         key: str,
@@ -105,6 +135,38 @@ class Store(ABC):
     @abstractmethod
     def stat(self, key: str) -> ObjectInfo | None:
         """Returns what is known about an object without its content, or None where none is."""
+
+    def exists(self, key: str) -> bool:
+        """Says whether an object has this key."""
+        return self.stat(key) is not None
+
+    @abstractmethod
+    def checksum(self, key: str) -> str | None:
+        """Returns the CRC-32 of the content as eight hex digits; None where no object is, or nobody recorded it.
+
+        A bucket has it for what Palate wrote: it stands in the object's metadata. A file store reads the file.
+        """
+
+    @abstractmethod
+    def copy(self, key: str, target: str) -> None:
+        """Copies an object within the store, whole or not at all; on S3 its bytes stay on the server.
+
+        Raises:
+            ObjectNotFoundError: No object has this key.
+        """
+
+    @abstractmethod
+    def presigned_url(self, key: str, *, expires_s: int = 3600, method: Literal["GET", "PUT"] = "GET") -> str:
+        """Returns a link with which anybody can read (or, with PUT, write) this one object; sends nothing.
+
+        Args:
+            key: Which object; it need not be there.
+            expires_s: Seconds that the link lives, up to a week.
+            method: What the link allows.
+
+        Raises:
+            StoreUsageError: A file store has no links, and S3 none that live longer.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -140,76 +202,102 @@ class Store(ABC):
     # ── files of this machine ──────────────────────────────────────────────────────────────────────────────
 
     @abstractmethod
-    def upload(self, path: str | os.PathLike[str], key: str) -> None:
+    def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
         """Copies a file of any size into the store; visible when it is whole.
+
+        Args:
+            path: On this machine.
+            key: Where.
+            moved: Gets the number of bytes of each piece that has arrived, from several threads.
 
         Raises:
             FileNotFoundError: `path` is no file of this machine.
         """
 
     @abstractmethod
-    def _fetch(self, key: str, target: Path) -> None:
+    def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
         """Writes an object's content to `target`, a fresh name here. Raises ObjectNotFoundError."""
 
-    def download(self, key: str, path: str | os.PathLike[str]) -> None:
+    def download(self, key: str, path: str | os.PathLike[str], *, moved: Callable[[int], object] | None = None) -> None:
         """Copies an object of any size to a file, whole or not at all; makes the folders that it needs.
+
+        Args:
+            key: Which object.
+            path: On this machine.
+            moved: Gets the number of bytes of each piece that has arrived, from several threads.
 
         Raises:
             ObjectNotFoundError: No object has this key; `path` is left as it was.
+            DigestMismatchError: What arrived is not what was uploaded; `path` is left as it was.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = draft_beside(target)
         try:
-            self._fetch(check_key(key), draft)
+            self._fetch(check_key(key), draft, moved or _ignore)
             os.replace(draft, target)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"{target} cannot be written: {error.strerror or error}. Check its folder and the room there"
+            ) from error
         finally:
             draft.unlink(missing_ok=True)
 
     def upload_tree(
-        self, folder: str | os.PathLike[str], prefix: str = "", *, skip: Callable[[str], bool] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        prefix: str = "",
+        *,
+        skip: Callable[[str], bool] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Keys:
         """Copies every file below a folder of this machine, several at a time. Links are followed.
+
+        What is in the store already with the same size and CRC-32 is not sent again: after an error, or to bring
+        a tree up to date, call it once more.
 
         Args:
             folder: On this machine.
             prefix: Folder in the store.
             skip: Gets each file's path relative to `folder` (with `/`); True leaves it out.
+            progress: Gets the state after each piece, one call at a time, from several threads.
 
         Returns:
-            The relative paths that were copied, sorted. After an error some files may be in place.
+            The relative paths that are in place now, sorted. After an error some files may be.
 
         Raises:
             FileNotFoundError: `folder` is no folder, or a file in it is a link to nothing.
         """
-        source, below = Path(folder), check_prefix(prefix)
-        if not source.is_dir():
-            raise ObjectNotFoundError(f"{source} is no folder of this machine: nothing to upload to {self.uri(prefix)}")
-        names = [name for name in walk(source) if not (skip is not None and skip(name))]
-        in_parallel(lambda name: self.upload(source / name, below + name), names)
-        return names
+        from palate.store.tree import upload_tree
 
-    def download_tree(self, prefix: str, folder: str | os.PathLike[str]) -> Keys:
+        return upload_tree(self, folder, prefix, skip=skip, progress=progress)
+
+    def download_tree(
+        self, prefix: str, folder: str | os.PathLike[str], *, progress: Callable[[Progress], None] | None = None
+    ) -> Keys:
         """Copies every object below a folder of the store to this machine, several at a time.
 
-        Files that are in `folder` already and not in the store stay.
+        Files that are in `folder` already and not in the store stay. Those with the size and CRC-32 of their
+        object are not fetched again: after an error, call it once more.
+
+        Args:
+            prefix: Folder in the store.
+            folder: On this machine; made where it is not.
+            progress: Gets the state after each piece, one call at a time, from several threads.
 
         Returns:
-            The relative paths that were copied, sorted. After an error some files may be in place.
+            The relative paths that are in place now, sorted. After an error some files may be.
 
         Raises:
             ObjectNotFoundError: Nothing stands under `prefix`.
+            DigestMismatchError: What arrived is not what was uploaded.
             StoreUsageError: An object's key would leave `folder`.
         """
-        below, target = check_prefix(prefix), Path(folder)
-        names = [check_key(info.key.removeprefix(below)) for info in self.list(prefix)]
-        if not names:
-            raise ObjectNotFoundError(
-                f"{self.uri(prefix)} holds no object: check the name, or wait until it is written"
-            )
-        target.mkdir(parents=True, exist_ok=True)
-        in_parallel(lambda name: self.download(below + name, target / name), names)
-        return names
+        from palate.store.tree import download_tree
+
+        return download_tree(self, prefix, folder, progress=progress)
 
     def local_path(self, key: str = "") -> Path | None:
         """Returns the path of an object or folder that lies on this machine, or None: download it then."""
@@ -232,47 +320,20 @@ def check_not_root(prefix: str) -> str:
     return check_prefix(prefix)
 
 
-def draft_beside(target: Path) -> Path:
-    """Returns a fresh, hidden name in the same folder: from there os.replace() is one step."""
-    return target.with_name(f"{RESERVED}draft-{os.urandom(8).hex()}")
+def check_range(key: str, start: int, length: int | None) -> None:
+    """Raises StoreUsageError when no bytes can be meant."""
+    if start < 0 or (length is not None and length < 1):
+        raise StoreUsageError(
+            f"range of {key!r}: start={start}, length={length} names no bytes; start is 0 or more, length 1 or more"
+        )
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of every file below `folder`, with `/` and in the order of the whole paths.
-
-    Follows links, except one that leads back to a folder above it; leaves out reserved names, sockets, pipes.
-    A link to nothing is yielded: who reads it fails.
-    """
-    return _walk(folder, "", (os.path.realpath(folder),))
+def check_link(key: str, expires_s: int) -> str:
+    """Returns the checked key; raises StoreUsageError when no link can live that long."""
+    if not 1 <= expires_s <= LONGEST_LINK_S:
+        raise StoreUsageError(f"link to {key!r}: expires_s={expires_s} is not between 1 and {LONGEST_LINK_S} (a week)")
+    return check_key(key)
 
 
-def _walk(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
-    try:
-        with os.scandir(folder) as found:
-            entries = [(entry.name, entry.is_dir(), entry.is_file() or entry.is_symlink()) for entry in found]
-    except FileNotFoundError:
-        return  # deleted meanwhile
-    # A folder sorts as its files do: with its slash.
-    for name, is_folder, is_file in sorted(entries, key=lambda entry: entry[0] + "/" * entry[1]):
-        if name.startswith(RESERVED):
-            continue
-        if is_folder:
-            real = os.path.realpath(folder / name)
-            if real not in above:
-                yield from _walk(folder / name, f"{below}{name}/", (*above, real))
-        elif is_file:
-            yield below + name
-
-
-def in_parallel(function: Callable[[str], None], names: Iterable[str]) -> None:
-    """Calls `function` with each name on a few threads. The first failure drops the rest and is raised."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(max_workers=PARALLEL, thread_name_prefix="palate-store") as pool:
-        futures = [pool.submit(function, name) for name in names]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _ignore(_: int) -> None:
+    pass

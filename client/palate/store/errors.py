@@ -5,6 +5,7 @@
     ├── BucketNotFoundError (LookupError)       the bucket or root folder itself is missing
     ├── StoreDeniedError (PermissionError)      no, wrong or insufficient credentials or file permissions
     ├── StoreUnreachableError (ConnectionError) the endpoint does not answer, or answers with its own failure
+    ├── DigestMismatchError                     bytes that arrived are not those that were uploaded
     ├── PreconditionFailedError                 a conditional put lost: somebody else wrote first
     └── StoreUsageError (ValueError)            a URI, key or option that cannot work
 
@@ -34,6 +35,10 @@ class StoreDeniedError(StoreError, PermissionError):
 
 class StoreUnreachableError(StoreError, ConnectionError):
     """The endpoint did not answer, or kept answering with a failure of its own."""
+
+
+class DigestMismatchError(StoreError):
+    """Bytes that arrived are not those that were uploaded, also when they were asked for again."""
 
 
 class PreconditionFailedError(StoreError):

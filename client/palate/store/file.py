@@ -12,18 +12,22 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_not_root, draft_beside, walk
+from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_link, check_not_root, check_range
+from palate.store.crc import crc32_of
 from palate.store.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
     PreconditionFailedError,
     StoreDeniedError,
     StoreError,
+    StoreUsageError,
 )
+from palate.store.local import draft_beside, walk
 from palate.store.uri import RESERVED, check_key, check_prefix
 
 _LOCK = f"{RESERVED}lock"
@@ -32,6 +36,9 @@ _DIGEST_LIMIT = 8 << 20
 """Bytes up to which an etag is a digest of the content. Above, size and time stand in: stat stays fast."""
 
 _DELETE_ATTEMPTS = 5
+
+_BLOCK = 4 << 20
+"""Bytes that a stream yields at a time."""
 
 
 class FileStore(Store):
@@ -48,6 +55,17 @@ class FileStore(Store):
     def get(self, key: str) -> bytes:
         with self._explained("read", key):
             return self._path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, length: int | None = None) -> bytes:
+        check_range(key, start, length)
+        with self._explained("read", key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        with self._explained("read", key), self._path(key).open("rb") as file:  # a file is replaced, never changed
+            while block := file.read(_BLOCK):
+                yield block
 
     def put(
         self,
@@ -85,6 +103,27 @@ class FileStore(Store):
         except ObjectNotFoundError:
             return None
         return ObjectInfo(key=key, size=state.st_size, etag=etag, modified_s=state.st_mtime)
+
+    def checksum(self, key: str) -> str | None:
+        try:
+            with self._explained("read", key):
+                return crc32_of(self._path(key))
+        except ObjectNotFoundError:
+            return None
+
+    def copy(self, key: str, target: str) -> None:
+        source, copied = self._path(key), self._path(target)
+        with self._explained("read", key):
+            source.open("rb").close()
+        with self._explained("written", target):
+            self._place(source, copied)
+
+    def presigned_url(self, key: str, *, expires_s: int = 3600, method: Literal["GET", "PUT"] = "GET") -> str:
+        check_link(key, expires_s)
+        raise StoreUsageError(
+            f"{self.uri(key)} is a file: nobody serves it, so it has no link. Give its path, or keep it in a bucket "
+            "(`palate store up` runs one)"
+        )
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -127,22 +166,38 @@ class FileStore(Store):
                     if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or attempt == _DELETE_ATTEMPTS - 1:
                         raise
 
-    def upload(self, path: str | os.PathLike[str], key: str) -> None:
+    def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
         source, target = Path(path), self._path(key)
         if not source.is_file():
             raise ObjectNotFoundError(f"{source} is no file of this machine: nothing to upload to {self.uri(key)}")
         with self._explained("written", key):
-            _make_folders(target.parent)
-            draft = draft_beside(target)
-            try:
-                shutil.copyfile(source, draft)
-                os.replace(draft, target)
-            finally:
-                draft.unlink(missing_ok=True)
+            size = self._place(source, target)
+        if moved is not None:
+            moved(size)
 
-    def _fetch(self, key: str, target: Path) -> None:
+    def _place(self, source: Path, target: Path) -> int:
+        """Puts a copy of a file at `target` in one step, and returns its size in bytes."""
+        _make_folders(target.parent)
+        draft = draft_beside(target)
+        try:
+            shutil.copyfile(source, draft)
+            descriptor = os.open(draft, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)  # who names it in a status must find it after a power loss
+                size = os.fstat(descriptor).st_size
+            finally:
+                os.close(descriptor)
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+        return size
+
+    def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
+        source = self._path(key)
         with self._explained("read", key):
-            shutil.copyfile(self._path(key), target)
+            source.open("rb").close()
+        shutil.copyfile(source, target)  # what fails from here on is the target, and `download` says so
+        moved(target.stat().st_size)
 
     def local_path(self, key: str = "") -> Path | None:
         path = self._folder / check_prefix(key)

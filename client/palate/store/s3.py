@@ -10,19 +10,19 @@ If-None-Match; nothing stands in for If-Match, so there the etag is compared bef
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_not_root, in_parallel
+from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_link, check_not_root, check_range
 from palate.store.errors import BucketNotFoundError, ObjectNotFoundError, PreconditionFailedError, StoreError
+from palate.store.local import in_parallel
 from palate.store.options import StoreOptions
 from palate.store.uri import RESERVED, check_key, check_prefix, is_reserved
 
 try:
     import boto3.exceptions
-    from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 except ImportError as missing:
     from palate.errors import MissingDependencyError
@@ -33,11 +33,12 @@ except ImportError as missing:
 
 from palate.store.s3_client import connect
 from palate.store.s3_errors import code_of, explain
+from palate.store.s3_transfer import CRC, PART, Transfer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
-_TRANSFER = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_concurrency=4)
 _PROBE = f"{RESERVED}check"
 _CONFLICT_ATTEMPTS = 5
 
@@ -66,13 +67,29 @@ class S3Store(Store):
         with self._explained("opened", ""):
             self._client: S3Client = connect(options, is_oss=self._is_oss)
         self._endpoint = self._client.meta.endpoint_url
+        self._transfer = Transfer(self._client, self._bucket, checksums=not self._is_oss)
 
     def __repr__(self) -> str:
         return f"S3Store({self.root!r}, endpoint={self._endpoint!r})"
 
     def get(self, key: str) -> bytes:
         with self._explained("read", key):
-            return self._client.get_object(Bucket=self._bucket, Key=self._full(key))["Body"].read()
+            return self._transfer.read(self._full(key)).data
+
+    def get_range(self, key: str, start: int, length: int | None = None) -> bytes:
+        check_range(key, start, length)
+        with self._explained("read", key):
+            return self._transfer.read(self._full(key), start, length).data
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        start, total, etag = 0, 1, None
+        while start < total:
+            with self._explained("read", key):
+                piece = self._transfer.read(self._full(key), start, PART, etag=etag)
+            if not piece.data:
+                return
+            start, total, etag = start + len(piece.data), piece.total, piece.etag
+            yield piece.data
 
     def put(
         self,
@@ -84,7 +101,7 @@ class S3Store(Store):
         private: bool = False,
     ) -> str:
         check_condition(key, if_match, if_none_match)
-        conditions: dict[str, Any] = {}
+        conditions: dict[str, str] = {}
         if if_none_match:
             conditions["IfNoneMatch"] = "*"
         elif if_match is not None and self.atomic_replace:
@@ -96,7 +113,7 @@ class S3Store(Store):
         for attempt in range(_CONFLICT_ATTEMPTS):
             with self._explained("written", key):
                 try:
-                    answer = self._client.put_object(Bucket=self._bucket, Key=self._full(key), Body=data, **conditions)
+                    etag = self._transfer.write(self._full(key), data, **conditions)
                 except ClientError as error:
                     code, status = code_of(error)
                     # AWS: another conditional put of this key is under way, and neither has won yet.
@@ -108,19 +125,16 @@ class S3Store(Store):
                     if not lost:
                         raise
                     if error.response["ResponseMetadata"].get("RetryAttempts") and (
-                        etag := self._etag_if_equal(key, data)
+                        written := self._etag_if_equal(key, data)
                     ):
-                        return etag  # our own first try was written, only its answer got lost
+                        return written  # our own first try was written, only its answer got lost
                     raise self._lost(key) from error
-                return _plain(answer["ETag"])
+                return _plain(etag)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def stat(self, key: str) -> ObjectInfo | None:
-        try:
-            with self._explained("read", key):
-                head = self._client.head_object(Bucket=self._bucket, Key=self._full(key))
-        except ObjectNotFoundError:
-            self._require_bucket()
+        head = self._head(key)
+        if head is None:
             return None
         return ObjectInfo(
             key=key,
@@ -128,6 +142,27 @@ class S3Store(Store):
             etag=_plain(head["ETag"]),
             modified_s=head["LastModified"].timestamp(),
         )
+
+    def checksum(self, key: str) -> str | None:
+        head = self._head(key)
+        return None if head is None else head["Metadata"].get(CRC)
+
+    def copy(self, key: str, target: str) -> None:
+        try:
+            with self._explained("copied", key):
+                self._transfer.copy(self._full(key), self._full(target))
+        except ObjectNotFoundError:
+            self._require_bucket()
+            raise
+
+    def presigned_url(self, key: str, *, expires_s: int = 3600, method: Literal["GET", "PUT"] = "GET") -> str:
+        full = self._prefix + check_link(key, expires_s)
+        with self._explained("linked to", key):
+            return self._client.generate_presigned_url(
+                "put_object" if method == "PUT" else "get_object",
+                Params={"Bucket": self._bucket, "Key": full},
+                ExpiresIn=expires_s,
+            )
 
     def delete(self, key: str) -> None:
         try:
@@ -159,19 +194,20 @@ class S3Store(Store):
 
         in_parallel(delete, [info.key for info in self._all(prefix)])
 
-    def upload(self, path: str | os.PathLike[str], key: str) -> None:
+    def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
         if not os.path.isfile(path):
             raise ObjectNotFoundError(
                 f"{os.fspath(path)} is no file of this machine: nothing to upload to {self.uri(key)}"
             )
         full = self._full(key)
         with self._explained("written", key):
-            self._client.upload_file(os.fspath(path), self._bucket, full, Config=_TRANSFER)
+            self._transfer.send(path, full, moved or (lambda _: None))
 
-    def _fetch(self, key: str, target: Path) -> None:
+    def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
         try:
             with self._explained("read", key):
-                self._client.download_file(self._bucket, self._full(key), str(target), Config=_TRANSFER)
+                what = f"{self.uri(key)} at {self._endpoint} arrived damaged"
+                self._transfer.fetch(self._full(key), target, moved, what=what)
         except ObjectNotFoundError:
             self._require_bucket()
             raise
@@ -193,6 +229,14 @@ class S3Store(Store):
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
 
+    def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
+        try:
+            with self._explained("read", key):
+                return self._client.head_object(Bucket=self._bucket, Key=self._full(key))
+        except ObjectNotFoundError:
+            self._require_bucket()
+            return None
+
     def _all(self, prefix: str) -> Iterator[ObjectInfo]:
         below = self._prefix + check_prefix(prefix)
         found = []
@@ -210,8 +254,8 @@ class S3Store(Store):
         yield from sorted(found, key=lambda info: info.key)
 
     def _etag_if_equal(self, key: str, data: bytes) -> str | None:
-        answer = self._client.get_object(Bucket=self._bucket, Key=self._full(key))
-        return _plain(answer["ETag"]) if answer["Body"].read() == data else None
+        piece = self._transfer.read(self._full(key))
+        return _plain(piece.etag) if piece.data == data else None
 
     def _require_bucket(self) -> None:
         """Raises BucketNotFoundError when the bucket is missing: for HEAD that is a 404 like any other."""

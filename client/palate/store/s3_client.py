@@ -49,6 +49,7 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
         "read_timeout": 4 if impatient else 60,
         "max_pool_connections": 40,  # PARALLEL files of a tree, each in several parts
         "user_agent_appid": "palate",
+        "signature_version": "s3v4",  # presigned links would be signed in S3's first, retired way
     }
     if is_oss:
         settings |= {

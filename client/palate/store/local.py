@@ -1,0 +1,61 @@
+"""Files of this machine, and threads: what stores need to move trees. Knows no store and no key's grammar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from palate.store.uri import RESERVED
+
+PARALLEL = 8
+"""Files of a tree that move at the same time."""
+
+_Item = TypeVar("_Item")
+
+
+def draft_beside(target: Path) -> Path:
+    """Returns a fresh, hidden name in the same folder: from there os.replace() is one step."""
+    return target.with_name(f"{RESERVED}draft-{os.urandom(8).hex()}")
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Yields the relative path of every file below `folder`, with `/` and in the order of the whole paths.
+
+    Follows links, except one that leads back to a folder above it; leaves out reserved names, sockets, pipes.
+    A link to nothing is yielded: who reads it fails.
+    """
+    return _walk(folder, "", (os.path.realpath(folder),))
+
+
+def _walk(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as found:
+            entries = [(entry.name, entry.is_dir(), entry.is_file() or entry.is_symlink()) for entry in found]
+    except FileNotFoundError:
+        return  # deleted meanwhile
+    # A folder sorts as its files do: with its slash.
+    for name, is_folder, is_file in sorted(entries, key=lambda entry: entry[0] + "/" * entry[1]):
+        if name.startswith(RESERVED):
+            continue
+        if is_folder:
+            real = os.path.realpath(folder / name)
+            if real not in above:
+                yield from _walk(folder / name, f"{below}{name}/", (*above, real))
+        elif is_file:
+            yield below + name
+
+
+def in_parallel(function: Callable[[_Item], object], items: Iterable[_Item], *, threads: int = PARALLEL) -> None:
+    """Calls `function` with each item on a few threads. The first failure drops the rest and is raised."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="palate-store") as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
