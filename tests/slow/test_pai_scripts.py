@@ -157,11 +157,10 @@ def test_data_that_is_not_there_ends_the_script_at_its_own_line(
     tutorial_data: str,
     home: Path,
     session: Session,
-    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(SETTING, f"qwen2-0.5b-instruct={tiny}")
+    monkeypatch.setenv(SETTING, "qwen2-0.5b-instruct=smollm2-135m-instruct")
     script = tmp_path / "own.py"
     script.write_text(OWN_SCRIPT.replace(BUCKET.partition("-cn")[0], "no-such-bucket"))
     done = palate_run(script, "Hi?")
