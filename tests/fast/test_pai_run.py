@@ -116,6 +116,18 @@ def test_a_sitecustomize_of_the_users_runs_as_before(home: Path, tmp_path: Path)
     assert run(str(script), PYTHONPATH=path).stdout == f"ran {tmp_path / 'mine' / 'sitecustomize.py'} {path}\n"
 
 
+def test_a_script_never_meets_pai_itself(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pai.py").write_text("")
+    (tmp_path / "mine" / "sitecustomize.py").write_text("import pai\n")
+    script = tmp_path / "script.py"
+    script.write_text("import pai; print('ran')")
+    path = os.pathsep.join([str(tmp_path / "mine"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = run(str(script), PYTHONPATH=path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: pai cannot be provided to this script: PAI's own SDK is imported already")
+
+
 def test_a_traceback_shows_the_scripts_own_lines_and_the_remedy(home: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os\n\nfrom pai.estimator import Estimator\n")

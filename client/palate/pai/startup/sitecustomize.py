@@ -25,4 +25,9 @@ finally:
     if _this is not None:
         sys.modules.setdefault("sitecustomize", _this)
 
-import_module("palate.pai").install()
+try:
+    import_module("palate.pai").install()
+except Exception as error:
+    # Python would only note it and go on: the script must never speak to PAI itself where Palate was asked for.
+    print(f"error: pai cannot be provided to this script: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
