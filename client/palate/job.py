@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
@@ -178,6 +179,33 @@ class TrainingJob:
         """Stops the job if it runs, and removes it with its model and checkpoints."""
         self.stop()
         self._run.record.delete()
+
+    def save_model(self, uri: str | Path, *, session: Session | None = None) -> str:
+        """Copies the model, adapter or full weights as the job made it, to another place, with a model card.
+
+        Every file is checked against its SHA-256 before and after. `digests.json` comes last: without it a copy is not whole,
+        and saving there again finishes it.
+
+        Args:
+            uri: An empty folder, or one to be made: a path, `file://`, `s3://`, `oss://`; or `hf://OWNER/NAME`, a model
+                repository of the Hugging Face hub, made private when it is missing (HF_TOKEN with write access).
+            session: Credentials and endpoint for `uri`; default: the job's own.
+
+        Returns:
+            The URI of what was written; of the hub with its commit.
+
+        Raises:
+            JobNotReadyError: The job has not succeeded.
+            NameTakenError: The folder holds something else.
+            SavedModelError: The model is not what the training wrote, or did not arrive as it was sent.
+            StoreError: The place refuses or does not answer.
+            ConfigurationError: The hub is meant and there is no token.
+        """
+        from palate.saving import save
+
+        self.require_model()
+        record = self._run.record
+        return save(record, self.manifest, record.status(), uri, session or self._run.session)
 
     def require_model(self) -> None:
         """Raises JobNotReadyError unless the job has succeeded: nothing else may be deployed or read."""

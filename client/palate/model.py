@@ -14,6 +14,8 @@ from palate.backend import Backend, get_backend
 from palate.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate.job import TrainingJob
 from palate.session import Session, get_default_session
+from palate.stand_in import LABEL as STAND_IN_LABEL
+from palate.stand_in import stand_in_for
 from palate.submission import CHANNELS, TrainingRequest, submit
 from palate.weights import find_weights
 from palate_recipes.catalog import Model, find_model, models
@@ -140,6 +142,12 @@ class ModelTrainingRecipe:
         self.session.backend.refuse(
             image_uri=image_uri, instance_type=instance_type, instance_count=instance_count, instance_spec=instance_spec
         )
+        self.model_provider = model_provider
+        self.labels = dict(labels or {})
+        if model_name is not None and model_uri is None and (other := stand_in_for(model_name)):
+            # A revision and a publisher are those of the model that was asked for.
+            model_name, model_uri, model_version, model_provider = other.name, other.uri, None, None
+            self.labels[STAND_IN_LABEL] = other.for_name
         self.method = method or DEFAULT_METHOD
         self._given = validate(hyperparameters, method=self.method)
         if model_name is not None:
@@ -154,9 +162,7 @@ class ModelTrainingRecipe:
             self._row = None
         self.model_name = model_name or str(model_uri).rstrip("/").rpartition("/")[2]
         self.model_version = model_version
-        self.model_provider = model_provider
         self.model_uri = model_uri
-        self.labels = dict(labels or {})
         self.environments = dict(environments or {})
         self.max_run_time = max_run_time
         self.default_inputs: dict[str, str] = dict(default_training_inputs or {})
@@ -380,15 +386,18 @@ class RegisteredModel:
         session.backend.refuse(
             image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
         )
-        source, _ = find_weights(session, model_name=self.model_name, model_uri=None, model_version=self.model_version)
+        name, uri, version, labels = self.model_name, None, self.model_version, {}
+        if other := stand_in_for(name):
+            name, uri, version, labels = other.name, other.uri, None, {STAND_IN_LABEL: other.for_name}
+        source, row = find_weights(session, model_name=None if uri else name, model_uri=uri, model_version=version)
         return start_service(
             session,
             service_name=service_name,
-            model={"name": self.model_name, "source": source.to_json(), "hub_id": self.row.hub_id},
+            model={"name": name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
             tuned_uri=None,
             adapter=False,
             system_prompt="",
-            labels={},
+            labels=labels,
             options=dict(options or {}),
             wait=wait,
             show_logs=show_logs,

@@ -35,6 +35,7 @@ def test_help_lists_the_verbs(home: Path) -> None:
     for verb in [
         "train",
         "deploy",
+        "run",
         "chat",
         "jobs",
         "services",

@@ -1,4 +1,4 @@
-"""Verbs about what is there: jobs, services, watch, metrics, logs, stop, delete."""
+"""Verbs about what is there: jobs, services, watch, metrics, logs, save, stop, delete."""
 
 from __future__ import annotations
 
@@ -131,6 +131,19 @@ def logs(
         print(line, flush=follow)
 
 
+def save(
+    name: Annotated[str, typer.Argument(help="Id or URI of a succeeded job.")],
+    uri: Annotated[str, typer.Argument(help="A folder, s3://, oss://, or hf://OWNER/NAME.")],
+) -> None:
+    """Copy a job's model to another store or the Hugging Face hub, with a model card; prints where it is."""
+    from palate.job import TrainingJob
+
+    job = TrainingJob.get(name)
+    print(f"checking and copying the model of {job.id}", file=sys.stderr)
+    print(job.save_model(uri))
+    print(f"next: palate deploy {name}", file=sys.stderr)
+
+
 def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
     """Stop a job (it writes a checkpoint first) or a service (it can be started again)."""
     from palate.job import TrainingJob
@@ -190,5 +203,5 @@ def _find(name: str) -> TrainingJob | Predictor:
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (jobs, services, watch, metrics, logs, stop, start, delete):
+    for verb in (jobs, services, watch, metrics, logs, save, stop, start, delete):
         app.command()(verb)
