@@ -113,6 +113,10 @@ class HeldLease:
         self._lock = threading.Lock()
         self.lease = lease
 
+    def through(self, record: Record) -> HeldLease:
+        """Returns the same lease, kept through another opening of its store."""
+        return HeldLease(record, self.lease, self._etag)
+
     def beat(self, *, attempt: int | None = None) -> bool:
         """Writes a heartbeat; returns False when the lease is another's by now.
 

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, mode=0o700)
+    held = held.through(direct)  # a heartbeat that waits for the store would be none
     presence = Presence(direct, held, say)
     post = Post(
         record=record,
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         with presence:
             ending = _attempts(post)
         if not presence.fenced.is_set():
-            held.release()
+            patience(held.release)
         return 1 if ending.state == "Failed" else 0
     except StoreError as error:
         logger.error("the run's last word could not be written: %s", error)

@@ -24,12 +24,14 @@ class CheckpointPusher:
         record: The run.
         folder: Where the trainer writes them.
         staged: Name of the one that the trainer began with: it came from the store.
+        before_mark: Called before a checkpoint becomes whole: what the run said up to it must be there as well.
     """
 
-    def __init__(self, record: Record, folder: Path, *, staged: str | None) -> None:
+    def __init__(self, record: Record, folder: Path, *, staged: str | None, before_mark: Callable[[], None]) -> None:
         self._record = record
         self._folder = folder
         self._seen = {staged}
+        self._before_mark = before_mark
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-checkpoints")
         self._uploads: dict[Path, Future[None]] = {}
 
@@ -61,6 +63,7 @@ class CheckpointPusher:
         self._record.store.delete(mark)  # an earlier attempt may have come as far: while files change, none is whole
         for name in digests.files:
             self._record.store.upload(folder / name, f"{prefix}/{name}")
+        self._before_mark()
         self._record.store.put(mark, digests.encode())
 
 

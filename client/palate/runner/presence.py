@@ -60,8 +60,6 @@ class Tail:
                 self._part += 1
                 self._offset += len(data)
                 self._pending = b""
-                if not final:
-                    return
 
     def _read(self, final: bool) -> bytes:
         if not self._path.exists():

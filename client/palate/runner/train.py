@@ -71,9 +71,14 @@ def run_training(post: Post, logs: Tail) -> Ending:
         checkpoints.look()
         cache.look()
 
-    staged = resumed_from.name if resumed_from else None
+    pusher = CheckpointPusher(
+        record,
+        output / CHECKPOINTS_DIR,
+        staged=resumed_from.name if resumed_from else None,
+        before_mark=lambda: post.patience(metrics.push),
+    )
     try:
-        with cache, CheckpointPusher(record, output / CHECKPOINTS_DIR, staged=staged) as checkpoints:
+        with cache, pusher as checkpoints:
             outcome = watch(
                 child,
                 post.presence,
