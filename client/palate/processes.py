@@ -41,6 +41,14 @@ def environment_of(pid: int, name: str) -> str | None:
     return next((entry.partition("=")[2] for entry in entries if entry.startswith(f"{name}=")), None)
 
 
+def owner_of(pid: int) -> int | None:
+    """Returns the user id that a process runs under; None when it is gone."""
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
+
+
 def send(pid: int, number: signal.Signals) -> None:
     """Sends a signal; gone is no error."""
     try:

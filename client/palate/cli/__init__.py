@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from palate.cli import about, runs, work
+from palate.cli import about, clean, runs, work
 from palate.cli.data import data
 from palate.errors import PalateError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 work.register(app)
 runs.register(app)
+clean.register(app)
 about.register(app)
 app.add_typer(data, name="data")
 
