@@ -1,7 +1,7 @@
 """What runs left behind: found first, removed when asked. Knows records, leases and this machine's processes; no engine.
 
 Nothing is found that somebody may still need: a run counts as lost only where a look at it says so, a process as an orphan
-only when its run is over or gone, and folders of this machine only when no runner of it is there.
+only when its run is over or gone, and a folder only when its process is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from palate.errors import ConfigurationError, RunNotFoundError
-from palate.home import palate_home
+from palate.home import palate_home, stale_work_folders
 from palate.lease import LEASE_KEY, read_lease, silence_s
 from palate.processes import command_of, environment_of, owner_of, pids, send, session_members, start_time
 from palate.record import Record, locate, names
@@ -98,7 +98,6 @@ def _of_the_store(session: Session) -> Iterator[Leftover]:
 
 def _of_this_machine(session: Session) -> Iterator[Leftover]:
     home = palate_home()
-    runners: set[tuple[str, str]] = set()
     for pid in pids():
         command = command_of(pid)
         if not _is_runner(command) or owner_of(pid) != os.getuid():
@@ -107,7 +106,6 @@ def _of_this_machine(session: Session) -> Iterator[Leftover]:
             continue
         started = start_time(pid)
         root, kind, name = locate(command[-1])
-        runners.add((kind, name))
         why = _over(root, kind, name, session)
         if why:
             yield Leftover(
@@ -118,12 +116,12 @@ def _of_this_machine(session: Session) -> Iterator[Leftover]:
             )
     for kind in _KINDS:
         for folder in _children(home / "work" / kind):
-            if (kind, folder.name) not in runners:
+            for stale in stale_work_folders(kind, folder.name):
                 yield Leftover(
                     kind="stale folder",
-                    what=str(folder),
-                    why="no runner of this machine works in it",
-                    remove=lambda folder=folder: shutil.rmtree(folder, ignore_errors=True),  # type: ignore[misc]
+                    what=str(stale),
+                    why="the runner that worked in it is gone",
+                    remove=lambda stale=stale: shutil.rmtree(stale, ignore_errors=True),  # type: ignore[misc]
                 )
     for draft in _children(home / "cache" / "models"):
         if draft.name.endswith(".draft") and time.time() - draft.stat().st_mtime > 86400:

@@ -57,14 +57,20 @@ def send(pid: int, number: signal.Signals) -> None:
         pass
 
 
+def pid_space() -> str:
+    """Names the host and pid namespace that pids are counted in: the same after a restart of the machine."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()  # no Linux: the host's name has to do
+
+
 def machine_mark() -> str:
     """Names this machine, this boot and this pid namespace: only where it is equal does a pid mean the same process."""
-    parts = [socket.gethostname()]
     try:
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        return f"{pid_space()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     except OSError:
-        pass  # no Linux: the host's name has to do
-    return " ".join(parts)
+        return pid_space()
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from palate import Session
+from palate.home import work_folder
 from palate.lease import LEASE_KEY, Lease
 from palate.record import Manifest, Record
 
@@ -54,8 +55,11 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
     over.advance("Failed", expect={"Running"})
     old = run(session, "services", "old", alive, started_at=time.time() - 1000)
     run(session, "services", "young", alive, started_at=time.time())
-    stale = home / "work" / "jobs" / "gone"
-    stale.mkdir(parents=True)
+    ours = work_folder("jobs", "gone")
+    stale = ours.with_name(f"{os.getpid()}-1-{ours.name.rpartition('-')[2]}")  # of a process that had this pid before
+    elsewhere = ours.with_name(f"{os.getpid()}-1-00000000")
+    for folder in (ours, stale, elsewhere):
+        folder.mkdir(parents=True)
 
     # A runner that hangs on a run which is over: it holds the lease and hears nothing.
     stuck = run(session, "jobs", "stuck", FAR)
@@ -89,7 +93,7 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
         assert clean(home, "--yes")[0] == expected - {("expired service", "old")}
         process.wait(30)
         assert (lost.status().state, well.status().state) == ("Failed", "Running")
-        assert not stale.exists()
+        assert (ours.exists(), stale.exists(), elsewhere.exists()) == (True, False, True)
         assert clean(home)[0] == set()
     finally:
         process.kill()

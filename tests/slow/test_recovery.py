@@ -23,7 +23,7 @@ from tests.support.seaweed import SeaweedServer
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+STEPS = 100
 SETTINGS = {
     "training_strategy": "dpo",
     "per_device_train_batch_size": 2,
@@ -67,10 +67,15 @@ def runner_pid(job: TrainingJob) -> int:
     return lease.pid
 
 
+def is_over(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def trainer_of(job: TrainingJob) -> psutil.Process:
     return psutil.Process(runner_pid(job)).children()[0]
 
 
+@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
 def test_what_was_killed_goes_on_and_equals_the_run_without_a_break(
     store_session: Session, home: Path, tiny: Path, prefs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -136,8 +141,10 @@ def test_a_store_that_is_away_stops_no_training(
         until(lambda: has_checkpoint(job))
         trainer = trainer_of(job)
         gate.shut()
-        threading.Timer(away_s, gate.open).start()
+        back = threading.Timer(away_s, gate.open)
+        back.start()
         trainer.wait(120)  # it ends by itself, store or no store
+        back.join()
         job = TrainingJob.get("away")
         job.wait(show_logs=False, timeout_s=150)
         assert [step for step, _ in losses(job)] == [*range(1, STEPS + 1)]
@@ -147,6 +154,7 @@ def test_a_store_that_is_away_stops_no_training(
         until(lambda: processes_of(home) == [], timeout_s=30)
 
 
+@pytest.mark.thorough
 def test_of_two_runners_for_one_job_one_trains(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
     job = train(tiny, prefs, "template", steps=1, wait=True)
     record = Record(session.store, "jobs", "twice")
@@ -166,6 +174,7 @@ def test_of_two_runners_for_one_job_one_trains(session: Session, home: Path, tin
     until(lambda: processes_of(home) == [], timeout_s=30)
 
 
+@pytest.mark.thorough
 def test_a_disk_without_space_is_the_stated_cause(
     session: Session, home: Path, tiny: Path, prefs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +207,7 @@ def test_a_model_that_was_changed_is_not_served(session: Session, home: Path, ti
     until(lambda: processes_of(home) == [], timeout_s=30)
 
 
+@pytest.mark.thorough
 def test_a_stop_that_is_not_heard_is_made_by_force(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
     job = train(tiny, prefs, "deaf", steps=100_000)
     until(lambda: has_checkpoint(job))
@@ -206,3 +216,24 @@ def test_a_stop_that_is_not_heard_is_made_by_force(session: Session, home: Path,
     assert job.status == "Stopped"
     until(lambda: processes_of(home) == [], timeout_s=30)
     assert has_checkpoint(job)
+
+
+@pytest.mark.thorough
+def test_a_runner_that_was_given_up_and_comes_back_leaves(
+    session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    job = train(tiny, prefs, "frozen", steps=2 * STEPS)
+    until(lambda: has_checkpoint(job))
+    runner, trainer = psutil.Process(runner_pid(job)), trainer_of(job)
+    runner.suspend()
+    trainer.suspend()
+    record = Record(session.store, "jobs", "frozen")
+    record.advance("Failed", expect={"Running"}, reason="as another machine would, when its lease went silent")
+    job.resume(wait=False)
+    until(lambda: runner_pid(job) != runner.pid)
+    runner.resume()
+    until(lambda: is_over(trainer) and is_over(runner), timeout_s=30)
+    job.wait(show_logs=False, timeout_s=120)
+    assert (job.status, job.describe().attempt) == ("Succeeded", 2)
+    assert [step for step, _ in losses(job)] == [*range(1, 2 * STEPS + 1)]
+    until(lambda: processes_of(home) == [], timeout_s=30)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from palate.errors import PalateError
-from palate.home import palate_home
+from palate.home import stale_work_folders, work_folder
 from palate.lease import START_ID_VARIABLE, HeldLease, acquire
 from palate.record import ACTIVE, LOST, Record, locate
 from palate.runner.child import log_line, log_tail
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     root, kind, name = locate(arguments[0])
     session = Session(store=root)
     direct = Record(session.store, kind, name)
-    work = palate_home() / "work" / kind / name
+    work = work_folder(kind, name)
     log = work / "program.log"
 
     def say(text: str) -> None:
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     held = _take(record, terminated)
     if held is None:
         return 0
-    shutil.rmtree(work, ignore_errors=True)
+    for stale in stale_work_folders(kind, name):
+        shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True, mode=0o700)
     held = held.through(direct)  # a heartbeat that waits for the store would be none
     presence = Presence(direct, held, say)
