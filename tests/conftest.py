@@ -39,9 +39,11 @@ def session(home: Path) -> Session:
 @pytest.fixture(autouse=True)
 def _records_keep_their_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
     """Holds every record that a slow test wrote to its home's store against its schema: there the product writes them."""
+    writes = request.node.get_closest_marker("slow") and "home" in request.fixturenames
+    home = request.getfixturevalue("home") if writes else None  # before the test: then it outlives this fixture
     yield
-    if request.node.get_closest_marker("slow") and "home" in request.fixturenames:
-        check_records(open_store(request.getfixturevalue("home") / "store"))
+    if home is not None:
+        check_records(open_store(home / "store"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
