@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 import palate.session
 from palate import Session
+from palate.store import open_store
 from tests.support.models import PACKAGE, package_gguf, smollm2, tiny_model
+from tests.support.schemas import check_records
 
 
 @pytest.fixture
@@ -31,6 +34,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def session(home: Path) -> Session:
     """The default session over a file store in the test's home."""
     return palate.session.get_default_session()
+
+
+@pytest.fixture(autouse=True)
+def _records_keep_their_schemas(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Holds every record that a slow test wrote to its home's store against its schema: there the product writes them."""
+    writes = request.node.get_closest_marker("slow") and "home" in request.fixturenames
+    home = request.getfixturevalue("home") if writes else None  # before the test: then it outlives this fixture
+    yield
+    if home is not None:
+        check_records(open_store(home / "store"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,13 +10,14 @@ PalateError
 ├── NotEnoughMemoryError (MemoryError)      the model does not fit, found before anything starts
 ├── NameTakenError (FileExistsError)        a job or service of that name is there already
 ├── RunNotFoundError (LookupError)          no job or service of that name in this store
-├── JobNotReadyError (RuntimeError)         deploy or model data asked of a job that has not succeeded
+├── JobNotReadyError (RuntimeError)         deploy or model data asked of a job that has not succeeded, or resume of one that runs
 ├── TrainingJobError (RuntimeError)         a job failed or was stopped; carries reason and last log lines
 ├── ServiceError (RuntimeError)             a service failed to start, or died; carries reason and last log lines
 ├── EndpointError (RuntimeError)            an endpoint refuses or has gone while pairs are made; see `palate.data.endpoint`
 ├── SavedModelError (RuntimeError)          a model was not copied as the training wrote it; see `palate.saving`
 ├── PaiNameError (ImportError)              a name of PAI's SDK that Palate has not; see `palate.pai`
 ├── PaiAttributeError (AttributeError)      an attribute of PAI's classes that Palate's have not; see `palate.pai`
+├── DamagedFilesError (RuntimeError)        a model or checkpoint is not what was written
 ├── WaitTimeoutError (TimeoutError)         what was waited for did not come in time
 └── StoreError (OSError)                    see `palate.store.errors`
 """
@@ -27,6 +28,7 @@ from palate_recipes.errors import DataError, HyperparameterError, PalateError, U
 
 __all__ = [
     "ConfigurationError",
+    "DamagedFilesError",
     "DataError",
     "HyperparameterError",
     "JobNotReadyError",
@@ -68,7 +70,11 @@ class RunNotFoundError(PalateError, LookupError):
 
 
 class JobNotReadyError(PalateError, RuntimeError):
-    """Something was asked of a job that only a succeeded job has."""
+    """Something was asked of a job that its state does not allow: a model before it has succeeded, a resume while it runs."""
+
+
+class DamagedFilesError(PalateError, RuntimeError):
+    """Files are missing, cut short or changed: what they hold is not used."""
 
 
 class WaitTimeoutError(PalateError, TimeoutError):

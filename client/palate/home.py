@@ -1,9 +1,12 @@
-"""Palate's own folder on this machine. Knows where it is and what its parts are called."""
+"""Palate's own folder on this machine. Knows where it is, what its parts are called, and which of them nobody uses."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+from palate.processes import pid_space, start_time
 
 
 def palate_home() -> Path:
@@ -11,3 +14,28 @@ def palate_home() -> Path:
     home = Path(os.environ.get("PALATE_HOME") or Path.home() / ".palate").expanduser().absolute()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     return home
+
+
+def work_folder(kind: str, name: str) -> Path:
+    """Returns the folder that this process works for a run in; not made.
+
+    It is no other process's: a runner that has lost its run to another one of this machine must not remove what that one
+    uses, and runs of two stores may have one name.
+    """
+    return palate_home() / "work" / kind / name / f"{os.getpid()}-{start_time(os.getpid())}-{_space()}"
+
+
+def stale_work_folders(kind: str, name: str) -> list[Path]:
+    """Returns the work folders of a run whose process is gone; those of other machines, on a shared disk, are left out."""
+    folder = palate_home() / "work" / kind / name
+    return [entry for entry in (sorted(folder.iterdir()) if folder.is_dir() else []) if _is_stale(entry.name)]
+
+
+def _is_stale(mark: str) -> bool:
+    pid, _, rest = mark.partition("-")
+    started, _, space = rest.partition("-")
+    return space == _space() and pid.isdigit() and start_time(int(pid)) != started
+
+
+def _space() -> str:
+    return hashlib.sha256(pid_space().encode()).hexdigest()[:8]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.digests import read_model_digests
 from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
-from palate.record import Manifest, Record, State, Status, locate, names
+from palate.record import Manifest, Record, State, Status, events_once, locate, names
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
 from palate_trainer.spec.reading import Reading, read_run
@@ -109,8 +110,9 @@ class TrainingJob:
 
         Those of `kind` `train` have step, epoch, loss, learning_rate, rewards/margins and so on, those of `kind` `eval`
         eval_loss, eval_rewards/accuracies and so on. `start` comes first with sizes, `end` last with final figures and reading.
+        After a resume each step is there once, and a `start` for each attempt.
         """
-        return [*self._run.record.metrics()]
+        return events_once(self._run.record.metrics())
 
     def reading(self) -> Reading:
         """Returns what the metrics say in words, whether the job has ended or not.
@@ -175,6 +177,52 @@ class TrainingJob:
         """Stops the job: it writes a checkpoint and ends; by force after `grace_s` seconds. Ended already is no error."""
         self._run.stop(grace_s=grace_s)
 
+    def resume(
+        self,
+        *,
+        environments: Mapping[str, str] | None = None,
+        wait: bool = True,
+        show_logs: bool = True,
+    ) -> TrainingJob:
+        """Goes on with a failed or stopped job, from its last whole checkpoint: its result equals that of a run without a break.
+
+        Without a checkpoint it begins anew. It is given `max_attempts` attempts again, and `max_run_time` for each.
+
+        Args:
+            environments: Values of the variables that it was started with; what this process has in its own
+                environment need not be given.
+            wait: Whether to wait until it has succeeded.
+            show_logs: With `wait`: a live view on a terminal, log lines elsewhere, on stderr.
+
+        Returns:
+            The job itself.
+
+        Raises:
+            JobNotReadyError: It runs, or has succeeded.
+            ConfigurationError: A value of `environments` is missing.
+            TrainingJobError: With `wait`: it failed or was stopped again.
+        """
+        status = self._run.refresh()
+        if status.state not in ("Failed", "Stopped"):
+            remedy = "it has its model" if status.state == "Succeeded" else f"follow it with `palate watch {self.id}`"
+            raise JobNotReadyError(
+                f"job {self.id} is {status.state}: only a failed or stopped one is resumed; {remedy}"
+            )
+        known = self._run.environments(environments)
+        begun = self._run.restart(
+            expect={"Failed", "Stopped"},
+            attempt=status.attempt,
+            more=self.manifest.body.get("max_attempts") or 1,
+            environments=known,
+        )
+        if not begun:
+            raise JobNotReadyError(
+                f"job {self.id} was resumed by somebody else just now: follow it with `palate watch {self.id}`"
+            )
+        if wait:
+            self.wait(show_logs=show_logs)
+        return self
+
     def delete(self) -> None:
         """Stops the job if it runs, and removes it with its model and checkpoints."""
         self.stop()
@@ -208,14 +256,23 @@ class TrainingJob:
         return save(record, self.manifest, record.status(), uri, session or self._run.session)
 
     def require_model(self) -> None:
-        """Raises JobNotReadyError unless the job has succeeded: nothing else may be deployed or read."""
+        """Checks that there is a model: nothing else may be deployed or read.
+
+        Raises:
+            JobNotReadyError: The job has not succeeded.
+            DamagedFilesError: A file of its model is missing or has another size.
+        """
         status = self._run.refresh()
         if status.state == "Succeeded":
+            if digest := status.details.get("model_digest"):
+                store, prefix = self._run.record.store, self._run.record.key("model")
+                what = self.output_path("model")
+                read_model_digests(store, prefix, digest, what=what).check_store(store, prefix, what=what)
             return
         remedy = (
             f"wait for it (`palate watch {self.id}`)"
             if not status.is_terminal
-            else f"see why (`palate logs {self.id}`) and train again"
+            else f"see why (`palate logs {self.id}`), then `palate resume {self.id}` or train again"
         )
         reason = f": {status.reason}" if status.reason else ""
         raise JobNotReadyError(f"job {self.id} is {status.state}{reason}. Only a succeeded job has a model: {remedy}")
@@ -232,6 +289,8 @@ class TrainingJob:
 
         Raises:
             JobNotReadyError: The job has not succeeded.
+            DamagedFilesError: Its model is not what the training wrote. The service's runner compares every digest, and
+                fails with this as its reason.
         """
         from palate.predictor import start_service
 
@@ -242,6 +301,7 @@ class TrainingJob:
             service_name=service_name or f"{self.id}-service",
             model=body["model"],
             tuned_uri=self.output_path("model"),
+            tuned_digest=self._run.record.status().details.get("model_digest"),
             adapter=body["method"] != "Standard_LLM",
             system_prompt=body["hyperparameters"]["system_prompt"],
             labels={"job": self.id},
@@ -265,5 +325,6 @@ def summarize(job: TrainingJob) -> dict[str, Any]:
         "method": body["method"],
         "strategy": body["hyperparameters"]["training_strategy"],
         "created_at": job.manifest.created_at,
+        "attempt": status.attempt,
         "reason": status.reason,
     }

@@ -74,11 +74,12 @@ class ModelTrainingRecipe:
         requirements: Refused.
         environments: Variables for the training program; their values are never recorded.
         experiment_config, input_channels, output_channels: Refused.
-        max_run_time: Seconds after which the training is ended as failed, checkpoints kept.
+        max_run_time: Seconds after which an attempt is ended and the job has failed, checkpoints kept.
         default_training_inputs: Inputs for `train()` without any.
         base_job_name: Beginning of job ids; default: model and strategy.
         backend: Name of a backend, or one; default: the session's.
         session: Default: the default session.
+        max_attempts: How often the training is begun, at most: after a failure it goes on from its last whole checkpoint.
 
     Raises:
         HyperparameterError: Lists every bad value with its bounds, every unknown name with the nearest known one.
@@ -118,6 +119,7 @@ class ModelTrainingRecipe:
         *,
         backend: str | Backend | None = None,
         session: Session | None = None,
+        max_attempts: int = 1,
     ) -> None:
         _refuse(
             source_dir=source_dir,
@@ -138,6 +140,10 @@ class ModelTrainingRecipe:
             )
         if max_run_time is not None and max_run_time <= 0:
             raise ConfigurationError(f"max_run_time={max_run_time!r} must be above 0 seconds, or None for no limit")
+        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
+            raise ConfigurationError(
+                f"max_attempts={max_attempts!r} must be a whole number from 1, 1 for no second try"
+            )
         self.session = _with_backend(session or get_default_session(), backend)
         self.session.backend.refuse(
             image_uri=image_uri, instance_type=instance_type, instance_count=instance_count, instance_spec=instance_spec
@@ -165,6 +171,7 @@ class ModelTrainingRecipe:
         self.model_uri = model_uri
         self.environments = dict(environments or {})
         self.max_run_time = max_run_time
+        self.max_attempts = max_attempts
         self.default_inputs: dict[str, str] = dict(default_training_inputs or {})
         self.base_job_name = base_job_name
         self._jobs: list[TrainingJob] = []
@@ -231,6 +238,7 @@ class ModelTrainingRecipe:
             labels=self.labels,
             environments=self.environments,
             max_run_time_s=self.max_run_time,
+            max_attempts=self.max_attempts,
         )
         job = submit(request, self.session, announce=show_logs, notes=not wait)
         self._jobs.append(job)

@@ -227,19 +227,8 @@ class Predictor:
 
     def start_service(self, wait: bool = True) -> None:
         """Starts a stopped or failed service again, with the model and settings it had. Running is no error."""
-        record = self._run.record
-        self._run.refresh()
-        started = record.advance(
-            "Creating",
-            expect={"Stopped", "Failed"},
-            reason="",
-            log_tail=(),
-            engine_id="",
-            exit_code=None,
-            finished_at=None,
-        )
-        if started is not None:
-            self._run.start()
+        status = self._run.refresh()
+        self._run.restart(expect={"Stopped", "Failed"}, attempt=status.attempt, more=1, environments={})
         if wait:
             self.wait_for_ready()
 
@@ -285,6 +274,7 @@ def start_service(
     service_name: str,
     model: dict[str, Any],
     tuned_uri: str | None,
+    tuned_digest: str | None = None,
     adapter: bool,
     system_prompt: str,
     labels: dict[str, str] | None,
@@ -299,6 +289,7 @@ def start_service(
         service_name: Its name, and a model name that it answers to.
         model: The base: name and weights source, as a job's manifest has it.
         tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
+        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
         adapter: Whether `tuned_uri` is an adapter on top of the base.
         system_prompt: What the model was trained with: `palate chat` begins with it.
         labels: Key-value pairs to find it by.
@@ -322,6 +313,7 @@ def start_service(
         body={
             "model": model,
             "tuned_uri": tuned_uri,
+            "tuned_digest": tuned_digest,
             "adapter": adapter,
             "system_prompt": system_prompt,
             "options": checked,

@@ -1,17 +1,19 @@
 """A run's prefix in a store: manifest, status, logs, metrics. Owns every key below it; knows no backend and no program.
 
-    jobs/<id>/      manifest.json  status.json  logs/000001.log  metrics/000001.jsonl  inputs/  checkpoints/  model/  tensorboard/
-    services/<name>/manifest.json  status.json  logs/000001.log  access_token
+    jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
+                    inputs/  checkpoints/  model/  tensorboard/
+    services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token
 
 `manifest.json` is written once and says all that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins, and a terminal state is written last: all that it names is in place by then.
+`lease.json` is its runner's (see `palate.lease`). The folder `palate/schemas` has the JSON schema of each.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -24,8 +26,13 @@ TERMINAL: frozenset[State] = frozenset({"Succeeded", "Failed", "Stopped"})
 ACTIVE: frozenset[State] = frozenset({"Creating", "Running", "Stopping"})
 
 MANIFEST_SCHEMA = 1
+STATUS_SCHEMA = 1
+"""Go up when a field gets another meaning. A new field is no new schema: readers leave out what they do not know."""
+
 TOKEN_KEY = "access_token"
 """A service's bearer token: a key of its own, so that no manifest, status or log ever holds it."""
+
+LOST = "its runner is gone without a last word: killed, or the machine went down"
 
 _CAS_ATTEMPTS = 20
 
@@ -62,6 +69,10 @@ class Status:
         state: One of `State`.
         reason: Why it failed or stopped, in one message.
         log_tail: Last log lines of a failed run.
+        attempt: Number of the attempt, from 1. Each runner works for one, and writes only while it is the current one.
+        last_attempt: The attempt up to which a failure is tried again.
+        attempts: The earlier attempts: attempt, reason, exit_code, started_at, finished_at of each.
+        start_id: Name of the start that `engine_id` came from; the lease of a runner names the one that it came from.
         engine_id: The backend's name for the process: a hint, never the truth.
         started_at, finished_at, updated_at: Seconds since the epoch.
         exit_code: Of the program, when it ended.
@@ -72,6 +83,10 @@ class Status:
     state: State
     reason: str = ""
     log_tail: tuple[str, ...] = ()
+    attempt: int = 1
+    last_attempt: int = 1
+    attempts: tuple[dict[str, Any], ...] = ()
+    start_id: str = ""
     engine_id: str = ""
     started_at: float | None = None
     finished_at: float | None = None
@@ -79,6 +94,7 @@ class Status:
     exit_code: int | None = None
     endpoint: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    schema: int = STATUS_SCHEMA
 
     @property
     def is_terminal(self) -> bool:
@@ -89,7 +105,7 @@ class Status:
         values = json.loads(data)
         known = {item.name for item in fields(cls)}  # a newer writer may say more
         values = {key: value for key, value in values.items() if key in known}
-        return cls(**{**values, "log_tail": tuple(values.get("log_tail", ()))})
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("log_tail", "attempts")}})
 
 
 class Record:
@@ -133,7 +149,7 @@ class Record:
                 f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, "
                 f"or delete it first (`palate delete {self.name}`; `{command}` lists what is there)"
             ) from None
-        status = Status(state="Creating", updated_at=time.time())
+        status = Status(state="Creating", updated_at=time.time(), last_attempt=manifest.body.get("max_attempts") or 1)
         self.store.put(self.key("status.json"), _encode(status))
 
     def manifest(self) -> Manifest:
@@ -162,31 +178,87 @@ class Record:
             manifest = self.manifest()  # raises when the run itself is unknown
             return Status(state="Creating", updated_at=manifest.created_at)
 
-    def advance(self, state: State, *, expect: Collection[State], **changes: Any) -> Status | None:
+    def advance(
+        self, state: State, *, expect: Collection[State], attempt: int | None = None, **changes: Any
+    ) -> Status | None:
         """Moves the run to `state`, or leaves it and returns None when its state is not one of `expect`.
 
         The write is conditional on what was read, so of two that race one wins and the other sees its result.
+
+        Args:
+            state: The new state.
+            expect: States that it may leave.
+            attempt: The attempt that the caller speaks for; a run that has gone on to another is left.
+            changes: Further fields of the status.
         """
         if state in TERMINAL:
             changes.setdefault("finished_at", time.time())
-        return self._rewrite(lambda current: replace(current, state=state, **changes), expect)
+        return self._rewrite(lambda current: replace(current, state=state, **changes), expect, attempt)
 
     def note(self, **changes: Any) -> Status | None:
         """Adds facts to the status and leaves its state; returns None when the run is gone."""
-        return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL)
+        return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, None)
 
-    def _rewrite(self, change: Callable[[Status], Status], expect: Collection[State]) -> Status | None:
+    def begin_again(
+        self,
+        *,
+        expect: Collection[State],
+        attempt: int,
+        state: State = "Creating",
+        more: int = 0,
+        **ended: Any,
+    ) -> Status | None:
+        """Moves the run to its next attempt, or returns None when somebody else did, or it is in another state.
+
+        Args:
+            expect: States that it may leave.
+            attempt: The attempt that is over.
+            state: `Running` when the same runner goes on.
+            more: Attempts that it is given anew, this one included; 0 leaves the limit.
+            ended: What the history says of the attempt that is over (reason, exit_code), when the status does not.
+        """
+
+        def change(current: Status) -> Status:
+            facts = {name: getattr(current, name) for name in ("reason", "exit_code", "started_at", "finished_at")}
+            entry = {"attempt": current.attempt, **facts, **ended}
+            entry["finished_at"] = entry["finished_at"] or time.time()
+            goes_on = state == "Running"
+            return replace(
+                current,
+                state=state,
+                attempt=current.attempt + 1,
+                last_attempt=current.attempt + more if more else current.last_attempt,
+                attempts=(*current.attempts, entry),
+                reason="",
+                log_tail=(),
+                exit_code=None,
+                finished_at=None,
+                started_at=time.time() if goes_on else None,
+                engine_id=current.engine_id if goes_on else "",
+                start_id=current.start_id if goes_on else "",
+            )
+
+        return self._rewrite(change, expect, attempt)
+
+    def _rewrite(
+        self, change: Callable[[Status], Status], expect: Collection[State], attempt: int | None
+    ) -> Status | None:
+        written: bytes | None = None
         for _ in range(_CAS_ATTEMPTS):
             info = self.store.stat(self.key("status.json"))  # before the read: a later write must not match
             try:
-                current = Status.from_json(self.store.get(self.key("status.json")))
+                data = self.store.get(self.key("status.json"))
             except FileNotFoundError:
                 return None
-            if info is None or current.state not in expect:
+            current = Status.from_json(data)
+            if data == written:
+                return current  # our own write, whose answer got lost
+            if info is None or current.state not in expect or attempt not in (None, current.attempt):
                 return None
             target = replace(change(current), updated_at=time.time())
+            written = _encode(target)
             try:
-                self.store.put(self.key("status.json"), _encode(target), if_match=info.etag)
+                self.store.put(self.key("status.json"), written, if_match=info.etag)
             except (PreconditionFailedError, FileNotFoundError):
                 continue
             return target
@@ -195,8 +267,22 @@ class Record:
     # ── logs and metrics ────────────────────────────────────────────────────────────────────────────────────────────
 
     def append(self, kind: Literal["logs", "metrics"], part: int, data: bytes) -> None:
-        """Writes part number `part`, beginning with 1; the one writer of a run counts."""
-        self.store.put(self.key(kind, f"{part:06d}{_SUFFIX[kind]}"), data)
+        """Writes part number `part`, beginning with 1; the one writer of a run counts.
+
+        Raises:
+            PreconditionFailedError: That part is there, and says something else.
+        """
+        key = self.key(kind, f"{part:06d}{_SUFFIX[kind]}")
+        try:
+            self.store.put(key, data, if_none_match=True)
+        except PreconditionFailedError:
+            if self.store.get(key) != data:  # else it is our own, whose answer got lost
+                raise
+
+    def last_part(self, kind: Literal["logs", "metrics"]) -> int:
+        """Returns the number of the last part, 0 when there is none."""
+        numbers = [info.key.rpartition("/")[2].removesuffix(_SUFFIX[kind]) for info in self.store.list(self.key(kind))]
+        return max((int(number) for number in numbers if number.isdigit()), default=0)
 
     def parts(self, kind: Literal["logs", "metrics"], *, after: int = 0) -> Iterator[tuple[int, bytes]]:
         """Yields (number, data) of the parts after number `after`, in order, without a gap.
@@ -232,6 +318,24 @@ class Record:
             if info.key != self.key("manifest.json"):
                 self.store.delete(info.key)
         self.store.delete_tree(self.prefix + "/")
+
+
+def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns metrics events as of one run: what a later attempt did again is there once, as it did it.
+
+    Every `start` stays: it says at which step an attempt went on.
+    """
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "start":
+            step = event["step"]
+            kept = [
+                earlier
+                for earlier in kept
+                if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= step)
+            ]
+        kept.append(event)
+    return kept
 
 
 _SUFFIX = {"logs": ".log", "metrics": ".jsonl"}

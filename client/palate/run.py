@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from secrets import token_hex
+from typing import Any
 
 from palate.backend import Backend, get_backend
 from palate.display import Display, make_display
-from palate.errors import WaitTimeoutError
-from palate.record import ACTIVE, TERMINAL, Manifest, Record, State, Status
+from palate.errors import ConfigurationError, WaitTimeoutError
+from palate.lease import START_ID_VARIABLE, read_lease, silence_s
+from palate.record import ACTIVE, LOST, TERMINAL, Manifest, Record, State, Status
 from palate.session import Session
+
+logger = logging.getLogger("palate.run")
 
 START_LIMIT_S = 60.0
 """A run without an engine id after this long was never started: its client died in between."""
@@ -47,42 +54,115 @@ class RunHandle:
 
     def start(self, environments: dict[str, str] | None = None) -> None:
         """Gives the run to its backend; a start that fails becomes the run's status and is raised."""
-        env = {**self.session.environment(), **(environments or {})}
+        start_id = token_hex(8)
+        env = {**self.session.environment(), **(environments or {}), START_ID_VARIABLE: start_id}
         command = [sys.executable, "-m", "palate.runner", self.record.uri]
         try:
             engine_id = self.backend.start(command, run_name=f"{self.record.kind}-{self.record.name}", env=env)
         except Exception as error:
             self.record.advance("Failed", expect={"Creating"}, reason=f"the backend could not start it: {error}")
             raise
-        self.record.note(engine_id=engine_id)
+        self.record.note(engine_id=engine_id, start_id=start_id)
+
+    def restart(
+        self, *, expect: Collection[State], attempt: int, more: int = 0, environments: dict[str, str], **ended: Any
+    ) -> bool:
+        """Begins the next attempt, and says whether it was this call that did.
+
+        Args:
+            expect: States that the run may leave.
+            attempt: The attempt that is over.
+            more: Attempts that it is given anew; 0 leaves the limit.
+            environments: Variables for the program.
+            ended: See `Record.begin_again`.
+        """
+        begun = self.record.begin_again(expect=expect, attempt=attempt, more=more, **ended)
+        if begun is not None:
+            self.start(environments)
+        return begun is not None
+
+    def environments(self, given: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Returns the variables that the program began with: from `given`, else from this process's environment.
+
+        Raises:
+            ConfigurationError: One is in neither; their values are never recorded.
+        """
+        names: list[str] = self.manifest.body.get("environment_names", [])
+        known = {**{name: os.environ[name] for name in names if name in os.environ}, **(given or {})}
+        if missing := [name for name in names if name not in known]:
+            raise ConfigurationError(
+                f"{self.record.name} was started with environments {', '.join(missing)}, whose values are never recorded: "
+                "give them again with resume(environments={…}), or set them in this environment"
+            )
+        return known
 
     def refresh(self) -> Status:
-        """Returns the status, after looking whether the engine still stands behind it."""
+        """Returns the status, after looking whether a runner still stands behind it.
+
+        A run whose runner is lost is Failed by this look, or begins its next attempt if it has one left and its
+        backend can be asked from here.
+        """
         status = self.record.status()
-        if status.is_terminal:
+        if status.is_terminal or not (cause := self.lost(status)):
             return status
-        if not status.engine_id:
-            if time.time() - status.updated_at > START_LIMIT_S:
-                reason = "it was created, but never started: the process that did so ended too early"
-                return self.record.advance("Failed", expect={"Creating"}, reason=reason) or self.record.status()
+        before, status = status, self.record.status()  # it may have finished between the two looks
+        if status.is_terminal or (status.attempt, status.start_id) != (before.attempt, before.start_id):
             return status
-        if self.backend.status(status.engine_id) != "gone":
-            return status
-        status = self.record.status()  # it may have finished between the two looks
-        if status.is_terminal:
-            return status
-        words = [line for line in self.backend.logs(status.engine_id).splitlines() if line.strip()][-10:]
+        gone = bool(status.engine_id) and self.backend.status(status.engine_id) == "gone"
+        if (
+            status.state == "Running"
+            and gone
+            and status.attempt < status.last_attempt
+            and self._begin_again(status, cause)
+        ):
+            return self.record.status()
         asked = status.state == "Stopping"
-        state: State = "Stopped" if asked else "Failed"
-        reason = (
-            "stopped on request"
-            if asked
-            else "its runner is gone without a last word: killed, or the machine went down"
+        words = self.backend.logs(status.engine_id).splitlines() if status.engine_id else []
+        words = [line for line in words if line.strip()][-10:]
+        ended = self.record.advance(
+            "Stopped" if asked else "Failed",
+            expect={status.state},
+            attempt=status.attempt,
+            reason="stopped on request" if asked else cause,
+            log_tail=tuple([*self.record.log_lines()][-15:] + words),
+            endpoint="",
         )
-        tail = tuple([*self.record.log_lines()][-15:] + words)
+        return ended or self.record.status()
+
+    def lost(self, status: Status) -> str:
+        """Returns why an active run has no runner any more, or "" when it has one or that cannot be told from here."""
+        engine = self.backend.status(status.engine_id) if status.engine_id else "unknown"
+        if engine == "running":
+            return ""
+        lease = read_lease(self.record)
+        if lease is None or lease.attempt < status.attempt:  # nobody has taken up this attempt
+            if engine == "gone":
+                return LOST
+            if not status.engine_id and (silence_s(self.record, "status.json") or 0) > START_LIMIT_S:
+                return "it was created, but never started: the process that did so ended too early"
+            return ""
+        # The engine knows the process that it started; the run may be in the hands of another one.
+        if lease.released or (engine == "gone" and lease.start_id == status.start_id) or lease.is_dead_here:
+            return LOST
+        silent_s = silence_s(self.record)
+        if silent_s is None or silent_s <= lease.lost_after_s:
+            return ""
         return (
-            self.record.advance(state, expect=ACTIVE, reason=reason, log_tail=tail, endpoint="") or self.record.status()
+            f"its runner on {lease.host} has not been heard of for {silent_s:.0f} s: killed, cut off from the store, "
+            "or its machine went down"
         )
+
+    def _begin_again(self, status: Status, cause: str) -> bool:
+        try:
+            environments = self.environments()
+        except ConfigurationError:
+            return False  # a resume() can give them
+        self.backend.stop(status.engine_id, grace_s=0)  # what the runner may have left behind
+        try:
+            return self.restart(expect={"Running"}, attempt=status.attempt, environments=environments, reason=cause)
+        except Exception as error:
+            logger.warning("%s could not be started again: %s", self.record.name, error)
+            return True  # the status says so
 
     def follow(
         self,

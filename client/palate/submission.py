@@ -46,7 +46,8 @@ class TrainingRequest:
         base_job_name: See `job_name`.
         labels: Recorded.
         environments: For the trainer; only their names are recorded.
-        max_run_time_s: Seconds until the training is ended, or None.
+        max_run_time_s: Seconds until an attempt is ended, or None.
+        max_attempts: How often the training is begun, at most.
     """
 
     model_name: str
@@ -62,6 +63,7 @@ class TrainingRequest:
     labels: dict[str, str]
     environments: dict[str, str]
     max_run_time_s: int | None
+    max_attempts: int
 
 
 def submit(request: TrainingRequest, session: Session, *, announce: bool, notes: bool) -> TrainingJob:
@@ -149,6 +151,7 @@ def _submit(
                 **({CHANNEL: keep_adapter(record, adapter, session).to_json()} if adapter else {}),
             },
             "max_run_time_s": request.max_run_time_s,
+            "max_attempts": request.max_attempts,
             "environment_names": sorted(request.environments),
         },
     )

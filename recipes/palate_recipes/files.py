@@ -17,6 +17,7 @@ KEYS = (
     "method",
     "labels",
     "max_run_time",
+    "max_attempts",
     "base_job_name",
     "hyperparameters",
 )

@@ -109,13 +109,17 @@ def test_the_recipe_takes_pais_parameters_in_pais_order() -> None:
     parameters = inspect.signature(ModelTrainingRecipe.__init__).parameters
     positional = [name for name, item in parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD]
     assert positional[1:] == PAI_RECIPE_PARAMETERS
-    assert [name for name, item in parameters.items() if item.kind is item.KEYWORD_ONLY] == ["backend", "session"]
+    assert [name for name, item in parameters.items() if item.kind is item.KEYWORD_ONLY] == [
+        "backend",
+        "session",
+        "max_attempts",
+    ]
 
 
 def test_pais_methods_are_there() -> None:
     surface = {
         ModelTrainingRecipe: "train run deploy model_data latest_job wait hyperparameters hyperparameter_definitions",
-        TrainingJob: "get attach list wait stop logs metrics reading status is_succeeded is_completed output_path deploy id",
+        TrainingJob: "get attach list wait stop resume logs metrics reading status is_succeeded is_completed output_path deploy id",
         RegisteredModel: "list training_recipe deploy",
         Predictor: "openai async_openai raw_predict predict wait_for_ready wait describe_service logs start_service "
         "stop_service delete_service endpoint service_status access_token labels refresh",

@@ -12,6 +12,7 @@ import pytest
 
 import palate.session
 from palate import Session, setup_default_session
+from tests.support.schemas import check_records
 from tests.support.seaweed import SeaweedServer, find_weed, running_seaweed
 
 ROWS = 12
@@ -27,16 +28,19 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]
 
 
 @pytest.fixture(params=["file", "s3"])
-def store_session(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+def store_session(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     """The default session, over a file store and over a real S3 server; other processes find it in the environment."""
     if request.param == "file":
-        return palate.session.get_default_session()
+        yield palate.session.get_default_session()
+        return
     server: SeaweedServer = request.getfixturevalue("seaweed")
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     uri = f"s3://palate/{request.node.name.replace('[', '-').strip(']')}"
     monkeypatch.setenv("PALATE_STORE", uri)
-    return setup_default_session()
+    session = setup_default_session()
+    yield session
+    check_records(session.store)
 
 
 def preference_rows(count: int = ROWS) -> list[dict[str, str]]:

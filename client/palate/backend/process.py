@@ -16,6 +16,7 @@ from pathlib import Path
 from palate.device import local_device
 from palate.errors import UnsupportedParameterError
 from palate.home import palate_home
+from palate.processes import send, session_members, start_time
 from palate_recipes.hyperparameters import DeviceFacts
 
 _POLL_S = 0.05
@@ -41,14 +42,14 @@ class ProcessBackend:
                 start_new_session=True,
             )
         _CHILDREN.append(process)
-        return f"{socket.gethostname()}:{process.pid}:{_start_time(process.pid)}:{run_name}"
+        return f"{socket.gethostname()}:{process.pid}:{start_time(process.pid)}:{run_name}"
 
     def status(self, engine_id: str) -> str:
         host, pid, started, _ = engine_id.split(":", 3)
         if host != socket.gethostname():
             return "unknown"
         _reap()
-        return "running" if started and _start_time(int(pid)) == started else "gone"
+        return "running" if started and start_time(int(pid)) == started else "gone"
 
     def logs(self, engine_id: str) -> str:
         host, _, _, run_name = engine_id.split(":", 3)
@@ -63,14 +64,14 @@ class ProcessBackend:
             return
         pid = int(pid_text)
         if self.status(engine_id) == "running":
-            _signal(pid, signal.SIGTERM)
+            send(pid, signal.SIGTERM)
             deadline = time.monotonic() + grace_s
             while self.status(engine_id) == "running" and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
-        for member in _session_members(pid):
-            _signal(member, signal.SIGKILL)
+        for member in session_members(pid):
+            send(member, signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while _session_members(pid) and time.monotonic() < deadline:
+        while session_members(pid) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             _reap()
 
@@ -105,32 +106,3 @@ _CHILDREN: list[subprocess.Popen[bytes]] = []
 
 def _reap() -> None:
     _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
-
-
-def _stat(pid: int) -> list[str] | None:
-    """Returns the fields of /proc/PID/stat after the command's name (which may hold spaces), or None."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-
-
-def _start_time(pid: int) -> str:
-    """Returns the kernel's start time of a process in clock ticks since boot, or "" when it is not there or a zombie."""
-    stat = _stat(pid)
-    return "" if stat is None or stat[0] == "Z" else stat[19]
-
-
-def _session_members(session: int) -> list[int]:
-    members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(int(entry.name))) and stat[0] != "Z" and int(stat[3]) == session:
-            members.append(int(entry.name))
-    return members
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from palate.cli import about, runs, scripts, work
+from palate.cli import about, clean, runs, scripts, work
 from palate.cli.data import data
 from palate.cli.store import store
 from palate.errors import PalateError
@@ -26,6 +26,7 @@ app = typer.Typer(
 work.register(app)
 runs.register(app)
 scripts.register(app)
+clean.register(app)
 about.register(app)
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")

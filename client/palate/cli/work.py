@@ -54,6 +54,9 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Job id; default: a unique one.")] = None,
     max_run_time: Annotated[int | None, typer.Option(help="Seconds after which the training is ended.")] = None,
+    max_attempts: Annotated[
+        int | None, typer.Option(help="How often it is begun at most; a failure goes on from the last checkpoint.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Backend; default: the session's.")] = None,
     wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
 ) -> None:
@@ -69,7 +72,7 @@ def train(
     hyperparameters.update(_pairs(set_ or [], "--set"))
     if model or model_uri:
         settings.update(model_name=model, model_uri=model_uri)
-    for key, value in (("method", method), ("max_run_time", max_run_time)):
+    for key, value in (("method", method), ("max_run_time", max_run_time), ("max_attempts", max_attempts)):
         if value is not None:
             settings[key] = value
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend)
@@ -79,6 +82,18 @@ def train(
     print(job.id)
     following = f"palate deploy {job.id}" if wait else f"palate watch {job.id}"
     print(f"next: {following}", file=sys.stderr)
+
+
+def resume(
+    name: Annotated[str, typer.Argument(help="Id of a failed or stopped job.")],
+    wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
+) -> None:
+    """Go on with a failed or stopped job from its last whole checkpoint."""
+    from palate.job import TrainingJob
+
+    job = TrainingJob.get(name).resume(wait=wait)
+    print(job.id)
+    print(f"next: palate {'deploy' if wait else 'watch'} {job.id}", file=sys.stderr)
 
 
 def deploy(
@@ -176,5 +191,5 @@ def quickstart(
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (train, deploy, chat, quickstart):
+    for verb in (train, resume, deploy, chat, quickstart):
         app.command()(verb)

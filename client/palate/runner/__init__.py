@@ -1,30 +1,44 @@
 """`palate-run URI`: stands beside a program and keeps its run's record. Knows stores and the record; no backend, no ML.
 
-It stages inputs, runs the trainer or the server as a child, pushes what the child says, heeds a stop, and writes the
-terminal status last. Whatever ends it, the child ends with it.
+It takes the run's lease, stages inputs, runs the trainer or the server as a child, pushes what the child says, heeds a
+stop, tries again where that was asked for, and writes the terminal status last. Whatever ends it, the child ends with it.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import signal
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from palate.errors import PalateError
-from palate.home import palate_home
-from palate.record import ACTIVE, Record, locate
+from palate.home import stale_work_folders, work_folder
+from palate.lease import START_ID_VARIABLE, HeldLease, acquire
+from palate.record import ACTIVE, LOST, Record, locate
+from palate.runner.child import log_line, log_tail
+from palate.runner.patience import Patience
+from palate.runner.post import Ending, Post
+from palate.runner.presence import Presence, Tail
 from palate.session import Session
+from palate.store.errors import StoreError
 
 logger = logging.getLogger("palate.runner")
 
 USAGE = "usage: palate-run <store>/jobs/<id> | <store>/services/<name>"
 
+_RESERVE_BYTES = 1 << 20
+"""Kept free in the work folder: on a disk that is full, the run must still be able to say so."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one run to its end; returns 0 when the run succeeded or was stopped as asked, else 1."""
+    """Runs one run to its end; returns 0 when it succeeded, was stopped as asked, or is another runner's, else 1."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
@@ -40,23 +54,131 @@ def main(argv: list[str] | None = None) -> int:
 
     root, kind, name = locate(arguments[0])
     session = Session(store=root)
-    record = Record(session.store, kind, name)
+    direct = Record(session.store, kind, name)
+    work = work_folder(kind, name)
+    log = work / "program.log"
+
+    def say(text: str) -> None:
+        logger.info(text)
+        if work.is_dir():
+            log_line(log, text)
+
+    patience = Patience(say, terminated.is_set)
+    record = Record(patience.store(session.store), kind, name)
     manifest = record.manifest()
-    work = palate_home() / "work" / kind / name
-    shutil.rmtree(work, ignore_errors=True)
+    held = _take(record, terminated)
+    if held is None:
+        return 0
+    for stale in stale_work_folders(kind, name):
+        shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True, mode=0o700)
+    held = held.through(direct)  # a heartbeat that waits for the store would be none
+    presence = Presence(direct, held, say)
+    post = Post(
+        record=record,
+        direct=direct,
+        manifest=manifest,
+        session=session,
+        work=work,
+        presence=presence,
+        patience=patience,
+        terminated=terminated,
+    )
     try:
-        if manifest.kind == "train":
-            from palate.runner.train import run_training
-
-            return run_training(record, manifest, session, work, terminated)
-        from palate.runner.serve import run_service
-
-        return run_service(record, manifest, session, work, terminated)
-    except Exception as error:  # the last place where a cause can be saved: the runner has no caller
-        logger.exception("the runner failed")
-        reason = str(error) if isinstance(error, PalateError) else f"{type(error).__name__}: {error}"
-        record.advance("Failed", expect=ACTIVE, reason=reason)
+        with presence:
+            ending = _attempts(post)
+        if not presence.fenced.is_set():
+            patience(held.release)
+        return 1 if ending.state == "Failed" else 0
+    except StoreError as error:
+        logger.error("the run's last word could not be written: %s", error)
         return 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _take(record: Record, terminated: threading.Event) -> HeldLease | None:
+    """Takes the run's lease and settles what an earlier runner left; None when there is nothing to do here."""
+    status = record.status()
+    if status.is_terminal:
+        logger.info("%s is %s: nothing to run", record.uri, status.state)
+        return None
+    start_id = os.environ.get(START_ID_VARIABLE, "")
+    held = acquire(record, attempt=status.attempt, start_id=start_id, give_up=terminated.is_set)
+    if held is None:
+        logger.info("another runner has %s: leaving it", record.uri)
+        return None
+    status = record.status()
+    if status.attempt == held.lease.attempt and status.state == "Running":  # taken from one that is gone
+        if status.attempt < status.last_attempt:
+            held.beat(attempt=status.attempt + 1)
+            status = record.begin_again(expect={"Running"}, attempt=status.attempt, reason=LOST) or record.status()
+        else:
+            status = record.advance("Failed", expect={"Running"}, attempt=status.attempt, reason=LOST) or status
+    if status.attempt == held.lease.attempt and status.state == "Stopping":
+        status = record.advance("Stopped", expect={"Stopping"}, reason="stopped before it began") or status
+    if status.attempt == held.lease.attempt and status.state == "Creating":
+        return held
+    held.release()
+    return None
+
+
+def _attempts(post: Post) -> Ending:
+    """Makes attempts until one ends well or none is left, and writes the terminal status; returns the last ending."""
+    record, presence = post.record, post.presence
+    logs = post.patience(lambda: Tail(post.direct, "logs", post.log))
+    presence.push(logs)
+    reserve = post.work / "reserve"
+    while True:
+        ending = _attempt(post, logs, reserve)
+        reserve.unlink(missing_ok=True)
+        if presence.fenced.is_set():
+            logger.info("another runner has %s by now: leaving it", record.uri)
+            return ending
+        status = record.status()
+        if not (ending.state == "Failed" and ending.again and status.attempt < status.last_attempt):
+            break
+        if post.terminated.is_set() or presence.stop_wanted.is_set():
+            break
+        post.say(f"attempt {status.attempt} of {status.last_attempt} failed: {ending.reason}")
+        facts: dict[str, Any] = {"reason": ending.reason, "exit_code": ending.exit_code}
+        following = status.attempt + 1
+        post.patience(partial(presence.held.beat, attempt=following))
+        if record.begin_again(expect={"Running"}, attempt=status.attempt, state="Running", **facts) is None:
+            post.patience(partial(presence.held.beat, attempt=status.attempt))
+            break  # a stop came in between
+    post.patience(lambda: logs.push(final=True))
+    record.advance(
+        ending.state,
+        expect=ACTIVE,
+        attempt=presence.attempt,
+        reason=ending.reason,
+        exit_code=ending.exit_code,
+        log_tail=ending.log_tail,
+        endpoint="",
+    )  # last: everything that it promises is in place
+    return ending
+
+
+def _attempt(post: Post, logs: Tail, reserve: Path) -> Ending:
+    try:
+        reserve.write_bytes(b"\1" * _RESERVE_BYTES)
+        if post.manifest.kind == "train":
+            from palate.runner.train import run_training
+
+            return run_training(post, logs)
+        from palate.runner.serve import run_service
+
+        return run_service(post)
+    except Exception as error:  # the last place where a cause can be saved: the runner has no caller
+        logger.exception("the runner failed")
+        reserve.unlink(missing_ok=True)
+        return Ending(state="Failed", reason=_reason(error), log_tail=log_tail(post.log))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PalateError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: {error}. Free space there, or set PALATE_HOME to a folder on another disk."
+    return f"{type(error).__name__}: {error}"

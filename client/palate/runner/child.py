@@ -1,4 +1,4 @@
-"""One child program: started, watched, its words pushed to the record, and never left behind. Knows no trainer or server."""
+"""One child program: started, watched, and never left behind. Knows no store, trainer or server."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from palate.record import Record, Status
-
-TICK_S = 0.25
-STATUS_EVERY_S = 2.0
-PUSH_FAST_S = 1.0
-PUSH_SLOW_S = 5.0
-FAST_UNTIL_S = 120.0
-"""Logs are pushed every second at first, when somebody is watching, then every five."""
+from palate.runner.presence import TICK_S, Presence
 
 LOG_TAIL_LINES = 25
 _PR_SET_PDEATHSIG = 1
@@ -53,34 +46,13 @@ class Child:
         self.process.wait()
 
 
-class Tail:
-    """Pushes what a growing file gains as numbered parts of the record, whole lines only until the end."""
-
-    def __init__(self, record: Record, kind: Literal["logs", "metrics"], path: Path) -> None:
-        self._record = record
-        self._kind = kind
-        self._path = path
-        self._offset = 0
-        self._part = sum(1 for _ in record.parts(kind))  # a later attempt goes on counting
-
-    def push(self, *, final: bool = False) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        if not final:
-            data = data[: data.rfind(b"\n") + 1]
-        if data:
-            self._record.append(self._kind, self._part + 1, data)
-            self._part += 1
-            self._offset += len(data)
-
-
 def log_line(log: Path, text: str) -> None:
-    """Adds a line of the runner's own to the run's log."""
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"palate: {text}\n")
+    """Adds a line of the runner's own to the run's log; on a full disk the line is lost, and the run is not."""
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"palate: {text}\n")
+    except OSError:
+        pass
 
 
 def log_tail(log: Path) -> tuple[str, ...]:
@@ -93,47 +65,38 @@ def log_tail(log: Path) -> tuple[str, ...]:
 
 def watch(
     child: Child,
-    record: Record,
-    tails: list[Tail],
+    presence: Presence,
     *,
     terminated: threading.Event,
     on_tick: Callable[[], None],
     deadline: Callable[[], float | None],
     grace_s: float,
-) -> Literal["ended", "stopped", "timed out"]:
-    """Pushes what the child says until it ends, a stop is asked for, or the deadline comes.
+) -> Literal["ended", "stopped", "timed out", "fenced"]:
+    """Waits until the child ends, a stop is asked for, or the deadline comes. Asks nothing of the store itself.
 
     Args:
         child: The program.
-        record: Its run; Stopping, a terminal state, or a deleted record is the wish to stop.
-        tails: Files to push.
+        presence: Knows who wants the run to stop, and whether it is still this runner's.
         terminated: Set when this runner itself was told to end.
         on_tick: Called every quarter second.
         deadline: Gives the `time.monotonic()` at which the run is over, or None.
         grace_s: Seconds that the child has to end by itself after a stop, before it is killed.
 
     Returns:
-        `ended` when the child ended by itself; else the child has been ended.
+        `ended` when the child ended by itself; else the child has been ended. `fenced`: the run is another runner's.
     """
-    begun = time.monotonic()
-    pushed = checked = begun
-    outcome: Literal["ended", "stopped", "timed out"] = "ended"
+    outcome: Literal["ended", "stopped", "timed out", "fenced"] = "ended"
     kill_at: float | None = None
     while child.process.poll() is None:
         now = time.monotonic()
-        if now - pushed >= (PUSH_FAST_S if now - begun < FAST_UNTIL_S else PUSH_SLOW_S):
-            for tail in tails:
-                tail.push()
-            pushed = now
+        if presence.fenced.is_set():
+            child.kill()  # no grace: two of them must not write the same checkpoints
+            return "fenced"
         if kill_at is None:
-            if terminated.is_set():
+            if terminated.is_set() or presence.stop_wanted.is_set():
                 outcome = "stopped"
             elif (limit := deadline()) is not None and now >= limit:
                 outcome = "timed out"
-            elif now - checked >= STATUS_EVERY_S:
-                checked = now
-                if _wants_stop(record):
-                    outcome = "stopped"
             if outcome != "ended":
                 child.terminate()
                 kill_at = now + grace_s
@@ -145,13 +108,6 @@ def watch(
         except subprocess.TimeoutExpired:
             pass
     return outcome
-
-
-def _wants_stop(record: Record) -> bool:
-    if record.store.stat(record.key("status.json")) is None:
-        return True  # the run was deleted
-    status: Status = record.status()
-    return status.state == "Stopping" or status.is_terminal
 
 
 def describe_exit(code: int) -> str:

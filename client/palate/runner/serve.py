@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from pathlib import Path
 
-from palate.record import ACTIVE, TOKEN_KEY, Manifest, Record
-from palate.runner.child import Child, Tail, describe_exit, log_line, log_tail, watch
-from palate.session import Session
+from palate.digests import read_model_digests
+from palate.record import TOKEN_KEY
+from palate.runner.child import Child, describe_exit, log_tail, watch
+from palate.runner.post import Ending, Post
 from palate.store import open_parent
+from palate.store.errors import StoreError
 from palate.weights import WeightsSource, fetch_weights
 from palate_server.spec import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
 STOP_GRACE_S = 20.0
 
 
-def run_service(record: Record, manifest: Manifest, session: Session, work: Path, terminated: threading.Event) -> int:
-    """Runs a service until it is stopped or dies, and writes its terminal status; returns the runner's exit code."""
-    body = manifest.body
+def run_service(post: Post) -> Ending:
+    """Runs a service until it is stopped or dies, and returns how it ended; the run is then still to be told."""
+    record, body, work = post.record, post.manifest.body, post.work
     options = body["options"]
-    log = work / "program.log"
-    logs = Tail(record, "logs", log)
-
-    def say(text: str) -> None:
-        log_line(log, text)
-        logs.push()
-
-    if record.status().state != "Creating":
-        record.advance("Stopped", expect={"Stopping"}, reason="stopped before it began")
-        return 0
     begun = time.monotonic()
-    tuned_dir = _stage_tree(body["tuned_uri"], session, work / "model") if body["tuned_uri"] else None
+    tuned_dir = post.patience(lambda: _stage_tuned(post)) if body["tuned_uri"] else None
     base_dir: Path | None = None
     if tuned_dir is None or body["adapter"]:  # whole tuned weights need no base
-        base_dir, _ = fetch_weights(WeightsSource.from_json(body["model"]["source"]), session, say=say)
+        source = WeightsSource.from_json(body["model"]["source"])
+        base_dir, _ = post.patience(lambda: fetch_weights(source, post.session, say=post.say))
     spec = ServeSpec(
         service_name=record.name,
         model_dir=str(tuned_dir or base_dir),
@@ -44,10 +36,10 @@ def run_service(record: Record, manifest: Manifest, session: Session, work: Path
         **{**options, "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
-    say(f"starting the engine for {body['model']['name']}")
+    post.say(f"starting the engine for {body['model']['name']}")
     child = Child(
         [sys.executable, "-m", "palate_server", str(work / "spec.json")],
-        log=log,
+        log=post.log,
         env={TOKEN_VARIABLE: record.store.get(record.key(TOKEN_KEY)).decode(), "HF_HUB_OFFLINE": "1"},
         cwd=work,
     )
@@ -59,43 +51,56 @@ def run_service(record: Record, manifest: Manifest, session: Session, work: Path
         nonlocal announced, over_at
         if announced or not ready_file.exists():
             return
-        announced = True
-        if body["time_to_live_s"]:
+        if body["time_to_live_s"] and over_at is None:
             over_at = time.monotonic() + body["time_to_live_s"]  # its life begins when it answers
         ready = Ready.read(ready_file)
-        record.advance(
-            "Running",
-            expect={"Creating"},
-            started_at=time.time(),
-            endpoint=ready.endpoint,
-            details={"engine": ready.engine, "models": ready.models, "start_s": round(time.monotonic() - begun, 1)},
-        )
+        try:
+            post.direct.advance(
+                "Running",
+                expect={"Creating"},
+                attempt=post.presence.attempt,
+                started_at=time.time(),
+                endpoint=ready.endpoint,
+                details={"engine": ready.engine, "models": ready.models, "start_s": round(time.monotonic() - begun, 1)},
+            )
+        except StoreError:
+            return  # at the next tick
+        announced = True
 
-    outcome = watch(
-        child,
-        record,
-        [logs],
-        terminated=terminated,
-        on_tick=announce,
-        deadline=lambda: over_at,
-        grace_s=STOP_GRACE_S,
-    )
+    try:
+        outcome = watch(
+            child,
+            post.presence,
+            terminated=post.terminated,
+            on_tick=announce,
+            deadline=lambda: over_at,
+            grace_s=STOP_GRACE_S,
+        )
+    finally:
+        child.kill()
     code = child.process.returncode
-    logs.push(final=True)
     if outcome != "ended":
         reason = "its time to live is over" if outcome == "timed out" else "stopped on request"
-        record.advance("Stopped", expect=ACTIVE, reason=reason, exit_code=code, endpoint="")
-        return 0
+        return Ending(state="Stopped", reason=reason, exit_code=code)
     error = work / ERROR_FILE
-    reason = error.read_text(encoding="utf-8").strip() if error.exists() else f"the server ended: {describe_exit(code)}"
-    record.advance("Failed", expect=ACTIVE, reason=reason, exit_code=code, log_tail=log_tail(log), endpoint="")
-    return 1
+    reason = error.read_text(encoding="utf-8").strip() if error.exists() else ""
+    return Ending(
+        state="Failed",
+        reason=reason or f"the server ended: {describe_exit(code)}",
+        exit_code=code,
+        log_tail=log_tail(post.log),
+    )
 
 
-def _stage_tree(uri: str, session: Session, folder: Path) -> Path:
-    store, prefix = open_parent(uri, options=session.options_for(uri))
-    local = store.local_path(prefix)
-    if local is not None:
-        return local
-    store.download_tree(prefix, folder)
+def _stage_tuned(post: Post) -> Path:
+    """Returns a local folder with what was trained, every file compared with the digest that the training wrote."""
+    body = post.manifest.body
+    store, prefix = open_parent(body["tuned_uri"], options=post.session.options_for(body["tuned_uri"]))
+    folder = store.local_path(prefix)
+    if folder is None:
+        folder = post.work / "model"
+        store.download_tree(prefix, folder)
+    if body.get("tuned_digest"):
+        digests = read_model_digests(store, prefix, body["tuned_digest"], what=body["tuned_uri"])
+        digests.check_folder(folder, what=body["tuned_uri"])
     return folder

@@ -1,25 +1,33 @@
-"""A training run: inputs staged, the trainer run, its checkpoints and model pushed. Knows the trainer's spec, no ML."""
+"""One attempt of a training: inputs staged, the trainer run, its checkpoints and model pushed. Knows the trainer's spec, no ML.
+
+An attempt after the first goes on from the last whole checkpoint in the store, with the metrics up to its step.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from palate.continuation import fetch_adapter
-from palate.record import ACTIVE, Manifest, Record
+from palate.digests import DIGESTS_FILE, Digests
+from palate.errors import ConfigurationError
+from palate.record import events_once
 from palate.runner.cache import ReferenceCache
-from palate.runner.child import Child, Tail, describe_exit, log_line, log_tail, watch
+from palate.runner.checkpoints import CheckpointPusher, stage_last_checkpoint
+from palate.runner.child import Child, describe_exit, log_tail, watch
+from palate.runner.post import Ending, Post
+from palate.runner.presence import Tail
 from palate.session import Session
 from palate.store import open_parent
 from palate.weights import WeightsSource, fetch_weights
 from palate_trainer.spec import (
     CHECKPOINTS_DIR,
-    COMPLETE_MARK,
     ERROR_FILE,
     EXIT_STOPPED,
     METRICS_FILE,
@@ -34,134 +42,152 @@ STOP_GRACE_S = 120.0
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "palate")
 
 
-def run_training(record: Record, manifest: Manifest, session: Session, work: Path, terminated: threading.Event) -> int:
-    """Runs a training to its end and writes its terminal status; returns the runner's exit code."""
-    if record.advance("Running", expect={"Creating"}, started_at=time.time()) is None:
-        record.advance("Stopped", expect={"Stopping"}, reason="stopped before it began")
-        return 0
-    body = manifest.body
+def run_training(post: Post, logs: Tail) -> Ending:
+    """Makes one attempt, and returns how it ended; the run is then still to be told."""
+    record, body = post.record, post.manifest.body
     deadline = time.monotonic() + body["max_run_time_s"] if body.get("max_run_time_s") else None
-    log = work / "program.log"
-    output = work / "output"
+    output = post.work / "output"
+    shutil.rmtree(output, ignore_errors=True)  # an earlier attempt's; what of it counts is in the store
     output.mkdir()
-    logs = Tail(record, "logs", log)
-    metrics = Tail(record, "metrics", output / METRICS_FILE)
-
-    def say(text: str) -> None:
-        log_line(log, text)
-        logs.push()
-
+    record.advance("Running", expect={"Creating"}, attempt=post.presence.attempt, started_at=time.time())
+    if record.status().state != "Running":
+        return Ending(state="Stopped", reason="stopped before it began")
     for note in body["notes"]:
-        say(f"note: {note}")
-    model_dir, revision = fetch_weights(WeightsSource.from_json(body["model"]["source"]), session, say=say)
-    details = {"model_revision": revision, "versions": _library_versions()}
-    record.note(details=details)
-
-    spec = TrainSpec(
-        method=body["method"],
-        model_dir=str(model_dir),
-        model_name=body["model"]["name"],
-        train_file=str(_stage(body["inputs"]["train"]["uri"], session, work / "train")),
-        validation_file=(
-            str(_stage(body["inputs"]["validation"]["uri"], session, work / "validation"))
-            if "validation" in body["inputs"]
-            else None
-        ),
-        adapter_dir=(
-            str(fetch_adapter(body["inputs"]["adapter"]["uri"], session, work / "adapter"))
-            if "adapter" in body["inputs"]
-            else None
-        ),
-        output_dir=str(output),
-        hyperparameters=body["hyperparameters"],
-        precision=body["precision"],
-        cache_dir=str(work / "cache"),
-    )
-    spec.write(work / "spec.json")
-    cache = ReferenceCache(record.store, spec, lambda text: log_line(log, text))
-    say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
+        post.say(f"note: {note}")
+    spec, resumed_from = _stage_all(post, output)
+    known = _stage_metrics(post, output, resumed_from)
+    metrics = post.patience(lambda: Tail(post.direct, "metrics", output / METRICS_FILE, offset=known))
+    post.presence.push(logs, metrics)
+    cache = ReferenceCache(post.direct.store, spec, post.say)
+    post.say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
     child = Child(
-        [sys.executable, "-m", "palate_trainer", str(work / "spec.json")],
-        log=log,
+        [sys.executable, "-m", "palate_trainer", str(post.work / "spec.json")],
+        log=post.log,
         env={"HF_HUB_OFFLINE": "1"},  # everything is staged: nothing may be fetched behind the user's back
-        cwd=work,
+        cwd=post.work,
     )
 
     def look() -> None:
         checkpoints.look()
         cache.look()
 
-    with cache, _CheckpointPusher(record, output / CHECKPOINTS_DIR) as checkpoints:
-        outcome = watch(
-            child,
-            record,
-            [logs, metrics],
-            terminated=terminated,
-            on_tick=look,
-            deadline=lambda: deadline,
-            grace_s=STOP_GRACE_S,
-        )
-        checkpoints.look()
+    pusher = CheckpointPusher(
+        record,
+        output / CHECKPOINTS_DIR,
+        staged=resumed_from.name if resumed_from else None,
+        before_mark=lambda: post.patience(metrics.push),
+    )
+    try:
+        with cache, pusher as checkpoints:
+            outcome = watch(
+                child,
+                post.presence,
+                terminated=post.terminated,
+                on_tick=look,
+                deadline=lambda: deadline,
+                grace_s=STOP_GRACE_S,
+            )
+            if outcome != "fenced":
+                checkpoints.look()
+    finally:
+        child.kill()
     code = child.process.returncode
-    metrics.push(final=True)
-
+    if outcome == "fenced":
+        return Ending(state="Failed", again=False)
+    post.patience(lambda: metrics.push(final=True))
+    if (output / TENSORBOARD_DIR).is_dir():
+        record.store.upload_tree(output / TENSORBOARD_DIR, record.key(TENSORBOARD_DIR))
     if code == 0:  # also when a stop came after the last step: the model is whole
-        say("saving the model")
-        record.store.upload_tree(output / MODEL_DIR, record.key(MODEL_DIR))
-        if (output / TENSORBOARD_DIR).is_dir():
-            record.store.upload_tree(output / TENSORBOARD_DIR, record.key(TENSORBOARD_DIR))
-        logs.push(final=True)
-        record.advance("Succeeded", expect=ACTIVE, exit_code=code)  # last: everything it promises is in place
-        return 0
-
-    logs.push(final=True)
+        post.say("saving the model")
+        details = {**record.status().details, "model_digest": _push_model(post, output / MODEL_DIR)}
+        record.note(details=details)
+        return Ending(state="Succeeded", exit_code=code)
     if outcome == "stopped" or (outcome == "ended" and code == EXIT_STOPPED):
-        record.advance("Stopped", expect=ACTIVE, exit_code=code, reason="stopped on request")
-        return 0
+        return Ending(state="Stopped", exit_code=code, reason="stopped on request")
     if outcome == "timed out":
         reason = f"max_run_time of {body['max_run_time_s']} s was reached; whole checkpoints are kept"
-    else:
-        error = output / ERROR_FILE
-        reason = (
-            error.read_text(encoding="utf-8").strip() if error.exists() else f"the trainer ended: {describe_exit(code)}"
+        return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(post.log), again=False)
+    return Ending(state="Failed", exit_code=code, reason=_cause(output, code), log_tail=log_tail(post.log))
+
+
+def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
+    """Brings everything here that the trainer reads; returns its spec, and the checkpoint to go on from."""
+    body, patience, work = post.manifest.body, post.patience, post.work
+    earlier = post.record.status()
+    source = WeightsSource.from_json(body["model"]["source"])
+    model_dir, revision = patience(lambda: fetch_weights(source, post.session, say=post.say))
+    resumed_from = None
+    if earlier.attempt > 1:
+        resumed_from = patience(lambda: stage_last_checkpoint(post.record, output / CHECKPOINTS_DIR, post.say))
+        went_on = f"going on from {resumed_from.name}" if resumed_from else "from the beginning: it has no checkpoint"
+        post.say(f"attempt {earlier.attempt}, {went_on}")
+    before = earlier.details.get("model_revision", revision)
+    if resumed_from and before != revision:
+        raise ConfigurationError(
+            f"the weights of {body['model']['name']} are not those that the run began with (revision {revision}, "
+            f"it was {before}): bring those back, or train anew"
         )
-    record.advance("Failed", expect=ACTIVE, exit_code=code, reason=reason, log_tail=log_tail(log))
-    return 1
+    details = {**earlier.details, "model_revision": revision, "versions": _library_versions()}
+    post.record.note(details=details)
+    inputs = {channel: facts["uri"] for channel, facts in body["inputs"].items()}
+
+    def stage(channel: str) -> str | None:
+        if channel not in inputs:
+            return None
+        return str(patience(lambda: _stage(inputs[channel], post.session, work / channel)))
+
+    spec = TrainSpec(
+        method=body["method"],
+        model_dir=str(model_dir),
+        model_name=body["model"]["name"],
+        train_file=stage("train") or "",
+        validation_file=stage("validation"),
+        adapter_dir=(
+            str(patience(lambda: fetch_adapter(inputs["adapter"], post.session, work / "adapter")))
+            if "adapter" in inputs
+            else None
+        ),
+        output_dir=str(output),
+        hyperparameters=body["hyperparameters"],
+        precision=body["precision"],
+        cache_dir=str(work / "cache"),
+        resume_from=str(resumed_from) if resumed_from else None,
+    )
+    spec.write(work / "spec.json")
+    return spec, resumed_from
 
 
-class _CheckpointPusher:
-    """Pushes each checkpoint once it is whole, beside the training; a checkpoint in the store is whole when its mark is there."""
+def _stage_metrics(post: Post, output: Path, resumed_from: Path | None) -> int:
+    """Writes the events up to the checkpoint's step where the trainer goes on writing; returns their bytes.
 
-    def __init__(self, record: Record, folder: Path) -> None:
-        self._record = record
-        self._folder = folder
-        self._seen: set[str] = set()
-        self._pool = ThreadPoolExecutor(1)
-        self._uploads: list[Future[None]] = []
+    Its last words are drawn from all of them. TensorBoard's files come along.
+    """
+    if resumed_from is None:
+        return 0
+    step = int(resumed_from.name.rpartition("-")[2])
+    events = events_once([*post.patience(lambda: [*post.direct.metrics()]), {"kind": "start", "step": step}])[:-1]
+    text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+    (output / METRICS_FILE).write_text(text, encoding="utf-8")
+    key = post.record.key(TENSORBOARD_DIR)
+    if post.patience(lambda: any(True for _ in post.direct.store.list(key))):
+        post.record.store.download_tree(key, output / TENSORBOARD_DIR)
+    return len(text.encode())
 
-    def __enter__(self) -> _CheckpointPusher:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(wait=True)
-        for upload in self._uploads:
-            upload.result()
+def _push_model(post: Post, folder: Path) -> str:
+    """Pushes the model and then the list of its files; returns the list's SHA-256."""
+    listed = Digests.of(folder).encode()
+    post.record.store.upload_tree(folder, post.record.key(MODEL_DIR))
+    post.record.store.put(post.record.key(MODEL_DIR, DIGESTS_FILE), listed)
+    return hashlib.sha256(listed).hexdigest()
 
-    def look(self) -> None:
-        if not self._folder.is_dir():
-            return
-        for mark in self._folder.glob(f"checkpoint-*/{COMPLETE_MARK}"):
-            if mark.parent.name not in self._seen:
-                self._seen.add(mark.parent.name)
-                self._uploads.append(self._pool.submit(self._push, mark.parent))
 
-    def _push(self, folder: Path) -> None:
-        step = int(folder.name.rpartition("-")[2])
-        prefix = self._record.key("checkpoints", f"step-{step:06d}")
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.name != COMPLETE_MARK:
-                self._record.store.upload(path, f"{prefix}/{path.relative_to(folder).as_posix()}")
-        self._record.store.put(f"{prefix}/{COMPLETE_MARK}", b"")
+def _cause(output: Path, code: int) -> str:
+    error = output / ERROR_FILE
+    told = error.read_text(encoding="utf-8").strip() if error.exists() else ""
+    if not told and shutil.disk_usage(output).free < 1 << 20:
+        told = f"The disk is full: {output} is on a disk without space. Free space there, and resume the job."
+    return told or f"the trainer ended: {describe_exit(code)}"
 
 
 def _stage(uri: str, session: Session, folder: Path) -> Path:

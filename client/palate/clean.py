@@ -1,0 +1,170 @@
+"""What runs left behind: found first, removed when asked. Knows records, leases and this machine's processes; no engine.
+
+Nothing is found that somebody may still need: a run counts as lost only where a look at it says so, a process as an orphan
+only when its run is over or gone, and a folder only when its process is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from palate.errors import ConfigurationError, RunNotFoundError
+from palate.home import palate_home, stale_work_folders
+from palate.lease import LEASE_KEY, read_lease, silence_s
+from palate.processes import command_of, environment_of, owner_of, pids, send, session_members, start_time
+from palate.record import Record, locate, names
+from palate.run import RunHandle
+from palate.session import Session
+from palate.store import open_store
+
+ENDING_S = 30.0
+"""A runner may go on for so long after its last word, and a service after its time to live."""
+
+_KINDS: tuple[Literal["jobs", "services"], ...] = ("jobs", "services")
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """Something that can be cleaned up.
+
+    Attributes:
+        kind: `lost run`, `expired service`, `stale lease`, `orphan process` or `stale folder`.
+        what: Its name: a run, a pid with its command, or a path.
+        why: Why nobody needs it.
+        remove: Removes it; gone is no error.
+    """
+
+    kind: Literal["lost run", "expired service", "stale lease", "orphan process", "stale folder"]
+    what: str
+    why: str
+    remove: Callable[[], object]
+
+
+def find_leftovers(session: Session) -> list[Leftover]:
+    """Looks at every run of the session's store and at what this machine keeps; changes nothing.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    return [*_of_the_store(session), *_of_this_machine(session)]
+
+
+def _of_the_store(session: Session) -> Iterator[Leftover]:
+    for kind in _KINDS:
+        for name in names(session.store, kind):
+            record = Record(session.store, kind, name)
+            handle = RunHandle(record, session)
+            try:
+                status = record.status()
+                cause = "" if status.is_terminal else handle.lost(status)
+            except (RunNotFoundError, ConfigurationError):
+                continue  # deleted meanwhile, or of a backend that is not installed here
+            if status.is_terminal:
+                lease = read_lease(record)
+                silent_s = silence_s(record) if lease is not None and not lease.released else None
+                if lease is not None and silent_s is not None and silent_s > lease.lost_after_s:
+                    key = record.key(LEASE_KEY)
+                    yield Leftover(
+                        kind="stale lease",
+                        what=f"{kind}/{name}",
+                        why=f"the run is {status.state}, and its runner on {lease.host} has been silent for {silent_s:.0f} s",
+                        remove=lambda key=key: session.store.delete(key),  # type: ignore[misc]
+                    )
+            elif cause:
+                yield Leftover(
+                    kind="lost run",
+                    what=f"{kind}/{name}",
+                    why=cause,
+                    remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
+                )
+            elif kind == "services" and status.state == "Running" and (ttl_s := handle.manifest.body["time_to_live_s"]):
+                age_s = time.time() - (status.started_at or time.time())
+                if age_s > ttl_s + ENDING_S:
+                    yield Leftover(
+                        kind="expired service",
+                        what=name,
+                        why=f"its time to live of {ttl_s:g} s was over {age_s - ttl_s:.0f} s ago",
+                        remove=handle.stop,
+                    )
+
+
+def _of_this_machine(session: Session) -> Iterator[Leftover]:
+    home = palate_home()
+    for pid in pids():
+        command = command_of(pid)
+        if not _is_runner(command) or owner_of(pid) != os.getuid():
+            continue
+        if Path(environment_of(pid, "PALATE_HOME") or Path.home() / ".palate").absolute() != home:
+            continue
+        started = start_time(pid)
+        root, kind, name = locate(command[-1])
+        why = _over(root, kind, name, session)
+        if why:
+            yield Leftover(
+                kind="orphan process",
+                what=f"{pid}: palate-run {command[-1]}",
+                why=why,
+                remove=lambda pid=pid, started=started: _end(pid, started),  # type: ignore[misc]
+            )
+    for kind in _KINDS:
+        for folder in _children(home / "work" / kind):
+            for stale in stale_work_folders(kind, folder.name):
+                yield Leftover(
+                    kind="stale folder",
+                    what=str(stale),
+                    why="the runner that worked in it is gone",
+                    remove=lambda stale=stale: shutil.rmtree(stale, ignore_errors=True),  # type: ignore[misc]
+                )
+    for draft in _children(home / "cache" / "models"):
+        if draft.name.endswith(".draft") and time.time() - draft.stat().st_mtime > 86400:
+            yield Leftover(
+                kind="stale folder",
+                what=str(draft),
+                why="a fetch of weights that was broken off more than a day ago",
+                remove=lambda draft=draft: shutil.rmtree(draft, ignore_errors=True),  # type: ignore[misc]
+            )
+
+
+def _is_runner(command: list[str]) -> bool:
+    return len(command) >= 3 and (command[-3:-1] == ["-m", "palate.runner"] or command[-2].endswith("/palate-run"))
+
+
+def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Session) -> str:
+    """Returns why a runner has nothing to do any more, or ""."""
+    record = Record(open_store(root, options=session.options_for(root)), kind, name)
+    try:
+        status = record.status()
+    except RunNotFoundError:
+        return "its run was deleted"
+    silent_s = silence_s(record, "status.json")
+    if status.is_terminal and silent_s is not None and silent_s > ENDING_S:
+        return f"its run is {status.state} since {silent_s:.0f} s"
+    return ""
+
+
+def _settle(handle: RunHandle) -> None:
+    if handle.refresh().is_terminal:
+        handle.record.store.delete(handle.record.key(LEASE_KEY))
+
+
+def _end(pid: int, started: str) -> None:
+    if start_time(pid) != started:
+        return  # gone, and the number may be another's
+    send(pid, signal.SIGTERM)
+    deadline = time.monotonic() + ENDING_S
+    while start_time(pid) == started and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    for member in session_members(pid):  # a runner leads a session of its own
+        send(member, signal.SIGKILL)
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []

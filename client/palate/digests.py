@@ -1,0 +1,120 @@
+"""A list of what a folder must hold, file by file with size and SHA-256. Knows files and stores, no run.
+
+{"schema": 1, "files": {"adapter_model.safetensors": {"bytes": 3521, "sha256": "…"}, …}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from palate.errors import DamagedFilesError
+from palate.store import Store
+from palate.store.base import walk
+
+DIGESTS_FILE = "digests.json"
+"""In a job's `model/`, written last."""
+
+_SCHEMA = 1
+_BLOCK = 1 << 20
+
+
+class Digests:
+    """What a folder must hold.
+
+    Args:
+        files: `bytes` and `sha256` by path relative to the folder, with `/`.
+    """
+
+    def __init__(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self.files = dict(files)
+
+    @classmethod
+    def of(cls, folder: Path, *, leave_out: str = DIGESTS_FILE) -> Digests:
+        """Reads every file below `folder` but those of one name."""
+        return cls({name: _facts(folder / name) for name in walk(folder) if Path(name).name != leave_out})
+
+    @classmethod
+    def parse(cls, data: bytes, *, where: str) -> Digests:
+        """Raises DamagedFilesError when `data` is no such list."""
+        try:
+            files = json.loads(data)["files"]
+            return cls(
+                {name: {"bytes": int(facts["bytes"]), "sha256": facts["sha256"]} for name, facts in files.items()}
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise DamagedFilesError(
+                f"{where} is no list of digests: the files that it lists cannot be trusted"
+            ) from None
+
+    def encode(self) -> bytes:
+        return (json.dumps({"schema": _SCHEMA, "files": self.files}, indent=1, ensure_ascii=False) + "\n").encode()
+
+    def check_folder(self, folder: Path, *, what: str) -> None:
+        """Reads every file whole.
+
+        Args:
+            folder: On this machine.
+            what: Name of it for people.
+
+        Raises:
+            DamagedFilesError: A file is missing, cut short or changed; names all of them.
+        """
+        _refuse(what, [name for name, facts in self.files.items() if _or_none(folder / name) != facts])
+
+    def check_store(self, store: Store, prefix: str, *, what: str) -> None:
+        """Compares names and sizes by one listing; reads nothing.
+
+        Raises:
+            DamagedFilesError: As for `check_folder`.
+        """
+        sizes = {info.key.removeprefix(f"{prefix}/"): info.size for info in store.list(prefix)}
+        _refuse(what, [name for name, facts in self.files.items() if sizes.get(name) != facts["bytes"]])
+
+
+def read_model_digests(store: Store, prefix: str, sha256: str, *, what: str) -> Digests:
+    """Returns the list of a model folder, checked against its own digest.
+
+    Args:
+        store, prefix: The folder.
+        sha256: Of the list itself, as the job's status says.
+        what: Name of the folder for people.
+
+    Raises:
+        DamagedFilesError: The list is missing, or another one.
+    """
+    key = f"{prefix}/{DIGESTS_FILE}"
+    try:
+        data = store.get(key)
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        _refuse(what, [DIGESTS_FILE])
+    return Digests.parse(data, where=store.uri(key))
+
+
+def _refuse(what: str, damaged: list[str]) -> None:
+    if damaged:
+        raise DamagedFilesError(
+            f"{what} is not what the training wrote: {', '.join(sorted(damaged))} missing or changed. "
+            "Restore the files, or train again"
+        )
+
+
+def _or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        return _facts(path)
+    except OSError:
+        return None
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -1,0 +1,106 @@
+"""Checkpoints between a trainer's folder and the store, whole or not at all. Knows folders and the record, no training.
+
+A checkpoint in the store is whole when its mark is there, which is written last and lists every file with its digest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from palate.digests import Digests
+from palate.errors import DamagedFilesError
+from palate.record import Record
+from palate.store.errors import StoreError
+from palate_trainer.spec import CHECKPOINTS_DIR, COMPLETE_MARK
+
+
+class CheckpointPusher:
+    """Pushes each checkpoint once it is whole, beside the training; a context manager, which waits for the last one.
+
+    Args:
+        record: The run.
+        folder: Where the trainer writes them.
+        staged: Name of the one that the trainer began with: it came from the store.
+        before_mark: Called before a checkpoint becomes whole: what the run said up to it must be there as well.
+    """
+
+    def __init__(self, record: Record, folder: Path, *, staged: str | None, before_mark: Callable[[], None]) -> None:
+        self._record = record
+        self._folder = folder
+        self._seen = {staged}
+        self._before_mark = before_mark
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-checkpoints")
+        self._uploads: dict[Path, Future[None]] = {}
+
+    def __enter__(self) -> CheckpointPusher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True)
+        for folder, upload in self._uploads.items():
+            if isinstance(upload.exception(), StoreError):
+                self._push(folder)  # a store that was full then may have room now
+            else:
+                upload.result()
+
+    def look(self) -> None:
+        """Starts to push what is whole and new."""
+        if not self._folder.is_dir():
+            return
+        marks = self._folder.glob(f"checkpoint-*/{COMPLETE_MARK}")
+        for folder in sorted((mark.parent for mark in marks), key=_step):
+            if folder.name not in self._seen:
+                self._seen.add(folder.name)
+                self._uploads[folder] = self._pool.submit(self._push, folder)
+
+    def _push(self, folder: Path) -> None:
+        prefix = self._record.key(CHECKPOINTS_DIR, f"step-{_step(folder):06d}")
+        mark = f"{prefix}/{COMPLETE_MARK}"
+        digests = Digests.of(folder, leave_out=COMPLETE_MARK)
+        self._record.store.delete(mark)  # an earlier attempt may have come as far: while files change, none is whole
+        for name in digests.files:
+            self._record.store.upload(folder / name, f"{prefix}/{name}")
+        self._before_mark()
+        self._record.store.put(mark, digests.encode())
+
+
+def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Copies the last whole checkpoint of a run to this machine.
+
+    One that was damaged in the store is passed over, with a note, for the one before it.
+
+    Args:
+        record: The run.
+        folder: The trainer's folder of checkpoints.
+        say: Takes one line for the log.
+
+    Returns:
+        The checkpoint's folder, named as the trainer names it; None when the store has none.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    prefix = record.key(CHECKPOINTS_DIR)
+    marks = [info.key for info in record.store.list(prefix) if info.key.endswith(f"/{COMPLETE_MARK}")]
+    for mark in sorted(marks, reverse=True):
+        source = mark.removesuffix(f"/{COMPLETE_MARK}")
+        target = folder / f"checkpoint-{int(source.rpartition('-')[2])}"
+        try:
+            digests = Digests.parse(record.store.get(mark), where=record.store.uri(mark))
+            for name in digests.files:
+                record.store.download(f"{source}/{name}", target / name)
+            digests.check_folder(target, what=record.store.uri(source))
+        except (DamagedFilesError, FileNotFoundError) as error:
+            say(f"note: a checkpoint is passed over: {error}")
+            shutil.rmtree(target, ignore_errors=True)
+            continue
+        (target / COMPLETE_MARK).touch()  # last: its presence means whole
+        return target
+    return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])

