@@ -13,7 +13,7 @@ from typing import Any
 
 from palate.errors import DamagedFilesError
 from palate.store import Store
-from palate.store.base import walk
+from palate.store.local import walk
 
 DIGESTS_FILE = "digests.json"
 """In a job's `model/`, written last."""

@@ -18,7 +18,7 @@ from palate.errors import ConfigurationError, NameTakenError, PalateError
 from palate.home import palate_home
 from palate.saving.card import model_card
 from palate.store import Store, open_parent
-from palate.store.base import walk
+from palate.store.local import walk
 from palate.store.uri import normal_uri
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from palate.errors import ConfigurationError, MissingDependencyError
-from palate.store.base import walk
+from palate.store.local import walk
 from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
 
 _URI = re.compile(r"hf://(?:models/)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/?")
