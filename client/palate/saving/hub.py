@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from palate.errors import ConfigurationError, MissingDependencyError
-from palate.store.local import walk
 from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
+from palate.store.local import walk
 
 _URI = re.compile(r"hf://(?:models/)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/?")
 _OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/", "models/")
