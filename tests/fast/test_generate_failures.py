@@ -173,6 +173,8 @@ def test_a_failure_lets_calls_in_flight_finish(server: ChatServer, tmp_path: Pat
         return world(body, number)
 
     server.behaviour = behaviour
-    with pytest.raises(EndpointError, match="3 finished calls are safe"):
+    with pytest.raises(EndpointError) as caught:
         make(server, tmp_path / "p.jsonl")
-    assert len(server.asked) == 4
+    # At least those three were in flight; an answer that came before the refusal was read may have let one more begin.
+    assert len(server.asked) >= 4
+    assert f"{len(server.asked) - 1} finished calls are safe" in str(caught.value)
