@@ -103,6 +103,10 @@ def tutorial(number: str) -> bytes:
     return text[begin : text.index(last) + len(last)] + b"\n"
 
 
+@pytest.mark.skipif(
+    os.environ.get("PALATE_TEST_TUTORIALS") != "1",
+    reason="PAI's own notebooks ask for answers of any length, minutes on a processor; PALATE_TEST_TUTORIALS=1 runs them",
+)
 @pytest.mark.parametrize("number", ["000", "001"])
 def test_a_tutorial_of_pais_runs_byte_for_byte(
     number: str,
