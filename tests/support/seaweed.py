@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -87,7 +88,7 @@ def running_seaweed(tmp: Path) -> Iterator[SeaweedServer]:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=tmp)
     try:
         server = SeaweedServer(f"http://127.0.0.1:{s3}", access_key, secret_key, process.pid)
-        _wait_until_ready(server, process, log)
+        _wait_until_ready(server, process, log, topology=f"http://127.0.0.1:{master}/dir/status")
         yield server
     finally:
         process.kill()  # the folder is thrown away, so nothing needs a clean end
@@ -123,16 +124,25 @@ def _bound(port: int) -> socket.socket:
     return listener
 
 
-def _wait_until_ready(server: SeaweedServer, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(server: SeaweedServer, process: subprocess.Popen[bytes], log: Path, *, topology: str) -> None:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(f"{server.endpoint}/no-such-bucket/key", timeout=2)
         except urllib.error.HTTPError as answer:
-            if answer.code in (403, 404):  # signed requests are judged: the gateway is up
+            # Signed requests are judged: the gateway is up. What they ask for is found once a volume server is known.
+            if answer.code in (403, 404) and _has_volume_server(topology):
                 return
         except OSError:
             pass
         time.sleep(0.05)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
     raise RuntimeError(f"weed was not ready within {_READY_TIMEOUT_S:.0f} s (exit code {process.poll()}):\n{tail}")
+
+
+def _has_volume_server(topology: str) -> bool:
+    try:
+        with urllib.request.urlopen(topology, timeout=2) as answer:
+            return bool(json.load(answer)["Topology"]["DataCenters"])
+    except OSError:
+        return False

@@ -115,7 +115,7 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
         log=log,
     )
     try:
-        _wait_until_ready(server, bucket)
+        _wait_until_ready(server, bucket, topology=f"http://127.0.0.1:{ports[1]}/dir/status", data=data)
         yield server
     finally:
         _end(process)
@@ -170,8 +170,11 @@ def _keys(path: Path) -> tuple[str, str, bool]:
     return key_id, secret, True
 
 
-def _wait_until_ready(server: StoreServer, bucket: str) -> None:
-    """Waits until signed requests are judged and the bucket can be listed, which after a restart takes seconds."""
+def _wait_until_ready(server: StoreServer, bucket: str, *, topology: str, data: Path) -> None:
+    """Waits until signed requests are judged, the bucket can be listed and what it holds can be read.
+
+    After a restart that takes seconds, and the bucket is listed before the volumes with its objects are found.
+    """
     from palate.store import StoreOptions, open_store
     from palate.store.errors import BucketNotFoundError
     from palate.store.s3_client import connect
@@ -187,7 +190,7 @@ def _wait_until_ready(server: StoreServer, bucket: str) -> None:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     last: object = "it does not answer"
     while time.monotonic() < deadline and server.process.poll() is None:
-        if _answers(server.endpoint):
+        if _answers(server.endpoint) and _volumes_found(topology, data):
             try:
                 store.check()
                 return
@@ -215,6 +218,17 @@ def _answers(endpoint: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _volumes_found(topology: str, data: Path) -> bool:
+    """Whether the master knows a volume server, and every volume that lies on the disk."""
+    try:
+        with urllib.request.urlopen(topology, timeout=2) as answer:
+            centers = json.load(answer)["Topology"]["DataCenters"] or []
+    except (OSError, ValueError, KeyError):
+        return False
+    nodes = [node for center in centers for rack in center["Racks"] or [] for node in rack["DataNodes"] or []]
+    return bool(nodes) and sum(node["Volumes"] for node in nodes) >= sum(1 for _ in data.rglob("*.dat"))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
