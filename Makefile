@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-fast check bench-train bench-data bench-store bench-import clean
+.PHONY: help setup quickstart test test-fast test-faults check bench-train bench-data bench-store bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +13,7 @@ help:
 	@echo "make quickstart    train a small model on demo data, serve it, compare it with its base"
 	echo "make test          the whole test suite, real trainer and real engine included; PALATE_TEST_THOROUGH=1 adds further cases, as CI does"
 	echo "make test-fast     only the tests that start neither"
+	echo "make test-faults  a campaign of 200 faults over real trainings, about 40 minutes; ARGS='--faults 50 --seed 2' and so on"
 	echo "make check         lint, types, import contracts"
 	echo "make setup         the virtual environment that all of them use"
 	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
@@ -56,6 +57,9 @@ test: setup
 
 test-fast: setup
 	@"$(PY)" -m pytest -m "not slow"
+
+test-faults: setup
+	@"$(PY)" -m tests.faults $(ARGS)
 
 check: setup
 	@"$(VENV)/bin/ruff" check .

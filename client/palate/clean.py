@@ -17,15 +17,21 @@ from typing import Literal
 
 from palate.errors import ConfigurationError, RunNotFoundError
 from palate.home import palate_home, stale_work_folders
-from palate.lease import LEASE_KEY, read_lease, silence_s
+from palate.lease import LEASE_KEY, read_lease, silence_s, store_now
 from palate.processes import command_of, environment_of, owner_of, pids, send, session_members, start_time
 from palate.record import Record, locate, names
 from palate.run import RunHandle
 from palate.session import Session
-from palate.store import open_store
+from palate.store import Store, open_store
 
 ENDING_S = 30.0
 """A runner may go on for so long after its last word, and a service after its time to live."""
+
+UNFINISHED_S = 86400.0
+"""A submission uploads its data before its manifest, and may be at it for so long."""
+
+CACHE_S = 30 * 86400.0
+"""What nobody has written to the store's cache for so long is made anew when it is wanted."""
 
 _KINDS: tuple[Literal["jobs", "services"], ...] = ("jobs", "services")
 _POLL_S = 0.1
@@ -36,13 +42,22 @@ class Leftover:
     """Something that can be cleaned up.
 
     Attributes:
-        kind: `lost run`, `expired service`, `stale lease`, `orphan process` or `stale folder`.
+        kind: `lost run`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`, `orphan process` or
+            `stale folder`.
         what: Its name: a run, a pid with its command, or a path.
         why: Why nobody needs it.
         remove: Removes it; gone is no error.
     """
 
-    kind: Literal["lost run", "expired service", "stale lease", "orphan process", "stale folder"]
+    kind: Literal[
+        "lost run",
+        "expired service",
+        "stale lease",
+        "unfinished submission",
+        "stale cache",
+        "orphan process",
+        "stale folder",
+    ]
     what: str
     why: str
     remove: Callable[[], object]
@@ -54,7 +69,7 @@ def find_leftovers(session: Session) -> list[Leftover]:
     Raises:
         StoreError: The store cannot be read.
     """
-    return [*_of_the_store(session), *_of_this_machine(session)]
+    return [*_of_the_store(session), *_unnamed(session.store), *_of_this_machine(session)]
 
 
 def _of_the_store(session: Session) -> Iterator[Leftover]:
@@ -94,6 +109,33 @@ def _of_the_store(session: Session) -> Iterator[Leftover]:
                         why=f"its time to live of {ttl_s:g} s was over {age_s - ttl_s:.0f} s ago",
                         remove=handle.stop,
                     )
+
+
+def _unnamed(store: Store) -> Iterator[Leftover]:
+    """What lies in the store and belongs to no run: files of a client that died before its manifest, and old caches."""
+    now = store_now(store)
+    if now is None:
+        return  # a store that may only be read is nobody's to clean
+    for kind in _KINDS:
+        for name in store.list_children(f"{kind}/"):
+            if store.stat(f"{kind}/{name}/manifest.json") is not None:
+                continue
+            age_s = now - max((info.modified_s for info in store.list(f"{kind}/{name}/")), default=now)
+            if age_s > UNFINISHED_S:
+                yield Leftover(
+                    kind="unfinished submission",
+                    what=f"{kind}/{name}",
+                    why=f"it has no manifest {age_s / 3600:.0f} h after its last file: what submitted it died",
+                    remove=lambda prefix=f"{kind}/{name}/": store.delete_tree(prefix),  # type: ignore[misc]
+                )
+    for info in store.list("cache/"):
+        if (age_s := now - info.modified_s) > CACHE_S:
+            yield Leftover(
+                kind="stale cache",
+                what=info.key,
+                why=f"it was written {age_s / 86400:.0f} days ago; a training that wants it makes it anew",
+                remove=lambda key=info.key: store.delete(key),  # type: ignore[misc]
+            )
 
 
 def _of_this_machine(session: Session) -> Iterator[Leftover]:

@@ -195,9 +195,9 @@ class Record:
             changes.setdefault("finished_at", time.time())
         return self._rewrite(lambda current: replace(current, state=state, **changes), expect, attempt)
 
-    def note(self, **changes: Any) -> Status | None:
-        """Adds facts to the status and leaves its state; returns None when the run is gone."""
-        return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, None)
+    def note(self, *, attempt: int | None = None, **changes: Any) -> Status | None:
+        """Adds facts to the status and leaves its state; returns None when the run is gone, or on to another attempt."""
+        return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, attempt)
 
     def begin_again(
         self,

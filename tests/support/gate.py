@@ -1,11 +1,32 @@
-"""A door in front of a TCP server: shut, it refuses connections and cuts those that stand. Knows bytes alone."""
+"""A door in front of a TCP server: shut, slow, torn, or one that loses the answers. Knows bytes alone."""
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weather:
+    """What happens to bytes on their way.
+
+    Attributes:
+        bytes_per_s: Of each connection and direction; None lets them run.
+        torn_within: A connection is cut after a random number of bytes below this; None cuts none.
+        loses_answers: A connection is cut when the server begins to answer: the request was heard, the answer is not.
+    """
+
+    bytes_per_s: int | None = None
+    torn_within: int | None = None
+    loses_answers: bool = False
+
+
+FAIR = Weather()
 
 
 class Gate:
@@ -13,6 +34,9 @@ class Gate:
 
     Args:
         target: Port of the server, on the loopback.
+
+    Attributes:
+        weather: Can be set at any time; connections that stand feel it, too.
     """
 
     def __init__(self, target: int) -> None:
@@ -20,6 +44,7 @@ class Gate:
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
         self._connections: list[socket.socket] = []
+        self.weather = FAIR
         self.port = 0
         self.open()
 
@@ -59,17 +84,31 @@ class Gate:
                     far.close()
                     return
                 self._connections += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=_forward, args=(source, sink), daemon=True).start()
+            for source, sink, is_answer in ((near, far, False), (far, near, True)):
+                threading.Thread(target=self._forward, args=(source, sink, is_answer), daemon=True).start()
 
-
-def _forward(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-    for item in (source, sink):
+    def _forward(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
+        passed, torn_at, known = 0, 0, FAIR
         with suppress(OSError):
-            item.shutdown(socket.SHUT_RDWR)
+            while data := source.recv(_CHUNK_BYTES):
+                if (weather := self.weather) != known:
+                    known, passed = weather, 0
+                    torn_at = random.randrange(weather.torn_within) if weather.torn_within else 0
+                if weather.loses_answers and is_answer:
+                    break
+                if weather.torn_within and passed + len(data) > torn_at:
+                    sink.sendall(data[: torn_at - passed])
+                    break
+                passed += len(data)
+                if weather.bytes_per_s:
+                    time.sleep(len(data) / weather.bytes_per_s)
+                sink.sendall(data)
+        for item in (source, sink):
+            with suppress(OSError):
+                item.shutdown(socket.SHUT_RDWR)
+
+
+_CHUNK_BYTES = 1 << 14
 
 
 @contextmanager

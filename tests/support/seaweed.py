@@ -114,6 +114,15 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def five_free_ports() -> int:
+    """Returns the first of five free ports in a row."""
+    for _ in range(50):
+        first, *others = sorted(free_ports(5))
+        if others == list(range(first + 1, first + 5)):
+            return first
+    raise AssertionError("no five ports in a row are free")
+
+
 def _bound(port: int) -> socket.socket:
     listener = socket.socket()
     try:

@@ -1,6 +1,10 @@
 """Checkpoints between a trainer's folder and the store, whole or not at all. Knows folders and the record, no training.
 
-A checkpoint in the store is whole when its mark is there, which is written last and lists every file with its digest.
+A checkpoint in the store is whole when its mark is there, which is written last and lists every file with its digest. Each
+attempt has its own: a runner that was given up for lost, and comes back, touches none of the one after it.
+
+    step-000100/  step-000200/            of the first attempt
+    step-000200-attempt-2/                of the second, which went on from the first's step 100
 """
 
 from __future__ import annotations
@@ -23,13 +27,17 @@ class CheckpointPusher:
     Args:
         record: The run.
         folder: Where the trainer writes them.
+        attempt: Whose they are.
         staged: Name of the one that the trainer began with: it came from the store.
         before_mark: Called before a checkpoint becomes whole: what the run said up to it must be there as well.
     """
 
-    def __init__(self, record: Record, folder: Path, *, staged: str | None, before_mark: Callable[[], None]) -> None:
+    def __init__(
+        self, record: Record, folder: Path, *, attempt: int, staged: str | None, before_mark: Callable[[], None]
+    ) -> None:
         self._record = record
         self._folder = folder
+        self._attempt = attempt
         self._seen = {staged}
         self._before_mark = before_mark
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-checkpoints")
@@ -57,14 +65,13 @@ class CheckpointPusher:
                 self._uploads[folder] = self._pool.submit(self._push, folder)
 
     def _push(self, folder: Path) -> None:
-        prefix = self._record.key(CHECKPOINTS_DIR, f"step-{_step(folder):06d}")
-        mark = f"{prefix}/{COMPLETE_MARK}"
+        suffix = f"-attempt-{self._attempt}" if self._attempt > 1 else ""
+        prefix = self._record.key(CHECKPOINTS_DIR, f"step-{_step(folder):06d}{suffix}")
         digests = Digests.of(folder, leave_out=COMPLETE_MARK)
-        self._record.store.delete(mark)  # an earlier attempt may have come as far: while files change, none is whole
         for name in digests.files:
             self._record.store.upload(folder / name, f"{prefix}/{name}")
         self._before_mark()
-        self._record.store.put(mark, digests.encode())
+        self._record.store.put(f"{prefix}/{COMPLETE_MARK}", digests.encode())
 
 
 def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -85,9 +92,10 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
     """
     prefix = record.key(CHECKPOINTS_DIR)
     marks = [info.key for info in record.store.list(prefix) if info.key.endswith(f"/{COMPLETE_MARK}")]
-    for mark in sorted(marks, reverse=True):
-        source = mark.removesuffix(f"/{COMPLETE_MARK}")
-        target = folder / f"checkpoint-{int(source.rpartition('-')[2])}"
+    sources = [mark.removesuffix(f"/{COMPLETE_MARK}") for mark in marks]
+    for source in sorted(sources, key=_step_and_attempt, reverse=True):
+        mark = f"{source}/{COMPLETE_MARK}"
+        target = folder / f"checkpoint-{_step_and_attempt(source)[0]}"
         try:
             digests = Digests.parse(record.store.get(mark), where=record.store.uri(mark))
             for name in digests.files:
@@ -100,6 +108,11 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         (target / COMPLETE_MARK).touch()  # last: its presence means whole
         return target
     return None
+
+
+def _step_and_attempt(prefix: str) -> tuple[int, int]:
+    _, step, *rest = prefix.rpartition("/")[2].split("-")
+    return int(step), int(rest[1]) if rest else 1
 
 
 def _step(folder: Path) -> int:

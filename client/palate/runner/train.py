@@ -74,6 +74,7 @@ def run_training(post: Post, logs: Tail) -> Ending:
     pusher = CheckpointPusher(
         record,
         output / CHECKPOINTS_DIR,
+        attempt=post.presence.attempt,
         staged=resumed_from.name if resumed_from else None,
         before_mark=lambda: post.patience(metrics.push),
     )
@@ -92,7 +93,8 @@ def run_training(post: Post, logs: Tail) -> Ending:
     finally:
         child.kill()
     code = child.process.returncode
-    if outcome == "fenced":
+    if outcome == "fenced" or not post.patience(post.presence.held.beat):  # it may have slept since its last heartbeat
+        post.presence.fenced.set()
         return Ending(state="Failed", again=False)
     post.patience(lambda: metrics.push(final=True))
     if (output / TENSORBOARD_DIR).is_dir():
@@ -100,7 +102,7 @@ def run_training(post: Post, logs: Tail) -> Ending:
     if code == 0:  # also when a stop came after the last step: the model is whole
         post.say("saving the model")
         details = {**record.status().details, "model_digest": _push_model(post, output / MODEL_DIR)}
-        record.note(details=details)
+        record.note(attempt=post.presence.attempt, details=details)
         return Ending(state="Succeeded", exit_code=code)
     if outcome == "stopped" or (outcome == "ended" and code == EXIT_STOPPED):
         return Ending(state="Stopped", exit_code=code, reason="stopped on request")
@@ -128,7 +130,7 @@ def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
             f"it was {before}): bring those back, or train anew"
         )
     details = {**earlier.details, "model_revision": revision, "versions": _library_versions()}
-    post.record.note(details=details)
+    post.record.note(attempt=post.presence.attempt, details=details)
     inputs = {channel: facts["uri"] for channel, facts in body["inputs"].items()}
 
     def stage(channel: str) -> str | None:
