@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
+WORKERS ?= 2
 
 .PHONY: help setup quickstart test test-fast test-faults check bench-train bench-data bench-store bench-import clean
 .ONESHELL:
@@ -53,7 +55,7 @@ quickstart: setup
 	@"$(VENV)/bin/palate" quickstart
 
 test: setup
-	@"$(PY)" -m pytest
+	@"$(PY)" -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-fast: setup
 	@"$(PY)" -m pytest -m "not slow"

