@@ -14,10 +14,9 @@ PalateError
 ├── TrainingJobError (RuntimeError)         a job failed or was stopped; carries reason and last log lines
 ├── ServiceError (RuntimeError)             a service failed to start, or died; carries reason and last log lines
 ├── EndpointError (RuntimeError)            an endpoint refuses or has gone while pairs are made; see `palate.data.endpoint`
-├── SavedModelError (RuntimeError)          a model was not copied as the training wrote it; see `palate.saving`
 ├── PaiNameError (ImportError)              a name of PAI's SDK that Palate has not; see `palate.pai`
 ├── PaiAttributeError (AttributeError)      an attribute of PAI's classes that Palate's have not; see `palate.pai`
-├── DamagedFilesError (RuntimeError)        a model or checkpoint is not what was written
+├── DamagedFilesError (RuntimeError)        a model, a copy of it, or a checkpoint is not what was written
 ├── WaitTimeoutError (TimeoutError)         what was waited for did not come in time
 └── StoreError (OSError)                    see `palate.store.errors`
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.digests import file_facts
 from palate.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from palate_recipes.data.rows import BadRows, Strategy
 
 _REMARKS_SHOWN = 12
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +114,11 @@ class Input:
         if self.skipped and plain:
             facts["skipped_rows"] = list(self.skipped)
         if plain and origin.startswith(("s3://", "oss://")):
-            return {"uri": origin, **_digest(path), **facts}
+            return {"uri": origin, **file_facts(path), **facts}
         if plain and origin.startswith("file://"):
             key = record.key("inputs", channel, path.name)
             record.store.upload(path, key)
-            return {"uri": record.store.uri(key), **_digest(path), **facts}
+            return {"uri": record.store.uri(key), **file_facts(path), **facts}
         key = record.key("inputs", channel, f"{channel}.jsonl")
         with tempfile.TemporaryDirectory(prefix="palate-") as folder:
             joined = Path(folder) / f"{channel}.jsonl"
@@ -128,7 +127,7 @@ class Input:
             facts |= {"origin": origin, "files": len(self.fetched.files)}
             if self.fetched.revision:
                 facts["revision"] = self.fetched.revision
-            return {"uri": record.store.uri(key), **_digest(joined), **facts}
+            return {"uri": record.store.uri(key), **file_facts(joined), **facts}
 
     def _join(self, out: Path) -> None:
         from palate_recipes.data.formats import plain_raw
@@ -142,14 +141,6 @@ class Input:
             for row in read_rows(path, strategy=self.strategy, bad_rows=bad_rows, format=self.format)
         )
         write_rows(out, rows)
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
 @contextmanager
