@@ -4,6 +4,7 @@ PalateError
 ├── HyperparameterError (ValueError)        unknown, wrong type, out of bounds, contradictory
 ├── UnknownModelError (LookupError)         not in the catalog
 ├── DataError (ValueError)                  a preference file cannot be used
+├── CheckError (RuntimeError)               a check of data broke off for a reason that is not the data's
 ├── ConfigurationError (ValueError)         an argument or setting that cannot work
 │   └── UnsupportedParameterError           a PAI parameter that has no meaning here
 ├── MissingDependencyError (ImportError)    an optional package is not installed
@@ -23,9 +24,10 @@ PalateError
 
 from __future__ import annotations
 
-from palate_recipes.errors import DataError, HyperparameterError, PalateError, UnknownModelError
+from palate_recipes.errors import CheckError, DataError, HyperparameterError, PalateError, UnknownModelError
 
 __all__ = [
+    "CheckError",
     "ConfigurationError",
     "DamagedFilesError",
     "DataError",

@@ -157,26 +157,31 @@ def checked_inputs(
 
     Raises:
         DataError: Data is missing or has unusable rows (with `skip`: no usable one); names file, row, field and remedy.
+        CheckError: The check broke off, such as for want of memory.
         StoreError: The object store cannot be read.
         ConfigurationError: An input that is neither a path nor a URI.
     """
     from palate.data.sources import at_hand
-    from palate_recipes.data.checking import read_files
+    from palate_recipes.data.checking import HeldOut, read_files, takes_helpers
 
     checked: dict[str, Input] = {}
     with ExitStack() as places:
-        held_out: list[tuple[Path, str]] = []
-        for channel in sorted(inputs, key=lambda name: name != "validation"):  # the other is compared with it
-            given = inputs[channel]
+        found: dict[str, tuple[PreferenceData, Format | None, Fetched]] = {}
+        for channel, given in inputs.items():
             data = given if isinstance(given, PreferenceData) else PreferenceData(uri=given)
             if not isinstance(data.uri, str | Path) or not str(data.uri):
                 raise ConfigurationError(
                     f"inputs[{channel!r}]={data.uri!r} must be a path or a URI (file://, s3://, oss://, hf://)"
                 )
-            form = data.as_format()
-            fetched = places.enter_context(at_hand(data.uri, session))
-            files = [(path, str(path)) for path in fetched.files]
-            linter = read_files(files, strategy=strategy, format=form, validation=held_out)
+            found[channel] = data, data.as_format(), places.enter_context(at_hand(data.uri, session))
+        files = {channel: tuple((path, str(path)) for path in item.files) for channel, (_, _, item) in found.items()}
+        # Helpers have to read the validation data for themselves; whoever reads alone compares with what was read here.
+        alone = {"train", "validation"} <= files.keys() and not takes_helpers(files["train"])
+        held_out: HeldOut | None = None
+        for channel in sorted(found, key=lambda name: name != "validation"):  # the other is compared with it
+            data, form, fetched = found[channel]
+            index = alone and channel == "validation"
+            linter = read_files(files[channel], strategy=strategy, format=form, held_out=held_out, index_prompts=index)
             report = linter.finish()
             _refuse(linter, data, strategy, bad_rows)
             skipped = {number: problem for _, number, problem in linter.wrong}
@@ -184,7 +189,7 @@ def checked_inputs(
                 fetched=fetched, report=report, rows=report.usable, skipped=skipped, format=form, strategy=strategy
             )
             if channel == "validation":
-                held_out = files
+                held_out = HeldOut(files[channel], form, linter.prompts if index else None)
         yield {channel: checked[channel] for channel in inputs}
 
 
