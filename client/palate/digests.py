@@ -19,7 +19,8 @@ DIGESTS_FILE = "digests.json"
 """In a job's `model/`, written last."""
 
 _SCHEMA = 1
-_BLOCK = 1 << 20
+_CHANGED = "is not what the training wrote"
+_RESTORE = "Restore the files, or train again"
 
 
 class Digests:
@@ -34,36 +35,45 @@ class Digests:
 
     @classmethod
     def of(cls, folder: Path, *, leave_out: str = DIGESTS_FILE) -> Digests:
-        """Reads every file below `folder` but those of one name."""
-        return cls({name: _facts(folder / name) for name in walk(folder) if Path(name).name != leave_out})
+        """Reads every file below `folder` but one, the list itself."""
+        return cls({name: file_facts(folder / name) for name in walk(folder) if name != leave_out})
 
     @classmethod
-    def parse(cls, data: bytes, *, where: str) -> Digests:
-        """Raises DamagedFilesError when `data` is no such list."""
+    def parse(cls, data: bytes, *, where: str, remedy: str = "the files that it lists cannot be trusted") -> Digests:
+        """Reads what `encode` wrote.
+
+        Args:
+            data: The list.
+            where: Name of it for people.
+            remedy: Last words of the error.
+
+        Raises:
+            DamagedFilesError: It is no such list.
+        """
         try:
             files = json.loads(data)["files"]
             return cls(
                 {name: {"bytes": int(facts["bytes"]), "sha256": facts["sha256"]} for name, facts in files.items()}
             )
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise DamagedFilesError(
-                f"{where} is no list of digests: the files that it lists cannot be trusted"
-            ) from None
+            raise DamagedFilesError(f"{where} is no list of digests: {remedy}") from None
 
     def encode(self) -> bytes:
         return (json.dumps({"schema": _SCHEMA, "files": self.files}, indent=1, ensure_ascii=False) + "\n").encode()
 
-    def check_folder(self, folder: Path, *, what: str) -> None:
+    def check_folder(self, folder: Path, *, what: str, wrong: str = _CHANGED, remedy: str = _RESTORE) -> None:
         """Reads every file whole.
 
         Args:
             folder: On this machine.
             what: Name of it for people.
+            wrong, remedy: What the error says of it, before and behind the names of the files.
 
         Raises:
             DamagedFilesError: A file is missing, cut short or changed; names all of them.
         """
-        _refuse(what, [name for name, facts in self.files.items() if _or_none(folder / name) != facts])
+        damaged = [name for name, facts in self.files.items() if _or_none(folder / name) != facts]
+        _refuse(what, damaged, wrong=wrong, remedy=remedy)
 
     def check_store(self, store: Store, prefix: str, *, what: str) -> None:
         """Compares names and sizes by one listing; reads nothing.
@@ -73,6 +83,13 @@ class Digests:
         """
         sizes = {info.key.removeprefix(f"{prefix}/"): info.size for info in store.list(prefix)}
         _refuse(what, [name for name, facts in self.files.items() if sizes.get(name) != facts["bytes"]])
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Returns a file's `bytes` and `sha256`, read whole."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
 
 
 def read_model_digests(store: Store, prefix: str, sha256: str, *, what: str) -> Digests:
@@ -96,25 +113,13 @@ def read_model_digests(store: Store, prefix: str, sha256: str, *, what: str) -> 
     return Digests.parse(data, where=store.uri(key))
 
 
-def _refuse(what: str, damaged: list[str]) -> None:
+def _refuse(what: str, damaged: list[str], *, wrong: str = _CHANGED, remedy: str = _RESTORE) -> None:
     if damaged:
-        raise DamagedFilesError(
-            f"{what} is not what the training wrote: {', '.join(sorted(damaged))} missing or changed. "
-            "Restore the files, or train again"
-        )
+        raise DamagedFilesError(f"{what} {wrong}: {', '.join(sorted(damaged))} missing or changed. {remedy}")
 
 
 def _or_none(path: Path) -> dict[str, Any] | None:
     try:
-        return _facts(path)
+        return file_facts(path)
     except OSError:
         return None
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}

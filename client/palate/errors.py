@@ -4,6 +4,7 @@ PalateError
 ├── HyperparameterError (ValueError)        unknown, wrong type, out of bounds, contradictory
 ├── UnknownModelError (LookupError)         not in the catalog
 ├── DataError (ValueError)                  a preference file cannot be used
+├── CheckError (RuntimeError)               a check of data broke off for a reason that is not the data's
 ├── ConfigurationError (ValueError)         an argument or setting that cannot work
 │   └── UnsupportedParameterError           a PAI parameter that has no meaning here
 ├── MissingDependencyError (ImportError)    an optional package is not installed
@@ -14,19 +15,19 @@ PalateError
 ├── TrainingJobError (RuntimeError)         a job failed or was stopped; carries reason and last log lines
 ├── ServiceError (RuntimeError)             a service failed to start, or died; carries reason and last log lines
 ├── EndpointError (RuntimeError)            an endpoint refuses or has gone while pairs are made; see `palate.data.endpoint`
-├── SavedModelError (RuntimeError)          a model was not copied as the training wrote it; see `palate.saving`
 ├── PaiNameError (ImportError)              a name of PAI's SDK that Palate has not; see `palate.pai`
 ├── PaiAttributeError (AttributeError)      an attribute of PAI's classes that Palate's have not; see `palate.pai`
-├── DamagedFilesError (RuntimeError)        a model or checkpoint is not what was written
+├── DamagedFilesError (RuntimeError)        a model, a copy of it, or a checkpoint is not what was written
 ├── WaitTimeoutError (TimeoutError)         what was waited for did not come in time
 └── StoreError (OSError)                    see `palate.store.errors`
 """
 
 from __future__ import annotations
 
-from palate_recipes.errors import DataError, HyperparameterError, PalateError, UnknownModelError
+from palate_recipes.errors import CheckError, DataError, HyperparameterError, PalateError, UnknownModelError
 
 __all__ = [
+    "CheckError",
     "ConfigurationError",
     "DamagedFilesError",
     "DataError",

@@ -245,7 +245,7 @@ class TrainingJob:
         Raises:
             JobNotReadyError: The job has not succeeded.
             NameTakenError: The folder holds something else.
-            SavedModelError: The model is not what the training wrote, or did not arrive as it was sent.
+            DamagedFilesError: The model is not what the training wrote, or did not arrive as it was sent.
             StoreError: The place refuses or does not answer.
             ConfigurationError: The hub is meant and there is no token.
         """

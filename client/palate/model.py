@@ -1,11 +1,10 @@
-"""Models and recipes: what to train, how, and on what. Knows the schema and the catalog; the run itself is a `TrainingJob`.
+"""Recipes: what to train, how, and on what. Knows the schema and the catalog; the run itself is a `TrainingJob`.
 
 The parameters are those of PAI's `ModelTrainingRecipe`, in its order; what has no meaning here is refused by name.
 """
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,44 +12,23 @@ from typing import TYPE_CHECKING, Any
 from palate.backend import Backend, get_backend
 from palate.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate.job import TrainingJob
+from palate.refused import refuse
+from palate.registered import RegisteredModel
 from palate.session import Session, get_default_session
 from palate.stand_in import LABEL as STAND_IN_LABEL
 from palate.stand_in import stand_in_for
-from palate.submission import CHANNELS, TrainingRequest, submit
-from palate.weights import find_weights
-from palate_recipes.catalog import Model, find_model, models
+from palate.submission import TrainingRequest, submit
+from palate_recipes.catalog import Model, find_model
 from palate_recipes.hyperparameters import Resolved, as_definitions, resolve, validate
 
 if TYPE_CHECKING:
     from palate.data.inputs import PreferenceData
     from palate.predictor import Predictor
 
+# A PAI script finds both in this module.
+__all__ = ["ModelTrainingRecipe", "RegisteredModel"]
+
 DEFAULT_METHOD = "LoRA_LLM"
-
-_NO_MEANING = {
-    "source_dir": "the training program is Palate's own; its behaviour is set by hyperparameters",
-    "command": "the training program is Palate's own; its behaviour is set by hyperparameters",
-    "requirements": "the training program runs in a pinned environment: add packages to the environment or the image",
-    "job_type": "every training is one job of one program",
-    "spot_spec": "where a run is placed is the backend's matter; it has no spot market",
-    "resource_id": "where a run is placed is the backend's matter: choose backend=",
-    "resource_type": "where a run is placed is the backend's matter: choose backend=",
-    "user_vpc_config": "Palate knows endpoints, not Alibaba's networks",
-    "experiment_config": "metrics and TensorBoard files lie beside the job: see job.metrics() and job.output_path('tensorboard')",
-    "input_channels": f"the channels are fixed: {', '.join(CHANNELS)}",
-    "output_channels": "outputs are fixed: model, checkpoints, tensorboard; see job.output_path()",
-    "outputs": "outputs lie in the job's own prefix: see job.output_path(), and Session(store=…) to choose where jobs are kept",
-    "resource_config": "where a service is placed is the backend's matter: choose backend=",
-    "inference_spec": "what a service runs follows from the job; options= sets engine, port and limits",
-}
-
-
-def _refuse(**parameters: object) -> None:
-    for name, value in parameters.items():
-        if value is not None:
-            raise UnsupportedParameterError(
-                f"{name}={value!r} has no meaning in Palate: {_NO_MEANING[name]}. Leave it out"
-            )
 
 
 class ModelTrainingRecipe:
@@ -121,7 +99,7 @@ class ModelTrainingRecipe:
         session: Session | None = None,
         max_attempts: int = 1,
     ) -> None:
-        _refuse(
+        refuse(
             source_dir=source_dir,
             job_type=job_type,
             command=command,
@@ -223,7 +201,7 @@ class ModelTrainingRecipe:
             NameTakenError: `job_name` is in use.
             TrainingJobError: With `wait`: it failed or was stopped; carries reason and last log lines.
         """
-        _refuse(outputs=outputs)
+        refuse(outputs=outputs)
         request = TrainingRequest(
             model_name=self.model_name,
             model_uri=self.model_uri,
@@ -308,7 +286,7 @@ class ModelTrainingRecipe:
             NameTakenError: `service_name` is in use.
             ServiceError: It failed to start; carries the reason and the engine's last lines. Nothing is left running.
         """
-        _refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
+        refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
         self.session.backend.refuse(
             image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
         )
@@ -323,96 +301,6 @@ class ModelTrainingRecipe:
 
     def __repr__(self) -> str:
         return f"ModelTrainingRecipe(model_name={self.model_name!r}, method={self.method!r})"
-
-
-class RegisteredModel:
-    """A model of the catalog.
-
-    Args:
-        model_name: A name, alias or hub id.
-        model_version: Revision of the weights on the hub.
-        model_provider: Publisher, or `pai`, which stands for any.
-        session: Default: the default session.
-
-    Raises:
-        UnknownModelError: Names the nearest models.
-    """
-
-    def __init__(
-        self,
-        model_name: str,
-        model_version: str | None = None,
-        model_provider: str | None = None,
-        session: Session | None = None,
-    ) -> None:
-        self.row = find_model(model_name, provider=model_provider)
-        self.model_name = self.row.name
-        self.model_version = model_version
-        self.model_provider = self.row.provider
-        self._session = session
-
-    @classmethod
-    def list(cls, task: str | None = None, session: Session | None = None) -> builtins.list[RegisteredModel]:
-        """Returns the catalog's models.
-
-        Args:
-            task: Only those fit for it: `chat` or `text-generation`.
-            session: Default: the default session.
-        """
-        return [cls(row.name, session=session) for row in models(task)]
-
-    def training_recipe(
-        self, method: str | None = None, hyperparameters: Mapping[str, Any] | None = None
-    ) -> ModelTrainingRecipe:
-        """Returns a recipe that trains this model."""
-        return ModelTrainingRecipe(
-            model_name=self.model_name,
-            model_version=self.model_version,
-            method=method,
-            hyperparameters=hyperparameters,
-            session=self._session,
-        )
-
-    def deploy(
-        self,
-        service_name: str,
-        instance_type: str | None = None,
-        instance_count: int | None = 1,
-        resource_config: object = None,
-        resource_id: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        wait: bool = True,
-        inference_spec: object = None,
-        *,
-        show_logs: bool = False,
-    ) -> Predictor:
-        """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`."""
-        from palate.predictor import start_service
-
-        _refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
-        session = self._session or get_default_session()
-        session.backend.refuse(
-            image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
-        )
-        name, uri, version, labels = self.model_name, None, self.model_version, {}
-        if other := stand_in_for(name):
-            name, uri, version, labels = other.name, other.uri, None, {STAND_IN_LABEL: other.for_name}
-        source, row = find_weights(session, model_name=None if uri else name, model_uri=uri, model_version=version)
-        return start_service(
-            session,
-            service_name=service_name,
-            model={"name": name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
-            tuned_uri=None,
-            adapter=False,
-            system_prompt="",
-            labels=labels,
-            options=dict(options or {}),
-            wait=wait,
-            show_logs=show_logs,
-        )
-
-    def __repr__(self) -> str:
-        return f"RegisteredModel(model_name={self.model_name!r}, model_provider={self.model_provider!r})"
 
 
 def _with_backend(session: Session, backend: str | Backend | None) -> Session:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import difflib
 import secrets
 import socket
 import time
@@ -15,6 +14,7 @@ from palate.errors import ConfigurationError, ServiceError, UnsupportedParameter
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status, names
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
+from palate_recipes.nearest import did_you_mean
 from palate_server.spec import ServeSpec
 
 if TYPE_CHECKING:
@@ -336,8 +336,7 @@ def start_service(
 def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in _OPTIONS:
-            near = difflib.get_close_matches(name, _OPTIONS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, _OPTIONS)
             raise ConfigurationError(f"unknown deploy option {name!r}: {hint}known are {', '.join(_OPTIONS)}")
         if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
             wanted = " or ".join(kind.__name__ for kind in _OPTIONS[name])

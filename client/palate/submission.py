@@ -5,7 +5,6 @@ The order is the point: whatever can be refused is refused before the first key 
 
 from __future__ import annotations
 
-import difflib
 import platform
 import sys
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from palate.session import Session
 from palate.weights import WeightsSource, find_weights
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import Resolved
+from palate_recipes.nearest import did_you_mean
 
 CHANNELS = ("train", "validation", CHANNEL)
 
@@ -164,8 +164,7 @@ def _submit(
 def _check_channels(inputs: Mapping[str, Any]) -> None:
     for channel in inputs:
         if channel not in CHANNELS:
-            near = difflib.get_close_matches(channel, CHANNELS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(channel, CHANNELS)
             raise ConfigurationError(
                 f"inputs has an unknown channel {channel!r}: {hint}known are {', '.join(CHANNELS)}"
             )

@@ -19,3 +19,7 @@ class UnknownModelError(PalateError, LookupError):
 
 class DataError(PalateError, ValueError):
     """A preference file cannot be used; the message names file, row, field and remedy."""
+
+
+class CheckError(PalateError, RuntimeError):
+    """A check of preference data broke off for a reason that is not the data's."""

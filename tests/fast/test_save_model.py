@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from palate import Session, TrainingJob
-from palate.errors import ConfigurationError, JobNotReadyError, NameTakenError
+from palate.digests import DIGESTS_FILE
+from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, NameTakenError
 from palate.record import Manifest, Record
-from palate.saving import DIGESTS_FILE, SavedModelError
 from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
 from tests.support.hub_models import ModelHub, running_model_hub
 
@@ -127,7 +127,7 @@ def test_a_model_that_was_changed_after_the_training_goes_nowhere(
     job.save_model(tmp_path / "good")
     session.store.put("jobs/one/model/tokenizer.json", b"[]\n")
     session.store.delete("jobs/one/model/adapter_config.json")
-    with pytest.raises(SavedModelError, match=r"adapter_config\.json, tokenizer\.json missing or changed"):
+    with pytest.raises(DamagedFilesError, match=r"adapter_config\.json, tokenizer\.json missing or changed"):
         job.save_model(tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 

@@ -111,6 +111,7 @@ def tutorial(number: str) -> bytes:
 def test_a_tutorial_of_pais_runs_byte_for_byte(
     number: str,
     seaweed: SeaweedServer,
+    bucket: str,
     tutorial_data: str,
     home: Path,
     base_model: Path,  # the scripts leave the engine to Palate, and vLLM serves no model as small as `tiny`
@@ -121,7 +122,7 @@ def test_a_tutorial_of_pais_runs_byte_for_byte(
     put_rows(seaweed)
     monkeypatch.setenv(SETTING, f"qwen2-0.5b-instruct={base_model}")
     if number == "001":  # jobs and services in the object store as well
-        monkeypatch.setenv("PALATE_STORE", f"s3://palate/tutorial-{tmp_path.name}")
+        monkeypatch.setenv("PALATE_STORE", f"s3://{bucket}/tutorial-{tmp_path.name}")
     script = tmp_path / "tutorial.py"
     script.write_bytes(printed)
 

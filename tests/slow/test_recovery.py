@@ -130,6 +130,7 @@ def test_what_was_killed_goes_on_and_equals_the_run_without_a_break(
 @pytest.mark.parametrize("away_s", [6, pytest.param(60, marks=LONG)])
 def test_a_store_that_is_away_stops_no_training(
     seaweed: SeaweedServer,
+    bucket: str,
     home: Path,
     tiny: Path,
     prefs: Path,
@@ -140,7 +141,7 @@ def test_a_store_that_is_away_stops_no_training(
         for name, value in seaweed.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{gate.port}")
-        monkeypatch.setenv("PALATE_STORE", f"s3://palate/away-{away_s}")
+        monkeypatch.setenv("PALATE_STORE", f"s3://{bucket}/away-{away_s}")
         setup_default_session()
         job = train(tiny, prefs, "away")
         until(lambda: has_checkpoint(job))

@@ -12,7 +12,7 @@ from palate import Session
 from palate.errors import ConfigurationError
 from palate.store import open_store
 from palate.weights import WeightsError, WeightsSource, fetch_weights, find_weights
-from tests.slow.conftest import SeaweedServer
+from tests.support.seaweed import SeaweedServer
 
 pytestmark = pytest.mark.slow
 
@@ -35,12 +35,12 @@ def test_two_processes_that_want_the_same_weights_convert_them_once(home: Path, 
 
 
 def test_weights_from_a_bucket_are_fetched_once_and_again_when_they_change(
-    home: Path, tiny: Path, seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch
+    home: Path, tiny: Path, seaweed: SeaweedServer, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in seaweed.environment().items():
         monkeypatch.setenv(name, value)
     session = Session()
-    uri = "s3://palate/models/tiny"
+    uri = f"s3://{bucket}/models/tiny"
     store = open_store(uri)
     store.upload_tree(tiny)
     source, row = find_weights(session, model_name=None, model_uri=uri)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from palate import Session, TrainingJob
-from palate.errors import NameTakenError
+from palate.digests import DIGESTS_FILE
+from palate.errors import DamagedFilesError, NameTakenError
 from palate.record import Manifest, Record
-from palate.saving import DIGESTS_FILE, SavedModelError
 from palate.store import Store, StoreOptions, open_store
 
 FILES = {"adapter_config.json": b"{}", "deep/er/tokenizer.json": b"{}\n", "adapter_model.safetensors": b"\0w" * 4096}
@@ -67,5 +67,5 @@ def test_a_model_damaged_in_the_bucket_is_not_saved(
     first.save_model(f"{other.store_uri}/jobs/one/model-copy", session=other)
     digests = other.store.get(f"jobs/one/model-copy/{DIGESTS_FILE}")
     other.store.put(f"jobs/one/model/{DIGESTS_FILE}", digests)
-    with pytest.raises(SavedModelError, match=r"README\.md missing or changed"):
+    with pytest.raises(DamagedFilesError, match=r"README\.md missing or changed"):
         job.save_model(tmp_path / "copy")

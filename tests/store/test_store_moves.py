@@ -19,7 +19,7 @@ import pytest
 from palate.store import Progress, Store, StoreOptions, open_store
 from palate.store.crc import crc32_of, joined, spelled
 from palate.store.errors import ObjectNotFoundError, PreconditionFailedError, StoreError, StoreUsageError
-from tests.store.conftest import empty_store
+from tests.support.stores import empty_store
 
 LARGE = 16 * (1 << 20) + 12_345
 

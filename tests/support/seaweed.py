@@ -82,7 +82,7 @@ def running_seaweed(tmp: Path) -> Iterator[SeaweedServer]:
         *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
         *(f"-admin.port={admin}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
     ]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "PALATE_"))}
     environment = {**kept, "AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key, "GOMEMLIMIT": "300MiB"}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=tmp)

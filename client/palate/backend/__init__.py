@@ -5,12 +5,12 @@ A backend is four verbs over one command (see `Backend`). Others register under 
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import Protocol
 
 from palate.errors import ConfigurationError
 from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.nearest import did_you_mean
 
 _BUILT_IN = {"process": "palate.backend.process:ProcessBackend"}
 _GROUP = "palate.backends"
@@ -69,8 +69,7 @@ def get_backend(name: str) -> Backend:
     """Returns the backend of that name; raises ConfigurationError with the known names otherwise."""
     found = _BUILT_IN if name in _BUILT_IN else _known()
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, found)
         raise ConfigurationError(f"unknown backend {name!r}: {hint}known are {', '.join(sorted(found))}")
     module, _, attribute = found[name].partition(":")
     backend: Backend = getattr(import_module(module), attribute)()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.digests import file_facts
 from palate.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from palate_recipes.data.rows import BadRows, Strategy
 
 _REMARKS_SHOWN = 12
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +114,11 @@ class Input:
         if self.skipped and plain:
             facts["skipped_rows"] = list(self.skipped)
         if plain and origin.startswith(("s3://", "oss://")):
-            return {"uri": origin, **_digest(path), **facts}
+            return {"uri": origin, **file_facts(path), **facts}
         if plain and origin.startswith("file://"):
             key = record.key("inputs", channel, path.name)
             record.store.upload(path, key)
-            return {"uri": record.store.uri(key), **_digest(path), **facts}
+            return {"uri": record.store.uri(key), **file_facts(path), **facts}
         key = record.key("inputs", channel, f"{channel}.jsonl")
         with tempfile.TemporaryDirectory(prefix="palate-") as folder:
             joined = Path(folder) / f"{channel}.jsonl"
@@ -128,7 +127,7 @@ class Input:
             facts |= {"origin": origin, "files": len(self.fetched.files)}
             if self.fetched.revision:
                 facts["revision"] = self.fetched.revision
-            return {"uri": record.store.uri(key), **_digest(joined), **facts}
+            return {"uri": record.store.uri(key), **file_facts(joined), **facts}
 
     def _join(self, out: Path) -> None:
         from palate_recipes.data.formats import plain_raw
@@ -142,14 +141,6 @@ class Input:
             for row in read_rows(path, strategy=self.strategy, bad_rows=bad_rows, format=self.format)
         )
         write_rows(out, rows)
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
 @contextmanager
@@ -166,26 +157,31 @@ def checked_inputs(
 
     Raises:
         DataError: Data is missing or has unusable rows (with `skip`: no usable one); names file, row, field and remedy.
+        CheckError: The check broke off, such as for want of memory.
         StoreError: The object store cannot be read.
         ConfigurationError: An input that is neither a path nor a URI.
     """
     from palate.data.sources import at_hand
-    from palate_recipes.data.checking import read_files
+    from palate_recipes.data.checking import HeldOut, read_files, takes_helpers
 
     checked: dict[str, Input] = {}
     with ExitStack() as places:
-        held_out: list[tuple[Path, str]] = []
-        for channel in sorted(inputs, key=lambda name: name != "validation"):  # the other is compared with it
-            given = inputs[channel]
+        found: dict[str, tuple[PreferenceData, Format | None, Fetched]] = {}
+        for channel, given in inputs.items():
             data = given if isinstance(given, PreferenceData) else PreferenceData(uri=given)
             if not isinstance(data.uri, str | Path) or not str(data.uri):
                 raise ConfigurationError(
                     f"inputs[{channel!r}]={data.uri!r} must be a path or a URI (file://, s3://, oss://, hf://)"
                 )
-            form = data.as_format()
-            fetched = places.enter_context(at_hand(data.uri, session))
-            files = [(path, str(path)) for path in fetched.files]
-            linter = read_files(files, strategy=strategy, format=form, validation=held_out)
+            found[channel] = data, data.as_format(), places.enter_context(at_hand(data.uri, session))
+        files = {channel: tuple((path, str(path)) for path in item.files) for channel, (_, _, item) in found.items()}
+        # Helpers have to read the validation data for themselves; whoever reads alone compares with what was read here.
+        alone = {"train", "validation"} <= files.keys() and not takes_helpers(files["train"])
+        held_out: HeldOut | None = None
+        for channel in sorted(found, key=lambda name: name != "validation"):  # the other is compared with it
+            data, form, fetched = found[channel]
+            index = alone and channel == "validation"
+            linter = read_files(files[channel], strategy=strategy, format=form, held_out=held_out, index_prompts=index)
             report = linter.finish()
             _refuse(linter, data, strategy, bad_rows)
             skipped = {number: problem for _, number, problem in linter.wrong}
@@ -193,7 +189,7 @@ def checked_inputs(
                 fetched=fetched, report=report, rows=report.usable, skipped=skipped, format=form, strategy=strategy
             )
             if channel == "validation":
-                held_out = files
+                held_out = HeldOut(files[channel], form, linter.prompts if index else None)
         yield {channel: checked[channel] for channel in inputs}
 
 

@@ -21,7 +21,7 @@ _LIBC = ctypes.CDLL(None)  # opened here: between fork and exec as little as pos
 
 
 class Child:
-    """A program whose output goes to `log` and whose life ends with this process."""
+    """A program whose output goes to `log`; its life ends with this process, or with the `with` block that it is given to."""
 
     def __init__(self, argv: list[str], *, log: Path, env: dict[str, str], cwd: Path) -> None:
         self.log = log
@@ -35,6 +35,12 @@ class Child:
                 cwd=cwd,
                 preexec_fn=_die_with_parent,
             )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
 
     def terminate(self) -> None:
         if self.process.poll() is None:

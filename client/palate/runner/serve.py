@@ -67,7 +67,7 @@ def run_service(post: Post) -> Ending:
             return  # at the next tick
         announced = True
 
-    try:
+    with child:
         outcome = watch(
             child,
             post.presence,
@@ -76,8 +76,6 @@ def run_service(post: Post) -> Ending:
             deadline=lambda: over_at,
             grace_s=STOP_GRACE_S,
         )
-    finally:
-        child.kill()
     code = child.process.returncode
     if outcome != "ended":
         reason = "its time to live is over" if outcome == "timed out" else "stopped on request"

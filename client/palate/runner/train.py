@@ -78,20 +78,17 @@ def run_training(post: Post, logs: Tail) -> Ending:
         staged=resumed_from.name if resumed_from else None,
         before_mark=lambda: post.patience(metrics.push),
     )
-    try:
-        with cache, pusher as checkpoints:
-            outcome = watch(
-                child,
-                post.presence,
-                terminated=post.terminated,
-                on_tick=look,
-                deadline=lambda: deadline,
-                grace_s=STOP_GRACE_S,
-            )
-            if outcome != "fenced":
-                checkpoints.look()
-    finally:
-        child.kill()
+    with child, cache, pusher as checkpoints:
+        outcome = watch(
+            child,
+            post.presence,
+            terminated=post.terminated,
+            on_tick=look,
+            deadline=lambda: deadline,
+            grace_s=STOP_GRACE_S,
+        )
+        if outcome != "fenced":
+            checkpoints.look()
     code = child.process.returncode
     if outcome == "fenced" or not post.patience(post.presence.held.beat):  # it may have slept since its last heartbeat
         post.presence.fenced.set()

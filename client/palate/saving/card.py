@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from palate.record import Manifest, Status
 
 
-def model_card(manifest: Manifest, status: Status, files: Mapping[str, Any], *, tags_adapter: bool) -> str:
+def model_card(manifest: Manifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:
     """Returns the card in Markdown, with the hub's block of settings at its top.
 
     Names what data was called and its digest, never the folder or bucket that it lay in.
 
     Args:
         manifest, status: Of the succeeded job.
-        files: The model's files.
+        files: Names of the model's files.
         tags_adapter: Whether they are an adapter, not whole weights.
 
     Source: https://huggingface.co/docs/hub/model-cards

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from palate.digests import file_facts
 from palate.errors import ConfigurationError, MissingDependencyError
 from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
 from palate.store.local import walk
@@ -65,7 +66,7 @@ def push(folder: Path, uri: str, *, message: str) -> str:
         entry = there.get(name)
         lfs = getattr(entry, "lfs", None)
         same = entry is not None and (
-            lfs.sha256 == _sha256(folder / name) if lfs else entry.blob_id == _git_blob_id(folder / name)
+            lfs.sha256 == file_facts(folder / name)["sha256"] if lfs else entry.blob_id == _git_blob_id(folder / name)
         )
         if not same:
             damaged.append(name)
@@ -104,11 +105,6 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
         raise StoreError(f"{where}: {said} (HTTP {status}). Check HF_ENDPOINT and the URI") from error
     except errors.HFValidationError as error:
         raise ConfigurationError(f"{uri!r} names no model of the hub ({error}): write hf://OWNER/NAME") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git_blob_id(path: Path) -> str:

@@ -21,7 +21,7 @@ from palate_recipes.data.lint import Linter
 from palate_recipes.data.near import NearIndex
 from palate_recipes.data.report import Report
 from palate_recipes.data.rows import Strategy
-from palate_recipes.errors import DataError
+from palate_recipes.errors import CheckError, DataError
 
 LARGE = 32 << 20
 """Bytes from which on helpers pay: they take a quarter of a second to start."""
@@ -30,13 +30,38 @@ _PART = 1 << 30
 """Bytes of a part at most: what a helper gives back, about a twentieth of it, is held twice for a moment."""
 
 _BLOCK = 1 << 22
+_LINES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation data, for a check of training data against it.
+
+    Attributes:
+        files: Path and name of each.
+        format: Of the rows; each row's own fields decide when None.
+        prompts: Its prompts, from a read with `index_prompts`; None when the data is to be read again where it is needed.
+    """
+
+    files: tuple[tuple[Path, str], ...]
+    format: Format | None = None
+    prompts: NearIndex | None = None
+
+    def index(self, strategy: Strategy | None) -> NearIndex | None:
+        """Returns the prompts of the rows that can be used; None when there are none."""
+        if self.prompts is not None:
+            return self.prompts or None
+        linter = Linter(strategy, format=self.format)
+        for path, name in self.files:
+            linter.read(path, name=name, index_prompts=True)
+        return linter.prompts or None
 
 
 @dataclass(frozen=True)
 class _Task:
     strategy: Strategy | None
     format: Format | None
-    validation: tuple[tuple[Path, str], ...]
+    held_out: HeldOut | None
     container: Container
     name: str
 
@@ -58,12 +83,29 @@ def check(
 
     Raises:
         DataError: A file cannot be read at all.
+        CheckError: A helper ended before its part was done.
     """
-    held_out = read_files(validation, strategy=strategy, format=format, index_prompts=True)
-    report = read_files(train, strategy=strategy, format=format, validation=validation).finish()
-    if validation:
-        report.join(held_out.finish())
+    if not validation:
+        return read_files(train, strategy=strategy, format=format).finish()
+    alone = not takes_helpers(train)
+    checked = read_files(validation, strategy=strategy, format=format, index_prompts=alone)
+    held_out = HeldOut(tuple(validation), format, checked.prompts if alone else None)
+    report = read_files(train, strategy=strategy, format=format, held_out=held_out).finish()
+    report.join(checked.finish())
     return report
+
+
+def takes_helpers(files: Sequence[tuple[Path, str]]) -> bool:
+    """Whether `read_files` reads these with helpers: they are large, the rows are JSON lines, and there is more than one core.
+
+    Raises:
+        DataError: A file cannot be read at all.
+    """
+    return _takes_helpers([open_container(path) for path, _ in files])
+
+
+def _takes_helpers(containers: Sequence[Container]) -> bool:
+    return len(os.sched_getaffinity(0)) > 1 and sum(map(_lines_bytes, containers)) >= LARGE
 
 
 def read_files(
@@ -71,46 +113,41 @@ def read_files(
     *,
     strategy: Strategy | None = "dpo",
     format: Format | None = None,
-    validation: Sequence[tuple[Path, str]] = (),
+    held_out: HeldOut | None = None,
     index_prompts: bool = False,
 ) -> Linter:
-    """Reads files into one linter: with helpers when they are large, the rows are JSON lines, and there is more than one core.
+    """Reads files into one linter, with helpers where `takes_helpers` says so.
 
     Args:
         files: Path and name of each.
         strategy, format: See `Linter`.
-        validation: Held-out files that the rows are compared with; each helper reads them for itself.
+        held_out: What the rows are compared with; each helper reads its files for itself.
         index_prompts: See `Linter.read`; done here, without helpers.
 
     Raises:
         DataError: A file cannot be read at all.
+        CheckError: A helper ended before its part was done.
     """
     containers = [open_container(path) for path, _ in files]
-    cores = len(os.sched_getaffinity(0))
-    if index_prompts or cores < 2 or sum(map(_lines_bytes, containers)) < LARGE:
-        linter = Linter(strategy, format=format, against=_index(validation, strategy, format))
+    if index_prompts or not _takes_helpers(containers):
+        linter = Linter(strategy, format=format, against=held_out.index(strategy) if held_out else None)
         for container, (_, name) in zip(containers, files, strict=True):
             linter.read(container, name=name, index_prompts=index_prompts)
         return linter
     linter = Linter(strategy, format=format)
+    if held_out:
+        held_out = replace(
+            held_out, prompts=None
+        )  # an index is larger than its files, and its hashes are this process's
     tasks = [
-        _Task(strategy, format, tuple(validation), part, name)
+        _Task(strategy, format, held_out, part, name)
         for container, (_, name) in zip(containers, files, strict=True)
         for part in _parts(container)
     ]
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for found in pool.map(_run, tasks):
             linter.join(found)
     return linter
-
-
-def _index(
-    validation: Sequence[tuple[Path, str]], strategy: Strategy | None, format: Format | None
-) -> NearIndex | None:
-    held_out = Linter(strategy, format=format)
-    for path, name in validation:
-        held_out.read(path, name=name, index_prompts=True)
-    return held_out.prompts or None
 
 
 def _lines_bytes(container: Container) -> int:
@@ -149,7 +186,12 @@ def _run(task: _Task) -> Linter:
         env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     if done.returncode:
-        raise RuntimeError(f"a helper that checks {task.name} ended:\n{done.stderr.decode(errors='replace')[-2000:]}")
+        how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-_LINES_SHOWN:]
+        raise CheckError(
+            f"{task.name} is not checked whole: a helper program that reads a part of it ended with {how}. Free memory and check "
+            "again, or check the data in smaller files" + "".join(f"\n  {line}" for line in said)
+        )
     found = pickle.loads(done.stdout)
     if isinstance(found, DataError):
         raise found
@@ -161,7 +203,8 @@ def main() -> None:
     """Checks one part; task and result go through stdin and stdout."""
     task: _Task = pickle.load(sys.stdin.buffer)
     try:
-        linter = Linter(task.strategy, format=task.format, against=_index(task.validation, task.strategy, task.format))
+        against = task.held_out.index(task.strategy) if task.held_out else None
+        linter = Linter(task.strategy, format=task.format, against=against)
         linter.read(task.container, name=task.name)
         result: Linter | DataError = linter
     except DataError as error:

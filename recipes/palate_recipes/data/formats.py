@@ -5,7 +5,6 @@ A row's own fields decide, so a file may be read without naming its format; a fi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from palate_recipes.data.rows import Fault, Row, RowFaults, Strategy, fault
 from palate_recipes.data.shapes import Parts, Raw, listed, missing_fields, nearest
 from palate_recipes.data.turns import kind, quoted
 from palate_recipes.errors import DataError
+from palate_recipes.nearest import did_you_mean
 
 _FIELDS = ("prompt", "chosen", "rejected", "messages", "instruction", "output", "completion", "label", "conversations")
 
@@ -203,8 +203,7 @@ def format_named(name: str) -> Format:
     """
     if name in FORMATS:
         return FORMATS[name]
-    near = difflib.get_close_matches(name, FORMATS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(name, FORMATS)
     raise DataError(f"no data format is called {name!r}: {hint}known are {', '.join(FORMATS)}")
 
 

@@ -20,6 +20,7 @@ from palate_recipes.data.near import NearIndex
 from palate_recipes.data.report import PLACES_SHOWN, Place, Report
 from palate_recipes.data.rows import Row, RowFaults, Strategy
 from palate_recipes.data.shapes import OTHER_PROMPTS, listed
+from palate_recipes.data.unread import gives_tools, weights
 
 FEW_ROWS, MANY_ROWS = 100, 100_000
 """Between them DPO usually works; published guidance of several platforms."""
@@ -116,7 +117,10 @@ class Linter:
                     shape, run = fields, 0
                 run += 1
                 if "input" in value or "tools" in value or "functions" in value:
-                    self._tools += _gives_tools(value)
+                    self._tools += gives_tools(value)
+                if form.name != "pai":  # type: ignore[union-attr]
+                    for field, what in weights(value):
+                        report.add("unread-weight", Place(name, number, unit, field, what))
                 self._look(row, name, unit)
                 if index_prompts:
                     self.prompts.add(row, Place(name, number, unit, "", ""))
@@ -328,12 +332,6 @@ class Linter:
         for code, odd in (("few-rows", rows < FEW_ROWS), ("many-rows", rows > MANY_ROWS)):
             if odd:
                 self.report.add(code, Place(files, 0, "row", "", f"{rows:,} {'row' if rows == 1 else 'rows'}"))
-
-
-def _gives_tools(row: dict[str, Any]) -> bool:
-    """Whether a row has tools, which many exports write as an empty list; OpenAI's preference format has them in `input`."""
-    inner = row.get("input")
-    return bool(row.get("tools") or row.get("functions") or (type(inner) is dict and inner.get("tools")))
 
 
 def same_words(one: str, other: str) -> bool:

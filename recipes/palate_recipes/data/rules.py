@@ -74,6 +74,11 @@ RULES: dict[str, Rule] = {
     "unread-tools": Rule(
         "warning", "tools are given, and not trained on", "Remove them, or keep in mind that they are left out"
     ),
+    "unread-weight": Rule(
+        "warning",
+        "a turn with a weight, which is not read: every answer counts alike",
+        "Leave out what shall not be learned",
+    ),
     "unread-fields": Rule("info", "fields that are not read", "Nothing"),
     # The file as a whole.
     "duplicate": Rule(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from palate_recipes.data.rows import Fault, Message, RowFaults, fault
@@ -20,6 +19,7 @@ from palate_recipes.data.turns import (
     read_transcript,
     shown,
 )
+from palate_recipes.nearest import nearest as nearest_name
 
 Raw = dict[str, Any]
 Turns = tuple[Message, ...]
@@ -59,8 +59,8 @@ def missing_fields(missing: list[str], there: list[str], why: str = "") -> RowFa
 def nearest(name: str, there: list[str]) -> str | None:
     """Returns the field that may be a misspelling of `name`."""
     plain = {str(field)[:40].strip("\ufeff _").lower(): field for field in reversed(there[:40])}
-    found = difflib.get_close_matches(name, plain, n=1, cutoff=0.7)
-    return plain[found[0]] if found else None
+    found = nearest_name(name, plain, cutoff=0.7)
+    return None if found is None else plain[found]
 
 
 def _with_system(row: Raw, prompt: Turns, *names: str) -> Turns:
