@@ -308,9 +308,9 @@ class Record:
             yield buffer.decode(errors="replace")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yields every metrics object in order (parts hold whole lines)."""
+        """Yields every metrics object in order."""
         for _, data in self.parts("metrics"):
-            yield from (json.loads(line) for line in data.splitlines() if line.strip())
+            yield from events_in(data)
 
     def delete(self) -> None:
         """Removes everything, the manifest last: until then the run can still be found and deleted again."""
@@ -318,6 +318,17 @@ class Record:
             if info.key != self.key("manifest.json"):
                 self.store.delete(info.key)
         self.store.delete_tree(self.prefix + "/")
+
+
+def events_in(part: bytes) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a metrics part; a line that a full disk or a kill cut short is left out."""
+    for line in part.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
 
 
 def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palate.display import Display
+from palate.record import events_in
 from palate_trainer.spec.curves import Curves
 from palate_trainer.spec.progress import duration
 
@@ -59,8 +59,7 @@ class LiveDisplay:
                 self._console.print(Text(line, style="yellow" if "note: " in line[:16] else "dim"))
 
     def metrics(self, data: bytes) -> None:
-        for line in data.splitlines():
-            entry = json.loads(line)
+        for entry in events_in(data):
             self._curves.add(entry)
             if entry["kind"] == "train":
                 self._last, self._seen = entry, time.monotonic()

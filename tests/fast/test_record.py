@@ -10,6 +10,7 @@ import pytest
 
 from palate.errors import NameTakenError, RunNotFoundError
 from palate.record import ACTIVE, Manifest, Record, Status, locate, names
+from palate.runner.presence import Tail
 from palate.store import Store
 from tests.support.stores import empty_store
 
@@ -102,6 +103,20 @@ def test_parts_are_followed_without_gap_or_repeat(store: Store) -> None:
     assert list(record.log_lines()) == ["first", "second", "third"]
     record.append("metrics", 1, b'{"step": 1}\n{"step": 2}\n')
     assert list(record.metrics()) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_that_was_cut_short_is_no_event_and_stops_none(store: Store, tmp_path: Path) -> None:
+    record = Record(store, "jobs", "cut")
+    written = tmp_path / "metrics.jsonl"
+    written.write_bytes(
+        b'{"kind": "train", "step": 1}\n{"kind": "tr{"kind": "train", "step": 2}\n{"kind": "train", "step": 3}\n{"ki'
+    )
+    tail = Tail(record, "metrics", written)
+    tail.push(final=True)
+    assert [event["step"] for event in record.metrics()] == [1, 3]
+    written.open("ab").write(b'nd": "train", "step": 4}\n')
+    tail.push(final=True)
+    assert [event["step"] for event in record.metrics()] == [1, 3, 4]
 
 
 def test_delete_leaves_nothing_and_frees_the_name(store: Store) -> None:

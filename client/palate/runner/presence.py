@@ -28,7 +28,7 @@ DELETED_AFTER_S = 15.0
 
 
 class Tail:
-    """Pushes what a growing file gains as numbered parts of the record, whole lines only until the end.
+    """Pushes what a growing file gains as numbered parts of the record: whole lines, and of a log at the end what is left.
 
     Args:
         record: The run.
@@ -67,7 +67,7 @@ class Tail:
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
-        return data if final else data[: data.rfind(b"\n") + 1]
+        return data if final and self._kind == "logs" else data[: data.rfind(b"\n") + 1]
 
 
 class Presence:
