@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from palate.digests import read_model_digests
 from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
-from palate.record import Manifest, Record, State, Status, events_once, locate, names
+from palate.listing import Wanted, find_runs
+from palate.record import Manifest, Record, State, Status, events_once, locate
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
 from palate_trainer.spec.reading import Reading, read_run
@@ -51,7 +52,17 @@ class TrainingJob:
 
     @classmethod
     def list(
-        cls, status: State | None = None, session: Session | None = None, page_size: int = 50, page_number: int = 1
+        cls,
+        status: State | None = None,
+        session: Session | None = None,
+        page_size: int = 50,
+        page_number: int = 1,
+        *,
+        name: str = "*",
+        model: str = "*",
+        labels: Mapping[str, str] | None = None,
+        since_s: float | None = None,
+        min_attempts: int = 1,
     ) -> builtins.list[TrainingJob]:
         """Returns the jobs of the session's store, newest first.
 
@@ -60,13 +71,36 @@ class TrainingJob:
             session: Default: the default session.
             page_size: Jobs a page.
             page_number: Page, from 1.
+            name: Glob for their ids, such as `qwen2-*`.
+            model: Glob for the name of their model.
+            labels: Only those that have these labels, with these values.
+            since_s: Only those created at most so many seconds ago.
+            min_attempts: Only those that were begun so often at least.
+
+        Raises:
+            ConfigurationError: An argument that lets nothing through.
+            StoreError: The store, or a job of it, cannot be read.
+            DamagedFilesError: A job's record is no record.
         """
+        if page_size < 1 or page_number < 1:
+            raise ConfigurationError(f"page_size={page_size!r} and page_number={page_number!r} must be 1 or more")
+        wanted = Wanted(
+            states=() if status is None else (status,),
+            name=name,
+            model=model,
+            labels=labels or {},
+            since_s=since_s,
+            min_attempts=min_attempts,
+        )
         session = session or get_default_session()
-        jobs = [cls(Record(session.store, "jobs", name), session) for name in names(session.store, "jobs")]
-        jobs.sort(key=lambda job: job.manifest.created_at, reverse=True)
-        if status is not None:
-            jobs = [job for job in jobs if job.status == status]
-        return jobs[(page_number - 1) * page_size : page_number * page_size]
+        found = find_runs(session, "jobs", wanted, status=False, limit=page_size * page_number).require_all()
+        return [cls._of(run.handle) for run in found[(page_number - 1) * page_size :]]
+
+    @classmethod
+    def _of(cls, run: RunHandle) -> TrainingJob:
+        job = cls(run.record, run.session)
+        job._run = run  # with its manifest
+        return job
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -312,19 +346,3 @@ class TrainingJob:
 
     def __repr__(self) -> str:
         return f"TrainingJob(id={self.id!r}, uri={self.uri!r})"
-
-
-def summarize(job: TrainingJob) -> dict[str, Any]:
-    """Returns what a list of jobs shows of one: id, state, model, strategy, age, last loss."""
-    body = job.manifest.body
-    status = job.describe()
-    return {
-        "id": job.id,
-        "state": status.state,
-        "model": body["model"]["name"],
-        "method": body["method"],
-        "strategy": body["hyperparameters"]["training_strategy"],
-        "created_at": job.manifest.created_at,
-        "attempt": status.attempt,
-        "reason": status.reason,
-    }

@@ -6,12 +6,13 @@ import builtins
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from palate.common.utils import check_name
 from palate.errors import ConfigurationError, ServiceError, UnsupportedParameterError
-from palate.record import TOKEN_KEY, Manifest, Record, State, Status, names
+from palate.listing import Wanted, find_runs
+from palate.record import TOKEN_KEY, Manifest, Record, State, Status
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
 from palate_recipes.nearest import did_you_mean
@@ -69,10 +70,33 @@ class Predictor:
         _ = self._run.manifest  # raises when there is none
 
     @classmethod
-    def list(cls, session: Session | None = None) -> builtins.list[Predictor]:
-        """Returns all services of the session's store."""
-        session = session or get_default_session()
-        return [cls(name, session=session) for name in names(session.store, "services")]
+    def list(
+        cls,
+        session: Session | None = None,
+        *,
+        status: State | None = None,
+        name: str = "*",
+        model: str = "*",
+        labels: Mapping[str, str] | None = None,
+        since_s: float | None = None,
+    ) -> builtins.list[Predictor]:
+        """Returns the services of the session's store, newest first; the arguments are those of `TrainingJob.list`.
+
+        Raises:
+            ConfigurationError: An argument that lets nothing through.
+            StoreError: The store, or a service of it, cannot be read.
+            DamagedFilesError: A service's record is no record.
+        """
+        states = () if status is None else (status,)
+        wanted = Wanted(states=states, name=name, model=model, labels=labels or {}, since_s=since_s)
+        found = find_runs(session or get_default_session(), "services", wanted, status=False).require_all()
+        return [cls._of(run.handle) for run in found]
+
+    @classmethod
+    def _of(cls, run: RunHandle) -> Predictor:
+        predictor = cls.__new__(cls)
+        predictor._run = run  # its manifest has been read
+        return predictor
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -117,19 +141,7 @@ class Predictor:
 
     def describe_service(self) -> dict[str, Any]:
         """Returns what is known of the service, without its token."""
-        status = self._run.refresh()
-        body = self._run.manifest.body
-        return {
-            "ServiceName": self.service_name,
-            "Status": status.state,
-            "Reason": status.reason,
-            "Endpoint": status.endpoint,
-            "Model": body["model"]["name"],
-            "ModelUri": body.get("tuned_uri"),
-            "Labels": self.labels,
-            "Uri": self._run.record.uri,
-            **status.details,
-        }
+        return describe(self._run, self._run.refresh())
 
     def logs(self, follow: bool = False) -> Iterator[str]:
         """Yields the log of server and engine; with `follow`, goes on until the service has ended."""
@@ -266,6 +278,21 @@ class Predictor:
 
     def __repr__(self) -> str:
         return f"Predictor(service_name={self.service_name!r}, uri={self._run.record.uri!r})"
+
+
+def describe(run: RunHandle, status: Status) -> dict[str, Any]:
+    """Returns what is known of a service, without its token."""
+    return {
+        "ServiceName": run.record.name,
+        "Status": status.state,
+        "Reason": status.reason,
+        "Endpoint": status.endpoint,
+        "Model": run.manifest.model_name,
+        "ModelUri": run.manifest.body.get("tuned_uri"),
+        "Labels": dict(run.manifest.labels),
+        "Uri": run.record.uri,
+        **status.details,
+    }
 
 
 def start_service(

@@ -60,6 +60,12 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = MANIFEST_SCHEMA
 
+    @property
+    def model_name(self) -> str:
+        """The model's name for people; "" where the body names none."""
+        model: dict[str, Any] = self.body.get("model") or {}
+        return str(model.get("name", ""))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from threading import Lock
 
 from palate.device import local_device
 from palate.errors import UnsupportedParameterError
@@ -41,7 +42,8 @@ class ProcessBackend:
                 cwd=palate_home(),
                 start_new_session=True,
             )
-        _CHILDREN.append(process)
+        with _CHILDREN_LOCK:
+            _CHILDREN.append(process)
         return f"{socket.gethostname()}:{process.pid}:{start_time(process.pid)}:{run_name}"
 
     def status(self, engine_id: str) -> str:
@@ -104,5 +106,9 @@ _CHILDREN: list[subprocess.Popen[bytes]] = []
 """Runs started by this very process: they must be reaped, or they would look alive as zombies."""
 
 
+_CHILDREN_LOCK = Lock()  # a list of jobs looks at many at a time
+
+
 def _reap() -> None:
-    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+    with _CHILDREN_LOCK:
+        _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]

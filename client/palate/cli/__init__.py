@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from palate.cli import about, clean, runs, scripts, work
+from palate.cli import about, clean, lists, runs, scripts, work
 from palate.cli.data import data
 from palate.cli.store import store
 from palate.errors import PalateError
@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
 )
 work.register(app)
+lists.register(app)
 runs.register(app)
 scripts.register(app)
 clean.register(app)

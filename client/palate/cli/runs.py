@@ -1,10 +1,9 @@
-"""Verbs about what is there: jobs, services, watch, metrics, logs, save, stop, delete."""
+"""Verbs about one run: watch, metrics, logs, save, stop, delete."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,72 +13,6 @@ from palate.errors import RunNotFoundError
 if TYPE_CHECKING:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
-
-
-def _age(created_at: float) -> str:
-    seconds = max(0, int(time.time() - created_at))
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0][:100] if text else ""
-
-
-def jobs(
-    status: Annotated[str | None, typer.Option(help="Only those in this state, such as Running.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List training jobs, newest first."""
-    from palate.job import TrainingJob, summarize
-
-    rows = [summarize(job) for job in TrainingJob.list(page_size=sys.maxsize)]
-    rows = [row for row in rows if status is None or row["state"].lower() == status.lower()]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from palate.terminal import print_table
-
-    print_table(
-        ("job", "state", "model", "method", "strategy", "age", "reason"),
-        [
-            (
-                row["id"],
-                row["state"],
-                row["model"],
-                row["method"],
-                row["strategy"],
-                _age(row["created_at"]),
-                _first_line(row["reason"]),
-            )
-            for row in rows
-        ],
-    )
-    if not rows:
-        print("no jobs yet; next: palate quickstart", file=sys.stderr)
-
-
-def services(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List services."""
-    from palate.predictor import Predictor
-
-    rows = [predictor.describe_service() for predictor in Predictor.list()]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from palate.terminal import print_table
-
-    print_table(
-        ("service", "state", "model", "endpoint", "reason"),
-        [
-            (row["ServiceName"], row["Status"], row["Model"], row["Endpoint"], _first_line(row["Reason"]))
-            for row in rows
-        ],
-    )
-    if not rows:
-        print("no services; next: palate deploy JOB", file=sys.stderr)
 
 
 def watch(
@@ -203,5 +136,5 @@ def _find(name: str) -> TrainingJob | Predictor:
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (jobs, services, watch, metrics, logs, save, stop, start, delete):
+    for verb in (watch, metrics, logs, save, stop, start, delete):
         app.command()(verb)

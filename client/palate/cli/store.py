@@ -1,4 +1,4 @@
-"""Verbs about stores: up. Prints settings to stdout; knows no job."""
+"""`palate store`: the verbs about objects, and `up`, which prints its settings to stdout. Knows no job."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from palate.cli import objects
+
 store = typer.Typer(
     name="store",
-    help="Run an object store of your own.",
+    help="List, copy and remove the objects of any store, or run one of your own.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
-@store.callback()
-def _group() -> None:
-    """Keeps `up` a verb of its own: a group of one would swallow its name."""
+objects.register(store)
 
 
 @store.command()

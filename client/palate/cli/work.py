@@ -8,17 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palate.errors import ConfigurationError
-
-
-def _pairs(entries: list[str], flag: str) -> dict[str, str]:
-    pairs = {}
-    for entry in entries:
-        name, separator, value = entry.partition("=")
-        if not separator or not name:
-            raise ConfigurationError(f"{flag} {entry!r} is no NAME=VALUE")
-        pairs[name.strip()] = value
-    return pairs
+from palate.cli.words import pairs
 
 
 def train(
@@ -69,7 +59,7 @@ def train(
     # What is said on the command line wins over the file; DPO is what this command is for.
     if strategy or "training_strategy" not in hyperparameters:
         hyperparameters["training_strategy"] = strategy or "dpo"
-    hyperparameters.update(_pairs(set_ or [], "--set"))
+    hyperparameters.update(pairs(set_ or [], "--set"))
     if model or model_uri:
         settings.update(model_name=model, model_uri=model_uri)
     for key, value in (("method", method), ("max_run_time", max_run_time), ("max_attempts", max_attempts)):

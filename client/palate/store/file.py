@@ -147,7 +147,7 @@ class FileStore(Store):
         with self._explained("listed", prefix):
             try:
                 names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
             return sorted(name for name in names if not name.startswith(RESERVED) and any(walk(folder / name)))
 

@@ -33,8 +33,8 @@ def _walk(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
     try:
         with os.scandir(folder) as found:
             entries = [(entry.name, entry.is_dir(), entry.is_file() or entry.is_symlink()) for entry in found]
-    except FileNotFoundError:
-        return  # deleted meanwhile
+    except (FileNotFoundError, NotADirectoryError):
+        return  # deleted meanwhile, or an object
     # A folder sorts as its files do: with its slash.
     for name, is_folder, is_file in sorted(entries, key=lambda entry: entry[0] + "/" * entry[1]):
         if name.startswith(RESERVED):

@@ -62,7 +62,7 @@ def upload_tree(
                 f"{source / name} is no file of this machine (a link to nothing?): mend or remove it"
             ) from error
     there = {info.key: info.size for info in store.list(prefix)} if sizes else {}
-    tally = _Tally(sizes, progress)
+    tally = Tally(sizes, progress)
 
     def send(name: str) -> None:
         path, key = source / name, below + name
@@ -85,7 +85,7 @@ def download_tree(
     if not sizes:
         raise ObjectNotFoundError(f"{store.uri(prefix)} holds no object: check the name, or wait until it is written")
     target.mkdir(parents=True, exist_ok=True)
-    tally = _Tally(sizes, progress)
+    tally = Tally(sizes, progress)
 
     def fetch(name: str) -> None:
         path = target / name
@@ -99,7 +99,7 @@ def download_tree(
     return list(sizes)
 
 
-class _Tally:
+class Tally:
     """Adds up what the threads of a tree report, and tells it one call at a time."""
 
     def __init__(self, sizes: dict[str, int], tell: Callable[[Progress], None] | None) -> None:

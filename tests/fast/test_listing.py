@@ -1,0 +1,218 @@
+"""Lists of jobs and services: what is asked for, newest first, and what a slow or damaged store still tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from palate import Predictor, Session, TrainingJob
+from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
+from palate.listing import Wanted, find_runs
+from palate.record import Manifest, Record, State
+from palate.store import Store, open_store
+
+HOUR_S = 3600.0
+
+
+def add(
+    store: Store,
+    name: str,
+    *,
+    model: str = "smollm2-135m-instruct",
+    state: State = "Succeeded",
+    age_s: float = 0.0,
+    attempts: int = 1,
+    kind: str = "train",
+    **labels: str,
+) -> None:
+    record = Record(store, "jobs" if kind == "train" else "services", name)
+    body = {"model": {"name": model}, "method": "LoRA_LLM", "hyperparameters": {"training_strategy": "dpo"}}
+    manifest = Manifest(kind="train" if kind == "train" else "serve", name=name, backend="process", body=body)
+    record.create(replace(manifest, labels=labels, created_at=time.time() - age_s))
+    for attempt in range(1, attempts):
+        record.begin_again(expect={"Creating"}, attempt=attempt, more=1, reason="the machine went down")
+    record.advance(state, expect={"Creating"}, reason="out of memory\nall of it" if state == "Failed" else "")
+
+
+def fill(store: Store) -> None:
+    add(store, "qwen-old", model="qwen2-0.5b-instruct", age_s=50 * HOUR_S, team="x")
+    add(store, "qwen-new", model="qwen2-1.5b-instruct", age_s=1 * HOUR_S, team="x", stage="try")
+    add(store, "smol", state="Failed", age_s=3 * HOUR_S, attempts=3, team="y")
+    add(store, "smol-2", state="Stopped", age_s=2 * HOUR_S)
+    add(store, "answers", kind="serve", state="Stopped", team="x")
+
+
+def palate(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "palate.cli", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PALATE_HOME": str(home), **environment},
+        timeout=120,
+    )
+
+
+def ids(**wanted: object) -> list[str]:
+    return [job.id for job in TrainingJob.list(**wanted)]  # type: ignore[arg-type]
+
+
+def test_jobs_are_found_by_what_they_are(session: Session) -> None:
+    fill(session.store)
+    assert ids() == ["qwen-new", "smol-2", "smol", "qwen-old"]
+    assert ids(status="Failed") == ["smol"]
+    assert ids(name="qwen-*") == ["qwen-new", "qwen-old"]
+    assert ids(model="qwen2-*") == ["qwen-new", "qwen-old"]
+    assert ids(labels={"team": "x"}) == ["qwen-new", "qwen-old"]
+    assert ids(labels={"team": "x", "stage": "try"}) == ["qwen-new"]
+    assert ids(since_s=2.5 * HOUR_S) == ["qwen-new", "smol-2"]
+    assert ids(min_attempts=2) == ["smol"]
+    assert ids(min_attempts=4) == []
+    assert ids(status="Succeeded", labels={"team": "x"}, name="*-old") == ["qwen-old"]
+    assert [service.service_name for service in Predictor.list(labels={"team": "x"}, status="Stopped")] == ["answers"]
+    assert Predictor.list(status="Running") == []
+
+
+def test_pages_are_as_in_pais_sdk(session: Session) -> None:
+    fill(session.store)
+    assert [job.id for job in TrainingJob.list("Succeeded", session, 1, 2)] == ["qwen-old"]
+    assert ids(page_size=3) == ["qwen-new", "smol-2", "smol"]
+    assert ids(page_size=3, page_number=2) == ["qwen-old"]
+    assert ids(page_size=3, page_number=3) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"status": "Suceeded"}, "Suceeded.*Succeeded"),
+        ({"since_s": 0}, "since_s=0"),
+        ({"min_attempts": 0}, "min_attempts=0"),
+        ({"page_size": 0}, "page_size=0"),
+        ({"page_number": 0}, "page_number=0"),
+    ],
+)
+def test_a_filter_that_lets_nothing_through_is_refused(session: Session, wanted: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        ids(**wanted)
+
+
+def test_a_limit_reads_no_more_statuses_than_it_needs(session: Session) -> None:
+    fill(session.store)
+    (session.store.local_path("jobs/qwen-old/status.json") or Path()).write_text("damaged")
+    assert [found.name for found in find_runs(session, "jobs", Wanted(), limit=2).runs] == ["qwen-new", "smol-2"]
+    listing = find_runs(session, "jobs", Wanted())
+    assert ([found.name for found in listing.unread], len(listing.runs)) == (["qwen-old"], 3)
+
+
+def test_a_damaged_record_is_named(session: Session) -> None:
+    fill(session.store)
+    session.store.put("jobs/smol/manifest.json", b"[]")
+    with pytest.raises(DamagedFilesError, match="jobs/smol: its manifest is damaged"):
+        ids()
+    assert ids(name="qwen*") == ["qwen-new", "qwen-old"]
+    session.store.put("jobs/half-made/inputs/train.jsonl", b"")  # no manifest yet: not a job
+    assert ids(name="half*") == []
+
+
+def test_many_runs_are_read_at_the_same_time(session: Session) -> None:
+    """Each read waits until three are under way: one after the other they would wait for ever."""
+    together = threading.Barrier(3, timeout=30)
+    for name in ("a", "b", "c"):
+        add(session.store, name)
+
+    class Meeting(type(session.store)):  # type: ignore[misc]
+        def get(self, key: str) -> bytes:
+            together.wait()
+            return bytes(super().get(key))
+
+    session._store = Meeting(session.store.root)
+    assert [found.name for found in find_runs(session, "jobs", Wanted()).runs] == ["c", "b", "a"]
+
+
+def test_the_command_shows_what_was_asked_for(home: Path) -> None:
+    fill(open_store(home / "store"))
+    done = palate("jobs", "--status", "failed", "--status", "stopped", "--since", "150min", home=home)
+    header, *rows = done.stdout.splitlines()
+    assert header.split("\t") == ["job", "state", "model", "method", "strategy", "age", "reason"]
+    assert [row.split("\t")[0] for row in rows] == ["smol-2"]
+    assert done.stderr == "next: palate logs smol-2\n"
+    rows = json.loads(palate("jobs", "--label", "team=x", "--limit", "1", "--json", home=home).stdout)
+    (row,) = rows
+    assert (row["id"], row["labels"]) == ("qwen-new", {"team": "x", "stage": "try"})
+    (row,) = json.loads(palate("jobs", "--attempts", "2", "--json", home=home).stdout)
+    assert (row["id"], row["attempt"], row["reason"]) == ("smol", 3, "out of memory\nall of it")
+    (row,) = json.loads(palate("services", "--name", "ans*", "--json", home=home).stdout)
+    assert (row["ServiceName"], row["Status"]) == ("answers", "Stopped")
+    assert palate("jobs", "--model", "llama*", home=home).stderr == "no such jobs; next: palate jobs\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--since", "yesterday"], ["yesterday", "2h"]),
+        (["--label", "team"], ["--label", "team", "NAME=VALUE"]),
+        (["--status", "Done"], ["Done", "Succeeded"]),
+    ],
+)
+def test_a_wrong_filter_is_one_message(home: Path, arguments: list[str], words: list[str]) -> None:
+    done = palate("jobs", *arguments, home=home)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert [word for word in words if word not in done.stderr] == []
+
+
+def test_a_slow_store_shows_what_it_can(home: Path) -> None:
+    fill(open_store(home / "store"))
+    slow = home / "store" / "jobs" / "slow"
+    slow.mkdir()
+    (slow / "status.json").write_text("{}")
+    os.mkfifo(slow / "manifest.json")  # whoever opens it waits, as for a server that does not answer
+    done = palate("jobs", "--timeout", "3", home=home)
+    rows = [row.split("\t")[:2] for row in done.stdout.splitlines()[1:]]
+    assert rows[-1] == ["slow", "?"]
+    assert ["smol", "Failed"] in rows
+    assert done.returncode == 1
+    assert "1 of the jobs could not be read" in done.stderr
+    assert done.stderr.splitlines()[-1] == "next: palate jobs --timeout 300"
+
+
+def test_a_silent_store_is_given_up(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = palate(
+            "jobs",
+            "--timeout",
+            "1",
+            home=home,
+            PALATE_STORE="s3://bucket/team",
+            AWS_ENDPOINT_URL_S3=endpoint,
+            AWS_ACCESS_KEY_ID="id",
+            AWS_SECRET_ACCESS_KEY="key",
+            AWS_DEFAULT_REGION="us-east-1",
+        )
+    assert done.returncode == 1
+    assert "s3://bucket/team did not say in time" in done.stderr
+
+
+def test_a_listing_can_be_given_up_from_python(session: Session) -> None:
+    add(session.store, "one")
+    gate = threading.Event()
+
+    class Gated(type(session.store)):  # type: ignore[misc]
+        def list_children(self, prefix: str = "") -> list[str]:
+            gate.wait(30)
+            return list(super().list_children(prefix))
+
+    session._store = Gated(session.store.root)
+    with pytest.raises(WaitTimeoutError, match="did not say in time"):
+        find_runs(session, "jobs", Wanted(), timeout_s=0.05)
+    gate.set()
