@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from palate.store.errors import (
     StoreUnreachableError,
     StoreUsageError,
 )
+from tests.support.gate import Weather, gate_to
 from tests.support.seaweed import free_ports
 
 SECRET = "hush-hush-very-secret"
@@ -119,6 +121,35 @@ def test_the_endpoint_accepts_and_says_nothing(s3_options: StoreOptions) -> None
         with pytest.raises(StoreUnreachableError, match="Check the endpoint"):
             open_store("s3://bucket/x", options=options).check()
         assert time.monotonic() - began < 12
+
+
+def test_an_answer_that_is_cut_at_any_byte_is_asked_for_again(s3_options: StoreOptions, bucket: str) -> None:
+    """Python takes headers that break off for all there are: what never came must not count as empty, or as not there."""
+    content = b'{"state": "Running"}' * 40
+    direct = open_store(f"s3://{bucket}/cut", options=s3_options)
+    direct.put("folder/one", content)
+    written = direct.stat("folder/one")
+    assert written is not None
+
+    def answers(passing: int) -> None:
+        with gate_to(int(str(s3_options.endpoint_url).rpartition(":")[2])) as gate:
+            options = replace(s3_options, endpoint_url=f"http://127.0.0.1:{gate.port}")
+            store = open_store(f"s3://{bucket}/cut", options=options)
+            for ask, expected in (
+                (lambda: store.get("folder/one"), content),
+                (lambda: store.get_range("folder/one", 3, 20), content[3:23]),
+                (lambda: store.stat("folder/one"), written),
+                (lambda: [info.key for info in store.list("folder/")], ["folder/one"]),
+                (lambda: store.stat("folder/two"), None),
+                (lambda: store.put(f"made/{passing}", content, if_none_match=True) != "", True),
+                (lambda: store.copy("folder/one", f"copied/{passing}"), None),
+                (lambda: store.delete(f"made/{passing}"), None),
+            ):
+                gate.weather = Weather(next_answer=passing)
+                assert ask() == expected, f"the answer was cut after {passing} bytes"
+
+    with ThreadPoolExecutor(12) as pool:
+        assert len([*pool.map(answers, range(0, 420, 14))]) == 30
 
 
 def test_no_secret_is_ever_shown(s3_options: StoreOptions) -> None:

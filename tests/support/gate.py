@@ -19,11 +19,13 @@ class Weather:
         bytes_per_s: Of each connection and direction; None lets them run.
         torn_within: A connection is cut after a random number of bytes below this; None cuts none.
         loses_answers: A connection is cut when the server begins to answer: the request was heard, the answer is not.
+        next_answer: Only so many bytes of the next answer pass, then its connection is cut and the weather is fair.
     """
 
     bytes_per_s: int | None = None
     torn_within: int | None = None
     loses_answers: bool = False
+    next_answer: int | None = None
 
 
 FAIR = Weather()
@@ -95,6 +97,10 @@ class Gate:
                     known, passed = weather, 0
                     torn_at = random.randrange(weather.torn_within) if weather.torn_within else 0
                 if weather.loses_answers and is_answer:
+                    break
+                if weather.next_answer is not None and is_answer:
+                    self.weather = FAIR
+                    sink.sendall(data[: weather.next_answer])
                     break
                 if weather.torn_within and passed + len(data) > torn_at:
                     sink.sendall(data[: torn_at - passed])

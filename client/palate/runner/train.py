@@ -39,6 +39,8 @@ from palate_trainer.spec import (
 STOP_GRACE_S = 120.0
 """A trainer that was told to stop finishes its step and writes a checkpoint first."""
 
+_FULL_BYTES = 1 << 20
+
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "palate")
 
 
@@ -67,7 +69,13 @@ def run_training(post: Post, logs: Tail) -> Ending:
         cwd=post.work,
     )
 
+    was_full = False
+
     def look() -> None:
+        nonlocal was_full
+        was_full = (
+            was_full or shutil.disk_usage(output).free < _FULL_BYTES
+        )  # it may have room again when the trainer has ended
         checkpoints.look()
         cache.look()
 
@@ -106,7 +114,7 @@ def run_training(post: Post, logs: Tail) -> Ending:
     if outcome == "timed out":
         reason = f"max_run_time of {body['max_run_time_s']} s was reached; whole checkpoints are kept"
         return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(post.log), again=False)
-    return Ending(state="Failed", exit_code=code, reason=_cause(output, code), log_tail=log_tail(post.log))
+    return Ending(state="Failed", exit_code=code, reason=_cause(output, code, was_full), log_tail=log_tail(post.log))
 
 
 def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
@@ -181,11 +189,11 @@ def _push_model(post: Post, folder: Path) -> str:
     return hashlib.sha256(listed).hexdigest()
 
 
-def _cause(output: Path, code: int) -> str:
+def _cause(output: Path, code: int, was_full: bool) -> str:
     error = output / ERROR_FILE
     told = error.read_text(encoding="utf-8").strip() if error.exists() else ""
-    if not told and shutil.disk_usage(output).free < 1 << 20:
-        told = f"The disk is full: {output} is on a disk without space. Free space there, and resume the job."
+    if not told and (was_full or shutil.disk_usage(output).free < _FULL_BYTES):
+        told = f"The disk is full: {output} is on a disk that had no space left. Free some there, and resume the job."
     return told or f"the trainer ended: {describe_exit(code)}"
 
 
