@@ -238,8 +238,9 @@ class Campaign:
             time.sleep(_POLL_S)
         for process in run.processes():
             auditor.findings.lies.append(f"{run.name}: it has ended, and {process.cmdline()} is still there")
-        check_end(auditor.record, auditor.findings, expected)
-        status = auditor.record.status()
+        with self.world.store_lock:  # no other job's fault takes the store away while it is read whole
+            check_end(auditor.record, auditor.findings, expected)
+            status = auditor.record.status()
         events = run.events()
         with self._lock:
             tally = self.tally
