@@ -146,7 +146,7 @@ def stop(folder: Path, *, remove: bool = False) -> None:
             except ChildProcessError:
                 pass
             time.sleep(0.1)
-    if remove:
+    if remove and folder.exists():
         shutil.rmtree(folder)
 
 

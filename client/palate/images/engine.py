@@ -86,14 +86,14 @@ class Engine:
         return _facts(json.loads(done.stdout)[0], name)
 
     def images(self, label: str) -> list[ImageFacts]:
-        """Returns the images that have a label, one entry a tag, newest first."""
+        """Returns the images that have a label, one entry a tag, newest first; what a newer build took the tag of is left out."""
         found = self.run("image", "ls", "--quiet", "--no-trunc", "--filter", f"label={label}").stdout.split()
         ids = list(dict.fromkeys(found))
         if not ids:
             return []
         facts = []
         for entry in json.loads(self.run("image", "inspect", *ids).stdout):
-            facts += [_facts(entry, tag) for tag in entry.get("RepoTags") or [entry["Id"]]]
+            facts += [_facts(entry, tag) for tag in entry.get("RepoTags") or ()]
         return sorted(facts, key=lambda image: image.created, reverse=True)
 
     @contextmanager
