@@ -26,12 +26,13 @@ def test_a_model_is_served_and_stopped(
     inside = Path("/work/work/services/one/1")
     ServeSpec(service_name="one", model_dir="/model", work_dir=str(inside), max_model_len=512).write(work / "spec.json")
     shutil.copytree(base_model, tmp_path / "model")
-    for path in (tmp_path / "home", *(tmp_path / "home").rglob("*"), tmp_path / "model"):
+    for path in tmp_path.rglob("*"):  # safetensors keeps weights for their owner alone
         path.chmod(0o777 if path.is_dir() else 0o666)
     secrets = tmp_path / "secrets"
     secrets.write_text(f"{TOKEN_VARIABLE}=told-to-nobody\n")
     secrets.chmod(0o600)
     id = container(
+        "--shm-size=1g",  # vLLM's processes talk through shared memory, and an engine's default is 64 MB
         *("--env-file", str(secrets), "--env=VLLM_CPU_KVCACHE_SPACE=1", "--env=PALATE_HOME=/work"),
         *("--volume", f"{tmp_path}/home:/work", "--volume", f"{tmp_path}/model:/model:ro"),
         *("--entrypoint=tini", server.name, "--", "python", "-m", "palate_server", str(inside / "spec.json")),
