@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from threading import Lock
 
-from palate.device import local_device
 from palate.errors import UnsupportedParameterError
 from palate.home import palate_home
 from palate.processes import send, session_members, start_time
+from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import DeviceFacts
 
 _POLL_S = 0.05
