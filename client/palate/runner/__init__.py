@@ -28,6 +28,7 @@ from palate.runner.post import Ending, Post
 from palate.runner.presence import Presence, Tail
 from palate.session import Session
 from palate.store.errors import StoreError
+from palate.variables import take_variables
 
 logger = logging.getLogger("palate.runner")
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
+    take_variables()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     terminated = threading.Event()
 
