@@ -147,6 +147,9 @@ def stop(folder: Path, *, remove: bool = False) -> None:
                 pass
             time.sleep(0.1)
     if remove and folder.exists():
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in (mount for mount in mounts if mount.startswith(f"{folder.absolute()}/")):
+            subprocess.run(["umount", mount], check=True)  # dockerd leaves the host network's namespace mounted
         shutil.rmtree(folder)
 
 
