@@ -14,7 +14,8 @@ import pytest
 
 from palate_trainer.marks import is_whole, last_whole, mark_complete
 from palate_trainer.spec import COMPLETE_MARK, EXIT_STOPPED
-from tests.slow.conftest import preference_rows, until
+from tests.slow.conftest import until
+from tests.support.rows import preference_rows
 
 slow = pytest.mark.slow
 
