@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob, setup_default_session
-from palate.errors import ConfigurationError, TrainingJobError, UnsupportedParameterError
+from palate.errors import ConfigurationError, NotEnoughMemoryError, TrainingJobError, UnsupportedParameterError
 from palate.images.errors import ImageMissingError
 from tests.container.conftest import Image
 from tests.slow.conftest import until
@@ -127,10 +127,26 @@ def test_stopped_killed_and_resumed_it_equals_the_run_without_a_break(
     assert "told-to-nobody" not in "\n".join(resumed.logs())
 
 
-def test_a_training_that_takes_too_much_memory_says_so(containers: None, tiny: Path, prefs: Path) -> None:
+def test_a_training_that_takes_too_much_memory_says_so(containers: None, tiny: Path, tmp_path: Path) -> None:
     setup_default_session()
-    with pytest.raises(TrainingJobError, match=r"out of memory.*its memory limit of 0\.293 GiB.*instance_spec"):
-        train(tiny, prefs, "large", memory="300m")
+    with pytest.raises(NotEnoughMemoryError, match=r"has 0\.3 GiB free"):  # what can be foreseen is refused
+        train(tiny, _long_rows(tmp_path, words=1), "foreseen", memory="300m")
+    with pytest.raises(TrainingJobError, match=r"out of memory.*its memory limit of 0\.781 GiB.*instance_spec"):
+        train(
+            tiny,
+            _long_rows(tmp_path, words=1900),
+            "large",
+            memory="800m",
+            seq_length=2048,
+            per_device_train_batch_size=16,
+        )
+
+
+def _long_rows(folder: Path, *, words: int) -> Path:
+    path = folder / "long.json"
+    rows = [{"prompt": f"Say {n}", "chosen": f"{n} " * words, "rejected": "no " * words} for n in range(32)]
+    path.write_text(json.dumps(rows))
+    return path
 
 
 def test_what_was_trained_is_served(
