@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from importlib import metadata
@@ -14,6 +15,7 @@ import palate.session
 from palate import Session
 from palate.store import StoreOptions, open_store
 from tests.support.models import PACKAGE, package_gguf, smollm2, tiny_model
+from tests.support.rows import preference_rows
 from tests.support.schemas import check_records
 from tests.support.seaweed import SeaweedServer, find_weed, running_seaweed
 
@@ -33,6 +35,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PALATE_HOME", str(folder))
     monkeypatch.setattr(palate.session, "_default", None)
     return folder
+
+
+@pytest.fixture
+def prefs(tmp_path: Path) -> Path:
+    path = tmp_path / "prefs.json"
+    path.write_text(json.dumps(preference_rows()))
+    return path
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import Literal
 
 from palate import __version__
 from palate.backend import backend_names
-from palate.device import local_device
 from palate.errors import PalateError
 from palate.home import palate_home
 from palate.preflight import TRAINER_PACKAGES
 from palate.session import get_default_session
+from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import resolve
 from palate_server.spec import describe_engines
 

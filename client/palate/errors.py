@@ -19,6 +19,8 @@ PalateError
 ├── PaiAttributeError (AttributeError)      an attribute of PAI's classes that Palate's have not; see `palate.pai`
 ├── DamagedFilesError (RuntimeError)        a model, a copy of it, or a checkpoint is not what was written
 ├── WaitTimeoutError (TimeoutError)         what was waited for did not come in time
+├── EngineError (RuntimeError)              no container engine answers, or a build failed; see `palate.images.errors`
+├── ImageMissingError (LookupError)         an image is not on this machine; see `palate.images.errors`
 └── StoreError (OSError)                    see `palate.store.errors`
 """
 

@@ -123,8 +123,12 @@ class ModelTrainingRecipe:
                 f"max_attempts={max_attempts!r} must be a whole number from 1, 1 for no second try"
             )
         self.session = _with_backend(session or get_default_session(), backend)
-        self.session.backend.refuse(
-            image_uri=image_uri, instance_type=instance_type, instance_count=instance_count, instance_spec=instance_spec
+        self.placement = self.session.backend.place(
+            "jobs",
+            image_uri=image_uri,
+            instance_type=instance_type,
+            instance_count=instance_count,
+            instance_spec=instance_spec,
         )
         self.model_provider = model_provider
         self.labels = dict(labels or {})
@@ -168,7 +172,7 @@ class ModelTrainingRecipe:
 
     def resolve(self) -> Resolved:
         """Returns hyperparameters, precision, and a note for everything that was changed for the machine's sake."""
-        return resolve(self._given, method=self.method, device=self.session.backend.device())
+        return resolve(self._given, method=self.method, device=self.session.backend.device(self.placement))
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,6 +221,7 @@ class ModelTrainingRecipe:
             environments=self.environments,
             max_run_time_s=self.max_run_time,
             max_attempts=self.max_attempts,
+            placement=self.placement,
         )
         job = submit(request, self.session, announce=show_logs, notes=not wait)
         self._jobs.append(job)
@@ -287,8 +292,8 @@ class ModelTrainingRecipe:
             ServiceError: It failed to start; carries the reason and the engine's last lines. Nothing is left running.
         """
         refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
-        self.session.backend.refuse(
-            image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
+        self.session.backend.place(
+            "services", image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
         )
         return self._need_job().deploy(service_name, options=dict(options or {}), wait=wait, show_logs=show_logs)
 

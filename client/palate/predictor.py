@@ -15,6 +15,7 @@ from palate.listing import Wanted, find_runs
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
+from palate.weights import WeightsSource, reachable_weights
 from palate_recipes.nearest import did_you_mean
 from palate_server.spec import ServeSpec
 
@@ -327,8 +328,13 @@ def start_service(
     check_name("service name", service_name)
     checked = _check_options(service_name, options or {})
     time_to_live_s = checked.pop("time_to_live_s", None)
-    if session.backend.name == "process":
+    if session.backend.name in ("process", "container"):
         _check_port(checked)  # elsewhere the port is another machine's
+    placement = session.backend.place(
+        "services", image_uri=None, instance_type=None, instance_count=None, instance_spec=None
+    )
+    source = reachable_weights(WeightsSource.from_json(model["source"]), session)
+    model = {**model, "source": source.to_json()}
     record = Record(session.store, "services", service_name)
     if record.exists() and RunHandle(record, session).refresh().state == "Failed":
         record.delete()  # a failed start holds nothing worth keeping: its name is free again
@@ -345,6 +351,7 @@ def start_service(
             "system_prompt": system_prompt,
             "options": checked,
             "time_to_live_s": time_to_live_s,
+            "placement": placement,
         },
     )
     record.create(manifest)

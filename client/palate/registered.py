@@ -86,8 +86,8 @@ class RegisteredModel:
 
         refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
         session = self._session or get_default_session()
-        session.backend.refuse(
-            image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
+        session.backend.place(
+            "services", image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
         )
         name, uri, version, labels = self.model_name, None, self.model_version, {}
         if other := stand_in_for(name):

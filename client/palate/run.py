@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from palate.backend import Backend, get_backend
+from palate.backend import Backend, EngineStatus, Launch, get_backend
 from palate.display import Display, make_display
 from palate.errors import ConfigurationError, WaitTimeoutError
 from palate.lease import START_ID_VARIABLE, read_lease, silence_s
 from palate.record import ACTIVE, LOST, TERMINAL, Manifest, Record, State, Status
 from palate.session import Session
+from palate.store import open_parent
 
 logger = logging.getLogger("palate.run")
 
@@ -23,6 +24,9 @@ START_LIMIT_S = 60.0
 """A run without an engine id after this long was never started: its client died in between."""
 
 STOP_GRACE_S = 150.0
+LAST_STEPS_S = 20.0
+"""After its last word a runner lets go of its lease and its folder."""
+
 FOLLOW_INTERVAL_S = 1.0
 POLL_S = 0.2
 
@@ -55,14 +59,34 @@ class RunHandle:
     def start(self, environments: dict[str, str] | None = None) -> None:
         """Gives the run to its backend; a start that fails becomes the run's status and is raised."""
         start_id = token_hex(8)
-        env = {**self.session.environment(), **(environments or {}), START_ID_VARIABLE: start_id}
-        command = [sys.executable, "-m", "palate.runner", self.record.uri]
+        launch = Launch(
+            uri=self.record.uri,
+            kind=self.record.kind,
+            name=self.record.name,
+            env={**self.session.environment(), **(environments or {}), START_ID_VARIABLE: start_id},
+            folders=self._folders(),
+            placement=self.manifest.body.get("placement") or {},
+        )
         try:
-            engine_id = self.backend.start(command, run_name=f"{self.record.kind}-{self.record.name}", env=env)
+            engine_id = self.backend.start(launch)
         except Exception as error:
             self.record.advance("Failed", expect={"Creating"}, reason=f"the backend could not start it: {error}")
             raise
         self.record.note(engine_id=engine_id, start_id=start_id)
+
+    def _folders(self) -> dict[Path, bool]:
+        """The folders of this machine that the run's manifest names, and whether it writes there."""
+        body = self.manifest.body
+        source: dict[str, Any] = (body.get("model") or {}).get("source") or {}
+        inputs: dict[str, dict[str, Any]] = body.get("inputs") or {}
+        uris = [facts.get("uri", "") for facts in inputs.values()] + [body.get("tuned_uri") or ""]
+        read = [Path(source["location"])] if source.get("kind") == "folder" else []
+        for uri in filter(None, uris):
+            store, name = open_parent(uri, options=self.session.options_for(uri))
+            if (local := store.local_path(name)) is not None:
+                read.append(local if local.is_dir() else local.parent)
+        own = self.record.store.local_path("")
+        return {**dict.fromkeys(read, False), **({own: True} if own is not None else {})}
 
     def restart(
         self, *, expect: Collection[State], attempt: int, more: int = 0, environments: dict[str, str], **ended: Any
@@ -108,7 +132,7 @@ class RunHandle:
         before, status = status, self.record.status()  # it may have finished between the two looks
         if status.is_terminal or (status.attempt, status.start_id) != (before.attempt, before.start_id):
             return status
-        gone = bool(status.engine_id) and self.backend.status(status.engine_id) == "gone"
+        gone = bool(status.engine_id) and self.backend.status(status.engine_id).state == "gone"
         if (
             status.state == "Running"
             and gone
@@ -131,19 +155,21 @@ class RunHandle:
 
     def lost(self, status: Status) -> str:
         """Returns why an active run has no runner any more, or "" when it has one or that cannot be told from here."""
-        engine = self.backend.status(status.engine_id) if status.engine_id else "unknown"
-        if engine == "running":
+        engine = self.backend.status(status.engine_id) if status.engine_id else EngineStatus("unknown")
+        if engine.state == "running":
             return ""
+        gone = engine.state == "gone"
+        lost = f"its runner is gone without a last word: {engine.cause}" if engine.cause else LOST
         lease = read_lease(self.record)
         if lease is None or lease.attempt < status.attempt:  # nobody has taken up this attempt
-            if engine == "gone":
-                return LOST
+            if gone:
+                return lost
             if not status.engine_id and (silence_s(self.record, "status.json") or 0) > START_LIMIT_S:
                 return "it was created, but never started: the process that did so ended too early"
             return ""
         # The engine knows the process that it started; the run may be in the hands of another one.
-        if lease.released or (engine == "gone" and lease.start_id == status.start_id) or lease.is_dead_here:
-            return LOST
+        if lease.released or (gone and lease.start_id == status.start_id) or lease.is_dead_here:
+            return lost
         silent_s = silence_s(self.record)
         if silent_s is None or silent_s <= lease.lost_after_s:
             return ""
@@ -185,6 +211,8 @@ class RunHandle:
                 log_part, metric_part = self._show_news(display, log_part, metric_part)
                 if until(status) or status.is_terminal:
                     self._show_news(display, log_part, metric_part)
+                    if status.is_terminal and status.engine_id:
+                        self.backend.stop(status.engine_id, grace_s=LAST_STEPS_S)  # the engine may forget it now
                     return status
                 if deadline is not None and time.monotonic() >= deadline:
                     raise WaitTimeoutError(

@@ -22,7 +22,7 @@ from palate.preflight import check_memory, check_trainer
 from palate.record import Manifest, Record
 from palate.run import RunHandle
 from palate.session import Session
-from palate.weights import WeightsSource, find_weights
+from palate.weights import WeightsSource, find_weights, reachable_weights
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import Resolved
 from palate_recipes.nearest import did_you_mean
@@ -48,6 +48,7 @@ class TrainingRequest:
         environments: For the trainer; only their names are recorded.
         max_run_time_s: Seconds until an attempt is ended, or None.
         max_attempts: How often the training is begun, at most.
+        placement: Where it goes, as the backend said.
     """
 
     model_name: str
@@ -64,6 +65,7 @@ class TrainingRequest:
     environments: dict[str, str]
     max_run_time_s: int | None
     max_attempts: int
+    placement: dict[str, Any]
 
 
 def submit(request: TrainingRequest, session: Session, *, announce: bool, notes: bool) -> TrainingJob:
@@ -89,6 +91,7 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
         model_uri=request.model_uri,
         model_version=request.model_version,
     )
+    source = reachable_weights(source, session)
     with checked_inputs(
         {channel: given for channel, given in request.inputs.items() if channel != CHANNEL},
         session,
@@ -123,7 +126,7 @@ def _submit(
         _parameters(source, row),
         resolved,
         method=request.method,
-        device=session.backend.device(),
+        device=session.backend.device(request.placement),
         row=row,
     )
     session.store.check()
@@ -152,6 +155,7 @@ def _submit(
             },
             "max_run_time_s": request.max_run_time_s,
             "max_attempts": request.max_attempts,
+            "placement": request.placement,
             "environment_names": sorted(request.environments),
         },
     )

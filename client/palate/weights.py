@@ -184,6 +184,14 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
     return target, revision
 
 
+def reachable_weights(source: WeightsSource, session: Session) -> WeightsSource:
+    """Returns where a run of the session's backend finds the weights: in an image this environment's packages are not there."""
+    if source.kind != "package" or session.backend.name == "process":
+        return source
+    folder, _ = fetch_weights(source, session, say=lambda line: print(line, file=sys.stderr, flush=True))
+    return WeightsSource(kind="folder", location=str(folder))
+
+
 def _from_package(name: str, folder: Path) -> None:
     from importlib.metadata import distribution
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from palate_trainer.marks import mark_complete
 from palate_trainer.pace import Pace, peak_memory_gb
 from palate_trainer.parallel import any_process, is_main, sum_over_processes, wait_for_all
 from palate_trainer.spec import COMPLETE_MARK, METRICS_FILE
@@ -201,7 +202,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         wait_for_all()  # each writes the state of its own random numbers
         if is_main():
-            (folder / COMPLETE_MARK).touch()
+            mark_complete(folder)
         self._pace.checkpoint()
         say(f"checkpoint {folder.name} written")
 

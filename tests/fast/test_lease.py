@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from palate import Session
+from palate.backend.process import ProcessBackend
 from palate.errors import ConfigurationError, JobNotReadyError
 from palate.job import TrainingJob
 from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
@@ -148,8 +149,8 @@ def test_a_run_whose_runner_went_silent_elsewhere_is_failed_by_the_next_look(sto
 
 def test_a_run_whose_engine_is_gone_is_in_the_hands_of_another_runner(store: Store, session: Session) -> None:
     record = job(store)
-    engine_id = session.backend.start([sys.executable, "-c", ""], run_name="short", env={})
-    until(lambda: session.backend.status(engine_id) == "gone")
+    engine_id = ProcessBackend().start_command([sys.executable, "-c", ""], run_name="short", env={})
+    until(lambda: session.backend.status(engine_id).state == "gone")
     record.advance("Running", expect={"Creating"}, engine_id=engine_id, start_id="mine")
     left_by(record, start_id="by hand", lost_after_s=1000.0)
     handle = RunHandle(record, session)

@@ -11,15 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from palate.backend import Backend, get_backend
+from palate.backend import get_backend
+from palate.backend.process import ProcessBackend
 from palate.errors import ConfigurationError
 
 TIMEOUT_S = 20.0
 
 
 @pytest.fixture
-def backend(home: Path) -> Backend:
-    return get_backend("process")
+def backend(home: Path) -> ProcessBackend:
+    found = get_backend("process")
+    assert isinstance(found, ProcessBackend)
+    return found
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -33,25 +36,25 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-u", "-c", code]
 
 
-def test_a_command_runs_with_its_environment_and_is_logged(backend: Backend) -> None:
+def test_a_command_runs_with_its_environment_and_is_logged(backend: ProcessBackend) -> None:
     code = "import os; print('says', os.environ['WORD'])"
-    engine_id = backend.start(python(code), run_name="one", env={"WORD": "hello"})
-    until(lambda: backend.status(engine_id) == "gone")
+    engine_id = backend.start_command(python(code), run_name="one", env={"WORD": "hello"})
+    until(lambda: backend.status(engine_id).state == "gone")
     assert backend.logs(engine_id) == "says hello\n"
 
 
-def test_a_run_outlives_the_process_that_started_it(backend: Backend, tmp_path: Path) -> None:
+def test_a_run_outlives_the_process_that_started_it(backend: ProcessBackend, tmp_path: Path) -> None:
     code = (
         "from palate.backend import get_backend; import sys; "
-        "print(get_backend('process').start([sys.executable, '-c', 'import time; time.sleep(60)'], run_name='a', env={}))"
+        "print(get_backend('process').start_command([sys.executable, '-c', 'import time; time.sleep(60)'], run_name='a', env={}))"
     )
     engine_id = subprocess.run(python(code), capture_output=True, text=True, check=True).stdout.strip()
-    assert backend.status(engine_id) == "running"
+    assert backend.status(engine_id).state == "running"
     backend.stop(engine_id, grace_s=5)
-    assert backend.status(engine_id) == "gone"
+    assert backend.status(engine_id).state == "gone"
 
 
-def test_stop_ends_the_whole_tree_even_when_it_does_not_want_to(backend: Backend, tmp_path: Path) -> None:
+def test_stop_ends_the_whole_tree_even_when_it_does_not_want_to(backend: ProcessBackend, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     code = (
@@ -62,20 +65,20 @@ def test_stop_ends_the_whole_tree_even_when_it_does_not_want_to(backend: Backend
         f"os.rename({str(pids)!r} + '.draft', {str(pids)!r})\n"
         "time.sleep(60)\n"
     )
-    engine_id = backend.start(python(code), run_name="stubborn", env={})
+    engine_id = backend.start_command(python(code), run_name="stubborn", env={})
     until(pids.exists)
     backend.stop(engine_id, grace_s=0.3)
-    assert backend.status(engine_id) == "gone"
+    assert backend.status(engine_id).state == "gone"
     for pid in pids.read_text().split():
         assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
     backend.stop(engine_id, grace_s=0.3)  # twice is no error
 
 
-def test_a_recycled_pid_is_not_mistaken_for_the_run(backend: Backend) -> None:
-    engine_id = backend.start(python("import time; time.sleep(60)"), run_name="b", env={})
+def test_a_recycled_pid_is_not_mistaken_for_the_run(backend: ProcessBackend) -> None:
+    engine_id = backend.start_command(python("import time; time.sleep(60)"), run_name="b", env={})
     host, pid, started, name = engine_id.split(":", 3)
-    assert backend.status(f"{host}:{pid}:{int(started) + 1}:{name}") == "gone"
-    assert backend.status(f"elsewhere:{pid}:{started}:{name}") == "unknown"
+    assert backend.status(f"{host}:{pid}:{int(started) + 1}:{name}").state == "gone"
+    assert backend.status(f"elsewhere:{pid}:{started}:{name}").state == "unknown"
     backend.stop(engine_id, grace_s=1)
 
 

@@ -116,7 +116,7 @@ def test_a_model_folder_without_weights_is_refused(session: Session, tmp_path: P
 
 def test_a_model_that_cannot_fit_is_refused(session: Session, prefs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = DeviceFacts(cuda=False, bf16=False, fp16=False, memory_gib=8.0)
-    monkeypatch.setattr(type(session.backend), "device", lambda self: small)
+    monkeypatch.setattr(type(session.backend), "device", lambda self, placement=None: small)
     recipe = ModelTrainingRecipe("qwen2-72b-instruct", method="Standard_LLM", hyperparameters=DPO)
     with pytest.raises(NotEnoughMemoryError) as caught:
         recipe.train(inputs={"train": prefs})

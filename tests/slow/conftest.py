@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ import palate.session
 from palate import Session, setup_default_session
 from tests.support.schemas import check_records
 from tests.support.seaweed import SeaweedServer
-
-ROWS = 12
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -32,24 +29,6 @@ def store_session(request: pytest.FixtureRequest, home: Path, monkeypatch: pytes
     session = setup_default_session()
     yield session
     check_records(session.store)
-
-
-def preference_rows(count: int = ROWS) -> list[dict[str, str]]:
-    return [
-        {
-            "prompt": f"Is {number} an even number?",
-            "chosen": f"It depends on the last digit; {number} is {'even' if number % 2 == 0 else 'odd'}.",
-            "rejected": "Yes, of course, as you say.",
-        }
-        for number in range(count)
-    ]
-
-
-@pytest.fixture
-def prefs(tmp_path: Path) -> Path:
-    path = tmp_path / "prefs.json"
-    path.write_text(json.dumps(preference_rows()))
-    return path
 
 
 def until(condition: Callable[[], bool], *, timeout_s: float = 90.0) -> None:

@@ -14,7 +14,8 @@ import pytest
 from palate import Predictor, TrainingJob
 from palate.session import Session, setup_default_session
 from palate.stand_in import SETTING
-from tests.slow.conftest import preference_rows, processes_of, until
+from tests.slow.conftest import processes_of, until
+from tests.support.rows import preference_rows
 from tests.support.seaweed import SeaweedServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

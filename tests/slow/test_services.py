@@ -22,7 +22,8 @@ from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
 from palate.predictor import start_service
 from palate.record import TOKEN_KEY
-from tests.slow.conftest import preference_rows, processes_of, until
+from tests.slow.conftest import processes_of, until
+from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +65,28 @@ def test_a_training_without_the_extras_says_what_to_install(
     assert done.returncode == 1
     assert "palate[train]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_images_are_built_from_the_installed_package(python: Path, tmp_path: Path) -> None:
+    """Without a checkout the build context is the package as it is installed, packed again, with the files of the images."""
+    program = (
+        "import json, zipfile; from palate.images.source import build_source\n"
+        "with build_source() as source:\n"
+        "    files = sorted(path.relative_to(source.folder).as_posix() for path in source.folder.rglob('*') if path.is_file())\n"
+        "    names = zipfile.ZipFile(next(source.folder.glob('*.whl'))).namelist()\n"
+        "print(json.dumps([files, names]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    files, names = json.loads(done.stdout)
+    for folder in ("container", "serve"):
+        assert {f"{folder}/Dockerfile", f"{folder}/requirements-cpu.txt", f"{folder}/requirements-cuda.txt"} <= set(
+            files
+        )
+    original = zipfile.ZipFile(next(python.parents[2].glob("*.whl"))).namelist()
+    assert set(names) == set(original)
 
 
 def test_a_training_runs_with_the_extras(python: Path, home: Path, tiny: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from palate_recipes.hyperparameters import DeviceFacts, resolve
 from palate_trainer.spec import ERROR_FILE, TrainSpec
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 
 CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
 QUICK = {

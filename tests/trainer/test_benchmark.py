@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
 

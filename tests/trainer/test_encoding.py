@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palate_recipes.data.rows import Row, plain_row
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
 

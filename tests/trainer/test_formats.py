@@ -12,7 +12,7 @@ from palate_recipes.data.changes import convert
 from palate_recipes.data.formats import FORMATS
 from palate_recipes.data.reading import read_rows
 from palate_recipes.data.rows import Message, Row
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
 

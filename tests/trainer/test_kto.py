@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from palate_trainer.spec import COMPLETE_MARK, EXIT_STOPPED
-from tests.slow.conftest import preference_rows, until
+from tests.slow.conftest import until
+from tests.support.rows import preference_rows
 from tests.trainer.support import losses, refusal, spec, train
 from tests.trainer.test_parallel import log_of, start, together, training
 

@@ -11,7 +11,7 @@ import pytest
 
 from palate_trainer.spec import TrainSpec
 from palate_trainer.spec.reference import Table, read_table, reference_key, table_name, write_table
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 from tests.trainer.support import losses, spec, train
 
 pytestmark = pytest.mark.slow

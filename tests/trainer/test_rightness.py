@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 from tests.trainer.support import refusal, spec, train
 
 pytestmark = pytest.mark.slow

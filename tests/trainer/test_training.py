@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
-from tests.slow.conftest import preference_rows
+from tests.support.rows import preference_rows
 from tests.trainer.support import losses, spec, train
 
 pytestmark = pytest.mark.slow

@@ -1,19 +1,66 @@
 """Where runs are put: backends by name. Knows their names, not how they work.
 
-A backend is four verbs over one command (see `Backend`). Others register under the entry-point group `palate.backends`.
+A backend is four verbs over one run (see `Backend`). Others register under the entry-point group `palate.backends`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from palate.errors import ConfigurationError
 from palate_recipes.hyperparameters import DeviceFacts
 from palate_recipes.nearest import did_you_mean
 
-_BUILT_IN = {"process": "palate.backend.process:ProcessBackend"}
+_BUILT_IN = {
+    "process": "palate.backend.process:ProcessBackend",
+    "container": "palate.backend.container:ContainerBackend",
+}
 _GROUP = "palate.backends"
+
+Kind = Literal["jobs", "services"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A run that is to be started.
+
+    Attributes:
+        uri: Of the run: all that the runner is told. `palate-run URI` is the command.
+        kind: Whether it trains or serves.
+        name: Job id or service name.
+        env: Variables for the runner on top of the engine's own; may hold credentials, so never to be logged.
+        folders: Folders of this machine that the run reads, and whether it writes them, too.
+        placement: What `place` returned for it.
+    """
+
+    uri: str
+    kind: Kind
+    name: str
+    env: Mapping[str, str] = field(repr=False)
+    folders: Mapping[Path, bool] = field(default_factory=dict)
+    placement: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_name(self) -> str:
+        """Name for people and for the engine's own lists."""
+        return f"{self.kind}-{self.name}"
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine says of a run.
+
+    Attributes:
+        state: `unknown` when that cannot be told from here.
+        cause: Why it is gone, where the engine knows.
+    """
+
+    state: Literal["running", "gone", "unknown"]
+    cause: str = ""
 
 
 class Backend(Protocol):
@@ -21,18 +68,12 @@ class Backend(Protocol):
 
     name: str
 
-    def start(self, argv: list[str], *, run_name: str, env: dict[str, str]) -> str:
-        """Starts `argv`, which outlives the caller, and returns the engine's id for it.
-
-        Args:
-            argv: The command; its last element is the run's URI.
-            run_name: Name for people and for the engine's own lists.
-            env: Variables on top of the engine's own; may hold credentials, so never to be logged.
-        """
+    def start(self, launch: Launch) -> str:
+        """Starts the runner, which outlives the caller, and returns the engine's id for it."""
         ...
 
-    def status(self, engine_id: str) -> str:
-        """Returns `running`, `gone`, or `unknown` when that cannot be told from here."""
+    def status(self, engine_id: str) -> EngineStatus:
+        """Returns whether it still runs."""
         ...
 
     def logs(self, engine_id: str) -> str:
@@ -40,17 +81,31 @@ class Backend(Protocol):
         ...
 
     def stop(self, engine_id: str, *, grace_s: float) -> None:
-        """Ends it and all that it started: politely, then by force after `grace_s` seconds. Gone is no error."""
+        """Ends it and all that it started: politely, then by force after `grace_s` seconds. The engine keeps nothing of it.
+
+        Gone is no error.
+        """
         ...
 
-    def device(self) -> DeviceFacts:
-        """Returns what a run there computes with."""
+    def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
+        """Returns what a run with this placement computes with."""
         ...
 
-    def refuse(
-        self, *, image_uri: str | None, instance_type: str | None, instance_count: int | None, instance_spec: object
-    ) -> None:
-        """Raises UnsupportedParameterError for a placement that this backend cannot give."""
+    def place(
+        self,
+        kind: Kind,
+        *,
+        image_uri: str | None,
+        instance_type: str | None,
+        instance_count: int | None,
+        instance_spec: object,
+    ) -> dict[str, Any]:
+        """Returns what `start` is to know of where a run goes, as JSON for the manifest; asks for nothing yet.
+
+        Raises:
+            UnsupportedParameterError: This backend cannot give it.
+            PalateError: It could, and something is missing, such as an image.
+        """
         ...
 
 

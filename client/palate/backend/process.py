@@ -10,14 +10,18 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-from palate.device import local_device
+from palate.backend import EngineStatus, Kind, Launch
 from palate.errors import UnsupportedParameterError
 from palate.home import palate_home
 from palate.processes import send, session_members, start_time
+from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import DeviceFacts
 
 _POLL_S = 0.05
@@ -29,7 +33,12 @@ class ProcessBackend:
 
     name = "process"
 
-    def start(self, argv: list[str], *, run_name: str, env: dict[str, str]) -> str:
+    def start(self, launch: Launch) -> str:
+        command = [sys.executable, "-m", "palate.runner", launch.uri]
+        return self.start_command(command, run_name=launch.run_name, env=launch.env)
+
+    def start_command(self, argv: list[str], *, run_name: str, env: Mapping[str, str]) -> str:
+        """Starts any command as a run; returns its engine id."""
         log = self._log_file(run_name)
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with log.open("wb") as output:
@@ -46,12 +55,12 @@ class ProcessBackend:
             _CHILDREN.append(process)
         return f"{socket.gethostname()}:{process.pid}:{start_time(process.pid)}:{run_name}"
 
-    def status(self, engine_id: str) -> str:
+    def status(self, engine_id: str) -> EngineStatus:
         host, pid, started, _ = engine_id.split(":", 3)
         if host != socket.gethostname():
-            return "unknown"
+            return EngineStatus("unknown")
         _reap()
-        return "running" if started and start_time(int(pid)) == started else "gone"
+        return EngineStatus("running" if started and start_time(int(pid)) == started else "gone")
 
     def logs(self, engine_id: str) -> str:
         host, _, _, run_name = engine_id.split(":", 3)
@@ -65,10 +74,10 @@ class ProcessBackend:
         if host != socket.gethostname():
             return
         pid = int(pid_text)
-        if self.status(engine_id) == "running":
+        if self.status(engine_id).state == "running":
             send(pid, signal.SIGTERM)
             deadline = time.monotonic() + grace_s
-            while self.status(engine_id) == "running" and time.monotonic() < deadline:
+            while self.status(engine_id).state == "running" and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
         for member in session_members(pid):
             send(member, signal.SIGKILL)
@@ -77,12 +86,18 @@ class ProcessBackend:
             time.sleep(_POLL_S)
             _reap()
 
-    def device(self) -> DeviceFacts:
+    def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
         return local_device()
 
-    def refuse(
-        self, *, image_uri: str | None, instance_type: str | None, instance_count: int | None, instance_spec: object
-    ) -> None:
+    def place(
+        self,
+        kind: Kind,
+        *,
+        image_uri: str | None,
+        instance_type: str | None,
+        instance_count: int | None,
+        instance_spec: object,
+    ) -> dict[str, Any]:
         def refused(parameter: str, value: object, remedy: str) -> UnsupportedParameterError:
             return UnsupportedParameterError(f"{parameter}={value!r} cannot be had on the process backend: {remedy}")
 
@@ -96,6 +111,7 @@ class ProcessBackend:
             raise refused("instance_count", instance_count, "there is one machine; leave it out or say 1")
         if instance_spec is not None:
             raise refused("instance_spec", instance_spec, "it sets no limits on this machine; leave it out")
+        return {}
 
     @staticmethod
     def _log_file(run_name: str) -> Path:

@@ -12,6 +12,7 @@ import typer
 
 from palate.cli import about, clean, lists, runs, scripts, work
 from palate.cli.data import data
+from palate.cli.images import images
 from palate.cli.store import store
 from palate.errors import PalateError
 
@@ -31,6 +32,7 @@ clean.register(app)
 about.register(app)
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
+app.add_typer(images, name="images")
 
 
 def main() -> None:

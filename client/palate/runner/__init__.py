@@ -28,10 +28,11 @@ from palate.runner.post import Ending, Post
 from palate.runner.presence import Presence, Tail
 from palate.session import Session
 from palate.store.errors import StoreError
+from palate.variables import take_variables
 
 logger = logging.getLogger("palate.runner")
 
-USAGE = "usage: palate-run <store>/jobs/<id> | <store>/services/<name>"
+USAGE = "usage: palate-run <store>/jobs/<id> | <store>/services/<name> | train"
 
 _RESERVE_BYTES = 1 << 20
 """Kept free in the work folder: on a disk that is full, the run must still be able to say so."""
@@ -40,9 +41,12 @@ _RESERVE_BYTES = 1 << 20
 def main(argv: list[str] | None = None) -> int:
     """Runs one run to its end; returns 0 when it succeeded, was stopped as asked, or is another runner's, else 1."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["train"]:  # what managed platforms run an image with; there is no store then, and no record
+        os.execv(sys.executable, [sys.executable, "-m", "palate_trainer.managed", *arguments[1:]])
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
+    take_variables()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     terminated = threading.Event()
 

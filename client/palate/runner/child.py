@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from palate.runner.memory import MemoryGuard
 from palate.runner.presence import TICK_S, Presence
 
 LOG_TAIL_LINES = 25
@@ -25,6 +26,7 @@ class Child:
 
     def __init__(self, argv: list[str], *, log: Path, env: dict[str, str], cwd: Path) -> None:
         self.log = log
+        self._memory = MemoryGuard()
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 argv,
@@ -41,6 +43,13 @@ class Child:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+
+    def cause(self, told: str) -> str:
+        """Returns why it ended: for its memory, else what it told itself, else what its exit code says."""
+        code = self.process.returncode
+        if code != 0 and (out_of_memory := self._memory.cause()):
+            return f"{out_of_memory}\n{told}" if told else out_of_memory
+        return told or f"the program ended: {_describe_exit(code)}"
 
     def terminate(self) -> None:
         if self.process.poll() is None:
@@ -116,7 +125,7 @@ def watch(
     return outcome
 
 
-def describe_exit(code: int) -> str:
+def _describe_exit(code: int) -> str:
     """Returns what an exit code says to a person."""
     if code >= 0:
         return f"exit code {code}"

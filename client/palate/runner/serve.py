@@ -8,7 +8,7 @@ from pathlib import Path
 
 from palate.digests import read_model_digests
 from palate.record import TOKEN_KEY
-from palate.runner.child import Child, describe_exit, log_tail, watch
+from palate.runner.child import Child, log_tail, watch
 from palate.runner.post import Ending, Post
 from palate.store import open_parent
 from palate.store.errors import StoreError
@@ -84,7 +84,7 @@ def run_service(post: Post) -> Ending:
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     return Ending(
         state="Failed",
-        reason=reason or f"the server ended: {describe_exit(code)}",
+        reason=child.cause(reason or ""),
         exit_code=code,
         log_tail=log_tail(post.log),
     )

@@ -20,7 +20,7 @@ from palate.errors import ConfigurationError
 from palate.record import events_once
 from palate.runner.cache import ReferenceCache
 from palate.runner.checkpoints import CheckpointPusher, stage_last_checkpoint
-from palate.runner.child import Child, describe_exit, log_tail, watch
+from palate.runner.child import Child, log_tail, watch
 from palate.runner.post import Ending, Post
 from palate.runner.presence import Tail
 from palate.session import Session
@@ -114,7 +114,7 @@ def run_training(post: Post, logs: Tail) -> Ending:
     if outcome == "timed out":
         reason = f"max_run_time of {body['max_run_time_s']} s was reached; whole checkpoints are kept"
         return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(post.log), again=False)
-    return Ending(state="Failed", exit_code=code, reason=_cause(output, code, was_full), log_tail=log_tail(post.log))
+    return Ending(state="Failed", exit_code=code, reason=_cause(output, child, was_full), log_tail=log_tail(post.log))
 
 
 def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
@@ -189,12 +189,12 @@ def _push_model(post: Post, folder: Path) -> str:
     return hashlib.sha256(listed).hexdigest()
 
 
-def _cause(output: Path, code: int, was_full: bool) -> str:
+def _cause(output: Path, child: Child, was_full: bool) -> str:
     error = output / ERROR_FILE
     told = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     if not told and (was_full or shutil.disk_usage(output).free < _FULL_BYTES):
         told = f"The disk is full: {output} is on a disk that had no space left. Free some there, and resume the job."
-    return told or f"the trainer ended: {describe_exit(code)}"
+    return child.cause(told)
 
 
 def _stage(uri: str, session: Session, folder: Path) -> Path:

@@ -1,0 +1,224 @@
+"""Runs as containers of this machine's docker or podman. Knows the engine's command line, not stores or programs.
+
+Everything that a run keeps is in its store; a container can go at any time. Its credentials come in a file that the runner
+reads and removes: the engine never learns them, so no `inspect` shows them. An engine id is `host:engine:container:run name`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from palate.backend import EngineStatus, Kind, Launch
+from palate.backend.limits import Limits
+from palate.errors import UnsupportedParameterError
+from palate.home import palate_home
+from palate.images import image_name, need_image
+from palate.images.engine import Engine, find_engine
+from palate.images.errors import EngineError
+from palate.variables import FILE_VARIABLE
+from palate_recipes.device import local_device
+from palate_recipes.hyperparameters import DeviceFacts
+
+RUN_LABEL = "ai.palate.run"
+"""Label of a container with the URI of its run."""
+
+IMAGE_VARIABLES: dict[Kind, str] = {"jobs": "PALATE_TRAINER_IMAGE", "services": "PALATE_SERVER_IMAGE"}
+"""Images to take instead of those of this version."""
+
+_HOME = "/home/palate/.palate"
+_SECRETS = "/run/palate"
+_SHARED_MEMORY = "2g"  # PyTorch's and vLLM's processes talk through it, and an engine's default is 64 MB
+_PASSED_ON = ("AWS_", "OSS_", "HF_", "ALIBABA_CLOUD_", "PALATE_")
+_KEPT_BACK = (
+    "PALATE_HOME",
+    "PALATE_BACKEND",
+    "PALATE_ENGINE",
+    "HF_HOME",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+)
+_PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+_LOG_LINES = "200"
+_LOCAL_TYPES = {None, "local", "container"}
+
+
+class ContainerBackend:
+    """The images of trainer and server, run by the engine of this machine."""
+
+    name = "container"
+
+    def start(self, launch: Launch) -> str:
+        engine = find_engine(launch.placement.get("engine"))
+        image = need_image(engine, launch.placement["image"])
+        self._remove(engine, launch.uri)
+        secrets = palate_home() / "run" / f"{launch.run_name}-{token_hex(4)}"
+        secrets.mkdir(parents=True, mode=0o700)
+        try:
+            variables = {**_ambient_variables(), **launch.env}
+            with open(os.open(secrets / "variables.json", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                json.dump(variables, file)
+            options = _options(engine, launch, secrets)
+            done = engine.run("run", "--detach", *options, image.id, launch.uri, timeout_s=120)
+        except BaseException:
+            shutil.rmtree(secrets, ignore_errors=True)
+            raise
+        return f"{socket.gethostname()}:{engine.name}:{done.stdout.split()[-1]}:{secrets.name}"
+
+    def status(self, engine_id: str) -> EngineStatus:
+        found = self._inspect(engine_id)
+        if isinstance(found, EngineStatus):
+            return found
+        state = found["State"]
+        if state["Status"] in ("created", "running", "restarting", "paused", "configured", "initialized", "stopping"):
+            return EngineStatus("running")
+        limit = Limits.of_container(found).memory_text
+        if state.get("OOMKilled"):
+            return EngineStatus("gone", f"its container took more memory than its limit of {limit}: give it more")
+        code = state.get("ExitCode", 0)
+        error = state.get("Error") or ""
+        return EngineStatus(
+            "gone", f"its container ended with exit code {code}{': ' if error else ''}{error}" if code else ""
+        )
+
+    def logs(self, engine_id: str) -> str:
+        engine, container = self._find(engine_id)
+        if engine is None:
+            return ""
+        done = engine.run("logs", "--tail", _LOG_LINES, container, check=False)
+        return done.stdout + done.stderr if done.returncode == 0 else ""
+
+    def stop(self, engine_id: str, *, grace_s: float) -> None:
+        engine, container = self._find(engine_id)
+        if engine is None:
+            return
+        seconds = max(1, round(grace_s))
+        engine.run("stop", "--time", str(seconds), container, check=False, timeout_s=seconds + 30)
+        engine.run("rm", "--force", "--volumes", container, check=False)
+        shutil.rmtree(palate_home() / "run" / engine_id.split(":", 3)[3], ignore_errors=True)
+
+    def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
+        here = local_device()
+        limit_gib = Limits.from_json((placement or {}).get("limits") or {}).memory_gib
+        return here if limit_gib is None else replace(here, memory_gib=min(here.memory_gib, limit_gib))
+
+    def place(
+        self,
+        kind: Kind,
+        *,
+        image_uri: str | None,
+        instance_type: str | None,
+        instance_count: int | None,
+        instance_spec: object,
+    ) -> dict[str, Any]:
+        if instance_type not in _LOCAL_TYPES:
+            raise _refused(
+                "instance_type",
+                instance_type,
+                "it runs on this machine; leave it out, and set limits with instance_spec",
+            )
+        if instance_count not in {None, 1}:
+            raise _refused("instance_count", instance_count, "there is one machine; leave it out or say 1")
+        limits = Limits.parse(instance_spec)
+        engine = find_engine()
+        variant = "cuda" if local_device().cuda else "cpu"
+        program = "trainer" if kind == "jobs" else "server"
+        name = image_uri or os.environ.get(IMAGE_VARIABLES[kind]) or image_name(program, variant)  # type: ignore[arg-type]
+        image = need_image(engine, name)
+        return {"engine": engine.name, "image": name, "image_id": image.id, "limits": limits.to_json()}
+
+    def _find(self, engine_id: str) -> tuple[Engine | None, str]:
+        host, name, container, _ = engine_id.split(":", 3)
+        if host != socket.gethostname():
+            return None, container
+        try:
+            return find_engine(name), container
+        except EngineError:
+            return None, container
+
+    def _inspect(self, engine_id: str) -> dict[str, Any] | EngineStatus:
+        engine, container = self._find(engine_id)
+        if engine is None:
+            return EngineStatus("unknown")
+        try:
+            done = engine.run("container", "inspect", container, check=False)
+        except EngineError:
+            return EngineStatus("unknown")
+        if done.returncode == 0:
+            found: dict[str, Any] = json.loads(done.stdout)[0]
+            return found
+        words = done.stderr.lower()
+        return EngineStatus("gone" if "no such" in words or "no container" in words else "unknown")
+
+    @staticmethod
+    def _remove(engine: Engine, uri: str) -> None:
+        """Takes away what an earlier attempt left: it is over, or fenced off by its lease."""
+        found = engine.run("ps", "--all", "--quiet", "--filter", f"label={RUN_LABEL}={uri}").stdout.split()
+        if found:
+            engine.run("rm", "--force", "--volumes", *found, check=False)
+
+
+def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
+    cache = palate_home() / "cache"
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mounts = {f"{secrets}:{_SECRETS}": True, f"{cache}:{_HOME}/cache": True}
+    mounts |= {f"{folder}:{folder}": writable for folder, writable in launch.folders.items()}
+    options = [
+        *("--name", f"palate-{launch.run_name}-{token_hex(3)}"),
+        *("--label", f"{RUN_LABEL}={launch.uri}"),
+        *("--network", "host"),  # a store or an endpoint of this machine's loopback is one of the container's, too
+        *("--shm-size", _SHARED_MEMORY),
+        *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+        # Files of a mounted store belong to who started the run; group 0 owns the image's own folders.
+        *("--user", f"{os.getuid()}:{os.getgid()}", "--group-add", "0"),
+        *("--env", f"{FILE_VARIABLE}={_SECRETS}/variables.json", "--env", f"PALATE_HOME={_HOME}"),
+        *("--env", f"HF_HOME={_HOME}/cache/huggingface", "--env", "USER=palate"),
+    ]
+    if engine.name == "podman" and os.getuid() != 0:
+        options += ["--userns", "keep-id"]
+    if local_device().cuda:
+        options += ["--gpus", "all"] if engine.name == "docker" else ["--device", "nvidia.com/gpu=all"]
+    for mount, writable in mounts.items():
+        options += ["--volume", mount if writable else f"{mount}:ro"]
+    return [*options, *Limits.from_json(launch.placement.get("limits") or {}).options()]
+
+
+def _ambient_variables() -> dict[str, str]:
+    """What the runner of a process would find in its environment: ways to stores and hub, and settings of Palate's."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if (name.startswith(_PASSED_ON) and name not in _KEPT_BACK) or name in _PROXIES
+    }
+    if "AWS_ACCESS_KEY_ID" not in found and (keys := _keys_of_aws_files()):
+        found |= keys
+    return found
+
+
+def _keys_of_aws_files() -> dict[str, str]:
+    """Credentials that boto3 finds in this user's files or of this machine's role, which a container has not."""
+    try:
+        import boto3
+    except ImportError:
+        return {}
+    held = boto3.Session().get_credentials()
+    if held is None:
+        return {}
+    keys = held.get_frozen_credentials()
+    named = {
+        "AWS_ACCESS_KEY_ID": keys.access_key,
+        "AWS_SECRET_ACCESS_KEY": keys.secret_key,
+        "AWS_SESSION_TOKEN": keys.token,
+    }
+    return {name: value for name, value in named.items() if value}
+
+
+def _refused(parameter: str, value: object, remedy: str) -> UnsupportedParameterError:
+    return UnsupportedParameterError(f"{parameter}={value!r} cannot be had on the container backend: {remedy}")

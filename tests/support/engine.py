@@ -1,0 +1,275 @@
+"""A container engine for the tests: the one that is there, else a dockerd of their own. Knows no image of Palate.
+
+    python -m tests.support.engine up FOLDER [--install]   starts dockerd below FOLDER; prints the settings that reach it
+    python -m tests.support.engine down FOLDER [--remove]  stops it; --remove takes its images along
+
+No registry need be reached: `python:3.11-slim-bookworm` is bootstrapped from Debian packages where it can be had nowhere else. What
+downloads need on this machine (certificates, pip's settings, folders of wheels) is in a second image, for build stages alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE = "python:3.11-slim-bookworm"
+BUILD_BASE = "palate-test-build:3.11-slim-bookworm"
+"""The base with this machine's way to packages: the build argument BUILD_IMAGE of Palate's Dockerfiles."""
+
+FOLDER_VARIABLE = "PALATE_TEST_ENGINE"
+"""A folder below which the tests may start an engine where there is none."""
+
+_PACKAGES = ("docker.io", "podman", "runc", "mmdebstrap")
+_INCLUDE = "python3.11,python3-pip,python3.11-venv,ca-certificates"
+_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+_PIP_FILES = (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf")
+_READY_S = 30.0
+
+
+class EngineError(RuntimeError):
+    """There is no engine and none can be started; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A docker engine.
+
+    Attributes:
+        host: What DOCKER_HOST is to be.
+    """
+
+    host: str
+
+    def run(self, *arguments: str, check: bool = True, timeout_s: float = 1800) -> subprocess.CompletedProcess[str]:
+        """Runs the docker client; its output comes back as text, stderr included."""
+        done = subprocess.run(
+            ["docker", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment(),
+            timeout=timeout_s,
+        )
+        if check and done.returncode != 0:
+            raise EngineError(f"docker {' '.join(arguments[:3])}: {done.stdout[-2000:]}")
+        return done
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0"}
+
+    def has(self, image: str) -> bool:
+        return self.run("image", "inspect", image, check=False).returncode == 0
+
+
+def find_engine() -> Engine | None:
+    """Returns the engine that is there: DOCKER_HOST, the usual socket, or one that `up` has left below the tests' folder."""
+    if shutil.which("docker") is None:
+        return None
+    folder = os.environ.get(FOLDER_VARIABLE)
+    hosts = [os.environ.get("DOCKER_HOST"), "unix:///var/run/docker.sock", _host(Path(folder)) if folder else None]
+    return next((engine for engine in map(Engine, filter(None, hosts)) if _answers(engine)), None)
+
+
+@contextmanager
+def running_engine(folder: Path) -> Iterator[Engine]:
+    """The engine that is there, else one below `folder` for as long as the block lasts; with its base images."""
+    found = find_engine()
+    engine = found or start(folder)
+    try:
+        prepare(engine)
+        yield engine
+    finally:
+        if found is None:
+            stop(folder)
+
+
+def start(folder: Path) -> Engine:
+    """Starts dockerd with everything of it below `folder`, and returns when it answers.
+
+    Raises:
+        EngineError: It cannot be started here, or did not answer in time; carries the last lines of its log.
+    """
+    if os.geteuid() != 0:
+        raise EngineError("an engine of the tests' own needs root: start docker or podman, and set DOCKER_HOST")
+    if shutil.which("dockerd") is None:
+        raise EngineError("no dockerd here: apt-get install docker.io mmdebstrap, or `up FOLDER --install`")
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = Engine(_host(folder))
+    if _answers(engine):
+        return engine
+    (folder / "dockerd.pid").unlink(missing_ok=True)
+    with (folder / "dockerd.log").open("wb") as log:
+        daemon = subprocess.Popen(
+            [
+                *("dockerd", "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec")),
+                *("-H", engine.host, "-p", str(folder / "dockerd.pid")),
+                # Networks and firewall of the machine are not the tests' to change: containers share the host's network.
+                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + _READY_S
+    while not _answers(engine):
+        if daemon.poll() is not None or time.monotonic() > deadline:
+            tail = (folder / "dockerd.log").read_text(errors="replace")[-1500:]
+            raise EngineError(f"dockerd did not come up:\n{tail}")
+        time.sleep(0.2)
+    return engine
+
+
+def stop(folder: Path, *, remove: bool = False) -> None:
+    """Stops the dockerd below `folder` and its containers; with `remove` its images go, too."""
+    file = folder / "dockerd.pid"
+    if file.exists():
+        engine, pid = Engine(_host(folder)), int(file.read_text())
+        if running := engine.run("ps", "--quiet", check=False).stdout.split():
+            engine.run("kill", *running, check=False)
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _READY_S
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            try:
+                os.waitpid(pid, os.WNOHANG)  # a child of this process would stay a zombie
+            except ChildProcessError:
+                pass
+            time.sleep(0.1)
+    if remove and folder.exists():
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in (mount for mount in mounts if mount.startswith(f"{folder.absolute()}/")):
+            subprocess.run(["umount", mount], check=True)  # dockerd leaves the host network's namespace mounted
+        shutil.rmtree(folder)
+
+
+def prepare(engine: Engine) -> None:
+    """Sees to it that the base images are there; a base that the engine has or can fetch is left as it is."""
+    if not engine.has(BASE) and engine.run("pull", BASE, check=False, timeout_s=120).returncode != 0:
+        _import_base(engine)
+    if not engine.has(BUILD_BASE):
+        _make_build_base(engine)
+
+
+def build_options() -> list[str]:
+    """Returns what `palate images build` needs here: the host's network, the base with a way to packages, and torch's index."""
+    options = ["--network", "host", "--build-arg", f"BUILD_IMAGE={BUILD_BASE}"]
+    has_torch = any(any(folder.glob("torch-*+cpu-*")) for folder in _pip_settings()[1])
+    return [*options, "--build-arg", "TORCH_INDEX_URL="] if has_torch else options
+
+
+def install() -> None:
+    """Installs what an engine needs from Debian's packages; asks for root."""
+    missing = [name for name in _PACKAGES if subprocess.run(["dpkg", "-s", name], capture_output=True).returncode != 0]
+    if missing:
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *missing]):
+            subprocess.run(["apt-get", *command], check=True, env=environment, stdout=sys.stderr)
+
+
+def cache_folder() -> Path:
+    """Where the bootstrapped base is kept between engines."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palate-test-engine"
+
+
+def _import_base(engine: Engine) -> None:
+    archive = cache_folder() / "bookworm-python3.11.tar"
+    if not archive.exists():
+        if shutil.which("mmdebstrap") is None:
+            raise EngineError(
+                f"{BASE} cannot be pulled, and mmdebstrap is not here to make it: apt-get install mmdebstrap"
+            )
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        draft = archive.with_suffix(".draft.tar")
+        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={_INCLUDE}", "bookworm", str(draft)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        draft.rename(archive)  # whole or not at all
+    engine.run("import", str(archive), "palate-test-raw:1")
+    with tempfile.TemporaryDirectory() as context:
+        # The official image's Python is /usr/local/bin/python, and pip may install there.
+        (Path(context) / "Dockerfile").write_text(
+            "FROM palate-test-raw:1\n"
+            "RUN rm -f /usr/lib/python3.11/EXTERNALLY-MANAGED && ln -s /usr/bin/python3.11 /usr/local/bin/python"
+            " && ln -s /usr/bin/python3.11 /usr/local/bin/python3\n"
+            'CMD ["python3"]\n'
+        )
+        engine.run("build", "--network=host", "--tag", BASE, context)
+
+
+def _make_build_base(engine: Engine) -> None:
+    with tempfile.TemporaryDirectory() as context:
+        lines = [f"FROM {BASE}"]
+        if _CERTIFICATES.exists():
+            shutil.copy(_CERTIFICATES, Path(context) / "certificates.crt")
+            lines += [
+                f"COPY certificates.crt {_CERTIFICATES}",
+                f"ENV PIP_CERT={_CERTIFICATES} SSL_CERT_FILE={_CERTIFICATES}",
+            ]
+        index, wheels = _pip_settings()
+        for number, folder in enumerate(wheels):
+            shutil.copytree(folder, Path(context) / f"wheels{number}")
+            lines += [f"COPY wheels{number} {folder}"]
+        if wheels:
+            lines += [f"ENV PIP_FIND_LINKS='{' '.join(map(str, wheels))}'"]
+        if index:
+            lines += [f"ENV PIP_INDEX_URL={index}"]
+        (Path(context) / "Dockerfile").write_text("\n".join(lines) + "\n")
+        engine.run("build", "--network=host", "--tag", BUILD_BASE, context)
+
+
+def _pip_settings() -> tuple[str, list[Path]]:
+    """Returns the package index that pip is told to use here, if any, and the folders of wheels that it looks into."""
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(_PIP_FILES)
+    index = os.environ.get("PIP_INDEX_URL") or settings.get("global", "index-url", fallback="")
+    links = os.environ.get("PIP_FIND_LINKS") or settings.get("global", "find-links", fallback="")
+    return index, [Path(link) for link in links.split() if Path(link).is_dir()]
+
+
+def _host(folder: Path) -> str:
+    return f"unix://{folder.absolute() / 'docker.sock'}"
+
+
+def _answers(engine: Engine) -> bool:
+    socket = engine.host.removeprefix("unix://")
+    if engine.host.startswith("unix://") and not Path(socket).exists():
+        return False
+    return engine.run("version", check=False, timeout_s=30).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.engine", description="An engine for the container tests."
+    )
+    parser.add_argument("verb", choices=["up", "down"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--install", action="store_true", help="install Debian's packages first; asks for root")
+    parser.add_argument("--remove", action="store_true", help="with down: remove the folder")
+    given = parser.parse_args()
+    if given.verb == "down":
+        stop(given.folder, remove=given.remove)
+        return 0
+    if given.install and os.geteuid() == 0 and shutil.which("apt-get"):
+        install()
+    try:
+        engine = find_engine() or start(given.folder)
+        prepare(engine)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"export DOCKER_HOST={engine.host}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
