@@ -113,8 +113,8 @@ def test_stopped_killed_and_resumed_it_equals_the_run_without_a_break(
     if container_session.store.root.startswith("s3://"):  # from another machine, which has the store's address alone
         monkeypatch.setenv("PALATE_HOME", str(tmp_path / "elsewhere"))
     resumed = TrainingJob.get("broken").resume(wait=False, environments={"MY_KEY": "told-to-nobody"})
-    until(lambda: resumed.describe().attempt == 2 and resumed.status == "Running", timeout_s=300)
-    assert any("attempt 2, going on from checkpoint-" in line for line in resumed.logs())
+    until(lambda: any("attempt 2, going on from checkpoint-" in line for line in resumed.logs()), timeout_s=300)
+    until(lambda: resumed.status == "Running", timeout_s=60)
     engine.run("kill", the_container(engine, resumed))
     with pytest.raises(
         TrainingJobError, match="its runner is gone without a last word: its container ended with exit code 137"
