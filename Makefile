@@ -55,7 +55,7 @@ quickstart: setup
 	@"$(VENV)/bin/palate" quickstart
 
 test: setup
-	@"$(PY)" -m pytest --numprocesses $(WORKERS) --dist loadfile
+	@"$(PY)" -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
 	@"$(PY)" -m pytest -m "not slow"
