@@ -10,11 +10,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from palate.backend import Kind
 from palate.errors import ConfigurationError, RunNotFoundError
 from palate.home import palate_home, stale_work_folders
 from palate.lease import LEASE_KEY, read_lease, silence_s, store_now
@@ -33,7 +34,7 @@ UNFINISHED_S = 86400.0
 CACHE_S = 30 * 86400.0
 """What nobody has written to the store's cache for so long is made anew when it is wanted."""
 
-_KINDS: tuple[Literal["jobs", "services"], ...] = ("jobs", "services")
+_KINDS: tuple[Kind, ...] = ("jobs", "services")
 _POLL_S = 0.1
 
 
@@ -69,12 +70,13 @@ def find_leftovers(session: Session) -> list[Leftover]:
     Raises:
         StoreError: The store cannot be read.
     """
-    return [*_of_the_store(session), *_unnamed(session.store), *_of_this_machine(session)]
+    named = {kind: names(session.store, kind) for kind in _KINDS}
+    return [*_of_the_store(session, named), *_unnamed(session.store, named), *_of_this_machine(session)]
 
 
-def _of_the_store(session: Session) -> Iterator[Leftover]:
+def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
     for kind in _KINDS:
-        for name in names(session.store, kind):
+        for name in named[kind]:
             record = Record(session.store, kind, name)
             handle = RunHandle(record, session)
             try:
@@ -111,15 +113,13 @@ def _of_the_store(session: Session) -> Iterator[Leftover]:
                     )
 
 
-def _unnamed(store: Store) -> Iterator[Leftover]:
+def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
     """What lies in the store and belongs to no run: files of a client that died before its manifest, and old caches."""
     now = store_now(store)
     if now is None:
         return  # a store that may only be read is nobody's to clean
     for kind in _KINDS:
-        for name in store.list_children(f"{kind}/"):
-            if store.stat(f"{kind}/{name}/manifest.json") is not None:
-                continue
+        for name in sorted(set(store.list_children(f"{kind}/")) - set(named[kind])):
             age_s = now - max((info.modified_s for info in store.list(f"{kind}/{name}/")), default=now)
             if age_s > UNFINISHED_S:
                 yield Leftover(

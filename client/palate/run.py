@@ -16,7 +16,7 @@ from palate.errors import ConfigurationError, WaitTimeoutError
 from palate.lease import START_ID_VARIABLE, read_lease, silence_s
 from palate.record import ACTIVE, LOST, TERMINAL, Manifest, Record, State, Status
 from palate.session import Session
-from palate.store import open_parent
+from palate.store.uri import normal_uri
 
 logger = logging.getLogger("palate.run")
 
@@ -24,8 +24,8 @@ START_LIMIT_S = 60.0
 """A run without an engine id after this long was never started: its client died in between."""
 
 STOP_GRACE_S = 150.0
-LAST_STEPS_S = 20.0
-"""After its last word a runner lets go of its lease and its folder."""
+LAST_STEPS_S = 60.0
+"""After its last word a runner lets go of its lease and its folder, which takes a moment."""
 
 FOLLOW_INTERVAL_S = 1.0
 POLL_S = 0.2
@@ -82,8 +82,9 @@ class RunHandle:
         uris = [facts.get("uri", "") for facts in inputs.values()] + [body.get("tuned_uri") or ""]
         read = [Path(source["location"])] if source.get("kind") == "folder" else []
         for uri in filter(None, uris):
-            store, name = open_parent(uri, options=self.session.options_for(uri))
-            if (local := store.local_path(name)) is not None:
+            scheme, _, path = normal_uri(uri).partition("://")
+            if scheme == "file":
+                local = Path(path)
                 read.append(local if local.is_dir() else local.parent)
         own = self.record.store.local_path("")
         return {**dict.fromkeys(read, False), **({own: True} if own is not None else {})}

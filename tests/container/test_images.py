@@ -38,7 +38,8 @@ CONTENTS = """
 import importlib.metadata, json, pathlib, shutil, sys
 import boto3, palate, palate_recipes, palate_server, palate_trainer, torch, transformers
 prefix = pathlib.Path(sys.prefix)
-caches = [path for path in map(pathlib.Path, ("/root/.cache", "/home/palate/.cache", "/src")) if path.exists()]
+root = pathlib.Path("/")
+caches = [*root.glob("*/.cache"), *root.glob("home/*/.cache"), *root.glob("src")]
 print(json.dumps({
     "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "boto3")},
     "tools": [tool for tool in ("gcc", "cc", "g++", "git") if shutil.which(tool)],

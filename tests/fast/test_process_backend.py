@@ -82,6 +82,20 @@ def test_a_recycled_pid_is_not_mistaken_for_the_run(backend: ProcessBackend) -> 
     backend.stop(engine_id, grace_s=1)
 
 
+def test_a_run_that_ended_long_ago_takes_nobody_along(backend: ProcessBackend) -> None:
+    """Its pid may be the session of another program by now, the leader of which may have gone as well."""
+    stranger = subprocess.Popen(python("import time; time.sleep(60)"), start_new_session=True)
+    try:
+        engine_id = backend.start_command(python(""), run_name="old", env={})
+        host, _, started, name = engine_id.split(":", 3)
+        backend.stop(f"{host}:{stranger.pid}:{int(started) - 1}:{name}", grace_s=0.1)
+        assert stranger.poll() is None
+        backend.stop(engine_id, grace_s=5)
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 def test_an_unknown_backend_names_the_known_ones() -> None:
     with pytest.raises(ConfigurationError, match=r"'proces'.*'process'"):
         get_backend("proces")

@@ -20,11 +20,14 @@ from typing import Any
 from palate.backend import EngineStatus, Kind, Launch
 from palate.errors import UnsupportedParameterError
 from palate.home import palate_home
-from palate.processes import send, session_members, start_time
+from palate.processes import environment_of, send, session_members, start_time
 from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import DeviceFacts
 
 _POLL_S = 0.05
+_RUN_VARIABLE = "PALATE_RUN"
+"""Marks every process of a run: long after its end its session's number may be that of somebody else's."""
+
 _LOCAL_TYPES = {None, "local", "process"}
 
 
@@ -47,7 +50,7 @@ class ProcessBackend:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
+                env={**os.environ, **env, _RUN_VARIABLE: run_name},
                 cwd=palate_home(),
                 start_new_session=True,
             )
@@ -70,19 +73,25 @@ class ProcessBackend:
         return log.read_text(errors="replace")
 
     def stop(self, engine_id: str, *, grace_s: float) -> None:
-        host, pid_text, _, _ = engine_id.split(":", 3)
+        host, pid_text, _, run_name = engine_id.split(":", 3)
         if host != socket.gethostname():
             return
         pid = int(pid_text)
-        if self.status(engine_id).state == "running":
+        was_running = self.status(engine_id).state == "running"  # then the whole session is its own
+        if was_running:
             send(pid, signal.SIGTERM)
             deadline = time.monotonic() + grace_s
             while self.status(engine_id).state == "running" and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
-        for member in session_members(pid):
+
+        def members() -> list[int]:
+            found = session_members(pid)
+            return found if was_running else [one for one in found if environment_of(one, _RUN_VARIABLE) == run_name]
+
+        for member in members():
             send(member, signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while session_members(pid) and time.monotonic() < deadline:
+        while members() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             _reap()
 
