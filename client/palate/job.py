@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.backend import PlacementRequest
 from palate.digests import read_model_digests
 from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
 from palate.listing import Wanted, find_runs
@@ -315,6 +316,9 @@ class TrainingJob:
         self,
         service_name: str | None = None,
         *,
+        instance_type: str | None = None,
+        instance_count: int | None = 1,
+        resource_config: object = None,
         options: dict[str, Any] | None = None,
         wait: bool = True,
         show_logs: bool = False,
@@ -340,6 +344,12 @@ class TrainingJob:
             system_prompt=body["hyperparameters"]["system_prompt"],
             labels={"job": self.id},
             options=options,
+            where=PlacementRequest(
+                kind="services",
+                instance_type=instance_type,
+                instance_count=instance_count,
+                resource_config=resource_config,
+            ),
             wait=wait,
             show_logs=show_logs,
         )

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate.backend import Backend, get_backend
+from palate.backend import Backend, PlacementRequest, get_backend
+from palate.backend.limits import ResourceConfig as ResourceConfig
 from palate.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate.job import TrainingJob
 from palate.refused import refuse
@@ -124,11 +125,13 @@ class ModelTrainingRecipe:
             )
         self.session = _with_backend(session or get_default_session(), backend)
         self.placement = self.session.backend.place(
-            "jobs",
-            image_uri=image_uri,
-            instance_type=instance_type,
-            instance_count=instance_count,
-            instance_spec=instance_spec,
+            PlacementRequest(
+                kind="jobs",
+                image_uri=image_uri,
+                instance_type=instance_type,
+                instance_count=instance_count,
+                instance_spec=instance_spec,
+            )
         )
         self.model_provider = model_provider
         self.labels = dict(labels or {})
@@ -277,7 +280,9 @@ class ModelTrainingRecipe:
         Args:
             service_name: Its name; default: the job's id with `-service`.
             instance_type, instance_count: Placement, on backends that can give it.
-            resource_config, resource_id, inference_spec: Refused.
+            resource_config: What it may take, on backends that can limit it: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
+                or a dict with these keys.
+            resource_id, inference_spec: Refused.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `time_to_live_s`, `engine_args` (list of str).
             wait: Whether to wait until it has answered a real request.
@@ -291,11 +296,16 @@ class ModelTrainingRecipe:
             NameTakenError: `service_name` is in use.
             ServiceError: It failed to start; carries the reason and the engine's last lines. Nothing is left running.
         """
-        refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
-        self.session.backend.place(
-            "services", image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
+        refuse(resource_id=resource_id, inference_spec=inference_spec)
+        return self._need_job().deploy(
+            service_name,
+            instance_type=instance_type,
+            instance_count=instance_count,
+            resource_config=resource_config,
+            options=dict(options or {}),
+            wait=wait,
+            show_logs=show_logs,
         )
-        return self._need_job().deploy(service_name, options=dict(options or {}), wait=wait, show_logs=show_logs)
 
     def _need_job(self) -> TrainingJob:
         if not self._jobs:

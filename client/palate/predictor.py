@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from palate.backend import PlacementRequest
 from palate.common.utils import check_name
 from palate.errors import ConfigurationError, ServiceError, UnsupportedParameterError
 from palate.listing import Wanted, find_runs
@@ -307,6 +308,7 @@ def start_service(
     system_prompt: str,
     labels: dict[str, str] | None,
     options: dict[str, Any] | None,
+    where: PlacementRequest | None = None,
     wait: bool,
     show_logs: bool,
 ) -> Predictor:
@@ -322,17 +324,16 @@ def start_service(
         system_prompt: What the model was trained with: `palate chat` begins with it.
         labels: Key-value pairs to find it by.
         options: See `ModelTrainingRecipe.deploy`.
+        where: What the user wants of the backend; default: nothing special.
         wait: Whether to wait until it answers.
         show_logs: Whether to show the engine's log meanwhile.
     """
     check_name("service name", service_name)
     checked = _check_options(service_name, options or {})
     time_to_live_s = checked.pop("time_to_live_s", None)
-    if session.backend.name in ("process", "container"):
-        _check_port(checked)  # elsewhere the port is another machine's
-    placement = session.backend.place(
-        "services", image_uri=None, instance_type=None, instance_count=None, instance_spec=None
-    )
+    if session.backend.is_this_host:
+        _check_port(checked)
+    placement = session.backend.place(where or PlacementRequest(kind="services"))
     source = reachable_weights(WeightsSource.from_json(model["source"]), session)
     model = {**model, "source": source.to_json()}
     record = Record(session.store, "services", service_name)

@@ -5,6 +5,8 @@ Errors from here come before anything is written or started.
 
 from __future__ import annotations
 
+import math
+
 from palate.errors import MissingDependencyError, NotEnoughMemoryError
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import DeviceFacts, Resolved
@@ -83,10 +85,12 @@ def check_memory(
     where = (
         f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB{f', {gpus} of them are here' if gpus > 1 else ''}"
         if device.cuda
+        else f"its memory limit is {there:.2g} GiB"
+        if device.memory_is_limited
         else f"this machine has {there:.1f} GiB free"
     )
     quantised = resolved.values["load_in_4bit"] or resolved.values["load_in_8bit"]
-    remedies = []
+    remedies = [f'instance_spec={{"memory": "{math.ceil(needed)}g"}}'] if device.memory_is_limited else []
     if method == "Standard_LLM":
         remedies.append('method="LoRA_LLM"')
     if device.cuda and not resolved.values["load_in_4bit"] and resolved.values["fsdp"] == "off":

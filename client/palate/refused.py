@@ -18,7 +18,6 @@ _NO_MEANING = {
     "input_channels": f"the channels are fixed: {', '.join(CHANNELS)}",
     "output_channels": "outputs are fixed: model, checkpoints, tensorboard; see job.output_path()",
     "outputs": "outputs lie in the job's own prefix: see job.output_path(), and Session(store=…) to choose where jobs are kept",
-    "resource_config": "where a service is placed is the backend's matter: choose backend=",
     "inference_spec": "what a service runs follows from the job; options= sets engine, port and limits",
 }
 

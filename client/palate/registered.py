@@ -6,6 +6,7 @@ import builtins
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from palate.backend import PlacementRequest
 from palate.refused import refuse
 from palate.session import Session, get_default_session
 from palate.stand_in import LABEL as STAND_IN_LABEL
@@ -84,11 +85,8 @@ class RegisteredModel:
         """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`."""
         from palate.predictor import start_service
 
-        refuse(resource_config=resource_config, resource_id=resource_id, inference_spec=inference_spec)
+        refuse(resource_id=resource_id, inference_spec=inference_spec)
         session = self._session or get_default_session()
-        session.backend.place(
-            "services", image_uri=None, instance_type=instance_type, instance_count=instance_count, instance_spec=None
-        )
         name, uri, version, labels = self.model_name, None, self.model_version, {}
         if other := stand_in_for(name):
             name, uri, version, labels = other.name, other.uri, None, {STAND_IN_LABEL: other.for_name}
@@ -102,6 +100,12 @@ class RegisteredModel:
             system_prompt="",
             labels=labels,
             options=dict(options or {}),
+            where=PlacementRequest(
+                kind="services",
+                instance_type=instance_type,
+                instance_count=instance_count,
+                resource_config=resource_config,
+            ),
             wait=wait,
             show_logs=show_logs,
         )

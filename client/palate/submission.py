@@ -119,7 +119,7 @@ def _submit(
         resolved = adapter.settle(resolved, request.given, method=request.method)
         if note := adapter.base_note(request.model_name, row):
             resolved = replace(resolved, notes=(*resolved.notes, note))
-    if session.backend.name == "process":
+    if session.backend.uses_this_python:
         check_trainer()  # elsewhere the libraries are in the image
     check_memory(
         request.model_name,

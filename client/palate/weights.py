@@ -186,7 +186,7 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
 
 def reachable_weights(source: WeightsSource, session: Session) -> WeightsSource:
     """Returns where a run of the session's backend finds the weights: in an image this environment's packages are not there."""
-    if source.kind != "package" or session.backend.name == "process":
+    if source.kind != "package" or session.backend.uses_this_python:
         return source
     folder, _ = fetch_weights(source, session, say=lambda line: print(line, file=sys.stderr, flush=True))
     return WeightsSource(kind="folder", location=str(folder))

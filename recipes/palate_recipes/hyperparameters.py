@@ -88,7 +88,8 @@ _NOT_OFFERED: Mapping[str, str] = {
 class DeviceFacts:
     """What training needs to know of a machine. `bf16` and `fp16` are what its GPU, or without CUDA its CPU,
     computes fast; a CPU has bf16 with avx512_bf16 or amx. `gpu_name` and `gpu_memory_gib` are those of the first GPU,
-    `gpu_count` says how many a run may use (0: not known)."""
+    `gpu_count` says how many a run may use (0: not known); `memory_is_limited` says that `memory_gib` is a limit that
+    the run was given, and not what the machine has."""
 
     cuda: bool
     bf16: bool
@@ -97,6 +98,7 @@ class DeviceFacts:
     gpu_memory_gib: float = 0.0
     memory_gib: float = 0.0
     gpu_count: int = 0
+    memory_is_limited: bool = False
 
 
 @dataclass(frozen=True)

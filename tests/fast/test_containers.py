@@ -10,6 +10,7 @@ import pytest
 
 from palate.backend.limits import Limits
 from palate.errors import ConfigurationError
+from palate.model import ResourceConfig
 from palate.runner.memory import MemoryGuard
 from palate.variables import FILE_VARIABLE, take_variables
 
@@ -22,13 +23,21 @@ from palate.variables import FILE_VARIABLE, take_variables
         ({"memory": "512m"}, None, 512 << 20),
         ({"memory": "1.5 GiB"}, None, 3 << 29),
         ({"memory": str(1 << 30)}, None, 1 << 30),
-        (SimpleNamespace(cpu=2, gpu=0, memory=8, shared_memory=1), 2.0, 8 << 30),
+        (SimpleNamespace(cpu=2, gpu=0, memory=8), 2.0, 8 << 30),
     ],
 )
 def test_limits_in_the_words_of_pai_and_of_engines(given: object, cpu: float | None, size: int | None) -> None:
-    limits = Limits.parse(given)
+    limits = Limits.parse("instance_spec", given)
     assert limits == Limits(cpu, size) == Limits.from_json(limits.to_json())
     assert ("--memory" in limits.options()) == (size is not None)
+
+
+def test_a_service_is_limited_in_megabytes_as_with_pai() -> None:
+    given = ResourceConfig(cpu=4, memory=16000)
+    assert Limits.parse("resource_config", given) == Limits(4.0, 16000 << 20)
+    assert Limits.parse("resource_config", {"memory": "2g", "shared_memory": 512}) == Limits(None, 2 << 30, 512 << 20)
+    with pytest.raises(ConfigurationError, match=r"resource_config gpu=1 cannot be had.*every GPU"):
+        Limits.parse("resource_config", ResourceConfig(cpu=4, memory=16000, gpu=1))
 
 
 @pytest.mark.parametrize(
@@ -39,11 +48,12 @@ def test_limits_in_the_words_of_pai_and_of_engines(given: object, cpu: float | N
         ({"memory": "1k"}, r"below 64 MiB"),
         ({"cpu": 0}, r"cpu=0 must be a number above 0"),
         ({"cpus": 4}, r"unknown key 'cpus': did you mean 'cpu'\?"),
+        (object(), r"names no limit: give instance_spec="),
     ],
 )
 def test_limits_that_are_none(given: object, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
-        Limits.parse(given)
+        Limits.parse("instance_spec", given)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from palate.errors import ConfigurationError
+from palate.errors import ConfigurationError, UnsupportedParameterError
 from palate_recipes.hyperparameters import DeviceFacts
 from palate_recipes.nearest import did_you_mean
 
@@ -22,6 +22,45 @@ _BUILT_IN = {
 _GROUP = "palate.backends"
 
 Kind = Literal["jobs", "services"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementRequest:
+    """Where a user wants a run, in PAI's words; what is None, they leave to the backend.
+
+    Attributes:
+        kind: Whether it trains or serves.
+        image_uri: Image to run in.
+        instance_type: Kind of machine.
+        instance_count: How many of them.
+        instance_spec: What a training may take; see `Limits.parse`.
+        resource_config: What a service may take; as PAI's `ResourceConfig`.
+    """
+
+    kind: Kind
+    image_uri: str | None = None
+    instance_type: str | None = None
+    instance_count: int | None = None
+    instance_spec: object = None
+    resource_config: object = None
+
+    def refuse(self, backend: str, **remedies: str) -> None:
+        """Raises UnsupportedParameterError for the first of the named attributes that was given, with its remedy."""
+        for name, remedy in remedies.items():
+            if (value := getattr(self, name)) is not None:
+                raise UnsupportedParameterError(f"{name}={value!r} cannot be had on the {backend} backend: {remedy}")
+
+    def refuse_other_machines(self, backend: str, *, more: str) -> None:
+        """Raises UnsupportedParameterError unless the run may go to one machine, this one.
+
+        Args:
+            backend: Its name, which is an instance type as well.
+            more: What a user does who wants less or more than this machine.
+        """
+        if self.instance_type not in {None, "local", backend}:
+            self.refuse(backend, instance_type=f"it runs on this machine; {more}")
+        if self.instance_count not in {None, 1}:
+            self.refuse(backend, instance_count="there is one machine; leave it out or say 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +103,17 @@ class EngineStatus:
 
 
 class Backend(Protocol):
-    """An engine that can run one command. What it runs finds everything else in the store."""
+    """An engine that can run one command. What it runs finds everything else in the store.
+
+    Attributes:
+        name: What it is asked for by.
+        uses_this_python: Whether a run has the packages of this very environment, and no image of its own.
+        is_this_host: Whether a run's ports are this machine's.
+    """
 
     name: str
+    uses_this_python: bool
+    is_this_host: bool
 
     def start(self, launch: Launch) -> str:
         """Starts the runner, which outlives the caller, and returns the engine's id for it."""
@@ -91,15 +138,7 @@ class Backend(Protocol):
         """Returns what a run with this placement computes with."""
         ...
 
-    def place(
-        self,
-        kind: Kind,
-        *,
-        image_uri: str | None,
-        instance_type: str | None,
-        instance_count: int | None,
-        instance_spec: object,
-    ) -> dict[str, Any]:
+    def place(self, request: PlacementRequest) -> dict[str, Any]:
         """Returns what `start` is to know of where a run goes, as JSON for the manifest; asks for nothing yet.
 
         Raises:

@@ -16,11 +16,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from palate.backend import EngineStatus, Kind, Launch
+from palate.backend import EngineStatus, Kind, Launch, PlacementRequest
 from palate.backend.limits import Limits
-from palate.errors import UnsupportedParameterError
 from palate.home import palate_home
-from palate.images import image_name, need_image
+from palate.images import Program, image_name, need_image
 from palate.images.engine import Engine, find_engine
 from palate.images.errors import EngineError
 from palate.variables import FILE_VARIABLE
@@ -35,7 +34,6 @@ IMAGE_VARIABLES: dict[Kind, str] = {"jobs": "PALATE_TRAINER_IMAGE", "services": 
 
 _HOME = "/home/palate/.palate"
 _SECRETS = "/run/palate"
-_SHARED_MEMORY = "2g"  # PyTorch's and vLLM's processes talk through it, and an engine's default is 64 MB
 _PASSED_ON = ("AWS_", "OSS_", "HF_", "ALIBABA_CLOUD_", "PALATE_")
 _KEPT_BACK = (
     "PALATE_HOME",
@@ -47,13 +45,14 @@ _KEPT_BACK = (
 )
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LOG_LINES = "200"
-_LOCAL_TYPES = {None, "local", "container"}
 
 
 class ContainerBackend:
     """The images of trainer and server, run by the engine of this machine."""
 
     name = "container"
+    uses_this_python = False
+    is_this_host = True
 
     def start(self, launch: Launch) -> str:
         engine = find_engine(launch.placement.get("engine"))
@@ -107,30 +106,18 @@ class ContainerBackend:
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
         here = local_device()
         limit_gib = Limits.from_json((placement or {}).get("limits") or {}).memory_gib
-        return here if limit_gib is None else replace(here, memory_gib=min(here.memory_gib, limit_gib))
+        if limit_gib is None or limit_gib >= here.memory_gib:
+            return here
+        return replace(here, memory_gib=limit_gib, memory_is_limited=True)
 
-    def place(
-        self,
-        kind: Kind,
-        *,
-        image_uri: str | None,
-        instance_type: str | None,
-        instance_count: int | None,
-        instance_spec: object,
-    ) -> dict[str, Any]:
-        if instance_type not in _LOCAL_TYPES:
-            raise _refused(
-                "instance_type",
-                instance_type,
-                "it runs on this machine; leave it out, and set limits with instance_spec",
-            )
-        if instance_count not in {None, 1}:
-            raise _refused("instance_count", instance_count, "there is one machine; leave it out or say 1")
-        limits = Limits.parse(instance_spec)
+    def place(self, request: PlacementRequest) -> dict[str, Any]:
+        spec = "instance_spec" if request.kind == "jobs" else "resource_config"
+        request.refuse_other_machines(self.name, more=f"leave it out, and set limits with {spec}")
+        limits = Limits.parse(spec, getattr(request, spec))
         engine = find_engine()
-        variant = "cuda" if local_device().cuda else "cpu"
-        program = "trainer" if kind == "jobs" else "server"
-        name = image_uri or os.environ.get(IMAGE_VARIABLES[kind]) or image_name(program, variant)  # type: ignore[arg-type]
+        program: Program = "trainer" if request.kind == "jobs" else "server"
+        usual = image_name(program, "cuda" if local_device().cuda else "cpu")
+        name = request.image_uri or os.environ.get(IMAGE_VARIABLES[request.kind]) or usual
         image = need_image(engine, name)
         return {"engine": engine.name, "image": name, "image_id": image.id, "limits": limits.to_json()}
 
@@ -174,7 +161,6 @@ def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
         *("--name", f"palate-{launch.run_name}-{token_hex(3)}"),
         *("--label", f"{RUN_LABEL}={launch.uri}"),
         *("--network", "host"),  # a store or an endpoint of this machine's loopback is one of the container's, too
-        *("--shm-size", _SHARED_MEMORY),
         *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
         # Files of a mounted store belong to who started the run; group 0 owns the image's own folders.
         *("--user", f"{os.getuid()}:{os.getgid()}", "--group-add", "0"),
@@ -218,7 +204,3 @@ def _keys_of_aws_files() -> dict[str, str]:
         "AWS_SESSION_TOKEN": keys.token,
     }
     return {name: value for name, value in named.items() if value}
-
-
-def _refused(parameter: str, value: object, remedy: str) -> UnsupportedParameterError:
-    return UnsupportedParameterError(f"{parameter}={value!r} cannot be had on the container backend: {remedy}")

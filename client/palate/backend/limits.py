@@ -14,7 +14,30 @@ _GIB = 1 << 30
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _LEAST_BYTES = 64 << 20
-_HELP = 'give instance_spec={"cpu": 4, "memory": "16g"}: cores, and bytes with a unit (a bare number is GiB, as in PAI)'
+_KEYS = ("cpu", "memory", "shared_memory")
+_GPU_HELP = "a run is given every GPU of its machine; leave it out"
+_HELP = {
+    "instance_spec": 'give instance_spec={"cpu": 4, "memory": "16g"}: cores, and bytes with a unit; a bare number is GiB, as in PAI',
+    "resource_config": 'give resource_config={"cpu": 4, "memory": "16g"}: cores, and bytes with a unit; a bare number is MB, as in PAI',
+}
+_BARE_UNIT = {"instance_spec": 1 << 30, "resource_config": 1 << 20}
+
+
+@dataclass(frozen=True)
+class ResourceConfig:
+    """What a service may take of its machine (PAI's class of this name).
+
+    Attributes:
+        cpu: Cores.
+        memory: In MB (2^20 bytes).
+        gpu: Refused: a service is given the GPUs that are there.
+        gpu_memory: Refused: vLLM's word for it is options={"engine_args": ["--gpu-memory-utilization", "0.5"]}.
+    """
+
+    cpu: float
+    memory: float
+    gpu: float | None = None
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -24,24 +47,40 @@ class Limits:
     Attributes:
         cpu: Cores, or parts of one.
         memory_bytes: Of all processes of the run together; with nothing swapped out.
+        shared_memory_bytes: That its processes talk through. Unlike the others it has a default, the engine's own being too
+            little for PyTorch and vLLM.
     """
 
     cpu: float | None = None
     memory_bytes: int | None = None
+    shared_memory_bytes: int = 2 << 30
 
     @classmethod
-    def parse(cls, given: object) -> Limits:
-        """Reads what a user gave: None, a mapping, or PAI's object with those attributes; raises ConfigurationError."""
+    def parse(cls, parameter: str, given: object) -> Limits:
+        """Reads what a user gave: None, a mapping, or PAI's object with such attributes.
+
+        Args:
+            parameter: `instance_spec`, where a bare number of memory is GiB, or `resource_config`, where it is MB.
+            given: Its value.
+
+        Raises:
+            ConfigurationError: Names parameter, key and value, and shows how it is written.
+        """
         if given is None:
             return cls()
         if not isinstance(given, Mapping):
-            given = {name: getattr(given, name) for name in ("cpu", "memory") if hasattr(given, name)}
-        for name in given:
-            if name not in ("cpu", "memory"):
-                raise ConfigurationError(
-                    f"instance_spec has an unknown key {name!r}: {did_you_mean(name, ('cpu', 'memory'))}{_HELP}"
-                )
-        return cls(_cores(given.get("cpu")), _bytes(given.get("memory")))
+            named = getattr(given, "__dict__", {})
+            given = {name: value for name, value in named.items() if value and name[0] != "_"}
+            if not given:
+                raise ConfigurationError(f"{parameter} names no limit: {_HELP[parameter]}")
+        for name, value in given.items():
+            if name.startswith("gpu"):
+                raise ConfigurationError(f"{parameter} {name}={value!r} cannot be had: {_GPU_HELP}")
+            if name not in _KEYS:
+                hint = did_you_mean(name, _KEYS)
+                raise ConfigurationError(f"{parameter} has an unknown key {name!r}: {hint}{_HELP[parameter]}")
+        memory, shared = (_bytes(parameter, name, given.get(name)) for name in _KEYS[1:])
+        return cls(_cores(parameter, given.get("cpu")), memory, shared or cls.shared_memory_bytes)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Limits:
@@ -65,29 +104,31 @@ class Limits:
 
     def options(self) -> list[str]:
         """Returns the engine's options for them."""
-        options = [] if self.cpu is None else ["--cpus", f"{self.cpu:g}"]
+        options = ["--shm-size", str(self.shared_memory_bytes)]
+        if self.cpu is not None:
+            options += ["--cpus", f"{self.cpu:g}"]
         if self.memory_bytes is not None:
             options += ["--memory", str(self.memory_bytes), "--memory-swap", str(self.memory_bytes)]
         return options
 
 
-def _cores(value: object) -> float | None:
+def _cores(parameter: str, value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ConfigurationError(f"instance_spec cpu={value!r} must be a number above 0: {_HELP}")
+        raise ConfigurationError(f"{parameter} cpu={value!r} must be a number above 0: {_HELP[parameter]}")
     return float(value)
 
 
-def _bytes(value: object) -> int | None:
+def _bytes(parameter: str, name: str, value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        size = float(value) * _GIB
+        size = float(value) * _BARE_UNIT[parameter]
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         size = float(match[1]) * _UNITS[match[2].lower()]
     else:
-        raise ConfigurationError(f"instance_spec memory={value!r} is no size: {_HELP}")
+        raise ConfigurationError(f"{parameter} {name}={value!r} is no size: {_HELP[parameter]}")
     if size < _LEAST_BYTES:
-        raise ConfigurationError(f"instance_spec memory={value!r} is below {_LEAST_BYTES >> 20} MiB: {_HELP}")
+        raise ConfigurationError(f"{parameter} {name}={value!r} is below {_LEAST_BYTES >> 20} MiB: {_HELP[parameter]}")
     return int(size)

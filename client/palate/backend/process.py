@@ -17,8 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from palate.backend import EngineStatus, Kind, Launch
-from palate.errors import UnsupportedParameterError
+from palate.backend import EngineStatus, Launch, PlacementRequest
 from palate.home import palate_home
 from palate.processes import environment_of, send, session_members, start_time
 from palate_recipes.device import local_device
@@ -28,13 +27,13 @@ _POLL_S = 0.05
 _RUN_VARIABLE = "PALATE_RUN"
 """Marks every process of a run: long after its end its session's number may be that of somebody else's."""
 
-_LOCAL_TYPES = {None, "local", "process"}
-
 
 class ProcessBackend:
     """The embedded default: the runner as a process beside you."""
 
     name = "process"
+    uses_this_python = True
+    is_this_host = True
 
     def start(self, launch: Launch) -> str:
         command = [sys.executable, "-m", "palate.runner", launch.uri]
@@ -98,28 +97,15 @@ class ProcessBackend:
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
         return local_device()
 
-    def place(
-        self,
-        kind: Kind,
-        *,
-        image_uri: str | None,
-        instance_type: str | None,
-        instance_count: int | None,
-        instance_spec: object,
-    ) -> dict[str, Any]:
-        def refused(parameter: str, value: object, remedy: str) -> UnsupportedParameterError:
-            return UnsupportedParameterError(f"{parameter}={value!r} cannot be had on the process backend: {remedy}")
-
-        if image_uri is not None:
-            raise refused("image_uri", image_uri, "it runs in this Python environment and no image; leave it out")
-        if instance_type not in _LOCAL_TYPES:
-            raise refused(
-                "instance_type", instance_type, "it runs on this machine as it is; leave it out or say 'local'"
-            )
-        if instance_count not in {None, 1}:
-            raise refused("instance_count", instance_count, "there is one machine; leave it out or say 1")
-        if instance_spec is not None:
-            raise refused("instance_spec", instance_spec, "it sets no limits on this machine; leave it out")
+    def place(self, request: PlacementRequest) -> dict[str, Any]:
+        no_limits = "it sets no limits on this machine; leave it out, or use backend='container'"
+        request.refuse(
+            self.name,
+            image_uri="it runs in this Python environment and no image; leave it out, or use backend='container'",
+            instance_spec=no_limits,
+            resource_config=no_limits,
+        )
+        request.refuse_other_machines(self.name, more="leave it out or say 'local'")
         return {}
 
     @staticmethod
