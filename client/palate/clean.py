@@ -1,25 +1,22 @@
-"""What runs left behind: found first, removed when asked. Knows records, leases and this machine's processes; no engine.
+"""What runs left behind: found first, removed when asked. Knows records, leases and backends; no engine.
 
-Nothing is found that somebody may still need: a run counts as lost only where a look at it says so, a process as an orphan
-only when its run is over or gone, and a folder only when its process is.
+Nothing is found that somebody may still need: a run counts as lost only where a look at it says so, what an engine holds of
+one as an orphan only when the run is over or gone, and a folder only when its process is.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from palate.backend import Kind
+from palate.backend import Kind, backend_names, get_backend
 from palate.errors import ConfigurationError, RunNotFoundError
 from palate.home import palate_home, stale_work_folders
 from palate.lease import LEASE_KEY, read_lease, silence_s, store_now
-from palate.processes import command_of, environment_of, owner_of, pids, send, session_members, start_time
 from palate.record import Record, locate, names
 from palate.run import RunHandle
 from palate.session import Session
@@ -35,7 +32,6 @@ CACHE_S = 30 * 86400.0
 """What nobody has written to the store's cache for so long is made anew when it is wanted."""
 
 _KINDS: tuple[Kind, ...] = ("jobs", "services")
-_POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,7 @@ class Leftover:
     """Something that can be cleaned up.
 
     Attributes:
-        kind: `lost run`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`, `orphan process` or
+        kind: `lost run`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`, `orphan run` or
             `stale folder`.
         what: Its name: a run, a pid with its command, or a path.
         why: Why nobody needs it.
@@ -56,7 +52,7 @@ class Leftover:
         "stale lease",
         "unfinished submission",
         "stale cache",
-        "orphan process",
+        "orphan run",
         "stale folder",
     ]
     what: str
@@ -71,7 +67,12 @@ def find_leftovers(session: Session) -> list[Leftover]:
         StoreError: The store cannot be read.
     """
     named = {kind: names(session.store, kind) for kind in _KINDS}
-    return [*_of_the_store(session, named), *_unnamed(session.store, named), *_of_this_machine(session)]
+    return [
+        *_of_the_store(session, named),
+        *_unnamed(session.store, named),
+        *_of_the_engines(session),
+        *_of_this_machine(),
+    ]
 
 
 def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
@@ -138,24 +139,21 @@ def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover
             )
 
 
-def _of_this_machine(session: Session) -> Iterator[Leftover]:
+def _of_the_engines(session: Session) -> Iterator[Leftover]:
+    for name in backend_names():
+        backend = get_backend(name)
+        for run in backend.runs():
+            if why := _over(*locate(run.uri), session):
+                yield Leftover(
+                    kind="orphan run",
+                    what=run.what,
+                    why=why,
+                    remove=lambda backend=backend, run=run: backend.stop(run.engine_id, grace_s=ENDING_S),  # type: ignore[misc]
+                )
+
+
+def _of_this_machine() -> Iterator[Leftover]:
     home = palate_home()
-    for pid in pids():
-        command = command_of(pid)
-        if not _is_runner(command) or owner_of(pid) != os.getuid():
-            continue
-        if Path(environment_of(pid, "PALATE_HOME") or Path.home() / ".palate").absolute() != home:
-            continue
-        started = start_time(pid)
-        root, kind, name = locate(command[-1])
-        why = _over(root, kind, name, session)
-        if why:
-            yield Leftover(
-                kind="orphan process",
-                what=f"{pid}: palate-run {command[-1]}",
-                why=why,
-                remove=lambda pid=pid, started=started: _end(pid, started),  # type: ignore[misc]
-            )
     for kind in _KINDS:
         for folder in _children(home / "work" / kind):
             for stale in stale_work_folders(kind, folder.name):
@@ -175,10 +173,6 @@ def _of_this_machine(session: Session) -> Iterator[Leftover]:
             )
 
 
-def _is_runner(command: list[str]) -> bool:
-    return len(command) >= 3 and (command[-3:-1] == ["-m", "palate.runner"] or command[-2].endswith("/palate-run"))
-
-
 def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Session) -> str:
     """Returns why a runner has nothing to do any more, or ""."""
     record = Record(open_store(root, options=session.options_for(root)), kind, name)
@@ -195,17 +189,6 @@ def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Sess
 def _settle(handle: RunHandle) -> None:
     if handle.refresh().is_terminal:
         handle.record.store.delete(handle.record.key(LEASE_KEY))
-
-
-def _end(pid: int, started: str) -> None:
-    if start_time(pid) != started:
-        return  # gone, and the number may be another's
-    send(pid, signal.SIGTERM)
-    deadline = time.monotonic() + ENDING_S
-    while start_time(pid) == started and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    for member in session_members(pid):  # a runner leads a session of its own
-        send(member, signal.SIGKILL)
 
 
 def _children(folder: Path) -> list[Path]:

@@ -81,7 +81,7 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
             ("stale lease", "jobs/over"),
             ("expired service", "old"),
             ("stale folder", str(stale)),
-            ("orphan process", f"{process.pid}: palate-run {stuck.uri}"),
+            ("orphan run", f"process {process.pid}: palate-run {stuck.uri}"),
         }
         until(lambda: clean(home)[0] == expected)
         assert "5 found, nothing changed; next: palate clean --yes" in clean(home)[1]

@@ -87,8 +87,8 @@ def test_a_run_that_ended_long_ago_takes_nobody_along(backend: ProcessBackend) -
     stranger = subprocess.Popen(python("import time; time.sleep(60)"), start_new_session=True)
     try:
         engine_id = backend.start_command(python(""), run_name="old", env={})
-        host, _, started, name = engine_id.split(":", 3)
-        backend.stop(f"{host}:{stranger.pid}:{int(started) - 1}:{name}", grace_s=0.1)
+        host, _, _, name = engine_id.split(":", 3)
+        backend.stop(f"{host}:{stranger.pid}:1:{name}", grace_s=0.1)
         assert stranger.poll() is None
         backend.stop(engine_id, grace_s=5)
     finally:

@@ -102,6 +102,21 @@ class EngineStatus:
     cause: str = ""
 
 
+@dataclass(frozen=True)
+class EngineRun:
+    """Something that an engine still holds of a run that was started from here.
+
+    Attributes:
+        engine_id: As `start` returned it, or as good: `stop` ends it.
+        uri: Of the run.
+        what: It, in words for people.
+    """
+
+    engine_id: str
+    uri: str
+    what: str
+
+
 class Backend(Protocol):
     """An engine that can run one command. What it runs finds everything else in the store.
 
@@ -132,6 +147,10 @@ class Backend(Protocol):
 
         Gone is no error.
         """
+        ...
+
+    def runs(self) -> list[EngineRun]:
+        """Returns what the engine holds of this user's and this PALATE_HOME's runs, ended ones included; [] when it is not there."""
         ...
 
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:

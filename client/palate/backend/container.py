@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, get_args
 
-from palate.backend import EngineStatus, Kind, Launch, PlacementRequest
+from palate.backend import EngineRun, EngineStatus, Kind, Launch, PlacementRequest
 from palate.backend.limits import Limits
 from palate.home import palate_home
 from palate.images import Program, image_name, need_image
-from palate.images.engine import Engine, find_engine
+from palate.images.engine import Engine, EngineName, find_engine
 from palate.images.errors import EngineError
 from palate.variables import FILE_VARIABLE
 from palate_recipes.device import local_device
@@ -28,6 +28,11 @@ from palate_recipes.hyperparameters import DeviceFacts
 
 RUN_LABEL = "ai.palate.run"
 """Label of a container with the URI of its run."""
+
+_HOME_LABEL = "ai.palate.home"
+"""Label of a container with the PALATE_HOME of who started it: an engine's containers may be those of many."""
+
+_NAME_PREFIX = "palate-"
 
 IMAGE_VARIABLES: dict[Kind, str] = {"jobs": "PALATE_TRAINER_IMAGE", "services": "PALATE_SERVER_IMAGE"}
 """Images to take instead of those of this version."""
@@ -103,6 +108,27 @@ class ContainerBackend:
         engine.run("rm", "--force", "--volumes", container, check=False)
         shutil.rmtree(palate_home() / "run" / engine_id.split(":", 3)[3], ignore_errors=True)
 
+    def runs(self) -> list[EngineRun]:
+        return [run for name in get_args(EngineName) for run in self._runs(name)]
+
+    @staticmethod
+    def _runs(name: EngineName) -> list[EngineRun]:
+        try:
+            engine = find_engine(name)
+            ids = engine.run(
+                "ps", "--all", "--quiet", "--filter", f"label={_HOME_LABEL}={palate_home()}"
+            ).stdout.split()
+            found = json.loads(engine.run("container", "inspect", *ids, check=False).stdout) if ids else []
+        except (EngineError, ValueError):
+            return []  # not here, not ours to ask, or the containers went meanwhile
+        runs = []
+        for facts in found:
+            labels, own_name = facts["Config"]["Labels"], facts["Name"].removeprefix("/")
+            engine_id = f"{socket.gethostname()}:{name}:{facts['Id']}:{own_name.removeprefix(_NAME_PREFIX)}"
+            what = f"{name} container {own_name} ({facts['State']['Status']}): {labels[RUN_LABEL]}"
+            runs.append(EngineRun(engine_id, labels[RUN_LABEL], what))
+        return runs
+
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
         here = local_device()
         limit_gib = Limits.from_json((placement or {}).get("limits") or {}).memory_gib
@@ -158,8 +184,8 @@ def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
     mounts = {f"{secrets}:{_SECRETS}": True, f"{cache}:{_HOME}/cache": True}
     mounts |= {f"{folder}:{folder}": writable for folder, writable in launch.folders.items()}
     options = [
-        *("--name", f"palate-{launch.run_name}-{token_hex(3)}"),
-        *("--label", f"{RUN_LABEL}={launch.uri}"),
+        *("--name", f"{_NAME_PREFIX}{secrets.name}"),
+        *("--label", f"{RUN_LABEL}={launch.uri}", "--label", f"{_HOME_LABEL}={palate_home()}"),
         *("--network", "host"),  # a store or an endpoint of this machine's loopback is one of the container's, too
         *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
         # Files of a mounted store belong to who started the run; group 0 owns the image's own folders.

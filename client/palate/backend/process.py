@@ -17,9 +17,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from palate.backend import EngineStatus, Launch, PlacementRequest
+from palate.backend import EngineRun, EngineStatus, Launch, PlacementRequest
 from palate.home import palate_home
-from palate.processes import environment_of, send, session_members, start_time
+from palate.processes import command_of, environment_of, owner_of, pids, send, session_members, start_time
 from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import DeviceFacts
 
@@ -94,6 +94,19 @@ class ProcessBackend:
             time.sleep(_POLL_S)
             _reap()
 
+    def runs(self) -> list[EngineRun]:
+        found = []
+        for pid in pids():
+            command = command_of(pid)
+            if not _is_runner(command) or owner_of(pid) != os.getuid():
+                continue
+            if Path(environment_of(pid, "PALATE_HOME") or Path.home() / ".palate").absolute() != palate_home():
+                continue
+            uri, run_name = command[-1], environment_of(pid, _RUN_VARIABLE) or ""
+            engine_id = f"{socket.gethostname()}:{pid}:{start_time(pid)}:{run_name}"
+            found.append(EngineRun(engine_id, uri, f"process {pid}: palate-run {uri}"))
+        return found
+
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
         return local_device()
 
@@ -111,6 +124,10 @@ class ProcessBackend:
     @staticmethod
     def _log_file(run_name: str) -> Path:
         return palate_home() / "run" / f"{run_name}.log"
+
+
+def _is_runner(command: list[str]) -> bool:
+    return len(command) >= 3 and (command[-3:-1] == ["-m", "palate.runner"] or command[-2].endswith("/palate-run"))
 
 
 _CHILDREN: list[subprocess.Popen[bytes]] = []
