@@ -152,6 +152,8 @@ class RunHandle:
             log_tail=tuple([*self.record.log_lines()][-15:] + words),
             endpoint="",
         )
+        if status.engine_id:
+            self.backend.stop(status.engine_id, grace_s=0)  # its words are kept, and what it left behind is nobody's
         return ended or self.record.status()
 
     def lost(self, status: Status) -> str:

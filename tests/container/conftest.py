@@ -2,86 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.engine import FOLDER_VARIABLE, Engine, build_options, find_engine, running_engine
-
-NO_ENGINE = f"no container engine here: start docker and set DOCKER_HOST, or as root {FOLDER_VARIABLE}=/folder for one of its own"
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
-    """The engine that is there, or one in the folder that PALATE_TEST_ENGINE names, for as long as the tests take."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if find_engine() is None and not folder:
-        pytest.skip(NO_ENGINE)
-    with running_engine(Path(folder or "/nowhere")) as found:
-        yield found
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image that was built for the tests.
-
-    Attributes:
-        name: Its tag.
-        facts: What `palate images build --json` said.
-        log: What it said on stderr.
-        seconds: How long it took; little when the engine had its layers.
-    """
-
-    name: str
-    facts: dict[str, Any]
-    log: str
-    seconds: float
-
-
-def palate(engine: Engine, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command line against the engine."""
-    return subprocess.run(
-        [sys.executable, "-m", "palate.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DOCKER_HOST": engine.host, "PALATE_ENGINE": "docker", **environment},
-        timeout=3600,
-    )
-
-
-def _build(engine: Engine, program: str) -> Image:
-    # One at a time, whatever process of the test run asks: two builds of the same layers share none of them.
-    with (Path(tempfile.gettempdir()) / f"palate-test-build-{os.getuid()}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _built(engine, program)
-
-
-def _built(engine: Engine, program: str) -> Image:
-    begun = time.monotonic()
-    done = palate(engine, "images", "build", program, "--variant", "cpu", "--json", *build_options())
-    assert done.returncode == 0, done.stderr
-    (facts,) = json.loads(done.stdout)
-    return Image(facts["name"], facts, done.stderr, time.monotonic() - begun)
-
-
-@pytest.fixture(scope="session")
-def trainer(engine: Engine) -> Image:
-    return _build(engine, "trainer")
-
-
-@pytest.fixture(scope="session")
-def server(engine: Engine) -> Image:
-    return _build(engine, "server")
+from tests.support.engine import Engine
+from tests.support.images import engine as engine
+from tests.support.images import server as server
+from tests.support.images import trainer as trainer
 
 
 @pytest.fixture

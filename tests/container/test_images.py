@@ -10,10 +10,10 @@ from importlib.metadata import version
 import pytest
 
 import palate
-from tests.container.conftest import Image
-from tests.container.conftest import palate as run_palate
 from tests.slow.conftest import until
 from tests.support.engine import BASE, Engine
+from tests.support.images import Image
+from tests.support.images import palate as run_palate
 
 pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(3600)]
 

@@ -11,9 +11,9 @@ import pytest
 
 from palate_trainer.marks import last_whole
 from palate_trainer.spec import EXIT_STOPPED
-from tests.container.conftest import Image
 from tests.slow.conftest import until
 from tests.support.engine import Engine
+from tests.support.images import Image
 from tests.trainer.test_managed import platform, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(3600)]

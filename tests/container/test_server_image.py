@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from palate_server.spec import READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
-from tests.container.conftest import Image
 from tests.slow.conftest import until
 from tests.support.engine import Engine
+from tests.support.images import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(3600)]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
+from tests.backends.test_jobs import QUICK
 from tests.slow.conftest import processes_of, until
-from tests.slow.test_jobs import QUICK
 from tests.support.rows import ROWS
 
 pytestmark = pytest.mark.slow

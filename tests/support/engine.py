@@ -65,8 +65,12 @@ class Engine:
             raise EngineError(f"docker {' '.join(arguments[:3])}: {done.stdout[-2000:]}")
         return done
 
+    def settings(self) -> dict[str, str]:
+        """Returns the variables by which Palate and others reach it."""
+        return {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", "PALATE_ENGINE": "docker"}
+
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0"}
+        return {**os.environ, **self.settings()}
 
     def has(self, image: str) -> bool:
         return self.run("image", "inspect", image, check=False).returncode == 0

@@ -1,10 +1,9 @@
-"""Training jobs, with the real trainer and a tiny model: the contract of a backend and a store, seen from outside."""
+"""Training jobs over every backend, with the real trainer and a tiny model: the contract of a backend and a store."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import pytest
 from palate import ModelTrainingRecipe, Session, TrainingJob
 from palate.errors import JobNotReadyError, NameTakenError, TrainingJobError, WaitTimeoutError
 from palate.record import Record
-from tests.slow.conftest import processes_of, until
+from tests.backends.hands import Hands
+from tests.slow.conftest import until
 
 pytestmark = pytest.mark.slow
 
@@ -42,13 +42,14 @@ def palate(*arguments: str) -> str:
 
 
 def test_a_job_trains_and_leaves_what_it_promises(
-    store_session: Session, home: Path, tiny: Path, prefs: Path, capfd: pytest.CaptureFixture[str]
+    hands: Hands, store_session: Session, home: Path, tiny: Path, prefs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job = recipe(tiny, QUICK, labels={"team": "x"}, environments=SECRET).train(
         inputs={"train": prefs, "validation": prefs}, job_name="one"
     )
     assert (job.id, job.status, job.is_succeeded(), job.is_completed()) == ("one", "Succeeded", True, True)
     assert [found.id for found in TrainingJob.list("Succeeded")] == ["one"]
+    assert job.manifest.backend == hands.backend
 
     metrics = job.metrics()
     assert [entry["kind"] for entry in metrics] == ["start", "train", "train", "train", "eval", "end"]
@@ -87,7 +88,7 @@ def test_a_job_trains_and_leaves_what_it_promises(
     assert shown.out == ""
     assert "step 3/3" in shown.err
     assert any("step 3/3" in line for line in job.logs())
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     assert not any((home / "work").rglob("*.json"))
 
     with pytest.raises(NameTakenError, match="'one'"):
@@ -95,7 +96,7 @@ def test_a_job_trains_and_leaves_what_it_promises(
 
 
 def test_training_survives_the_client_that_started_it(
-    store_session: Session, home: Path, tiny: Path, prefs: Path
+    hands: Hands, store_session: Session, tiny: Path, prefs: Path
 ) -> None:
     code = (
         "from palate import ModelTrainingRecipe\n"
@@ -122,18 +123,18 @@ def test_training_survives_the_client_that_started_it(
     assert told.startswith("served\thttp://127.0.0.1:")
     assert palate("chat", "served", "Hi", "--max-tokens", "4")
     assert palate("delete", "served") == "served\tdeleted\n"
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 
 def test_stop_from_another_process_keeps_a_whole_checkpoint(
-    session: Session, home: Path, tiny: Path, prefs: Path
+    hands: Hands, session: Session, tiny: Path, prefs: Path
 ) -> None:
     job = recipe(tiny, {**LONG, "save_steps": 0}).train(inputs={"train": prefs}, wait=False, job_name="long")
     with pytest.raises(WaitTimeoutError, match="palate stop long"):
         job.wait(show_logs=False, timeout_s=0.5)
     until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
     assert palate("stop", "long") == "long\tStopped\n"
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     assert any(info.key.endswith("/.complete") for info in session.store.list("jobs/long/checkpoints/"))
     with pytest.raises(TrainingJobError, match="was stopped"):
         job.wait(show_logs=False)
@@ -145,10 +146,10 @@ def test_stop_from_another_process_keeps_a_whole_checkpoint(
 
 
 def test_a_failed_job_raises_with_its_last_lines_and_never_deploys(
-    session: Session, home: Path, tiny: Path, prefs: Path
+    hands: Hands, session: Session, tiny: Path, prefs: Path, tmp_path: Path
 ) -> None:
-    broken = home / "broken"
-    broken.mkdir(parents=True)
+    broken = tmp_path / "broken"
+    broken.mkdir()
     for path in tiny.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.safetensors").write_bytes(b"not weights at all")
@@ -163,28 +164,28 @@ def test_a_failed_job_raises_with_its_last_lines_and_never_deploys(
     for act in (broken_recipe.deploy, broken_recipe.model_data):
         with pytest.raises(JobNotReadyError, match="Failed"):
             act()
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 
 def test_a_runner_that_is_killed_takes_its_trainer_along_and_is_noticed(
-    session: Session, home: Path, tiny: Path, prefs: Path
+    hands: Hands, session: Session, tiny: Path, prefs: Path
 ) -> None:
     job = recipe(tiny, LONG).train(inputs={"train": prefs}, wait=False)
     until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
-    pid = int(job.describe().engine_id.split(":")[1])
-    os.kill(pid, signal.SIGKILL)
+    hands.kill(job.describe().engine_id)
     with pytest.raises(TrainingJobError, match="runner is gone"):
         job.wait(show_logs=False, timeout_s=30)
-    until(lambda: processes_of(home) == [], timeout_s=10)
+    until(lambda: hands.left() == [], timeout_s=10)
 
 
-def test_max_run_time_ends_a_training_as_failed(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
+def test_max_run_time_ends_a_training_as_failed(hands: Hands, session: Session, tiny: Path, prefs: Path) -> None:
     with pytest.raises(TrainingJobError, match=r"max_run_time of 8 s"):
         recipe(tiny, LONG, max_run_time=8).train(inputs={"train": prefs}, show_logs=False)
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 
-def test_sft_and_full_fine_tuning(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
+def test_sft_and_full_fine_tuning(hands: Hands, session: Session, tiny: Path, prefs: Path) -> None:
     settings = {**QUICK, "training_strategy": "sft", "max_steps": 2}
     job = recipe(tiny, settings, method="Standard_LLM").train(inputs={"train": prefs}, show_logs=False)
     names = {info.key.rpartition("/")[2] for info in session.store.list(f"jobs/{job.id}/model/")}

@@ -1,10 +1,8 @@
-"""Services with the real engine: deployed from a job, asked, stopped, started, deleted; and what a failed start leaves."""
+"""Services over every backend, with the real engine: deployed from a job, asked, stopped, deleted; and what a failed start leaves."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
 import stat
 import subprocess
@@ -18,11 +16,12 @@ import openai
 import pytest
 
 import palate.session
-from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
+from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob, setup_default_session
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
 from palate.predictor import start_service
 from palate.record import TOKEN_KEY
-from tests.slow.conftest import processes_of, until
+from tests.backends.hands import Hands
+from tests.slow.conftest import until
 from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
@@ -54,17 +53,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Itera
 
 
 @pytest.fixture
-def job(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
-    """The job, found again in its store as any process would."""
-    home, job_id = trained
-    monkeypatch.setenv("PALATE_HOME", str(home))
-    monkeypatch.setattr(palate.session, "_default", None)
-    return TrainingJob.attach(job_id)
+def home(home: Path, trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home with the job; the setting of a test's own home has kept the user's settings out."""
+    monkeypatch.setenv("PALATE_HOME", str(trained[0]))
+    return trained[0]
 
 
 @pytest.fixture
-def home(job: TrainingJob) -> Path:
-    return Path(os.environ["PALATE_HOME"])
+def job(hands: Hands, trained: tuple[Path, str], request: pytest.FixtureRequest) -> TrainingJob:
+    """The job, found again in its store as any process would; it was trained by the process backend, and this may be another."""
+    if hands.backend == "container":
+        request.getfixturevalue("server")
+    record = Session().store.root + f"/jobs/{trained[1]}"
+    if getattr(request, "param", "file") == "s3":
+        bring_to_s3(request, record)
+    return TrainingJob.attach(trained[1])
+
+
+def bring_to_s3(request: pytest.FixtureRequest, job_uri: str) -> None:
+    """Makes an S3 store the default one, and gives it the job: a record means the same wherever it lies."""
+    seaweed, monkeypatch = request.getfixturevalue("seaweed"), request.getfixturevalue("monkeypatch")
+    for name, value in seaweed.environment().items():
+        monkeypatch.setenv(name, value)
+    store = f"s3://{request.getfixturevalue('bucket')}/services-{request.node.name.replace('[', '-').strip(']')}"
+    copy = [
+        sys.executable,
+        "-m",
+        "palate.cli",
+        "store",
+        "cp",
+        "--recursive",
+        job_uri,
+        f"{store}/jobs/{job_uri.rpartition('/')[2]}",
+    ]
+    subprocess.run(copy, check=True, capture_output=True)
+    monkeypatch.setenv("PALATE_STORE", store)
+    setup_default_session()
 
 
 def is_free(endpoint: str) -> bool:
@@ -79,7 +103,8 @@ def ask(client: openai.OpenAI, model: str) -> str:
     return reply.choices[0].message.content or ""
 
 
-def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: Path) -> None:
+@pytest.mark.parametrize("job", ["file", pytest.param("s3", marks=pytest.mark.thorough)], indirect=True)
+def test_a_service_from_its_deployment_to_its_deletion(hands: Hands, job: TrainingJob, home: Path) -> None:
     predictor = job.deploy(SERVICE, options=LIMITS)
     assert predictor.service_status == "Running"
     endpoint = predictor.endpoint
@@ -134,11 +159,13 @@ def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: P
 
     token = held.access_token
     assert len(token) >= 32
-    assert stat.S_IMODE((home / "store" / "services" / SERVICE / TOKEN_KEY).stat().st_mode) == 0o600
-    for path in (home / "store" / "services" / SERVICE).rglob("*"):
-        if path.is_file() and path.name != TOKEN_KEY:
-            assert token.encode() not in path.read_bytes(), path
+    store = job._run.session.store
+    if store.root.startswith("file:"):
+        assert stat.S_IMODE((home / "store" / "services" / SERVICE / TOKEN_KEY).stat().st_mode) == 0o600
+    for info in store.list(f"services/{SERVICE}/"):
+        assert info.key.endswith(TOKEN_KEY) or token.encode() not in store.get(info.key), info.key
     assert token not in repr(held) + str(held.describe_service())
+    assert token not in hands.shown(held._run.refresh().engine_id)
     assert held.describe_service()["Labels"] == {"job": job.id}
 
     with pytest.raises(NameTakenError, match=SERVICE):
@@ -151,7 +178,7 @@ def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: P
     held.stop_service()
     assert held.service_status == "Stopped"
     assert is_free(endpoint)
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     with pytest.raises(ServiceError, match="Stopped"):
         _ = held.endpoint
 
@@ -159,7 +186,7 @@ def test_a_service_from_its_deployment_to_its_deletion(job: TrainingJob, home: P
     predictor.delete_service()  # twice is no error
     with pytest.raises(RunNotFoundError):
         Predictor(SERVICE)
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 
 def _with_system(client: openai.OpenAI) -> str:
@@ -175,6 +202,7 @@ def _with_system(client: openai.OpenAI) -> str:
     return (reply.choices[0].message.content or "").strip()
 
 
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -196,6 +224,7 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert Predictor.list() == []
 
 
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "default", "base", "x" * 101])
 def test_a_service_name_that_cannot_be_used_is_refused(job: TrainingJob, name: str) -> None:
     with pytest.raises(ConfigurationError):
@@ -206,16 +235,16 @@ def test_a_service_name_that_cannot_be_used_is_refused(job: TrainingJob, name: s
 
 
 def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_nothing(
-    job: TrainingJob, home: Path
+    hands: Hands, job: TrainingJob
 ) -> None:
     with pytest.raises(ServiceError) as caught:
         job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--no-such-flag"]})
     assert "--no-such-flag" in str(caught.value)
     assert Predictor("broken").service_status == "Failed"
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     with pytest.raises(ServiceError, match="3"):  # the name is free again; this time the start hangs
         job.deploy("broken", options={"start_timeout_s": 3})
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     Predictor("broken").delete_service()
 
 
@@ -227,28 +256,29 @@ def untuned(job: TrainingJob, name: str, **options: object) -> Predictor:
     )  # fmt: skip
 
 
-def test_a_stopped_service_starts_again_and_a_killed_one_is_noticed(job: TrainingJob, home: Path) -> None:
+def test_a_stopped_service_starts_again_and_a_killed_one_is_noticed(hands: Hands, job: TrainingJob) -> None:
     predictor = untuned(job, "untuned")
     client = predictor.openai()
     assert [model.id for model in client.models.list().data] == ["default", "untuned"]
     before = ask(client, "default")
     predictor.stop_service()
-    until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says that it is over, then ends
+    until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     predictor.start_service()
     assert ask(predictor.openai(), "untuned") == before
 
     endpoint = predictor.endpoint
-    os.kill(int(predictor._run.refresh().engine_id.split(":")[1]), signal.SIGKILL)
+    hands.kill(predictor._run.refresh().engine_id)
     until(lambda: predictor.service_status == "Failed", timeout_s=20)
-    until(lambda: processes_of(home) == [] and is_free(endpoint), timeout_s=20)
+    until(lambda: hands.left() == [] and is_free(endpoint), timeout_s=20)
     assert "runner is gone" in predictor.describe_service()["Reason"]
     predictor.delete_service()
 
 
-def test_a_service_stops_by_itself_when_its_time_is_over(job: TrainingJob, home: Path) -> None:
+def test_a_service_stops_by_itself_when_its_time_is_over(hands: Hands, job: TrainingJob) -> None:
     with untuned(job, "brief", time_to_live_s=3) as predictor:
+        endpoint = predictor.endpoint
         assert predictor.service_status == "Running"
         until(lambda: predictor.service_status == "Stopped", timeout_s=30)
         assert "time to live" in predictor.describe_service()["Reason"]
-        until(lambda: processes_of(home) == [], timeout_s=30)  # the runner says it is over, then ends
+        until(lambda: is_free(endpoint), timeout_s=30)  # the runner says that it is over, then ends
     assert Predictor.list() == []

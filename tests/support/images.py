@@ -1,0 +1,80 @@
+"""Fixtures of the tests that need a container engine: the engines that are here, and Palate's images, really built."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engine import Engine, build_options, find_engine, prepare
+
+NO_ENGINE = "NO CONTAINER ENGINE: start docker and set DOCKER_HOST, or as root: python -m tests.support.engine up FOLDER --install"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image that was built for the tests.
+
+    Attributes:
+        name: Its tag.
+        facts: What `palate images build --json` said.
+        log: What it said on stderr.
+        seconds: How long it took; little when the engine had its layers.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    log: str
+    seconds: float
+
+
+def palate(engine: Engine, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line against the engine."""
+    return subprocess.run(
+        [sys.executable, "-m", "palate.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**engine.environment(), **environment},
+        timeout=3600,
+    )
+
+
+def build(engine: Engine, program: str) -> Image:
+    """Builds an image of this checkout."""
+    # One at a time, whatever process of the test run asks: two builds of the same layers share none of them.
+    with (Path(tempfile.gettempdir()) / f"palate-test-build-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        begun = time.monotonic()
+        done = palate(engine, "images", "build", program, "--variant", "cpu", "--json", *build_options())
+        assert done.returncode == 0, done.stderr
+        (facts,) = json.loads(done.stdout)
+        return Image(facts["name"], facts, done.stderr, time.monotonic() - begun)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The engine that is here, with the base images."""
+    found = find_engine()
+    if found is None:
+        pytest.skip(NO_ENGINE)
+    prepare(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def trainer(engine: Engine) -> Image:
+    return build(engine, "trainer")
+
+
+@pytest.fixture(scope="session")
+def server(engine: Engine) -> Image:
+    return build(engine, "server")
