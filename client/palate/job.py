@@ -17,6 +17,7 @@ from palate.session import Session, get_default_session
 from palate_trainer.spec.reading import Reading, read_run
 
 if TYPE_CHECKING:
+    from palate.deployment import ServedModel
     from palate.predictor import Predictor
 
 
@@ -330,19 +331,12 @@ class TrainingJob:
             DamagedFilesError: Its model is not what the training wrote. The service's runner compares every digest, and
                 fails with this as its reason.
         """
-        from palate.predictor import start_service
+        from palate.deployment import start_service
 
-        self.require_model()
-        body = self.manifest.body
         return start_service(
             self._run.session,
             service_name=service_name or f"{self.id}-service",
-            model=body["model"],
-            tuned_uri=self.output_path("model"),
-            tuned_digest=self._run.record.status().details.get("model_digest"),
-            adapter=body["method"] != "Standard_LLM",
-            system_prompt=body["hyperparameters"]["system_prompt"],
-            labels={"job": self.id},
+            served=self.served_model(),
             options=options,
             where=PlacementRequest(
                 kind="services",
@@ -352,6 +346,21 @@ class TrainingJob:
             ),
             wait=wait,
             show_logs=show_logs,
+        )
+
+    def served_model(self) -> ServedModel:
+        """Returns what a service of this job serves; raises as `deploy` does."""
+        from palate.deployment import ServedModel
+
+        self.require_model()
+        body = self.manifest.body
+        return ServedModel(
+            model=body["model"],
+            tuned_uri=self.output_path("model"),
+            tuned_digest=self._run.record.status().details.get("model_digest"),
+            adapter=body["method"] != "Standard_LLM",
+            system_prompt=body["hyperparameters"]["system_prompt"],
+            labels={"job": self.id},
         )
 
     def __repr__(self) -> str:

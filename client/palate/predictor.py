@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import builtins
-import secrets
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from palate.backend import PlacementRequest
-from palate.common.utils import check_name
-from palate.errors import ConfigurationError, ServiceError, UnsupportedParameterError
+from palate.errors import ServiceError, UnsupportedParameterError
 from palate.listing import Wanted, find_runs
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status
 from palate.run import RunHandle
 from palate.session import Session, get_default_session
-from palate.weights import WeightsSource, reachable_weights
-from palate_recipes.nearest import did_you_mean
-from palate_server.spec import ServeSpec
 
 if TYPE_CHECKING:
     import httpx
     from openai import AsyncOpenAI, OpenAI
 
+    from palate.job import TrainingJob
+
 READY_MARGIN_S = 900.0
 """Staging of model and base on top of the engine's own start: a first download of several GB belongs to it."""
 
 STOP_GRACE_S = 30.0
-
-_OPTIONS: dict[str, tuple[type, ...]] = {
-    "engine": (str,),
-    "host": (str,),
-    "port": (int,),
-    "dtype": (str,),
-    "max_model_len": (int,),
-    "start_timeout_s": (int, float),
-    "engine_args": (list, tuple),
-    "time_to_live_s": (int, float),
-}
 
 
 class Predictor:
@@ -246,6 +229,44 @@ class Predictor:
         if wait:
             self.wait_for_ready()
 
+    def update_service(self, job: TrainingJob, *, show_logs: bool = False) -> Predictor:
+        """Serves what another job made, under this name, with the token and settings that it has.
+
+        Nothing answers from the end of the old model to the first answer of the new one; `endpoint` may be another afterwards, as
+        after `start_service()`. If the new one does not come up, the service goes on with what it served.
+
+        Args:
+            job: A succeeded one.
+            show_logs: Whether to show the engine's log meanwhile.
+
+        Raises:
+            JobNotReadyError: The job has not succeeded; the service is as it was.
+            ServiceError: The new model did not come up; carries the reason and the engine's last lines.
+            ConfigurationError: Somebody else updates the service at this moment.
+        """
+        from palate.deployment import with_other_model
+
+        before = self._run.record.manifest()
+        after = with_other_model(before, job.served_model(), self._run.session)
+        was_active = not self._run.refresh().is_terminal
+        self._run.replace_manifest(before, after)
+        self.stop_service()
+        try:
+            self.start_service(wait=False)
+            return self.wait_for_ready(show_logs=show_logs)
+        except BaseException as error:
+            self.stop_service()
+            self._run.replace_manifest(after, before)
+            if was_active:
+                self.start_service(wait=isinstance(error, Exception))
+            if isinstance(error, ServiceError):
+                raise ServiceError(
+                    f"service {self.service_name} could not be updated to job {job.id}, and serves what it served before",
+                    reason=error.reason,
+                    log_tail=error.log_tail,
+                ) from error
+            raise
+
     def stop_service(self, wait: bool = True) -> None:
         """Stops the service and keeps its name and settings.
 
@@ -295,111 +316,3 @@ def describe(run: RunHandle, status: Status) -> dict[str, Any]:
         "Uri": run.record.uri,
         **status.details,
     }
-
-
-def start_service(
-    session: Session,
-    *,
-    service_name: str,
-    model: dict[str, Any],
-    tuned_uri: str | None,
-    tuned_digest: str | None = None,
-    adapter: bool,
-    system_prompt: str,
-    labels: dict[str, str] | None,
-    options: dict[str, Any] | None,
-    where: PlacementRequest | None = None,
-    wait: bool,
-    show_logs: bool,
-) -> Predictor:
-    """Creates a service, starts it, and waits until it answers; nothing is left running when it does not.
-
-    Args:
-        session: Store and backend.
-        service_name: Its name, and a model name that it answers to.
-        model: The base: name and weights source, as a job's manifest has it.
-        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
-        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
-        adapter: Whether `tuned_uri` is an adapter on top of the base.
-        system_prompt: What the model was trained with: `palate chat` begins with it.
-        labels: Key-value pairs to find it by.
-        options: See `ModelTrainingRecipe.deploy`.
-        where: What the user wants of the backend; default: nothing special.
-        wait: Whether to wait until it answers.
-        show_logs: Whether to show the engine's log meanwhile.
-    """
-    check_name("service name", service_name)
-    checked = _check_options(service_name, options or {})
-    time_to_live_s = checked.pop("time_to_live_s", None)
-    if session.backend.is_this_host:
-        _check_port(checked)
-    placement = session.backend.place(where or PlacementRequest(kind="services"))
-    source = reachable_weights(WeightsSource.from_json(model["source"]), session)
-    model = {**model, "source": source.to_json()}
-    record = Record(session.store, "services", service_name)
-    if record.exists() and RunHandle(record, session).refresh().state == "Failed":
-        record.delete()  # a failed start holds nothing worth keeping: its name is free again
-    manifest = Manifest(
-        kind="serve",
-        name=service_name,
-        backend=session.backend.name,
-        labels=labels or {},
-        body={
-            "model": model,
-            "tuned_uri": tuned_uri,
-            "tuned_digest": tuned_digest,
-            "adapter": adapter,
-            "system_prompt": system_prompt,
-            "options": checked,
-            "time_to_live_s": time_to_live_s,
-            "placement": placement,
-        },
-    )
-    record.create(manifest)
-    record.store.put(record.key(TOKEN_KEY), secrets.token_urlsafe(32).encode(), private=True)
-    predictor = Predictor(service_name, session=session)
-    predictor._run.start()
-    if wait:
-        try:
-            predictor.wait_for_ready(show_logs=show_logs)
-        except BaseException:
-            predictor._run.stop(grace_s=5.0)  # also on Ctrl-C: what nobody waits for must not stay
-            raise
-    return predictor
-
-
-def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]:
-    for name, value in options.items():
-        if name not in _OPTIONS:
-            hint = did_you_mean(name, _OPTIONS)
-            raise ConfigurationError(f"unknown deploy option {name!r}: {hint}known are {', '.join(_OPTIONS)}")
-        if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
-            wanted = " or ".join(kind.__name__ for kind in _OPTIONS[name])
-            raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
-    if options.get("time_to_live_s", 1) <= 0:
-        raise ConfigurationError(f"deploy option time_to_live_s={options['time_to_live_s']!r} must be above 0")
-    settings = {name: value for name, value in options.items() if name != "time_to_live_s"}
-    try:
-        ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # its bounds are the bounds
-    except ValueError as error:
-        raise ConfigurationError(f"deploy option {error}") from None
-    return dict(options)
-
-
-def _check_port(options: dict[str, Any]) -> None:
-    port, host = options.get("port", 0), options.get("host", "127.0.0.1")
-    if not port:
-        return
-    deadline = time.monotonic() + 1.0
-    while True:  # a port that was just freed may take a moment
-        try:
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
-            return
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise ConfigurationError(
-                    f"port {port} on {host} cannot be used: {error.strerror}. Give another port=, or leave it out for a free one"
-                ) from None
-            time.sleep(0.1)

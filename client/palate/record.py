@@ -145,9 +145,8 @@ class Record:
         Raises:
             NameTakenError: A run of that name is there.
         """
-        body = json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
         try:
-            self.store.put(self.key("manifest.json"), body, if_none_match=True)
+            self.store.put(self.key("manifest.json"), _encode_manifest(manifest), if_none_match=True)
         except PreconditionFailedError:
             noun = "job" if self.kind == "jobs" else "service"
             command = "palate jobs" if self.kind == "jobs" else "palate services"
@@ -171,6 +170,24 @@ class Record:
         values = json.loads(data)
         known = {item.name for item in fields(Manifest)}
         return Manifest(**{key: value for key, value in values.items() if key in known})
+
+    def replace_manifest(self, known: Manifest, new: Manifest) -> None:
+        """Writes another manifest in the place of the known one; a service's next attempt reads it.
+
+        Raises:
+            ConfigurationError: Another one is there: somebody else replaced it.
+            RunNotFoundError: None is there.
+        """
+        key = self.key("manifest.json")
+        info = self.store.stat(key)
+        try:
+            if info is None or self.manifest() != known:
+                raise PreconditionFailedError(key)
+            self.store.put(key, _encode_manifest(new), if_match=info.etag)
+        except PreconditionFailedError:
+            raise ConfigurationError(
+                f"{self.uri} was changed by somebody else just now: look at it, and try again"
+            ) from None
 
     def exists(self) -> bool:
         return self.store.stat(self.key("manifest.json")) is not None
@@ -356,6 +373,10 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 _SUFFIX = {"logs": ".log", "metrics": ".jsonl"}
+
+
+def _encode_manifest(manifest: Manifest) -> bytes:
+    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
 
 
 def _encode(status: Status) -> bytes:

@@ -83,7 +83,7 @@ class RegisteredModel:
         show_logs: bool = False,
     ) -> Predictor:
         """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`."""
-        from palate.predictor import start_service
+        from palate.deployment import ServedModel, start_service
 
         refuse(resource_id=resource_id, inference_spec=inference_spec)
         session = self._session or get_default_session()
@@ -94,12 +94,10 @@ class RegisteredModel:
         return start_service(
             session,
             service_name=service_name,
-            model={"name": name, "source": source.to_json(), "hub_id": row.hub_id if row else None},
-            tuned_uri=None,
-            adapter=False,
-            system_prompt="",
-            labels=labels,
-            options=dict(options or {}),
+            served=ServedModel(
+                model={"name": name, "source": source.to_json(), "hub_id": row.hub_id if row else None}, labels=labels
+            ),
+            options=options,
             where=PlacementRequest(
                 kind="services",
                 instance_type=instance_type,

@@ -50,6 +50,11 @@ class RunHandle:
             self._manifest = self.record.manifest()
         return self._manifest
 
+    def replace_manifest(self, known: Manifest, new: Manifest) -> None:
+        """Gives the run another manifest, for its next attempt; raises ConfigurationError unless the known one is there now."""
+        self.record.replace_manifest(known, new)
+        self._manifest = new
+
     @property
     def backend(self) -> Backend:
         if self.session.backend.name == self.manifest.backend:

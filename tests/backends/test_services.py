@@ -17,8 +17,8 @@ import pytest
 
 import palate.session
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob, setup_default_session
+from palate.deployment import ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
-from palate.predictor import start_service
 from palate.record import TOKEN_KEY
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
@@ -228,10 +228,7 @@ def test_bad_options_are_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "default", "base", "x" * 101])
 def test_a_service_name_that_cannot_be_used_is_refused(job: TrainingJob, name: str) -> None:
     with pytest.raises(ConfigurationError):
-        start_service(
-            job._run.session, service_name=name, model={}, tuned_uri=None, adapter=False, system_prompt="",
-            labels=None, options=None, wait=True, show_logs=False,
-        )  # fmt: skip
+        start_service(job._run.session, service_name=name, served=ServedModel(model={}))
 
 
 def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_nothing(
@@ -251,12 +248,25 @@ def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_no
 def untuned(job: TrainingJob, name: str, **options: object) -> Predictor:
     """The base model alone on the engine of last resort, which starts in seconds."""
     return start_service(
-        job._run.session, service_name=name, model=job.manifest.body["model"], tuned_uri=None, adapter=False,
-        system_prompt="", labels=None, options={"engine": "transformers", **options}, wait=True, show_logs=False,
-    )  # fmt: skip
+        job._run.session,
+        service_name=name,
+        served=ServedModel(model=job.manifest.body["model"]),
+        options={"engine": "transformers", **options},
+    )
 
 
-def test_a_stopped_service_starts_again_and_a_killed_one_is_noticed(hands: Hands, job: TrainingJob) -> None:
+def damaged_copy(job: TrainingJob) -> TrainingJob:
+    """A job whose weights are not what was trained, although their size is."""
+    store = job._run.session.store
+    for info in store.list(f"jobs/{job.id}/"):
+        data = store.get(info.key)
+        if info.key.endswith("adapter_model.safetensors"):
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        store.put(info.key.replace(job.id, "damaged", 1), data)
+    return TrainingJob.attach("damaged")
+
+
+def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands: Hands, job: TrainingJob) -> None:
     predictor = untuned(job, "untuned")
     client = predictor.openai()
     assert [model.id for model in client.models.list().data] == ["default", "untuned"]
@@ -265,6 +275,17 @@ def test_a_stopped_service_starts_again_and_a_killed_one_is_noticed(hands: Hands
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     predictor.start_service()
     assert ask(predictor.openai(), "untuned") == before
+
+    # What it serves is another job's from now on; one that does not come up changes nothing.
+    token = predictor.access_token
+    predictor.update_service(job)
+    assert predictor.labels == {"job": job.id}
+    assert [model.id for model in predictor.openai().models.list().data] == ["default", "untuned", "base"]
+    tuned = ask(predictor.openai(), "default")
+    assert (tuned != before, predictor.access_token) == (True, token)
+    with pytest.raises(ServiceError, match=r"could not be updated to job damaged.*served before.*missing or changed"):
+        predictor.update_service(damaged_copy(job))
+    assert ask(predictor.openai(), "default") == tuned
 
     endpoint = predictor.endpoint
     hands.kill(predictor._run.refresh().engine_id)

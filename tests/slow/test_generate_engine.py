@@ -19,7 +19,7 @@ from palate import Predictor
 from palate.data.endpoint import Endpoint
 from palate.data.generate import generate_pairs, ledger_path, plan_pairs
 from palate.data.pairs import PairSettings
-from palate.predictor import start_service
+from palate.deployment import ServedModel, start_service
 from tests.slow.conftest import until
 from tests.support.chat import Answer, ChatServer, chat_server
 
@@ -38,11 +38,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Itera
         patch.setattr(palate.session, "_default", None)
         source = {"kind": "folder", "location": str(base_model)}
         with start_service(
-            palate.session.get_default_session(), service_name="answers",
-            model={"name": "smollm2-135m-instruct", "source": source, "hub_id": ""}, tuned_uri=None, adapter=False,
-            system_prompt="", labels=None, options={"engine": "transformers", "max_model_len": 1024}, wait=True,
-            show_logs=False,
-        ) as predictor:  # fmt: skip
+            palate.session.get_default_session(),
+            service_name="answers",
+            served=ServedModel(model={"name": "smollm2-135m-instruct", "source": source, "hub_id": ""}),
+            options={"engine": "transformers", "max_model_len": 1024},
+        ) as predictor:
             yield predictor
 
 

@@ -1,4 +1,4 @@
-"""Verbs about one run: watch, metrics, logs, save, stop, delete."""
+"""Verbs about one run: watch, metrics, logs, save, stop, start, update, delete."""
 
 from __future__ import annotations
 
@@ -99,6 +99,20 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
     print(f"{name}\t{predictor.endpoint}")
 
 
+def update(
+    name: Annotated[str, typer.Argument(help="Service name.")],
+    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job that it is to serve.")],
+    show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
+) -> None:
+    """Let a service serve another job's model; it goes on with the one it has if that does not come up."""
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
+
+    predictor = Predictor(name).update_service(TrainingJob.get(job_id), show_logs=show_logs)
+    print(f"{name}\t{predictor.endpoint}")
+    print(f"next: palate chat {name}", file=sys.stderr)
+
+
 def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a job's model is removed.")] = False,
@@ -136,5 +150,5 @@ def _find(name: str) -> TrainingJob | Predictor:
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (watch, metrics, logs, save, stop, start, delete):
+    for verb in (watch, metrics, logs, save, stop, start, update, delete):
         app.command()(verb)

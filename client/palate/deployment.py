@@ -1,0 +1,154 @@
+"""What it takes to serve a model: options checked, its record made, the run started. Knows no client and no engine."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from palate.backend import PlacementRequest
+from palate.common.utils import check_name
+from palate.errors import ConfigurationError
+from palate.predictor import Predictor
+from palate.record import TOKEN_KEY, Manifest, Record
+from palate.run import RunHandle
+from palate.session import Session
+from palate.weights import WeightsSource, reachable_weights
+from palate_recipes.nearest import did_you_mean
+from palate_server.spec import ServeSpec
+
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "engine": (str,),
+    "host": (str,),
+    "port": (int,),
+    "dtype": (str,),
+    "max_model_len": (int,),
+    "start_timeout_s": (int, float),
+    "engine_args": (list, tuple),
+    "time_to_live_s": (int, float),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What a service serves.
+
+    Attributes:
+        model: The base: name and weights source, as a job's manifest has it.
+        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
+        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
+        adapter: Whether `tuned_uri` is an adapter on top of the base.
+        system_prompt: What the model was trained with: `palate chat` begins with it.
+        labels: Key-value pairs to find the service by.
+    """
+
+    model: Mapping[str, Any]
+    tuned_uri: str | None = None
+    tuned_digest: str | None = None
+    adapter: bool = False
+    system_prompt: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self, session: Session) -> dict[str, Any]:
+        """Returns its part of a manifest's body, with weights that a run of the session's backend can reach."""
+        source = reachable_weights(WeightsSource.from_json(self.model["source"]), session)
+        body = asdict(self)
+        del body["labels"]
+        return {**body, "model": {**self.model, "source": source.to_json()}}
+
+
+def start_service(
+    session: Session,
+    *,
+    service_name: str,
+    served: ServedModel,
+    options: Mapping[str, Any] | None = None,
+    where: PlacementRequest | None = None,
+    wait: bool = True,
+    show_logs: bool = False,
+) -> Predictor:
+    """Creates a service, starts it, and waits until it answers; nothing is left running when it does not.
+
+    Args:
+        session: Store and backend.
+        service_name: Its name, and a model name that it answers to.
+        served: What it serves.
+        options: See `ModelTrainingRecipe.deploy`.
+        where: What the user wants of the backend; default: nothing special.
+        wait: Whether to wait until it answers.
+        show_logs: Whether to show the engine's log meanwhile.
+    """
+    check_name("service name", service_name)
+    checked = _check_options(service_name, dict(options or {}))
+    time_to_live_s = checked.pop("time_to_live_s", None)
+    if session.backend.is_this_host:
+        _check_port(checked)
+    placement = session.backend.place(where or PlacementRequest(kind="services"))
+    body = served.body(session)
+    record = Record(session.store, "services", service_name)
+    if record.exists() and RunHandle(record, session).refresh().state == "Failed":
+        record.delete()  # a failed start holds nothing worth keeping: its name is free again
+    settings = {"options": checked, "time_to_live_s": time_to_live_s, "placement": placement}
+    manifest = Manifest(
+        kind="serve",
+        name=service_name,
+        backend=session.backend.name,
+        labels=dict(served.labels),
+        body={**body, **settings},
+    )
+    record.create(manifest)
+    record.store.put(record.key(TOKEN_KEY), secrets.token_urlsafe(32).encode(), private=True)
+    predictor = Predictor(service_name, session=session)
+    predictor._run.start()
+    if wait:
+        try:
+            predictor.wait_for_ready(show_logs=show_logs)
+        except BaseException:
+            predictor._run.stop(grace_s=5.0)  # also on Ctrl-C: what nobody waits for must not stay
+            raise
+    return predictor
+
+
+def with_other_model(manifest: Manifest, served: ServedModel, session: Session) -> Manifest:
+    """Returns a service's manifest with its settings and another model."""
+    return replace(manifest, labels=dict(served.labels), body={**manifest.body, **served.body(session)})
+
+
+def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            hint = did_you_mean(name, _OPTIONS)
+            raise ConfigurationError(f"unknown deploy option {name!r}: {hint}known are {', '.join(_OPTIONS)}")
+        if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
+            wanted = " or ".join(kind.__name__ for kind in _OPTIONS[name])
+            raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
+    if options.get("time_to_live_s", 1) <= 0:
+        raise ConfigurationError(f"deploy option time_to_live_s={options['time_to_live_s']!r} must be above 0")
+    settings = {name: value for name, value in options.items() if name != "time_to_live_s"}
+    try:
+        ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # its bounds are the bounds
+    except ValueError as error:
+        raise ConfigurationError(f"deploy option {error}") from None
+    return dict(options)
+
+
+def _check_port(options: dict[str, Any]) -> None:
+    port, host = options.get("port", 0), options.get("host", "127.0.0.1")
+    if not port:
+        return
+    deadline = time.monotonic() + 1.0
+    while True:  # a port that was just freed may take a moment
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConfigurationError(
+                    f"port {port} on {host} cannot be used: {error.strerror}. Give another port=, or leave it out for a free one"
+                ) from None
+            time.sleep(0.1)
