@@ -42,9 +42,10 @@ root = pathlib.Path("/")
 caches = [*root.glob("*/.cache"), *root.glob("home/*/.cache"), *root.glob("src")]
 print(json.dumps({
     "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "boto3")},
-    "tools": [tool for tool in ("gcc", "cc", "g++", "git") if shutil.which(tool)],
-    "pip": any(prefix.glob("lib/python3*/site-packages/pip")),
+    "tools": [tool for tool in ("gcc", "cc", "g++", "git", "uv") if shutil.which(tool)],
+    "pip": [path.name for tool in ("pip", "uv") for path in prefix.glob(f"lib/python3*/site-packages/{tool}")],
     "caches": [str(path) for path in caches],
+    "uncompiled": sum(not list(path.parent.glob(f"__pycache__/{path.stem}.*.pyc")) for path in prefix.rglob("*.py")),
     "tests": sum(1 for path in prefix.rglob("tests") if path.is_dir()),
     "cuda": torch.version.cuda,
 }))
@@ -93,8 +94,18 @@ def test_it_runs_as_a_user_without_rights(engine: Engine, image: Image) -> None:
 def test_it_holds_what_was_locked_and_no_tools_of_the_build(engine: Engine, image: Image) -> None:
     answer = inside(engine, image, CONTENTS, "--user=0")
     found = json.loads(answer.splitlines()[-1])
-    assert (found["tools"], found["pip"], found["caches"], found["tests"], found["cuda"]) == ([], False, [], 0, None)
+    assert (found["tools"], found["pip"], found["caches"], found["tests"], found["cuda"]) == ([], [], [], 0, None)
+    assert found["uncompiled"] < 20  # the image's user cannot write bytecode; some files are for other Pythons
     assert found["versions"] == {name: version(name) for name in found["versions"]}
+
+
+def test_both_images_keep_their_common_packages_once(engine: Engine, trainer: Image, server: Image) -> None:
+    layers = [
+        json.loads(engine.run("image", "inspect", image.name).stdout)[0]["RootFS"]["Layers"]
+        for image in (trainer, server)
+    ]
+    base = json.loads(engine.run("image", "inspect", BASE).stdout)[0]["RootFS"]["Layers"]
+    assert layers[0][: len(base) + 1] == layers[1][: len(base) + 1]
 
 
 def test_neither_history_nor_settings_hold_what_the_build_was_lent(engine: Engine, image: Image) -> None:
@@ -103,7 +114,7 @@ def test_neither_history_nor_settings_hold_what_the_build_was_lent(engine: Engin
     assert not re.search(r"(?i)secret|password|access_key|token=|PIP_CERT|SSL_CERT|find.links", told)
     assert (
         inside(
-            engine, image, "import os; print([n for n in os.environ if n.startswith(('PIP_', 'SSL_', 'AWS_'))])"
+            engine, image, "import os; print([n for n in os.environ if n.startswith(('PIP_', 'UV_', 'SSL_', 'AWS_'))])"
         ).strip()
         == "[]"
     )

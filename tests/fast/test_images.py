@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -94,6 +96,61 @@ def test_a_lock_for_processors_is_what_was_tested(lock: str) -> None:
 def test_both_dockerfiles_begin_from_the_same_base() -> None:
     for folder in ("container", "serve"):
         assert f"ARG PYTHON_IMAGE={BASE_IMAGE}\n" in (ROOT / folder / "Dockerfile").read_text()
+
+
+def test_both_dockerfiles_share_the_stage_of_what_both_hold() -> None:
+    """Line for line, up to the layer itself, else an engine builds and keeps torch twice."""
+    trainer, server = ((ROOT / folder / "Dockerfile").read_text().splitlines() for folder in ("container", "serve"))
+    begin, layer = "ARG PYTHON_IMAGE=" + BASE_IMAGE, "COPY --from=common /opt/palate /opt/palate"
+    for first, last in ((begin, "# What this image alone holds."), ("FROM ${PYTHON_IMAGE}", layer)):
+        parts = [lines[lines.index(first) : lines.index(last) + 1] for lines in (trainer, server)]
+        assert parts[0] == parts[1]
+    assert trainer[trainer.index(layer) - 1] == "FROM ${PYTHON_IMAGE}"
+    for variant in ("cpu", "cuda"):
+        common = [
+            set((ROOT / folder / f"requirements-{variant}.txt").read_text().splitlines())
+            for folder in ("container", "serve")
+        ]
+        assert any(line.startswith("torch==") for line in common[0] & common[1])
+
+
+def test_pip_settings_reach_uv(tmp_path: Path) -> None:
+    """uv reads none of them; what it is called with is seen by a program of its name."""
+    (tmp_path / "uv").write_text('#!/bin/sh\nenv | grep -E "^(UV_|SSL_CERT_FILE)" | sort\necho "$@"\n')
+    (tmp_path / "uv").chmod(0o755)
+    pytest.importorskip("pip")
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nfind-links =\n  /wheels/a\n  /wheels/b\nextra-index-url = https://more.example/simple\ncert = /cert.pem\n"
+    )
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"),
+        "PIP_INDEX_URL": "https://index.example/simple",
+        "VARIANT": "cpu",
+        "TORCH_INDEX_URL": "https://torch.example/cpu",
+        "UV_INSECURE_HOST": "own.example",
+    }
+    (tmp_path / "prefix").mkdir()
+    done = subprocess.run(
+        ["sh", ROOT / "container/install", tmp_path / "prefix", "torch==1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *settings, command = done.stdout.splitlines()
+    assert settings == [
+        "SSL_CERT_FILE=/cert.pem",
+        "UV_DEFAULT_INDEX=https://index.example/simple",
+        "UV_FIND_LINKS=/wheels/a,/wheels/b",
+        "UV_INDEX=https://more.example/simple https://torch.example/cpu",
+        "UV_INSECURE_HOST=own.example",
+    ]
+    assert command.endswith("torch==1")
+    assert "--no-deps" in command
 
 
 def test_a_checkout_is_built_from_itself() -> None:
