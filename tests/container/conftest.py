@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import FOLDER_VARIABLE, Engine, build_options, find_engine, running_engine
+from tests.support.engine import BASE, FOLDER_VARIABLE, Engine, build_options, find_engine, need_base, running_engine
+from tests.support.podman import copy_image, running_podman
 
 NO_ENGINE = f"no container engine here: start docker and set DOCKER_HOST, or as root {FOLDER_VARIABLE}=/folder for one of its own"
 
@@ -28,6 +30,24 @@ def engine() -> Iterator[Engine]:
     if find_engine() is None and not folder:
         pytest.skip(NO_ENGINE)
     with running_engine(Path(folder or "/nowhere")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A podman with the base image; its images stay for the next tests where PALATE_TEST_ENGINE names a folder."""
+    if shutil.which("podman") is None:
+        pytest.skip("no podman here: apt-get install podman runc uidmap")
+    kept = os.environ.get(FOLDER_VARIABLE)
+    # Ending one would end the other's containers: every process of a test run has its own.
+    name = f"podman-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    folder = Path(kept, name) if kept else tmp_path_factory.mktemp("podman")
+    with running_podman(folder, remove=not kept) as found:
+        docker = find_engine()
+        if docker and docker.has(BASE):
+            copy_image(docker, found, BASE)  # not bootstrapped twice
+        else:
+            need_base(found)
         yield found
 
 
@@ -54,7 +74,7 @@ def palate(engine: Engine, *arguments: str, **environment: str) -> subprocess.Co
         [sys.executable, "-m", "palate.cli", *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "DOCKER_HOST": engine.host, "PALATE_ENGINE": "docker", **environment},
+        env={**engine.environment(), **environment},
         timeout=3600,
     )
 

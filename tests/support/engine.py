@@ -182,10 +182,15 @@ def unmount(folder: Path) -> None:
 
 def prepare(engine: Engine) -> None:
     """Sees to it that the base images are there; a base that the engine has or can fetch is left as it is."""
-    if not engine.has(BASE) and engine.run("pull", BASE, check=False, timeout_s=120).returncode != 0:
-        _import_base(engine)
+    need_base(engine)
     if not engine.has(BUILD_BASE):
         _make_build_base(engine)
+
+
+def need_base(engine: Engine) -> None:
+    """Sees to it that the base is there, without this machine's way to packages."""
+    if not engine.has(BASE) and engine.run("pull", BASE, check=False, timeout_s=120).returncode != 0:
+        _import_base(engine)
 
 
 def build_options() -> list[str]:
