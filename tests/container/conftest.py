@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import BASE, FOLDER_VARIABLE, Engine, build_options, find_engine, need_base, running_engine
-from tests.support.podman import copy_image, running_podman
+from tests.support.engine import FOLDER_VARIABLE, Engine, build_options, find_engine, need_base, running_engine
+from tests.support.podman import running_podman
 
 NO_ENGINE = f"no container engine here: start docker and set DOCKER_HOST, or as root {FOLDER_VARIABLE}=/folder for one of its own"
 
@@ -43,11 +43,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     name = f"podman-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
     folder = Path(kept, name) if kept else tmp_path_factory.mktemp("podman")
     with running_podman(folder, remove=not kept) as found:
-        docker = find_engine()
-        if docker and docker.has(BASE):
-            copy_image(docker, found, BASE)  # not bootstrapped twice
-        else:
-            need_base(found)
+        need_base(found)
         yield found
 
 

@@ -99,7 +99,8 @@ class ContainerBackend:
         code = state.get("ExitCode", 0)
         error = state.get("Error") or ""
         if code == _KILLED and limits.memory_bytes and not error and engine_id.split(":", 2)[1] == "podman":
-            error = f"killed, most likely for taking more memory than its limit of {limits.memory_text}: give it more"
+            what = f"by the kernel for taking more memory than its limit of {limits.memory_text} (then give it more)"
+            error = f"killed, {what}, or by somebody; podman does not say which"
         return EngineStatus(
             "gone", f"its container ended with exit code {code}{': ' if error else ''}{error}" if code else ""
         )
