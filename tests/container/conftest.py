@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.engine import Engine
 from tests.support.images import engine as engine
+from tests.support.images import podman as podman
 from tests.support.images import server as server
 from tests.support.images import trainer as trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from palate import __version__
 from palate.errors import ConfigurationError
 from palate.images import BASE_IMAGE, build_image, image_name
-from palate.images.engine import Engine, find_engine
+from palate.images.engine import Engine, EngineName, find_engine
 from palate.images.errors import EngineError
 from palate.images.source import build_source
 from palate_recipes.errors import PalateError
@@ -56,6 +57,25 @@ def test_an_engine_that_does_not_answer_is_named_with_a_remedy(tmp_path: Path, m
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
     with pytest.raises(EngineError, match=r"docker is installed and does not answer: .*nothing\.sock.*DOCKER_HOST"):
         find_engine("docker")
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "limits"),
+    [
+        ("docker", {"CpuCfsQuota": True, "MemoryLimit": True}, {"cpu", "memory"}),
+        ("docker", {"CpuCfsQuota": False, "MemoryLimit": False}, set()),  # without root, cgroups v1
+        ("podman", {"host": {"security": {"rootless": False}}}, {"cpu", "memory"}),
+        ("podman", {"host": {"security": {"rootless": True}, "cgroupControllers": []}}, set()),
+        ("podman", {"host": {"security": {"rootless": True}, "cgroupControllers": ["memory", "pids"]}}, {"memory"}),
+    ],
+)
+def test_an_engine_says_which_limits_it_can_hold_to(
+    tmp_path: Path, name: EngineName, answer: dict[str, object], limits: set[str]
+) -> None:
+    command = tmp_path / name  # answers as engines do on machines that no test has
+    command.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    command.chmod(0o755)
+    assert Engine(name, str(command)).enforces() == limits
 
 
 def test_what_cannot_be_built_is_refused_before_an_engine_is_asked() -> None:

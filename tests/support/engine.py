@@ -1,4 +1,4 @@
-"""A container engine for the tests: the one that is there, else a dockerd of their own. Knows no image of Palate.
+"""A container engine for the tests: the docker that is there, else a dockerd of their own. Knows no image of Palate.
 
     python -m tests.support.engine up FOLDER [--install]   starts dockerd below FOLDER; prints the settings that reach it
     python -m tests.support.engine down FOLDER [--remove]  stops it; --remove takes its images along
@@ -30,7 +30,7 @@ BUILD_BASE = "palate-test-build:3.11-slim-bookworm"
 FOLDER_VARIABLE = "PALATE_TEST_ENGINE"
 """A folder below which the tests may start an engine where there is none."""
 
-_PACKAGES = ("docker.io", "podman", "runc", "mmdebstrap")
+_PACKAGES = ("docker.io", "podman", "runc", "uidmap", "mmdebstrap")
 _INCLUDE = "python3.11,python3-pip,python3.11-venv,ca-certificates"
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _PIP_FILES = (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf")
@@ -43,18 +43,24 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Engine:
-    """A docker engine.
+    """An engine and the way to it.
 
     Attributes:
-        host: What DOCKER_HOST is to be.
+        host: What DOCKER_HOST is to be; "" for podman, which needs no daemon.
+        folder: Below it are a podman's settings and everything it keeps; None for docker.
     """
 
-    host: str
+    host: str = ""
+    folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return "docker" if self.folder is None else "podman"
 
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 1800) -> subprocess.CompletedProcess[str]:
-        """Runs the docker client; its output comes back as text, stderr included."""
+        """Runs the engine's command line; its output comes back as text, stderr included."""
         done = subprocess.run(
-            ["docker", *arguments],
+            [self.name, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -62,18 +68,30 @@ class Engine:
             timeout=timeout_s,
         )
         if check and done.returncode != 0:
-            raise EngineError(f"docker {' '.join(arguments[:3])}: {done.stdout[-2000:]}")
+            raise EngineError(f"{self.name} {' '.join(arguments[:3])}: {done.stdout[-2000:]}")
         return done
 
     def settings(self) -> dict[str, str]:
-        """Returns the variables by which Palate and others reach it."""
-        return {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", "PALATE_ENGINE": "docker"}
+        """Returns the variables that lead to this engine, for its own command line and for Palate's."""
+        if self.folder is None:
+            return {"DOCKER_HOST": self.host, "DOCKER_BUILDKIT": "0", "PALATE_ENGINE": "docker"}
+        return {
+            "CONTAINERS_CONF": str(self.folder / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(self.folder / "storage.conf"),
+            "PALATE_ENGINE": "podman",
+        }
 
     def environment(self) -> dict[str, str]:
+        """Returns this process's variables with those of `settings`."""
         return {**os.environ, **self.settings()}
 
+    def image_id(self, image: str) -> str:
+        """Returns the digest of an image's configuration, the same in every engine that has it; "" when this one has not."""
+        done = self.run("image", "inspect", "--format", "{{.Id}}", image, check=False)
+        return f"sha256:{done.stdout.strip().removeprefix('sha256:')}" if done.returncode == 0 else ""
+
     def has(self, image: str) -> bool:
-        return self.run("image", "inspect", image, check=False).returncode == 0
+        return self.image_id(image) != ""
 
 
 def find_engine() -> Engine | None:
@@ -151,18 +169,28 @@ def stop(folder: Path, *, remove: bool = False) -> None:
                 pass
             time.sleep(0.1)
     if remove and folder.exists():
-        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        for mount in (mount for mount in mounts if mount.startswith(f"{folder.absolute()}/")):
-            subprocess.run(["umount", mount], check=True)  # dockerd leaves the host network's namespace mounted
+        unmount(folder)  # dockerd leaves the host network's namespace mounted
         shutil.rmtree(folder)
+
+
+def unmount(folder: Path) -> None:
+    """Takes away every mount below `folder`; asks for root."""
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in reversed([mount for mount in mounts if mount.startswith(f"{folder.absolute()}/")]):
+        subprocess.run(["umount", mount], check=True)
 
 
 def prepare(engine: Engine) -> None:
     """Sees to it that the base images are there; a base that the engine has or can fetch is left as it is."""
-    if not engine.has(BASE) and engine.run("pull", BASE, check=False, timeout_s=120).returncode != 0:
-        _import_base(engine)
+    need_base(engine)
     if not engine.has(BUILD_BASE):
         _make_build_base(engine)
+
+
+def need_base(engine: Engine) -> None:
+    """Sees to it that the base is there, without this machine's way to packages."""
+    if not engine.has(BASE) and engine.run("pull", BASE, check=False, timeout_s=120).returncode != 0:
+        _import_base(engine)
 
 
 def build_options() -> list[str]:

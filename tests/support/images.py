@@ -5,17 +5,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.engine import Engine, build_options, find_engine, prepare
+from tests.support.engine import FOLDER_VARIABLE, Engine, build_options, find_engine, need_base, prepare
+from tests.support.podman import running_podman
 
 NO_ENGINE = "NO CONTAINER ENGINE: start docker and set DOCKER_HOST, or as root: python -m tests.support.engine up FOLDER --install"
 
@@ -68,6 +71,20 @@ def engine() -> Engine:
         pytest.skip(NO_ENGINE)
     prepare(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A podman with the base image; its images stay for the next tests where PALATE_TEST_ENGINE names a folder."""
+    if shutil.which("podman") is None:
+        pytest.skip("NO PODMAN: apt-get install podman runc uidmap")
+    kept = os.environ.get(FOLDER_VARIABLE)
+    # Ending one would end the other's containers: every process of a test run has its own.
+    name = f"podman-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    folder = Path(kept, name) if kept else tmp_path_factory.mktemp("podman")
+    with running_podman(folder, remove=not kept) as found:
+        need_base(found)
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
@@ -49,7 +50,12 @@ _KEPT_BACK = (
     "AWS_SHARED_CREDENTIALS_FILE",
 )
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-_LOG_LINES = "200"
+_LOG_LINES = 200
+_KILLED = 137
+"""128 and SIGKILL: by the kernel for its memory, which podman does not always tell, or by somebody."""
+_UNENFORCED = (
+    "{engine} would not hold a run to its {lacks} here (docs/containers.md, Without root); leave it out, or run as root"
+)
 
 
 class ContainerBackend:
@@ -73,6 +79,8 @@ class ContainerBackend:
             done = engine.run("run", "--detach", *options, image.id, launch.uri, timeout_s=120)
         except BaseException:
             shutil.rmtree(secrets, ignore_errors=True)
+            with suppress(EngineError):
+                self._remove(engine, launch.uri)  # an engine keeps a container that it could not start
             raise
         return f"{socket.gethostname()}:{engine.name}:{done.stdout.split()[-1]}:{secrets.name}"
 
@@ -83,11 +91,16 @@ class ContainerBackend:
         state = found["State"]
         if state["Status"] in ("created", "running", "restarting", "paused", "configured", "initialized", "stopping"):
             return EngineStatus("running")
-        limit = Limits.of_container(found).memory_text
+        limits = Limits.of_container(found)
         if state.get("OOMKilled"):
-            return EngineStatus("gone", f"its container took more memory than its limit of {limit}: give it more")
+            return EngineStatus(
+                "gone", f"its container took more memory than its limit of {limits.memory_text}: give it more"
+            )
         code = state.get("ExitCode", 0)
         error = state.get("Error") or ""
+        if code == _KILLED and limits.memory_bytes and not error and engine_id.split(":", 2)[1] == "podman":
+            what = f"by the kernel for taking more memory than its limit of {limits.memory_text} (then give it more)"
+            error = f"killed, {what}, or by somebody; podman does not say which"
         return EngineStatus(
             "gone", f"its container ended with exit code {code}{': ' if error else ''}{error}" if code else ""
         )
@@ -96,8 +109,11 @@ class ContainerBackend:
         engine, container = self._find(engine_id)
         if engine is None:
             return ""
-        done = engine.run("logs", "--tail", _LOG_LINES, container, check=False)
-        return done.stdout + done.stderr if done.returncode == 0 else ""
+        # podman's --tail loses the beginning of a line that was written in pieces.
+        tail = ["--tail", str(_LOG_LINES)] if engine.name == "docker" else []
+        done = engine.run("logs", *tail, container, check=False)
+        lines = (done.stdout + done.stderr).splitlines(keepends=True) if done.returncode == 0 else []
+        return "".join(lines[-_LOG_LINES:])
 
     def stop(self, engine_id: str, *, grace_s: float) -> None:
         engine, container = self._find(engine_id)
@@ -106,7 +122,7 @@ class ContainerBackend:
         seconds = max(1, round(grace_s))
         engine.run("stop", "--time", str(seconds), container, check=False, timeout_s=seconds + 30)
         engine.run("rm", "--force", "--volumes", container, check=False)
-        shutil.rmtree(palate_home() / "run" / engine_id.split(":", 3)[3], ignore_errors=True)
+        _forget_secrets(engine_id.split(":", 3)[3])
 
     def runs(self) -> list[EngineRun]:
         return [run for name in get_args(EngineName) for run in self._runs(name)]
@@ -115,6 +131,8 @@ class ContainerBackend:
     def _runs(name: EngineName) -> list[EngineRun]:
         try:
             engine = find_engine(name)
+            if engine.name != name:
+                return []  # podman under docker's name, which is asked by its own
             ids = engine.run(
                 "ps", "--all", "--quiet", "--filter", f"label={_HOME_LABEL}={palate_home()}"
             ).stdout.split()
@@ -141,6 +159,9 @@ class ContainerBackend:
         request.refuse_other_machines(self.name, more=f"leave it out, and set limits with {spec}")
         limits = Limits.parse(spec, getattr(request, spec))
         engine = find_engine()
+        if lacking := limits.named() - engine.enforces():
+            lacks = " and ".join(sorted(lacking))
+            request.refuse(self.name, **{spec: _UNENFORCED.format(engine=engine.name, lacks=lacks)})
         program: Program = "trainer" if request.kind == "jobs" else "server"
         usual = image_name(program, "cuda" if local_device().cuda else "cpu")
         name = request.image_uri or os.environ.get(IMAGE_VARIABLES[request.kind]) or usual
@@ -173,9 +194,16 @@ class ContainerBackend:
     @staticmethod
     def _remove(engine: Engine, uri: str) -> None:
         """Takes away what an earlier attempt left: it is over, or fenced off by its lease."""
-        found = engine.run("ps", "--all", "--quiet", "--filter", f"label={RUN_LABEL}={uri}").stdout.split()
-        if found:
-            engine.run("rm", "--force", "--volumes", *found, check=False)
+        listed = engine.run("ps", "--all", "--filter", f"label={RUN_LABEL}={uri}", "--format", "{{.Names}}")
+        names = listed.stdout.split()
+        if names:
+            engine.run("rm", "--force", "--volumes", *names, check=False)
+        for name in names:
+            _forget_secrets(name.removeprefix(_NAME_PREFIX))
+
+
+def _forget_secrets(run_name: str) -> None:
+    shutil.rmtree(palate_home() / "run" / run_name, ignore_errors=True)
 
 
 def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
@@ -193,8 +221,13 @@ def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
         *("--env", f"{FILE_VARIABLE}={_SECRETS}/variables.json", "--env", f"PALATE_HOME={_HOME}"),
         *("--env", f"HF_HOME={_HOME}/cache/huggingface", "--env", "USER=palate"),
     ]
-    if engine.name == "podman" and os.getuid() != 0:
-        options += ["--userns", "keep-id"]
+    if engine.name == "podman":
+        # It would put proxies, which may hold a password, into what `inspect` shows; they come with the other variables.
+        options += ["--http-proxy=false"]
+        # Where SELinux is on, a container reads no folder of a user's; a label for each would be changed on the files.
+        options += ["--security-opt", "label=disable"]
+        if os.getuid() != 0:
+            options += ["--userns", "keep-id"]
     if local_device().cuda:
         options += ["--gpus", "all"] if engine.name == "docker" else ["--device", "nvidia.com/gpu=all"]
     for mount, writable in mounts.items():

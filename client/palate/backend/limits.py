@@ -94,6 +94,10 @@ class Limits:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def named(self) -> set[str]:
+        """Returns which are set, in the words of `parse`."""
+        return {name for name, value in (("cpu", self.cpu), ("memory", self.memory_bytes)) if value is not None}
+
     @property
     def memory_gib(self) -> float | None:
         return None if self.memory_bytes is None else self.memory_bytes / _GIB

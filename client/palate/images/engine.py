@@ -29,7 +29,7 @@ class ImageFacts:
     Attributes:
         name: Its first tag, or its id when it has none.
         id: Digest of its configuration, `sha256:…`: the same wherever this very image is.
-        digest: Digest in the registry that it was pulled from or pushed to; "" for one that was only built.
+        digest: Digest in the registry that it was pulled from or pushed to; "" for one that was only built or loaded.
         size_bytes: All of its layers, unpacked.
         created: ISO time.
         labels: As the image was built.
@@ -96,6 +96,17 @@ class Engine:
             facts += [_facts(entry, tag) for tag in entry.get("RepoTags") or ()]
         return sorted(facts, key=lambda image: image.created, reverse=True)
 
+    def enforces(self) -> set[str]:
+        """Returns which limits of a container it can hold to: "cpu", "memory". Without root it may have been given none."""
+        facts: dict[str, Any] = json.loads(self.run("info", "--format", "{{json .}}").stdout)
+        if self.name == "docker":
+            return {name for name, key in (("cpu", "CpuCfsQuota"), ("memory", "MemoryLimit")) if facts.get(key)}
+        host = facts["host"]
+        if not host["security"]["rootless"]:
+            return {"cpu", "memory"}
+        # The first kind of cgroup belongs to root alone; of the second kind a user has what was delegated.
+        return {"cpu", "memory"} & set(host.get("cgroupControllers") or ())
+
     @contextmanager
     def following(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """Runs a command whose output, stdout and stderr together, is read while it goes; it ends with the block."""
@@ -146,7 +157,7 @@ def find_engine(name: str | None = None) -> Engine:
         engine = Engine(candidate, command)
         done = engine.run("version", "--format", "{{json .}}", check=False)
         if done.returncode == 0:
-            return Engine(candidate, command, _version(done.stdout))
+            return _answered(candidate, command, done.stdout)
         silent.append(f"{candidate} is installed and does not answer: {_cause(done)}. {_wake(candidate, _cause(done))}")
     if silent:
         raise EngineError("\n".join(silent))
@@ -161,12 +172,14 @@ def _wake(name: str, cause: str) -> str:
     return "Start it (`sudo systemctl start docker`), or set DOCKER_HOST to where it listens"
 
 
-def _version(text: str) -> str:
+def _answered(name: EngineName, command: str, text: str) -> Engine:
     try:
         answer: dict[str, Any] = json.loads(text)
     except ValueError:
-        return ""
-    return str(((answer.get("Server") or answer.get("Client")) or {}).get("Version", ""))
+        return Engine(name, command)
+    if name == "docker" and not answer.get("Server"):
+        name = "podman"  # under docker's name (the package podman-docker): docker does not answer without a server
+    return Engine(name, command, str((answer.get("Server") or answer.get("Client") or {}).get("Version", "")))
 
 
 def _has_buildx(command: str) -> bool:
@@ -174,9 +187,12 @@ def _has_buildx(command: str) -> bool:
 
 
 def _facts(entry: dict[str, Any], name: str) -> ImageFacts:
-    digests = entry.get("RepoDigests") or []
+    # Of an image that was built or loaded here podman tells a digest, too, which no registry knows.
+    digests = [digest for digest in entry.get("RepoDigests") or () if not digest.startswith("localhost/")]
+    for prefix in ("localhost/", "docker.io/library/"):  # where podman puts a name without a registry
+        name = name.removeprefix(prefix)
     return ImageFacts(
-        name=name.removeprefix("localhost/"),  # podman's word for an image that was built here
+        name=name,
         id=entry["Id"] if ":" in entry["Id"] else f"sha256:{entry['Id']}",
         digest=digests[0].rpartition("@")[2] if digests else "",
         size_bytes=int(entry.get("Size", 0)),
@@ -187,4 +203,6 @@ def _facts(entry: dict[str, Any], name: str) -> ImageFacts:
 
 def _cause(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    # docker ends with a hint at its help, and podman's log may have the last word.
+    telling = [line for line in lines if not line.startswith(("Run '", "See '", "time="))]
+    return (telling or lines or [f"exit code {done.returncode}"])[-1]
