@@ -93,7 +93,8 @@ def an_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def build(there: PalateEngine, context: Path, image: str, *options: str) -> list[str]:
     """Builds as `palate images build` does, and returns the steps that it would show."""
     steps: list[str] = []
-    form = ["--format", "docker"] if there.name == "podman" else []
+    # docker's older builder would keep the container of a step that failed.
+    form = ["--format", "docker"] if there.name == "podman" else ["--force-rm"]
     _follow(there, ["build", *form, "--network=host", *options, "--tag", image, str(context)], image, steps.append)
     return steps
 
