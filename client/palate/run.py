@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -219,8 +220,8 @@ class RunHandle:
                 log_part, metric_part = self._show_news(display, log_part, metric_part)
                 if until(status) or status.is_terminal:
                     self._show_news(display, log_part, metric_part)
-                    if status.is_terminal and status.engine_id:
-                        self.backend.stop(status.engine_id, grace_s=LAST_STEPS_S)  # the engine may forget it now
+                    if status.is_terminal:
+                        self._let_go(status)
                     return status
                 if deadline is not None and time.monotonic() >= deadline:
                     raise WaitTimeoutError(
@@ -228,6 +229,12 @@ class RunHandle:
                         f"`palate logs {self.record.name}` shows what it does, `palate stop {self.record.name}` ends it"
                     )
                 time.sleep(interval_s if deadline is None else max(0.0, min(interval_s, deadline - time.monotonic())))
+
+    def _let_go(self, ended: Status) -> None:
+        """Lets the engine forget a run that is over, once its runner has done its last steps."""
+        if ended.engine_id:
+            with suppress(ConfigurationError):  # a backend that is not installed here keeps nothing here, either
+                self.backend.stop(ended.engine_id, grace_s=LAST_STEPS_S)
 
     def _show_news(self, display: Display, log_part: int, metric_part: int) -> tuple[int, int]:
         if not display.wants_news:
@@ -256,9 +263,13 @@ class RunHandle:
             time.sleep(FOLLOW_INTERVAL_S)
 
     def stop(self, *, grace_s: float = STOP_GRACE_S) -> Status:
-        """Asks the run to stop, waits for it, and ends it by force after `grace_s` seconds. Ended already is no error."""
+        """Asks the run to stop, waits for it, and ends it by force after `grace_s` seconds. Ended already is no error.
+
+        Its backend keeps nothing of it either way.
+        """
         status = self.refresh()
         if status.is_terminal:
+            self._let_go(status)
             return status
         self.record.advance("Stopping", expect={"Creating", "Running"})
         deadline = time.monotonic() + grace_s

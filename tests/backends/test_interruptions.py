@@ -13,7 +13,9 @@ from palate.record import Record
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+NEEDS_SERVER = False
 
 STEPS = 100
 SETTINGS = {

@@ -24,7 +24,9 @@ from tests.backends.hands import Hands
 from tests.slow.conftest import until
 from tests.support.rows import preference_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+NEEDS_SERVER = True
 
 SERVICE = "smol_example"
 LIMITS = {"max_model_len": 512, "start_timeout_s": 240}
@@ -62,8 +64,6 @@ def home(home: Path, trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def job(hands: Hands, trained: tuple[Path, str], request: pytest.FixtureRequest) -> TrainingJob:
     """The job, found again in its store as any process would; it was trained by the process backend, and this may be another."""
-    if hands.backend == "container":
-        request.getfixturevalue("server")
     record = Session().store.root + f"/jobs/{trained[1]}"
     if getattr(request, "param", "file") == "s3":
         bring_to_s3(request, record)
