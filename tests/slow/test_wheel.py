@@ -85,7 +85,7 @@ def test_images_are_built_from_the_installed_package(python: Path, tmp_path: Pat
         assert {f"{folder}/Dockerfile", f"{folder}/requirements-cpu.txt", f"{folder}/requirements-cuda.txt"} <= set(
             files
         )
-    assert "container/install" in files
+    assert {"container/install", "container/uv-settings"} <= set(files)
     original = zipfile.ZipFile(next(python.parents[2].glob("*.whl"))).namelist()
     assert set(names) == set(original)
 

@@ -18,8 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +25,8 @@ BASE = "python:3.11-slim-bookworm"
 BUILD_BASE = "palate-test-build:3.11-slim-bookworm"
 """The base with this machine's way to packages: the build argument BUILD_IMAGE of Palate's Dockerfiles."""
 
-FOLDER_VARIABLE = "PALATE_TEST_ENGINE"
-"""A folder below which the tests may start an engine where there is none."""
+FOLDER = os.environ.get("PALATE_TEST_ENGINE")  # now: a test's own home knows no variable of Palate's
+"""A folder below which `up` has started an engine, and where podman's images stay for the next tests."""
 
 _PACKAGES = ("docker.io", "podman", "runc", "uidmap", "mmdebstrap")
 _INCLUDE = "python3.11,python3-pip,python3.11-venv,ca-certificates"
@@ -98,22 +96,8 @@ def find_engine() -> Engine | None:
     """Returns the engine that is there: DOCKER_HOST, the usual socket, or one that `up` has left below the tests' folder."""
     if shutil.which("docker") is None:
         return None
-    folder = os.environ.get(FOLDER_VARIABLE)
-    hosts = [os.environ.get("DOCKER_HOST"), "unix:///var/run/docker.sock", _host(Path(folder)) if folder else None]
+    hosts = [os.environ.get("DOCKER_HOST"), "unix:///var/run/docker.sock", _host(Path(FOLDER)) if FOLDER else None]
     return next((engine for engine in map(Engine, filter(None, hosts)) if _answers(engine)), None)
-
-
-@contextmanager
-def running_engine(folder: Path) -> Iterator[Engine]:
-    """The engine that is there, else one below `folder` for as long as the block lasts; with its base images."""
-    found = find_engine()
-    engine = found or start(folder)
-    try:
-        prepare(engine)
-        yield engine
-    finally:
-        if found is None:
-            stop(folder)
 
 
 def start(folder: Path) -> Engine:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import FOLDER_VARIABLE, Engine, build_options, find_engine, need_base, prepare
+from tests.support.engine import FOLDER, Engine, build_options, find_engine, need_base, prepare
 from tests.support.podman import running_podman
 
 NO_ENGINE = "NO CONTAINER ENGINE: start docker and set DOCKER_HOST, or as root: python -m tests.support.engine up FOLDER --install"
@@ -78,11 +78,10 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A podman with the base image; its images stay for the next tests where PALATE_TEST_ENGINE names a folder."""
     if shutil.which("podman") is None:
         pytest.skip("NO PODMAN: apt-get install podman runc uidmap")
-    kept = os.environ.get(FOLDER_VARIABLE)
     # Ending one would end the other's containers: every process of a test run has its own.
     name = f"podman-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
-    folder = Path(kept, name) if kept else tmp_path_factory.mktemp("podman")
-    with running_podman(folder, remove=not kept) as found:
+    folder = Path(FOLDER, name) if FOLDER else tmp_path_factory.mktemp("podman")
+    with running_podman(folder, remove=not FOLDER) as found:
         need_base(found)
         yield found
 
