@@ -40,7 +40,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	}
 	say "torch (the largest download)"
 	install torch==2.13.0
-	if $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+	if $(PY) -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
 	  engine=serve-cpu
 	elif command -v nvidia-smi > /dev/null; then
 	  engine=serve

@@ -88,8 +88,14 @@ def _records_keep_their_schemas(request: pytest.FixtureRequest) -> Iterator[None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a broken rule shows in seconds. Then the longest one, so that no worker is left alone with it."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "quickstart" not in item.nodeid))
+    """Fast tests first: a broken rule shows in seconds. Then the longest one, so that no worker is left alone with it; those
+    with containers last, when the images may have been built meanwhile."""
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+        of_containers = "tests/backends" in item.nodeid or "tests/container" in item.nodeid
+        return item.get_closest_marker("slow") is not None, "quickstart" not in item.nodeid, of_containers
+
+    items.sort(key=turn)
     if os.environ.get("PALATE_TEST_THOROUGH") != "1":
         further = pytest.mark.skip(reason="a further case; PALATE_TEST_THOROUGH=1 runs it")
         for item in items:

@@ -19,15 +19,23 @@ from tests.support.images import server as server
 from tests.support.images import trainer as trainer
 from tests.support.podman import copy_image
 
-PODMAN = pytest.mark.skipif(
-    os.environ.get("PALATE_TEST_PODMAN") != "1",
-    reason="both images are copied to a podman of the tests' own, minutes for gigabytes; PALATE_TEST_PODMAN=1 does so",
-)
 BACKENDS = [
     "process",
     pytest.param("docker", marks=pytest.mark.container),
-    pytest.param("podman", marks=[pytest.mark.container, PODMAN]),
+    pytest.param("podman", marks=pytest.mark.container),
 ]
+EVERY = os.environ.get("PALATE_TEST_BACKENDS") == "all"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out, unless all are asked for, podman, to which gigabytes are copied, and a container's further stores."""
+    left_out = pytest.mark.skip(
+        reason="one of many combinations, minutes each; PALATE_TEST_BACKENDS=all runs every one"
+    )
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("hands")  # type: ignore[attr-defined]
+        if not EVERY and (backend == "podman" or (backend == "docker" and item.get_closest_marker("thorough"))):
+            item.add_marker(left_out)
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

@@ -1,4 +1,7 @@
-"""Fixtures of the tests that need a container engine: the engines that are here, and Palate's images, really built."""
+"""Fixtures of the tests that need a container engine: the engines that are here, and Palate's images, really built.
+
+python -m tests.support.images   builds both beforehand, on the engine that is here
+"""
 
 from __future__ import annotations
 
@@ -94,3 +97,18 @@ def trainer(engine: Engine) -> Image:
 @pytest.fixture(scope="session")
 def server(engine: Engine) -> Image:
     return build(engine, "server")
+
+
+def main() -> int:
+    found = find_engine()
+    if found is None:
+        print(NO_ENGINE, file=sys.stderr)
+        return 1
+    for program in ("trainer", "server"):
+        image = build(found, program)
+        print(f"{image.name}: {image.facts['size_bytes'] / 1e9:.2f} GB, {image.seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
