@@ -251,12 +251,18 @@ def _keys_of_aws_files() -> dict[str, str]:
     """Credentials that boto3 finds in this user's files or of this machine's role, which a container has not."""
     try:
         import boto3
+        from botocore.exceptions import BotoCoreError
     except ImportError:
         return {}
-    held = boto3.Session().get_credentials()
-    if held is None:
+    try:
+        held = boto3.Session().get_credentials()
+        if held is None:
+            return {}
+        keys = held.get_frozen_credentials()
+    except (
+        BotoCoreError
+    ):  # a profile that is broken, or a role's address behind a proxy: a store that needs keys will say so
         return {}
-    keys = held.get_frozen_credentials()
     named = {
         "AWS_ACCESS_KEY_ID": keys.access_key,
         "AWS_SECRET_ACCESS_KEY": keys.secret_key,
