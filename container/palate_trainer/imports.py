@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,10 @@ def lean_imports(spec: TrainSpec) -> Iterator[None]:
             _leave_out(name)
         import torch
 
-        if not torch.accelerator.is_available():
+        if torch.accelerator.is_available():
+            # Before the process ends, or the objects of Triton that no collection has seen are reported as leaks.
+            atexit.register(gc.unfreeze)
+        else:
             _leave_out("triton")  # compiles for GPUs alone
         yield
     finally:
