@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from palate_trainer.train import run, write_error
 
     if is_worker():
-        return leave(run(spec))
+        return leave(run(spec, own_process=True))
     try:
         processes = process_count(spec)
     except TrainerError as error:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         (Path(spec.output_dir) / ERROR_FILE).unlink(missing_ok=True)
         write_error(Path(spec.output_dir), str(error))
         return EXIT_FAILED
-    return run(spec) if processes == 1 else launch(path, spec, processes)
+    return run(spec, own_process=True) if processes == 1 else launch(path, spec, processes)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from palate_recipes.data.rows import Row
 from palate_trainer.environment import keep_one_gpu, prepare_environment, use_available_cores
 from palate_trainer.errors import TrainerError
 from palate_trainer.failures import explain
+from palate_trainer.imports import lean_imports
 from palate_trainer.parallel import wait_for_all, world_size
 from palate_trainer.spec import (
     COMPLETE_MARK,
@@ -27,8 +29,12 @@ from palate_trainer.spec.reading import ADVICE_NAMES
 from palate_trainer.startup import Startup
 
 
-def run(spec: TrainSpec) -> int:
+def run(spec: TrainSpec, *, own_process: bool = False) -> int:
     """Trains, and says in the exit code how it ended.
+
+    Args:
+        spec: The run.
+        own_process: This process does nothing but this run, so libraries that it has no use for are kept out of it.
 
     Returns:
         0 when `model/` is whole; EXIT_STOPPED after a SIGTERM; EXIT_FAILED with error.txt written.
@@ -40,7 +46,7 @@ def run(spec: TrainSpec) -> int:
         (output / ERROR_FILE).unlink(missing_ok=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        return _train(spec, output)
+        return _train(spec, output, lean_imports(spec) if own_process else nullcontext())
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         message = explain(error)
@@ -64,7 +70,7 @@ def write_error(output_dir: Path, message: str) -> None:
         print(f"{ERROR_FILE} cannot be written: {error}", file=sys.stderr)
 
 
-def _train(spec: TrainSpec, output: Path) -> int:
+def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None]) -> int:
     startup = Startup()
     hyperparameters = spec.hyperparameters
     strategy = hyperparameters["training_strategy"]
@@ -78,18 +84,19 @@ def _train(spec: TrainSpec, output: Path) -> int:
     prepare_environment()
     keep_one_gpu()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
-    from transformers import set_seed
+    with importing:
+        from transformers import set_seed
 
-    from palate_trainer.chat_templates import take_out_system_default
-    from palate_trainer.fast.compact import completion_tokens_only
-    from palate_trainer.loading import check_model_dir, check_target_modules, load_model
-    from palate_trainer.outputs import save_model
-    from palate_trainer.reference import ReferenceScores
-    from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
-    from palate_trainer.tokenizer import load_tokenizer, stop_token_ids
-    from palate_trainer.tokens import Renderer, encode_pairs
-    from palate_trainer.trainers import build_trainer
-    from palate_trainer.unpaired import balance_note
+        from palate_trainer.chat_templates import take_out_system_default
+        from palate_trainer.fast.compact import completion_tokens_only
+        from palate_trainer.loading import check_model_dir, check_target_modules, load_model
+        from palate_trainer.outputs import save_model
+        from palate_trainer.reference import ReferenceScores
+        from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
+        from palate_trainer.tokenizer import load_tokenizer, stop_token_ids
+        from palate_trainer.tokens import Renderer, encode_pairs
+        from palate_trainer.trainers import build_trainer
+        from palate_trainer.unpaired import balance_note
 
     startup.done("imports")
     stop = StopSignal()
