@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from palate.backend import PlacementRequest
+from palate.backend import Backend, PlacementRequest
 from palate.common.utils import check_name
 from palate.errors import ConfigurationError
 from palate.predictor import Predictor
@@ -52,9 +52,9 @@ class ServedModel:
     system_prompt: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self, session: Session) -> dict[str, Any]:
-        """Returns its part of a manifest's body, with weights that a run of the session's backend can reach."""
-        source = reachable_weights(WeightsSource.from_json(self.model["source"]), session)
+    def body(self, session: Session, backend: Backend) -> dict[str, Any]:
+        """Returns its part of a manifest's body, with weights that a run of the backend can reach."""
+        source = reachable_weights(WeightsSource.from_json(self.model["source"]), session, backend)
         body = asdict(self)
         del body["labels"]
         return {**body, "model": {**self.model, "source": source.to_json()}}
@@ -87,7 +87,7 @@ def start_service(
     if session.backend.is_this_host:
         _check_port(checked)
     placement = session.backend.place(where or PlacementRequest(kind="services"))
-    body = served.body(session)
+    body = served.body(session, session.backend)
     record = Record(session.store, "services", service_name)
     if record.exists() and RunHandle(record, session).refresh().state == "Failed":
         record.delete()  # a failed start holds nothing worth keeping: its name is free again
@@ -112,9 +112,11 @@ def start_service(
     return predictor
 
 
-def with_other_model(manifest: Manifest, served: ServedModel, session: Session) -> Manifest:
+def with_other_model(run: RunHandle, served: ServedModel) -> Manifest:
     """Returns a service's manifest with its settings and another model."""
-    return replace(manifest, labels=dict(served.labels), body={**manifest.body, **served.body(session)})
+    before = run.record.manifest()
+    body = {**before.body, **served.body(run.session, run.backend)}
+    return replace(before, labels=dict(served.labels), body=body)
 
 
 def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,15 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Literal, get_args
 
 from palate import __version__
 from palate.backend import backend_names
 from palate.errors import PalateError
 from palate.home import palate_home
+from palate.images import Program, Variant, image_name
+from palate.images.engine import find_engine
+from palate.images.errors import EngineError
 from palate.preflight import TRAINER_PACKAGES
 from palate.session import get_default_session
 from palate_recipes.device import local_device
@@ -42,7 +45,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Returns what there is to say about this machine, in the order of a run."""
-    return [*_machine(), *_settings(), *_packages(), *_engines()]
+    return [*_machine(), *_settings(), *_packages(), *_engines(), _containers()]
 
 
 def _machine() -> list[Finding]:
@@ -124,6 +127,24 @@ def _engines() -> list[Finding]:
         )
         for engine in describe_engines()
     ]
+
+
+def _containers() -> Finding:
+    topic = "containers"
+    try:
+        engine = find_engine()
+    except EngineError as error:
+        fact, _, remedy = str(error).splitlines()[0].partition(": ")
+        return Finding(topic=topic, state="missing", fact=fact, remedy=remedy)
+    variant: Variant = "cuda" if local_device().cuda else "cpu"
+    names = [image_name(program, variant) for program in get_args(Program)]
+    absent = [name for name in names if engine.image(name) is None]
+    return Finding(
+        topic=topic,
+        state="missing" if absent else "ok",
+        fact=f"{engine.name} {engine.version}; " + (f"without {' and '.join(absent)}" if absent else "  ".join(names)),
+        remedy="palate images build" if absent else "",
+    )
 
 
 def _version(name: str) -> str | None:

@@ -246,8 +246,7 @@ class Predictor:
         """
         from palate.deployment import with_other_model
 
-        before = self._run.record.manifest()
-        after = with_other_model(before, job.served_model(), self._run.session)
+        before, after = self._run.record.manifest(), with_other_model(self._run, job.served_model())
         was_active = not self._run.refresh().is_terminal
         self._run.replace_manifest(before, after)
         self.stop_service()
@@ -261,7 +260,8 @@ class Predictor:
                 self.start_service(wait=isinstance(error, Exception))
             if isinstance(error, ServiceError):
                 raise ServiceError(
-                    f"service {self.service_name} could not be updated to job {job.id}, and serves what it served before",
+                    f"service {self.service_name} could not be updated to job {job.id}, and "
+                    + ("serves what it served before" if was_active else "is stopped with what it served before"),
                     reason=error.reason,
                     log_tail=error.log_tail,
                 ) from error

@@ -91,7 +91,7 @@ def submit(request: TrainingRequest, session: Session, *, announce: bool, notes:
         model_uri=request.model_uri,
         model_version=request.model_version,
     )
-    source = reachable_weights(source, session)
+    source = reachable_weights(source, session, session.backend)
     with checked_inputs(
         {channel: given for channel, given in request.inputs.items() if channel != CHANNEL},
         session,

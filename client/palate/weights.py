@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from palate.backend import Backend
 from palate.errors import ConfigurationError, PalateError
 from palate.home import palate_home
 from palate.session import Session
@@ -184,9 +185,9 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
     return target, revision
 
 
-def reachable_weights(source: WeightsSource, session: Session) -> WeightsSource:
-    """Returns where a run of the session's backend finds the weights: in an image this environment's packages are not there."""
-    if source.kind != "package" or session.backend.uses_this_python:
+def reachable_weights(source: WeightsSource, session: Session, backend: Backend) -> WeightsSource:
+    """Returns where a run of a backend finds the weights: in an image this environment's packages are not there."""
+    if source.kind != "package" or backend.uses_this_python:
         return source
     folder, _ = fetch_weights(source, session, say=lambda line: print(line, file=sys.stderr, flush=True))
     return WeightsSource(kind="folder", location=str(folder))

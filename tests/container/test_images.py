@@ -147,3 +147,10 @@ def test_without_a_run_it_says_how_it_is_used(engine: Engine, image: Image) -> N
     done = engine.run("run", "--rm", "--network=none", image.name, check=False)
     assert done.returncode == 2
     assert "usage: palate-run" in done.stdout
+
+
+def test_doctor_finds_both(engine: Engine, trainer: Image, server: Image) -> None:
+    findings = {item["topic"]: item for item in json.loads(run_palate(engine, "doctor", "--json").stdout)}
+    assert findings["containers"]["state"] == "ok"
+    assert trainer.name in findings["containers"]["fact"]
+    assert server.name in findings["containers"]["fact"]
