@@ -9,48 +9,27 @@ import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
 from palate.errors import JobNotReadyError, TrainingJobError
-from palate.record import Record
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
+from tests.support.trainings import SETTINGS, adapter, last_checkpoint, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NEEDS_SERVER = False
 
 STEPS = 100
-SETTINGS = {
-    "training_strategy": "dpo",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 1,
-    "num_train_epochs": 1000,
-    "max_steps": STEPS,
-    "save_steps": 10,
-}
 SECRET = {"MY_KEY": "told-to-nobody"}
 
 
 def train(model: Path, prefs: Path, name: str, *, wait: bool) -> TrainingJob:
     recipe = ModelTrainingRecipe(
-        model_name="tiny", model_uri=str(model), hyperparameters=SETTINGS, environments=SECRET, max_attempts=2
+        model_name="tiny",
+        model_uri=str(model),
+        hyperparameters={**SETTINGS, "max_steps": STEPS},
+        environments=SECRET,
+        max_attempts=2,
     )
     return recipe.train(inputs={"train": prefs}, wait=wait, job_name=name, show_logs=False)
-
-
-def losses(job: TrainingJob) -> list[tuple[int, float]]:
-    return [(event["step"], event["loss"]) for event in job.metrics() if event["kind"] == "train"]
-
-
-def adapter(job: TrainingJob) -> bytes:
-    record = Record(job._run.session.store, "jobs", job.id)
-    return record.store.get(record.key("model", "adapter_model.safetensors"))
-
-
-def last_checkpoint(job: TrainingJob) -> int:
-    """Returns the step of the last whole one, or 0."""
-    record = Record(job._run.session.store, "jobs", job.id)
-    marks = [info.key for info in record.store.list(record.key("checkpoints")) if info.key.endswith("/.complete")]
-    return max((int(mark.split("/")[-2].split("-")[1]) for mark in marks), default=0)
 
 
 @pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)

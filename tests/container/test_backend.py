@@ -17,18 +17,9 @@ from tests.backends.hands import ContainerHands
 from tests.slow.conftest import until
 from tests.support.engine import Engine
 from tests.support.images import Image, palate
+from tests.support.trainings import SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(3600)]
-
-SETTINGS = {
-    "training_strategy": "dpo",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 1,
-    "num_train_epochs": 1000,
-    "max_steps": 30,
-    "save_steps": 10,
-}
 
 
 @pytest.fixture
@@ -47,7 +38,7 @@ def train(
     recipe = ModelTrainingRecipe(
         model_name="tiny",
         model_uri=str(model),
-        hyperparameters={**SETTINGS, **settings},
+        hyperparameters={**SETTINGS, "max_steps": 30, **settings},
         instance_spec={"cpu": 2, "memory": memory},
         environments={"MY_KEY": "told-to-nobody"},
     )

@@ -15,18 +15,11 @@ from palate.store import Store, StoreOptions, open_store
 from palate.store.server import StoreServer, running_server
 from tests.support.gate import Gate, gate_to
 from tests.support.seaweed import five_free_ports
+from tests.support.trainings import SETTINGS as INTERRUPTED
 
 DISK_MB = 256
 STEPS = 200
-SETTINGS = {
-    "training_strategy": "dpo",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 1,
-    "num_train_epochs": 1000,
-    "max_steps": STEPS,
-    "save_steps": 10,
-}
+SETTINGS = {**INTERRUPTED, "max_steps": STEPS}
 LEASE_S = 12
 
 

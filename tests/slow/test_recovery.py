@@ -18,6 +18,7 @@ from palate.record import Manifest, Record
 from tests.slow.conftest import processes_of, until
 from tests.support.gate import gate_to
 from tests.support.seaweed import SeaweedServer
+from tests.support.trainings import SETTINGS, adapter, last_checkpoint, losses
 
 pytestmark = pytest.mark.slow
 
@@ -27,14 +28,6 @@ LONG = pytest.mark.skipif(
 )
 
 STEPS = 100
-SETTINGS = {
-    "training_strategy": "dpo",
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 1,
-    "num_train_epochs": 1000,
-    "save_steps": 10,
-}
 
 
 def train(
@@ -47,21 +40,6 @@ def train(
         **arguments,  # type: ignore[arg-type]
     )
     return recipe.train(inputs={"train": prefs}, wait=wait, job_name=name, show_logs=False)
-
-
-def losses(job: TrainingJob) -> list[tuple[int, float]]:
-    return [(event["step"], event["loss"]) for event in job.metrics() if event["kind"] == "train"]
-
-
-def adapter(job: TrainingJob) -> bytes:
-    record = Record(job._run.session.store, "jobs", job.id)
-    return record.store.get(record.key("model", "adapter_model.safetensors"))
-
-
-def has_checkpoint(job: TrainingJob, *, above: int = 0) -> bool:
-    record = Record(job._run.session.store, "jobs", job.id)
-    marks = [info.key for info in record.store.list(record.key("checkpoints")) if info.key.endswith("/.complete")]
-    return any(int(mark.split("/")[-2].split("-")[1]) > above for mark in marks)
 
 
 def runner_pid(job: TrainingJob) -> int:
@@ -83,7 +61,7 @@ def test_a_trainer_that_was_killed_begins_again_by_itself(
 ) -> None:
     whole = train(tiny, prefs, "whole", wait=True)
     tried = train(tiny, prefs, "tried", max_attempts=2)
-    until(lambda: has_checkpoint(tried))
+    until(lambda: last_checkpoint(tried) > 0)
     trainer_of(tried).kill()
     tried.wait(show_logs=False, timeout_s=120)
     status = tried.describe()
@@ -114,7 +92,7 @@ def test_a_store_that_is_away_stops_no_training(
         monkeypatch.setenv("PALATE_STORE", f"s3://{bucket}/away-{away_s}")
         setup_default_session()
         job = train(tiny, prefs, "away")
-        until(lambda: has_checkpoint(job))
+        until(lambda: last_checkpoint(job) > 0)
         trainer = trainer_of(job)
         gate.shut()
         back = threading.Timer(away_s, gate.open)
@@ -126,7 +104,7 @@ def test_a_store_that_is_away_stops_no_training(
         assert [step for step, _ in losses(job)] == [*range(1, STEPS + 1)]
         assert any("the store is back" in line for line in job.logs())
         assert job.describe().attempt == 1
-        assert has_checkpoint(job, above=STEPS - 11)
+        assert last_checkpoint(job) > STEPS - 11
         until(lambda: processes_of(home) == [], timeout_s=30)
 
 
@@ -186,12 +164,12 @@ def test_a_model_that_was_changed_is_not_served(session: Session, home: Path, ti
 @LONG
 def test_a_stop_that_is_not_heard_is_made_by_force(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
     job = train(tiny, prefs, "deaf", steps=100_000)
-    until(lambda: has_checkpoint(job))
+    until(lambda: last_checkpoint(job) > 0)
     trainer_of(job).suspend()  # it gets no signal that it could heed
     job.stop(grace_s=3)
     assert job.status == "Stopped"
     until(lambda: processes_of(home) == [], timeout_s=30)
-    assert has_checkpoint(job)
+    assert last_checkpoint(job) > 0
 
 
 @LONG
@@ -199,7 +177,7 @@ def test_a_runner_that_was_given_up_and_comes_back_leaves(
     session: Session, home: Path, tiny: Path, prefs: Path
 ) -> None:
     job = train(tiny, prefs, "frozen", steps=2 * STEPS)
-    until(lambda: has_checkpoint(job))
+    until(lambda: last_checkpoint(job) > 0)
     runner, trainer = psutil.Process(runner_pid(job)), trainer_of(job)
     runner.suspend()
     trainer.suspend()
