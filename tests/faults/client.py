@@ -18,14 +18,21 @@ def main(name: str, prefs: str, settings: str) -> None:
     while True:
         try:
             job = find_or_train(name, prefs, json.loads(settings))
-            job.wait(show_logs=False, interval=0.5)
-            return
-        except TrainingJobError as error:
-            tell("ended", error.reason)
+            if ended_well(job):
+                return
             resume(name)
         except (StoreError, NameTakenError) as error:
             tell("refused", str(error))
             time.sleep(0.5)
+
+
+def ended_well(job: TrainingJob) -> bool:
+    try:
+        job.wait(show_logs=False, interval=0.5)
+    except TrainingJobError as error:
+        tell("ended", error.reason)
+        return False
+    return True
 
 
 def find_or_train(name: str, prefs: str, settings: dict[str, object]) -> TrainingJob:
