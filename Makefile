@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 PY     := $(VENV)/bin/python
-# Fetches and compiles in parallel: pip took three times as long for the same packages.
-UV_VERSION := 0.13.9
+# Installs in parallel: 95 s for what took pip 358 (benchmarks/RESULTS.md). The images are built with the same one.
+UV_VERSION := $(shell sed -n 's/^ARG UV_VERSION=//p' container/Dockerfile)
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 

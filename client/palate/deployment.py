@@ -112,11 +112,10 @@ def start_service(
     return predictor
 
 
-def with_other_model(run: RunHandle, served: ServedModel) -> Manifest:
-    """Returns a service's manifest with its settings and another model."""
-    before = run.record.manifest()
-    body = {**before.body, **served.body(run.session, run.backend)}
-    return replace(before, labels=dict(served.labels), body=body)
+def with_other_model(manifest: Manifest, served: ServedModel, run: RunHandle) -> Manifest:
+    """Returns a service's manifest with its settings and another model, which its run can reach."""
+    body = {**manifest.body, **served.body(run.session, run.backend)}
+    return replace(manifest, labels=dict(served.labels), body=body)
 
 
 def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]:

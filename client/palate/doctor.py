@@ -14,7 +14,6 @@ from palate.errors import PalateError
 from palate.home import palate_home
 from palate.images import Program, Variant, image_name
 from palate.images.engine import find_engine
-from palate.images.errors import EngineError
 from palate.preflight import TRAINER_PACKAGES
 from palate.session import get_default_session
 from palate_recipes.device import local_device
@@ -133,12 +132,12 @@ def _containers() -> Finding:
     topic = "containers"
     try:
         engine = find_engine()
-    except EngineError as error:
+        variant: Variant = "cuda" if local_device().cuda else "cpu"
+        names = [image_name(program, variant) for program in get_args(Program)]
+        absent = [name for name in names if engine.image(name) is None]
+    except PalateError as error:  # none is here, it does not answer, or PALATE_ENGINE names none that there is
         fact, _, remedy = str(error).splitlines()[0].partition(": ")
         return Finding(topic=topic, state="missing", fact=fact, remedy=remedy)
-    variant: Variant = "cuda" if local_device().cuda else "cpu"
-    names = [image_name(program, variant) for program in get_args(Program)]
-    absent = [name for name in names if engine.image(name) is None]
     return Finding(
         topic=topic,
         state="missing" if absent else "ok",

@@ -6,7 +6,7 @@ import builtins
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from palate.errors import ServiceError, UnsupportedParameterError
+from palate.errors import ServiceError, UnsupportedParameterError, WaitTimeoutError
 from palate.listing import Wanted, find_runs
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status
 from palate.run import RunHandle
@@ -246,7 +246,8 @@ class Predictor:
         """
         from palate.deployment import with_other_model
 
-        before, after = self._run.record.manifest(), with_other_model(self._run, job.served_model())
+        before = self._run.record.manifest()
+        after = with_other_model(before, job.served_model(), self._run)
         was_active = not self._run.refresh().is_terminal
         self._run.replace_manifest(before, after)
         self.stop_service()
@@ -258,12 +259,12 @@ class Predictor:
             self._run.replace_manifest(after, before)
             if was_active:
                 self.start_service(wait=isinstance(error, Exception))
-            if isinstance(error, ServiceError):
+            if isinstance(error, ServiceError | WaitTimeoutError):
                 raise ServiceError(
                     f"service {self.service_name} could not be updated to job {job.id}, and "
                     + ("serves what it served before" if was_active else "is stopped with what it served before"),
-                    reason=error.reason,
-                    log_tail=error.log_tail,
+                    reason=error.reason if isinstance(error, ServiceError) else "it did not answer in time",
+                    log_tail=error.log_tail if isinstance(error, ServiceError) else [],
                 ) from error
             raise
 

@@ -158,7 +158,7 @@ class RunHandle:
             log_tail=tuple([*self.record.log_lines()][-15:] + words),
             endpoint="",
         )
-        if status.engine_id:
+        if gone:
             self.backend.stop(status.engine_id, grace_s=0)  # its words are kept, and what it left behind is nobody's
         return ended or self.record.status()
 

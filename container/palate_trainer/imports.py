@@ -21,7 +21,7 @@ def lean_imports(spec: TrainSpec) -> Iterator[None]:
     """Within it, the ML libraries are imported without what `spec` has no use for, and without the garbage collector.
 
     For a process that does nothing but this run: what is left out stays out until it ends, because the libraries look once
-    for what is installed. Together that is a third of the processor time before the first step. The collector would go
+    for what is installed. Together that is 30% of the processor time of a run of one step. The collector would go
     through all that was imported so far, over and over, and find nothing to free; what stands here at the end it never
     looks at again.
     """

@@ -197,7 +197,11 @@ def test_a_failure_is_told_with_its_exit_code_until_the_next_attempt(there: Pala
     assert gone(first) == backend.logs(first) == ""
 
 
-def test_limits_are_set_and_the_one_of_memory_is_told(there: PalateEngine, tmp_path: Path) -> None:
+def test_limits_are_set_and_the_one_of_memory_is_told(
+    there: PalateEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     spec = {"cpu": 1, "memory": "64m"}
     if there.enforces() != {"cpu", "memory"}:
         with pytest.raises(UnsupportedParameterError, match=rf"{there.name} would not hold a run to its .*as root"):
@@ -208,6 +212,7 @@ def test_limits_are_set_and_the_one_of_memory_is_told(there: PalateEngine, tmp_p
     assert Limits.of_container(facts).memory_bytes == 64 << 20
     assert facts["HostConfig"]["NanoCpus"] == 1_000_000_000
     assert re.search(r"more memory than its limit of 0\.0625 GiB.* give it more", gone(engine_id))
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_one_that_cannot_start_says_why_and_stays_nowhere(

@@ -76,7 +76,8 @@ class ContainerBackend:
             with open(os.open(secrets / "variables.json", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                 json.dump(variables, file)
             options = _options(engine, launch, secrets)
-            done = engine.run("run", "--detach", *options, image.id, launch.uri, timeout_s=120)
+            # podman's monitor writes a file `oom` to where it was started, when a container takes too much memory.
+            done = engine.run("run", "--detach", *options, image.id, launch.uri, timeout_s=120, cwd=secrets)
         except BaseException:
             shutil.rmtree(secrets, ignore_errors=True)
             with suppress(EngineError):
@@ -159,7 +160,7 @@ class ContainerBackend:
         request.refuse_other_machines(self.name, more=f"leave it out, and set limits with {spec}")
         limits = Limits.parse(spec, getattr(request, spec))
         engine = find_engine()
-        if lacking := limits.named() - engine.enforces():
+        if limits.named() and (lacking := limits.named() - engine.enforces()):
             lacks = " and ".join(sorted(lacking))
             request.refuse(self.name, **{spec: _UNENFORCED.format(engine=engine.name, lacks=lacks)})
         program: Program = "trainer" if request.kind == "jobs" else "server"

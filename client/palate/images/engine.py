@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from palate.errors import ConfigurationError
@@ -58,16 +59,24 @@ class Engine:
     version: str = ""
 
     def run(
-        self, *arguments: str, check: bool = True, timeout_s: float | None = _ASK_S
+        self, *arguments: str, check: bool = True, timeout_s: float | None = _ASK_S, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs one command of the engine's; a secret must never be among the arguments, which other users can see.
+
+        Args:
+            arguments: Of the engine's command line.
+            check: Whether an exit code other than 0 is an error.
+            timeout_s: Seconds, or None for any time.
+            cwd: Where it runs; what stays behind for a container, such as podman's monitor, stays there, too.
 
         Raises:
             EngineError: With `check`, it failed; or it took longer than `timeout_s`.
         """
         what = f"{self.name} {' '.join(arguments[:2])}"
         try:
-            done = subprocess.run([self.command, *arguments], capture_output=True, text=True, timeout=timeout_s)
+            done = subprocess.run(
+                [self.command, *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=cwd
+            )
         except subprocess.TimeoutExpired:
             raise EngineError(
                 f"{what} has not answered within {timeout_s:g} s: see whether the engine is well"
