@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from palate.processes import pid_space, start_time
+from palate.processes import pid_space, process_state, start_time
 
 
 def palate_home() -> Path:
@@ -34,7 +34,7 @@ def stale_work_folders(kind: str, name: str) -> list[Path]:
 def _is_stale(mark: str) -> bool:
     pid, _, rest = mark.partition("-")
     started, _, space = rest.partition("-")
-    return space == _space() and pid.isdigit() and start_time(int(pid)) != started
+    return space == _space() and pid.isdecimal() and process_state(int(pid), started) == "dead"
 
 
 def _space() -> str:

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from secrets import token_hex
 
-from palate.errors import ConfigurationError
-from palate.processes import machine_mark, start_time
+from palate.errors import ConfigurationError, DamagedFilesError
+from palate.processes import machine_mark, process_state, start_time
 from palate.record import Record
 from palate.store import Store
 from palate.store.errors import ObjectNotFoundError, PreconditionFailedError, StoreError
@@ -70,9 +70,17 @@ class Lease:
 
     @classmethod
     def parse(cls, data: bytes) -> Lease:
+        """Raises ValueError when a field that the schema requires is missing, or one has another type."""
         values = json.loads(data)
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        if not isinstance(values, dict):
+            raise ValueError(f"it is {type(values).__name__}, not an object")
+        values = {**_UNSAID, **values}
+        for item in fields(cls):
+            kind = _JSON_TYPES[str(item.type)]
+            value = values.get(item.name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{item.name}={value!r}")
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
@@ -80,15 +88,40 @@ class Lease:
     @property
     def is_dead_here(self) -> bool:
         """Whether this machine knows the runner to be gone; False where it cannot know."""
-        return self.machine == machine_mark() and start_time(self.pid) != self.pid_start
+        return self.machine == machine_mark() != "" and process_state(self.pid, self.pid_start) == "dead"
+
+    @property
+    def fresh_s(self) -> float:
+        """Seconds after its last heartbeat for which no other evidence counts against its runner.
+
+        What looks like a dead runner may be another machine's: a copy of a running machine has the mark of the original.
+        """
+        return min(2 * self.every_s, self.lost_after_s)
+
+
+_UNSAID = {"start_id": "", "host": "", "machine": "", "pid": 0, "pid_start": ""}
+"""What a lease may leave out: the defaults of `Lease` are facts of this process."""
+
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
 def read_lease(record: Record) -> Lease | None:
-    """Returns a run's lease, or None when no runner has ever begun."""
+    """Returns a run's lease, or None when no runner has ever begun.
+
+    Raises:
+        DamagedFilesError: It cannot be read; a runner that holds it writes it anew with its next heartbeat.
+    """
     try:
-        return Lease.parse(record.store.get(record.key(LEASE_KEY)))
+        data = record.store.get(record.key(LEASE_KEY))
     except ObjectNotFoundError:
         return None
+    try:
+        return Lease.parse(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFilesError(
+            f"{record.uri}/{LEASE_KEY} is damaged ({error}): its runner writes it again within seconds; if there is no "
+            "runner, delete this file"
+        ) from None
 
 
 def silence_s(record: Record, key: str = LEASE_KEY) -> float | None:
@@ -141,12 +174,15 @@ class HeldLease:
             there = self._record.store.stat(
                 self._record.key(LEASE_KEY)
             )  # before the read: a later write must not match
-            found = read_lease(self._record)
+            try:
+                found = read_lease(self._record)
+            except DamagedFilesError:
+                found = self.lease  # it names no other holder; a runner that took the lease finds out at its next beat
             if found is None or there is None:
                 return True  # deleted with its run: the status will say so
             if found.holder != self.lease.holder:
                 return False
-            # An earlier write of our own, whose answer got lost.
+            # An earlier write of our own, whose answer got lost; or damage, which is overwritten.
             self._etag = there.etag
             if found != lease:
                 self._etag = self._record.store.put(self._record.key(LEASE_KEY), lease.encode(), if_match=there.etag)
@@ -158,7 +194,7 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
     """Takes a run's lease, or returns None when another runner has it.
 
     A lease of this attempt that nobody is known to have left is watched: it is taken when it does not change for its
-    `lost_after_s`, and left alone when it does.
+    `lost_after_s` (`fresh_s` when its runner was one of this machine and is gone), and left alone when it does.
 
     Args:
         record: The run.
@@ -182,15 +218,22 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
     since = time.monotonic()
     while True:
         there = record.store.stat(record.key(LEASE_KEY))  # before the read: a later write must not match
-        found = read_lease(record)
+        try:
+            found = read_lease(record)
+        except DamagedFilesError:
+            # Somebody holds it, or nobody: a holder writes it anew within seconds.
+            found = replace(mine, holder=there.etag if there is not None else "", machine="")
         if found is not None and found.holder == mine.holder and there is not None:
             return HeldLease(record, found, there.etag)  # our own write, whose answer got lost
-        free = found is None or found.released or found.attempt < attempt or found.is_dead_here
+        free = found is None or found.released or found.attempt < attempt
         if found is not None and not free:
             if seen is not None and seen != (found.holder, found.beat):
                 return None
             seen = (found.holder, found.beat)
-            free = time.monotonic() - since >= found.lost_after_s
+            silent_s = time.monotonic() - since
+            free = silent_s >= found.lost_after_s
+            if found.is_dead_here:
+                free = max(silent_s, silence_s(record) or 0.0) > found.fresh_s
         if free:
             try:
                 etag = record.store.put(

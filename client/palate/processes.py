@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
 from pathlib import Path
+from typing import Literal
+
+ProcessState = Literal["alive", "dead", "unknown"]
 
 
 def start_time(pid: int) -> str:
     """Returns the kernel's start time of a process in clock ticks since boot, or "" when it is not there or a zombie."""
     stat = _stat(pid)
     return "" if stat is None or stat[0] == "Z" else stat[19]
+
+
+def process_state(pid: int, started: str) -> ProcessState:
+    """Returns whether the process with this pid and start time still runs; "unknown" when that cannot be seen from here.
+
+    Args:
+        pid: As counted in this pid namespace.
+        started: What `start_time` said of it.
+    """
+    if pid < 1 or not started:
+        return "unknown"  # to kill(2), 0 and negative numbers are groups of processes
+    stat = _stat(pid)
+    if stat is not None:
+        return "alive" if stat[0] not in ("Z", "X") and stat[19] == started else "dead"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "dead"
+    except (OSError, OverflowError):
+        pass  # EPERM: there is such a process, and hidepid hides it
+    return "unknown"
 
 
 def session_members(session: int) -> list[int]:
@@ -58,19 +83,41 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def pid_space() -> str:
-    """Names the host and pid namespace that pids are counted in: the same after a restart of the machine."""
+    """Names the installation and pid namespace that pids are counted in: the same after a restart of the machine.
+
+    Where an installation has no id (most containers), the name holds for this boot alone.
+    """
     try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        installation = Path("/etc/machine-id").read_text().strip()
     except OSError:
-        return socket.gethostname()  # no Linux: the host's name has to do
+        installation = ""
+    return f"{socket.gethostname()} {installation} {machine_mark() if not installation else _pid_namespace()}"
 
 
 def machine_mark() -> str:
-    """Names this machine, this boot and this pid namespace: only where it is equal does a pid mean the same process."""
+    """Names this machine, this boot and this pid namespace: only where it is equal does a pid mean the same process.
+
+    It is "" where the kernel does not tell: then it is equal to no other, since two machines may have one hostname.
+    """
+    namespace = _pid_namespace()
     try:
-        return f"{pid_space()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return pid_space()
+        boot = ""
+    return f"{socket.gethostname()} {namespace} {boot}" if namespace and boot else ""
+
+
+def machine_digest() -> str:
+    """Returns `machine_mark` as 16 characters, for ids; "" where there is none."""
+    mark = machine_mark()
+    return hashlib.sha256(mark.encode()).hexdigest()[:16] if mark else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _stat(pid: int) -> list[str] | None:

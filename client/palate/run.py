@@ -11,10 +11,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from palate.backend import Backend, EngineStatus, Launch, get_backend
+from palate.backend import Backend, EngineStatus, Launch, for_run, get_backend
 from palate.display import Display, make_display
-from palate.errors import ConfigurationError, WaitTimeoutError
-from palate.lease import START_ID_VARIABLE, read_lease, silence_s
+from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
+from palate.lease import LOST_AFTER_S, START_ID_VARIABLE, read_lease, silence_s
 from palate.record import ACTIVE, LOST, TERMINAL, Manifest, Record, State, Status
 from palate.session import Session
 from palate.store.uri import normal_uri
@@ -58,9 +58,9 @@ class RunHandle:
 
     @property
     def backend(self) -> Backend:
-        if self.session.backend.name == self.manifest.backend:
-            return self.session.backend
-        return get_backend(self.manifest.backend)
+        """The run's own, which touches nothing of another run."""
+        same = self.session.backend.name == self.manifest.backend
+        return for_run(self.session.backend if same else get_backend(self.manifest.backend), self.record.uri)
 
     def start(self, environments: dict[str, str] | None = None) -> None:
         """Gives the run to its backend; a start that fails becomes the run's status and is raised."""
@@ -169,18 +169,26 @@ class RunHandle:
             return ""
         gone = engine.state == "gone"
         lost = f"its runner is gone without a last word: {engine.cause}" if engine.cause else LOST
-        lease = read_lease(self.record)
+        try:
+            lease = read_lease(self.record)
+        except DamagedFilesError as error:
+            silent_s = silence_s(self.record)  # a runner that is well writes it anew
+            return f"it has no runner: {error}" if silent_s is not None and silent_s > LOST_AFTER_S else ""
         if lease is None or lease.attempt < status.attempt:  # nobody has taken up this attempt
             if gone:
                 return lost
             if not status.engine_id and (silence_s(self.record, "status.json") or 0) > START_LIMIT_S:
                 return "it was created, but never started: the process that did so ended too early"
             return ""
-        # The engine knows the process that it started; the run may be in the hands of another one.
-        if lease.released or (gone and lease.start_id == status.start_id) or lease.is_dead_here:
+        if lease.released:
             return lost
         silent_s = silence_s(self.record)
-        if silent_s is None or silent_s <= lease.lost_after_s:
+        if silent_s is None or silent_s <= lease.fresh_s:
+            return ""  # a heartbeat is the runner's own word: nothing that is seen from here counts against it
+        # The engine knows the process that it started; the run may be in the hands of another one.
+        if (gone and lease.start_id == status.start_id) or lease.is_dead_here:
+            return lost
+        if silent_s <= lease.lost_after_s:
             return ""
         return (
             f"its runner on {lease.host} has not been heard of for {silent_s:.0f} s: killed, cut off from the store, "

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from palate import Session
-from palate.home import work_folder
+from palate.home import stale_work_folders, work_folder
 from palate.lease import LEASE_KEY, Lease
 from palate.record import Manifest, Record
+from tests.support.elsewhere import on_another_machine
 
 FAR = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
 
@@ -98,6 +99,14 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_folder_of_another_machine_with_the_same_hostname_stays(home: Path, tmp_path: Path) -> None:
+    """On a shared disk, the pid in its name says nothing here."""
+    code = "from palate.home import work_folder\nfolder = work_folder('jobs', 'far')\nfolder.mkdir(parents=True)\nprint(folder)"
+    folder = Path(on_another_machine(tmp_path, code))
+    assert folder.is_dir()
+    assert stale_work_folders("jobs", "far") == []
 
 
 def test_what_belongs_to_no_run_goes_when_it_is_old(session: Session, home: Path) -> None:

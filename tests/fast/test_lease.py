@@ -15,13 +15,15 @@ import pytest
 
 from palate import Session
 from palate.backend.process import ProcessBackend
-from palate.errors import ConfigurationError, JobNotReadyError
+from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
 from palate.job import TrainingJob
 from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
+from palate.processes import process_state
 from palate.record import LOST, Manifest, Record, events_once
 from palate.run import RunHandle
 from palate.runner.presence import Presence, Tail
 from palate.store import Store
+from tests.support.elsewhere import as_another_user, on_another_machine
 from tests.support.stores import empty_store
 
 
@@ -99,15 +101,18 @@ def test_a_lease_that_changes_is_left_alone_and_one_that_does_not_is_taken(store
     assert time.monotonic() - begun >= 0.5
 
 
-def test_an_earlier_attempt_and_a_dead_process_of_this_machine_are_taken_from_at_once(store: Store) -> None:
+def test_an_earlier_attempt_is_taken_from_at_once_and_a_dead_process_of_this_machine_soon(store: Store) -> None:
     record = job(store)
     left_by(record, lost_after_s=1000.0)
     held = take(record, attempt=2)
     assert held is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    store.put(record.key(LEASE_KEY), replace(Lease(holder="x", start_id="", attempt=2), pid=gone.pid).encode())
-    assert take(record, attempt=2) is not None
+    lease = replace(Lease(holder="x", start_id="", attempt=2), pid=gone.pid, lost_after_s=1000.0)
+    store.put(record.key(LEASE_KEY), replace(lease, every_s=500.0).encode())
+    assert take(record, attempt=2) is None  # a heartbeat that is not overdue counts for more
+    store.put(record.key(LEASE_KEY), replace(lease, every_s=0.1).encode())
+    assert take(record, attempt=2, patient=True) is not None
     assert not held.beat()  # and who was robbed finds out
 
 
@@ -149,14 +154,137 @@ def test_a_run_whose_runner_went_silent_elsewhere_is_failed_by_the_next_look(sto
 
 def test_a_run_whose_engine_is_gone_is_in_the_hands_of_another_runner(store: Store, session: Session) -> None:
     record = job(store)
-    engine_id = ProcessBackend().start_command([sys.executable, "-c", ""], run_name="short", env={})
+    engine_id = ProcessBackend().start_command([sys.executable, "-c", ""], run_name="jobs-one", env={})
     until(lambda: session.backend.status(engine_id).state == "gone")
     record.advance("Running", expect={"Creating"}, engine_id=engine_id, start_id="mine")
     left_by(record, start_id="by hand", lost_after_s=1000.0)
     handle = RunHandle(record, session)
     assert handle.refresh().state == "Running"
-    left_by(record, start_id="mine", lost_after_s=1000.0)
-    assert (handle.refresh().state, handle.refresh().reason) == ("Failed", LOST)
+    left_by(record, start_id="mine", lost_after_s=1000.0, every_s=500.0)
+    assert handle.refresh().state == "Running"  # its own heartbeat is not overdue
+    left_by(record, start_id="mine", lost_after_s=1000.0, every_s=0.1)
+    until(lambda: handle.refresh().state == "Failed")
+    assert handle.refresh().reason == LOST
+
+
+LOOK = """
+import sys
+from palate import Session
+from palate.record import Record
+from palate.run import RunHandle
+session = Session(store=sys.argv[1])
+status = RunHandle(Record(session.store, "jobs", "one"), session).refresh()
+print(status.state, status.reason)
+"""
+
+
+@pytest.mark.parametrize("every_s", [500.0, 0.001], ids=["fresh", "overdue"])
+def test_a_look_from_another_machine_with_the_same_hostname_leaves_a_run_alone(
+    session: Session, tmp_path: Path, every_s: float
+) -> None:
+    record = job(session.store)
+    backend = ProcessBackend()
+    engine_id = backend.start_command(
+        [sys.executable, "-c", "import time; time.sleep(300)"], run_name="jobs-one", env={}
+    )
+    try:
+        pid, pid_start = engine_id.split(":")[1:3]
+        record.advance("Running", expect={"Creating"}, engine_id=engine_id, start_id="s")
+        lease = Lease(holder="h", start_id="s", attempt=1, pid=int(pid), pid_start=pid_start, every_s=every_s)
+        record.store.put(record.key(LEASE_KEY), lease.encode())
+        assert on_another_machine(tmp_path, LOOK, str(session.store_uri)) == "Running"
+        old = engine_id.partition("@")[0] + engine_id[engine_id.index(":") :]  # as earlier versions wrote it
+        record.note(engine_id=old)
+        assert on_another_machine(tmp_path, LOOK, str(session.store_uri)) == "Running"
+        assert record.status().state == "Running"
+    finally:
+        backend.stop(engine_id, grace_s=0)
+
+
+def test_a_process_that_is_hidden_from_a_user_is_not_dead(home: Path) -> None:
+    backend = ProcessBackend()
+    code = [sys.executable, "-c", "import time; time.sleep(300)"]
+    engine_id = backend.start_command(code, run_name="jobs-one", env={})
+    try:
+        _, pid, started, _ = engine_id.split(":")
+        imports = "from palate.backend.process import ProcessBackend\nfrom palate.processes import process_state"
+        ask = "print(process_state(int(sys.argv[1]), sys.argv[2]), ProcessBackend().status(sys.argv[3]).state)"
+        assert as_another_user(imports, ask, pid, started, engine_id) == "unknown unknown"
+        assert process_state(int(pid), started) == "alive"
+        assert process_state(int(pid), str(int(started) + 1)) == "dead"
+        assert [process_state(number, "1") for number in (0, -1, 1 << 70)] == ["unknown"] * 3
+    finally:
+        backend.stop(engine_id, grace_s=0)
+    assert process_state(int(pid), started) == "dead"
+
+
+DAMAGE = [b'{"holder": "x", "be', b"", b"null", b"[]", b'{"holder": 3}', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize(
+    "damage", [DAMAGE[0], *(pytest.param(data, marks=pytest.mark.thorough) for data in DAMAGE[1:])]
+)
+def test_damaged_records_end_no_heartbeat(store: Store, damage: bytes) -> None:
+    record = job(store)
+    record.advance("Running", expect={"Creating"})
+    whole = store.get(record.key("status.json"))
+    held = take(record)
+    assert held is not None
+    held.lease = replace(held.lease, every_s=0.1)
+    said: list[str] = []
+    with Presence(record, held, said.append) as presence:
+        store.put(record.key("status.json"), damage)
+        until(lambda: any("status" in line for line in said))
+        for data in DAMAGE:
+            store.put(record.key(LEASE_KEY), data)
+            until(lambda: is_whole(record))
+        beat = held.lease.beat
+        until(lambda: held.lease.beat > beat + 2)
+        assert not presence.fenced.is_set()
+        assert not presence.stop_wanted.is_set()
+        store.put(record.key("status.json"), whole)
+        record.advance("Stopping", expect={"Running"})
+        assert presence.stop_wanted.wait(10)
+        until(lambda: said[-1] == "note: the store is back")
+
+
+def is_whole(record: Record) -> bool:
+    try:
+        return read_lease(record) is not None
+    except DamagedFilesError:
+        return False
+
+
+def test_nothing_ends_a_heartbeat_but_the_end_of_its_run(store: Store) -> None:
+    record = job(store)
+    held = take(record)
+    assert held is not None
+    held.lease = replace(held.lease, every_s=0.1)
+    told = threading.Event()
+
+    def say(text: str) -> None:
+        told.set()
+        raise SystemExit(text)  # as bad as it can be
+
+    with Presence(record, held, say):
+        store.put(record.key("status.json"), b"{")
+        assert told.wait(10)
+        beat = held.lease.beat
+        until(lambda: held.lease.beat > beat + 2)
+
+
+def test_a_damaged_lease_is_taken_when_nobody_renews_it(
+    store: Store, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PALATE_LEASE_S", "1")
+    record = job(store)
+    store.put(record.key(LEASE_KEY), b"{")
+    with pytest.raises(DamagedFilesError, match=r"jobs/one/lease\.json is damaged"):
+        read_lease(record)
+    record.advance("Running", expect={"Creating"}, engine_id="elsewhere:1:2:jobs-one", start_id="s")
+    assert RunHandle(record, session).refresh().state == "Running"  # a runner may be about to write it anew
+    assert take(record) is None
+    assert take(record, patient=True) is not None
 
 
 def test_of_two_that_begin_an_attempt_one_does(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from palate import Session
 from palate.backend import get_backend
 from palate.backend.process import ProcessBackend
 from palate.errors import ConfigurationError
+from palate.lease import LEASE_KEY, Lease
+from palate.processes import start_time
+from palate.record import Manifest, Record
+from palate.run import RunHandle
 
 TIMEOUT_S = 20.0
 
@@ -94,6 +100,58 @@ def test_a_run_that_ended_long_ago_takes_nobody_along(backend: ProcessBackend) -
     finally:
         stranger.kill()
         stranger.wait()
+
+
+BAD_IDS = [
+    "", "x", "h:1", "h:1:1", "h:1:1:", "h:-1:1:jobs-one", "h:0:1:jobs-one", "h:1:1:../../etc/jobs", "h:1:1:/etc/passwd",
+    "h:x:1:jobs-one", "h@0:1:1:jobs-one", "h:1:1:jobs-one\n", 5, ["h"], {"h": 1},
+]  # fmt: skip
+
+
+def test_an_engine_id_that_says_nothing_sensible_is_unknown(backend: ProcessBackend) -> None:
+    for engine_id in BAD_IDS:
+        assert backend.status(engine_id).state == "unknown"  # type: ignore[arg-type]
+        assert backend.logs(engine_id) == ""  # type: ignore[arg-type]
+        backend.stop(engine_id, grace_s=0)  # type: ignore[arg-type]
+
+
+def test_a_crafted_engine_id_reaches_no_process_and_no_file_of_others(session: Session, home: Path) -> None:
+    """Who may write to a store must not end, or read, what else runs or lies on the machine of one who looks."""
+    backend = ProcessBackend()
+    sleeps = [sys.executable, "-c", "import time; time.sleep(300)"]
+    mine = Record(session.store, "jobs", "mine")
+    mine.create(Manifest(kind="train", name="mine", backend="process", body={}))
+    (home / "notes.log").write_text("of nobody's concern")
+    stranger = subprocess.Popen(sleeps, start_new_session=True)
+    others = {
+        name: backend.start_command(sleeps, run_name=name, env={"PALATE_RUN_URI": uri})
+        for name, uri in (("jobs-other", session.store.uri("jobs/other")), ("jobs-mine", "file:///elsewhere/jobs/mine"))
+    }
+    try:
+        host = others["jobs-mine"].partition(":")[0]
+        crafted = [
+            f"{host}:{stranger.pid}:{start_time(stranger.pid)}:jobs-mine",
+            others["jobs-other"],
+            others["jobs-other"].replace("jobs-other", "jobs-mine"),
+            others["jobs-mine"],
+            f"{host}:{stranger.pid}:1:../notes",
+            f"{socket.gethostname()}:{stranger.pid}:1:../notes",
+        ]
+        handle = RunHandle(mine, session)
+        for engine_id in crafted:
+            mine.advance("Running", expect={"Creating", "Stopped"}, engine_id=engine_id, start_id="s")
+            lease = Lease(holder="h", start_id="s", attempt=1, machine="far", every_s=0.001, lost_after_s=1.0)
+            mine.store.put(mine.key(LEASE_KEY), lease.encode())
+            assert handle.stop(grace_s=0.1).is_terminal
+            assert "concern" not in "".join(mine.status().log_tail)
+            mine.begin_again(expect={"Stopped", "Failed"}, attempt=mine.status().attempt)
+        assert stranger.poll() is None
+        assert [backend.status(engine_id).state for engine_id in others.values()] == ["running", "running"]
+    finally:
+        stranger.kill()
+        stranger.wait()
+        for engine_id in others.values():
+            backend.stop(engine_id, grace_s=0)
 
 
 def test_an_unknown_backend_names_the_known_ones() -> None:

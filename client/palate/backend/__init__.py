@@ -167,6 +167,20 @@ class Backend(Protocol):
         ...
 
 
+def for_run(backend: Backend, uri: str) -> Backend:
+    """Returns the backend such that it answers, reads and ends nothing but what belongs to one run.
+
+    An engine id comes from a record in the store, which others may be able to write: it could name anything.
+
+    Args:
+        backend: One with a method `of_run(uri)` returns such a backend; one without is trusted to check its ids itself.
+        uri: Of the run.
+    """
+    of_run = getattr(backend, "of_run", None)
+    bound: Backend = backend if of_run is None else of_run(uri)
+    return bound
+
+
 def backend_names() -> list[str]:
     """Returns the names of all backends that are installed."""
     return sorted(_known())

@@ -1,25 +1,41 @@
 """Runs as detached processes of this machine. Knows pids, not stores or programs.
 
 A run is the leader of a session of its own, so it outlives the Python process that started it, and everything it starts
-can be found and ended by that session's id. An engine id is `host:pid:start time`: a recycled pid is never mistaken for it.
+can be found and ended by that session's id. An engine id is `host@machine:pid:start time:run name`: neither a recycled pid
+nor a machine with the same hostname is mistaken for it. Ids come back from the store, so nothing in them is believed: a
+process is signalled only when its own variables say that it was started for the run.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from palate.backend import EngineRun, EngineStatus, Launch, PlacementRequest
+from palate.errors import ConfigurationError
 from palate.home import palate_home
-from palate.processes import command_of, environment_of, owner_of, pids, send, session_members, start_time
+from palate.processes import (
+    command_of,
+    environment_of,
+    machine_digest,
+    owner_of,
+    pids,
+    process_state,
+    send,
+    session_members,
+    start_time,
+)
+from palate.record import locate
 from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import DeviceFacts
 
@@ -27,17 +43,52 @@ _POLL_S = 0.05
 _RUN_VARIABLE = "PALATE_RUN"
 """Marks every process of a run: long after its end its session's number may be that of somebody else's."""
 
+_URI_VARIABLE = "PALATE_RUN_URI"
+"""Marks them further: jobs of two stores may have one name."""
+
+_ENGINE_ID = re.compile(
+    r"([^:@]*)(?:@([0-9a-f]{16}))?:([1-9][0-9]{0,9}):([0-9]{1,20}):([A-Za-z0-9][A-Za-z0-9._-]{0,119})"
+)
+"""Host, machine, pid, start time and run name. Earlier versions named no machine."""
+
+
+@dataclass(frozen=True)
+class _EngineId:
+    """What an engine id says, once it has been parsed.
+
+    Attributes:
+        is_here: Whether its pid is one of this machine and pid namespace; None when an id of an earlier version leaves
+            that open.
+        pid, started: Of the runner.
+        run_name: See `Launch.run_name`.
+    """
+
+    is_here: bool | None
+    pid: int
+    started: str
+    run_name: str
+
 
 class ProcessBackend:
-    """The embedded default: the runner as a process beside you."""
+    """The embedded default: the runner as a process beside you.
+
+    Args:
+        run_uri: The only run whose processes it answers for; None for any. See `of_run`.
+    """
 
     name = "process"
     uses_this_python = True
     is_this_host = True
 
+    def __init__(self, run_uri: str | None = None) -> None:
+        self._run_uri = run_uri
+
+    def of_run(self, uri: str) -> ProcessBackend:
+        return ProcessBackend(uri)
+
     def start(self, launch: Launch) -> str:
         command = [sys.executable, "-m", "palate.runner", launch.uri]
-        return self.start_command(command, run_name=launch.run_name, env=launch.env)
+        return self.start_command(command, run_name=launch.run_name, env={**launch.env, _URI_VARIABLE: launch.uri})
 
     def start_command(self, argv: list[str], *, run_name: str, env: Mapping[str, str]) -> str:
         """Starts any command as a run; returns its engine id."""
@@ -55,44 +106,80 @@ class ProcessBackend:
             )
         with _CHILDREN_LOCK:
             _CHILDREN.append(process)
-        return f"{socket.gethostname()}:{process.pid}:{start_time(process.pid)}:{run_name}"
+        return _engine_id(process.pid, run_name)
 
     def status(self, engine_id: str) -> EngineStatus:
-        host, pid, started, _ = engine_id.split(":", 3)
-        if host != socket.gethostname():
+        run = self._parse(engine_id)
+        if run is None or run.is_here is False:
             return EngineStatus("unknown")
         _reap()
-        return EngineStatus("running" if started and start_time(int(pid)) == started else "gone")
+        state = process_state(run.pid, run.started)
+        if state == "alive":
+            # Another user's process does not show its variables, and cannot be signalled either.
+            is_foreign = owner_of(run.pid) != os.geteuid()
+            return EngineStatus("running" if is_foreign or self._belongs(run.pid, run) else "unknown")
+        return EngineStatus("gone" if state == "dead" and run.is_here else "unknown")
 
     def logs(self, engine_id: str) -> str:
-        host, _, _, run_name = engine_id.split(":", 3)
-        log = self._log_file(run_name)
-        if host != socket.gethostname() or not log.exists():
+        run = self._parse(engine_id)
+        if run is None or run.is_here is False:
             return ""
-        return log.read_text(errors="replace")
+        log = self._log_file(run.run_name)
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def stop(self, engine_id: str, *, grace_s: float) -> None:
-        host, pid_text, _, run_name = engine_id.split(":", 3)
-        if host != socket.gethostname():
+        run = self._parse(engine_id)
+        if run is None or run.is_here is False:
             return
-        pid = int(pid_text)
-        was_running = self.status(engine_id).state == "running"  # then the whole session is its own
+
+        def is_running() -> bool:
+            _reap()
+            return process_state(run.pid, run.started) == "alive"
+
+        was_running = is_running()
         if was_running:
-            send(pid, signal.SIGTERM)
+            if not self._belongs(run.pid, run):
+                return
+            send(run.pid, signal.SIGTERM)
             deadline = time.monotonic() + grace_s
-            while self.status(engine_id).state == "running" and time.monotonic() < deadline:
+            while is_running() and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
 
         def members() -> list[int]:
-            found = session_members(pid)
-            return found if was_running else [one for one in found if environment_of(one, _RUN_VARIABLE) == run_name]
+            found = session_members(run.pid)
+            return found if was_running else [one for one in found if self._belongs(one, run)]
 
-        for member in members():
+        for member in [*members(), *([run.pid] if is_running() and was_running else [])]:
             send(member, signal.SIGKILL)
         deadline = time.monotonic() + 10
         while members() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             _reap()
+
+    def _parse(self, engine_id: str) -> _EngineId | None:
+        """Returns what an engine id says; None when it is malformed, or of another run than this backend's."""
+        match = _ENGINE_ID.fullmatch(engine_id) if isinstance(engine_id, str) else None
+        if match is None:
+            return None
+        host, mark, pid, started, run_name = match.groups()
+        if self._run_uri is not None and run_name != _run_name(self._run_uri):
+            return None
+        is_here: bool | None = mark == machine_digest() != ""
+        if mark is None:
+            is_here = None if host == socket.gethostname() else False
+        return _EngineId(is_here, int(pid), started, run_name)
+
+    def _belongs(self, pid: int, run: _EngineId) -> bool:
+        """Whether a process was started for this run: only then may it be signalled."""
+        command = command_of(pid)
+        told = [environment_of(pid, _URI_VARIABLE)]
+        run_name = environment_of(pid, _RUN_VARIABLE)
+        if _is_runner(command):
+            told.append(command[-1])
+            run_name = run_name or _run_name(command[-1])  # one that somebody started by hand
+        if not run_name or run_name != run.run_name:
+            return False
+        return self._run_uri is None or any(_place(self._run_uri) == _place(uri) for uri in told if uri)
 
     def runs(self) -> list[EngineRun]:
         found = []
@@ -102,9 +189,11 @@ class ProcessBackend:
                 continue
             if Path(environment_of(pid, "PALATE_HOME") or Path.home() / ".palate").absolute() != palate_home():
                 continue
-            uri, run_name = command[-1], environment_of(pid, _RUN_VARIABLE) or ""
-            engine_id = f"{socket.gethostname()}:{pid}:{start_time(pid)}:{run_name}"
-            found.append(EngineRun(engine_id, uri, f"process {pid}: palate-run {uri}"))
+            uri = command[-1]
+            run_name = environment_of(pid, _RUN_VARIABLE) or _run_name(uri)
+            if not run_name:
+                continue
+            found.append(EngineRun(_engine_id(pid, run_name), uri, f"process {pid}: palate-run {uri}"))
         return found
 
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
@@ -124,6 +213,26 @@ class ProcessBackend:
     @staticmethod
     def _log_file(run_name: str) -> Path:
         return palate_home() / "run" / f"{run_name}.log"
+
+
+def _engine_id(pid: int, run_name: str) -> str:
+    mark = machine_digest()
+    return f"{socket.gethostname()}{'@' if mark else ''}{mark}:{pid}:{start_time(pid) or 0}:{run_name}"
+
+
+def _run_name(uri: str) -> str:
+    """Returns `Launch.run_name` of a run; "" when the URI is not one of a run."""
+    try:
+        _, kind, name = locate(uri)
+    except ConfigurationError:
+        return ""
+    return f"{kind}-{name}"
+
+
+def _place(uri: str) -> str:
+    """Returns a run's URI so that two spellings of one place are equal."""
+    scheme, _, rest = uri.partition("://")
+    return os.path.realpath(rest) if scheme == "file" else rest
 
 
 def _is_runner(command: list[str]) -> bool:

@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     except StoreError as error:
         logger.error("the run's last word could not be written: %s", error)
         return 1
+    except Exception:  # a damaged record, for example
+        logger.exception("the run's last word could not be written")
+        return 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

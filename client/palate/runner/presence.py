@@ -6,15 +6,19 @@ could not be pushed is pushed when the store is back.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from palate.errors import PalateError
 from palate.lease import HeldLease
 from palate.record import Record
-from palate.store.errors import PreconditionFailedError, StoreError
+from palate.store.errors import PreconditionFailedError
+
+logger = logging.getLogger("palate.runner")
 
 TICK_S = 0.25
 STATUS_EVERY_S = 2.0
@@ -86,7 +90,9 @@ class Presence:
         self._say = say
         self._tails: list[Tail] = []
         self._ended = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beats, self._pushes)]
+        self._threads = [
+            threading.Thread(target=self._kept, args=(work,), daemon=True) for work in (self._beats, self._pushes)
+        ]
         self._failing: set[str] = set()
         self._missing_since: float | None = None
 
@@ -107,6 +113,15 @@ class Presence:
     def push(self, *tails: Tail) -> None:
         """Pushes these files from now on, instead of those before."""
         self._tails = [*tails]
+
+    def _kept(self, work: Callable[[], None]) -> None:
+        """Begins the work anew whatever it ended with, until the run is over: without heartbeats the run counts as lost."""
+        while not self._ended.is_set():
+            try:
+                work()
+            except BaseException:
+                logger.exception("the runner's %s broke off and begins anew", work.__name__)
+                self._ended.wait(TICK_S)
 
     def _beats(self) -> None:
         beaten = checked = time.monotonic()
@@ -148,12 +163,16 @@ class Presence:
                     self._guarded("logs", tail.push)
 
     def _guarded(self, what: str, act: Callable[[], None]) -> None:
-        """Says once that the store fails, and once that it is back; what `act` was to do is done the next time."""
+        """Says once that the store fails, and once that it is back; what `act` was to do is done the next time.
+
+        A damaged record may raise anything; it may be replaced by a whole one, so it is read again as well.
+        """
         try:
             act()
-        except (StoreError, RuntimeError, OSError) as error:
+        except Exception as error:
             if not self._failing:
-                self._say(f"note: the store fails, the run goes on and its {what} will follow: {error}")
+                cause = str(error) if isinstance(error, PalateError | OSError) else repr(error)
+                self._say(f"note: the store fails, the run continues and its {what} will follow: {what}: {cause}")
             self._failing.add(what)
         else:
             if self._failing:
