@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +89,79 @@ def test_a_store_keeps_its_data_and_shows_its_secret_once(tmp_path: Path) -> Non
     for number in range(port, port + 5):
         for left_behind in Path("/tmp").glob(f"seaweedfs-*{number % 10_000}.sock"):
             left_behind.unlink(missing_ok=True)  # of the killed one
+
+
+TOKEN = b"of-one-service-alone"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # what gRPC begins with
+PATHS = [
+    "/", "/buckets/", "/buckets/palate/palate/services/one/access_token", "/palate/palate/services/one/access_token",
+    "/palate?list-type=2", "/dir/status", "/dir/lookup?volumeId=1", "/dir/assign", "/vol/status", "/vol/vacuum",
+    "/col/delete?collection=palate", "/1,01", "/2,01", "/submit", "/ui/index.html", "/api/cluster/topology", "/status",
+]  # fmt: skip
+
+
+def test_no_port_answers_one_without_keys(tmp_path: Path) -> None:
+    """Other users of the machine and web pages in a browser on it reach every port."""
+    folder, port = tmp_path / "server", five_free_ports()
+    with running_server(folder, port=port, bucket="palate") as server:
+        settings = {
+            "AWS_ENDPOINT_URL_S3": server.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": server.access_key_id,
+            "PALATE_STORE": "s3://palate/palate",
+        }
+        store = opened(settings, server.secret_access_key)
+        store.put("services/one/access_token", TOKEN)
+        store.put("jobs/1/model/weights", TOKEN * 500_000)  # of several volumes' chunks
+        listening = psutil.Process(server.process.pid).net_connections(kind="inet")
+        ports = sorted({it.laddr.port for it in listening if it.status == psutil.CONN_LISTEN})
+        assert ports == sorted(number + twin for number in range(port, port + 5) for twin in (0, 10_000))
+        assert {it.laddr.ip for it in listening if it.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+        for number in ports:
+            for path in PATHS:
+                _ask_without_keys(f"http://127.0.0.1:{number}{path}")
+                _ask_without_keys(f"https://127.0.0.1:{number}{path}")
+            for is_tls in (False, True):
+                assert _first_answer(number, is_tls=is_tls)[3:4] != b"\x04", f"port {number} speaks gRPC with anybody"
+        assert store.get("services/one/access_token") == TOKEN
+        assert store.get("jobs/1/model/weights") == TOKEN * 500_000
+        assert sorted(info.key for info in store.list()) == ["jobs/1/model/weights", "services/one/access_token"]
+    modes = {name: (folder / name).stat().st_mode & 0o777 for name in ("security.toml", "inner.key", "access.json")}
+    assert set(modes.values()) == {0o600}
+
+
+def _ask_without_keys(url: str) -> None:
+    """Tries every verb as a web page and a user without keys would; reading or changing something fails the test."""
+    trusting = ssl._create_unverified_context()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting))
+    form = "multipart/form-data; boundary=b"
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="access_token"\r\n\r\nforged\r\n--b--\r\n'
+    for method in ("GET", "PUT", "POST", "DELETE"):
+        headers = {"Origin": "http://evil.example", "Content-Type": form}
+        data = body if method in ("PUT", "POST") else None
+        request = urllib.request.Request(url, data=data, headers=headers, method=method)
+        try:
+            with opener.open(request, timeout=5) as answer:
+                status, said = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, said = error.code, error.read()
+        except (OSError, http.client.HTTPException):
+            continue  # no such protocol at this port, or a certificate is asked for
+        assert TOKEN not in said, f"{method} {url} gave the token"
+        # What the volume server says of its disk, and S3 of its health, is no secret.
+        assert status >= 400 or (url.startswith("http:") and url.endswith("/status")), f"{method} {url}: {status}"
+
+
+def _first_answer(port: int, *, is_tls: bool) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain:
+        try:
+            context = ssl._create_unverified_context()
+            context.set_alpn_protocols(["h2"])
+            connection = context.wrap_socket(plain) if is_tls else plain
+            connection.sendall(PREFACE)
+            return connection.recv(100)
+        except OSError:
+            return b""
 
 
 def test_ports_that_cannot_be_used(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Runs an S3 server of one's own, SeaweedFS, in a folder: for a workgroup without a cloud. Knows no job.
 
-The server listens on the loopback alone: its inner services ask nobody for a key, and S3 over plain HTTP is not for a
-network. Other machines reach it through an SSH tunnel or a proxy that speaks TLS.
+The server listens on the loopback alone, since S3 over plain HTTP is not for a network: other machines reach it through an
+SSH tunnel or a proxy that speaks TLS. No port of it answers one who has no keys (see `palate.store.server_keys`).
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from palate.errors import MissingDependencyError
 from palate.store.errors import StoreError, StoreUsageError
+from palate.store.server_keys import write_server_keys
 
 DEFAULT_PORT = 8333
 REGION = "us-east-1"
 
 _SERVICES = ("s3", "master", "volume", "filer", "admin")  # on ports in a row, from the S3 port on
 _GRPC_OFFSET = 10_000  # each service listens on its port plus this, too
+_KEPT_BACK = ("AWS_", "OSS_", "S3_", "WEED_")  # the last would overrule security.toml
+_NO_ORIGIN = "https://none.invalid"  # an empty list of origins means all
 _READY_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
 _PR_SET_PDEATHSIG = 1
@@ -75,7 +79,7 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
         bucket: Made where it is not.
 
     Raises:
-        MissingDependencyError: The program `weed` or boto3 is not installed.
+        MissingDependencyError: The program `weed`, boto3 or cryptography is not installed.
         StoreUsageError: A port is taken or out of range.
         StoreError: The server does not start; with the last lines of its log.
     """
@@ -87,13 +91,15 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
     home.chmod(0o700)
     key_id, secret, is_new = _keys(home / _KEYS)
     log = home / _LOG
+    as_insider = write_server_keys(home)
     command = [
         *(weed, "-logtostderr=true", "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}"),
         *("-master.telemetry=false", "-admin.ui=false", "-webdav=false"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
+        *(f"-s3.allowedOrigins={_NO_ORIGIN}", f"-filer.allowedOrigins={_NO_ORIGIN}"),
         *(f"-{service}.port={number}" for service, number in zip(_SERVICES, ports, strict=True)),
     ]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "OSS_", "S3_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT_BACK)}
     environment = {"GOMEMLIMIT": "1GiB", **kept, "AWS_ACCESS_KEY_ID": key_id, "AWS_SECRET_ACCESS_KEY": secret}
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
         process = subprocess.Popen(
@@ -104,6 +110,7 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
             env=environment,
             cwd=home,
             start_new_session=True,  # Ctrl-C is ours to answer
+            umask=0o077,  # its sockets are in /tmp
             preexec_fn=_die_with_parent,
         )
     server = StoreServer(
@@ -115,7 +122,8 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
         log=log,
     )
     try:
-        _wait_until_ready(server, bucket, topology=f"http://127.0.0.1:{ports[1]}/dir/status", data=data)
+        topology = f"https://127.0.0.1:{ports[1]}/dir/status"
+        _wait_until_ready(server, bucket, volumes_found=lambda: _volumes_found(topology, as_insider, data))
         yield server
     finally:
         _end(process)
@@ -170,7 +178,7 @@ def _keys(path: Path) -> tuple[str, str, bool]:
     return key_id, secret, True
 
 
-def _wait_until_ready(server: StoreServer, bucket: str, *, topology: str, data: Path) -> None:
+def _wait_until_ready(server: StoreServer, bucket: str, *, volumes_found: Callable[[], bool]) -> None:
     """Waits until signed requests are judged, the bucket can be listed and what it holds can be read.
 
     After a restart that takes seconds, and the bucket is listed before the volumes with its objects are found.
@@ -190,7 +198,7 @@ def _wait_until_ready(server: StoreServer, bucket: str, *, topology: str, data: 
     deadline = time.monotonic() + _READY_TIMEOUT_S
     last: object = "it does not answer"
     while time.monotonic() < deadline and server.process.poll() is None:
-        if _answers(server.endpoint) and _volumes_found(topology, data):
+        if _answers(server.endpoint) and volumes_found():
             try:
                 store.check()
                 return
@@ -220,15 +228,20 @@ def _answers(endpoint: str) -> bool:
     return True
 
 
-def _volumes_found(topology: str, data: Path) -> bool:
+def _volumes_found(topology: str, as_insider: ssl.SSLContext, data: Path) -> bool:
     """Whether the master knows a volume server, and every volume that lies on the disk."""
     try:
-        with urllib.request.urlopen(topology, timeout=2) as answer:
+        with _opener(as_insider).open(topology, timeout=2) as answer:
             centers = json.load(answer)["Topology"]["DataCenters"] or []
     except (OSError, ValueError, KeyError):
         return False
     nodes = [node for center in centers for rack in center["Racks"] or [] for node in rack["DataNodes"] or []]
     return bool(nodes) and sum(node["Volumes"] for node in nodes) >= sum(1 for _ in data.rglob("*.dat"))
+
+
+def _opener(as_insider: ssl.SSLContext) -> urllib.request.OpenerDirector:
+    proxies = urllib.request.ProxyHandler({})  # none for the loopback, whatever the environment says
+    return urllib.request.build_opener(proxies, urllib.request.HTTPSHandler(context=as_insider))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
