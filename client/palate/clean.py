@@ -7,15 +7,15 @@ one as an orphan only when the run is over or gone, and a folder only when its p
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from palate.backend import Kind, backend_names, get_backend
+from palate.backend.container import stale_secrets
 from palate.errors import ConfigurationError, RunNotFoundError
-from palate.home import palate_home, stale_work_folders
+from palate.home import folder_now, palate_home, stale_work_folders
 from palate.lease import LEASE_KEY, read_lease, silence_s, store_now
 from palate.record import Record, locate, names
 from palate.run import RunHandle
@@ -104,8 +104,8 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                     remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
                 )
             elif kind == "services" and status.state == "Running" and (ttl_s := handle.manifest.body["time_to_live_s"]):
-                age_s = time.time() - (status.started_at or time.time())
-                if age_s > ttl_s + ENDING_S:
+                age_s = silence_s(record, "status.json")  # its last change is that it runs; by the store's clock
+                if age_s is not None and age_s > ttl_s + ENDING_S:
                     yield Leftover(
                         kind="expired service",
                         what=name,
@@ -163,8 +163,17 @@ def _of_this_machine() -> Iterator[Leftover]:
                     why="the runner that worked in it is gone",
                     remove=lambda stale=stale: shutil.rmtree(stale, ignore_errors=True),  # type: ignore[misc]
                 )
-    for draft in _children(home / "cache" / "models"):
-        if draft.name.endswith(".draft") and time.time() - draft.stat().st_mtime > 86400:
+    for folder in stale_secrets():
+        yield Leftover(
+            kind="stale folder",
+            what=str(folder),
+            why="it holds the credentials of a container that was never started",
+            remove=lambda folder=folder: shutil.rmtree(folder, ignore_errors=True),  # type: ignore[misc]
+        )
+    drafts = [draft for draft in _children(home / "cache" / "models") if draft.name.endswith(".draft")]
+    now = folder_now(drafts[0].parent) if drafts else 0.0
+    for draft in drafts:
+        if now - draft.stat().st_mtime > 86400:
             yield Leftover(
                 kind="stale folder",
                 what=str(draft),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 from palate.processes import pid_space, process_state, start_time
@@ -29,6 +30,12 @@ def stale_work_folders(kind: str, name: str) -> list[Path]:
     """Returns the work folders of a run whose process is gone; those of other machines, on a shared disk, are left out."""
     folder = palate_home() / "work" / kind / name
     return [entry for entry in (sorted(folder.iterdir()) if folder.is_dir() else []) if _is_stale(entry.name)]
+
+
+def folder_now(folder: Path) -> float:
+    """Returns the time by the clock of the file system that holds a folder, in seconds since the epoch."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime
 
 
 def _is_stale(mark: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tarfile
 from collections.abc import Iterator
 from datetime import datetime
@@ -31,6 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(600)]
 IMAGE = f"palate-engine-test:{os.getpid()}"
 BROKEN = f"palate-engine-test:{os.getpid()}-broken"
 SMALL = f"palate-engine-test:{os.getpid()}-small"
+IDLE = f"palate-engine-test:{os.getpid()}-idle"
 LABEL = f"ai.palate.engine-test-{os.getpid()}"
 
 DOCKERFILE = f"""
@@ -41,6 +43,9 @@ RUN echo "$WHAT" > /what
 FROM ${{PYTHON_IMAGE}} AS broken
 LABEL {LABEL}="1"
 ENTRYPOINT ["/no/such/program"]
+FROM ${{PYTHON_IMAGE}} AS idle
+LABEL {LABEL}="1"
+ENTRYPOINT ["python", "-c", "pass"]
 FROM ${{PYTHON_IMAGE}}
 LABEL {LABEL}="1"
 COPY --from=built /what /what
@@ -85,9 +90,10 @@ def an_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         there = find_engine()
         steps = build(there, context, IMAGE, "--build-arg", "WHAT=built")
         build(there, context, BROKEN, "--target=broken")
+        build(there, context, IDLE, "--target=idle")
     assert len([step for step in steps if "FROM" in step]) >= 2, steps  # podman leaves out what nobody needs
     yield engine
-    engine.run("image", "rm", "--force", IMAGE, BROKEN, SMALL, check=False)
+    engine.run("image", "rm", "--force", IMAGE, BROKEN, IDLE, SMALL, check=False)
 
 
 def build(there: PalateEngine, context: Path, image: str, *options: str) -> list[str]:
@@ -147,7 +153,7 @@ def test_it_is_found_and_says_what_images_it_has(an_engine: Engine, there: Palat
     assert found.size_bytes > 100_000_000
     assert datetime.fromisoformat(found.created).tzinfo is not None
     assert found.labels[LABEL] == "1"
-    assert {image.name for image in there.images(LABEL)} == {IMAGE, BROKEN}
+    assert {image.name for image in there.images(LABEL)} == {IMAGE, BROKEN, IDLE}
     assert there.images(f"{LABEL}=2") == []
     assert there.image("palate-engine-test:never") is None
     with pytest.raises(ImageMissingError, match=f"palate images build trainer .*--engine {there.name}"):
@@ -161,11 +167,12 @@ def test_a_build_that_fails_ends_with_its_last_lines(there: PalateEngine, tmp_pa
 
 
 def test_a_run_starts_keeps_its_secrets_hears_a_stop_and_leaves_nothing(
-    there: PalateEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: PalateEngine, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://me:told-to-nobody@127.0.0.1:9")
     backend = ContainerBackend()
     engine_id = backend.start(launch("waits", tmp_path))
+    assert list((home / "run").rglob("*.json")) == []  # the runner has its variables
     until(lambda: "begun by" in backend.logs(engine_id), timeout_s=30)
     assert f"begun by {os.getuid()} built" in backend.logs(engine_id)
     assert backend.status(engine_id).state == "running"
@@ -177,6 +184,50 @@ def test_a_run_starts_keeps_its_secrets_hears_a_stop_and_leaves_nothing(
     assert (tmp_path / "heard").stat().st_uid == os.getuid()
     assert (backend.status(engine_id).state, backend.logs(engine_id), backend.runs()) == ("gone", "", [])
     backend.stop(engine_id, grace_s=1)  # gone is no error
+
+
+def test_credentials_that_nobody_took_do_not_stay(there: PalateEngine, home: Path, tmp_path: Path) -> None:
+    backend = ContainerBackend()
+    engine_id = backend.start(launch("idle", tmp_path, image=IDLE))
+    assert list((home / "run").rglob("*.json")) == []
+    there.run("rm", "--force", engine_id.split(":")[2])  # by hand: the next look takes away what is left
+    assert gone(engine_id) == ""
+    assert list((home / "run").iterdir()) != []
+    backend.stop(engine_id, grace_s=0)
+    assert list((home / "run").iterdir()) == []
+
+
+def test_a_crafted_engine_id_reaches_no_container_and_no_folder_of_others(
+    there: PalateEngine, home: Path, tmp_path: Path
+) -> None:
+    """Who may write to a store must not end, read or remove what else is on the machine of one who looks."""
+    backend = ContainerBackend()
+    engine_id = backend.start(launch("waits", tmp_path))
+    options = ["--detach", "--name", f"stranger-{os.getpid()}", "--network=host", "--entrypoint=sleep"]
+    stranger = there.run("run", *options, IMAGE, "300").stdout.split()[-1]
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    way_out = os.path.relpath(victim, home / "run")
+    try:
+        machine, old = engine_id.partition(":")[0], socket.gethostname()
+        crafted = [
+            f"{host}:{there.name}:{container}:{folder}"
+            for host in (machine, old)
+            for container in ("--all", stranger, engine_id.split(":")[2], "0" * 64)
+            for folder in (way_out, str(victim), "jobs-other-00000000")
+        ]
+        other = backend.of_run(f"test:/{tmp_path}/jobs/other")
+        for forged in (*crafted, engine_id, engine_id.replace("jobs-waits", "jobs-other"), "", "a:b:c", "a:docker:c:d"):
+            assert other.status(forged).state in {"unknown", "gone"}
+            assert other.logs(forged) == ""
+            other.stop(forged, grace_s=0)
+        for forged in crafted:
+            backend.stop(forged, grace_s=0)
+        assert victim.is_dir()
+        running = there.run("ps", "--quiet", "--no-trunc").stdout.split()
+        assert {stranger, engine_id.split(":")[2]} <= set(running)
+    finally:
+        there.run("rm", "--force", stranger)
 
 
 def test_one_that_does_not_listen_is_ended(there: PalateEngine, tmp_path: Path) -> None:

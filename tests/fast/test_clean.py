@@ -54,13 +54,21 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
     well = run(session, "jobs", "well", alive)
     over = run(session, "jobs", "over", FAR)
     over.advance("Failed", expect={"Running"})
-    old = run(session, "services", "old", alive, started_at=time.time() - 1000)
-    run(session, "services", "young", alive, started_at=time.time())
+    # Their runners' clocks are hours off, one each way; the store's counts.
+    old = run(session, "services", "old", alive, started_at=time.time() + 10_000)
+    _age(home, "services/old/status.json", 1000)
+    run(session, "services", "young", alive, started_at=time.time() - 10_000)
     ours = work_folder("jobs", "gone")
     stale = ours.with_name(f"{os.getpid()}-1-{ours.name.rpartition('-')[2]}")  # of a process that had this pid before
     elsewhere = ours.with_name(f"{os.getpid()}-1-00000000")
     for folder in (ours, stale, elsewhere):
         folder.mkdir(parents=True)
+    # Keys of containers, one of which was never started; the other is about to read them.
+    keys = home / "run" / "jobs-lost-0123abcd"
+    for folder in (keys, home / "run" / "jobs-well-0123abcd"):
+        folder.mkdir(parents=True)
+        (folder / "variables.json").write_text("{}")
+    os.utime(keys / "variables.json", (time.time() - 1000,) * 2)
 
     # A runner that hangs on a run which is over: it holds the lease and hears nothing.
     stuck = run(session, "jobs", "stuck", FAR)
@@ -82,10 +90,11 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
             ("stale lease", "jobs/over"),
             ("expired service", "old"),
             ("stale folder", str(stale)),
+            ("stale folder", str(keys)),
             ("orphan run", f"process {process.pid}: palate-run {stuck.uri}"),
         }
         until(lambda: clean(home)[0] == expected)
-        assert "5 found, nothing changed; next: palate clean --yes" in clean(home)[1]
+        assert "6 found, nothing changed; next: palate clean --yes" in clean(home)[1]
         assert lost.status().state == "Running"
         assert process.poll() is None
 
@@ -94,7 +103,7 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
         assert clean(home, "--yes")[0] == expected - {("expired service", "old")}
         process.wait(30)
         assert (lost.status().state, well.status().state) == ("Failed", "Running")
-        assert (ours.exists(), stale.exists(), elsewhere.exists()) == (True, False, True)
+        assert (ours.exists(), stale.exists(), elsewhere.exists(), keys.exists()) == (True, False, True, False)
         assert clean(home)[0] == set()
     finally:
         process.kill()

@@ -87,7 +87,7 @@ class ProcessBackend:
         return ProcessBackend(uri)
 
     def start(self, launch: Launch) -> str:
-        command = [sys.executable, "-m", "palate.runner", launch.uri]
+        command = [sys.executable, "-P", "-m", "palate.runner", launch.uri]
         return self.start_command(command, run_name=launch.run_name, env={**launch.env, _URI_VARIABLE: launch.uri})
 
     def start_command(self, argv: list[str], *, run_name: str, env: Mapping[str, str]) -> str:

@@ -120,7 +120,7 @@ def _base_digest(engine: Engine, base: str, say: Callable[[str], None]) -> str:
     found = engine.image(base)
     if found is None:
         say(f"fetching {base}")
-        engine.run("pull", base, timeout_s=None)
+        engine.run("pull", "--", base, timeout_s=None)
         found = need_image(engine, base)
     return found.digest or found.id
 

@@ -87,7 +87,7 @@ class Engine:
 
     def image(self, name: str) -> ImageFacts | None:
         """Returns what the engine knows of an image, by name or id; None when it has none. Fetches nothing."""
-        done = self.run("image", "inspect", name, check=False)
+        done = self.run("image", "inspect", "--", name, check=False)
         if done.returncode != 0:
             if "no such image" in done.stderr.lower() or "image not known" in done.stderr.lower():
                 return None
@@ -101,7 +101,7 @@ class Engine:
         if not ids:
             return []
         facts = []
-        for entry in json.loads(self.run("image", "inspect", *ids).stdout):
+        for entry in json.loads(self.run("image", "inspect", "--", *ids).stdout):
             facts += [_facts(entry, tag) for tag in entry.get("RepoTags") or ()]
         return sorted(facts, key=lambda image: image.created, reverse=True)
 
