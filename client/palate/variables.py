@@ -1,13 +1,36 @@
-"""A run's variables in a file, for engines that would show them to anyone who inspects a run. Knows no engine."""
+"""Variables of a run: in a file, for engines that would show them to anyone, and without credentials. Knows no engine."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 FILE_VARIABLE = "PALATE_VARIABLES_FILE"
 """Names the file, a JSON object of names and values, in the environment of a runner."""
+
+
+_PROVIDERS = ("AWS_", "OSS_", "S3_", "ALIBABA_CLOUD_", "AZURE_", "GOOGLE_", "GCP_", "OPENAI_", "ANTHROPIC_")
+_CREDENTIAL = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|(API|ACCESS|PRIVATE|ACCOUNT|SIGNING)_?KEY)(_|$)",
+    re.IGNORECASE,
+)
+
+
+def without_credentials(environment: Mapping[str, str], *, kept: Collection[str] = ()) -> dict[str, str]:
+    """Returns an environment for a program that needs no credentials: everything else stays.
+
+    Args:
+        environment: Of the process that starts it.
+        kept: Names that stay in any case.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in kept or not (name.upper().startswith(_PROVIDERS) or _CREDENTIAL.search(name))
+    }
 
 
 def take_variables() -> None:

@@ -23,6 +23,7 @@ from palate.errors import ConfigurationError, PalateError
 from palate.home import palate_home
 from palate.session import Session
 from palate.store import open_store
+from palate.variables import without_credentials
 from palate_recipes.catalog import Model, find_model
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -199,8 +200,10 @@ def _from_package(name: str, folder: Path) -> None:
     files = [Path(str(file.locate())) for file in distribution(name).files or [] if file.name.endswith(".gguf")]
     if len(files) != 1:
         raise WeightsError(f"the package {name} holds {len(files)} GGUF files, one is expected: reinstall it")
-    command = [sys.executable, "-m", "palate_trainer.weights_from_gguf", str(files[0]), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [sys.executable, "-P", "-m", "palate_trainer.weights_from_gguf"]
+    command += [str(files[0].absolute()), str(folder.absolute())]
+    environment = {**without_credentials(os.environ), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
         raise WeightsError(f"the weights of the package {name} could not be converted:\n{tail}")

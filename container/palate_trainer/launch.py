@@ -102,7 +102,7 @@ def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
         shutdown_timeout=_STOP_GRACE_S,
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "palate_trainer", str(spec_file))
+        elastic_launch(config, sys.executable)("-u", "-P", "-m", "palate_trainer", str(spec_file))
     except SignalException:
         finished = _identity(output / MODEL_DIR)
         # A stop that came after the last step: the model was saved all the same.

@@ -16,9 +16,9 @@ def engine_command(spec: ServeSpec, plan: Plan, *, spec_file: Path, port: int) -
     """Returns the command that serves the spec on the port."""
     if plan.engine.name == "transformers":
         settings = [f"--port={port}", f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
-        return [sys.executable, "-m", "palate_server.transformers_engine", str(spec_file), *settings]
+        return [sys.executable, "-P", "-m", "palate_server.transformers_engine", str(spec_file), *settings]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
         *("--host", spec.host, "--port", str(port)),
         *("--dtype", plan.dtype),
         *("--middleware", f"{Front.__module__}.{Front.__qualname__}"),
@@ -55,6 +55,7 @@ def engine_environment(plan: Plan, *, spec_file: Path, ipc_dir: str) -> dict[str
         "TMPDIR": ipc_dir,  # what an engine forgets goes with this folder
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # for the processes that the engine starts, too
     }
     if plan.engine.name == "vllm" and plan.on_cpu:
         environment[KV_CACHE_VARIABLE] = str(plan.kv_cache_gib)

@@ -53,7 +53,7 @@ class Leash:
         self._grace_s = grace_s
         self._let_go = threading.Lock()
         read_end, self._write_end = os.pipe()
-        keeper = [sys.executable, "-m", __name__, str(read_end), str(grace_s), *command]
+        keeper = [sys.executable, "-P", "-m", __name__, str(read_end), str(grace_s), *command]
         try:
             self._keeper = subprocess.Popen(
                 keeper,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 from palate.errors import DataError
 from palate.preflight import check_trainer
 from palate.session import get_default_session
+from palate.variables import without_credentials
 from palate.weights import fetch_weights, find_weights
 from palate_recipes.data.report import Place, Report
 from palate_recipes.hyperparameters import HYPERPARAMETERS
@@ -52,8 +54,8 @@ def measure(
         folder, _ = fetch_weights(source, session, say=lambda text: print(text, file=sys.stderr))
     prompt = HYPERPARAMETERS["system_prompt"].default if system_prompt is None else system_prompt
     spec = MeasureSpec(
-        model_dir=str(folder),
-        files=[[str(path), name] for path, name in files],
+        model_dir=str(folder.absolute()),
+        files=[[str(Path(path).absolute()), name] for path, name in files],
         strategy=strategy,
         settings=settings,
         seq_length=seq_length or sys.maxsize,
@@ -62,9 +64,11 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="palate-") as work:
         spec.write(Path(work) / "measure.json")
         done = subprocess.run(
-            [sys.executable, "-m", "palate_trainer.measure", str(Path(work) / "measure.json")],
+            [sys.executable, "-P", "-m", "palate_trainer.measure", str(Path(work) / "measure.json")],
             capture_output=True,
             text=True,
+            env={**without_credentials(os.environ), "PYTHONSAFEPATH": "1"},
+            cwd=work,
         )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one run to its end; returns 0 when it succeeded, was stopped as asked, or is another runner's, else 1."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["train"]:  # what managed platforms run an image with; there is no store then, and no record
-        os.execv(sys.executable, [sys.executable, "-m", "palate_trainer.managed", *arguments[1:]])
+        os.environ["PYTHONSAFEPATH"] = "1"  # of every process that it starts, too
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "palate_trainer.managed", *arguments[1:]])
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2

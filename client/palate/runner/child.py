@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
 from palate.runner.memory import MemoryGuard
 from palate.runner.presence import TICK_S, Presence
+from palate.variables import without_credentials
 
 LOG_TAIL_LINES = 25
 _PR_SET_PDEATHSIG = 1
@@ -22,9 +23,21 @@ _LIBC = ctypes.CDLL(None)  # opened here: between fork and exec as little as pos
 
 
 class Child:
-    """A program whose output goes to `log`; its life ends with this process, or with the `with` block that it is given to."""
+    """A program whose output goes to `log`; its life ends with this process, or with the `with` block that it is given to.
 
-    def __init__(self, argv: list[str], *, log: Path, env: dict[str, str], cwd: Path) -> None:
+    It knows files alone, so it is given none of the credentials that this process has for stores and hubs.
+
+    Args:
+        argv: Program and arguments.
+        log: File that its output is added to.
+        env: Variables on top of this process's own.
+        cwd: Its working folder.
+        kept: Names of variables that the user gave to this program, and that it gets whatever they hold.
+    """
+
+    def __init__(
+        self, argv: list[str], *, log: Path, env: dict[str, str], cwd: Path, kept: Collection[str] = ()
+    ) -> None:
         self.log = log
         self._memory = MemoryGuard()
         with log.open("ab") as output:
@@ -33,7 +46,12 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+                env={
+                    **without_credentials(os.environ, kept=kept),
+                    "PYTHONUNBUFFERED": "1",
+                    "PYTHONSAFEPATH": "1",  # for every Python below it: no file of a working folder is a module
+                    **env,
+                },
                 cwd=cwd,
                 preexec_fn=_die_with_parent,
             )

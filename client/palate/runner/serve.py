@@ -38,7 +38,7 @@ def run_service(post: Post) -> Ending:
     spec.write(work / "spec.json")
     post.say(f"starting the engine for {body['model']['name']}")
     child = Child(
-        [sys.executable, "-m", "palate_server", str(work / "spec.json")],
+        [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
         log=post.log,
         env={TOKEN_VARIABLE: record.store.get(record.key(TOKEN_KEY)).decode(), "HF_HUB_OFFLINE": "1"},
         cwd=work,

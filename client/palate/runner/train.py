@@ -63,9 +63,10 @@ def run_training(post: Post, logs: Tail) -> Ending:
     cache = ReferenceCache(post.direct.store, spec, post.say)
     post.say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
     child = Child(
-        [sys.executable, "-m", "palate_trainer", str(post.work / "spec.json")],
+        [sys.executable, "-P", "-m", "palate_trainer", str(post.work / "spec.json")],
         log=post.log,
         env={"HF_HUB_OFFLINE": "1"},  # everything is staged: nothing may be fetched behind the user's back
+        kept=body.get("environment_names", ()),
         cwd=post.work,
     )
 

@@ -180,7 +180,12 @@ def _parts(container: Container) -> Iterator[Container]:
 
 def _run(task: _Task) -> Linter:
     done = subprocess.run(
-        [sys.executable, "-m", "palate_recipes.data.checking"],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "palate_recipes.data.checking",
+        ],  # the folder may be the data's: no module is there
         input=pickle.dumps(task),
         capture_output=True,
         env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
