@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from palate.store.errors import (
 )
 from tests.support.gate import Weather, gate_to
 from tests.support.seaweed import free_ports
+
+_GATES = 6
 
 SECRET = "hush-hush-very-secret"
 
@@ -123,33 +127,95 @@ def test_the_endpoint_accepts_and_says_nothing(s3_options: StoreOptions) -> None
         assert time.monotonic() - began < 12
 
 
-def test_an_answer_that_is_cut_at_any_byte_is_asked_for_again(s3_options: StoreOptions, bucket: str) -> None:
+@pytest.mark.parametrize("what", ["get", "get_range", "stat", "list"])
+def test_an_answer_that_is_cut_at_any_byte_is_asked_for_again(
+    s3_options: StoreOptions, bucket: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """Python takes headers that break off for all there are: what never came must not count as empty, or as not there."""
-    content = b'{"state": "Running"}' * 40
-    direct = open_store(f"s3://{bucket}/cut", options=s3_options)
+    _cut_everywhere(s3_options, bucket, monkeypatch, what)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("what", ["list_children", "absent", "checksum", "download", "stream", "put", "copy", "delete"])
+def test_any_other_answer_that_is_cut_at_any_byte_is_asked_for_again(
+    s3_options: StoreOptions, bucket: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    _cut_everywhere(s3_options, bucket, monkeypatch, what)
+
+
+def test_an_upload_whose_last_answer_got_lost_is_in_place(
+    s3_options: StoreOptions, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has put the parts together by then, and knows nothing of that upload any more."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    content = os.urandom((8 << 20) + 1)
+    (tmp_path / "large").write_bytes(content)
+    with gate_to(int(str(s3_options.endpoint_url).rpartition(":")[2])) as gate:
+        through = replace(s3_options, endpoint_url=f"http://127.0.0.1:{gate.port}")
+        store = open_store(f"s3://{bucket}/lost-answer", options=through)
+        arrived = 0
+
+        def moved(count: int) -> None:
+            nonlocal arrived
+            arrived += count
+            if arrived == len(content):  # the parts are there: the next answer is to what puts them together
+                gate.weather = Weather(next_answer=0)
+
+        store.upload(tmp_path / "large", "large", moved=moved)
+        assert gate.weather.next_answer is None
+        store.download("large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == content
+
+
+def _cut_everywhere(options: StoreOptions, bucket: str, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Does one thing as often as its answer has bytes, and breaks the answer off after each of them."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr("palate.store.s3_transfer._FIRST_PAUSE_S", 0)
+    content = b'{"state": "Running"}'
+    direct = open_store(f"s3://{bucket}/cut-{what}", options=options)
     direct.put("folder/one", content)
     written = direct.stat("folder/one")
     assert written is not None
+    assert written.size == len(content)
 
-    def answers(passing: int) -> None:
-        with gate_to(int(str(s3_options.endpoint_url).rpartition(":")[2])) as gate:
-            options = replace(s3_options, endpoint_url=f"http://127.0.0.1:{gate.port}")
-            store = open_store(f"s3://{bucket}/cut", options=options)
-            for ask, expected in (
-                (lambda: store.get("folder/one"), content),
-                (lambda: store.get_range("folder/one", 3, 20), content[3:23]),
-                (lambda: store.stat("folder/one"), written),
-                (lambda: [info.key for info in store.list("folder/")], ["folder/one"]),
-                (lambda: store.stat("folder/two"), None),
-                (lambda: store.put(f"made/{passing}", content, if_none_match=True) != "", True),
-                (lambda: store.copy("folder/one", f"copied/{passing}"), None),
-                (lambda: store.delete(f"made/{passing}"), None),
-            ):
-                gate.weather = Weather(next_answer=passing)
-                assert ask() == expected, f"the answer was cut after {passing} bytes"
+    def download(store: Store, at: int) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            store.download("folder/one", Path(folder) / "one")
+            return (Path(folder) / "one").read_bytes()
 
-    with ThreadPoolExecutor(12) as pool:
-        assert len([*pool.map(answers, range(0, 420, 14))]) == 30
+    calls: dict[str, tuple[Callable[[Store, int], object], object]] = {
+        "get": (lambda store, _: store.get("folder/one"), content),
+        "get_range": (lambda store, _: store.get_range("folder/one", 3, 12), content[3:15]),
+        "stat": (lambda store, _: store.stat("folder/one"), written),
+        "list": (lambda store, _: [*store.list("folder/")], [written]),
+        "list_children": (lambda store, _: store.list_children(), ["folder"]),
+        "absent": (lambda store, _: store.stat("folder/two"), None),
+        "checksum": (lambda store, _: store.checksum("folder/one"), f"{zlib.crc32(content):08x}"),
+        "download": (download, content),
+        "stream": (lambda store, _: b"".join(store.stream("folder/one")), content),
+        "put": (lambda store, at: store.put(f"made-{at}", content, if_none_match=True), written.etag),
+        "copy": (lambda store, at: store.copy("folder/one", f"copied-{at}"), None),
+        "delete": (lambda store, _: store.delete("folder/three"), None),
+    }
+    call, expected = calls[what]
+
+    def answers(remainder: int) -> int:
+        """Cuts the answer after each `_GATES`th byte, and returns the number of cuts."""
+        at = remainder
+        with gate_to(int(str(options.endpoint_url).rpartition(":")[2])) as gate:
+            through = replace(options, endpoint_url=f"http://127.0.0.1:{gate.port}")
+            while True:
+                if at // _GATES % 30 == 0:  # a client of botocore tries 35 requests again, and more when others succeed
+                    store = open_store(direct.root, options=through)
+                    call(store, -1 - at)  # whether the bucket is there is asked once
+                gate.weather = Weather(next_answer=at)
+                assert call(store, at) == expected, f"the answer was cut after {at} bytes"
+                if gate.weather.next_answer is not None:
+                    return at // _GATES
+                at += _GATES
+
+    with ThreadPoolExecutor(_GATES) as pool:
+        assert sum(pool.map(answers, range(_GATES))) > 100
 
 
 def test_no_secret_is_ever_shown(s3_options: StoreOptions) -> None:

@@ -19,7 +19,8 @@ class Weather:
         bytes_per_s: Of each connection and direction; None lets them run.
         torn_within: A connection is cut after a random number of bytes below this; None cuts none.
         loses_answers: A connection is cut when the server begins to answer: the request was heard, the answer is not.
-        next_answer: Only so many bytes of the next answer pass, then its connection is cut and the weather is fair.
+        next_answer: Only so many bytes of the next answer pass, then its connection is cut and the weather is fair. An answer
+            that has no more bytes passes whole.
     """
 
     bytes_per_s: int | None = None
@@ -98,9 +99,9 @@ class Gate:
                     torn_at = random.randrange(weather.torn_within) if weather.torn_within else 0
                 if weather.loses_answers and is_answer:
                     break
-                if weather.next_answer is not None and is_answer:
+                if weather.next_answer is not None and is_answer and passed + len(data) > weather.next_answer:
                     self.weather = FAIR
-                    sink.sendall(data[: weather.next_answer])
+                    sink.sendall(data[: weather.next_answer - passed])
                     break
                 if weather.torn_within and passed + len(data) > torn_at:
                     sink.sendall(data[: torn_at - passed])

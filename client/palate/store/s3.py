@@ -24,6 +24,7 @@ from palate.store.uri import RESERVED, check_key, check_prefix, is_reserved
 try:
     import boto3.exceptions
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 except ImportError as missing:
     from palate.errors import MissingDependencyError
 
@@ -33,7 +34,7 @@ except ImportError as missing:
 
 from palate.store.s3_client import connect
 from palate.store.s3_errors import code_of, explain
-from palate.store.s3_transfer import CRC, PART, Transfer
+from palate.store.s3_transfer import CRC, PART, Transfer, etag_of, understood
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -136,12 +137,13 @@ class S3Store(Store):
         head = self._head(key)
         if head is None:
             return None
-        return ObjectInfo(
-            key=key,
-            size=head["ContentLength"],
-            etag=_plain(head["ETag"]),
-            modified_s=head["LastModified"].timestamp(),
-        )
+        with self._explained("read", key), understood():
+            return ObjectInfo(
+                key=key,
+                size=head["ContentLength"],
+                etag=_plain(etag_of(head)),
+                modified_s=head["LastModified"].timestamp(),
+            )
 
     def checksum(self, key: str) -> str | None:
         head = self._head(key)
@@ -176,7 +178,7 @@ class S3Store(Store):
 
     def list_children(self, prefix: str = "") -> Keys:
         below = self._prefix + check_prefix(prefix)
-        with self._explained("listed", prefix):
+        with self._explained("listed", prefix), understood():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=below, Delimiter="/"
             )
@@ -231,7 +233,7 @@ class S3Store(Store):
 
     def _head(self, key: str) -> HeadObjectOutputTypeDef | None:
         try:
-            with self._explained("read", key):
+            with self._explained("read", key), understood():
                 return self._client.head_object(Bucket=self._bucket, Key=self._full(key))
         except ObjectNotFoundError:
             self._require_bucket()
@@ -240,13 +242,13 @@ class S3Store(Store):
     def _all(self, prefix: str) -> Iterator[ObjectInfo]:
         below = self._prefix + check_prefix(prefix)
         found = []
-        with self._explained("listed", prefix):
+        with self._explained("listed", prefix), understood():
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=below):
                 for entry in page.get("Contents", []):
                     info = ObjectInfo(
                         key=entry["Key"].removeprefix(self._prefix),
                         size=entry["Size"],
-                        etag=_plain(entry["ETag"]),
+                        etag=_plain(etag_of(entry)),
                         modified_s=entry["LastModified"].timestamp(),
                     )
                     found.append(info)
@@ -280,7 +282,7 @@ class S3Store(Store):
         """Turns what boto3 raises into a StoreError with URI, endpoint, cause and remedy."""
         try:
             yield
-        except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
+        except (BotoCoreError, ClientError, ResponseParserError, boto3.exceptions.Boto3Error) as error:
             what = f"{self.uri(key)} at {self._endpoint} cannot be {verb}"
             raise explain(error, what=what, bucket=self._bucket, options=self._options) from error
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from http.client import HTTPException, HTTPResponse, RemoteDisconnected
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import boto3.session
 import botocore.session
 from botocore import UNSIGNED
+from botocore.awsrequest import AWSHTTPConnection, AWSHTTPConnectionPool, AWSHTTPSConnection, AWSHTTPSConnectionPool
 from botocore.config import Config
 from botocore.exceptions import ConnectionClosedError
 from botocore.loaders import Loader, create_loader
+from urllib3.exceptions import HTTPError
 
 from palate.store.errors import StoreUsageError
 from palate.store.options import ADDRESSING_STYLES, StoreOptions
@@ -88,47 +91,90 @@ def _send_body_at_once(params: dict[str, Any], **_: object) -> None:
     params["headers"].pop("Expect", None)
 
 
-_ALWAYS_SAID = {
-    "GetObject": ("ETag", "Last-Modified"),
-    "HeadObject": ("ETag", "Last-Modified", "Content-Length"),
-    "PutObject": ("ETag",),
-    "UploadPart": ("ETag",),
-}
+class _WholeHead(HTTPResponse):
+    """Raises HTTPException for an answer that broke off within its headers.
+
+    Python takes what came by then for all of them: a value that was cut in its middle, or no Content-Length, and so no content.
+    """
+
+    def begin(self) -> None:
+        if self.headers is not None:  # they are read already
+            return
+        file = self.fp
+        lines = _Lines(file)
+        self.fp = cast("BufferedReader", lines)
+        try:
+            super().begin()
+        finally:
+            if self.fp is lines:  # an answer without a body is closed by now
+                self.fp = file
+        if lines.last not in (b"\r\n", b"\n"):
+            raise RemoteDisconnected("the connection was closed within the headers of the answer")
+        length = self.headers.get("Content-Length", "0")
+        if not (length.isascii() and length.isdigit()):  # Python would read on until the connection ends
+            raise HTTPException(f"Content-Length {length!r}")
+
+
+class _Lines:
+    """Reads lines from a file, and keeps the last one."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file, self.last = file, b""
+
+    def readline(self, limit: int) -> bytes:
+        self.last = self._file.readline(limit)
+        return self.last
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Connection(AWSHTTPConnection):
+    response_class = _WholeHead  # type: ignore[assignment]  # AWSHTTPResponse is for `Expect` alone, which is not sent
+
+
+class _SecureConnection(AWSHTTPSConnection):
+    response_class = _WholeHead  # type: ignore[assignment]  # AWSHTTPResponse is for `Expect` alone, which is not sent
+
+
+class _Pool(AWSHTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(AWSHTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
 
 
 class _WholeAnswers:
     """Sends requests, and raises ConnectionClosedError, which is tried again, for an answer that broke off.
 
-    Python takes headers that break off for all that there are. Without its Content-Length a body that never came then counts as
-    an empty one: a folder without files, an object without content.
+    Args:
+        session: Of the client, and of no other one.
     """
 
     def __init__(self, session: Any) -> None:
         self._session = session
+        session._pool_classes_by_scheme.update(http=_Pool, https=_SecurePool)
 
-    def send(self, request: Any, event_name: str, **_: object) -> Any:
+    def send(self, request: Any, **_: object) -> Any:
         answer = self._session.send(request)
-        if answer.status_code < 300 and answer.status_code != 204 and not _is_whole(answer, request, event_name):
+        try:
+            whole = _is_whole(answer, request)
+        except HTTPError as error:  # the content of a refusal broke off
+            raise ConnectionClosedError(endpoint_url=request.url.partition("?")[0], error=error) from error
+        if not whole:
             answer.raw.close()
             raise ConnectionClosedError(endpoint_url=request.url.partition("?")[0])
         return answer
 
 
-def _is_whole(answer: Any, request: Any, event_name: str) -> bool:
-    said: Mapping[str, str] = answer.headers
-    length = said.get("Content-Length")
-    if length is None and "Transfer-Encoding" not in said and said.get("Connection", "").lower() != "close":
-        return False
-    for name in _ALWAYS_SAID.get(event_name.rpartition(".")[2], ()):
-        value = said.get(name, "")
-        if (
-            not value
-            or (name == "ETag" and not value.endswith('"'))
-            or (name == "Last-Modified" and value[-3:] != "GMT")
-        ):
-            return False
-    # Of an object the reader counts the bytes.
-    return length is None or request.stream_output or request.method == "HEAD" or len(answer.content) == int(length)
+def _is_whole(answer: Any, request: Any) -> bool:
+    """Whether as many bytes came as the headers say; of an object, which is read later, `Transfer.read` looks itself."""
+    length: str | None = answer.headers.get("Content-Length")
+    if length is None:
+        return True  # chunks say their own end; XML that was cut cannot be parsed
+    is_read_later = request.stream_output and answer.status_code < 300
+    return is_read_later or request.method == "HEAD" or len(answer.content) == int(length)
 
 
 def _is_loopback(endpoint: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from botocore import exceptions as botocore
+from botocore.parsers import ResponseParserError
 
 from palate.store.errors import (
     BucketNotFoundError,
@@ -49,6 +50,12 @@ _BROKEN_CONNECTION = (
 )
 
 
+class MalformedAnswerError(botocore.BotoCoreError):
+    """An answer lacks a value, or has one in another form than S3's."""
+
+    fmt = "{problem}"
+
+
 def code_of(error: botocore.ClientError) -> tuple[str, int]:
     """Returns the server's error code and the HTTP status."""
     answer = error.response
@@ -64,7 +71,7 @@ def explain(error: Exception, *, what: str, bucket: str, options: StoreOptions) 
         bucket: Named where it is the bucket that is missing.
         options: Their secrets are taken out of the message, should a server echo one.
     """
-    while not isinstance(error, botocore.ClientError | botocore.BotoCoreError) and isinstance(
+    while not isinstance(error, botocore.ClientError | botocore.BotoCoreError | ResponseParserError) and isinstance(
         error.__cause__ or error.__context__, Exception
     ):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]  # an Exception, by the line above
@@ -95,6 +102,8 @@ def _meaning(error: Exception, bucket: str) -> tuple[type[StoreError], str]:
             StoreUnreachableError,
             f"{said}. Check the endpoint, the network and proxy settings, and that the server runs",
         )
+    if isinstance(error, MalformedAnswerError | ResponseParserError):
+        return StoreError, f"{said}. Check that the endpoint is one of S3 and that no proxy changes its answers"
     if isinstance(error, botocore.ParamValidationError | botocore.InvalidRegionError | botocore.NoRegionError):
         return StoreUsageError, f"{said}. Check the bucket's name and the region"
     return StoreError, f"{said}. Check endpoint, region and AWS settings"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import os
 import random
+import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
@@ -24,16 +26,18 @@ from botocore.exceptions import (
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
+    ResponseStreamingError,
 )
+from urllib3.exceptions import HTTPError
 
 from palate.store.crc import joined, spelled
 from palate.store.errors import DigestMismatchError, StoreError
 from palate.store.local import in_parallel
-from palate.store.s3_errors import code_of
+from palate.store.s3_errors import MalformedAnswerError, code_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
 
 PART = 8 << 20
 """Bytes of a part; larger ones were no faster, and fewer of them go at the same time."""
@@ -67,6 +71,29 @@ class Piece:
     crc: str | None
 
 
+@contextmanager
+def understood() -> Iterator[None]:
+    """Raises MalformedAnswerError for an answer that lacks a value or has one in another form than S3's.
+
+    For a value in another form botocore's parser raises what Python does, such as ValueError.
+    """
+    try:
+        yield
+    except BotoCoreError:  # some of them are a ValueError, too
+        raise
+    except (KeyError, ValueError, TypeError) as error:
+        lacks = isinstance(error, KeyError)
+        problem = f"the answer lacks {error.args[0]}" if lacks else f"a value in the answer is malformed ({error})"
+        raise MalformedAnswerError(problem=problem) from error
+
+
+def etag_of(answer: Mapping[str, Any]) -> str:
+    """Returns the etag that an answer names, in quotes. Raises KeyError or ValueError when it names none."""
+    if not answer["ETag"].strip('"'):
+        raise ValueError("an empty ETag")
+    return str(answer["ETag"])
+
+
 class Transfer:
     """Reads and writes the objects of one bucket; raises what botocore raises. Safe to use from several threads.
 
@@ -92,24 +119,25 @@ class Transfer:
             wanted["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                answer = self._client.get_object(Bucket=self._bucket, Key=full, **wanted)
+                with understood():
+                    answer = self._client.get_object(Bucket=self._bucket, Key=full, **wanted)
             except ClientError as error:
                 if code_of(error)[1] != 416:
                     raise
                 # S3 has no range of an empty object, and none behind the end.
-                head = self._client.head_object(Bucket=self._bucket, Key=full)
-                return Piece(data=b"", total=head["ContentLength"], etag=head["ETag"], crc=head["Metadata"].get(CRC))
+                with understood():
+                    head = self._client.head_object(Bucket=self._bucket, Key=full)
+                    return Piece(
+                        data=b"", total=head["ContentLength"], etag=etag_of(head), crc=head["Metadata"].get(CRC)
+                    )
             try:
-                data = answer["Body"].read()
-                break
-            except _BROKEN_OFF:
+                with understood():
+                    return _piece(answer, start, length)
+            except (*_BROKEN_OFF, HTTPError) as error:
                 if attempt == _ATTEMPTS:
-                    raise
+                    raise error if isinstance(error, BotoCoreError) else ResponseStreamingError(error=error) from error
                 time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-        total = answer.get("ContentRange", "").rpartition("/")[2]
-        if not total:  # the whole, also from a server that knows no ranges
-            total, data = str(len(data)), data[start : None if length is None else start + length]
-        return Piece(data=data, total=int(total), etag=answer["ETag"], crc=answer["Metadata"].get(CRC))
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def fetch(self, full: str, target: Path, moved: Callable[[int], object], *, what: str) -> None:
         """Writes an object to the file `target`, and compares it with the CRC-32 that was recorded.
@@ -169,15 +197,16 @@ class Transfer:
     def write(self, full: str, data: bytes, **conditions: str) -> str:
         """Puts an object in one request, and returns its etag, in quotes."""
         crc = zlib.crc32(data)
-        answer = self._client.put_object(
-            Bucket=self._bucket,
-            Key=full,
-            Body=data,
-            Metadata={CRC: spelled(crc)},
-            **self._checksum(crc),
-            **conditions,  # type: ignore[arg-type]  # If-Match and If-None-Match, by their names in boto3
-        )
-        return answer["ETag"]
+        with understood():
+            answer = self._client.put_object(
+                Bucket=self._bucket,
+                Key=full,
+                Body=data,
+                Metadata={CRC: spelled(crc)},
+                **self._checksum(crc),
+                **conditions,  # type: ignore[arg-type]  # If-Match and If-None-Match, by their names in boto3
+            )
+            return etag_of(answer)
 
     def send(self, path: str | os.PathLike[str], full: str, moved: Callable[[int], object]) -> None:
         """Uploads a file; nothing is visible before it is whole, and no parts stay behind after an error.
@@ -214,9 +243,10 @@ class Transfer:
         for start in starts:
             whole = joined(whole, sums[start], min(part, size - start))
         asked: dict[str, Any] = {"ChecksumAlgorithm": "CRC32"} if self._checksums else {}
-        upload = self._client.create_multipart_upload(
-            Bucket=self._bucket, Key=full, Metadata={CRC: spelled(whole)}, **asked
-        )["UploadId"]
+        with understood():
+            upload = self._client.create_multipart_upload(
+                Bucket=self._bucket, Key=full, Metadata={CRC: spelled(whole)}, **asked
+            )["UploadId"]
         done: dict[int, CompletedPartTypeDef] = {}
 
         def send(start: int) -> None:
@@ -225,25 +255,36 @@ class Transfer:
                 if zlib.crc32(data) != sums[start]:
                     raise _changed(path)
                 number, checksum = start // part + 1, self._checksum(sums[start])
-                answer = self._client.upload_part(
-                    Bucket=self._bucket, Key=full, UploadId=upload, PartNumber=number, Body=data, **checksum
-                )
-            done[number] = {"PartNumber": number, "ETag": answer["ETag"]}
+                with understood():
+                    answer = self._client.upload_part(
+                        Bucket=self._bucket, Key=full, UploadId=upload, PartNumber=number, Body=data, **checksum
+                    )
+                    done[number] = {"PartNumber": number, "ETag": etag_of(answer)}
             if self._checksums:
                 done[number]["ChecksumCRC32"] = checksum["ChecksumCRC32"]
             moved(len(data))
 
         try:
             in_parallel(send, starts, threads=_PARTS_AT_A_TIME)
-            self._client.complete_multipart_upload(
-                Bucket=self._bucket,
-                Key=full,
-                UploadId=upload,
-                MultipartUpload={"Parts": [done[number] for number in sorted(done)]},
-            )
+            try:
+                with understood():
+                    self._client.complete_multipart_upload(
+                        Bucket=self._bucket,
+                        Key=full,
+                        UploadId=upload,
+                        MultipartUpload={"Parts": [done[number] for number in sorted(done)]},
+                    )
+            except ClientError as error:
+                if code_of(error)[0] != "NoSuchUpload" or not self._is_there(full, size, whole):
+                    raise  # else an earlier request of ours completed it, and its answer got lost
         except BaseException:
             self._abort(full, upload)
             raise
+
+    def _is_there(self, full: str, size: int, crc: int) -> bool:
+        with understood():
+            head = self._client.head_object(Bucket=self._bucket, Key=full)
+            return head["ContentLength"] == size and head["Metadata"].get(CRC) == spelled(crc)
 
     def _abort(self, full: str, upload: str) -> None:
         try:
@@ -266,6 +307,24 @@ class Transfer:
             target,
             Config=TransferConfig(multipart_threshold=_LARGEST_COPY, multipart_chunksize=_LARGEST_COPY // 10),
         )
+
+
+def _piece(answer: GetObjectOutputTypeDef, start: int, length: int | None) -> Piece:
+    """Reads the content of an answer. Raises ValueError or KeyError when it is not what was asked for."""
+    said = answer["ResponseMetadata"]
+    if not {"content-length", "transfer-encoding"} & set(said["HTTPHeaders"]):
+        raise ValueError("neither Content-Length nor chunks say where its content ends")
+    data = answer["Body"].read()
+    end = None if length is None else start + length
+    if said["HTTPStatusCode"] == 206:
+        place = answer["ContentRange"]
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", place, re.ASCII)
+        first, last, total = (int(number) for number in found.groups()) if found else (-1, -1, -1)
+        if first != start or last + 1 - first != len(data) or last >= total or (end is not None and last >= end):
+            raise ValueError(f"Content-Range {place!r} of {len(data)} bytes")
+    else:  # the whole, also from a server that knows no ranges
+        total, data = len(data), data[start:end]
+    return Piece(data=data, total=total, etag=etag_of(answer), crc=answer["Metadata"].get(CRC))
 
 
 class _Counted:
