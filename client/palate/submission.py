@@ -185,6 +185,6 @@ def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input],
     rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
     lines = [f"job {job.id} submitted: {rows}", *(f"note: {note}" for note in resolved.notes if notes)]
     lines += [line for channel, item in inputs.items() for line in item.remarks(channel, skipped=notes)]
-    shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items())
+    shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items() if name != "precision")
     lines += [f"precision={resolved.precision}  {shown}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from palate_trainer.errors import TrainerError
-from palate_trainer.fast.packing import MOST_APART, MOST_APART_16_BIT, try_packing
+from palate_trainer.errors import NotFiniteError
+from palate_trainer.fast.packing import EXACT, ROUNDED, Trial, try_fast_path
 from palate_trainer.fast.tree import TreeCollator
 from palate_trainer.order import RowOrder, SimilarLengths
 from palate_trainer.parallel import gather_rows, world_size
@@ -21,32 +21,57 @@ class Additions(OneOfSeveral):
     """What all trainers share; mixed in before TRL's class."""
 
     note: Callable[[str], None] = staticmethod(lambda line: None)
+    allow_fast: bool = True
+    """Whether this run may compute otherwise than TRL does."""
+
+    trial: Trial | None = None
+    """What the model takes of the fast path, once it was tried."""
 
     def pack(self) -> None:
-        """Lets batches go through the model as packed trees if the model can take them; the first call decides.
+        """Gives the model what it can take of the fast path; the first call decides.
 
         DPO's constructor scores the reference already, so that call comes from within it.
         """
-        collator: TreeCollator = self.data_collator  # type: ignore[attr-defined]
-        if collator.decided:
+        if self.trial is not None:
+            return
+        if not self.allow_fast:
+            self.trial = Trial("this run is TRL's own way", fused=False)
             return
         lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
         shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
-        rounded = self.args.bf16 or self.args.fp16  # type: ignore[attr-defined]
-        with self.accelerator.autocast():  # type: ignore[attr-defined]
-            reason = try_packing(
-                [self.model, getattr(self, "ref_model", None)],  # type: ignore[attr-defined]
-                collator,
-                [self.train_dataset[row] for row in shortest],  # type: ignore[attr-defined]
-                to_device=self._prepare_inputs,  # type: ignore[attr-defined]
-                longest=max(lengths),
-                tolerance=MOST_APART_16_BIT if rounded else MOST_APART,
-            )
+        rows = [self.train_dataset[row] for row in shortest]  # type: ignore[attr-defined]
+        collator = self.data_collator  # type: ignore[attr-defined]
+        packable = isinstance(collator, TreeCollator)
+
+        def collate(packed: bool) -> dict[str, Any]:
+            if packable:
+                collator.enabled = packed
+            batch: dict[str, Any] = self._prepare_inputs(collator(rows))  # type: ignore[attr-defined]
+            return batch
+
+        trial = try_fast_path(
+            [self.model, getattr(self, "ref_model", None)],  # type: ignore[attr-defined]
+            collate,
+            autocast=self.accelerator.autocast,  # type: ignore[attr-defined]
+            longest=max(lengths),
+            tolerance=ROUNDED if self.args.bf16 or self.args.fp16 else EXACT,  # type: ignore[attr-defined]
+            packable=packable,
+            options={"output_router_logits": True} if self.aux_loss_enabled else {},  # type: ignore[attr-defined]
+        )
         # One order of rows for all processes: where one cannot pack (its memory may be the smaller), none does.
-        reason = next((one for one in gather_rows(reason) if one is not None), None)
-        if reason is not None:
-            collator.enabled = False
-            self.note(f"note: prompts are encoded once an answer, not once a pair, because of this model: {reason}")
+        trial = next((one for one in gather_rows(trial) if one.reason is not None), trial)
+        self.trial = trial
+        if packable:
+            collator.enabled = trial.reason is None
+        if trial.failures:
+            self.note(
+                "WARNING: the fast path failed in its trial, and this run goes without it: the same losses, more time. "
+                + "; ".join(trial.failures)
+            )
+        elif packable and trial.reason is not None:
+            self.note(
+                f"note: prompts are encoded once an answer, not once a pair, because of this model: {trial.reason}"
+            )
 
     step_loss: float = 0.0
     """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
@@ -60,7 +85,7 @@ class Additions(OneOfSeveral):
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         value = float(loss)
         if not math.isfinite(value):
-            raise TrainerError(
+            raise NotFiniteError(
                 f"The loss became {value} at step {self.state.global_step + 1}."  # type: ignore[attr-defined]
                 " Lower learning_rate (a tenth is a good try) or max_grad_norm, or train in bfloat16 or float32 instead of float16."
             )
@@ -70,7 +95,7 @@ class Additions(OneOfSeveral):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         args = self.args  # type: ignore[attr-defined]
-        if self.data_collator.enabled:  # type: ignore[attr-defined]
+        if getattr(self.data_collator, "enabled", False):  # type: ignore[attr-defined]
             self.order = RowOrder(len(rows), args.seed)  # a packed batch has no padding to save
         else:
             self.order = SimilarLengths(list(rows["length"]), args.per_device_train_batch_size, args.seed)

@@ -15,13 +15,18 @@ _MEMORY_REMEDY = (
 _DISK_REMEDY = "Free space where the output folder lies, or write fewer checkpoints (a higher save_steps, 0 for none)."
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or its GPU had too little memory."""
+    return isinstance(error, MemoryError) or any(sign in f"{error}".lower() for sign in _MEMORY_SIGNS)
+
+
 def explain(error: BaseException) -> str:
     """One message: Palate's own errors as they are, known causes with a remedy, anything else as type and text."""
     if isinstance(error, PalateError):
         return str(error)
     text = f"{error}".strip()
     signs = text.lower()
-    if isinstance(error, MemoryError) or any(sign in signs for sign in _MEMORY_SIGNS):
+    if is_out_of_memory(error):
         return f"Out of memory: {_first_line(text) or type(error).__name__}. {_MEMORY_REMEDY}"
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "no space left" in signs:
         return f"The disk is full: {_first_line(text)}. {_DISK_REMEDY}"

@@ -9,16 +9,26 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
+import tempfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from palate_trainer.environment import prepare_environment
 from palate_trainer.errors import TrainerError
 from palate_trainer.failures import explain_signal
-from palate_trainer.parallel import world_size
-from palate_trainer.spec import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, MODEL_DIR, TrainSpec
+from palate_trainer.parallel import MEETING, world_size
+from palate_trainer.spec import (
+    ERROR_FILE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    FAST_PATH_FAILED_FILE,
+    MODEL_DIR,
+    TrainSpec,
+)
 
 _STOP_GRACE_S = 110
 """Time of the workers to finish their step and write a checkpoint; below what the runner grants this process."""
@@ -63,7 +73,7 @@ def visible_gpus() -> int:
 
 
 def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
-    """Runs `processes` workers to their end.
+    """Runs `processes` workers to their end; a second time TRL's own way where the fast path failed in the first step.
 
     Args:
         spec_file: What each of them reads.
@@ -74,28 +84,65 @@ def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
         0 when all ended well; EXIT_STOPPED after a SIGTERM, with the workers ended; EXIT_FAILED with error.txt written.
     """
     prepare_environment()
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    import torch.distributed.launcher.api  # noqa: F401  # makes the loggers below
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # its account of a failure would bury the worker's own
     output = Path(spec.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / ERROR_FILE).unlink(missing_ok=True)
+    for left in (ERROR_FILE, FAST_PATH_FAILED_FILE):
+        (output / left).unlink(missing_ok=True)
     before = _identity(output / MODEL_DIR)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: its host name need not resolve
+    # One machine: nothing of it listens to others, and its host name need not resolve.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", _loopback())
     os.environ[_LAUNCHER] = str(os.getpid())
+    # Private to this user, and in the work folder, which goes even where this process is killed.
+    with tempfile.TemporaryDirectory(prefix=".meeting-", dir=output) as meeting:
+        code = _launch_once(spec_file, output, processes, before, meeting)
+    cause = output / FAST_PATH_FAILED_FILE
+    if code != EXIT_FAILED or not spec.fast or not cause.exists():
+        return code
+    print(
+        "WARNING: the fast path failed before the first step was done, and the run begins anew TRL's own way: the same losses,"
+        f" more time. {cause.read_text(encoding='utf-8')}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix=".spec-", dir=output) as folder:
+        plain = replace(spec, fast=False)
+        plain.write(Path(folder) / spec_file.name)
+        return launch(Path(folder) / spec_file.name, plain, processes)
+
+
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+
+
+def _launch_once(spec_file: Path, output: Path, processes: int, before: tuple[int, int] | None, meeting: str) -> int:
+    """See `launch`.
+
+    Args:
+        before: Identity of the model folder that was there before.
+        meeting: A folder of this user alone, for the file by which the workers find each other.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # torch's TCP stores listen on every interface, and whoever reaches one may write there what is unpickled here.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[MEETING] = str(Path(meeting) / "workers")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port of the system's choice
+        rdzv_endpoint=str(Path(meeting) / "launcher"),
+        rdzv_configs={"store_type": "file"},
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this process's own output

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MEETING = "PALATE_MEETING_FILE"
+"""Environment variable in which the launcher names the file by which its workers find each other."""
+
 
 def rank() -> int:
     """This process among all of the training, from 0; the launcher says it in the environment."""
@@ -32,6 +35,29 @@ def is_main() -> bool:
 def local_rank() -> int:
     """The index of this process on its machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join_group(*, sharded: bool) -> None:
+    """Makes this worker one of its launcher's group, over a file: torch's own way is a TCP port open to every machine.
+
+    Does nothing in a process alone, or under another launcher. Collective.
+
+    Args:
+        sharded: Whether weights are split over the processes: then what is on the CPU is exchanged as well.
+    """
+    meeting = os.environ.get(MEETING)
+    if meeting is None or world_size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        backend = "cuda:nccl,cpu:gloo" if sharded else "nccl"
+    dist.init_process_group(
+        backend, init_method=f"file://{meeting}", rank=rank(), world_size=world_size(), timeout=timedelta(minutes=30)
+    )
 
 
 @lru_cache(maxsize=1)

@@ -7,21 +7,25 @@ import signal
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from palate_recipes.data.reading import describe_skipped, read_rows
 from palate_recipes.data.rows import Row
+from palate_recipes.errors import PalateError
 from palate_trainer.environment import keep_one_gpu, prepare_environment, use_available_cores
-from palate_trainer.errors import TrainerError
-from palate_trainer.failures import explain
+from palate_trainer.errors import NotFiniteError, TrainerError
+from palate_trainer.failures import explain, is_out_of_memory
 from palate_trainer.imports import lean_imports
-from palate_trainer.parallel import wait_for_all, world_size
+from palate_trainer.parallel import join_group, wait_for_all, world_size
 from palate_trainer.spec import (
     COMPLETE_MARK,
     ERROR_FILE,
     EXIT_FAILED,
     EXIT_STOPPED,
+    FAST_PATH_FAILED_FILE,
     TENSORBOARD_DIR,
     TrainSpec,
 )
@@ -49,25 +53,33 @@ def run(spec: TrainSpec, *, own_process: bool = False) -> int:
         return _train(spec, output, lean_imports(spec) if own_process else nullcontext())
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        message = explain(error)
+        failed_fast = isinstance(error, _FastPathError)
+        message = explain(error.__cause__ if failed_fast and error.__cause__ else error)
         print(message, file=sys.stderr, flush=True)
-        write_error(output, message)
+        if write_error(output, message) and failed_fast:
+            # The launcher begins anew without the fast path: alone this process cannot, the others wait for it.
+            (output / FAST_PATH_FAILED_FILE).write_text(message, encoding="utf-8")
         return EXIT_FAILED
 
 
-def write_error(output_dir: Path, message: str) -> None:
+def write_error(output_dir: Path, message: str) -> bool:
     """Leaves error.txt, or gives up quietly where not even that can be written: the message stands on stderr too.
 
     Of several processes the first one's message stays: when one ends, the others fail for the loss of it.
+
+    Returns:
+        Whether this message is the one that stays.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with (output_dir / ERROR_FILE).open("x", encoding="utf-8") as file:
             file.write(message.rstrip() + "\n")
     except FileExistsError:
-        pass
+        return False
     except OSError as error:
         print(f"{ERROR_FILE} cannot be written: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None]) -> int:
@@ -88,19 +100,18 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
         from transformers import set_seed
 
         from palate_trainer.chat_templates import take_out_system_default
-        from palate_trainer.fast.compact import completion_tokens_only
-        from palate_trainer.loading import check_model_dir, check_target_modules, load_model
+        from palate_trainer.loading import check_model_dir, check_target_modules
         from palate_trainer.outputs import save_model
-        from palate_trainer.reference import ReferenceScores
-        from palate_trainer.reporting import Metrics, RunCallback, StopRequested, StopSignal, say
+        from palate_trainer.reporting import StopRequested, StopSignal, say
         from palate_trainer.tokenizer import load_tokenizer, stop_token_ids
         from palate_trainer.tokens import Renderer, encode_pairs
-        from palate_trainer.trainers import build_trainer
+        from palate_trainer.trainers import build_trainer  # noqa: F401  # what a run needs is imported by here
         from palate_trainer.unpaired import balance_note
 
     startup.done("imports")
     stop = StopSignal()
     try:
+        join_group(sharded=hyperparameters["fsdp"] == "full_shard")
         set_seed(hyperparameters["seed"])
         check_model_dir(spec)
         check_target_modules(spec)
@@ -136,54 +147,39 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
         if world_size() > 1:
             notes.append(_batch_note(hyperparameters))
             say(f"note: {notes[-1]}")
-        threads = use_available_cores()
-        say(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
-        model = load_model(spec)
-        startup.done("model")
-        callback = RunCallback(
-            Metrics(output),
-            stop,
-            rows=len(train_rows),
-            startup=startup,
+        fit = partial(
+            _fit,
+            tokenizer=tokenizer,
+            train=train_rows,
+            validation=validation_rows,
             start_event={
-                "strategy": strategy,
-                "method": spec.method,
-                "model_name": spec.model_name,
-                "precision": spec.precision,
-                "processes": world_size(),
-                "train_rows": len(train_rows),
-                "validation_rows": len(validation_rows),
                 "skipped_rows": list(skipped),
                 "dropped_rows": report.dropped,
                 "prompt_too_long_rows": len(report.no_room),
                 "same_after_cut_rows": len(report.same_after_cut),
                 "truncated_rows": len(report.cut),
-                **{name: hyperparameters[name] for name in ADVICE_NAMES},
                 "notes": notes,
             },
+            stop=stop,
+            startup=startup,
+            resume_from=resume_from,
         )
-        reference = ReferenceScores(spec, say)
-        with completion_tokens_only():
-            trainer = build_trainer(
-                spec,
-                model=model,
-                tokenizer=tokenizer,
-                train=train_rows,
-                validation=validation_rows,
-                callbacks=[callback],
-                reference=reference,
-                note=say,
+        warning = ""
+        try:
+            trainer, callback = fit(spec)
+        except _FastPathError as error:
+            if world_size() > 1:
+                raise
+            traceback.print_exception(error.__cause__, file=sys.stderr)
+            warning = (
+                "WARNING: the fast path failed before the first step was done, and the run begins anew TRL's own way: the same"
+                f" losses, more time. {error}"
             )
-            if strategy == "dpo":
-                startup.done("build", reference=reference.seconds)
-                callback.start_event |= reference.report()
-            else:
-                startup.done("build")
-            callback.attach(trainer)
-            try:
-                trainer.train(resume_from_checkpoint=resume_from)
-            except StopRequested:  # in an evaluation, or nothing was left to train
-                callback.checkpoint_now()
+        if warning:  # out of the block above, whose exception keeps the model in memory
+            say(warning)
+            notes.append(warning)
+            _free_memory()
+            trainer, callback = fit(replace(spec, fast=False))
         if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
         stop.deferred = True  # nothing is left but to save: that is done before a stop is obeyed
@@ -202,6 +198,116 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
     say(f"{folder} written, {summary['seconds']} s in all")
     say("reading: {verdict}. {text}".format(**summary["reading"]))
     return 0
+
+
+class _FastPathError(TrainerError):
+    """A run with the fast path failed before its first step was done; its cause says how."""
+
+
+def _fit(
+    spec: TrainSpec,
+    *,
+    tokenizer: Any,
+    train: list[Any],
+    validation: list[Any],
+    start_event: dict[str, Any],
+    stop: Any,
+    startup: Startup,
+    resume_from: str | None,
+) -> tuple[Any, Any]:
+    """Loads the model and trains it, from the seed on.
+
+    Returns:
+        The trainer and its RunCallback, after the last step or the one at which a stop came.
+
+    Raises:
+        _FastPathError: It failed before the first step was done, and `spec.fast` allowed what may be the cause.
+    """
+    from transformers import set_seed
+
+    from palate_trainer.fast.compact import completion_tokens_only
+    from palate_trainer.loading import load_model
+    from palate_trainer.reference import ReferenceScores
+    from palate_trainer.reporting import Metrics, RunCallback, StopRequested, say
+    from palate_trainer.trainers import build_trainer
+
+    hyperparameters = spec.hyperparameters
+    notes = start_event["notes"]
+
+    def note(line: str) -> None:
+        say(line)
+        if line.startswith("WARNING: "):
+            notes.append(line)
+
+    set_seed(hyperparameters["seed"])  # here: a run that begins anew begins alike
+    threads = use_available_cores()
+    say(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
+    model = load_model(spec)
+    startup.done("model")
+    callback = RunCallback(
+        Metrics(Path(spec.output_dir)),
+        stop,
+        rows=len(train),
+        startup=startup,
+        start_event={
+            "strategy": hyperparameters["training_strategy"],
+            "method": spec.method,
+            "model_name": spec.model_name,
+            "precision": spec.precision,
+            "processes": world_size(),
+            "train_rows": len(train),
+            "validation_rows": len(validation),
+            **{name: hyperparameters[name] for name in ADVICE_NAMES},
+            **start_event,
+        },
+    )
+    reference = ReferenceScores(spec, say)
+    trainer = None
+    try:
+        with completion_tokens_only():
+            trainer = build_trainer(
+                spec,
+                model=model,
+                tokenizer=tokenizer,
+                train=train,
+                validation=validation,
+                callbacks=[callback],
+                reference=reference,
+                note=note,
+            )
+            if hyperparameters["training_strategy"] == "dpo":
+                startup.done("build", reference=reference.seconds)
+                callback.start_event |= reference.report()
+            else:
+                startup.done("build")
+            callback.attach(trainer)
+            try:
+                trainer.train(resume_from_checkpoint=resume_from)
+            except StopRequested:  # in an evaluation, or nothing was left to train
+                callback.checkpoint_now()
+    except Exception as error:
+        in_use = spec.fast and (trainer is None or (trainer.trial is not None and trainer.trial.fast))
+        if in_use and not callback.step_losses and _may_be_of_the_fast_path(error):
+            raise _FastPathError(explain(error)) from error
+        raise
+    return trainer, callback
+
+
+def _may_be_of_the_fast_path(error: Exception) -> bool:
+    """Not what says its own cause: our errors, files, too little memory (TRL's way takes more)."""
+    if isinstance(error, PalateError):
+        return isinstance(error, NotFiniteError)
+    return not isinstance(error, OSError) and not is_out_of_memory(error)
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _batch_note(hyperparameters: dict[str, Any]) -> str:

@@ -143,7 +143,8 @@ def build_trainer(
         note(
             f"{joined} of a step's {batches} batches go through the model as one: they are small, and the sums are the same"
         )
-    Additions.note = staticmethod(note)  # before TRL's constructor, which already scores the reference
+    # Before TRL's constructor, which already scores the reference.
+    Additions.note, Additions.allow_fast = staticmethod(note), spec.fast
     try:
         trainer: PairTrainer | AnswerTrainer | LabelTrainer
         if strategy == "dpo":
@@ -212,7 +213,7 @@ def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
     )
     if world_size() == 1:
         return here
-    # Free memory differs between GPUs, and all take the same steps. TRL's arguments would tie the processes later, so.
+    # Free memory differs between GPUs, and all take the same steps. Under another launcher nothing ties them so far.
     PartialState(cpu=not on_gpu, timeout=timedelta(minutes=30))
     return min(gather_rows(here))
 

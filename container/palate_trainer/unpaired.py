@@ -15,8 +15,6 @@ from trl import KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from palate_trainer.additions import Additions
-from palate_trainer.fast.elementwise import fuse_elementwise
-from palate_trainer.fast.lora import fuse_lora
 from palate_trainer.order import RowOrder
 from palate_trainer.tokens import TokenPair
 
@@ -70,11 +68,6 @@ class MismatchedAnswers:
 
 class LabelTrainer(Additions, KTOTrainer):  # type: ignore[misc]
     """KTO on rows that carry token ids already. The reference is scored within each step, by TRL."""
-
-    def pack(self) -> None:
-        """Fuses LoRA layers, norms and gates; batches stay TRL's."""
-        fuse_elementwise(self.model)
-        fuse_lora(self.model)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from .errors import HyperparameterError
 from .modules import why_not_served
@@ -65,6 +65,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "loss_type": ("pref_loss", "dpo_loss", "dpo_loss_type"),
     "bad_rows": ("skip_bad_rows", "on_bad_row"),
     "loss_weights": ("loss_weight", "pref_ftx", "rpo_alpha"),
+    "precision": ("dtype", "torch_dtype", "mixed_precision", "compute_dtype", "bf16", "fp16"),
     "gradient_checkpointing": ("use_gradient_checkpointing", "activation_checkpointing"),
     "fsdp": ("sharding_strategy", "fsdp_strategy", "zero_stage"),
 }
@@ -103,8 +104,9 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The hyperparameters of one run with every default written out, the precision it computes in, and one
-    sentence for each default that gave way and each given value that has no effect."""
+    """The hyperparameters of one run with every default written out, the precision it computes in (also under
+    `precision` in `values`, in place of `auto`), and one sentence for each default that gave way and each given value
+    that has no effect."""
 
     values: dict[str, Any]
     precision: Precision
@@ -156,11 +158,16 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
     Standard_LLM. QLoRA_LLM asks for 4 bits by its name, so there the default holds without CUDA too.
 
     Raises:
-        HyperparameterError: as `validate`.
+        HyperparameterError: as `validate`, or the machine cannot compute in the given `precision`.
     """
     given = validate(values, method=method)
     resolved = {name: given.get(name, _copy(row.default)) for name, row in HYPERPARAMETERS.items()}
-    precision = _precision(device)
+    if problem := _impossible_precision(resolved["precision"], device):
+        raise HyperparameterError(f"1 problem in the hyperparameters for {method}:\n  {problem}")
+    precision = _precision(resolved["precision"], device)
+    emulated = precision == "bfloat16" and not device.bf16
+    no_bfloat16 = resolved["precision"] == "auto" and precision == "float16"
+    resolved["precision"] = precision
     notes: list[str] = []
 
     if resolved["training_strategy"] == "kto" and "per_device_train_batch_size" not in given:
@@ -178,8 +185,12 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
             f"{quantised[0]} stays true without CUDA, as asked: "
             f"it needs bitsandbytes' CPU kernels and is slower than {precision} weights."
         )
-    if precision == "float16":
+    if no_bfloat16:
         notes.append(f"{device.gpu_name or 'This GPU'} has no bfloat16: training computes in float16.")
+    if emulated:
+        notes.append(
+            "precision=bfloat16 is emulated: this processor has neither avx512_bf16 nor amx, so training is slower than in float32."
+        )
     if resolved["fsdp"] == "full_shard" and (not device.cuda or device.gpu_count == 1):
         notes.append(
             f"fsdp has no effect: {'there is one GPU' if device.cuda else 'there is no CUDA'} to hold the weights."
@@ -335,7 +346,24 @@ def _not_offered(value: object) -> str:
     return f". TRL has {name} among its experiments only, so it is not offered: {_NOT_OFFERED[name]}"
 
 
-def _precision(device: DeviceFacts) -> Precision:
+def _impossible_precision(wanted: str, device: DeviceFacts) -> str | None:
+    """Why the machine cannot compute in the given precision, with the remedy; None when it can."""
+    if wanted == "float16" and not device.cuda:
+        return (
+            'precision = "float16": a CPU cannot train in float16; use "float32", or "bfloat16" where the processor '
+            'has avx512_bf16 or amx, or leave it at "auto"'
+        )
+    if wanted == "bfloat16" and device.cuda and not device.bf16:
+        return (
+            f'precision = "bfloat16": {device.gpu_name or "this GPU"} computes bfloat16 only from compute capability 8.0 on; '
+            'use "float16" or "float32", or leave it at "auto"'
+        )
+    return None
+
+
+def _precision(wanted: str, device: DeviceFacts) -> Precision:
+    if wanted != "auto":
+        return cast(Precision, wanted)
     if device.bf16:
         return "bfloat16"
     return "float16" if device.cuda and device.fp16 else "float32"

@@ -371,6 +371,14 @@ _ROWS = (
         choices=("refuse", "skip"),
     ),
     Hyperparameter(
+        "precision",
+        "string",
+        "auto",
+        "number format of the frozen weights and of the arithmetic; auto is bfloat16 where the GPU or processor computes it "
+        "natively, else float16 on CUDA and float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    ),
+    Hyperparameter(
         "gradient_checkpointing",
         "bool",
         False,

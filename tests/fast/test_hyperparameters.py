@@ -317,6 +317,12 @@ def test_known_methods() -> None:
         ("Standard_LLM", {}, H200, "", "bfloat16", ["Standard_LLM trains every weight"]),
         ("Standard_LLM", {}, CPU, "", "float32", ["Standard_LLM trains every weight"]),
         ("Standard_LLM", {"load_in_4bit": False}, T4, "", "float16", ["Tesla T4"]),
+        ("Standard_LLM", {"load_in_4bit": False, "precision": "float32"}, H200, "", "float32", []),
+        ("LoRA_LLM", {"load_in_4bit": False, "precision": "float16"}, T4, "", "float16", []),
+        ("LoRA_LLM", {"load_in_4bit": False, "precision": "auto"}, CPU, "", "float32", []),
+        ("LoRA_LLM", {"load_in_4bit": False, "precision": "float32"}, CPU_BF16, "", "float32", []),
+        ("LoRA_LLM", {"load_in_4bit": False, "precision": "BFloat16"}, CPU_BF16, "", "bfloat16", []),
+        ("LoRA_LLM", {"load_in_4bit": False, "precision": "bfloat16"}, CPU, "", "bfloat16", ["emulated"]),
     ],
 )
 def test_resolution_of_bits_and_precision(
@@ -330,6 +336,23 @@ def test_resolution_of_bits_and_precision(
     assert all(word in text for word in words)
     assert bool(resolved.notes) == bool(words)
     assert all(note.endswith(".") and "\n" not in note for note in resolved.notes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "words"),
+    [
+        ("float16", CPU, 'precision = "float16": a CPU cannot train in float16; use "float32"'),
+        ("float16", CPU_BF16, 'precision = "float16": a CPU cannot train in float16; use "float32"'),
+        ("bfloat16", T4, 'precision = "bfloat16": Tesla T4 computes bfloat16 only from compute capability 8.0 on'),
+    ],
+)
+def test_a_precision_that_the_machine_lacks_is_refused_with_the_remedy(
+    precision: str, device: DeviceFacts, words: str
+) -> None:
+    with pytest.raises(HyperparameterError) as refused:
+        resolve({"precision": precision}, method="LoRA_LLM", device=device)
+    assert words in str(refused.value)
+    assert '"auto"' in str(refused.value)
 
 
 EIGHT = replace(H200, gpu_count=8)
@@ -366,6 +389,7 @@ def test_resolve_fills_in_every_default() -> None:
         **{name: row.default for name, row in HYPERPARAMETERS.items()},
         "training_strategy": "dpo",
         "learning_rate": 1e-4,
+        "precision": "bfloat16",
     }
     assert resolved.notes == ()
     with pytest.raises(HyperparameterError, match="learning_rate"):

@@ -258,3 +258,34 @@ def test_no_worker_outlives_a_killed_launcher(tiny: Path, tmp_path: Path) -> Non
     program.kill()
     program.wait(timeout=10)
     until(lambda: not workers_of(wanted), timeout_s=10)
+
+
+@pytest.mark.slow
+def test_nothing_listens_to_other_machines(tiny: Path, tmp_path: Path) -> None:
+    """torch's TCP stores listen on every interface and unpickle what is written there."""
+    wanted = replace(spec(tiny, tmp_path, num_train_epochs=50), processes=2)
+    process = start(wanted)
+    seen: set[str] = set()
+    try:
+        until(lambda: seen.update(listeners(process.pid)) or training(wanted), timeout_s=120)
+        seen.update(listeners(process.pid))
+    finally:
+        process.terminate()
+        assert process.wait(timeout=120) == EXIT_STOPPED, log_of(wanted)[-3000:]
+    assert seen <= {"127.0.0.1", "::1"}
+    assert not list(Path(wanted.output_dir).glob(".meeting-*"))
+
+
+def listeners(pid: int) -> set[str]:
+    """Addresses at which a process or one of its children listens."""
+    found = set()
+    try:
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return found
+    for process in tree:
+        try:
+            found |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -162,6 +162,10 @@ def tree_attention_forward(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
+    if torch.is_autocast_enabled(query.device.type):
+        # What autocast does with SDPA's inputs: rotary embeddings of float32 weights leave q and k wider than v.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _flex and query.is_cuda and torch.cuda.get_device_capability(query.device) >= _FLEX_CAPABILITY:
         block_mask = _kept(attention_mask, "palate_blocks", flex_mask)
         return flex_attention_forward(module, query, key, value, block_mask, scaling=scaling)[0], None

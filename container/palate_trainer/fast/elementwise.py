@@ -49,9 +49,9 @@ class _GatedSilu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(activated.copy_(grad).mul_(up), gate), up_grad
 
 
-def fuse_elementwise(model: torch.nn.Module) -> int:
-    """Gives modules of the two forms their leaner computation, and returns how many took it."""
-    fused = 0
+def fuse_elementwise(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Gives modules of the two forms their leaner computation, and returns those that took it."""
+    fused: list[torch.nn.Module] = []
     verdicts: dict[type, bool] = {}  # modules of one class compute alike
     for module in model.modules():
         form = _form(module)
@@ -61,7 +61,7 @@ def fuse_elementwise(model: torch.nn.Module) -> int:
             verdicts[type(module)] = _same(module, *form)
         if verdicts[type(module)]:
             module.forward = MethodType(form[0], module)
-            fused += 1
+            fused.append(module)
     return fused
 
 

@@ -7,11 +7,13 @@ values come from one pass over the packed tree; without one, TRL's own path runs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer import utils
 
 from palate_trainer.fast import attention
@@ -21,30 +23,47 @@ from palate_trainer.fast.tree import PrefixTree
 _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-def add_tree_forward(model: Any) -> None:
+def add_tree_forward(model: Any) -> Callable[[], None]:
     """Lets a causal language model that has TRL's fused head take a `tree` (of `PrefixTree.as_dict`) beside its batch.
 
     Args:
         model: The network itself, not its PEFT wrapper.
+
+    Returns:
+        A function that undoes it.
     """
-    stock = model.forward
+    stock, stock_attention = model.forward, model.config._attn_implementation
     model.set_attn_implementation(attention.NAME)
 
     def forward(self: Any, *args: Any, tree: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
         if tree is None or not kwargs.get("fused_lm_head"):
             return stock(*args, **kwargs)
-        return _tree_forward(self, PrefixTree(**tree), kwargs["labels"], kwargs.get("num_items_in_batch"))
+        config = self.config.get_text_config()
+        routers = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
+        return _tree_forward(
+            self, PrefixTree(**tree), kwargs["labels"], kwargs.get("num_items_in_batch"), routers=bool(routers)
+        )
 
     model.forward = MethodType(forward, model)
 
+    def undo() -> None:
+        model.forward = stock
+        model.set_attn_implementation(stock_attention)
 
-def _tree_forward(model: Any, tree: PrefixTree, labels: torch.Tensor, num_items: Any) -> utils.FusedCausalLMOutput:
-    hidden = model.base_model(
+    return undo
+
+
+def _tree_forward(
+    model: Any, tree: PrefixTree, labels: torch.Tensor, num_items: Any, *, routers: bool
+) -> utils.FusedCausalLMOutput:
+    output = model.base_model(
         input_ids=tree.ids[None],
         position_ids=tree.positions[None],
         attention_mask=attention.as_mask(tree.ends),
         use_cache=False,
-    ).last_hidden_state[0, tree.score_rows]  # (rows, hidden)
+        **({"output_router_logits": True} if routers else {}),
+    )
+    hidden = output.last_hidden_state[0, tree.score_rows]  # (rows, hidden)
     scores = _score(model.get_output_embeddings(), hidden, tree)
     scored = labels[:, 1:] != -100  # (sequences, length - 1)
     fields = {
@@ -52,7 +71,19 @@ def _tree_forward(model: Any, tree: PrefixTree, labels: torch.Tensor, num_items:
         for name, values in scores._asdict().items()
     }
     count = scored.sum().clamp(min=1) if num_items is None else num_items
-    return utils.FusedCausalLMOutput(loss=-fields["log_probs"].sum() / count, label_mask=scored, **fields)
+    loss, balance = -fields["log_probs"].sum() / count, None
+    if routers:
+        config = model.config.get_text_config()
+        balance = _load_balance(output.router_logits, tree, config)
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * balance
+    return utils.FusedCausalLMOutput(loss=loss, label_mask=scored, aux_loss=balance, **fields)
+
+
+def _load_balance(router_logits: tuple[torch.Tensor, ...], tree: PrefixTree, config: Any) -> torch.Tensor:
+    """The load-balancing loss of a mixture of experts, over every token of every sequence as TRL counts them."""
+    repeated = tuple(layer.repeat_interleave(tree.counts, 0) for layer in router_logits)  # (sequences' tokens, experts)
+    balance: torch.Tensor = load_balancing_loss_func(repeated, config.num_experts, config.num_experts_per_tok)
+    return balance
 
 
 def _score(head: Any, hidden: torch.Tensor, tree: PrefixTree) -> Scores:

@@ -81,8 +81,8 @@ def _low_rank_gradients(
     return a_grad, b_grad, small_grad
 
 
-def fuse_lora(model: torch.nn.Module) -> int:
-    """Gives every LoRA linear layer the fused computation, and returns how many took it.
+def fuse_lora(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Gives every LoRA linear layer the fused computation, and returns those that took it.
 
     A layer decides call by call: disabled, merged, mixed or several adapters, and variants such as DoRA run through
     PEFT's own forward.
@@ -90,7 +90,7 @@ def fuse_lora(model: torch.nn.Module) -> int:
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and type(layer).__name__ in _LAYERS]
     for layer in layers:
         layer.forward = MethodType(_forward, layer)
-    return len(layers)
+    return layers
 
 
 def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

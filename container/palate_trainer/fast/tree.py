@@ -32,6 +32,7 @@ class PrefixTree:
         edge_rows: For every scored edge, its place in `score_rows`.  # (edges,)
         edge_targets: For every scored edge, the token it leads to.  # (edges,)
         slots: Edge of each scored token of each sequence, sequence after sequence.  # (scored tokens,)
+        counts: Sequences that contain each token.  # (tokens,)
     """
 
     ids: torch.Tensor
@@ -41,6 +42,7 @@ class PrefixTree:
     edge_rows: torch.Tensor
     edge_targets: torch.Tensor
     slots: torch.Tensor
+    counts: torch.Tensor
 
     def as_dict(self) -> dict[str, torch.Tensor]:
         return dict(vars(self))
@@ -59,25 +61,29 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
+    counts: list[int] = []
     path: list[int] = []  # packed index of each token of the sequence at hand
     previous: list[int] = []
     edges: dict[int, int] = {}  # packed index of the token an edge leads to -> edge
     edge_parents: list[int] = []
     paths: list[list[int]] = [[] for _ in sequences]
-    for number in sorted(range(len(sequences)), key=sequences.__getitem__):
+    for turn, number in enumerate(sorted(range(len(sequences)), key=sequences.__getitem__)):
         sequence = sequences[number]
         shared = _common(previous, sequence)
         for left in path[shared:]:
             ends[left] = len(ids)
+            counts[left] += turn
         grown = range(len(ids), len(ids) + len(sequence) - shared)
         path = [*path[:shared], *grown]
         ids += sequence[shared:]
         positions += range(shared, len(sequence))
         ends += [0] * len(grown)
+        counts += [-turn] * len(grown)  # plus the turn of the first sequence without it
         paths[number] = path
         previous = sequence
     for left in path:
         ends[left] = len(ids)
+        counts[left] += len(sequences)
     slots = []
     for number, path in enumerate(paths):
         for depth in range(scored_from[number], len(path)):
@@ -96,6 +102,7 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
         edge_rows=torch.tensor([place[parent] for parent in edge_parents]),
         edge_targets=torch.tensor([ids[node] for node in edges]),
         slots=torch.tensor(slots),
+        counts=torch.tensor(counts),
     )
 
 
@@ -135,7 +142,7 @@ class TreeCollator:
         sequences: Callable[[list[dict[str, Any]]], tuple[list[list[int]], list[int]]],
     ) -> None:
         self.stock, self.sequences = stock, sequences
-        self.enabled = self.decided = False
+        self.enabled = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.stock(rows)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 ERROR_FILE = "error.txt"
+FAST_PATH_FAILED_FILE = ".fast-path-failed"
+"""A worker's word to its launcher: begin anew with `fast=False`."""
 METRICS_FILE = "metrics.jsonl"
 MODEL_DIR = "model"
 PROBE_FILE = "probe.json"
@@ -50,6 +52,7 @@ class TrainSpec:
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
         cache_dir: Folder for what later runs can use again (see `palate_trainer.spec.reference`), or None for no cache.
+        fast: False computes as TRL does, without packed trees and fused layers: the same losses, more time.
         processes: Processes that train together on this machine, one a GPU; 0 takes every visible GPU, or without CUDA
             one process.
     """
@@ -65,6 +68,7 @@ class TrainSpec:
     resume_from: str | None = None
     model_name: str = ""
     cache_dir: str | None = None
+    fast: bool = True
 
     @property
     def trains_adapter(self) -> bool:
