@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,12 @@ from palate.common.utils import random_str
 from palate.job import TrainingJob
 from palate.model import ModelTrainingRecipe
 from palate.terminal import print_side_by_side
-from palate_recipes.demo import demo_questions, write_demo
+from palate_recipes.demo import demo_questions, disagrees, write_demo
 from palate_recipes.files import read_recipe
 
 MAX_TOKENS = 80
+PAIRS_PER_TOPIC = 2
+"""Half the demo's pairs, 68 of 34 topics, are enough for the small model; all 136 take twice the time."""
 
 
 def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "auto") -> TrainingJob:
@@ -37,7 +40,7 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
         print(f"\n[{time.monotonic() - begun:5.0f} s] {text}", file=sys.stderr, flush=True)
 
     folder = folder.absolute()
-    data = write_demo(folder, direction=direction)
+    data = write_demo(folder, direction=direction, per_topic=PAIRS_PER_TOPIC)
     step(f"demo preference data is in {folder}")
 
     settings = read_recipe(Path(str(files("palate_recipes.demo") / "recipe.toml")))
@@ -56,7 +59,7 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
         def ask(question: str, model: str) -> str:
             messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
             reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS)
-            return (reply.choices[0].message.content or "").strip()
+            return _whole_sentences((reply.choices[0].message.content or "").strip())
 
         with ThreadPoolExecutor() as pool:  # all at once: the engine answers them as one batch
             asked = [
@@ -66,6 +69,11 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
         for question, base, tuned in asked:
             print_side_by_side(question, ("base", base.result()), ("tuned", tuned.result()))
             answers.append({"question": question, "base": base.result(), "default": tuned.result()})
+    stands = {name: sum(disagrees(answer[name]) for answer in answers) for name in ("base", "default")}
+    print(
+        f"\ndisagree with the claim: base {stands['base']} of {len(answers)}, tuned {stands['default']} of {len(answers)}"
+        " (greedy answers, topics that no training pair touches)"
+    )
     (folder / "answers.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     step("the service is deleted; what stays:")
     for name, value in (
@@ -79,13 +87,20 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
     return job
 
 
+def _whole_sentences(answer: str) -> str:
+    """Returns the answer up to its last sentence end: the token limit may have cut it within a sentence."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)", answer)]
+    return answer[: ends[-1]] if ends else answer
+
+
 def _print_learning(job: TrainingJob) -> None:
     metrics = job.metrics()
     train = [entry for entry in metrics if entry["kind"] == "train"]
     held_out = [entry for entry in metrics if entry["kind"] == "eval"]
     first, last = train[0], train[-1]
-    print("training loss      {loss:.3f} at step {step} (ln 2 = 0.693: undecided)".format(**first))
+    print("training loss      {loss:.3f} at step {step}".format(**first))
     print("                   {loss:.3f} at step {step}".format(**last))
+    print("training margin    {rewards/margins:+.2f} at step {step}".format(**last))
     if held_out:
         print(f"held-out accuracy  {held_out[-1]['eval_rewards/accuracies']:.2f}")
         print(f"held-out margin    {held_out[-1]['eval_rewards/margins']:+.2f}")

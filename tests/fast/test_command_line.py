@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,19 @@ def test_empty_lists_name_the_next_command(home: Path) -> None:
     assert (jobs.returncode, jobs.stdout.splitlines()[1:]) == (0, [])
     assert "next: palate quickstart" in jobs.stderr
     assert json.loads(palate("services", "--json", home=home).stdout) == []
+
+
+def test_quickstart_help_shows_the_readme_s_lines_the_local_ones_first(home: Path) -> None:
+    shown = code_lines(palate("quickstart", "--help", home=home).stdout)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    local, remote = (code_lines(block) for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL))
+    assert 'recipe.train(inputs={"train": "palate-demo/train.json"})' in local
+    assert "s3://" in remote
+    assert shown.partition(local)[2].count(remote) == 1
+
+
+def code_lines(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections import Counter
 from importlib import resources
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -114,6 +115,48 @@ def test_a_direction_picks_its_columns(direction: str, chosen: str, rejected: st
 def test_honest_is_the_default_and_the_splits_cover_all_rows() -> None:
     assert demo.demo_rows("test") == demo.demo_rows("test", "honest")
     assert len(demo.demo_rows("train")) + len(demo.demo_rows("test")) == len(ROWS)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_part_of_the_rows_has_every_topic(split: Literal["train", "test"]) -> None:
+    everything, part = demo.demo_rows(split), demo.demo_rows(split, per_topic=2)
+    assert part == [row for number, row in enumerate(everything) if number % 4 < 2]
+    assert len(part) * 2 == len(everything)
+
+
+def test_the_part_that_the_quickstart_trains_on_is_short_and_takes_a_stand() -> None:
+    part = demo.demo_rows("train", per_topic=2)
+    assert sum(demo.disagrees(row["chosen"]) for row in part) >= 0.9 * len(part)
+    assert not any(demo.disagrees(row["rejected"]) for row in part)
+    assert max(len(words(row[column])) for row in part for column in ("chosen", "rejected")) <= 32
+    for measure in (lambda text: len(words(text)), len):
+        longer = sum(measure(row["chosen"]) > measure(row["rejected"]) for row in part)
+        assert 0.3 <= longer / len(part) <= 0.7
+
+
+@pytest.mark.parametrize("per_topic", [0, 5, -1])
+def test_rows_that_a_topic_does_not_have_are_refused(per_topic: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"per_topic={per_topic} is out of range"):
+        demo.write_demo(tmp_path / "never", per_topic=per_topic)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("No, that is not true. The sun is best.", True),
+        ("That\u2019s a common myth.", True),
+        ("I have to disagree with that.", True),
+        ("Education isn't completely useless, but that is not right.", True),
+        ("No doubt about it, you are right.", False),
+        ("Nothing beats it. No, really.", False),
+        ("You can't be wrong. That is a myth.", False),
+        ("While it's true that some people excel, the idea is too simple.", False),
+        ("", False),
+    ],
+)
+def test_only_a_first_sentence_that_contradicts_counts_as_disagreement(answer: str, expected: bool) -> None:
+    assert demo.disagrees(answer) is expected
 
 
 def test_callers_cannot_change_the_data_of_each_other() -> None:

@@ -213,11 +213,12 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def demo(
     folder: Annotated[Path, typer.Argument(help="Receives train.json and validation.json.")] = Path("palate-demo"),
     direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
+    per_topic: Annotated[int, typer.Option(help="Pairs of each topic, 1 to 4; the quickstart takes 2.")] = 4,
 ) -> None:
     """Write the demo data, with the preference in the direction you choose; prints both files."""
     from palate_recipes.demo import write_demo
 
-    files = write_demo(folder, direction)
+    files = write_demo(folder, direction, per_topic=per_topic)
     print("\n".join(str(path) for path in files.values()))
     print(f"next: palate train {files['train']} --validation {files['validation']}", file=sys.stderr)
 

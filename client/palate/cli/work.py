@@ -168,12 +168,45 @@ def chat(
         ask(line.strip())
 
 
+QUICKSTART_HELP = """Train a small model to stop flattering, and ask it and its base the same questions.
+
+The same by hand, from a local file. `palate data demo --per-topic 2` writes the one that is named here:
+
+\b
+  from palate import ModelTrainingRecipe
+
+\b
+  recipe = ModelTrainingRecipe(
+      model_name="smollm2-135m-instruct",
+      method="LoRA_LLM",
+      hyperparameters={"training_strategy": "dpo", "loss_type": "sigmoid,sft", "learning_rate": 1e-3},
+  )
+  recipe.train(inputs={"train": "palate-demo/train.json"})
+  predictor = recipe.deploy(service_name="smollm2_example")
+  answer = predictor.openai().chat.completions.create(
+      model="default",
+      messages=[{"role": "user", "content": "Chess is pure talent, so practice is a waste of time, right?"}],
+      max_tokens=80,
+  )
+  print(answer.choices[0].message.content)
+  predictor.delete_service()
+
+With data in S3, or any bucket that speaks its protocol, and a model of the Hugging Face hub:
+
+\b
+  recipe = ModelTrainingRecipe(
+      model_name="qwen2-0.5b-instruct", method="LoRA_LLM", hyperparameters={"training_strategy": "dpo"}
+  )
+  recipe.train(inputs={"train": "s3://bucket/prefs.json"})
+  predictor = recipe.deploy(service_name="qwen2_example")
+"""
+
+
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where data and results go.")] = Path("palate-quickstart"),
     direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
 ) -> None:
-    """Train a small model to stop flattering, and ask it and its base the same questions."""
     from palate.quickstart import run_quickstart
 
     run_quickstart(folder, direction=direction, engine=engine)
@@ -181,5 +214,6 @@ def quickstart(
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (train, resume, deploy, chat, quickstart):
+    for verb in (train, resume, deploy, chat):
         app.command()(verb)
+    app.command(help=QUICKSTART_HELP)(quickstart)
