@@ -36,6 +36,8 @@ _GRACE_S = 15.0
 _PR_SET_PDEATHSIG = 1
 _KEYS = "access.json"
 _LOG = "server.log"
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs of the loopback, to which no proxy leads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +214,7 @@ def _wait_until_ready(server: StoreServer, bucket: str, *, topology: str, data: 
 
 def _answers(endpoint: str) -> bool:
     try:
-        urllib.request.urlopen(f"{endpoint}/no-such-bucket/key", timeout=2).close()
+        _DIRECT.open(f"{endpoint}/no-such-bucket/key", timeout=2).close()
     except urllib.error.HTTPError as answer:
         return answer.code in (403, 404)
     except OSError:
@@ -223,7 +225,7 @@ def _answers(endpoint: str) -> bool:
 def _volumes_found(topology: str, data: Path) -> bool:
     """Whether the master knows a volume server, and every volume that lies on the disk."""
     try:
-        with urllib.request.urlopen(topology, timeout=2) as answer:
+        with _DIRECT.open(topology, timeout=2) as answer:
             centers = json.load(answer)["Topology"]["DataCenters"] or []
     except (OSError, ValueError, KeyError):
         return False
