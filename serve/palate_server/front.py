@@ -9,7 +9,6 @@ that lack OpenAI's form are given it.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -23,7 +22,6 @@ from typing import Any
 from palate_server.spec import (
     ACTIVITY_PATH,
     BODY_LIMIT_BYTES,
-    BODY_TIMEOUT_S,
     CHALLENGE_HEADER,
     HEALTH_PATH,
     PROBE_HEADER,
@@ -259,7 +257,7 @@ class _Refused(Exception):
 
 
 class _Body:
-    """A request's body, held to its limits of size and time."""
+    """A request's body, held to its limits of size."""
 
     def __init__(self, receive: Receive, front: Front) -> None:
         self._receive = receive
@@ -273,26 +271,22 @@ class _Body:
             claimed: Its length as the headers have it; too large a one is refused before any of it is read.
 
         Raises:
-            _Refused: It is too large, or too slow.
+            _Refused: It is too large, alone or with those of other requests.
         """
         if claimed.isdigit() and int(claimed[:20]) > BODY_LIMIT_BYTES:
             raise _too_large()
         parts: list[bytes] = []
         more = True
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                while more:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    parts.append(message.get("body", b""))
-                    self.size += len(parts[-1])
-                    self._front.hold(len(parts[-1]))
-                    if self.size > BODY_LIMIT_BYTES:
-                        raise _too_large()
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise _Refused(408, f"The request's body did not arrive within {BODY_TIMEOUT_S:g} s.") from None
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            self.size += len(parts[-1])
+            self._front.hold(len(parts[-1]))
+            if self.size > BODY_LIMIT_BYTES:
+                raise _too_large()
+            more = message.get("more_body", False)
         return b"".join(parts)
 
 
@@ -311,8 +305,12 @@ class _Answer:
         self._content = b""
         self.started = False
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         self._activity.moved()
+        # No coroutine of its own for each piece of a stream: it would cost as much as the piece.
+        return self._send(message) if self.started else self._begin(message)
+
+    async def _begin(self, message: Message) -> None:
         if self._held is None:
             if message["type"] == "http.response.start" and message["status"] >= 400 and self._has_body:
                 self._held = message

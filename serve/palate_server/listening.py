@@ -1,7 +1,7 @@
 """The engine's side of the public socket: taken over from the server program, with limits on what a connection may do. Knows uvicorn.
 
 The server program binds the socket and listens before the engine starts, so nobody else can have the port in between. Both
-engines serve with uvicorn, which has no limit on the time that a request's headers take, nor on their size.
+engines serve with uvicorn, which has no limit on the time that a request takes to arrive, nor on the size of its headers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import uvicorn
 from palate_server.front import error_body, error_kind
 from palate_server.spec import (
     ACTIVITY_PATH,
+    BODY_TIMEOUT_S,
     CONNECTIONS_LIMIT,
     HEAD_LIMIT_BYTES,
     HEAD_TIMEOUT_S,
@@ -55,7 +56,7 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
 
 
 class _Guard:
-    """Mixin over a protocol of uvicorn: closes connections whose request does not begin in time, or begins with too much."""
+    """Mixin over a protocol of uvicorn: closes connections whose request does not arrive in time, or begins with too much."""
 
     # Of uvicorn's protocols, whichever it is.
     connections: set[Any]
@@ -65,26 +66,30 @@ class _Guard:
 
     _head_bytes = 0
     _timer: asyncio.TimerHandle | None = None
+    _timer_is_for = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
         if len(self.connections) > CONNECTIONS_LIMIT:
             self._refuse(503, f"The service has {CONNECTIONS_LIMIT} open connections. Try again later.")
         else:
-            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._is_late)
+            self._start_timer("line and headers", HEAD_TIMEOUT_S)
 
     def data_received(self, data: bytes) -> None:
-        waiting = self._waits_for_head()
-        if waiting:
-            self._head_bytes += len(data)
-            if self._timer is None:
-                self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._is_late)
+        waited = self._waits_for_head()
         super().data_received(data)  # type: ignore[misc]
-        if not self._waits_for_head():
+        if self._waits_for_head():
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_LIMIT_BYTES:
+                self._refuse(431, f"The request's line and headers are larger than {HEAD_LIMIT_BYTES} bytes.")
+            elif not waited or self._timer is None:
+                self._start_timer("line and headers", HEAD_TIMEOUT_S)
+            return
+        self._head_bytes = 0
+        if self.cycle is None or not self.cycle.more_body:
             self._stop_timer()
-            self._head_bytes = 0
-        elif waiting and self._head_bytes > HEAD_LIMIT_BYTES:
-            self._refuse(431, f"The request's line and headers are larger than {HEAD_LIMIT_BYTES} bytes.")
+        elif self._timer_is_for != "body":
+            self._start_timer("body", BODY_TIMEOUT_S)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_timer()
@@ -99,15 +104,23 @@ class _Guard:
             return False  # closed, or a websocket by now
         return self.cycle is None or self.cycle.response_complete
 
+    def _start_timer(self, what: str, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._is_late, what, seconds)
+        self._timer_is_for = what
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._timer_is_for = ""
 
-    def _is_late(self) -> None:
-        self._timer = None
-        if self._head_bytes and self._waits_for_head():
-            self._refuse(408, f"The request's line and headers did not arrive within {HEAD_TIMEOUT_S:g} s.")
+    def _is_late(self, what: str, seconds: float) -> None:
+        self._stop_timer()
+        if self._waits_for_head() and not self._head_bytes:
+            self.transport.close()  # it has not begun to ask
+        elif self._waits_for_head() or not self.cycle.response_started:
+            self._refuse(408, f"The request's {what} did not arrive within {seconds:g} s.")
         else:
             self.transport.close()
 
