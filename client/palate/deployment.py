@@ -11,7 +11,7 @@ from typing import Any
 
 from palate.backend import Backend, PlacementRequest
 from palate.common.utils import check_name
-from palate.errors import ConfigurationError
+from palate.errors import ConfigurationError, NameTakenError
 from palate.predictor import Predictor
 from palate.record import TOKEN_KEY, Manifest, Record
 from palate.run import RunHandle
@@ -28,8 +28,15 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "max_model_len": (int,),
     "start_timeout_s": (int, float),
     "engine_args": (list, tuple),
+    "hang_after_s": (int, float),
     "time_to_live_s": (int, float),
+    "idle_time_to_live_s": (int, float, type(None)),
 }
+_LIVES = ("time_to_live_s", "idle_time_to_live_s")
+"""Options that are the service's, and not its server's."""
+
+IDLE_TIME_TO_LIVE_S = 12 * 3600.0
+"""For services that a script or a notebook started: what it forgets must not hold a machine for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +90,22 @@ def start_service(
     """
     check_name("service name", service_name)
     checked = _check_options(service_name, dict(options or {}))
-    time_to_live_s = checked.pop("time_to_live_s", None)
+    lives = {"time_to_live_s": None, "idle_time_to_live_s": IDLE_TIME_TO_LIVE_S}
+    lives |= {name: checked.pop(name) for name in _LIVES if name in checked}
     if session.backend.is_this_host:
         _check_port(checked)
     placement = session.backend.place(where or PlacementRequest(kind="services"))
     body = served.body(session, session.backend)
     record = Record(session.store, "services", service_name)
-    if record.exists() and RunHandle(record, session).refresh().state == "Failed":
-        record.delete()  # a failed start holds nothing worth keeping: its name is free again
-    settings = {"options": checked, "time_to_live_s": time_to_live_s, "placement": placement}
     manifest = Manifest(
         kind="serve",
         name=service_name,
         backend=session.backend.name,
         labels=dict(served.labels),
-        body={**body, **settings},
+        body={**body, "options": checked, **lives, "placement": placement},
     )
-    record.create(manifest)
+    if not _take_over_failed(record, manifest, session):
+        record.create(manifest)
     record.store.put(record.key(TOKEN_KEY), secrets.token_urlsafe(32).encode(), private=True)
     predictor = Predictor(service_name, session=session)
     predictor._run.start()
@@ -110,6 +116,36 @@ def start_service(
             predictor._run.stop(grace_s=5.0)  # also on Ctrl-C: what nobody waits for must not stay
             raise
     return predictor
+
+
+def _take_over_failed(record: Record, manifest: Manifest, session: Session) -> bool:
+    """Gives a failed service's name to a new one, and says whether it did: there may be none.
+
+    Raises:
+        NameTakenError: Somebody else took the name at the same moment.
+    """
+    if not record.exists():
+        return False
+    run = RunHandle(record, session)
+    failed = run.refresh()
+    if failed.state != "Failed":
+        return False  # creating it says that the name is taken
+    before = run.manifest
+    # One conditional write decides among those who want the name. The next attempt fences off what may be left of the old one.
+    if record.begin_again(expect={"Failed"}, attempt=failed.attempt, more=1) is None:
+        if not record.exists():
+            return False  # deleted meanwhile
+        raise NameTakenError(
+            f"service name {record.name!r} was taken just now by another deploy to {record.store.root}: choose another, "
+            f"or use that service (`palate services` lists it)"
+        )
+    try:
+        record.delete_parts("logs")  # of the failed start, which nobody needs now
+        run.replace_manifest(before, manifest)
+    except BaseException as error:
+        record.advance("Failed", expect={"Creating"}, reason=f"it could not be started: {error}")
+        raise
+    return True
 
 
 def with_other_model(manifest: Manifest, served: ServedModel, run: RunHandle) -> Manifest:
@@ -124,11 +160,12 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
             hint = did_you_mean(name, _OPTIONS)
             raise ConfigurationError(f"unknown deploy option {name!r}: {hint}known are {', '.join(_OPTIONS)}")
         if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
-            wanted = " or ".join(kind.__name__ for kind in _OPTIONS[name])
+            wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in _OPTIONS[name])
             raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
-    if options.get("time_to_live_s", 1) <= 0:
-        raise ConfigurationError(f"deploy option time_to_live_s={options['time_to_live_s']!r} must be above 0")
-    settings = {name: value for name, value in options.items() if name != "time_to_live_s"}
+    for name in _LIVES:
+        if (value := options.get(name)) is not None and not value > 0:
+            raise ConfigurationError(f"deploy option {name}={value!r} must be above 0")
+    settings = {name: value for name, value in options.items() if name not in _LIVES}
     try:
         ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # its bounds are the bounds
     except ValueError as error:

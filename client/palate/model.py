@@ -284,7 +284,8 @@ class ModelTrainingRecipe:
                 or a dict with these keys.
             resource_id, inference_spec: Refused.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
-                `dtype`, `max_model_len` (tokens), `start_timeout_s`, `time_to_live_s`, `engine_args` (list of str).
+                `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
+                (default: 12 hours; None: never), `engine_args` (list of str).
             wait: Whether to wait until it has answered a real request.
             show_logs: With `wait`: whether to show the engine's log.
 

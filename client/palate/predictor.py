@@ -6,6 +6,7 @@ import builtins
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from palate.connection import ANSWER_TIMEOUT_S
 from palate.errors import ServiceError, UnsupportedParameterError, WaitTimeoutError
 from palate.listing import Wanted, find_runs
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status
@@ -139,19 +140,24 @@ class Predictor:
 
         Models: `default` and the service's name answer with the tuned model, `base` with the untuned one.
 
+        The token is sent to nobody else: each new connection begins with a question that only the service can answer.
+
         Args:
             url_suffix: Path below the endpoint.
-            kwargs: For `openai.OpenAI`: timeout, max_retries and so on.
-        """
-        import openai
+            kwargs: For `openai.OpenAI`: timeout (default: 600 s, of a stream for each piece), max_retries and so on.
 
-        return openai.OpenAI(base_url=f"{self.endpoint}/{url_suffix}", api_key=self.access_token, **kwargs)
+        Raises:
+            ServiceError: The service is not running, does not answer, or another program listens where it did.
+        """
+        from palate.connection import openai_client
+
+        return openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
 
     def async_openai(self, url_suffix: str = "v1", **kwargs: Any) -> AsyncOpenAI:
         """Returns the asynchronous client; see `openai`."""
-        import openai
+        from palate.connection import async_openai_client
 
-        return openai.AsyncOpenAI(base_url=f"{self.endpoint}/{url_suffix}", api_key=self.access_token, **kwargs)
+        return async_openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
 
     def raw_predict(
         self,
@@ -168,23 +174,41 @@ class Predictor:
             path: Below the endpoint, such as `/v1/models`; default `/v1/chat/completions`.
             headers: On top of the authorisation.
             method: HTTP method.
-            timeout: Seconds; None waits without end.
+            timeout: Seconds without a sign of an answer; None waits without end.
+
+        Raises:
+            ServiceError: The service is not running, or another program listens where it did; no token was sent.
+            httpx.HTTPError: It cannot be reached, or does not answer in time.
+        """
+        from palate.connection import http_client
+
+        endpoint, token = self.endpoint, self.access_token
+        url = f"{endpoint}/{(path or '/v1/chat/completions').lstrip('/')}"
+        sent = {"Authorization": f"Bearer {token}", **(headers or {})}
+        content: dict[str, Any] = {"content" if data is None or isinstance(data, bytes | str) else "json": data}
+        with http_client(endpoint, token, timeout_s=timeout) as client:
+            return client.request(method, url, headers=sent, **content)
+
+    def predict(self, data: dict[str, Any], timeout: float | None = ANSWER_TIMEOUT_S) -> dict[str, Any]:
+        """Sends a chat completion request and returns its JSON; `model` may be left out.
+
+        Args:
+            data: The request.
+            timeout: Seconds in which the whole answer must come; None waits without end.
+
+        Raises:
+            ServiceError: The service answered with an error, or not in time, or cannot be reached.
         """
         import httpx
 
-        url = f"{self.endpoint}/{(path or '/v1/chat/completions').lstrip('/')}"
-        sent = {"Authorization": f"Bearer {self.access_token}", **(headers or {})}
-        if data is None or isinstance(data, bytes | str):
-            return httpx.request(method, url, content=data, headers=sent, timeout=timeout)
-        return httpx.request(method, url, json=data, headers=sent, timeout=timeout)
-
-    def predict(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Sends a chat completion request and returns its JSON; `model` may be left out.
-
-        Raises:
-            ServiceError: The service answered with an error.
-        """
-        response = self.raw_predict({"model": "default", **data}, timeout=None)
+        what = f"service {self.service_name}"
+        try:
+            response = self.raw_predict({"model": "default", **data}, timeout=timeout)
+        except httpx.TimeoutException as error:
+            reason = f"no answer within timeout={timeout:g} s: give it longer, or ask for fewer tokens (max_tokens)"
+            raise ServiceError(f"{what} did not answer", reason=f"{reason} ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            raise ServiceError(f"{what} did not answer", reason=f"{type(error).__name__}: {error}") from error
         if response.is_error:
             raise ServiceError(
                 f"service {self.service_name} answered {response.status_code}", reason=response.text.strip()

@@ -114,6 +114,47 @@ class Status:
         return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("log_tail", "attempts")}})
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergedLog:
+    """Parts of a service's log that became one: numbers of the first and the last, and bytes."""
+
+    first: int
+    last: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.first:06d}-{self.last:06d}.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogIndex:
+    """What `logs/index.json` says of a service's log.
+
+    Attributes:
+        merged: The merged parts, oldest first.
+        following: Number of the first part that is there as it was written; those before it are merged or dropped.
+    """
+
+    merged: tuple[MergedLog, ...] = ()
+    following: int = 1
+
+    @property
+    def size(self) -> int:
+        return sum(merged.size for merged in self.merged)
+
+    @classmethod
+    def parse(cls, data: bytes) -> LogIndex:
+        values = json.loads(data)
+        merged = tuple(
+            MergedLog(**{name: int(each[name]) for name in ("first", "last", "size")}) for each in values["merged"]
+        )
+        return cls(merged=merged, following=int(values["following"]))
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
 class Record:
     """One run's prefix in a store.
 
@@ -302,24 +343,74 @@ class Record:
             if self.store.get(key) != data:  # else it is our own, whose answer got lost
                 raise
 
+    def part_sizes(self, kind: Literal["logs", "metrics"]) -> dict[int, int]:
+        """Returns the sizes of the parts that are there, by number."""
+        numbered = {
+            info.key.rpartition("/")[2].removesuffix(_SUFFIX[kind]): info for info in self.store.list(self.key(kind))
+        }
+        return {int(name): info.size for name, info in numbered.items() if name.isdigit()}
+
     def last_part(self, kind: Literal["logs", "metrics"]) -> int:
         """Returns the number of the last part, 0 when there is none."""
-        numbers = [info.key.rpartition("/")[2].removesuffix(_SUFFIX[kind]) for info in self.store.list(self.key(kind))]
-        return max((int(number) for number in numbers if number.isdigit()), default=0)
+        return max(self.part_sizes(kind), default=0)
+
+    def part(self, kind: Literal["logs", "metrics"], number: int) -> bytes:
+        """Returns one part; raises ObjectNotFoundError when it is not there."""
+        return self.store.get(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
+
+    def delete_part(self, kind: Literal["logs", "metrics"], number: int) -> None:
+        """Removes one part; no error where none is."""
+        self.store.delete(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
 
     def parts(self, kind: Literal["logs", "metrics"], *, after: int = 0) -> Iterator[tuple[int, bytes]]:
-        """Yields (number, data) of the parts after number `after`, in order, without a gap.
+        """Yields (number, data) of the parts after number `after`, in order; the oldest of a service's log may be gone or merged.
 
-        Asks for the next number by name instead of listing: one small read a poll, on any store.
+        Asks for the next number by name instead of listing: one small read a poll, on any store, two for a service's log.
         """
-        number = after + 1
-        while True:
-            try:
-                data = self.store.get(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
-            except FileNotFoundError:
+        number = after
+        for _ in range(2):
+            while True:
+                try:
+                    data = self.part(kind, number + 1)
+                except FileNotFoundError:
+                    break
+                number += 1
+                yield number, data
+            if (self.kind, kind) != ("services", "logs"):
                 return
-            yield number, data
-            number += 1
+            index = self.log_index()
+            if index.following <= number + 1:
+                return
+            for merged in index.merged:
+                if merged.last > number:
+                    try:
+                        data = self.store.get(self.key("logs", merged.name))
+                    except FileNotFoundError:  # dropped just now
+                        continue
+                    number = merged.last
+                    yield number, data
+            number = max(number, index.following - 1)
+
+    def log_index(self) -> LogIndex:
+        """Returns what of a service's log was merged or dropped; an index that is none counts as empty."""
+        try:
+            return LogIndex.parse(self.store.get(self.key("logs", _INDEX)))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return LogIndex()
+
+    def write_log_index(self, index: LogIndex) -> None:
+        self.store.put(self.key("logs", _INDEX), index.encode())
+
+    def write_merged(self, first: int, last: int, content: bytes) -> MergedLog:
+        """Writes the content of several parts of a service's log as one; the index has to name it."""
+        merged = MergedLog(first=first, last=last, size=len(content))
+        self.store.put(self.key("logs", merged.name), content)
+        return merged
+
+    def delete_parts(self, kind: Literal["logs", "metrics"]) -> None:
+        """Removes every part; a later one counts on from 1."""
+        for info in list(self.store.list(self.key(kind))):
+            self.store.delete(info.key)
 
     def log_lines(self) -> Iterator[str]:
         """Yields the whole log, line by line."""
@@ -327,8 +418,25 @@ class Record:
         for _, data in self.parts("logs"):
             *lines, buffer = (buffer + data).split(b"\n")
             yield from (line.decode(errors="replace") for line in lines)
+            if len(buffer) > LONGEST_LINE:
+                yield buffer.decode(errors="replace")
+                buffer = b""
         if buffer:
             yield buffer.decode(errors="replace")
+
+    def last_log_lines(self, count: int) -> list[str]:
+        """Returns the log's last lines, read from its end: the whole of it may be large."""
+        content = b""
+        sizes = self.part_sizes("logs")
+        for number in sorted(sizes, reverse=True):
+            key = self.key("logs", f"{number:06d}{_SUFFIX['logs']}")
+            try:
+                content = self.store.get_range(key, max(0, sizes[number] - _TAIL_BYTES)) + content
+            except FileNotFoundError:  # merged meanwhile, with all before it
+                break
+            if content.count(b"\n") > count or len(content) >= _TAIL_BYTES:
+                break
+        return content[-_TAIL_BYTES:].decode(errors="replace").splitlines()[-count:]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yields every metrics object in order."""
@@ -373,6 +481,10 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 _SUFFIX = {"logs": ".log", "metrics": ".jsonl"}
+_INDEX = "index.json"
+LONGEST_LINE = 1024**2
+_TAIL_BYTES = 256 * 1024
+"""The last lines of a log are looked for in so many bytes of its end."""
 
 
 def _encode_manifest(manifest: Manifest) -> bytes:

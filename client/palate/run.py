@@ -15,7 +15,7 @@ from palate.backend import Backend, EngineStatus, Launch, for_run, get_backend
 from palate.display import Display, make_display
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate.lease import LOST_AFTER_S, START_ID_VARIABLE, read_lease, silence_s
-from palate.record import ACTIVE, LOST, TERMINAL, Manifest, Record, State, Status
+from palate.record import ACTIVE, LONGEST_LINE, LOST, TERMINAL, Manifest, Record, State, Status
 from palate.session import Session
 from palate.store.uri import normal_uri
 
@@ -155,7 +155,7 @@ class RunHandle:
             expect={status.state},
             attempt=status.attempt,
             reason="stopped on request" if asked else cause,
-            log_tail=tuple([*self.record.log_lines()][-15:] + words),
+            log_tail=tuple(self.record.last_log_lines(15) + words),
             endpoint="",
         )
         if gone:
@@ -264,6 +264,9 @@ class RunHandle:
                 part = number
                 *whole, rest = (rest + data).split(b"\n")
                 yield from (line.decode(errors="replace") for line in whole)
+                if len(rest) > LONGEST_LINE:
+                    yield rest.decode(errors="replace")
+                    rest = b""
             if ended:
                 if rest:
                     yield rest.decode(errors="replace")

@@ -9,17 +9,18 @@ from pathlib import Path
 
 from palate_server.front import SPEC_VARIABLE, Front
 from palate_server.preflight import KV_CACHE_VARIABLE, Plan
-from palate_server.spec import BASE_MODEL, TUNED_MODEL, ServeSpec
+from palate_server.spec import BASE_MODEL, LISTENER_VARIABLE, TUNED_MODEL, ServeSpec
 
 
-def engine_command(spec: ServeSpec, plan: Plan, *, spec_file: Path, port: int) -> list[str]:
-    """Returns the command that serves the spec on the port."""
+def engine_command(spec: ServeSpec, plan: Plan, *, spec_file: Path, port: int, ipc_dir: str) -> list[str]:
+    """Returns the command that serves the spec at the socket that it is handed, which has the port."""
     if plan.engine.name == "transformers":
-        settings = [f"--port={port}", f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
+        settings = [f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
         return [sys.executable, "-P", "-m", "palate_server.transformers_engine", str(spec_file), *settings]
     command = [
-        *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
-        *("--host", spec.host, "--port", str(port)),
+        *(sys.executable, "-P", "-m", "palate_server.vllm_engine"),
+        # vLLM binds what it is told to, and must not bind the port, at which it is made to answer.
+        *("--uds", f"{ipc_dir}/unused.sock", "--host", spec.host, "--port", str(port)),
         *("--dtype", plan.dtype),
         *("--middleware", f"{Front.__module__}.{Front.__qualname__}"),
     ]
@@ -44,11 +45,19 @@ def engine_command(spec: ServeSpec, plan: Plan, *, spec_file: Path, port: int) -
     return [*command, *spec.engine_args]
 
 
-def engine_environment(plan: Plan, *, spec_file: Path, ipc_dir: str) -> dict[str, str]:
-    """Returns the engine's whole environment: this process's, without a way to the network, and with the way to the front."""
+def engine_environment(plan: Plan, *, spec_file: Path, ipc_dir: str, listener: int) -> dict[str, str]:
+    """Returns the engine's whole environment: this process's, without a way to the network, and with the way to the front.
+
+    Args:
+        plan: Of the engine.
+        spec_file: What the front is to serve.
+        ipc_dir: Folder of this user alone, for the engine's own sockets; its path is short.
+        listener: Number of the listening socket that the engine is handed.
+    """
     environment = {
         **os.environ,
         SPEC_VARIABLE: str(spec_file),
+        LISTENER_VARIABLE: str(listener),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,

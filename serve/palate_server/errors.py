@@ -6,6 +6,7 @@ ServerError
 ├── EngineMissing  (ModuleNotFoundError)  the wanted engine is not installed
 ├── OutOfMemory    (MemoryError)          the weights do not fit
 ├── EngineFailed   (RuntimeError)         the engine ended by itself or refused its first request
+├── EngineHung     (TimeoutError)         the engine answered, and answers no more
 └── StartTimeout   (TimeoutError)         the engine did not answer in time
 """
 
@@ -34,6 +35,10 @@ class OutOfMemory(ServerError, MemoryError):
 
 class EngineFailed(ServerError, RuntimeError):
     """The engine ended by itself, or answered its first request with an error."""
+
+
+class EngineHung(ServerError, TimeoutError):
+    """The engine runs and has answered, but answers no more."""
 
 
 class StartTimeout(ServerError, TimeoutError):

@@ -1,6 +1,6 @@
 """Holds a command on a leash: when the holder lets go or dies, the command and every process it started end. Knows no engine.
 
-Two sides. The holder's side is `Leash`: it starts `python -m palate_server.leash FD GRACE_S COMMAND...`, the keeper. The keeper
+Two sides. The holder's side is `Leash`: it starts `python -m palate_server.leash FD[,FD...] GRACE_S COMMAND...`, the keeper. The keeper
 leads a new process group, runs the command in it, and reads from a pipe that only the holder can write to. The end of that
 pipe (let go, or the holder killed with -9) is the order to end everything: SIGTERM to the command, which may take its grace
 to stop in order, then to whatever is left, then SIGKILL. The keeper adopts orphans (Linux), so what an engine forked cannot get away.
@@ -40,6 +40,7 @@ class Leash:
         cwd: Path,
         grace_s: float,
         on_end: Callable[[], None],
+        pass_fds: Sequence[int] = (),
     ) -> None:
         """Starts the command.
 
@@ -49,11 +50,13 @@ class Leash:
             cwd: Its working folder.
             grace_s: Seconds between SIGTERM and SIGKILL when it is ended.
             on_end: Called from a thread once the command and all it started have ended.
+            pass_fds: Open files that the command gets, under their numbers.
         """
         self._grace_s = grace_s
         self._let_go = threading.Lock()
         read_end, self._write_end = os.pipe()
-        keeper = [sys.executable, "-P", "-m", __name__, str(read_end), str(grace_s), *command]
+        numbers = ",".join(str(number) for number in (read_end, *pass_fds))
+        keeper = [sys.executable, "-P", "-m", __name__, numbers, str(grace_s), *command]
         try:
             self._keeper = subprocess.Popen(
                 keeper,
@@ -63,7 +66,7 @@ class Leash:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(read_end,),
+                pass_fds=(read_end, *pass_fds),
             )
         finally:
             os.close(read_end)
@@ -102,14 +105,18 @@ class Leash:
             pass
 
 
-def keep(leash_fd: int, grace_s: float, command: Sequence[str]) -> int:
+def keep(leash_fd: int, grace_s: float, command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
     """Runs the command until it ends or the leash is let go; returns its exit code once nothing of it is left."""
     events: SimpleQueue[str] = SimpleQueue()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda *_: events.put("let go"))
     # Dies with the keeper too. Set between fork and exec of the only thread that there is at this point.
-    child = subprocess.Popen(command, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
+    child = subprocess.Popen(
+        command, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL), pass_fds=tuple(pass_fds)
+    )
+    for number in pass_fds:
+        os.close(number)
     threading.Thread(target=_report, args=(lambda: os.read(leash_fd, 1), "let go", events), daemon=True).start()
     threading.Thread(target=_report, args=(child.wait, "ended", events), daemon=True).start()
     if events.get() == "let go":
@@ -191,5 +198,6 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    code = keep(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
+    leash_fd, *pass_fds = map(int, sys.argv[1].split(","))
+    code = keep(leash_fd, float(sys.argv[2]), sys.argv[3:], pass_fds=pass_fds)
     sys.exit(code if code >= 0 else 128 - code)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, HTTPException
 
-from palate_server.front import Front, error_body
+from palate_server.front import ACTIVITY, Front
+from palate_server.listening import serve_on, take_listener
 from palate_server.spec import BASE_MODEL, TUNED_MODEL, ServeSpec
 
 _CLOSE_S = 3
@@ -91,7 +91,9 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
             return model_id
 
         def _load_model(self, name: str, *args: Any, **options: Any) -> Any:
-            return super()._load_model(f"{name}@main", *args, **options)
+            model = super()._load_model(f"{name}@main", *args, **options)
+            model.register_forward_hook(lambda *_: ACTIVITY.moved())  # each token of an answer is a sign of life
+            return model
 
         def _load_processor(self, name: str, gguf_file: str | None = None) -> Any:
             return AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -135,13 +137,6 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
         generation_state=state,
     )
 
-    @app.exception_handler(HTTPException)
-    async def in_openai_form(_request: Request, error: HTTPException) -> JSONResponse:
-        kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
-        return JSONResponse(
-            error_body(str(error.detail), kind=kind, param=None, code=error.status_code), error.status_code
-        )
-
     app.add_middleware(Front)
     return app
 
@@ -168,10 +163,10 @@ async def _then_done(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m palate_server.transformers_engine", description=__doc__)
     parser.add_argument("spec_file", type=Path)
-    parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer, for all models")
     options = parser.parse_args()
+    listener = take_listener()
     spec = ServeSpec.read(options.spec_file)
     merged_dir, links = Path(spec.work_dir) / "merged", Path(spec.work_dir) / "models"
     merging = begin_merge(spec, merged_dir)
@@ -183,7 +178,8 @@ def main() -> None:
             sys.exit(f"error: merging {spec.model_dir} into {spec.base_model_dir} failed, as said above")
     link_models(spec, merged_dir, links)
     os.chdir(links)
-    uvicorn.run(app, host=spec.host, port=options.port, timeout_graceful_shutdown=_CLOSE_S)
+    serve_on(listener)
+    uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_S)).run()
 
 
 if __name__ == "__main__":

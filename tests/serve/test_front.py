@@ -162,3 +162,84 @@ def test_a_client_that_leaves_is_noticed_by_the_app() -> None:
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
     asyncio.run(Front(app, spec=SPEC, token=TOKEN)(scope, receive, send))
     assert seen == ["http.request", "http.disconnect"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/svc"])
+def test_models_are_only_read(method: str, path: str) -> None:
+    answer = ask(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert answer.json()["error"]["type"] == "MethodNotAllowedError"
+    assert ask("HEAD", path).status_code == 200
+
+
+def answering(status: int, body: bytes) -> Any:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"text/plain"), (b"x-kept", b"1")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body[:5], "more_body": True})
+        await send({"type": "http.response.body", "body": body[5:]})
+
+    return app
+
+
+def ask_of(app: Any, **options: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(app, spec=SPEC, token=TOKEN), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/completions", headers=WITH_TOKEN, json={}, **options)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (b'{"detail": "Not Found"}', "Not Found", None),
+        (b"Internal Server Error", "Internal Server Error", None),
+        (b'{"error": "the worker died"}', "the worker died", None),
+        (b'{"object": "error", "message": "no"}', "no", None),
+        (
+            b'{"detail": [{"loc": ["body", "n", 0], "msg": "too large"}, {"msg": "and wrong"}]}',
+            "n.0: too large; and wrong",
+            "n.0",
+        ),
+        (b"", "Not Found", None),
+        (b"\xff[[[", "�[[[", None),
+    ],
+)
+def test_every_error_gets_the_form_that_clients_read(body: bytes, message: str, param: str | None) -> None:
+    answer = ask_of(answering(404, body))
+    assert answer.json() == {"error": {"message": message, "type": "NotFoundError", "param": param, "code": 404}}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert (answer.headers["content-type"], answer.headers["x-kept"]) == ("application/json", "1")
+
+
+def test_an_error_that_has_the_form_and_an_answer_are_left_as_they_are() -> None:
+    ours = b'{"error":  {"message": "x", "code": 1}}'
+    assert ask_of(answering(400, ours)).content == ours
+    assert ask_of(answering(200, b'{"detail": "Not Found"}')).content == b'{"detail": "Not Found"}'
+
+
+def test_an_app_that_breaks_is_an_error_of_the_same_form() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a secret path")
+
+    answer = ask_of(broken)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, 500)
+    assert "secret" not in answer.text
+
+
+def test_requests_hold_no_more_than_their_bound_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("palate_server.front.BODIES_LIMIT_BYTES", 1000)
+    front = Front(echo, spec=SPEC, token=TOKEN)
+
+    async def go() -> list[int]:
+        transport = httpx.ASGITransport(front)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=WITH_TOKEN) as client:
+            return [
+                (await client.post("/v1/completions", json={"prompt": "x" * size})).status_code
+                for size in (500, 2000, 500)
+            ]
+
+    assert asyncio.run(go()) == [200, 503, 200]

@@ -174,12 +174,12 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
         engine_args=("--seed", "3"),
     )
     plan = preflight.check(wanted)
-    command = engine_command(wanted, plan, spec_file=tmp_path / "spec.json", port=4321)
+    command = engine_command(wanted, plan, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
     assert command[command.index("--max-lora-rank") + 1] == "32"  # 20, rounded up
     assert json.loads(command[command.index("--lora-modules") + 1])["name"] == "default"
     assert command[command.index("--tokenizer") + 1] == str(tiny_model)  # the adapter came without one
     assert command[-2:] == ["--seed", "3"]
-    environment = engine_environment(plan, spec_file=tmp_path / "spec.json", ipc_dir="ipc")
+    environment = engine_environment(plan, spec_file=tmp_path / "spec.json", ipc_dir="ipc", listener=3)
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
@@ -215,7 +215,7 @@ def test_a_service_never_runs_without_a_token(
 
 def test_every_error_has_a_standard_base() -> None:
     bases = {error: error.__mro__[2] for error in ServerError.__subclasses__()}
-    assert len(bases) == 6
+    assert len(bases) == 7
     assert all(base.__module__ == "builtins" and base is not Exception for base in bases.values()), bases
 
 

@@ -95,6 +95,10 @@ def deploy(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Seconds after which the service stops by itself.")] = None,
+    idle_time_to_live: Annotated[
+        float | None,
+        typer.Option(help="Seconds without a request after which the service stops by itself; default: never."),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
@@ -102,7 +106,7 @@ def deploy(
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
 
-    options: dict[str, Any] = {"engine": engine, "port": port, "host": host}
+    options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
     if time_to_live is not None:

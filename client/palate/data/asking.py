@@ -279,8 +279,14 @@ class Asker:
         if endpoint not in self._lanes:
             import openai
 
+            from palate.connection import async_http_client
+
             client = openai.AsyncOpenAI(
-                base_url=endpoint.base_url, api_key=endpoint.api_key, timeout=self._timeout_s, max_retries=0
+                base_url=endpoint.base_url,
+                api_key=endpoint.api_key,
+                timeout=self._timeout_s,
+                max_retries=0,
+                http_client=async_http_client(endpoint.base_url, endpoint.api_key if endpoint.is_service else None),
             )
             self._lanes[endpoint] = _Lane(client)
         return self._lanes[endpoint]

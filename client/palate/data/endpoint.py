@@ -46,6 +46,7 @@ class Endpoint:
         key_source: Where the key comes from, in words, for errors.
         identity: What finished calls are remembered by; default: the base URL. A service keeps its own over restarts,
             which change its port.
+        is_service: Whether it is a Palate service, which has to prove that it knows the key before the key is sent.
 
     Raises:
         ConfigurationError: The URL cannot be used.
@@ -55,6 +56,7 @@ class Endpoint:
     api_key: str = field(default=NO_KEY, repr=False)
     key_source: str = "no key"
     identity: str = ""
+    is_service: bool = False
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -119,6 +121,7 @@ class Endpoint:
             predictor.access_token,
             f"the token of service {name}",
             identity=f"service:{hashlib.sha256(weights.encode()).hexdigest()[:32]}",
+            is_service=True,
         )
 
     def without_key(self, text: str) -> str:

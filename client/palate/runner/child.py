@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from palate.runner.memory import MemoryGuard
-from palate.runner.presence import TICK_S, Presence
+from palate.runner.presence import LAST_BYTES, TICK_S, Presence, last_file
 from palate.variables import without_credentials
 
 LOG_TAIL_LINES = 25
@@ -89,10 +89,14 @@ def log_line(log: Path, text: str) -> None:
 
 
 def log_tail(log: Path) -> tuple[str, ...]:
-    """Returns the last lines of the log that say something."""
-    if not log.exists():
-        return ()
-    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    """Returns the last lines of the log that say something; reads no more than its end."""
+    content = b""
+    for path in (last_file(log), log):
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - LAST_BYTES))
+                content += file.read(LAST_BYTES)
+    lines = [line.rstrip() for line in content.decode(errors="replace").splitlines()]
     return tuple(line for line in lines if line)[-LOG_TAIL_LINES:]
 
 

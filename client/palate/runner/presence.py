@@ -16,6 +16,7 @@ from typing import Literal
 from palate.errors import PalateError
 from palate.lease import HeldLease
 from palate.record import Record
+from palate.runner.keeping import PART_BYTES, Keeper
 from palate.store.errors import PreconditionFailedError
 
 logger = logging.getLogger("palate.runner")
@@ -27,12 +28,28 @@ PUSH_SLOW_S = 5.0
 FAST_UNTIL_S = 120.0
 """Logs are pushed every second at first, when somebody is watching, then every five."""
 
+FILE_BYTES = 16 * 1024**2
+"""A service's log file on its machine is emptied when it is this large."""
+
+WAITING_BYTES = 64 * 1024**2
+"""Of a service's log, so much waits on its machine for a store that is away; then it is left out."""
+
+LAST_BYTES = 64 * 1024
+
 DELETED_AFTER_S = 15.0
 """A status that is missing for so long was deleted; a server that has just started may miss it for a moment."""
 
 
+def last_file(path: Path) -> Path:
+    """Returns where the end of a log is kept that was emptied."""
+    return path.with_name(f"{path.name}.1")
+
+
 class Tail:
     """Pushes what a growing file gains as numbered parts of the record: whole lines, and of a log at the end what is left.
+
+    A service's log is kept within bounds, in the store and in the file, which is emptied now and then; what it said last is
+    then in `last_file`.
 
     Args:
         record: The run.
@@ -46,13 +63,18 @@ class Tail:
         self._kind = kind
         self._path = path
         self._offset = offset
+        self._keeper = Keeper(record) if (record.kind, kind) == ("services", "logs") else None
         self._part = record.last_part(kind)  # a later attempt goes on counting
+        if self._keeper is not None:
+            self._part = max(self._part, record.log_index().following - 1)
+        self._read_ahead = b""
         self._pending = b""
         self._lock = threading.Lock()
 
     def push(self, *, final: bool = False) -> None:
         """Pushes what is new. Raises StoreError; the same is then pushed first the next time."""
         with self._lock:
+            self._leave_out()
             while data := self._pending or self._read(final):
                 self._pending = data  # a part must not grow when it is pushed again: a reader may have it
                 try:
@@ -62,16 +84,51 @@ class Tail:
                     self._part = max(self._part + 1, self._record.last_part(self._kind))
                     continue
                 self._part += 1
-                self._offset += len(data)
                 self._pending = b""
+                if self._keeper is not None:
+                    self._keeper.added(self._part, len(data))
+            self._empty()
 
     def _read(self, final: bool) -> bytes:
+        """Returns the next part: whole lines of PART_BYTES or less, unless one line is longer."""
         if not self._path.exists():
             return b""
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            data = file.read()
-        return data if final and self._kind == "logs" else data[: data.rfind(b"\n") + 1]
+            data = self._read_ahead
+            while block := file.read(PART_BYTES - len(data) if len(data) < PART_BYTES else PART_BYTES):
+                self._offset += len(block)
+                data += block
+                if len(data) >= PART_BYTES and (self._kind == "logs" or b"\n" in data):
+                    break
+        whole = data.rfind(b"\n") + 1
+        if self._kind == "logs" and (final or (not whole and len(data) >= PART_BYTES)):
+            whole = len(data)
+        self._read_ahead = data[whole:]
+        return data[:whole]
+
+    def _empty(self) -> None:
+        """Empties a service's log of this machine once it is large, and all of it is in the store."""
+        if self._keeper is None or self._offset < FILE_BYTES:
+            return
+        with self._path.open("r+b") as file:
+            file.seek(max(0, self._offset - LAST_BYTES))
+            last_file(self._path).write_bytes(file.read(LAST_BYTES))
+            file.seek(self._offset)
+            self._read_ahead += file.read()  # what came meanwhile is little
+            file.truncate(0)  # the program appends, so it goes on at the beginning
+            self._offset = 0
+
+    def _leave_out(self) -> None:
+        """Leaves out what a service said while its store was away, once it is too much for the disk."""
+        if self._keeper is None or not self._path.exists():
+            return
+        waiting = self._path.stat().st_size - self._offset
+        if waiting > WAITING_BYTES:
+            with self._path.open("r+b") as file:
+                file.truncate(0)
+            self._offset = 0
+            self._read_ahead += f"\npalate: {waiting} bytes of the log were left out: the store was away\n".encode()
 
 
 class Presence:

@@ -13,7 +13,7 @@ from palate.runner.post import Ending, Post
 from palate.store import open_parent
 from palate.store.errors import StoreError
 from palate.weights import WeightsSource, fetch_weights
-from palate_server.spec import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
+from palate_server.spec import ERROR_FILE, IDLE_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
 STOP_GRACE_S = 20.0
 
@@ -33,6 +33,7 @@ def run_service(post: Post) -> Ending:
         model_dir=str(tuned_dir or base_dir),
         base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
         work_dir=str(work),
+        idle_after_s=body.get("idle_time_to_live_s"),  # services of earlier versions have none
         **{**options, "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
@@ -80,6 +81,9 @@ def run_service(post: Post) -> Ending:
     if outcome != "ended":
         reason = "its time to live is over" if outcome == "timed out" else "stopped on request"
         return Ending(state="Stopped", reason=reason, exit_code=code)
+    idle = work / IDLE_FILE
+    if code == 0 and idle.exists():
+        return Ending(state="Stopped", reason=idle.read_text(encoding="utf-8").strip(), exit_code=code)
     error = work / ERROR_FILE
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     return Ending(

@@ -18,6 +18,7 @@ from botocore.exceptions import ConnectionClosedError
 from botocore.loaders import Loader, create_loader
 from urllib3.exceptions import HTTPError
 
+from palate.connection import is_loopback
 from palate.store.errors import StoreUsageError
 from palate.store.options import ADDRESSING_STYLES, StoreOptions
 
@@ -64,6 +65,8 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
         }
     if options.anonymous or os.environ.get("PALATE_S3_ANONYMOUS"):
         settings["signature_version"] = UNSIGNED
+    if is_loopback(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or ""):
+        settings["proxies"] = {}  # none leads there; it would see who is asked for what, and with which key
     core = botocore.session.Session()
     core.register_component("data_loader", _shared_loader())
     session = boto3.session.Session(
@@ -74,7 +77,10 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
         region_name=options.region,
     )
     client = session.client("s3", endpoint_url=options.endpoint_url, config=Config(**settings))
-    if _is_loopback(client.meta.endpoint_url):
+    if is_loopback(client.meta.endpoint_url) and "proxies" not in settings:  # it came from a file
+        settings["proxies"] = {}
+        client = session.client("s3", endpoint_url=options.endpoint_url, config=Config(**settings))
+    if _is_plain_loopback(client.meta.endpoint_url):
         # Over plain HTTP every body is hashed for its signature, against those on the way; on the loopback there is nobody. Every
         # body still has its CRC-32, under the signature.
         client.meta.config.s3["payload_signing_enabled"] = False  # type: ignore[attr-defined]
@@ -177,9 +183,8 @@ def _is_whole(answer: Any, request: Any) -> bool:
     return is_read_later or request.method == "HEAD" or len(answer.content) == int(length)
 
 
-def _is_loopback(endpoint: str) -> bool:
-    url = urlsplit(endpoint)
-    return url.scheme == "http" and (url.hostname or "") in ("127.0.0.1", "localhost", "::1")
+def _is_plain_loopback(endpoint: str) -> bool:
+    return urlsplit(endpoint).scheme == "http" and is_loopback(endpoint)
 
 
 @cache

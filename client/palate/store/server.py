@@ -40,6 +40,8 @@ _GRACE_S = 15.0
 _PR_SET_PDEATHSIG = 1
 _KEYS = "access.json"
 _LOG = "server.log"
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs of the loopback, to which no proxy leads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ def _wait_until_ready(server: StoreServer, bucket: str, *, volumes_found: Callab
 
 def _answers(endpoint: str) -> bool:
     try:
-        urllib.request.urlopen(f"{endpoint}/no-such-bucket/key", timeout=2).close()
+        _DIRECT.open(f"{endpoint}/no-such-bucket/key", timeout=2).close()
     except urllib.error.HTTPError as answer:
         return answer.code in (403, 404)
     except OSError:

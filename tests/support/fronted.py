@@ -1,0 +1,101 @@
+"""A service without an engine: the front and its socket as in every engine, over an app that echoes. Also runs as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import palate_server
+from palate_server.spec import LISTENER_VARIABLE, TOKEN_VARIABLE
+
+
+@dataclass(frozen=True)
+class FrontedService:
+    """What runs: its process, its port, and the token that it knows."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    token: str
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def fronted_service(
+    token: str, *, port: int = 0, http: str = "auto", hangs: bool = False, **limits: float
+) -> Iterator[FrontedService]:
+    """Runs it until the block ends. It answers with what reached it, and never at `/hang`.
+
+    Args:
+        token: The service's.
+        port: 0 takes a free one.
+        http: Which of uvicorn's protocols.
+        hangs: Whether it answers no POST at all.
+        limits: Constants of palate_server.listening and palate_server.front to be set to other values.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        environment = {
+            **os.environ,
+            TOKEN_VARIABLE: token,
+            LISTENER_VARIABLE: str(listener.fileno()),
+            "PYTHONPATH": os.pathsep.join([str(Path(palate_server.__file__).parents[1]), os.getcwd()]),
+        }
+        command = [sys.executable, "-m", __name__, http, json.dumps(limits), "POST" if hangs else ""]
+        process = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()])
+        port = listener.getsockname()[1]
+    try:
+        yield FrontedService(process, port, token)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with method, path and body; needs no framework."""
+    if scope["type"] != "http":
+        return
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    if scope["path"] == "/hang" or scope["method"] == sys.argv[3]:
+        await receive()  # until the client leaves
+        return
+    said = json.dumps({"object": "echo", "method": scope["method"], "path": scope["path"], "body": body.decode()})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": said.encode()})
+
+
+def main() -> None:
+    import uvicorn
+
+    from palate_server import front, listening
+    from palate_server.spec import ServeSpec
+
+    http, limits = sys.argv[1], json.loads(sys.argv[2])
+    for name, value in limits.items():
+        for module in (front, listening):
+            if hasattr(module, name):
+                setattr(module, name, value)
+    listening.serve_on(listening.take_listener())
+    app = front.Front(echo, spec=ServeSpec(service_name="svc", model_dir="m", work_dir="w"))
+    uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_level="warning")).run()  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
