@@ -56,7 +56,7 @@ def _largest_repeated(file: Any, column: Any) -> int:
     file.seek(column.dictionary_page_offset)
     # PageHeader, Thrift's compact protocol: field 1 is the type, field 2 uncompressed_page_size, both i32.
     head = file.read(16)
-    at, numbers = 0, []
+    at, numbers = 0, list[int]()
     while len(numbers) < 2 and at < len(head) and head[at] == 0x15:
         number = shift = 0
         for byte in head[at + 1 :]:
@@ -129,7 +129,7 @@ def _packed_buffers(metadata: bytes) -> list[tuple[int, int]]:
         return []
     vector = follow(buffers)
     count = struct.unpack_from("<I", metadata, vector)[0]
-    return [struct.unpack_from("<qq", metadata, vector + 4 + 16 * index) for index in range(count)]  # type: ignore[misc]
+    return [struct.unpack_from("<qq", metadata, vector + 4 + 16 * index) for index in range(count)]
 
 
 def values(batch: Any, before: int) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Files to numbered raw rows: JSON arrays, JSON lines, CSV, Parquet and Arrow, plain or compressed. Knows no row format.
 
-Memory is bounded by a block and a row (`limits`), never by the file. What is wrong with one line does not hide the others: it comes as a `Fault` in its
-place; what makes the rest unreadable comes as the last one.
+Memory is bounded by a block and a row (`limits`), never by the file. What is wrong with one line does not hide the others: it
+comes as a `Fault` in its place; what makes the rest unreadable comes as the last one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import orjson
 

@@ -113,6 +113,6 @@ class Unpacked(io.RawIOBase):
 def _setting(name: str) -> int:
     """The variable's value, 0 when it is not set."""
     text = os.environ.get(name, "").strip()
-    if text and not (text.isascii() and text.isdigit() and 0 < int(text[:9]) and len(text) < 9):
+    if text and not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
         raise DataError(f"{name}={text[:40]!r} must be a whole number from 1 to 99999999: mebibytes")
     return int(text or 0)
