@@ -8,7 +8,7 @@ from pathlib import Path
 
 from palate.errors import ConfigurationError
 from palate.processes import pid_space, start_time
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import expand_path, show_path
 
 
 def palate_home() -> Path:
@@ -22,7 +22,7 @@ def palate_home() -> Path:
         home = Path(expand_path(given)).absolute()
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
     except ValueError as error:
-        raise ConfigurationError(f"PALATE_HOME={given!r} {error}") from None
+        raise ConfigurationError(f"PALATE_HOME={show_path(given)} {error}") from None
     except OSError as error:
         raise ConfigurationError(
             f"Palate's folder {home} cannot be made: {error.strerror or error}. Set PALATE_HOME to a folder that this user may write"

@@ -24,7 +24,7 @@ from palate.home import palate_home
 from palate.session import Session
 from palate.store import open_store
 from palate_recipes.catalog import Model, find_model
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import expand_path, show_path
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _IGNORED_ON_HUB = ["*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.tflite"]
@@ -108,7 +108,7 @@ def _from_uri(session: Session, uri: str) -> WeightsSource:
     try:
         folder = Path(expand_path(uri.removeprefix("file://"))).absolute()
     except ValueError as error:
-        raise ConfigurationError(f"model_uri={uri!r} {error}") from None
+        raise ConfigurationError(f"model_uri={show_path(uri)} {error}") from None
     if not os.path.isdir(folder):  # False for a name that is too long, too
         raise ConfigurationError(
             f"model_uri={uri!r} is no folder on this machine: give a folder with config, weights and tokenizer"

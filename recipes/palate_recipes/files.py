@@ -8,7 +8,7 @@ from typing import Any
 from .errors import HyperparameterError
 from .hyperparameters import shorten, validate
 from .nearest import did_you_mean
-from .paths import expand_path
+from .paths import expand_path, show_path
 
 _TYPES = {
     "model_name": (str, "text"),
@@ -42,7 +42,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         path = Path(expand_path(path))
     except ValueError as error:
-        raise HyperparameterError(f"recipe file {str(path)!r} {error}") from None
+        raise HyperparameterError(f"recipe file {show_path(path)} {error}") from None
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import os
 
+LONGEST = 4096
+"""Bytes of a path, as Linux limits them (PATH_MAX)."""
+
+
+def show_path(path: object) -> str:
+    """Returns a path or URI in quotes as messages show it, cut where nobody reads on."""
+    text = str(path)
+    return repr(text if len(text) <= 200 else f"{text[:197]}...")
+
 
 def expand_path(path: str | os.PathLike[str]) -> str:
     """Returns a path with `~` and `~user` replaced by the folders that they mean.
@@ -12,6 +21,8 @@ def expand_path(path: str | os.PathLike[str]) -> str:
         ValueError: No file can have this path; the message says why and what to do, without the path.
     """
     text = os.fspath(path)
+    if len(text) >= LONGEST:
+        raise ValueError(f"has {len(text):,} characters, and a path has less than {LONGEST:,}: check the argument")
     if "\0" in text:
         raise ValueError("contains a NUL character (U+0000), which no file name can have: remove it")
     try:
@@ -23,5 +34,5 @@ def expand_path(path: str | os.PathLike[str]) -> str:
     expanded = os.path.expanduser(text)
     user = text.partition("/")[0]
     if user.startswith("~") and expanded == text:
-        raise ValueError(f"begins with {user!r}, and this machine has no such user: write the whole path, or ./{user}")
+        raise ValueError(f"begins with {show_path(user)}, and this machine has no such user: write the whole path")
     return expanded

@@ -17,7 +17,7 @@ from palate.session import get_default_session
 from palate.weights import fetch_weights, find_weights
 from palate_recipes.data.report import Place, Report
 from palate_recipes.hyperparameters import HYPERPARAMETERS
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import expand_path, show_path
 from palate_trainer.spec.measure import Measured, MeasureSpec
 
 
@@ -51,7 +51,7 @@ def measure(
     try:
         folder = Path(expand_path(tokenizer))
     except ValueError as error:
-        raise DataError(f"the tokenizer {tokenizer!r} {error}") from None
+        raise DataError(f"the tokenizer {show_path(tokenizer)} {error}") from None
     if not os.path.isdir(folder):
         source, _ = find_weights(session, model_name=tokenizer, model_uri=None)
         folder, _ = fetch_weights(source, session, say=lambda text: print(text, file=sys.stderr))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.errors import DataError
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import expand_path, show_path
 
 _REPR = reprlib.Repr()
 """Shows the beginning of a value however large and deep it is."""
@@ -46,7 +46,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         path = Path(expand_path(path))
     except ValueError as error:
-        raise DataError(f"{str(path)!r} {error}") from None
+        raise DataError(f"{show_path(path)} {error}") from None
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

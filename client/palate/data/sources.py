@@ -19,7 +19,7 @@ from palate.store.errors import ObjectNotFoundError
 from palate.store.local import in_parallel, walk
 from palate.store.uri import normal_uri
 from palate_recipes.data.containers import SUFFIXES
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import LONGEST, expand_path, show_path
 
 if TYPE_CHECKING:
     from palate.session import Session
@@ -88,6 +88,10 @@ def at_hand(uri: str | Path, session: Session) -> Iterator[Fetched]:
     scheme, separator, _ = text.partition("://")
     if not text.strip():
         raise ConfigurationError(f"the path of the data is empty: give {KNOWN}")
+    if len(text) >= LONGEST:
+        raise ConfigurationError(
+            f"{show_path(text)} has {len(text):,} characters: a path or URI has less than {LONGEST:,}"
+        )
     if not separator or scheme == "file":
         yield _local(text)
         return
@@ -267,7 +271,7 @@ def _local(text: str) -> Fetched:
     try:
         path = Path(expand_path(local)).absolute()
     except ValueError as error:
-        raise ConfigurationError(f"the path {text!r} {error}") from None
+        raise ConfigurationError(f"the path {show_path(text)} {error}") from None
     origin = f"file://{path}"
     try:
         if path.is_file():

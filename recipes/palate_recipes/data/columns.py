@@ -15,7 +15,7 @@ from palate_recipes.data.rows import Message, fault
 from palate_recipes.data.shapes import Parts, Raw, listed
 from palate_recipes.data.turns import check_characters, kind
 from palate_recipes.errors import DataError
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import expand_path, show_path
 from palate_recipes.yaml_text import load_yaml
 
 _LARGEST_YAML = 1 << 20
@@ -185,7 +185,7 @@ def _from_yaml(path: Path) -> list[Any]:
     except DataError:
         raise
     except ValueError as error:
-        raise DataError(f"{str(path)!r}: broken YAML: {error}") from None
+        raise DataError(f"{show_path(path)}: broken YAML: {error}") from None
     if isinstance(found, dict):
         found = found.get("prompts", found)
     if isinstance(found, dict):

@@ -28,7 +28,7 @@ from palate_recipes.data.limits import RowTooLarge, Unpacked, row_limit
 from palate_recipes.data.rows import Fault
 from palate_recipes.data.tables import DELIMITERS, arrow_rows, csv_rows, parquet_rows, pyarrow
 from palate_recipes.errors import DataError
-from palate_recipes.paths import expand_path
+from palate_recipes.paths import expand_path, show_path
 
 Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
 Compression = Literal["", "gzip", "zstd"]
@@ -106,7 +106,7 @@ def open_container(path: str | Path) -> Container:
     try:
         path = Path(expand_path(path))
     except ValueError as error:
-        raise DataError(f"{str(path)!r} {error}.") from None
+        raise DataError(f"{show_path(path)} {error}.") from None
     if os.path.isdir(path):
         raise DataError(f"{path} is a folder, not a preference file. Name the .json or .jsonl file inside it.")
     compression: Compression = ""
