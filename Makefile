@@ -7,7 +7,7 @@ UV_VERSION := $(shell sed -n 's/^ARG UV_VERSION=//p' container/Dockerfile)
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast test-faults check bench-train bench-data bench-store bench-import clean
+.PHONY: help setup quickstart test test-fast test-faults fuzz check bench-train bench-data bench-store bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +17,7 @@ help:
 	echo "make test          the whole test suite, real trainer and real engine included; PALATE_TEST_THOROUGH=1 adds further cases, as CI does"
 	echo "make test-fast     only the tests that start neither"
 	echo "make test-faults  a campaign of 200 faults over real trainings, about 40 minutes; ARGS='--faults 50 --seed 2' and so on"
+	echo "make fuzz          100,000 damaged inputs for every reader and the front, about 10 minutes; ARGS='--target uris --seed 2' and so on"
 	echo "make check         lint, types, import contracts"
 	echo "make setup         the virtual environment that all of them use"
 	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
@@ -69,6 +70,9 @@ test-fast: setup
 
 test-faults: setup
 	@"$(PY)" -m tests.faults $(ARGS)
+
+fuzz: setup
+	@"$(PY)" -m tests.fuzz $(ARGS)
 
 check: setup
 	@"$(VENV)/bin/ruff" check .

@@ -64,7 +64,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     for key in values:
         if key not in KEYS:
             raise HyperparameterError(
-                f"recipe file {path} has an unknown key {key!r}: {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
+                f"recipe file {path} has an unknown key {key[:60]!r}: {did_you_mean(key, KEYS)}known are {', '.join(KEYS)}"
             )
     for key, value in values.items():
         kind, words = _TYPES[key]

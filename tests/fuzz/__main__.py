@@ -144,7 +144,7 @@ def _child(name: str, seed: int, first: int, count: int, failures: Path) -> int:
                 failed[wrong] = f"input {number}: {wrong}"
                 break  # what was reached once stays: a new process goes on
             if wrong:
-                failed.setdefault(wrong.partition(" (")[2] or wrong[:60], f"input {number}: {wrong}")
+                failed.setdefault(wrong[:12] + wrong.rpartition(" (")[2], f"input {number}: {wrong}")
                 if len(failed) >= _FAILURES:
                     break
         faulthandler.cancel_dump_traceback_later()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import threading
@@ -88,13 +87,13 @@ def ask(request: bytes, world: dict[str, Any]) -> str:
             connection.shutdown(socket.SHUT_WR)
             while block := connection.recv(65536):
                 answer += block
-        except (ConnectionResetError, BrokenPipeError):
-            pass  # the server may close before it has read all
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            # The server may close before it has read all.
     if world["faults"].seen:
         raise AssertionError(world["faults"].seen.pop()[-2000:])
     status = answer[9:12].decode("ascii", "replace") if answer.startswith(b"HTTP/1.1 ") else "closed"
     if status.startswith("5"):
         raise AssertionError(f"the front answers {status}: {answer[:500]!r}")
-    if status == "404" and b"json" in answer[:500]:
-        json.loads(answer.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1")[0] or b"{}")
     return status
