@@ -13,7 +13,8 @@ import pytest
 from palate import Session
 from palate.data.sources import Fetched, at_hand, matches, split_of
 from palate.errors import ConfigurationError, DataError, MissingDependencyError, PalateError
-from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
+from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError, StoreUsageError
+from palate.store.uri import normal_uri
 from tests.support.hub import Hub, running_hub
 from tests.support.sheets import Sheets, Spreadsheet, as_pem, make_key, running_sheets
 
@@ -85,6 +86,12 @@ def test_a_text_that_can_name_no_file_is_refused_with_its_reason(path: str, word
     assert words in said
     assert len(said) < 5000
     said.encode()
+
+
+@pytest.mark.parametrize("uri", ["~nosuchuser/store", "a\0b", "file:///a\0b", "~\ud83d/store", "a" * 5000])
+def test_a_store_at_a_path_that_can_not_be_is_refused(uri: str) -> None:
+    with pytest.raises(StoreUsageError, match="the store '"):
+        normal_uri(uri)
 
 
 def test_a_folder_of_shards_sorted_and_without_what_is_no_data(tmp_path: Path, session: Session) -> None:

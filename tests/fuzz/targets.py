@@ -136,7 +136,9 @@ _URIS = [
 
 def _own_home(world: World, stack: ExitStack) -> None:
     os.environ["HOME"] = str(world["folder"])
-    os.chdir(world["folder"])
+    below = world["folder"] / "a" / "b" / "c"  # so that `..` leads to a folder of few files, too
+    below.mkdir(parents=True)
+    os.chdir(below)
 
 
 def _read_uri(uri: str, world: World) -> None:

@@ -46,6 +46,7 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 _NO_DATA = {"_SUCCESS", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _SHOWN = 5
+_SPLITS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ def _of_folder(names: Sequence[str], origin: str) -> tuple[list[str], tuple[str,
             place = _place_of(split, files, data)
             remedy = f"{origin.rstrip('/')}/{place}" if place else "(no glob fits them alone: give them a folder)"
             lines.append(f"  {split or 'no split'} ({len(files)} {'file' if len(files) == 1 else 'files'}): {remedy}")
+        more = len(lines) - 1 - _SPLITS_SHOWN
+        lines[_SPLITS_SHOWN + 1 :] = [f"  and {more} more splits"] if more > 0 else []
         raise DataError("\n".join(lines))
     refuse_twins(data, origin)
     return data, tuple(other)

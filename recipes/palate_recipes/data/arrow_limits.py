@@ -14,7 +14,7 @@ from typing import Any
 from palate_recipes.data.limits import RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
 from palate_recipes.errors import DataError
 
-_BATCH_BYTES = 1 << 27
+_BATCH_BYTES = 1 << 26
 """What the rows that are decoded at once may have."""
 _EACH = 8
 """Bytes that count for a value beside its text: a list of nulls has no bytes in Arrow, and eight a value in Python."""
@@ -132,6 +132,15 @@ def _packed_buffers(metadata: bytes) -> list[tuple[int, int]]:
     return [struct.unpack_from("<qq", metadata, vector + 4 + 16 * index) for index in range(count)]
 
 
+def weight(batch: Any) -> int:
+    """Returns the bytes of a record batch's values, as if none was shared.
+
+    Raises:
+        DataError: A column is of a type that is not read.
+    """
+    return sum(map(_weight, batch.columns))
+
+
 def values(batch: Any, before: int) -> Iterator[dict[str, Any]]:
     """Yields the rows of a record batch, as many at a time as the limit of a row allows.
 
@@ -143,7 +152,7 @@ def values(batch: Any, before: int) -> Iterator[dict[str, Any]]:
         RowTooLarge: A row is larger than the limit.
         DataError: A column is of a type that repeats values by reference.
     """
-    if sum(map(_weight, batch.columns)) <= row_limit():
+    if weight(batch) <= row_limit():
         yield from batch.to_pylist()
     elif batch.num_rows == 1:
         raise RowTooLarge(f"row {before + 1}")

@@ -73,6 +73,11 @@ class Container:
         """What its row numbers count: `line` of a JSON-lines file, `row` elsewhere."""
         return "line" if self.kind == "jsonl" else "row"
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its rows may have many times the bytes of the file."""
+        return bool(self.compression) or self.kind in ("parquet", "arrow")
+
     def raw_rows(self) -> Iterator[tuple[int, Any]]:
         """Yields number and value of each row; the value is a `Fault` where there is none.
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from palate_recipes.data.arrow_limits import check_messages, check_pages, values
-from palate_recipes.data.limits import RowTooLarge, row_limit
+from palate_recipes.data.arrow_limits import check_messages, check_pages, values, weight
+from palate_recipes.data.limits import RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
 from palate_recipes.data.rows import Fault
 from palate_recipes.errors import DataError
 
@@ -173,9 +173,14 @@ def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any
     arrow = pyarrow()
     number = 0
     with _as_file(container) as path:
+        packed = path.stat().st_size
+        left = unpacked_limit(packed)
         try:
             for batch in batches(path):
                 batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
+                left -= weight(batch)
+                if left < 0:
+                    raise unpacks_too_far(container.path, packed)
                 for value in values(batch, number):
                     number += 1
                     yield number, value
