@@ -109,7 +109,7 @@ def test_rows_that_repeat_one_large_text_are_each_counted(tmp_path: Path, monkey
         assert len(content) < 100_000
         report = check([(path, name)])
         assert (report.rows, report.usable) == (40, 40)
-        path.write_bytes(parquet(repeated(LONG, 400)) if name == "a.parquet" else arrow(repeated(LONG, 400)))
+        path.write_bytes(parquet(repeated(LONG, 40)) if name == "a.parquet" else arrow(repeated(LONG, 40)))
         with pytest.raises(DataError, match=r"row 1: the row has more than 1 MiB"):
             check([(path, name)])
 
@@ -169,7 +169,7 @@ def test_two_megabytes_of_gzip_do_not_fill_the_memory(tmp_path: Path, content: b
     done = subprocess.run([sys.executable, "-c", _CHILD, str(path)], capture_output=True, text=True)
     *said, peak = done.stdout.splitlines()
     assert len(said) == 2, done.stderr
-    assert all("more than 16 MiB, the limit for one row" in line for line in said)
+    assert all("more than 8 MiB, the limit for one row" in line for line in said)
     assert int(peak) * 1024 < 1 << 30
 
 

@@ -141,8 +141,8 @@ def weight(batch: Any) -> int:
     return sum(map(_weight, batch.columns))
 
 
-def values(batch: Any, before: int) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch, as many at a time as the limit of a row allows.
+def values(batch: Any, before: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yields the rows of a record batch, and about how many bytes each has, as many at a time as the limit of a row allows.
 
     Args:
         batch: `pyarrow.RecordBatch`.
@@ -152,8 +152,11 @@ def values(batch: Any, before: int) -> Iterator[dict[str, Any]]:
         RowTooLarge: A row is larger than the limit.
         DataError: A column is of a type that repeats values by reference.
     """
-    if weight(batch) <= row_limit():
-        yield from batch.to_pylist()
+    size = weight(batch)
+    if size <= row_limit():
+        share = size // max(1, batch.num_rows)
+        for row in batch.to_pylist():
+            yield row, share
     elif batch.num_rows == 1:
         raise RowTooLarge(f"row {before + 1}")
     else:

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import orjson
 
 from palate_recipes.data.json_array import JsonArray, advice, plain
-from palate_recipes.data.limits import RowTooLarge, Unpacked, row_limit
+from palate_recipes.data.limits import Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
 from palate_recipes.data.rows import Fault
-from palate_recipes.data.tables import DELIMITERS, arrow_rows, csv_rows, parquet_rows, pyarrow
+from palate_recipes.data.tables import DELIMITERS, TABLES, pyarrow
 from palate_recipes.errors import DataError
 from palate_recipes.paths import expand_path, show_path
 
@@ -73,17 +73,16 @@ class Container:
         """What its row numbers count: `line` of a JSON-lines file, `row` elsewhere."""
         return "line" if self.kind == "jsonl" else "row"
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether its rows may have many times the bytes of the file."""
-        return bool(self.compression) or self.kind in ("parquet", "arrow")
-
-    def raw_rows(self) -> Iterator[tuple[int, Any]]:
+    def raw_rows(self) -> Rows:
         """Yields number and value of each row; the value is a `Fault` where there is none.
 
         Raises:
             DataError: The file cannot be read at all.
         """
+        return chain.from_iterable(self.raw_blocks())
+
+    def raw_blocks(self) -> Iterator[list[tuple[int, Any]]]:
+        """Yields the rows of `raw_rows` in lists, which are short where rows are large. Raises as it does."""
         try:
             yield from _READERS[self.kind](self)
         except _DAMAGED as error:
@@ -183,14 +182,21 @@ def _unpacked(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
 # JSON lines.
 
 
-def _line_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
+    yield from in_blocks(_line_rows(container, meter), meter)
+
+
+def _line_rows(container: Container, meter: Meter) -> Rows:
     limit = row_limit()
     with container.open() as stream:
         first = container.span[2] if container.span else 1
         lines = iter(partial(stream.readline, limit + 1), b"")
         for number, line in enumerate(islice(lines, container.span[1]) if container.span else lines, start=first):
-            if len(line) > limit:
+            size = len(line)
+            if size > limit:
                 raise RowTooLarge(f"line {number}")
+            meter.held += size
             try:
                 yield number, orjson.loads(line)
             except ValueError:
@@ -238,15 +244,21 @@ def _is_one_object(path: Path) -> bool:
 # A JSON array.
 
 
-def _array_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _array_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
     with container.open() as stream:
-        yield from JsonArray(stream, limit=row_limit()).values()
+        yield from in_blocks(JsonArray(stream, limit=row_limit(), meter=meter).values(), meter)
+
+
+def _table_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
+    yield from in_blocks(TABLES[container.kind](container, meter), meter)
 
 
 _READERS = {
-    "json": _array_rows,
-    "jsonl": _line_rows,
-    "csv": csv_rows,
-    "parquet": parquet_rows,
-    "arrow": arrow_rows,
+    "json": _array_blocks,
+    "jsonl": _line_blocks,
+    "csv": _table_blocks,
+    "parquet": _table_blocks,
+    "arrow": _table_blocks,
 }

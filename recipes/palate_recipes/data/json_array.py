@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from palate_recipes.data.limits import RowTooLarge
+from palate_recipes.data.limits import Meter, RowTooLarge
 from palate_recipes.data.rows import Fault
 
 _BLOCK = 1 << 20
@@ -51,12 +51,16 @@ class JsonArray:
         stream: The array's bytes, from its bracket or the space before it.
         block: Bytes that are read at a time, at least.
         limit: Characters of one value; a broken file must not be read to its end in search of a quote.
+        meter: Counts the characters of the values.
     """
 
-    def __init__(self, stream: IO[bytes], block: int = _BLOCK, limit: int = _LARGEST_VALUE) -> None:
+    def __init__(
+        self, stream: IO[bytes], block: int = _BLOCK, limit: int = _LARGEST_VALUE, meter: Meter | None = None
+    ) -> None:
         self._stream = stream
         self._block = block
         self._limit = limit
+        self._meter = meter or Meter()
         self._bad: Fault | None = None
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._lines_before = 0
@@ -101,6 +105,7 @@ class JsonArray:
                 return
             self._check_length(end)
             self.count += 1
+            self._meter.held += end - self.at
             yield self.count, value
             self.at = end
             following = self._skip_space()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,38 @@ ROW_VARIABLE = "PALATE_MAX_ROW_MIB"
 UNPACKED_VARIABLE = "PALATE_MAX_UNPACKED_MIB"
 
 MIB = 1 << 20
-_ROW_MIB = 16
+_ROW_MIB = 8
 """A row of a million tokens has about 4 MiB. Parsed, JSON takes up to 25 times its bytes (`[[],[],…`)."""
+_BLOCK_ROWS, _BLOCK_BYTES = 256, MIB
 _UNPACKED_MIB = 256
 _UNPACKED_RATIO = 100
 """Text packs to a third or a tenth. Only a file of repetitions passes this."""
+
+
+Rows = Iterator[tuple[int, Any]]
+"""Number and value of each row."""
+
+
+class Meter:
+    """Counts the bytes of the rows that a reader has given.
+
+    Attributes:
+        held: Since the last block.
+    """
+
+    held = 0
+
+
+def in_blocks(rows: Rows, meter: Meter) -> Iterator[list[tuple[int, Any]]]:
+    """Yields rows in lists: some hundred small ones, few large ones, so that a list is no larger than the largest row by much."""
+    block: list[tuple[int, Any]] = []
+    for row in rows:
+        block.append(row)
+        if len(block) >= _BLOCK_ROWS or meter.held >= _BLOCK_BYTES:
+            yield block
+            block, meter.held = [], 0
+    if block:
+        yield block
 
 
 class RowTooLarge(Exception):

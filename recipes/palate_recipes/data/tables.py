@@ -7,7 +7,7 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from palate_recipes.data.arrow_limits import check_messages, check_pages, values, weight
-from palate_recipes.data.limits import RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
+from palate_recipes.data.limits import Meter, Rows, RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
 from palate_recipes.data.rows import Fault
 from palate_recipes.errors import DataError
 
@@ -47,7 +47,7 @@ def pyarrow() -> Any:
         ) from None
 
 
-def csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _csv_rows(container: Container, meter: Meter) -> Rows:
     with container.open() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         number = 0
@@ -72,6 +72,7 @@ def csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
             _check_header(container.path, header)
             taken = 0
             for cells in reader:
+                meter.held += taken
                 taken = 0
                 if not cells or cells == [""]:
                     continue
@@ -138,7 +139,7 @@ def _holds_messages(value: Any) -> bool:
     return isinstance(first, dict) and not _MESSAGE.isdisjoint(first)
 
 
-def parquet_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(container: Container, meter: Meter) -> Rows:
     def batches(path: Path) -> Iterator[Any]:
         # A buffer: without one a column of a whole row group is held at once.
         with import_module("pyarrow.parquet").ParquetFile(path, buffer_size=_BLOCK) as file:
@@ -146,10 +147,10 @@ def parquet_rows(container: Container) -> Iterator[tuple[int, Any]]:
             yield from file.iter_batches(batch_size=min(rows, _ROWS_A_BATCH))
 
     pyarrow()
-    yield from _arrow_values(container, batches)
+    yield from _arrow_values(container, batches, meter)
 
 
-def arrow_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _arrow_rows(container: Container, meter: Meter) -> Rows:
     def batches(path: Path) -> Iterator[Any]:
         ipc = import_module("pyarrow.ipc")
         with arrow.memory_map(str(path)) as file:
@@ -166,10 +167,10 @@ def arrow_rows(container: Container) -> Iterator[tuple[int, Any]]:
                     yield part.slice(start, _ROWS_A_BATCH)
 
     arrow = pyarrow()
-    yield from _arrow_values(container, batches)
+    yield from _arrow_values(container, batches, meter)
 
 
-def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any]]:
+def _arrow_values(container: Container, batches: Any, meter: Meter) -> Rows:
     arrow = pyarrow()
     number = 0
     with _as_file(container) as path:
@@ -181,8 +182,9 @@ def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any
                 left -= weight(batch)
                 if left < 0:
                     raise unpacks_too_far(container.path, packed)
-                for value in values(batch, number):
+                for value, size in values(batch, number):
                     number += 1
+                    meter.held += size
                     yield number, value
         except DataError:
             raise
@@ -204,3 +206,11 @@ def _as_file(container: Container) -> Iterator[Path]:
             shutil.copyfileobj(stream, file, _BLOCK)
         file.flush()
         yield Path(file.name)
+
+
+TABLES: dict[str, Callable[[Container, Meter], Rows]] = {
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}
+"""The reader of each kind of table."""
