@@ -8,7 +8,7 @@ VARIANT ?=
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast test-faults check locks check-locks bench-train bench-data bench-store bench-import clean
+.PHONY: help setup quickstart test test-fast test-faults fuzz check locks check-locks bench-train bench-data bench-store bench-import clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,6 +18,7 @@ help:
 	echo "make test          the whole test suite, real trainer and real engine included; PALATE_TEST_THOROUGH=1 adds further cases, as CI does"
 	echo "make test-fast     only the tests that start neither"
 	echo "make test-faults  a campaign of 200 faults over real trainings, about 40 minutes; ARGS='--faults 50 --seed 2' and so on"
+	echo "make fuzz          100,000 damaged inputs for every reader and the front, about 10 minutes; ARGS='--target uris --seed 2' and so on"
 	echo "make check         lint, types, import contracts"
 	echo "make setup         the virtual environment that all of them use; VARIANT=cpu, cuda or transformers instead of what it finds"
 	echo "make locks         the exact packages of each variant from pyproject.toml; ARGS=--upgrade for newer versions"
@@ -41,6 +42,9 @@ test-fast: setup
 
 test-faults: setup
 	@"$(PY)" -m tests.faults $(ARGS)
+
+fuzz: setup
+	@"$(PY)" -m tests.fuzz $(ARGS)
 
 check: setup
 	@"$(VENV)/bin/ruff" check .

@@ -7,13 +7,27 @@ import os
 import tempfile
 from pathlib import Path
 
+from palate.errors import ConfigurationError
 from palate.processes import pid_space, process_state, start_time
+from palate_recipes.paths import expand_path, show_path
 
 
 def palate_home() -> Path:
-    """Returns PALATE_HOME, by default `~/.palate`; made, and private to the user, when it is missing."""
-    home = Path(os.environ.get("PALATE_HOME") or Path.home() / ".palate").expanduser().absolute()
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Returns PALATE_HOME, by default `~/.palate`; made, and private to the user, when it is missing.
+
+    Raises:
+        ConfigurationError: It cannot be made.
+    """
+    given = os.environ.get("PALATE_HOME") or "~/.palate"
+    try:
+        home = Path(expand_path(given)).absolute()
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except ValueError as error:
+        raise ConfigurationError(f"PALATE_HOME={show_path(given)} {error}") from None
+    except OSError as error:
+        raise ConfigurationError(
+            f"Palate's folder {home} cannot be made: {error.strerror or error}. Set PALATE_HOME to a folder that this user may write"
+        ) from None
     return home
 
 

@@ -182,7 +182,7 @@ def _saved_config() -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not valid JSON ({error}): mend or delete it") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path} must hold a JSON object: mend or delete it")

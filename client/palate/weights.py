@@ -25,6 +25,7 @@ from palate.session import Session
 from palate.store import open_store
 from palate.variables import without_credentials
 from palate_recipes.catalog import Model, find_model
+from palate_recipes.paths import expand_path, show_path
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _IGNORED_ON_HUB = ["*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.tflite"]
@@ -105,8 +106,11 @@ def _from_uri(session: Session, uri: str) -> WeightsSource:
         check_model_files(uri, set(sizes))
         weights = sum(size for key, size in sizes.items() if key.endswith(_WEIGHT_SUFFIXES))
         return WeightsSource(kind="store", location=uri, size_bytes=weights)
-    folder = Path(uri.removeprefix("file://")).expanduser().absolute()
-    if not folder.is_dir():
+    try:
+        folder = Path(expand_path(uri.removeprefix("file://"))).absolute()
+    except ValueError as error:
+        raise ConfigurationError(f"model_uri={show_path(uri)} {error}") from None
+    if not os.path.isdir(folder):  # False for a name that is too long, too
         raise ConfigurationError(
             f"model_uri={uri!r} is no folder on this machine: give a folder with config, weights and tokenizer"
         )

@@ -230,6 +230,13 @@ class Renderer:
         except TemplateError as error:
             remedy = " Try system_prompt='': some templates have no system turn." if self.system_prompt.strip() else ""
             raise TrainerError(f"The model's chat template refuses the conversation: {error}.{remedy}") from error
+        except (
+            Exception
+        ) as error:  # of the template's own code, which runs in Jinja's sandbox: a division by zero, a missing key
+            raise TrainerError(
+                f"The model's chat template fails on the conversation: {type(error).__name__}: {error}. "
+                "Correct chat_template in the model's folder, or set apply_chat_template=false."
+            ) from error
 
     @cached_property
     def _verbatim(self) -> Verbatim | None:

@@ -117,7 +117,7 @@ def find_model(name: str, *, provider: str | None = None) -> Model:
     model = _index().get(str(name).strip().casefold())
     if model is None:
         raise UnknownModelError(
-            f"model {name!r} is not in the catalog; the nearest names are {', '.join(_nearest(str(name)))}. "
+            f"model {str(name)[:200]!r} is not in the catalog; the nearest names are {', '.join(_nearest(str(name)))}. "
             "`palate models` lists them all; for any other model, give its folder as model_uri=."
         )
     if provider is not None and provider.strip().casefold() not in _ANY_PROVIDER | {model.provider}:
@@ -243,6 +243,6 @@ def _index() -> Mapping[str, Model]:
 def _nearest(name: str) -> list[str]:
     import difflib  # only a mistake needs it
 
-    wanted = name.strip().casefold().split("/")[-1]
+    wanted = name.strip().casefold().split("/")[-1][:100]  # of a long text every place would be compared
     found = difflib.get_close_matches(wanted, [key for key in _index() if "/" not in key], n=6, cutoff=0.0)
     return list(dict.fromkeys(_index()[key].name for key in found))[:3]

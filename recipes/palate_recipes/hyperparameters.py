@@ -134,12 +134,12 @@ def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, A
     for name, value in (values or {}).items():
         row = HYPERPARAMETERS.get(name)
         if row is None:
-            problems.append(f"{name} = {_shorten(value)}: unknown name; {_hint(name)}")
+            problems.append(f"{str(name)[:60]} = {shorten(value)}: unknown name; {_hint(name)}")
             continue
         try:
             given[name] = row.parse(value)
         except ValueError as error:
-            problems.append(f"{name} = {_shorten(value)}: {error}{_not_offered(value)}")
+            problems.append(f"{name} = {shorten(value)}: {error}{_not_offered(value)}")
     problems.extend(_contradictions(given, method))
     problems.extend(_loss_contradictions(given))
     problems.extend(_kto_contradictions(given))
@@ -217,13 +217,14 @@ def check_method(method: str) -> str:
     Raises:
         HyperparameterError: it is not; the message names the nearest one and all of them.
     """
-    if method in METHODS:
+    if isinstance(method, str) and method in METHODS:
         return method
-    meant = {"full": "Standard_LLM", "full_ft": "Standard_LLM"}.get(str(method).casefold())
-    meant = meant or nearest(str(method), METHODS, cutoff=0.5)
+    text = method[:60] if isinstance(method, str) else shorten(method)
+    meant = {"full": "Standard_LLM", "full_ft": "Standard_LLM"}.get(text.casefold())
+    meant = meant or nearest(text, METHODS, cutoff=0.5)
     hint = f'did you mean "{meant}"? ' if meant else ""
     known = "; ".join(f"{name} {meaning}" for name, meaning in METHODS.items())
-    raise HyperparameterError(f"method = {method!r}: unknown method; {hint}The methods are: {known}.")
+    raise HyperparameterError(f"method = {text!r}: unknown method; {hint}The methods are: {known}.")
 
 
 def _contradictions(given: Mapping[str, Any], method: str) -> Iterable[str]:
@@ -338,7 +339,7 @@ def _loss_notes(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterab
 
 
 def _not_offered(value: object) -> str:
-    name = str(value).strip().casefold()
+    name = value.strip().casefold() if isinstance(value, str) else ""
     if name == "kto":
         return ". KTO is no loss over pairs: training_strategy=kto trains on good and bad answers, those of pairs too"
     if name not in _NOT_OFFERED:
@@ -370,14 +371,15 @@ def _precision(wanted: str, device: DeviceFacts) -> Precision:
 
 
 def _hint(name: object) -> str:
-    key = str(name).strip().casefold().replace("-", "_")
+    key = str(name)[:100].strip().casefold().replace("-", "_")
     alias = next((known for known, others in _HINTS.items() if key in others), None)
     if meant := alias or nearest(key, HYPERPARAMETERS):
         return f"did you mean {meant}?"
     return "recipe.hyperparameter_definitions lists the known names"
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """Returns a value as a message shows it, 60 characters at most."""
     text = show(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_LONGEST = 100
+
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """Returns the known name that is most like a word, whatever their case; None when none is.
@@ -16,7 +18,8 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
     import difflib  # only a mistake needs it
 
     folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    # Cut: of a long text every place would be compared with every name.
+    found = difflib.get_close_matches(word[:_LONGEST].casefold(), folded, n=1, cutoff=cutoff)
     return folded[found[0]] if found else None
 
 

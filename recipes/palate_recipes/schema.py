@@ -100,7 +100,7 @@ class Hyperparameter:
         """
         try:
             parsed = PARSERS[self.type](value)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError, RecursionError):
             raise ValueError(f"must be {self.expectation}") from None
         if self.type == "names":
             if not set(parsed.split(",")) <= set(self.choices or ()):
@@ -430,7 +430,10 @@ def show(value: object) -> str:
         return f'"{value}"'
     if isinstance(value, float):
         return _number(value)
-    return repr(value)
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python writes no whole number of more than 4300 digits
+        return f"a {type(value).__name__} that is too long to show"
 
 
 def _number(value: float | None) -> str:

@@ -162,3 +162,39 @@ def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
         start,
         step,
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "check", "~nosuchuser/x.json"),
+        ("data", "check", "a" * 5000),
+        ("train", "~nosuchuser/x.json", "--model", "smollm2-135m-instruct"),
+        ("train", "x.json", "--model-uri", "~nosuchuser/model"),
+        ("train", "x.json", "--recipe", "~nosuchuser/x.toml"),
+        ("train", "x.json", "--recipe", "deep.toml"),
+        ("train", "x.json", "--recipe", "digits.toml"),
+        ("train", "x.json", "--model", "smollm2-135m-instruct", "--set", "target_modules=" + "[" * 5000),
+        ("train", "x.json", "--model", "m" * 100_000),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:60],
+)
+def test_what_cannot_be_read_is_one_error_and_no_traceback(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("deep.toml").write_text("[hyperparameters]\nlearning_rate = " + "[" * 3000)
+    Path("digits.toml").write_text("max_attempts = " + "9" * 5000)
+    done = palate(*arguments, home=home)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 2000
+
+
+def test_a_home_that_cannot_be_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("~nosuchuser/palate", str(tmp_path / "file" / "home")):
+        done = palate("jobs", home=Path(folder))
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert "PALATE_HOME" in done.stderr

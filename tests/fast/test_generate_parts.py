@@ -124,6 +124,9 @@ def test_prompts_are_read(tmp_path: Path, name: str, text: str, numbers: list[in
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', ["ends with the role assistant"]),
         ("p.jsonl", '{"prompt": "\\ud83d"}', ["half a character"]),
         ("p.csv", "question\nx\n", ["no column `prompt`", "question"]),
+        ("p.json", "[" * 5000, ["no JSON"]),
+        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", ["line 1", "no JSON"]),
+        ("p.jsonl", '{"messages": ' + "[" * 900 + "]" * 900 + "}", ["row 1, message 1 is [[["]),
     ],
 )
 def test_what_is_no_prompt_is_refused_by_row(tmp_path: Path, name: str, text: str | bytes, words: list[str]) -> None:

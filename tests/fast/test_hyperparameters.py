@@ -170,6 +170,29 @@ def test_target_modules_refuses(bad: object) -> None:
     assert "all-linear" in refusal({"target_modules": bad})
 
 
+@pytest.mark.parametrize(
+    "name", ["seq_length", "learning_rate", "target_modules", "loss_weights", "loss_type", "no_such"]
+)
+@pytest.mark.parametrize(
+    "bad",
+    ["[" * 100_000, "9" * 5000, 16**5000, [[]] * 5000, "a b" * 40_000],
+    ids=["deep", "digits", "huge", "lists", "long"],
+)
+def test_values_beyond_what_python_reads_are_refused_in_few_words(name: str, bad: object) -> None:
+    with pytest.raises(HyperparameterError, match=name) as caught:
+        validate({name: bad}, method="LoRA_LLM")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "method", [[1], 16**5000, "x" * 100_000, None, {}], ids=["list", "huge", "long", "none", "dict"]
+)
+def test_a_method_of_any_kind_is_refused_in_few_words(method: Any) -> None:
+    with pytest.raises(HyperparameterError, match="unknown method") as caught:
+        validate({}, method=method)
+    assert len(str(caught.value)) < 1000
+
+
 def test_system_prompt_is_a_string() -> None:
     assert "a string" in refusal({"system_prompt": 5})
 

@@ -32,6 +32,18 @@ def test_there_are_recipes() -> None:
         ('modle_name = "x"', ["'modle_name'", "'model_name'"]),
         ("[hyperparameters]\nlr = 1", ["lr", "learning_rate"]),
         ('method = "LoRA"', ["LoRA_LLM"]),
+        ("max_attempts = " + "9" * 5000, ["cannot be read", "4300 digits"]),
+        ("[hyperparameters]\nseq_length = 0x" + "f" * 5000, ["seq_length", "too long to show", "must be"]),
+        ("[hyperparameters]\nlearning_rate = " + "[" * 2000 + "]" * 2000, ["nested too deeply"]),
+        ("[hyperparameters]\ntarget_modules = '" + "[" * 9000 + "'", ["target_modules", "must be"]),
+        ("d = 2024-02-30", ["not valid TOML"]),
+        ("model_name = 5", ["model_name = 5", "must be text"]),
+        ("labels = {a = 1}", ["labels", "must be a table of texts"]),
+        ("max_run_time = true", ["max_run_time = true", "whole number of seconds"]),
+        ("hyperparameters = 1", ["must be a table"]),
+        ("method = [1]", ["must be text"]),
+        ("#" + "a" * (1 << 20), ["1,048,576 bytes"]),
+        ("k" * 5000 + " = 1", ["unknown key 'kkk"]),
     ],
 )
 def test_a_bad_recipe_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -41,3 +53,18 @@ def test_a_bad_recipe_file_is_named(tmp_path: Path, text: str, words: list[str])
         read_recipe(path)
     for word in ["bad.toml", *words]:
         assert word in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~nosuchuser/x", "no such user"),
+        ("a\0b", "NUL character"),
+        ("a\ud83d", r"U\+D83D"),
+        ("a" * 5000, "5,000 characters"),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_named_with_its_reason(path: str, words: str) -> None:
+    with pytest.raises(HyperparameterError, match=words):
+        read_recipe(path)

@@ -13,7 +13,8 @@ import pytest
 from palate import Session
 from palate.data.sources import Fetched, at_hand, matches, split_of
 from palate.errors import ConfigurationError, DataError, MissingDependencyError, PalateError
-from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
+from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError, StoreUsageError
+from palate.store.uri import normal_uri
 from tests.support.hub import Hub, running_hub
 from tests.support.sheets import Sheets, Spreadsheet, as_pem, make_key, running_sheets
 
@@ -62,6 +63,35 @@ def test_a_relative_path_and_the_home(tmp_path: Path, session: Session, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     for uri in ("prefs.json", "~/prefs.json"):
         assert fetch(uri, session).files == (tmp_path / "prefs.json",)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("~nosuchuser/prefs.json", "no such user"),
+        ("a\0b.json", "NUL character"),
+        ("a\ud83d.json", "U+D83D"),
+        ("a" * 300, "cannot be read"),
+        ("a/" * 5000, "10,000 characters"),
+        ("gsheet://x/" + "y" * 5000, "5,011 characters"),
+        (
+            "https://docs.google.com/spreadsheets/d/1AbC_xyz-0123/edit#gid=" + "9" * 4000,
+            "is read by a Google service account",
+        ),
+        ("gsheet://１２３/x", "names no Google Sheet"),
+    ],
+)
+def test_a_text_that_can_name_no_file_is_refused_with_its_reason(path: str, words: str, session: Session) -> None:
+    said = refusal(path, session, DataError if "cannot be read" in words else ConfigurationError)
+    assert words in said
+    assert len(said) < 5000
+    said.encode()
+
+
+@pytest.mark.parametrize("uri", ["~nosuchuser/store", "a\0b", "file:///a\0b", "~\ud83d/store", "a" * 5000])
+def test_a_store_at_a_path_that_can_not_be_is_refused(uri: str) -> None:
+    with pytest.raises(StoreUsageError, match="the store '"):
+        normal_uri(uri)
 
 
 def test_a_folder_of_shards_sorted_and_without_what_is_no_data(tmp_path: Path, session: Session) -> None:
@@ -214,6 +244,12 @@ def hub_names(fetched: Fetched) -> list[str]:
     return [file.as_posix().partition(f"/{fetched.revision}/")[2] for file in fetched.files]
 
 
+def test_a_glob_of_many_stars_ends() -> None:
+    name = "/".join("a" * 60)
+    assert not matches(name, "/".join(["**", "a"] * 30) + "/b")
+    assert matches(name, "/".join(["**", "a"] * 30))
+
+
 def test_the_split_of_a_dataset_by_its_names(hub: Hub, session: Session) -> None:
     shards = [f"data/train-0000{index}-of-00004.parquet" for index in range(4)]
     dataset = hub.add("me/prefs", dict.fromkeys((*shards, "data/test-00000-of-00001.parquet", "README.md"), ROW))
@@ -293,8 +329,17 @@ def test_what_the_readme_declares_comes_first(hub: Hub, session: Session) -> Non
     card = "---\nconfigs:\n- odd\n- data_files: '**'\n---\n"
     hub.add("me/all", {"x.jsonl": ROW, "deep/y.jsonl": ROW, "README.md": card, ".gitattributes": ""})
     assert hub_names(fetch("hf://me/all", session)) == ["deep/y.jsonl", "x.jsonl"]
-    hub.add("me/broken", {"train.jsonl": ROW, "README.md": "---\nconfigs: [\n---\n"})
-    assert "README.md is broken" in refusal("hf://me/broken", session)
+    for name, block in {
+        "broken": "configs: [",
+        "deep": "configs: " + "[" * 5000,
+        "bomb": "a: &a {k: v}\nb: &b {<<: [*a, *a]}\nconfigs: *b",
+        "tagged": "configs: !!python/object/apply:os.system ['true']",
+        "number": "configs: 5",
+        "paths": "configs:\n- data_files: [{path: [5]}]",
+        "bool": "configs: !!bool x",
+    }.items():
+        hub.add(f"me/{name}", {"train.jsonl": ROW, "README.md": f"---\n{block}\n---\n"})
+        assert "README.md is broken" in refusal(f"hf://me/{name}", session)
     assert len(fetch("hf://me/broken/train.jsonl".replace("hf://", "hf://datasets/"), session).files) == 1
 
 

@@ -165,6 +165,13 @@ def test_a_template_that_drops_the_answer_is_refused(tokenizer: Any) -> None:
         renderer(tokenizer).encode(PAIR)
 
 
+@pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ messages[99]['content'] + 1 }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_template_that_fails_of_its_own_is_named(tokenizer: Any, code: str) -> None:
+    tokenizer.chat_template = code
+    with pytest.raises(TrainerError, match=r"chat template (fails on|refuses) the conversation"):
+        renderer(tokenizer).encode(PAIR)
+
+
 # System prompts
 
 

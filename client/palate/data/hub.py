@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, unquote
 from palate.data.sources import Fetched, few, matches, nothing_there, refuse_twins, sift, split_of
 from palate.errors import ConfigurationError, DataError, MissingDependencyError
 from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
+from palate_recipes.yaml_text import load_yaml
 
 _GRAMMAR = "hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=name]"
 _URI = re.compile(
@@ -26,6 +27,7 @@ _URI = re.compile(
     r"(?:/(?P<path>.*?))?/?(?:\?(?P<query>[^/?]*=[^/?]*))?"
 )
 _OTHER_KINDS = ("models/", "spaces/", "kernels/", "buckets/")
+_YAML_BLOCK = re.compile(r"\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r|\n|$)")  # as huggingface_hub's
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD_IN_DATA = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*")
 _TIMEOUT_S = 30.0
@@ -89,7 +91,7 @@ def fetch_dataset(uri: str) -> Fetched:
         declared: dict[str, Splits] = {}
         if "README.md" in names and not place.path:
             readme = api.hf_hub_download(place.repo, "README.md", **kept)
-            declared = _declared(_card(hub, readme, place), names)
+            declared = _settings(readme, names, place)
         files, passed_over = _choose(place, names, declared)
         folder = api.snapshot_download(place.repo, allow_patterns=[glob.escape(name) for name in files], **kept)
     return Fetched(tuple(Path(folder) / name for name in files), str(place), commit, passed_over)
@@ -224,13 +226,20 @@ def _declared(card: Mapping[str, Any], names: list[str]) -> dict[str, Splits]:
     return configs
 
 
-def _card(hub: Any, readme: str, place: _Place) -> Mapping[str, Any]:
-    import yaml  # huggingface_hub depends on it
-
+def _settings(readme: str, names: list[str], place: _Place) -> dict[str, Splits]:
+    """Returns what the block of YAML at the top of a README declares, see `_declared`."""
     try:
-        return hub.metadata_load(readme) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        cause = str(error).splitlines()[0]
+        block = _YAML_BLOCK.match(Path(readme).read_text(encoding="utf-8-sig"))
+        card = load_yaml(block[1]) if block else {}
+        if not isinstance(card, dict | type(None)):
+            raise ValueError("it is not a mapping")
+        return _declared(card or {}, names)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last two: of entries that are not what they should be
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{place}: the block of settings at the top of its README.md is broken ({cause}), so its splits are not "
             f"known: name the files, as in {place.uri(path='data/train-*')}"

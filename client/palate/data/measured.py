@@ -18,6 +18,7 @@ from palate.variables import without_credentials
 from palate.weights import fetch_weights, find_weights
 from palate_recipes.data.report import Place, Report
 from palate_recipes.hyperparameters import HYPERPARAMETERS
+from palate_recipes.paths import expand_path, show_path
 from palate_trainer.spec.measure import Measured, MeasureSpec
 
 
@@ -48,8 +49,11 @@ def measure(
     """
     check_trainer()
     session = get_default_session()
-    folder = Path(tokenizer).expanduser()
-    if not folder.is_dir():
+    try:
+        folder = Path(expand_path(tokenizer))
+    except ValueError as error:
+        raise DataError(f"the tokenizer {show_path(tokenizer)} {error}") from None
+    if not os.path.isdir(folder):
         source, _ = find_weights(session, model_name=tokenizer, model_uri=None)
         folder, _ = fetch_weights(source, session, say=lambda text: print(text, file=sys.stderr))
     prompt = HYPERPARAMETERS["system_prompt"].default if system_prompt is None else system_prompt

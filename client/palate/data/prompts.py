@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.errors import DataError
+from palate_recipes.paths import expand_path, show_path
+
+_REPR = reprlib.Repr()
+"""Shows the beginning of a value however large and deep it is."""
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -38,7 +43,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         DataError: The file cannot be read, holds no prompt, or a row is none; names the row and the remedy.
     """
-    path = Path(path)
+    try:
+        path = Path(expand_path(path))
+    except ValueError as error:
+        raise DataError(f"{show_path(path)} {error}") from None
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,10 +70,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise DataError(f"{path} is no JSON array but {type(array).__name__}: put the prompts into [ … ]")
         rows = enumerate(array, start=1)
     elif suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if "prompt" not in (reader.fieldnames or []):
-            raise DataError(f"{path} has no column `prompt` but {', '.join(reader.fieldnames or []) or 'nothing'}")
-        rows = enumerate(reader, start=1)
+        rows = _table(path, text)
     else:
         raise DataError(f"{path} has the suffix {suffix!r}: prompts are read from .txt, .json, .jsonl and .csv")
     prompts = [_prompt(number, row, f"{path}, row {number}") for number, row in rows]
@@ -95,6 +100,18 @@ def with_system(prompt: Prompt, system_prompt: str) -> Prompt:
     return Prompt(prompt.number, (("system", system_prompt), *prompt.messages), is_text=False)
 
 
+def _table(path: Path, text: str) -> list[tuple[int, Any]]:
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if "prompt" not in (reader.fieldnames or []):
+            raise DataError(
+                f"{path} has no column `prompt` but {', '.join(reader.fieldnames or [])[:200] or 'nothing'}"
+            )
+        return list(enumerate(reader, start=1))
+    except csv.Error as error:  # such as a cell of more than csv.field_size_limit()
+        raise DataError(f"{path} is broken CSV: {error}. Quote cells that hold separators or line breaks") from None
+
+
 def _loads(text: str, where: str) -> Any:
     try:
         return json.loads(text)
@@ -108,14 +125,14 @@ def _prompt(number: int, row: Any, where: str) -> Prompt:
         return Prompt(number, (("user", _clean(value, where)),), is_text=True)
     if not isinstance(value, list | tuple) or not value:
         raise DataError(
-            f"{where} has no prompt: it needs `prompt` (a text) or `messages` (a list), and has {row!r:.80}"
+            f"{where} has no prompt: it needs `prompt` (a text) or `messages` (a list), and has {_REPR.repr(row):.80}"
         )
     messages = []
     for position, message in enumerate(value, start=1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         if role not in _ROLES or not isinstance(content, str):
             raise DataError(
-                f"{where}, message {position} is {message!r:.80}: it needs a role ({', '.join(_ROLES)}) and a text as content"
+                f"{where}, message {position} is {_REPR.repr(message):.80}: it needs a role ({', '.join(_ROLES)}) and a text as content"
             )
         messages.append((role, _clean(content, where)))
     if messages[-1][0] not in {"user", "tool"}:

@@ -35,8 +35,8 @@ _TIMEOUT_S = 60.0
 _GRAMMAR = (
     "gsheet://ID/Worksheet name, or the address of the open sheet: https://docs.google.com/spreadsheets/d/ID/edit#gid=0"
 )
-_ADDRESS = re.compile(r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/(?P<id>[\w-]{10,})(?:[/?#].*)?")
-_GID = re.compile(r"[?#&]gid=(\d+)")
+_ADDRESS = re.compile(r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/(?P<id>[\w-]{10,})(?:[/?#].*)?", re.ASCII)
+_GID = re.compile(r"[?#&]gid=(\d{1,18})(?!\d)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _parse(uri: str) -> tuple[str, str | None, int | None]:
     """Returns the spreadsheet's id and the worksheet's title or gid."""
     if uri.startswith("gsheet://"):
         key, _, title = uri.removeprefix("gsheet://").partition("/")
-        if re.fullmatch(r"[\w-]+", key):
+        if re.fullmatch(r"[\w-]+", key, re.ASCII):
             return key, title or None, None
     elif found := _ADDRESS.fullmatch(uri):
         gid = _GID.findall(uri)

@@ -19,6 +19,7 @@ from palate.store.errors import ObjectNotFoundError
 from palate.store.local import in_parallel, walk
 from palate.store.uri import normal_uri
 from palate_recipes.data.containers import SUFFIXES
+from palate_recipes.paths import LONGEST, expand_path, show_path
 
 if TYPE_CHECKING:
     from palate.session import Session
@@ -40,10 +41,12 @@ _KEYWORDS = {
 }
 _SPLIT_OF_KEYWORD = {keyword: split for split, keywords in _KEYWORDS.items() for keyword in keywords}
 _KEYWORD = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(_SPLIT_OF_KEYWORD)})(?=[-._ 0-9]|$)", re.IGNORECASE)
+_REPEATED = re.compile(r"(?:\*\*/){2,}")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 _NO_DATA = {"_SUCCESS", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _SHOWN = 5
+_SPLITS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ def at_hand(uri: str | Path, session: Session) -> Iterator[Fetched]:
     scheme, separator, _ = text.partition("://")
     if not text.strip():
         raise ConfigurationError(f"the path of the data is empty: give {KNOWN}")
+    if len(text) >= LONGEST:
+        raise ConfigurationError(
+            f"{show_path(text)} has {len(text):,} characters: a path or URI has less than {LONGEST:,}"
+        )
     if not separator or scheme == "file":
         yield _local(text)
         return
@@ -166,16 +173,20 @@ def split_of(name: str) -> str | None:
 
 def matches(name: str, pattern: str) -> bool:
     """Says whether a relative path matches a glob: `*` stays within a part of the path, `**` spans any number of them."""
-    return _match(name.split("/"), pattern.split("/"))
-
-
-def _match(parts: list[str], patterns: list[str]) -> bool:
-    if not patterns:
-        return not parts
-    first, *rest = patterns
-    if first == "**":
-        return (not rest and bool(parts)) or any(_match(parts[skip:], rest) for skip in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], first) and _match(parts[1:], rest)
+    parts, patterns = name.split("/"), pattern.split("/")
+    taken = {
+        0
+    }  # numbers of parts that the patterns so far may match: a search of each way would never end for `**/*/**/*…`
+    for index, part in enumerate(patterns):
+        if part == "**":
+            if index == len(patterns) - 1:
+                return any(count < len(parts) for count in taken)
+            taken = set(range(min(taken), len(parts) + 1))
+        else:
+            taken = {count + 1 for count in taken if count < len(parts) and fnmatchcase(parts[count], part)}
+        if not taken:
+            return False
+    return len(parts) in taken
 
 
 def refuse_twins(names: Sequence[str], origin: str) -> None:
@@ -220,6 +231,8 @@ def _of_folder(names: Sequence[str], origin: str) -> tuple[list[str], tuple[str,
             place = _place_of(split, files, data)
             remedy = f"{origin.rstrip('/')}/{place}" if place else "(no glob fits them alone: give them a folder)"
             lines.append(f"  {split or 'no split'} ({len(files)} {'file' if len(files) == 1 else 'files'}): {remedy}")
+        more = len(lines) - 1 - _SPLITS_SHOWN
+        lines[_SPLITS_SHOWN + 1 :] = [f"  and {more} more splits"] if more > 0 else []
         raise DataError("\n".join(lines))
     refuse_twins(data, origin)
     return data, tuple(other)
@@ -258,7 +271,10 @@ def _of_glob(names: Sequence[str], origin: str, there: Sequence[str]) -> tuple[l
 
 def _local(text: str) -> Fetched:
     local = normal_uri(text).removeprefix("file://") if text.startswith("file://") else text
-    path = Path(local).expanduser().absolute()
+    try:
+        path = Path(expand_path(local)).absolute()
+    except ValueError as error:
+        raise ConfigurationError(f"the path {show_path(text)} {error}") from None
     origin = f"file://{path}"
     try:
         if path.is_file():
@@ -270,7 +286,7 @@ def _local(text: str) -> Fetched:
             raise DataError(f"{path} is neither a file nor a folder, and is read more than once: save it as a file")
         if glob.has_magic(str(path)):
             base = Path(_split_glob(str(path))[0] or "/")
-            found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+            found = [Path(name) for name in glob.glob(_REPEATED.sub("**/", str(path)), recursive=True)]
             names = [file.relative_to(base).as_posix() for file in found if file.is_file()]
             there = _entries(base)
             data, other = _of_glob(names, str(path), there)

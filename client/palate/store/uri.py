@@ -10,6 +10,7 @@ import os
 import re
 
 from palate.store.errors import StoreUsageError
+from palate_recipes.paths import expand_path, show_path
 
 SCHEMES = ("file", "s3", "oss")
 
@@ -30,7 +31,7 @@ def normal_uri(uri: str | os.PathLike[str]) -> str:
     if not separator:
         if not text:
             raise StoreUsageError("the store URI is empty: give a folder, file://…, s3://… or oss://…")
-        return "file://" + os.path.abspath(os.path.expanduser(text))
+        return "file://" + os.path.abspath(_expanded(text))
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise StoreUsageError(f"scheme {scheme}:// is unknown: give a path or one of {known}")
@@ -40,7 +41,7 @@ def normal_uri(uri: str | os.PathLike[str]) -> str:
             raise StoreUsageError(
                 f"{text!r} has no absolute path: write file:///folder with three slashes, or a plain path"
             )
-        return "file://" + os.path.abspath(rest)
+        return "file://" + os.path.abspath(_expanded(rest))
     bucket, _, prefix = rest.partition("/")
     if "@" in bucket:  # the message repeats nothing of it
         raise StoreUsageError(f"the {scheme}:// URI holds credentials: give them as StoreOptions or in the environment")
@@ -48,6 +49,13 @@ def normal_uri(uri: str | os.PathLike[str]) -> str:
         raise StoreUsageError(f"{text!r} names no bucket: write {scheme}://bucket/folder")
     prefix = prefix.strip("/")
     return f"{scheme}://{bucket}/{check_key(prefix)}" if prefix else f"{scheme}://{bucket}"
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expand_path(path)
+    except ValueError as error:
+        raise StoreUsageError(f"the store {show_path(path)} {error}") from None
 
 
 def split_uri(uri: str | os.PathLike[str]) -> tuple[str, str]:

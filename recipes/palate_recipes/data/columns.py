@@ -15,6 +15,11 @@ from palate_recipes.data.rows import Message, fault
 from palate_recipes.data.shapes import Parts, Raw, listed
 from palate_recipes.data.turns import check_characters, kind
 from palate_recipes.errors import DataError
+from palate_recipes.paths import expand_path, show_path
+from palate_recipes.yaml_text import load_yaml
+
+_LARGEST_YAML = 1 << 20
+"""Bytes: PyYAML reads 100 kB a second."""
 
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 
@@ -162,19 +167,25 @@ def choose_template(path: str | Path, name: str | None) -> PromptTemplate:
 
 def _from_yaml(path: Path) -> list[Any]:
     try:
-        import yaml
+        with Path(expand_path(path)).open("rb") as file:
+            data = file.read(_LARGEST_YAML + 1)
+        if len(data) > _LARGEST_YAML:
+            raise DataError(
+                f"{path} has more than {_LARGEST_YAML:,} bytes, the limit for YAML: keep prompt templates alone in it, or write CSV"
+            )
+        found = load_yaml(data.decode("utf-8"))
     except ImportError:
         raise DataError(
             "prompt templates in YAML need PyYAML, not installed here: pip install 'palate[data]'"
         ) from None
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Check the path of the prompt templates.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}. Check the file.") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{show_path(path)}: broken YAML: {error}") from None
     if isinstance(found, dict):
         found = found.get("prompts", found)
     if isinstance(found, dict):

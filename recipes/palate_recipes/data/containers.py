@@ -1,7 +1,7 @@
 """Files to numbered raw rows: JSON arrays, JSON lines, CSV, Parquet and Arrow, plain or compressed. Knows no row format.
 
-Memory is bounded by a block, never by the file. What is wrong with one line does not hide the others: it comes as a `Fault` in its
-place; what makes the rest unreadable comes as the last one.
+Memory is bounded by a block and a row (`limits`), never by the file. What is wrong with one line does not hide the others: it
+comes as a `Fault` in its place; what makes the rest unreadable comes as the last one.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import codecs
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import orjson
 
 from palate_recipes.data.json_array import JsonArray, advice, plain
+from palate_recipes.data.limits import Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
 from palate_recipes.data.rows import Fault
-from palate_recipes.data.tables import DELIMITERS, arrow_rows, csv_rows, parquet_rows, pyarrow
+from palate_recipes.data.tables import DELIMITERS, TABLES, pyarrow
 from palate_recipes.errors import DataError
+from palate_recipes.paths import expand_path, show_path
 
 Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
 Compression = Literal["", "gzip", "zstd"]
@@ -33,7 +37,6 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", 
 """Names that folders and globs are searched for; each may end in .gz or .zst. What is in a file its content decides."""
 
 _BLOCK = 1 << 20
-_SMALL_FILE = 1 << 26
 _DAMAGED = (OSError, EOFError, zlib.error)
 
 _FOREIGN = (
@@ -70,16 +73,22 @@ class Container:
         """What its row numbers count: `line` of a JSON-lines file, `row` elsewhere."""
         return "line" if self.kind == "jsonl" else "row"
 
-    def raw_rows(self) -> Iterator[tuple[int, Any]]:
+    def raw_rows(self) -> Rows:
         """Yields number and value of each row; the value is a `Fault` where there is none.
 
         Raises:
             DataError: The file cannot be read at all.
         """
+        return chain.from_iterable(self.raw_blocks())
+
+    def raw_blocks(self) -> Iterator[list[tuple[int, Any]]]:
+        """Yields the rows of `raw_rows` in lists, which are short where rows are large. Raises as it does."""
         try:
             yield from _READERS[self.kind](self)
         except _DAMAGED as error:
             raise _cannot_be_read(self.path, self.compression, error) from None
+        except RowTooLarge as error:
+            raise error.of(self.path) from None
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -98,8 +107,11 @@ def open_container(path: str | Path) -> Container:
     Raises:
         DataError: There is no such file, it cannot be read, it is empty, or what it holds is not known.
     """
-    path = Path(path)
-    if path.is_dir():
+    try:
+        path = Path(expand_path(path))
+    except ValueError as error:
+        raise DataError(f"{show_path(path)} {error}.") from None
+    if os.path.isdir(path):
         raise DataError(f"{path} is a folder, not a preference file. Name the .json or .jsonl file inside it.")
     compression: Compression = ""
     try:
@@ -161,29 +173,35 @@ def _unpacked(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
     if compression == "zstd":
         arrow = pyarrow()
         with arrow.input_stream(str(path), compression="zstd") as stream:
-            yield stream
+            yield io.BufferedReader(Unpacked(stream, path), _BLOCK)
     else:
         with path.open("rb") as file:
-            yield cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if compression == "gzip" else file
+            yield io.BufferedReader(Unpacked(gzip.GzipFile(fileobj=file), path), _BLOCK) if compression else file
 
 
 # JSON lines.
 
 
-def _line_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
+    yield from in_blocks(_line_rows(container, meter), meter)
+
+
+def _line_rows(container: Container, meter: Meter) -> Rows:
+    limit = row_limit()
     with container.open() as stream:
         first = container.span[2] if container.span else 1
-        lines = islice(_lines(container, stream), container.span[1]) if container.span else _lines(container, stream)
-        for number, line in enumerate(lines, start=first):
+        lines = iter(partial(stream.readline, limit + 1), b"")
+        for number, line in enumerate(islice(lines, container.span[1]) if container.span else lines, start=first):
+            size = len(line)
+            if size > limit:
+                raise RowTooLarge(f"line {number}")
+            meter.held += size
             try:
                 yield number, orjson.loads(line)
             except ValueError:
                 if not line.isspace():
                     yield number, parse_line(line, number, container.path)
-
-
-def _lines(container: Container, stream: IO[bytes]) -> IO[bytes]:
-    return io.BufferedReader(cast("io.RawIOBase", stream), _BLOCK) if container.compression else stream
 
 
 def parse_line(line: bytes, number: int, path: Path) -> Any:
@@ -215,7 +233,7 @@ def parse_line(line: bytes, number: int, path: Path) -> Any:
 
 
 def _is_one_object(path: Path) -> bool:
-    if path.stat().st_size > _SMALL_FILE:
+    if path.stat().st_size > row_limit():
         return False
     try:
         return isinstance(json.loads(path.read_bytes()), dict)
@@ -226,15 +244,21 @@ def _is_one_object(path: Path) -> bool:
 # A JSON array.
 
 
-def _array_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _array_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
     with container.open() as stream:
-        yield from JsonArray(stream).values()
+        yield from in_blocks(JsonArray(stream, limit=row_limit(), meter=meter).values(), meter)
+
+
+def _table_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
+    yield from in_blocks(TABLES[container.kind](container, meter), meter)
 
 
 _READERS = {
-    "json": _array_rows,
-    "jsonl": _line_rows,
-    "csv": csv_rows,
-    "parquet": parquet_rows,
-    "arrow": arrow_rows,
+    "json": _array_blocks,
+    "jsonl": _line_blocks,
+    "csv": _table_blocks,
+    "parquet": _table_blocks,
+    "arrow": _table_blocks,
 }

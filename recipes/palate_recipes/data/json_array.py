@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from palate_recipes.data.limits import Meter, RowTooLarge
 from palate_recipes.data.rows import Fault
 
 _BLOCK = 1 << 20
-_LARGEST_VALUE = 1 << 26
-"""Characters of one value; a broken file must not be read to its end in search of a quote."""
+_LARGEST_VALUE = 1 << 24
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 _ADVICE = (
     ("Invalid control character", "", "A line break inside a text is written \\n."),
@@ -48,11 +50,17 @@ class JsonArray:
     Args:
         stream: The array's bytes, from its bracket or the space before it.
         block: Bytes that are read at a time, at least.
+        limit: Characters of one value; a broken file must not be read to its end in search of a quote.
+        meter: Counts the characters of the values.
     """
 
-    def __init__(self, stream: IO[bytes], block: int = _BLOCK) -> None:
+    def __init__(
+        self, stream: IO[bytes], block: int = _BLOCK, limit: int = _LARGEST_VALUE, meter: Meter | None = None
+    ) -> None:
         self._stream = stream
         self._block = block
+        self._limit = limit
+        self._meter = meter or Meter()
         self._bad: Fault | None = None
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._lines_before = 0
@@ -63,6 +71,11 @@ class JsonArray:
         self.count = 0
 
     def values(self) -> Iterator[tuple[int, Any]]:
+        """Yields position and value of each; a `Fault` is the last one.
+
+        Raises:
+            RowTooLarge: A value has more characters than the limit.
+        """
         decoder = json.JSONDecoder()
         self._skip_space()
         self.at += 1  # the opening bracket
@@ -78,8 +91,10 @@ class JsonArray:
                 if end + 2 >= len(self.text) and self._more():
                     continue  # a number may go on: `1`, `1.`, `1e+`
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error.msg, error.pos) and self._more():
-                    continue
+                if self._may_be_cut(error.msg, error.pos):
+                    self._check_length(len(self.text))
+                    if self._more():
+                        continue
                 yield self.count + 1, self._broken(error.msg, error.pos)
                 return
             except RecursionError:
@@ -88,7 +103,9 @@ class JsonArray:
             except ValueError:  # Python reads no whole number of more than 4300 digits
                 yield self.count + 1, self._broken("a number with too many digits", self.at)
                 return
+            self._check_length(end)
             self.count += 1
+            self._meter.held += end - self.at
             yield self.count, value
             self.at = end
             following = self._skip_space()
@@ -109,15 +126,20 @@ class JsonArray:
             yield self.count + 1, self._broken("Extra data", self.at)
 
     def _may_be_cut(self, message: str, position: int) -> bool:
-        near_the_end = position > len(self.text) - 16 or message.startswith(("Unterminated string", "Invalid \\u"))
-        return near_the_end and len(self.text) - self.at < _LARGEST_VALUE
+        return position > len(self.text) - 16 or message.startswith(("Unterminated string", "Invalid \\u"))
+
+    def _check_length(self, end: int) -> None:
+        if end - self.at > self._limit:
+            hint = "Where it should be shorter, a closing quote or bracket is missing. "
+            raise RowTooLarge(f"row {self.count + 1}, which begins at line {self.line_of(self.at)}", hint)
 
     def _more(self) -> bool:
         """Reads on, dropping what is done; False, and nothing is dropped, at the end of the file."""
         if self._ended:
             return False
         # What is read doubles: a long value is tried a few times only.
-        block = self._stream.read(max(self._block, len(self.text) - self.at))
+        held = len(self.text) - self.at
+        block = self._stream.read(max(self._block, min(held, self._limit - held + 1)))
         bad = b""
         try:
             text = self._decode(block, final=not block)
@@ -142,10 +164,9 @@ class JsonArray:
     def _skip_space(self) -> str:
         """Moves to the next character that is none, and returns it; empty at the end of the file."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in " \t\r\n":
-                    return self.text[self.at]
-                self.at += 1
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches anywhere
+            if self.at < len(self.text):
+                return self.text[self.at]
             if not self._more():
                 return ""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import islice, repeat
+from itertools import repeat
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ WRONG_KEPT = 10_000
 _LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
 _OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
 
-_BLOCK_ROWS = 256
 _NEARLY = 8
 """Characters by which answers may differ in length that differ in punctuation alone."""
 
@@ -97,8 +96,7 @@ class Linter:
         shape: tuple[str, ...] = ("",)
         run = 0
         plain = self._against is None and not index_prompts and self._format is None and self._strategy in ("dpo", None)
-        rows = container.raw_rows()
-        while block := list(islice(rows, _BLOCK_ROWS)):
+        for block in container.raw_blocks():
             if plain and (fields := self._take_plain(block, name, unit)):
                 total += len(block)
                 shapes[fields] += len(block)

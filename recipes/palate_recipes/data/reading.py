@@ -60,7 +60,7 @@ def read_rows(
     container = open_container(path)
     rows: list[Row] = []
     problems: dict[int, str] = {}
-    total = 0
+    wrong = total = 0
     for number, value in container.raw_rows():
         total += 1
         try:
@@ -69,7 +69,9 @@ def read_rows(
             first = error.faults[0]
             if first.code in UNREADABLE:
                 raise DataError(unreadable(container, number, first)) from None
-            problems[number] = f"{container.unit} {number}: {error}"
+            wrong += 1
+            if bad_rows == "skip" or wrong <= ROWS_SHOWN:  # a file of wrong rows alone must not fill the memory
+                problems[number] = f"{container.unit} {number}: {error}"
             continue
         if strategy == "kto":
             rows += unpaired(row)
@@ -78,7 +80,7 @@ def read_rows(
         else:
             rows.append(row)
     if problems and (bad_rows == "refuse" or not rows):
-        raise DataError(refusal(path, list(problems.values()), len(problems), total, strategy))
+        raise DataError(refusal(path, list(problems.values()), wrong, total, strategy))
     if not rows:
         raise DataError(nothing_in(path, strategy))
     for number, problem in problems.items():

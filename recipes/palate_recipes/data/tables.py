@@ -7,8 +7,9 @@ import io
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from palate_recipes.data.arrow_limits import check_messages, check_pages, values, weight
+from palate_recipes.data.limits import Meter, Rows, RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
 from palate_recipes.data.rows import Fault
 from palate_recipes.errors import DataError
 
@@ -44,17 +47,33 @@ def pyarrow() -> Any:
         ) from None
 
 
-def csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
+def _csv_rows(container: Container, meter: Meter) -> Rows:
     with container.open() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         number = 0
+        limit, taken, line_number = row_limit(), 0, 0
+
+        def read_lines() -> Iterator[str]:
+            nonlocal taken, line_number
+            for line in iter(partial(text.readline, limit + 1), ""):
+                line_number += 1
+                taken += len(line)
+                if taken > limit:
+                    hint = "Where it should be shorter, a closing quote is missing. "
+                    raise RowTooLarge(f"line {line_number}", hint)
+                yield line
+
+        lines = read_lines()
         try:
-            first = next((line for line in text if line.strip()), "")
+            first = next((line for line in lines if line.strip()), "")
             delimiter = max(DELIMITERS, key=first.count)
-            reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
+            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
             header = [name.strip() for name in next(reader)]
             _check_header(container.path, header)
+            taken = 0
             for cells in reader:
+                meter.held += taken
+                taken = 0
                 if not cells or cells == [""]:
                     continue
                 number += 1
@@ -75,7 +94,7 @@ def csv_rows(container: Container) -> Iterator[tuple[int, Any]]:
 def _bad_byte(container: Container) -> Fault:
     """The reader of text knows no line: the file is looked through again."""
     with container.open() as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter(partial(stream.readline, row_limit() + 1), b""), start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -84,13 +103,13 @@ def _bad_byte(container: Container) -> Fault:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    for name in header:
+    seen: set[str] = set()
+    for column, name in enumerate(header, start=1):
         if not name:
-            raise DataError(
-                f"{path}: column {header.index(name) + 1} has no name. The first row of a table names its columns."
-            )
-        if header.count(name) > 1:
+            raise DataError(f"{path}: column {column} has no name. The first row of a table names its columns.")
+        if name in seen:
             raise DataError(f"{path}: two columns are called {name!r}. Rename one of them.")
+        seen.add(name)
 
 
 def _row(header: list[str], cells: list[str]) -> Any:
@@ -120,44 +139,55 @@ def _holds_messages(value: Any) -> bool:
     return isinstance(first, dict) and not _MESSAGE.isdisjoint(first)
 
 
-def parquet_rows(container: Container) -> Iterator[tuple[int, Any]]:
-    def batches(path: str) -> Iterator[Any]:
-        with import_module("pyarrow.parquet").ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_ROWS_A_BATCH)
+def _parquet_rows(container: Container, meter: Meter) -> Rows:
+    def batches(path: Path) -> Iterator[Any]:
+        # A buffer: without one a column of a whole row group is held at once.
+        with import_module("pyarrow.parquet").ParquetFile(path, buffer_size=_BLOCK) as file:
+            rows = check_pages(path, file.metadata, container.path)
+            yield from file.iter_batches(batch_size=min(rows, _ROWS_A_BATCH))
 
     pyarrow()
-    yield from _arrow_values(container, batches)
+    yield from _arrow_values(container, batches, meter)
 
 
-def arrow_rows(container: Container) -> Iterator[tuple[int, Any]]:
-    def batches(path: str) -> Iterator[Any]:
+def _arrow_rows(container: Container, meter: Meter) -> Rows:
+    def batches(path: Path) -> Iterator[Any]:
         ipc = import_module("pyarrow.ipc")
-        with arrow.memory_map(path) as file:
-            if file.read(6) == b"ARROW1":
-                file.seek(0)
+        with arrow.memory_map(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            check_messages(file, 8 if is_file else 0, container.path)
+            file.seek(0)
+            if is_file:
                 reader = ipc.open_file(file)
                 parts = (reader.get_batch(index) for index in range(reader.num_record_batches))
             else:
-                file.seek(0)
                 parts = iter(ipc.open_stream(file))
             for part in parts:
                 for start in range(0, part.num_rows, _ROWS_A_BATCH):
                     yield part.slice(start, _ROWS_A_BATCH)
 
     arrow = pyarrow()
-    yield from _arrow_values(container, batches)
+    yield from _arrow_values(container, batches, meter)
 
 
-def _arrow_values(container: Container, batches: Any) -> Iterator[tuple[int, Any]]:
+def _arrow_values(container: Container, batches: Any, meter: Meter) -> Rows:
     arrow = pyarrow()
     number = 0
     with _as_file(container) as path:
+        packed = path.stat().st_size
+        left = unpacked_limit(packed)
         try:
-            for batch in batches(str(path)):
+            for batch in batches(path):
                 batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
-                for value in batch.to_pylist():
+                left -= weight(batch)
+                if left < 0:
+                    raise unpacks_too_far(container.path, packed)
+                for value, size in values(batch, number):
                     number += 1
+                    meter.held += size
                     yield number, value
+        except DataError:
+            raise
         except (arrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(
                 f"{container.path}: the {container.kind} data is damaged{f' behind row {number}' if number else ''}:"
@@ -176,3 +206,11 @@ def _as_file(container: Container) -> Iterator[Path]:
             shutil.copyfileobj(stream, file, _BLOCK)
         file.flush()
         yield Path(file.name)
+
+
+TABLES: dict[str, Callable[[Container, Meter], Rows]] = {
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}
+"""The reader of each kind of table."""
