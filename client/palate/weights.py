@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from palate.backend import Backend
 from palate.errors import ConfigurationError, PalateError
@@ -35,6 +35,9 @@ class WeightsError(PalateError, RuntimeError):
     """Weights could not be fetched."""
 
 
+_Kind = Literal["folder", "store", "hub", "package"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsSource:
     """Where weights come from.
@@ -46,7 +49,7 @@ class WeightsSource:
         size_bytes: Bytes of weights where they can be known now, else 0.
     """
 
-    kind: Literal["folder", "store", "hub", "package"]
+    kind: _Kind
     location: str
     revision: str = ""
     size_bytes: int = 0
@@ -56,7 +59,11 @@ class WeightsSource:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> WeightsSource:
-        return cls(**values)
+        """Raises ConfigurationError for an unknown kind: a manifest comes from the store, and the kind names a folder."""
+        source = cls(**values)
+        if source.kind not in get_args(_Kind):
+            raise ConfigurationError(f"source.kind={source.kind!r} of a model is unknown: the manifest is damaged")
+        return source
 
 
 def find_weights(

@@ -57,12 +57,15 @@ def trainer_of(job: TrainingJob) -> psutil.Process:
 
 
 def test_a_trainer_that_was_killed_begins_again_by_itself(
-    session: Session, home: Path, tiny: Path, prefs: Path
+    session: Session, home: Path, tiny: Path, prefs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(tiny, prefs, "whole", wait=True)
-    tried = train(tiny, prefs, "tried", max_attempts=2)
+    monkeypatch.setenv("OPENAI_API_KEY", "of no use to a trainer")
+    tried = train(tiny, prefs, "tried", max_attempts=2, environments={"MY_API_KEY": "meant for it"})
     until(lambda: last_checkpoint(tried) > 0)
-    trainer_of(tried).kill()
+    trainer = trainer_of(tried)
+    assert (trainer.environ().get("OPENAI_API_KEY"), trainer.environ()["MY_API_KEY"]) == (None, "meant for it")
+    trainer.kill()
     tried.wait(show_logs=False, timeout_s=120)
     status = tried.describe()
     assert (status.state, status.attempt) == ("Succeeded", 2)
