@@ -189,7 +189,9 @@ class Front:
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on a request for an answer, and notes that it was made."""
         if _header(scope["headers"], PROBE_HEADER.encode()):
-            await self._pass_on(scope, receive, send)  # an answer shows as movement; that its client gave up shows nothing
+            await self._pass_on(
+                scope, receive, send
+            )  # an answer shows as movement; that its client gave up shows nothing
             return
         self._activity.begin()
         try:
