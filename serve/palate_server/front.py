@@ -189,9 +189,8 @@ class Front:
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on a request for an answer, and notes that it was made."""
         if _header(scope["headers"], PROBE_HEADER.encode()):
-            await self._pass_on(
-                scope, receive, send
-            )  # an answer shows as movement; that its client gave up shows nothing
+            # An answer counts as movement; a probe whose sender gave up does not.
+            await self._pass_on(scope, receive, send)
             return
         self._activity.begin()
         try:
