@@ -189,8 +189,8 @@ class Front:
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on a request for an answer, and notes that it was made."""
         if _header(scope["headers"], PROBE_HEADER.encode()):
+            # An answer counts as movement; a probe whose sender gave up does not.
             await self._pass_on(scope, receive, send)
-            self._activity.moved()
             return
         self._activity.begin()
         try:

@@ -212,6 +212,8 @@ def _with_system(client: openai.OpenAI) -> str:
         ({"port": 70000}, ["70000"]),
         ({"time_to_live_s": 0}, ["time_to_live_s"]),
         ({"start_timeout_s": -1}, ["start_timeout_s"]),
+        ({"idle_time_to_live_s": 0}, ["idle_time_to_live_s"]),
+        ({"engine_args": ["--middleware", "x.Y"]}, ["--middleware", "PALATE_ENGINE_ARGS"]),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(
@@ -235,8 +237,8 @@ def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_no
     hands: Hands, job: TrainingJob
 ) -> None:
     with pytest.raises(ServiceError) as caught:
-        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--no-such-flag"]})
-    assert "--no-such-flag" in str(caught.value)
+        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--max-num-seqs=many"]})
+    assert "--max-num-seqs" in str(caught.value)
     assert Predictor("broken").service_status == "Failed"
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     with pytest.raises(ServiceError, match="3"):  # the name is free again; this time the start hangs
@@ -295,11 +297,16 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     predictor.delete_service()
 
 
-def test_a_service_stops_by_itself_when_its_time_is_over(hands: Hands, job: TrainingJob) -> None:
-    with untuned(job, "brief", time_to_live_s=3) as predictor:
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("time_to_live_s", "its time to live is over"), ("idle_time_to_live_s", "nobody has asked it")],
+)
+def test_a_service_stops_by_itself_when_its_time_is_over(
+    hands: Hands, job: TrainingJob, option: str, reason: str
+) -> None:
+    with untuned(job, "brief", **{option: 3}) as predictor:
         endpoint = predictor.endpoint
-        assert predictor.service_status == "Running"
         until(lambda: predictor.service_status == "Stopped", timeout_s=30)
-        assert "time to live" in predictor.describe_service()["Reason"]
+        assert reason in predictor.describe_service()["Reason"]
         until(lambda: is_free(endpoint), timeout_s=30)  # the runner says that it is over, then ends
     assert Predictor.list() == []

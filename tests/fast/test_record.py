@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from palate.errors import NameTakenError, RunNotFoundError
 from palate.record import ACTIVE, Manifest, Record, Status, locate, names
+from palate.runner import keeping, presence
+from palate.runner.child import LOG_TAIL_LINES, log_tail
 from palate.runner.presence import Tail
 from palate.store import Store
 from tests.support.stores import empty_store
@@ -142,3 +145,77 @@ def test_a_run_is_found_by_its_uri() -> None:
     assert locate("file:///tmp/store/services/two/") == ("file:///tmp/store", "services", "two")
     with pytest.raises(ValueError, match="not the URI"):
         locate("s3://bucket/elsewhere/one")
+
+
+def service_log(store: Store) -> Record:
+    record = Record(store, "services", "chatty")
+    record.create(Manifest(kind="serve", name="chatty", backend="process", body={"options": {}}))
+    return record
+
+
+def test_a_services_log_keeps_to_its_bounds_and_is_read_whole(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"KEPT_BYTES": 20_000, "PART_BYTES": 2000, "_MOST_PARTS": 30, "_UNMERGED_PARTS": 10}.items():
+        monkeypatch.setattr(keeping, name, value)
+    monkeypatch.setattr(presence, "FILE_BYTES", 5000)
+    record, log = service_log(store), tmp_path / "program.log"
+    tail = Tail(record, "logs", log)
+    followed: list[str] = []
+    part = 0
+    for number in range(600):
+        with log.open("a") as file:
+            file.write(f"line {number:05d} {'x' * 88}\n")
+        tail.push()
+        for found, data in record.parts("logs", after=part):
+            part = found
+            followed += data.decode().splitlines()
+        if number == 300:
+            tail = Tail(record, "logs", log, offset=log.stat().st_size)  # the next attempt's
+    assert [int(line.split()[1]) for line in followed] == list(range(600))
+    kept = [int(line.split()[1]) for line in record.log_lines()]
+    assert kept == list(range(kept[0], 600))
+    assert 15_000 < 100 * len(kept) <= 20_000
+    objects = list(store.list("services/chatty/logs"))
+    assert sum(info.size for info in objects) < 22_000
+    assert len(objects) < 60
+    assert log.stat().st_size < 6000
+    assert record.last_log_lines(3) == followed[-3:]
+    assert [line.split()[1] for line in log_tail(log)][-2:] == ["00598", "00599"]
+    assert len(log_tail(log)) == LOG_TAIL_LINES
+
+
+def test_a_log_of_any_size_costs_little_memory(store: Store, tmp_path: Path) -> None:
+    record, log = service_log(store), tmp_path / "program.log"
+    with log.open("wb") as file:
+        for _ in range(48):
+            file.write(b"y" * 1023 * 1024 + b"\n" + b"z" * 1023 + b"\n")
+        file.write(b"the end\n")
+    tracemalloc.start()
+    try:
+        tail = Tail(record, "logs", log)
+        tail.push()
+        assert (record.last_log_lines(1), log_tail(log)[-1:]) == (["the end"], ("the end",))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 * 1024**2
+    assert sum(info.size for info in store.list("services/chatty/logs")) <= keeping.KEPT_BYTES + 10_000
+    assert log.stat().st_size == 0
+
+
+def test_a_log_that_waits_for_its_store_is_left_out_before_the_disk_is_full(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "WAITING_BYTES", 1000)
+    record, log = service_log(store), tmp_path / "program.log"
+    tail = Tail(record, "logs", log)
+    log.write_bytes(b"lost\n" * 300)
+    tail.push()
+    with log.open("a") as file:
+        file.write("kept\n")
+    tail.push()
+    assert [line for line in record.log_lines() if line] == [
+        "palate: 1500 bytes of the log were left out: the store was away",
+        "kept",
+    ]

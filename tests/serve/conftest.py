@@ -19,6 +19,7 @@ import pytest
 
 import palate_server
 from palate_server.spec import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
+from tests.support import models
 
 TOKEN = "a-token-for-tests"
 
@@ -114,6 +115,12 @@ def adapter(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     tuned.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_model).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random two-layer model, whose engine is up as soon as its libraries are imported."""
+    return str(models.tiny_model(tmp_path_factory.mktemp("tiny"), Path(base_model)))
 
 
 @pytest.fixture

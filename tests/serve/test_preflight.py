@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,18 @@ from palate_server import preflight
 from palate_server.engines import engine_command, engine_environment
 from palate_server.errors import BadSpec, OutOfMemory, ServerError
 from palate_server.program import main, root_cause
-from palate_server.spec import ERROR_FILE, TOKEN_VARIABLE, Ready, ServeSpec, describe_engines
+from palate_server.spec import (
+    _NAMES_ONLY,
+    _SETTINGS,
+    _SWITCHES,
+    ENGINE_ARGS_VARIABLE,
+    ERROR_FILE,
+    TOKEN_VARIABLE,
+    Ready,
+    ServeSpec,
+    check_engine_args,
+    describe_engines,
+)
 
 from .conftest import TOKEN, installed
 
@@ -233,3 +245,101 @@ def test_the_root_cause_is_found_below_what_only_points_to_it() -> None:
     pydantic = ["ValidationError: 1 validation error for ModelConfig", "  Value error, too long", "    For further"]
     assert root_cause(pydantic) == "ValidationError: 1 validation error for ModelConfig: Value error, too long"
     assert root_cause(["nothing", "here"]) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-num-seqs=8", "-tp", "2", "--seed", "-1"],
+        ["--enforce-eager", "--no-enable-prefix-caching", "-O2", "--gpu_memory_utilization", "0.8"],
+        ["--reasoning-parser=qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"],
+        ["--generation-config", "vllm", "--distributed-executor-backend=mp"],
+    ],
+)
+def test_what_operators_tune_an_engine_with_is_taken(arguments: list[str]) -> None:
+    check_engine_args(arguments)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--tool-parser-plugin=/x.py",
+        "--reasoning-parser-plugin=/x.py",
+        "--middleware=x.Y",
+        "--logits-processors=x:Y",
+        "--worker-cls=x.Y",
+        "--worker-extension-cls=x.Y",
+        "--scheduler-cls=x.Y",
+        "--io-processor-plugin=x",
+        "--trust-remote-code",
+        "--trust-rem",
+        "--trust_remote_code",
+        "--hf-overrides={}",
+        "--hf-config-path=/x",
+        "--load-format=pt",
+        "--model=/x",
+        "--tokenizer=/x",
+        "--download-dir=/x",
+        "--api-key=x",
+        "--ssl-keyfile=/x",
+        "--uds=/x",
+        "--host=0.0.0.0",
+        "--port=1",
+        "--root-path=/x",
+        "--allowed-local-media-path=/",
+        "--config=/x.yaml",
+        "--chat-template=/etc/passwd",
+        "--lora-modules=x=/x",
+        "--speculative-config={}",
+        "--spec-model=/x",
+        "--kv-transfer-config={}",
+        "--compilation-config={}",
+        "-cc={}",
+        "--compilation-config.backend=x",
+        "--additional-config={}",
+        "--model-loader-extra-config={}",
+        "--log-config-file=/x",
+        "--grpc",
+        "--otlp-traces-endpoint=http://x",
+        "--master-addr=x",
+        '--allowed-origins=["*"]',
+        "--generation-config=/x",
+        "--distributed-executor-backend=x.Y",
+        "--profiler-config={}",
+        "--tool-server=demo",
+        "--enable-scale-out",
+        "/positional",
+    ],
+)
+def test_what_loads_code_reads_files_or_opens_doors_is_refused(tmp_path: Path, argument: str) -> None:
+    name = argument.partition("=")[0]
+    with pytest.raises(ValueError, match=re.escape(name)):
+        spec(tmp_path, model_dir="m", engine_args=(argument,))
+    with pytest.raises(ValueError, match="engine_args has"):
+        check_engine_args(["--enforce-eager", argument])
+    if "=" in argument and "--" in argument:
+        with pytest.raises(ValueError, match="engine_args has"):
+            check_engine_args(argument.split("=", 1))
+
+
+def test_a_spec_from_a_store_is_checked_where_it_is_served(tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    spec(tmp_path, model_dir="m").write(file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "engine_args": ["--middleware", "evil.Middleware"]}))
+    with pytest.raises(ValueError, match="--middleware"):
+        ServeSpec.read(file)
+
+
+def test_the_machine_that_serves_may_allow_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENGINE_ARGS_VARIABLE, "hf-overrides, trust-remote-code")
+    check_engine_args(["--trust-remote-code", "--hf-overrides", "{}"])
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_options_that_are_taken_are_options_of_vllm() -> None:
+    code = "from vllm.entrypoints.launchers.cli_args import create_parser_for_docs as make\n"
+    code += "print(*(name for action in make()._actions for name in action.option_strings))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    known = {name.lstrip("-") for name in done.stdout.split()}
+    assert {*_SWITCHES, *_SETTINGS, *_NAMES_ONLY} - known == set()

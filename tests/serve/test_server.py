@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from palate_server.spec import READY_FILE, STOP_GRACE_S, EngineInfo, describe_engines
+from palate_server.spec import IDLE_FILE, READY_FILE, STOP_GRACE_S, EngineInfo, describe_engines
 
 from .conftest import TOKEN, Server, running, start
 
@@ -103,6 +103,25 @@ def test_prompt_and_answer_stay_within_the_context(server: Server) -> None:
         server.client().completions.create(model="base", prompt="one two " * 300, max_tokens=1)
 
 
+def test_every_error_has_the_form_that_clients_read(server: Server) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    asked = [
+        ("DELETE", "/v1/models", None, 405),
+        ("PUT", "/v1/models/default", None, 405),
+        ("GET", "/v1/chat/completions", None, 405),
+        ("POST", "/v1/absent", {}, 404),
+        ("GET", "/absent", None, 404),
+        ("POST", "/v1/chat/completions", {"messages": 7}, None),
+        ("POST", "/v1/chat/completions", [1], None),
+    ]
+    for method, path, body, status in asked:
+        answer = httpx.request(method, f"{server.url}{path}", headers=headers, json=body, timeout=60)
+        assert answer.status_code == status or (status is None and answer.status_code >= 400), (method, path)
+        error = answer.json()["error"]
+        assert set(error) >= {"message", "type", "param", "code"}, (method, path, error)
+        assert error["message"], (method, path)
+
+
 def test_the_token_is_in_no_argv_and_no_file(server: Server) -> None:
     assert not any(TOKEN in " ".join(process.cmdline()) for process in server.family())
     texts = [f for f in Path(server.spec.work_dir).iterdir() if f.is_file()]
@@ -171,6 +190,26 @@ def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: P
         os.kill(engine.pid, signal.SIGKILL)
         assert server.process.wait(timeout=20) == 1
         assert "ended by itself with exit code 137" in server.error()
+        assert_nothing_left(server, family)
+
+
+def test_an_engine_that_is_frozen_is_noticed_and_ended(tiny_llama: str, tmp_path: Path) -> None:
+    require("transformers")
+    with running(tmp_path, model_dir=tiny_llama, engine="transformers", hang_after_s=3) as server:
+        family = server.family()
+        engine = next(p for p in family if "palate_server.transformers_engine" in p.cmdline()[2:3])
+        engine.suspend()
+        assert server.process.wait(timeout=60) == 1
+        assert "hangs: it has not answered for 3 s" in server.error()
+        assert_nothing_left(server, family)
+
+
+def test_a_service_that_nobody_asks_ends_and_says_so(tiny_llama: str, tmp_path: Path) -> None:
+    require("transformers")
+    with running(tmp_path, model_dir=tiny_llama, engine="transformers", idle_after_s=2) as server:
+        family = server.family()
+        assert server.process.wait(timeout=60) == 0
+        assert "nobody has asked it for anything for 2 s" in (tmp_path / IDLE_FILE).read_text()
         assert_nothing_left(server, family)
 
 
