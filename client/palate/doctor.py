@@ -81,7 +81,12 @@ def _settings() -> list[Finding]:
     except PalateError as error:
         return [Finding(topic="store", state="broken", fact=str(error), remedy="see PALATE_STORE and docs/stores.md")]
     return [
-        Finding(topic="store", state="ok", fact=session.store_uri),
+        Finding(
+            topic="store",
+            state="ok",
+            fact=session.store_uri
+            + ("" if session.store.atomic_replace else "; compares before it writes (docs/stores.md)"),
+        ),
         Finding(topic="backend", state="ok", fact=f"{session.backend.name} (known: {', '.join(backend_names())})"),
     ]
 

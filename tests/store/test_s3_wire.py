@@ -37,6 +37,8 @@ class Bucket:
     """Answers to GET that still break off in their middle."""
     gets: list[str] = field(default_factory=list)
     """Range of each GET."""
+    ignores: tuple[str, ...] = ()
+    """Conditional headers that it takes no notice of."""
     changed: dict[str, str | None] = field(default_factory=dict)
     """Headers of answers that are said in another way, or with None not at all."""
 
@@ -49,6 +51,10 @@ def serving(bucket: Bucket, scheme: str) -> Iterator[Store]:
 
         def do_PUT(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            if ".palate-check" in self.path:
+                wrong = {"If-None-Match", "If-Match"} & set(self.headers) - set(bucket.ignores)
+                self.say(*((412, "PreconditionFailed") if wrong else (200, "")), etag="0")
+                return
             bucket.puts.append({name.lower(): value for name, value in self.headers.items()})
             answer = bucket.answer(len(bucket.puts))
             if answer is None or answer[0] == 200:
@@ -84,6 +90,10 @@ def serving(bucket: Bucket, scheme: str) -> Iterator[Store]:
             self.wfile.write(body)
 
         do_HEAD = do_GET
+
+        def do_DELETE(self) -> None:
+            self.send_response(204)
+            self.end_headers()
 
         def say(self, status: int, text: str, *, etag: str) -> None:
             body = text if status == 200 else f"<Error><Code>{text}</Code><Message>no</Message></Error>"
@@ -177,6 +187,32 @@ def test_a_failing_server_is_unreachable_after_retries() -> None:
     with serving(bucket, "s3") as store, pytest.raises(StoreUnreachableError, match=r"InternalError.* after retries"):
         store.put("status", b"mine")
     assert len(bucket.puts) == 5
+
+
+@pytest.mark.parametrize("ignored", ["If-Match", "If-None-Match"])
+def test_a_server_that_ignores_conditions_is_refused(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(lambda _: (200, ""), ignores=(ignored,))
+    with serving(bucket, "s3") as store:
+        for call in (
+            lambda: store.put("status", b"1", if_none_match=True),
+            lambda: store.put("status", b"1", if_match="abc"),
+            store.check,
+        ):
+            with pytest.raises(
+                StoreError, match=rf"s3://bucket at http.* ignores {ignored}: .*PALATE_S3_UNCONDITIONAL=1"
+            ):
+                call()
+        assert not bucket.puts, "nothing was written"
+        store.put("status", b"1")  # a plain put promises nothing
+        monkeypatch.setenv("PALATE_S3_UNCONDITIONAL", "1")
+        allowed = open_store("s3://bucket", options=store._options)  # type: ignore[attr-defined]
+        assert not allowed.atomic_replace
+        allowed.check()
+        for condition in ({"if_none_match": True}, {"if_match": "stale"}):
+            with pytest.raises(PreconditionFailedError):
+                allowed.put("status", b"2", **condition)  # type: ignore[arg-type]
+        allowed.put("status", b"3", if_match=hashlib.md5(b"1").hexdigest())
+        assert bucket.objects["/bucket/status"] == b"3"
 
 
 def test_oss_creates_in_its_own_words() -> None:

@@ -11,15 +11,17 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from palate.store import Store, StoreOptions, open_store
 from palate.store.errors import (
     BucketNotFoundError,
+    PreconditionFailedError,
     StoreDeniedError,
     StoreError,
     StoreUnreachableError,
@@ -308,6 +310,62 @@ def test_a_failed_put_leaves_no_draft(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         store.put("folder", b"x")
     assert {path.name for path in tmp_path.iterdir()} == {"folder", ".palate-lock"}
+
+
+def test_puts_that_race_with_the_deletion_of_their_folder(tmp_path: Path) -> None:
+    """Each comes before it or after it: none fails, and nobody sees a part of the tree that was deleted."""
+    store = open_store(tmp_path / "store")
+    (tmp_path / "file").write_bytes(b"uploaded")
+    done = Event()
+
+    def write(number: int) -> int:
+        puts = 0
+        while not done.is_set():
+            store.put(f"jobs/1/logs/{number}", b"x")
+            store.upload(tmp_path / "file", f"jobs/1/model/{number}")
+            with suppress(PreconditionFailedError):
+                store.put(f"jobs/1/logs/{number}", b"y", if_none_match=True)
+            store.delete(f"jobs/1/logs/{number}")
+            puts += 1
+        return puts
+
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, number) for number in range(4)]
+        try:
+            for _ in range(60):
+                store.put("jobs/1/manifest.json", b"first")
+                store.put("jobs/1/a/b/c", b"deep")
+                store.delete_tree("jobs/1")
+                assert not {info.key for info in store.list("jobs")} & {"jobs/1/manifest.json", "jobs/1/a/b/c"}
+        finally:
+            done.set()
+        assert all(writer.result() for writer in writers)
+    store.delete_tree("jobs")
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_what_a_put_names_is_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content before the name that readers find, and that name, and each new folder's, before the put is over."""
+    (tmp_path / "file").write_bytes(b"uploaded")
+    kept: list[str] = []
+    really = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else ["content"]
+        kept.extend(f"{path.name}: {name}" for name in names if not name.startswith(".palate-lock"))
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = open_store(tmp_path / "store")
+    store.put("jobs/1/status.json", b"{}")
+    assert kept[-4:] == ["store: jobs", "jobs: 1", kept[-2], "1: status.json"]
+    assert kept[-2].endswith(": content")
+    kept.clear()
+    store.upload(tmp_path / "file", "jobs/1/model/weights")
+    assert "1: model" in kept
+    assert kept[-2].endswith(": content")
+    assert kept[-1] == "model: weights"
 
 
 def test_without_boto3_only_an_object_store_fails(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Store(ABC):
     Attributes:
         root: URI of the store, without a slash at its end.
         atomic_replace: Whether the store decides `put(if_match=…)` in one step. Where it is False
-            (Alibaba OSS has no such request) the etag is compared first and the object written after.
+            (Alibaba OSS has no such request, some servers ignore it) the etag is compared first and the object written after.
     """
 
     atomic_replace: bool = True
@@ -193,6 +193,7 @@ class Store(ABC):
     def check(self, *, write: bool = True) -> None:
         """Proves within seconds that the store can be used: lists it and, with `write`, writes a probe.
 
+        Of an `s3://` store it also proves that conditional puts fail when they must.
         A file store's root folder is made when `write` is set.
 
         Raises:

@@ -3,6 +3,10 @@
 An object is a file, written as a hidden draft beside its place and moved there in one step. Writers of one
 folder take turns through a lock file in that folder, whatever root they opened; readers need none. Unlike on S3,
 a key cannot be an object and a folder at once.
+
+What a put has written outlives a power loss: file, its name, and the folders that were made for it. A folder is deleted by
+moving it to a hidden name first. A put that races with that comes before it, and its object goes too; or after it, and the
+object is there alone, in a new folder.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +39,8 @@ _LOCK = f"{RESERVED}lock"
 _DIGEST_LIMIT = 8 << 20
 """Bytes up to which an etag is a digest of the content. Above, size and time stand in: stat stays fast."""
 
-_DELETE_ATTEMPTS = 5
+_ATTEMPTS = 20
+"""Of a put or a deletion whose folder others delete or fill at the same time."""
 
 _BLOCK = 4 << 20
 """Bytes that a stream yields at a time."""
@@ -79,21 +84,31 @@ class FileStore(Store):
         check_condition(key, if_match, if_none_match)
         path = self._path(key)
         with self._explained("written", key):
-            _make_folders(path.parent)
-            with _locked(path.parent):
-                if if_none_match and path.exists():
-                    raise PreconditionFailedError(f"{self.uri(key)} was not written: an object is there already")
-                if if_match is not None and (not path.is_file() or _etag(path)[0] != if_match):
-                    raise PreconditionFailedError(
-                        f"{self.uri(key)} was not written: etag {if_match} is no longer there; read it again"
-                    )
-                draft = draft_beside(path)
+            for attempt in range(_ATTEMPTS):
                 try:
-                    _write_through(draft, data, mode=0o600 if private else 0o666)
-                    os.replace(draft, path)
-                finally:
-                    draft.unlink(missing_ok=True)
-                return _etag(path)[0]
+                    _make_folders(path.parent)
+                    with _opened(path.parent) as folder, _locked(folder):
+                        self._check(key, folder, if_match, if_none_match)
+                        return _replace_whole(path.name, data, folder, mode=0o600 if private else 0o666)
+                except FileNotFoundError:  # its folder was deleted
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _check(self, key: str, folder: int, if_match: str | None, if_none_match: bool) -> None:
+        """Raises PreconditionFailedError unless the object is as a put wants it."""
+        name = key.rpartition("/")[2]
+        if if_none_match and _is_there(name, folder):
+            raise PreconditionFailedError(f"{self.uri(key)} was not written: an object is there already")
+        if if_match is not None:
+            try:
+                there = _etag(name, folder)[0]
+            except (FileNotFoundError, IsADirectoryError):
+                there = ""
+            if there != if_match:
+                raise PreconditionFailedError(
+                    f"{self.uri(key)} was not written: etag {if_match} is no longer there; read it again"
+                )
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
@@ -129,8 +144,8 @@ class FileStore(Store):
         path = self._path(key)
         with self._explained("deleted", key):
             if path.is_file() or path.is_symlink():
-                with _locked(path.parent):
-                    path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError), _opened(path.parent) as folder, _locked(folder):
+                    os.unlink(path.name, dir_fd=folder)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         below = check_prefix(prefix)
@@ -157,14 +172,17 @@ class FileStore(Store):
             if folder.is_symlink():
                 folder.unlink()
                 return
-            for attempt in range(_DELETE_ATTEMPTS):
-                try:
-                    if folder.is_dir():
-                        shutil.rmtree(folder)
-                    return
-                except OSError as error:  # a writer put something in, or another deletion took something out
-                    if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or attempt == _DELETE_ATTEMPTS - 1:
-                        raise
+            hidden = draft_beside(folder)
+            try:
+                os.rename(folder, hidden)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            try:
+                _remove(hidden)
+            except OSError:
+                with suppress(OSError):  # another folder has that name by now
+                    os.rename(hidden, folder)
+                raise
 
     def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
         source, target = Path(path), self._path(key)
@@ -177,20 +195,27 @@ class FileStore(Store):
 
     def _place(self, source: Path, target: Path) -> int:
         """Puts a copy of a file at `target` in one step, and returns its size in bytes."""
-        _make_folders(target.parent)
-        draft = draft_beside(target)
-        try:
-            shutil.copyfile(source, draft)
-            descriptor = os.open(draft, os.O_RDONLY)
+        for attempt in range(_ATTEMPTS):
+            _make_folders(target.parent)
+            draft = draft_beside(target)
             try:
-                os.fsync(descriptor)  # who names it in a status must find it after a power loss
-                size = os.fstat(descriptor).st_size
+                shutil.copyfile(source, draft)
+                descriptor = os.open(draft, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)  # who names it in a status must find it after a power loss
+                    size = os.fstat(descriptor).st_size
+                finally:
+                    os.close(descriptor)
+                os.replace(draft, target)
+                with suppress(FileNotFoundError):  # deleted with its folder since
+                    _keep_names(target.parent)
+                return size
+            except FileNotFoundError:  # its folder was deleted
+                if attempt == _ATTEMPTS - 1 or not source.exists():
+                    raise
             finally:
-                os.close(descriptor)
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
-        return size
+                draft.unlink(missing_ok=True)
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
         source = self._path(key)
@@ -257,12 +282,28 @@ def _make_folders(folder: Path) -> None:
         folder = folder.parent
     for part in reversed(missing):  # mkdir(parents=True) would make those above with the umask's mode
         part.mkdir(mode=0o700, exist_ok=True)
+        _keep_names(part.parent)
+
+
+def _keep_names(folder: Path) -> None:
+    """Writes through what names a folder holds: until then a power loss can take a new file or folder away again."""
+    with _opened(folder) as descriptor:
+        os.fsync(descriptor)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: int) -> Iterator[None]:
     # flock on a fresh descriptor excludes threads as well as processes, and NFS carries it between machines.
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666, dir_fd=folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -270,18 +311,54 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write_through(path: Path, data: bytes, *, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+def _replace_whole(name: str, data: bytes, folder: int, *, mode: int) -> str:
+    """Writes a file in an opened folder, in one step and through to the disk; returns its etag."""
+    draft = draft_beside(Path(name)).name
+    try:
+        state = _write_through(draft, data, mode=mode, folder=folder)
+        os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(draft, dir_fd=folder)
+    os.fsync(folder)
+    return _spelled_etag(state, data)
+
+
+def _write_through(path: str | Path, data: bytes, *, mode: int, folder: int | None = None) -> os.stat_result:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=folder)
     with open(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(descriptor)
+        return os.fstat(descriptor)
 
 
-def _etag(path: Path) -> tuple[str, os.stat_result]:
+def _is_there(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _etag(path: str | Path, folder: int | None = None) -> tuple[str, os.stat_result]:
     """Returns the etag and the state of one and the same version: files are replaced, never changed."""
-    with path.open("rb") as stream:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as stream:
         state = os.fstat(stream.fileno())
-        if state.st_size > _DIGEST_LIMIT:
-            return f"{state.st_size:x}-{state.st_mtime_ns:x}", state
-        return hashlib.sha256(stream.read()).hexdigest(), state
+        return _spelled_etag(state, b"" if state.st_size > _DIGEST_LIMIT else stream.read()), state
+
+
+def _spelled_etag(state: os.stat_result, data: bytes) -> str:
+    if state.st_size > _DIGEST_LIMIT:
+        return f"{state.st_size:x}-{state.st_mtime_ns:x}"
+    return hashlib.sha256(data).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    for attempt in range(_ATTEMPTS):
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError as error:  # a writer that had opened a folder in it put something in
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or attempt == _ATTEMPTS - 1:
+                raise

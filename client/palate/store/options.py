@@ -24,6 +24,8 @@ class StoreOptions:
         addressing_style: `path`, `virtual` or `auto`. Default: PALATE_S3_ADDRESSING_STYLE, else what suits
             the endpoint.
         anonymous: Sign nothing: for public buckets.
+        unconditional: Accept an `s3://` server that ignores conditional writes: compare first, write after. Two writers at the
+            same moment can then both win. Default: PALATE_S3_UNCONDITIONAL, else such a server is refused.
 
     Raises:
         StoreUsageError: Half a key pair, an endpoint that is no http(s) URL, an unknown addressing style.
@@ -36,6 +38,7 @@ class StoreOptions:
     session_token: str | None = field(default=None, repr=False)
     addressing_style: str | None = None
     anonymous: bool = False
+    unconditional: bool = False
 
     def __post_init__(self) -> None:
         if (self.access_key_id is None) != (self.secret_access_key is None):
@@ -74,6 +77,7 @@ class StoreOptions:
             "OSS_SESSION_TOKEN": self.session_token,
             "OSS_REGION": self.region,
             "PALATE_S3_ANONYMOUS": "1" if self.anonymous else None,
+            "PALATE_S3_UNCONDITIONAL": "1" if self.unconditional else None,
             "PALATE_S3_ADDRESSING_STYLE": self.addressing_style,
         }
         return {name: value for name, value in variables.items() if value is not None}

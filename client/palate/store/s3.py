@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Literal
 
 from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_link, check_not_root, check_range
@@ -62,8 +63,12 @@ class S3Store(Store):
         self._prefix = prefix + "/" if prefix else ""
         self._options = options
         self._is_oss = scheme == "oss"
-        self.atomic_replace = not self._is_oss
+        self._is_unconditional = not self._is_oss and (
+            options.unconditional or bool(os.environ.get("PALATE_S3_UNCONDITIONAL"))
+        )
+        self.atomic_replace = not self._is_oss and not self._is_unconditional
         self._bucket_seen = False
+        self._conditions_seen = not self.atomic_replace
         self._endpoint = options.endpoint_url or "the default endpoint"
         with self._explained("opened", ""):
             self._client: S3Client = connect(options, is_oss=self._is_oss)
@@ -102,9 +107,15 @@ class S3Store(Store):
         private: bool = False,
     ) -> str:
         check_condition(key, if_match, if_none_match)
+        full = self._full(key)
+        if (if_none_match or if_match is not None) and not self._conditions_seen:
+            self._require_conditions(self._client)
         conditions: dict[str, str] = {}
-        if if_none_match:
+        if if_none_match and not self._is_unconditional:
             conditions["IfNoneMatch"] = "*"
+        elif if_none_match:
+            if self.stat(key) is not None:
+                raise self._lost(key)
         elif if_match is not None and self.atomic_replace:
             conditions["IfMatch"] = f'"{if_match}"'
         elif if_match is not None:
@@ -114,7 +125,7 @@ class S3Store(Store):
         for attempt in range(_CONFLICT_ATTEMPTS):
             with self._explained("written", key):
                 try:
-                    etag = self._transfer.write(self._full(key), data, **conditions)
+                    etag = self._transfer.write(full, data, **conditions)
                 except ClientError as error:
                     code, status = code_of(error)
                     # AWS: another conditional put of this key is under way, and neither has won yet.
@@ -221,10 +232,11 @@ class S3Store(Store):
         self._bucket_seen = True
         if not write:
             return
-        with self._explained("written", ""):
-            client.put_object(Bucket=self._bucket, Key=self._prefix + _PROBE, Body=b"")
-        with self._explained("deleted", ""):
-            client.delete_object(Bucket=self._bucket, Key=self._prefix + _PROBE)
+        if self._conditions_seen:
+            with self._probe(client):
+                pass
+        else:
+            self._require_conditions(client)
 
     # ── inside ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -271,6 +283,45 @@ class S3Store(Store):
         except StoreError:
             pass  # who may not list learns nothing here, and the 404 stands
         self._bucket_seen = True
+
+    @contextmanager
+    def _probe(self, client: S3Client) -> Iterator[str]:
+        """Writes an object, and removes it at the end; yields its key in the bucket, which no other probe has."""
+        probe = f"{self._prefix}{_PROBE}-{token_hex(8)}"
+        with self._explained("written", ""):
+            client.put_object(Bucket=self._bucket, Key=probe, Body=b"")
+        try:
+            yield probe
+        finally:
+            with self._explained("deleted", ""):
+                client.delete_object(Bucket=self._bucket, Key=probe)
+
+    def _require_conditions(self, client: S3Client) -> None:
+        """Raises StoreError when the server takes a put that must fail: then two writers both win. Asked once a store."""
+        ignored = []
+        with self._probe(client) as probe:
+            for header, condition in (
+                ("If-None-Match", {"IfNoneMatch": "*"}),
+                ("If-Match", {"IfMatch": f'"{"0" * 32}"'}),
+            ):
+                with self._explained("written", ""):
+                    try:
+                        client.put_object(Bucket=self._bucket, Key=probe, Body=b"", **condition)  # type: ignore[arg-type]
+                        ignored.append(header)
+                    except ClientError as error:
+                        code, status = code_of(error)
+                        if code == "NotImplemented" or status == 501:
+                            ignored.append(header)
+                        elif status not in (409, 412):
+                            raise
+        if ignored:
+            raise StoreError(
+                f"{self.root} at {self._endpoint} ignores {' and '.join(ignored)}: of two writers that race both would win, so "
+                "it cannot hold jobs and services. Use a server that honours conditional writes (AWS S3, SeaweedFS, MinIO). If only "
+                "one client and one run at a time write there, allow it with PALATE_S3_UNCONDITIONAL=1 or "
+                "StoreOptions(unconditional=True): see docs/stores.md"
+            )
+        self._conditions_seen = True
 
     def _lost(self, key: str) -> PreconditionFailedError:
         return PreconditionFailedError(

@@ -214,6 +214,7 @@ def _with_oss_defaults(options: StoreOptions) -> StoreOptions:
         session_token=token,
         addressing_style=options.addressing_style,
         anonymous=options.anonymous,
+        unconditional=options.unconditional,
     )
 
 

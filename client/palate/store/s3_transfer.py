@@ -79,7 +79,7 @@ def understood() -> Iterator[None]:
     """
     try:
         yield
-    except BotoCoreError:  # some of them are a ValueError, too
+    except (BotoCoreError, StoreError):  # some of them are a ValueError, too
         raise
     except (KeyError, ValueError, TypeError) as error:
         lacks = isinstance(error, KeyError)
