@@ -106,9 +106,11 @@ def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
     cause = output / FAST_PATH_FAILED_FILE
     if code != EXIT_FAILED or not spec.fast or not cause.exists():
         return code
+    said = cause.read_text(encoding="utf-8")
+    cause.unlink()
     print(
         "WARNING: the fast path failed before the first step was done, and the run begins anew TRL's own way: the same losses,"
-        f" more time. {cause.read_text(encoding='utf-8')}",
+        f" more time. {said}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix=".spec-", dir=output) as folder:

@@ -106,6 +106,11 @@ def load_model(spec: TrainSpec) -> Any:
             f"The model could not be loaded in {bits} bit on {'CUDA' if torch.cuda.is_available() else 'this CPU'}: {error}."
             f" Set load_in_{bits}bit=false (LoRA on {spec.precision} weights)."
         ) from error
+    for module in model.modules():
+        # On CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights at the first pass without gradients, and its kernel for
+        # them has no backward pass: layers below would train on wrong gradients, with no more than a warning by torch.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     # TRL's disable_dropout would silence LoRA's dropout as well: the base is silenced here, before the adapter exists.
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -280,6 +280,8 @@ def _fit(
                 callback.start_event |= reference.report()
             else:
                 startup.done("build")
+            if trainer.trial is not None:
+                callback.start_event |= {"packed": trainer.trial.reason is None, "fused": trainer.trial.fused}
             callback.attach(trainer)
             try:
                 trainer.train(resume_from_checkpoint=resume_from)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.support.architectures import random_model
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,9 @@ def keep_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama of 500 tokens: trains in a second, in emulated bfloat16 too."""
+    return random_model("llama", tmp_path_factory.mktemp("small") / "model")

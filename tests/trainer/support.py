@@ -28,7 +28,7 @@ def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12,
         method: As in a recipe.
         rows: How many rows to generate.
         fields: Hyperparameters, and `data` (rows instead of generated ones), `held_out` (rows for validation), `validate`
-            (validate on the training rows), `resume_from`, `adapter_dir`, `precision`.
+            (validate on the training rows), `resume_from`, `adapter_dir`, `fast`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data, held_out = folder / "prefs.json", folder / "held-out.json"
@@ -37,7 +37,9 @@ def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12,
     if "held_out" in fields:
         held_out.write_text(json.dumps(fields.pop("held_out")))
         validation = str(held_out)
-    beside = {name: fields.pop(name) for name in ("resume_from", "adapter_dir", "precision") if name in fields}
+    beside = {name: fields.pop(name) for name in ("resume_from", "adapter_dir", "fast") if name in fields}
+    if fields.get("precision") == "float16":  # no CPU is offered it; the program itself is asked
+        beside["precision"] = fields.pop("precision")
     resolved = resolve({**QUICK, **fields}, method=method, device=CPU)
     return TrainSpec(
         **{

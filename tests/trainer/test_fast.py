@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +377,121 @@ def test_in_bfloat16_the_final_margin_is_trls_within_the_noise_of_seeds(tiny: Pa
     noise = statistics.stdev(padded)
     assert abs(statistics.mean(packed) - statistics.mean(padded)) < noise
     assert min(packed) > 0.1
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("strategy", ["dpo", "sft"])
+def test_all_weights_train_packed_in_both_precisions(
+    small: Path, tmp_path: Path, strategy: str, precision: str, tolerance: float
+) -> None:
+    """Under autocast rotary embeddings of float32 weights leave queries and keys wider than values."""
+    from tests.trainer.support import losses, spec, train
+
+    settings = {"method": "Standard_LLM", "training_strategy": strategy, "precision": precision, "rows": 4}
+    metrics = train(spec(small, tmp_path / "fast", **settings))
+    assert metrics[0]["packed"]
+    assert metrics[0]["fused"]
+    plain = train(spec(small, tmp_path / "plain", fast=False, **settings))
+    assert not plain[0]["packed"]
+    assert losses(metrics) == pytest.approx(losses(plain), abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        ("dpo", "float32"),
+        ("dpo", "bfloat16"),
+        ("sft", "bfloat16"),
+        ("kto", "float32"),
+        pytest.param("sft", "float32", marks=pytest.mark.thorough),
+        pytest.param("kto", "bfloat16", marks=pytest.mark.thorough),
+    ],
+)
+@pytest.mark.parametrize("where", ["trial", "first step", "no number in the first step"])
+def test_a_fast_path_that_fails_gives_way_to_trls_own(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    strategy: str,
+    precision: str,
+) -> None:
+    """And leaves no trace: the run equals one that was TRL's from the start, losses, gradients and adapter bit for bit."""
+    import torch
+    from safetensors.torch import load_file
+
+    from palate_trainer.fast import lora
+    from tests.trainer.support import spec, train
+
+    settings: dict[str, Any] = {"training_strategy": strategy, "precision": precision, "lora_dropout": 0.1, "rows": 12}
+    plain_spec = spec(small, tmp_path / "plain", fast=False, **settings)
+    plain = train(plain_spec)
+
+    # In training dropout sends every layer through _AddLowRank, in the trial, without dropout, through the other.
+    if where == "trial":
+        monkeypatch.setattr(lora._FrozenWithLowRank, "backward", staticmethod(_raise))
+    elif where == "first step":
+        monkeypatch.setattr(lora._AddLowRank, "backward", staticmethod(_raise))
+    else:
+        monkeypatch.setattr(lora._AddLowRank, "forward", staticmethod(_no_number(lora._AddLowRank.forward)))
+    fallen_spec = spec(small, tmp_path / "fallen", **settings)
+    fallen = train(fallen_spec)
+    said = capsys.readouterr().out
+    assert "WARNING: the fast path failed" in said
+    assert ("in its trial" in said) == (where == "trial")
+    start = [entry for entry in fallen if entry["kind"] == "start"][-1]
+    assert any("WARNING: the fast path failed" in note for note in start["notes"])
+    assert not start["packed"]
+    assert not start["fused"]
+    for one, other in zip(_steps(fallen), _steps(plain), strict=True):
+        assert one["loss"] == other["loss"]
+        assert one["grad_norm"] == other["grad_norm"]
+    one, other = (load_file(Path(s.output_dir) / "model/adapter_model.safetensors") for s in (fallen_spec, plain_spec))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def _raise(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("a kernel that does not compile")
+
+
+def _no_number(forward: Any) -> Any:
+    def changed(ctx: Any, *arguments: Any) -> Any:
+        return forward(ctx, *arguments) * float("nan")
+
+    return changed
+
+
+def _steps(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in metrics if entry["kind"] == "train"]
+
+
+def test_what_fails_without_the_fast_path_too_fails_as_itself(small: Path, tmp_path: Path) -> None:
+    """TRL's own path meets the same loss, and its message is the one that stays."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.trainer.support import refusal, spec
+
+    folder = tmp_path / "model"
+    shutil.copytree(small, folder)
+    weights = {
+        name: torch.full_like(value, float("nan")) for name, value in load_file(small / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "The loss became nan at step 1" in refusal(spec(folder, tmp_path / "run", max_steps=2))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_tree_counts_the_sequences_of_each_token(turned: bool) -> None:
+    """The packed row has a common token once; the load-balancing loss counts it in each sequence."""
+    from palate_trainer.fast.tree import plant
+
+    rows = [[1, 2, 3], [1, 2, 4, 5], [1, 2, 3], [6]]
+    tree = plant(rows[::-1] if turned else rows, [1] * 4)
+    counted: dict[tuple[int, int], int] = {}
+    for sequence in rows:
+        for depth, token in enumerate(sequence):
+            counted[depth, token] = counted.get((depth, token), 0) + 1
+    found = dict(zip(zip(tree.positions.tolist(), tree.ids.tolist(), strict=True), tree.counts.tolist(), strict=True))
+    assert found == counted

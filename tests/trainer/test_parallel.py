@@ -260,6 +260,39 @@ def test_no_worker_outlives_a_killed_launcher(tiny: Path, tmp_path: Path) -> Non
     until(lambda: not workers_of(wanted), timeout_s=10)
 
 
+BROKEN = """
+import os, sys, threading, time
+
+def fail(ctx, *gradients):
+    raise RuntimeError("a kernel that does not compile")
+
+def wait():
+    while not hasattr(sys.modules.get("palate_trainer.fast.lora"), "fuse_lora"):
+        time.sleep(0.01)
+    sys.modules["palate_trainer.fast.lora"]._AddLowRank.backward = staticmethod(fail)
+
+if os.environ.get("RANK"):
+    threading.Thread(target=wait, daemon=True).start()
+"""
+"""Breaks the fast path where dropout is drawn, which is in training alone."""
+
+
+@pytest.mark.slow
+def test_two_processes_begin_anew_without_a_fast_path_that_fails(small: Path, tmp_path: Path) -> None:
+    settings = {"lora_dropout": 0.1, "rows": 12, "max_steps": 2}
+    expected = together(spec(small, tmp_path / "plain", fast=False, **settings))
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(BROKEN)
+    wanted = replace(spec(small, tmp_path / "fallen", **settings), processes=2)
+    assert start(wanted, PYTHONPATH=str(tmp_path / "fault")).wait(timeout=240) == 0, log_of(wanted)[-3000:]
+    assert "WARNING: the fast path failed before the first step" in log_of(wanted)
+    output = Path(wanted.output_dir)
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert losses(found) == losses(expected)
+    assert not (output / ERROR_FILE).exists()
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.slow
 def test_nothing_listens_to_other_machines(tiny: Path, tmp_path: Path) -> None:
     """torch's TCP stores listen on every interface and unpickle what is written there."""

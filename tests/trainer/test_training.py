@@ -253,3 +253,42 @@ def test_a_base_without_a_chat_template_is_refused_with_the_remedy(tiny: Path, t
     assert run(wanted) == 1
     assert "apply_chat_template=false" in (Path(wanted.output_dir) / ERROR_FILE).read_text()
     train(spec(bare, tmp_path / "plain", max_steps=1, apply_chat_template=False))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_through_4_bit_weights_are_those_of_the_same_weights_in_float32(
+    small: Path, tmp_path: Path, precision: str
+) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from palate_trainer.loading import load_model, lora_config
+
+    wanted = spec(small, tmp_path, method="QLoRA_LLM", precision=precision, lora_dim=4, lora_alpha=4)
+    quantised, whole = load_model(wanted), AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    layers = {name: layer for name, layer in quantised.named_modules() if isinstance(layer, Linear4bit)}
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers.values())
+    for name, layer in layers.items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        whole.get_submodule(name).weight.data.copy_(weight.float())
+    ids = torch.arange(3, 43)[None]
+    gradients = []
+    for model in (quantised, whole):
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, lora_config(wanted))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        with torch.no_grad():
+            adapted.eval()(input_ids=ids)  # as the reference is scored
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16" and model is quantised):
+            loss = adapted.train()(input_ids=ids, labels=ids).loss
+        loss.float().backward()
+        gradients.append(torch.cat([p.grad.float().flatten() for p in adapted.parameters() if p.grad is not None]))
+    found, expected = gradients
+    assert (found - expected).norm() <= (1e-4 if precision == "float32" else 0.05) * expected.norm()
