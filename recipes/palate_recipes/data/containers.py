@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 import orjson
 
 from palate_recipes.data.json_array import JsonArray, advice, plain
-from palate_recipes.data.limits import Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
+from palate_recipes.data.limits import BLOCK_BYTES, Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
 from palate_recipes.data.rows import Fault
 from palate_recipes.data.tables import DELIMITERS, TABLES, pyarrow
 from palate_recipes.errors import DataError
@@ -183,25 +183,27 @@ def _unpacked(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
 
 
 def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
-    meter = Meter()
-    yield from in_blocks(_line_rows(container, meter), meter)
-
-
-def _line_rows(container: Container, meter: Meter) -> Rows:
     limit = row_limit()
     with container.open() as stream:
         first = container.span[2] if container.span else 1
         lines = iter(partial(stream.readline, limit + 1), b"")
+        block: list[tuple[int, Any]] = []
+        held = 0
         for number, line in enumerate(islice(lines, container.span[1]) if container.span else lines, start=first):
             size = len(line)
             if size > limit:
                 raise RowTooLarge(f"line {number}")
-            meter.held += size
             try:
-                yield number, orjson.loads(line)
+                block.append((number, orjson.loads(line)))
             except ValueError:
                 if not line.isspace():
-                    yield number, parse_line(line, number, container.path)
+                    block.append((number, parse_line(line, number, container.path)))
+            held += size
+            if held > BLOCK_BYTES:  # `in_blocks` at the speed that files of millions of lines need
+                yield block
+                block, held = [], 0
+        if block:
+            yield block
 
 
 def parse_line(line: bytes, number: int, path: Path) -> Any:

@@ -18,7 +18,10 @@ UNPACKED_VARIABLE = "PALATE_MAX_UNPACKED_MIB"
 MIB = 1 << 20
 _ROW_MIB = 8
 """A row of a million tokens has about 4 MiB. Parsed, JSON takes up to 25 times its bytes (`[[],[],…`)."""
-_BLOCK_ROWS, _BLOCK_BYTES = 256, MIB
+BLOCK_BYTES = MIB // 4
+"""Of rows that are given at once; some hundred usual ones."""
+
+_BLOCK_ROWS = 256
 _UNPACKED_MIB = 256
 _UNPACKED_RATIO = 100
 """Text packs to a third or a tenth. Only a file of repetitions passes this."""
@@ -43,7 +46,7 @@ def in_blocks(rows: Rows, meter: Meter) -> Iterator[list[tuple[int, Any]]]:
     block: list[tuple[int, Any]] = []
     for row in rows:
         block.append(row)
-        if len(block) >= _BLOCK_ROWS or meter.held >= _BLOCK_BYTES:
+        if len(block) >= _BLOCK_ROWS or meter.held >= BLOCK_BYTES:
             yield block
             block, meter.held = [], 0
     if block:
