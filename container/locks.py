@@ -183,7 +183,7 @@ def resolve(
         lines = "".join(f"{name}=={version}\n" for name, version in sorted(held.items()))
 
         def compile_to(output: str, *more: str) -> None:
-            command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config", "wanted.in"]
+            command = [sys.executable, "-P", "-m", "uv", "pip", "compile", "--quiet", "--no-config", "wanted.in"]
             command += ["--only-binary", ":all:", "--no-header", "--no-annotate", "--output-file", output]
             # The running Python is named so that uv looks for no other, which takes seconds.
             command += ["--python", sys.executable, "--python-version", python]
