@@ -202,7 +202,14 @@ def resolve(
         (folder / "constraints").write_text(lines)
         # This format alone lists the wheels that fit the target, rather than every file of a release. A machine with a newer glibc
         # may take another wheel than one with the oldest.
-        compile_to("pylock.toml", oldest if binding else _NEWEST_LIBC, "--format", "pylock.toml", "--constraints", "constraints")
+        compile_to(
+            "pylock.toml",
+            oldest if binding else _NEWEST_LIBC,
+            "--format",
+            "pylock.toml",
+            "--constraints",
+            "constraints",
+        )
         packages = tomllib.loads((folder / "pylock.toml").read_text()).get("packages", [])
     return {
         package["name"]: (package["version"], {wheel["hashes"]["sha256"] for wheel in package["wheels"]})

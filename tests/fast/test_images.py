@@ -106,7 +106,9 @@ def test_a_lock_holds_every_requirement_of_its_extras(variant: str) -> None:
         versions = found.get(canonicalize_name(requirement.name))
         assert versions, f"{requirement.name} is not in {variant}.txt: run make locks"
         for version in versions:
-            assert requirement.specifier.contains(version), f"{requirement} is not {version} as in {variant}.txt: run make locks"
+            assert requirement.specifier.contains(version), (
+                f"{requirement} is not {version} as in {variant}.txt: run make locks"
+            )
 
 
 @pytest.mark.parametrize("variant", LOCKS)
@@ -118,7 +120,9 @@ def test_every_package_of_a_lock_has_a_hash_except_the_cpu_build_of_torch(varian
 
 def test_the_lock_for_processors_has_nothing_for_gpus() -> None:
     found = pins("cpu")
-    assert not [name for name in found if name.startswith(("nvidia-", "cuda-", "torchvision", "torchaudio", "torchcodec"))]
+    assert not [
+        name for name in found if name.startswith(("nvidia-", "cuda-", "torchvision", "torchaudio", "torchcodec"))
+    ]
     assert "triton" not in found
 
 
