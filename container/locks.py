@@ -35,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "container" / "locks"
 
+_NEWEST_LIBC = "2_40"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 # With the oldest glibc for which there are wheels: of llguidance on x86_64 and of tilelang on aarch64, which vLLM requires.
 ARCHITECTURES = {"x86_64": "2_31", "aarch64": "2_34"}
@@ -182,24 +183,33 @@ def resolve(
         (folder / "override").write_text(f"torch=={torch}\n" if torch and variant.torch_local else "")
         lines = "".join(f"{name}=={version}\n" for name, version in sorted(held.items()))
 
-        def compile_to(output: str, *more: str) -> None:
+        def compile_to(output: str, libc: str, *more: str) -> None:
             command = [sys.executable, "-P", "-m", "uv", "pip", "compile", "--quiet", "--no-config", "wanted.in"]
             command += ["--only-binary", ":all:", "--no-header", "--no-annotate", "--output-file", output]
             # The running Python is named so that uv looks for no other, which takes seconds.
             command += ["--python", sys.executable, "--python-version", python]
-            command += ["--python-platform", f"{machine}-manylinux_{ARCHITECTURES[machine]}"]
+            command += ["--python-platform", f"{machine}-manylinux_{libc}"]
             command += ["--excludes", "excluded", "--overrides", "override", *(["--no-deps"] if no_deps else []), *more]
             done = subprocess.run(command, cwd=folder, env=_index_alone(), capture_output=True, text=True)
             if done.returncode != 0:
                 raise LockError(done.stderr.strip())
 
+        oldest = ARCHITECTURES[machine]
         if not binding:
             (folder / "kept.txt").write_text(lines)  # uv keeps the versions of an output file that exists
-            compile_to("kept.txt")
+            compile_to("kept.txt", oldest)
             lines = (folder / "kept.txt").read_text()
         (folder / "constraints").write_text(lines)
-        # This format alone lists the wheels that fit the target, rather than every file of a release.
-        compile_to("pylock.toml", "--format", "pylock.toml", "--constraints", "constraints")
+        # This format alone lists the wheels that fit the target, rather than every file of a release. A machine with a newer glibc
+        # may take another wheel than one with the oldest.
+        compile_to(
+            "pylock.toml",
+            oldest if binding else _NEWEST_LIBC,
+            "--format",
+            "pylock.toml",
+            "--constraints",
+            "constraints",
+        )
         packages = tomllib.loads((folder / "pylock.toml").read_text()).get("packages", [])
     return {
         package["name"]: (package["version"], {wheel["hashes"]["sha256"] for wheel in package["wheels"]})

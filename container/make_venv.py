@@ -296,7 +296,8 @@ def _uv(variant: str, scratch: Path) -> Uv:
     if done.returncode != 0:
         raise SetupError(
             f"{sys.executable} -m venv failed: {_last(done.stdout + done.stderr)}\n"
-            f"On Debian and Ubuntu: sudo apt-get install python{_python()}-venv. Or name another Python: make setup PYTHON=/path/to/python3"
+            f"On Debian and Ubuntu: sudo apt-get install python{_python()}-venv. "
+            "Or name another Python: make setup PYTHON=/path/to/python3"
         )
     python = str(scratch / "tools" / "bin" / "python")
     (scratch / "uv.txt").write_text(pinned)
@@ -339,7 +340,8 @@ def main() -> int:
         if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
             first, last = (".".join(map(str, python)) for python in PYTHONS)
             raise SetupError(
-                f"no lock for Python {_python()} ({sys.executable}): expected {first} to {last}. make setup PYTHON=/path/to/python{first}"
+                f"no lock for Python {_python()} ({sys.executable}): expected {first} to {last}. "
+                f"Name another: make setup PYTHON=/path/to/python{first}"
             )
         if not given.choose:
             made, up_to_date = ready()

