@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from palate_trainer.errors import NotFiniteError
-from palate_trainer.fast.packing import EXACT, ROUNDED, Trial, try_fast_path
+from palate_trainer.fast.packing import EXACT, ROUNDED, Trial, rounds_activations, try_fast_path
 from palate_trainer.fast.tree import TreeCollator
 from palate_trainer.order import RowOrder, SimilarLengths
 from palate_trainer.parallel import gather_rows, world_size
@@ -49,12 +49,13 @@ class Additions(OneOfSeveral):
             batch: dict[str, Any] = self._prepare_inputs(collator(rows))  # type: ignore[attr-defined]
             return batch
 
+        rounded = self.args.bf16 or self.args.fp16 or rounds_activations(self.model)  # type: ignore[attr-defined]
         trial = try_fast_path(
             [self.model, getattr(self, "ref_model", None)],  # type: ignore[attr-defined]
             collate,
             autocast=self.accelerator.autocast,  # type: ignore[attr-defined]
             longest=max(lengths),
-            tolerance=ROUNDED if self.args.bf16 or self.args.fp16 else EXACT,  # type: ignore[attr-defined]
+            tolerance=ROUNDED if rounded else EXACT,
             packable=packable,
             options={"output_router_logits": True} if self.aux_loss_enabled else {},  # type: ignore[attr-defined]
         )
