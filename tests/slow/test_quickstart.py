@@ -83,7 +83,7 @@ def test_the_readme_s_local_lines_run_as_they_are_printed(home: Path, tmp_path: 
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
     (job,) = TrainingJob.list(session=Session())
-    assert job.describe()["state"] == "Succeeded"
+    assert job.is_succeeded()
     assert Predictor.list(session=Session()) == []
     until(lambda: processes_of(home) == [], timeout_s=30)
 
