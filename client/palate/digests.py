@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from palate.errors import DamagedFilesError
@@ -21,6 +21,7 @@ DIGESTS_FILE = "digests.json"
 _SCHEMA = 1
 _CHANGED = "is not what the training wrote"
 _RESTORE = "Restore the files, or train again"
+_DELETE = "Delete the added files, or train again"
 
 
 class Digests:
@@ -48,32 +49,40 @@ class Digests:
             remedy: Last words of the error.
 
         Raises:
-            DamagedFilesError: It is no such list.
+            DamagedFilesError: It is no such list, or a name in it leads out of the folder.
         """
         try:
-            files = json.loads(data)["files"]
-            return cls(
-                {name: {"bytes": int(facts["bytes"]), "sha256": facts["sha256"]} for name, facts in files.items()}
-            )
+            files = {
+                name: {"bytes": int(facts["bytes"]), "sha256": facts["sha256"]}
+                for name, facts in json.loads(data)["files"].items()
+            }
         except (ValueError, TypeError, KeyError, AttributeError):
             raise DamagedFilesError(f"{where} is no list of digests: {remedy}") from None
+        for name in files:
+            if not _is_clean(name):
+                raise DamagedFilesError(f"{where} lists {name!r}, which is not a path inside the folder: {remedy}")
+        return cls(files)
 
     def encode(self) -> bytes:
         return (json.dumps({"schema": _SCHEMA, "files": self.files}, indent=1, ensure_ascii=False) + "\n").encode()
 
-    def check_folder(self, folder: Path, *, what: str, wrong: str = _CHANGED, remedy: str = _RESTORE) -> None:
+    def check_folder(
+        self, folder: Path, *, what: str, wrong: str = _CHANGED, remedy: str | None = None, may_hold_more: bool = False
+    ) -> None:
         """Reads every file whole.
 
         Args:
             folder: On this machine.
             what: Name of it for people.
             wrong, remedy: What the error says of it, before and behind the names of the files.
+            may_hold_more: Accept files that are not listed. A loader takes what it finds, so for a model it is an error.
 
         Raises:
-            DamagedFilesError: A file is missing, cut short or changed; names all of them.
+            DamagedFilesError: A file is missing, cut short, changed or not listed; names all of them.
         """
         damaged = [name for name, facts in self.files.items() if _or_none(folder / name) != facts]
-        _refuse(what, damaged, wrong=wrong, remedy=remedy)
+        added = [] if may_hold_more else self._not_listed(walk(folder))
+        _refuse(what, damaged, added, wrong=wrong, remedy=remedy)
 
     def check_store(self, store: Store, prefix: str, *, what: str) -> None:
         """Compares names and sizes by one listing; reads nothing.
@@ -82,7 +91,11 @@ class Digests:
             DamagedFilesError: As for `check_folder`.
         """
         sizes = {info.key.removeprefix(f"{prefix}/"): info.size for info in store.list(prefix)}
-        _refuse(what, [name for name, facts in self.files.items() if sizes.get(name) != facts["bytes"]])
+        damaged = [name for name, facts in self.files.items() if sizes.get(name) != facts["bytes"]]
+        _refuse(what, damaged, self._not_listed(sizes))
+
+    def _not_listed(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in self.files and name != DIGESTS_FILE]
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -113,9 +126,25 @@ def read_model_digests(store: Store, prefix: str, sha256: str, *, what: str) -> 
     return Digests.parse(data, where=store.uri(key))
 
 
-def _refuse(what: str, damaged: list[str], *, wrong: str = _CHANGED, remedy: str = _RESTORE) -> None:
-    if damaged:
-        raise DamagedFilesError(f"{what} {wrong}: {', '.join(sorted(damaged))} missing or changed. {remedy}")
+def _refuse(
+    what: str, damaged: list[str], added: list[str] | None = None, *, wrong: str = _CHANGED, remedy: str | None = None
+) -> None:
+    found = [f"{', '.join(sorted(damaged))} missing or changed"] if damaged else []
+    found += [f"{', '.join(sorted(added))} added"] if added else []
+    if found:
+        remedy = remedy or (_RESTORE if not added else f"{_RESTORE}. {_DELETE}" if damaged else _DELETE)
+        raise DamagedFilesError(f"{what} {wrong}: {'; '.join(found)}. {remedy}")
+
+
+def _is_clean(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and str(path) == name
+        and path.root == ""
+        and not {"..", "."} & {*path.parts}
+        and not set(name) & {"\\", "\0"}
+    )
 
 
 def _or_none(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from palate import Session, TrainingJob
-from palate.digests import DIGESTS_FILE
+from palate.digests import DIGESTS_FILE, Digests
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, NameTakenError
 from palate.record import Manifest, Record
 from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError
@@ -130,6 +130,43 @@ def test_a_model_that_was_changed_after_the_training_goes_nowhere(
     with pytest.raises(DamagedFilesError, match=r"adapter_config\.json, tokenizer\.json missing or changed"):
         job.save_model(tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+
+
+def listed_job(session: Session, files: dict[str, bytes]) -> TrainingJob:
+    """Returns a succeeded job whose status vouches for the list of its model's files."""
+    facts = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    listed = json.dumps({"schema": 1, "files": facts}).encode()
+    record = Record(session.store, "jobs", "listed")
+    record.create(Manifest(kind="train", name="listed", backend="process", body=BODY))
+    for name, data in FILES.items():
+        session.store.put(record.key("model", name), data)
+    session.store.put(record.key("model", DIGESTS_FILE), listed)
+    digest = hashlib.sha256(listed).hexdigest()
+    record.advance("Succeeded", expect={"Creating"}, details={"model_digest": digest})
+    return TrainingJob.get("listed")
+
+
+def test_a_file_that_was_added_after_the_training_is_named(session: Session, tmp_path: Path) -> None:
+    job = listed_job(session, FILES)
+    job.require_model()
+    folder = session.store.local_path("jobs/listed/model") or Path()
+    digests = Digests.parse((folder / DIGESTS_FILE).read_bytes(), where="the list")
+    digests.check_folder(folder, what="the model")  # as a service's runner does
+    for name in ("adapter_model.bin", "deep/sitecustomize.py"):
+        session.store.put(f"jobs/listed/model/{name}", b"import os")
+    words = r"adapter_model\.bin, deep/sitecustomize\.py added\. Delete the added files, or train again"
+    with pytest.raises(DamagedFilesError, match=words):
+        job.deploy("refused")
+    with pytest.raises(DamagedFilesError, match=words):
+        digests.check_folder(folder, what="the model")
+    with pytest.raises(DamagedFilesError, match=words):
+        job.save_model(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a\\b", "./x", "a//b", "", ".", "a\0b"])
+def test_a_list_that_leads_out_of_the_folder_is_refused(session: Session, name: str) -> None:
+    with pytest.raises(DamagedFilesError, match="not a path inside the folder"):
+        listed_job(session, {**FILES, name: b""}).require_model()
 
 
 def test_only_a_succeeded_job_has_a_model_to_save(session: Session, tmp_path: Path) -> None:
