@@ -292,7 +292,7 @@ def _uv(variant: str, scratch: Path) -> Uv:
             return Uv(sys.executable)
     except PackageNotFoundError:
         pass
-    done = subprocess.run([sys.executable, "-m", "venv", str(scratch / "tools")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "venv", str(scratch / "tools")], capture_output=True, text=True)
     if done.returncode != 0:
         raise SetupError(
             f"{sys.executable} -m venv failed: {_last(done.stdout + done.stderr)}\n"
