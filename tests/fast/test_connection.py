@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import openai
@@ -49,10 +49,18 @@ class Recorder:
                     )
                 return
             with socket.create_connection(("127.0.0.1", self.target)) as other:
+                # Each way on its own: an answer may come in several pieces.
+                threading.Thread(target=_hand_back, args=(other, connection), daemon=True).start()
                 while data := connection.recv(65536):
                     self.heard += data
                     other.sendall(data)
-                    connection.sendall(other.recv(65536))
+                other.shutdown(socket.SHUT_WR)
+
+
+def _hand_back(other: socket.socket, connection: socket.socket) -> None:
+    with suppress(OSError):
+        while data := other.recv(65536):
+            connection.sendall(data)
 
 
 @contextmanager
