@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from palate.common.parsing import check_fields, parse_object
 from palate.errors import DamagedFilesError
 from palate.store import Store
 from palate.store.local import walk
@@ -19,6 +20,7 @@ DIGESTS_FILE = "digests.json"
 """In a job's `model/`, written last."""
 
 _SCHEMA = 1
+_KINDS: dict[str, type | tuple[type, ...]] = {"bytes": int, "sha256": str}
 _CHANGED = "is not what the training wrote"
 _RESTORE = "Restore the files, or train again"
 
@@ -51,10 +53,10 @@ class Digests:
             DamagedFilesError: It is no such list.
         """
         try:
-            files = json.loads(data)["files"]
-            return cls(
-                {name: {"bytes": int(facts["bytes"]), "sha256": facts["sha256"]} for name, facts in files.items()}
-            )
+            files = parse_object(data)["files"]
+            for facts in files.values():
+                check_fields({name: facts[name] for name in _KINDS}, _KINDS)
+            return cls({name: {key: facts[key] for key in _KINDS} for name, facts in files.items()})
         except (ValueError, TypeError, KeyError, AttributeError):
             raise DamagedFilesError(f"{where} is no list of digests: {remedy}") from None
 
