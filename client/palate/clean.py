@@ -14,9 +14,9 @@ from typing import Literal
 
 from palate.backend import Kind, backend_names, get_backend
 from palate.backend.container import stale_secrets
-from palate.errors import ConfigurationError, RunNotFoundError
+from palate.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
 from palate.home import folder_now, palate_home, stale_work_folders
-from palate.lease import LEASE_KEY, read_lease, silence_s, store_now
+from palate.lease import LEASE_KEY, LOST_AFTER_S, read_lease, silence_s, store_now
 from palate.record import Record, locate, names
 from palate.run import RunHandle
 from palate.session import Session
@@ -39,8 +39,8 @@ class Leftover:
     """Something that can be cleaned up.
 
     Attributes:
-        kind: `lost run`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`, `orphan run` or
-            `stale folder`.
+        kind: `lost run`, `damaged record`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`,
+            `orphan run` or `stale folder`.
         what: Its name: a run, a pid with its command, or a path.
         why: Why nobody needs it.
         remove: Removes it; gone is no error.
@@ -48,6 +48,7 @@ class Leftover:
 
     kind: Literal[
         "lost run",
+        "damaged record",
         "expired service",
         "stale lease",
         "unfinished submission",
@@ -82,11 +83,19 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
             handle = RunHandle(record, session)
             try:
                 status = record.status()
+                ttl_s = handle.manifest.body.get("time_to_live_s")  # reads the manifest: it may be damaged, too
                 cause = "" if status.is_terminal else handle.lost(status)
+            except DamagedFilesError as error:
+                if not _may_run(record):
+                    yield Leftover(kind="damaged record", what=f"{kind}/{name}", why=str(error), remove=handle.delete)
+                continue
             except (RunNotFoundError, ConfigurationError):
                 continue  # deleted meanwhile, or of a backend that is not installed here
             if status.is_terminal:
-                lease = read_lease(record)
+                try:
+                    lease = read_lease(record)
+                except DamagedFilesError:
+                    continue  # it goes with its run, and nobody reads it any more
                 silent_s = silence_s(record) if lease is not None and not lease.released else None
                 if lease is not None and silent_s is not None and silent_s > lease.lost_after_s:
                     key = record.key(LEASE_KEY)
@@ -103,7 +112,7 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                     why=cause,
                     remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
                 )
-            elif kind == "services" and status.state == "Running" and (ttl_s := handle.manifest.body["time_to_live_s"]):
+            elif kind == "services" and status.state == "Running" and ttl_s:
                 age_s = silence_s(record, "status.json")  # its last change is that it runs; by the store's clock
                 if age_s is not None and age_s > ttl_s + ENDING_S:
                     yield Leftover(
@@ -189,10 +198,25 @@ def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Sess
         status = record.status()
     except RunNotFoundError:
         return "its run was deleted"
+    except DamagedFilesError:
+        return ""  # it goes with the damaged record
     silent_s = silence_s(record, "status.json")
     if status.is_terminal and silent_s is not None and silent_s > ENDING_S:
         return f"its run is {status.state} since {silent_s:.0f} s"
     return ""
+
+
+def _may_run(record: Record) -> bool:
+    """Whether a runner has written to its lease so lately that it counts as alive."""
+    try:
+        lease = read_lease(record)
+    except DamagedFilesError:
+        silence = silence_s(record)
+        return silence is None or silence <= LOST_AFTER_S
+    if lease is None or lease.released:
+        return False
+    silence = silence_s(record)
+    return silence is None or silence <= lease.lost_after_s
 
 
 def _settle(handle: RunHandle) -> None:

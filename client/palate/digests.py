@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from palate.common.parsing import check_fields, parse_object
 from palate.errors import DamagedFilesError
 from palate.store import Store
 from palate.store.local import walk
@@ -19,6 +20,7 @@ DIGESTS_FILE = "digests.json"
 """In a job's `model/`, written last."""
 
 _SCHEMA = 1
+_KINDS: dict[str, type | tuple[type, ...]] = {"bytes": int, "sha256": str}
 _CHANGED = "is not what the training wrote"
 _RESTORE = "Restore the files, or train again"
 _DELETE = "Delete the added files, or train again"
@@ -52,10 +54,10 @@ class Digests:
             DamagedFilesError: It is no such list, or a name in it leads out of the folder.
         """
         try:
-            files = {
-                name: {"bytes": int(facts["bytes"]), "sha256": facts["sha256"]}
-                for name, facts in json.loads(data)["files"].items()
-            }
+            listed = parse_object(data)["files"]
+            files = {name: {key: facts[key] for key in _KINDS} for name, facts in listed.items()}
+            for facts in files.values():
+                check_fields(facts, _KINDS)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise DamagedFilesError(f"{where} is no list of digests: {remedy}") from None
         for name in files:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.backend import PlacementRequest
 from palate.digests import read_model_digests
-from palate.errors import ConfigurationError, JobNotReadyError, TrainingJobError
+from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
 from palate.listing import Wanted, find_runs
 from palate.record import Manifest, Record, State, Status, events_once, locate
 from palate.run import RunHandle
@@ -47,7 +48,8 @@ class TrainingJob:
         else:
             name = training_job_id
         job = cls(Record(session.store, "jobs", name), session)
-        _ = job.manifest  # raises when there is none
+        with suppress(DamagedFilesError):  # it can still be deleted
+            _ = job.manifest  # raises when there is none
         return job
 
     attach = get
@@ -260,9 +262,8 @@ class TrainingJob:
         return self
 
     def delete(self) -> None:
-        """Stops the job if it runs, and removes it with its model and checkpoints."""
-        self.stop()
-        self._run.record.delete()
+        """Stops the job if it runs, and removes it with its model and checkpoints. Its record may be damaged."""
+        self._run.delete()
 
     def save_model(self, uri: str | Path, *, session: Session | None = None) -> str:
         """Copies the model, adapter or full weights as the job made it, to another place, with a model card.

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from queue import Empty, SimpleQueue
 from typing import Literal, TypeVar, get_args
 
-from palate.errors import ConfigurationError, DamagedFilesError, PalateError, RunNotFoundError, WaitTimeoutError
+from palate.errors import ConfigurationError, PalateError, RunNotFoundError, WaitTimeoutError
 from palate.record import Manifest, Record, State, Status
 from palate.run import RunHandle
 from palate.session import Session
@@ -183,8 +183,6 @@ def _read(runs: Sequence[Found], what: str, read: Callable[[Found], Manifest | S
             run.error = None
         elif isinstance(value, PalateError):
             run.error = value
-        elif isinstance(value, ValueError | TypeError | AttributeError):  # no JSON, or a field is missing
-            run.error = DamagedFilesError(f"{run.handle.record.uri}: its {what} is damaged ({value}): delete the run")
         else:
             raise value
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from palate.connection import ANSWER_TIMEOUT_S
-from palate.errors import ServiceError, UnsupportedParameterError, WaitTimeoutError
+from palate.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
 from palate.listing import Wanted, find_runs
 from palate.record import TOKEN_KEY, Manifest, Record, State, Status
 from palate.run import RunHandle
@@ -53,7 +54,8 @@ class Predictor:
             raise UnsupportedParameterError("serializer has no meaning here: predict() and raw_predict() speak JSON")
         session = session or get_default_session()
         self._run = RunHandle(Record(session.store, "services", service_name), session)
-        _ = self._run.manifest  # raises when there is none
+        with suppress(DamagedFilesError):  # it can still be deleted
+            _ = self._run.manifest  # raises when there is none
 
     @classmethod
     def list(
@@ -304,10 +306,9 @@ class Predictor:
             self._run.record.advance("Stopping", expect={"Creating", "Running"})
 
     def delete_service(self) -> None:
-        """Stops and removes the service: port, processes and record. Deleted already is no error."""
+        """Stops and removes the service: port, processes and record, which may be damaged. Deleted already is no error."""
         if self._run.record.exists():
-            self._run.stop(grace_s=STOP_GRACE_S)
-            self._run.record.delete()
+            self._run.delete(grace_s=STOP_GRACE_S)
 
     def switch_version(self, version: int) -> None:
         raise UnsupportedParameterError(

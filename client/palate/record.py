@@ -15,9 +15,10 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args
 
-from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError
+from palate.common.parsing import check_fields, is_kind, parse_object, shown
+from palate.errors import ConfigurationError, DamagedFilesError, NameTakenError, RunNotFoundError
 from palate.store import Store
 from palate.store.errors import PreconditionFailedError
 
@@ -66,6 +67,26 @@ class Manifest:
         model: dict[str, Any] = self.body.get("model") or {}
         return str(model.get("name", ""))
 
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Raises ValueError when a field is missing that every manifest has, or one has another type."""
+        values = _known_fields(cls, data, _MANIFEST_KINDS, required=("kind", "name", "backend", "body"))
+        if values["kind"] not in ("train", "serve"):
+            raise ValueError(f"kind is {shown(values['kind'])}")
+        body = values["body"]
+        check_fields(body, _BODY_KINDS, of="body.")
+        model = body.get("model") or {}
+        check_fields(model, {"name": str, "source": dict}, of="body.model.")
+        check_fields(model.get("source") or {}, {"kind": str, "location": str}, of="body.model.source.")
+        for what, facts in (body.get("inputs") or {}).items():
+            if not is_kind(facts, dict):
+                raise ValueError(f"body.inputs.{shown(what)} is {shown(facts)}")
+            check_fields(facts, {"uri": str}, of="body.inputs.")
+        texts = [*values.get("labels", {}).values(), *(body.get("environment_names") or [])]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"a label or the name of a variable is {shown(wrong[0])}")
+        return cls(**values)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
@@ -108,10 +129,60 @@ class Status:
 
     @classmethod
     def from_json(cls, data: bytes) -> Status:
-        values = json.loads(data)
-        known = {item.name for item in fields(cls)}  # a newer writer may say more
-        values = {key: value for key, value in values.items() if key in known}
+        """Raises ValueError when the state is missing, or a field has another type."""
+        values = _known_fields(cls, data, _STATUS_KINDS, required=("state",))
+        if values["state"] not in get_args(State):
+            raise ValueError(f"state is {shown(values['state'])}")
+        for name in ("attempt", "last_attempt"):
+            if values.get(name, 1) < 1:
+                raise ValueError(f"{name} is {values[name]}")
+        for name, kind in (("log_tail", str), ("attempts", dict)):
+            if wrong := [item for item in values.get(name, ()) if not is_kind(item, kind)]:
+                raise ValueError(f"{name} holds {shown(wrong[0])}")
         return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("log_tail", "attempts")}})
+
+
+_NUMBER = (int, float)
+_MAYBE_NUMBER = (int, float, type(None))
+_MAYBE_OBJECT = (dict, type(None))
+_MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "name", "backend"), str),
+    **dict.fromkeys(("body", "labels", "versions"), dict),
+    "created_at": _NUMBER,
+    "schema": int,
+}
+_BODY_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "inputs", "placement"), _MAYBE_OBJECT),
+    **dict.fromkeys(("hyperparameters", "options"), dict),
+    **dict.fromkeys(("max_attempts", "max_run_time", "time_to_live_s"), _MAYBE_NUMBER),
+    "environment_names": list,
+    "tuned_uri": (str, type(None)),
+}
+"""What a list, a stop or the sweep reads of a body; the rest is its program's to check."""
+_STATUS_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("state", "reason", "start_id", "engine_id", "endpoint"), str),
+    **dict.fromkeys(("attempt", "last_attempt", "schema"), int),
+    **dict.fromkeys(("log_tail", "attempts"), list),
+    **dict.fromkeys(("started_at", "finished_at"), _MAYBE_NUMBER),
+    "updated_at": _NUMBER,
+    "exit_code": (int, type(None)),
+    "details": dict,
+}
+
+
+def _known_fields(
+    cls: type[Manifest] | type[Status],
+    data: bytes,
+    kinds: dict[str, type | tuple[type, ...]],
+    *,
+    required: tuple[str, ...],
+) -> dict[str, Any]:
+    values = parse_object(data)
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
+    check_fields(values, kinds)
+    known = {item.name for item in fields(cls)}  # a newer writer may say more
+    return {key: value for key, value in values.items() if key in known}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +270,7 @@ class Record:
         self.store.put(self.key("status.json"), _encode(status))
 
     def manifest(self) -> Manifest:
-        """Raises RunNotFoundError when there is none."""
+        """Raises RunNotFoundError when there is none, DamagedFilesError when it cannot be read."""
         try:
             data = self.store.get(self.key("manifest.json"))
         except FileNotFoundError:
@@ -208,9 +279,16 @@ class Record:
                 f"no {noun} {self.name!r} in {self.store.root}: `palate {self.kind}` lists what is there; "
                 "another store is chosen with PALATE_STORE or Session(store=…)"
             ) from None
-        values = json.loads(data)
-        known = {item.name for item in fields(Manifest)}
-        return Manifest(**{key: value for key, value in values.items() if key in known})
+        try:
+            return Manifest.from_json(data)
+        except ValueError as error:
+            self._raise_damaged("manifest.json", error)
+
+    def _raise_damaged(self, name: str, error: ValueError) -> NoReturn:
+        raise DamagedFilesError(
+            f"{name} of {self.name} is damaged ({error}): restore {self.uri}/{name}, or remove the whole "
+            f"{'job' if self.kind == 'jobs' else 'service'} with `palate delete {self.name}`"
+        ) from None
 
     def replace_manifest(self, known: Manifest, new: Manifest) -> None:
         """Writes another manifest in the place of the known one; a service's next attempt reads it.
@@ -236,11 +314,19 @@ class Record:
     # ── status ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def status(self) -> Status:
+        """Raises RunNotFoundError when there is no such run, DamagedFilesError when its status cannot be read."""
         try:
-            return Status.from_json(self.store.get(self.key("status.json")))
+            data = self.store.get(self.key("status.json"))
         except FileNotFoundError:
             manifest = self.manifest()  # raises when the run itself is unknown
             return Status(state="Creating", updated_at=manifest.created_at)
+        return self._parse_status(data)
+
+    def _parse_status(self, data: bytes) -> Status:
+        try:
+            return Status.from_json(data)
+        except ValueError as error:
+            self._raise_damaged("status.json", error)
 
     def advance(
         self, state: State, *, expect: Collection[State], attempt: int | None = None, **changes: Any
@@ -314,7 +400,7 @@ class Record:
                 data = self.store.get(self.key("status.json"))
             except FileNotFoundError:
                 return None
-            current = Status.from_json(data)
+            current = self._parse_status(data)
             if data == written:
                 return current  # our own write, whose answer got lost
             if info is None or current.state not in expect or attempt not in (None, current.attempt):

@@ -11,7 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from palate.backend import Backend, EngineStatus, Launch, for_run, get_backend
+from palate.backend import Backend, EngineStatus, Launch, backend_names, for_run, get_backend
 from palate.display import Display, make_display
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate.lease import LOST_AFTER_S, START_ID_VARIABLE, read_lease, silence_s
@@ -294,3 +294,34 @@ class RunHandle:
             self.record.advance("Stopped", expect=ACTIVE, reason="stopped on request", endpoint="")
             or self.record.status()
         )
+
+    def delete(self, *, grace_s: float = STOP_GRACE_S) -> None:
+        """Stops the run and removes all that the store has of it; its record may be damaged.
+
+        Of a run with a damaged record, what the engines of this machine hold is ended. A runner elsewhere ends when it
+        finds its run deleted.
+        """
+        try:
+            self.stop(grace_s=grace_s)
+        except DamagedFilesError:
+            self._stop_unread()
+        self.record.delete()
+
+    def _stop_unread(self) -> None:
+        with suppress(DamagedFilesError):
+            self.record.advance("Stopping", expect={"Creating", "Running"})
+        place = _place(self.record.uri)
+        for name in backend_names():
+            try:
+                backend = get_backend(name)
+                held = [run for run in backend.runs() if _place(run.uri) == place]
+            except ConfigurationError:  # it is not this machine's
+                continue
+            for run in held:
+                for_run(backend, self.record.uri).stop(run.engine_id, grace_s=LAST_STEPS_S)
+
+
+def _place(uri: str) -> str:
+    """Returns a run's URI so that two spellings of one place are equal."""
+    scheme, _, path = normal_uri(uri).partition("://")
+    return os.path.realpath(path) if scheme == "file" else f"{scheme}://{path}"

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from palate import Session
+from palate import Session, TrainingJob
+from palate.backend import get_backend
 from palate.home import stale_work_folders, work_folder
 from palate.lease import LEASE_KEY, Lease
 from palate.record import Manifest, Record
@@ -44,6 +45,19 @@ def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def hanging_runner(home: Path, record: Record) -> subprocess.Popen[bytes]:
+    fake = home / "palate"
+    (fake / "runner").mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "runner" / "__init__.py").touch()
+    (fake / "runner" / "__main__.py").write_text("import time; time.sleep(300)")
+    return subprocess.Popen(
+        [sys.executable, "-m", "palate.runner", record.uri],
+        env={**os.environ, "PYTHONPATH": str(home)},
+        start_new_session=True,
+    )
+
+
 def test_nothing_is_found_where_nothing_is(home: Path) -> None:
     assert clean(home) == (set(), "nothing is left behind\n")
 
@@ -72,17 +86,7 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
 
     # A runner that hangs on a run which is over: it holds the lease and hears nothing.
     stuck = run(session, "jobs", "stuck", FAR)
-    code = "import sys, time; sys.argv; time.sleep(300)"
-    fake = home / "palate"
-    (fake / "runner").mkdir(parents=True)
-    (fake / "__init__.py").touch()
-    (fake / "runner" / "__init__.py").touch()
-    (fake / "runner" / "__main__.py").write_text(code)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "palate.runner", stuck.uri],
-        env={**os.environ, "PYTHONPATH": str(home)},
-        start_new_session=True,
-    )
+    process = hanging_runner(home, stuck)
     try:
         stuck.store.delete_tree(stuck.prefix)
         expected = {
@@ -135,3 +139,23 @@ def test_what_belongs_to_no_run_goes_when_it_is_old(session: Session, home: Path
 def _age(home: Path, key: str, age_s: float) -> None:
     then = time.time() - age_s
     os.utime(home / "store" / key, (then, then))
+
+
+def test_the_runner_of_a_damaged_record_counts_and_is_ended_by_delete(session: Session, home: Path) -> None:
+    damaged = run(session, "jobs", "damaged", replace(FAR, lost_after_s=10_000.0))
+    other = run(session, "jobs", "other", replace(FAR, lost_after_s=10_000.0))
+    for record in (damaged, other):
+        record.store.put(record.key("status.json"), b"[")
+    process = hanging_runner(home, damaged)
+    try:
+        until(lambda: any(held.uri == damaged.uri for held in get_backend("process").runs()))
+        assert clean(home)[0] == set()  # its runner still beats
+        damaged.store.put(damaged.key(LEASE_KEY), FAR.encode())  # silent for longer than it may be, soon
+        until(lambda: clean(home)[0] == {("damaged record", "jobs/damaged")})
+        TrainingJob.get("damaged", session=session).delete()
+        process.wait(30)
+        assert list(session.store.list("jobs/damaged/")) == []
+        assert other.exists()
+    finally:
+        process.kill()
+        process.wait()

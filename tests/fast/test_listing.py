@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from palate import Predictor, Session, TrainingJob
+from palate.clean import find_leftovers
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate.listing import Wanted, find_runs
 from palate.record import Manifest, Record, State
@@ -116,7 +117,7 @@ def test_a_limit_reads_no_more_statuses_than_it_needs(session: Session) -> None:
 def test_a_damaged_record_is_named(session: Session) -> None:
     fill(session.store)
     session.store.put("jobs/smol/manifest.json", b"[]")
-    with pytest.raises(DamagedFilesError, match="jobs/smol: its manifest is damaged"):
+    with pytest.raises(DamagedFilesError, match=r"manifest\.json of smol is damaged"):
         ids()
     assert ids(name="qwen*") == ["qwen-new", "qwen-old"]
     session.store.put("jobs/half-made/inputs/train.jsonl", b"")  # no manifest yet: not a job
@@ -216,3 +217,48 @@ def test_a_listing_can_be_given_up_from_python(session: Session) -> None:
     with pytest.raises(WaitTimeoutError, match="did not say in time"):
         find_runs(session, "jobs", Wanted(), timeout_s=0.05)
     gate.set()
+
+
+DAMAGE = {
+    "not JSON": b"{",
+    "not UTF-8": b"\xff\xfe{}",
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "no fields": b"{}",
+    "wrong types": b'{"kind": 1, "name": [], "backend": 0, "body": 7, "state": ["Running"], "attempt": "x"}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("file", ["manifest.json", "status.json"])
+def test_a_damaged_record_is_named_and_can_be_deleted(session: Session, file: str, content: bytes) -> None:
+    fill(session.store)
+    for prefix in ("jobs/smol", "services/answers"):
+        session.store.put(f"{prefix}/{file}", content)
+    for kind, name in (("jobs", "smol"), ("services", "answers")):
+        listing = find_runs(session, kind, Wanted())  # type: ignore[arg-type]
+        assert [found.name for found in listing.unread] == [name]
+        assert isinstance(listing.unread[0].error, DamagedFilesError)
+        words = str(listing.unread[0].error)
+        assert f"{file} of {name} is damaged" in words
+        assert f"{kind}/{name}/{file}" in words
+        assert f"`palate delete {name}`" in words
+        assert len(listing.runs) == (3 if kind == "jobs" else 0)
+    damaged = {item.what: item for item in find_leftovers(session) if item.kind == "damaged record"}
+    assert set(damaged) == {"jobs/smol", "services/answers"}
+    TrainingJob.get("smol", session=session).delete()
+    damaged["services/answers"].remove()
+    assert not [*session.store.list("jobs/smol/"), *session.store.list("services/")]
+
+
+def test_the_command_shows_and_deletes_a_damaged_record(home: Path) -> None:
+    store = open_store(home / "store")
+    fill(store)
+    store.put("jobs/smol/status.json", b"\xff")
+    store.put("services/answers/manifest.json", b"[]")
+    done = palate("jobs", home=home)
+    assert "status.json of smol is damaged" in done.stdout
+    assert "qwen-new" in done.stdout
+    assert done.stderr.endswith("next: palate delete smol\n")
+    done = palate("delete", "--yes", "smol", "answers", home=home)
+    assert (done.returncode, done.stdout) == (0, "smol\tdeleted\nanswers\tdeleted\n"), done.stderr

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 import typer
 
 from palate.cli.words import age, pairs, seconds
+from palate.errors import DamagedFilesError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,7 +160,9 @@ def _end(kind: str, wanted: Wanted, listing: Listing, verbs: dict[str, str], fir
             f"error: {count} of the {kind} could not be read, and may be meant or not: the rows with a ?",
             file=sys.stderr,
         )
-        print(f"next: palate {kind} --timeout 300", file=sys.stderr)
+        damaged = next((found.name for found in listing.unread if isinstance(found.error, DamagedFilesError)), None)
+        remedy = f"delete {damaged}" if damaged else f"{kind} --timeout 300"
+        print(f"next: palate {remedy}", file=sys.stderr)
         raise typer.Exit(1)
     if listing.runs:
         newest = listing.runs[0]
