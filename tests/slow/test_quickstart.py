@@ -94,6 +94,8 @@ def test_most_of_all_held_out_questions_are_contradicted(precision: str, tmp_pat
     data = write_demo(tmp_path, per_topic=PAIRS_PER_TOPIC)
     recipe = read_recipe(Path(str(files("palate_recipes.demo") / "recipe.toml")))
     settings = resolve(recipe["hyperparameters"], method=recipe["method"], device=local_device())
+    if precision == "bfloat16" and settings.precision != "bfloat16":
+        pytest.skip("bfloat16 is emulated on this processor: this training takes more than 20 minutes")
     spec = TrainSpec(
         method=recipe["method"],
         model_dir=str(base_model),
