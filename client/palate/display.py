@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Protocol
 
+from palate_recipes.visible import visible
+
 
 class Display(Protocol):
     """Receives what a run says; a context manager, so that a terminal is always given back."""
@@ -47,11 +49,12 @@ class NoDisplay:
 
 
 class PlainDisplay(NoDisplay):
-    """Log lines as they are, for pipes, CI and notebooks: the trainer's own lines already carry step, loss and rate."""
+    """Log lines, for pipes, CI and notebooks: the trainer's own lines already carry step, loss and rate."""
 
     wants_news = True
 
     def log(self, text: str) -> None:
+        text = visible(text)
         print(text, end="" if text.endswith("\n") else "\n", file=sys.stderr, flush=True)
 
 

@@ -26,6 +26,7 @@ from palate.weights import WeightsSource, find_weights, reachable_weights
 from palate_recipes.catalog import Model
 from palate_recipes.hyperparameters import Resolved
 from palate_recipes.nearest import did_you_mean
+from palate_recipes.visible import visible
 
 CHANNELS = ("train", "validation", CHANNEL)
 
@@ -187,4 +188,4 @@ def _announce(job: TrainingJob, resolved: Resolved, inputs: Mapping[str, Input],
     lines += [line for channel, item in inputs.items() for line in item.remarks(channel, skipped=notes)]
     shown = "  ".join(f"{name}={value}" for name, value in resolved.values.items() if name != "precision")
     lines += [f"precision={resolved.precision}  {shown}"]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    print(visible("\n".join(lines)), file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from palate.display import Display
 from palate.record import events_in
+from palate_recipes.visible import visible
 from palate_trainer.spec.curves import Curves
 from palate_trainer.spec.progress import duration
 
@@ -39,12 +40,12 @@ class LiveDisplay:
         self._console = console or Console(stderr=True, highlight=False)
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             console=self._console,
         )
-        self._task = self._progress.add_task(title, total=None)
+        self._task = self._progress.add_task(visible(title), total=None)
         self._curves = Curves()
         self._last: dict[str, Any] = {}
         self._seen = 0.0
@@ -54,7 +55,7 @@ class LiveDisplay:
         )
 
     def log(self, text: str) -> None:
-        for line in text.splitlines():
+        for line in visible(text).splitlines():
             if not line.startswith(_QUIET):
                 self._console.print(Text(line, style="yellow" if "note: " in line[:16] else "dim"))
 
@@ -87,7 +88,9 @@ class LiveDisplay:
             lines.append(Text(f"  loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", style="cyan"))
         if self._reading is not None:
             lines.append(
-                Text("  {verdict}. ".format(**self._reading), style="bold").append(self._reading["text"], "none")
+                Text(visible("  {verdict}. ".format(**self._reading)), style="bold").append(
+                    visible(self._reading["text"]), "none"
+                )
             )
         return Group(*lines)
 
@@ -137,13 +140,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, tit
     """Prints rows to stdout: a table on a terminal, tab-separated lines with a header elsewhere."""
     if not sys.stdout.isatty():
         for row in (columns, *rows):
-            print("\t".join(str(cell).replace("\t", " ").replace("\n", " ") for cell in row))
+            print("\t".join(visible(str(cell)).replace("\t", " ").replace("\n", " ") for cell in row))
         return
-    table = Table(title=title or None, header_style="bold", title_justify="left")
+    table = Table(title=Text(visible(title)) if title else None, header_style="bold", title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(visible(column)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(visible(str(cell))) for cell in row))
     Console().print(table)
 
 
@@ -155,11 +158,13 @@ def print_side_by_side(question: str, left: tuple[str, str], right: tuple[str, s
         left: (heading, answer).
         right: (heading, answer).
     """
+    question, *answers = (visible(text) for text in (question, *left, *right))
+    left, right = (answers[0], answers[1]), (answers[2], answers[3])
     if not sys.stdout.isatty():
         print(f"\nQ  {question}\n{left[0]}\n   {left[1]}\n{right[0]}\n   {right[1]}")
         return
     table = Table(title=Text(question, style="bold"), title_justify="left", show_lines=True, expand=True)
-    table.add_column(left[0], ratio=1)
-    table.add_column(right[0], ratio=1)
+    table.add_column(Text(left[0]), ratio=1)
+    table.add_column(Text(right[0]), ratio=1)
     table.add_row(Text(left[1]), Text(right[1]))
     Console().print(table)

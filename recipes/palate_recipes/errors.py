@@ -4,9 +4,17 @@ Knows no job, store or engine.
 The whole tree is drawn in `palate.errors`.
 """
 
+from palate_recipes.visible import visible
+
 
 class PalateError(Exception):
-    """Root of every error that Palate raises on purpose. The message says what, the value, and the remedy."""
+    """Root of every error that Palate raises on purpose. The message says what, the value, and the remedy.
+
+    A message can quote a log, a name or a value from elsewhere, so its control characters are written out.
+    """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class HyperparameterError(PalateError, ValueError):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from palate.record import Manifest, Record
+from palate.store import open_store
+from palate_recipes.visible import visible
 
 
 def palate(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -198,3 +203,72 @@ def test_a_home_that_cannot_be_is_one_error(tmp_path: Path) -> None:
         done = palate("jobs", home=Path(folder))
         assert (done.returncode, "Traceback" in done.stderr) == (1, False)
         assert "PALATE_HOME" in done.stderr
+
+
+ATTACK = "\x1b]0;owned\x07\x1b[2J[red]x[/red] \x9b31m \u202eabc \x7f"
+
+
+def escapes(text: str) -> list[str]:
+    return re.findall(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", text)
+
+
+@pytest.mark.parametrize("verb", ["jobs", "logs", "watch"])
+def test_what_a_store_says_reaches_a_terminal_without_escape_sequences(verb: str, home: Path) -> None:
+    """Whoever can write to a store must not write to the screens of those who look at it."""
+    record = Record(open_store(f"file://{home}/store"), "jobs", "job-1")
+    record.create(
+        Manifest(kind="train", name="job-1", backend="process", body={"model": {"name": ATTACK}, "labels": {}})
+    )
+    record.append("logs", 1, f"{ATTACK}\nloading\rloaded\n".encode())
+    record.advance("Failed", expect={"Creating"}, reason=f"it broke: {ATTACK}")
+    done = palate(verb, *([] if verb == "jobs" else ["job-1"]), home=home)
+    said = done.stdout + done.stderr
+    assert escapes(said) == []
+    assert "Traceback" not in said
+    assert r"\x1b]0;owned\x07\x1b[2J[red]x[/red]" in said
+    if verb == "logs":
+        assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_a_terminal_shows_what_a_store_says_as_it_is_written(home: Path) -> None:
+    """A table and the live view are rich's: its markup in a name is text, too."""
+    script = f"""
+from palate.terminal import LiveDisplay, print_side_by_side, print_table
+print_table(("[red]name",), [({ATTACK!r},)], title="[link=http://x]")
+print_side_by_side({ATTACK!r}, ("[red]base", {ATTACK!r}), ("tuned", "x"))
+with LiveDisplay("[red]" + {ATTACK!r}) as display:
+    display.log({ATTACK!r} + "\\n")
+"""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=theirs, stderr=theirs, stdin=theirs) as process:
+        os.close(theirs)
+        said = b""
+        try:
+            while piece := os.read(ours, 65536):
+                said += piece
+        except OSError:  # the other end has closed
+            pass
+        os.close(ours)
+    text = said.decode()
+    assert process.returncode == 0, text
+    assert "\x1b]" not in text
+    assert "\x1b[2J" not in text
+    assert "\u202e" not in text
+    assert "\x9b" not in text
+    for shown in ("[red]name", "[link=http", "[red]base", "owned"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain\ttext\n", "plain\ttext\n"),
+        ("10%\r50%\r100%\n", "100%\n"),
+        ("dos\r\nline", "dos\nline"),
+        ("\x1b", r"\x1b"),
+        ("a\ud800", r"a\ud800"),
+        ("naïve 漢字 👍🏽 שלום", "naïve 漢字 👍🏽 שלום"),
+    ],
+)
+def test_text_is_made_visible(text: str, shown: str) -> None:
+    assert visible(text) == shown

@@ -13,6 +13,7 @@ import typer
 
 from palate.cli.generate import generate
 from palate.errors import ConfigurationError
+from palate_recipes.visible import visible
 
 if TYPE_CHECKING:
     from palate_recipes.data.changes import Change
@@ -90,7 +91,7 @@ def check(
             json.dumps(report.to_json() | ({"fixed": _as_json(change)} if change else {}), indent=1, ensure_ascii=False)
         )
     else:
-        print("\n".join(report.lines()))
+        print(visible("\n".join(report.lines())))
     if change:
         _say(change)
         print(f"next: palate data check {fix}", file=sys.stderr)
@@ -288,7 +289,10 @@ def _at_hand(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
         for uri in uris:
             fetched = places.enter_context(at_hand(uri, get_default_session()))
             if fetched.passed_over:
-                print(f"not read, since no data by their names: {', '.join(fetched.passed_over)}", file=sys.stderr)
+                print(
+                    visible(f"not read, since no data by their names: {', '.join(fetched.passed_over)}"),
+                    file=sys.stderr,
+                )
             single = len(fetched.files) == 1
             found += [(path, uri if single else path.name) for path in fetched.files]
         yield found
@@ -301,13 +305,13 @@ def _beside(name: str) -> str:
 
 def _say(change: Change) -> None:
     for path, count in change.written.items():
-        print(f"{path}: {count:,} rows", file=sys.stderr)
+        print(visible(f"{path}: {count:,} rows"), file=sys.stderr)
     if change.cleaned:
         print(f"cleaned: {change.cleaned:,} rows, a chat template's marks taken out", file=sys.stderr)
     for code, count in change.dropped.items():
         print(f"left out: {count:,} rows, {code}", file=sys.stderr)
     for line in change.faults:
-        print(f"  {line}", file=sys.stderr)
+        print(visible(f"  {line}"), file=sys.stderr)
 
 
 def _as_json(change: Change) -> dict[str, Any]:
@@ -341,4 +345,4 @@ def _describe(report: Report) -> None:
     if report.longer_wins is not None:
         print(f"the longer answer is the chosen one in {report.longer_wins:.0%} of pairs")
     for found in report.of("info"):
-        print("\n".join(found.lines()))
+        print(visible("\n".join(found.lines())))

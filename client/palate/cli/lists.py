@@ -10,6 +10,7 @@ import typer
 
 from palate.cli.words import age, pairs, seconds
 from palate.errors import DamagedFilesError
+from palate_recipes.visible import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,12 +163,12 @@ def _end(kind: str, wanted: Wanted, listing: Listing, verbs: dict[str, str], fir
         )
         damaged = next((found.name for found in listing.unread if isinstance(found.error, DamagedFilesError)), None)
         remedy = f"delete {damaged}" if damaged else f"{kind} --timeout 300"
-        print(f"next: palate {remedy}", file=sys.stderr)
+        print(visible(f"next: palate {remedy}"), file=sys.stderr)
         raise typer.Exit(1)
     if listing.runs:
         newest = listing.runs[0]
         verb = verbs.get(newest.status.state if newest.status else "", "logs")
-        print(f"next: palate {verb} {newest.name}", file=sys.stderr)
+        print(visible(f"next: palate {verb} {newest.name}"), file=sys.stderr)
     elif wanted.is_everything:
         print(f"no {kind} yet; next: {first}", file=sys.stderr)
     else:

@@ -11,6 +11,7 @@ import typer
 
 from palate.cli.words import number_of, seconds, size
 from palate.store.errors import ObjectNotFoundError, StoreUsageError
+from palate_recipes.visible import visible
 
 if TYPE_CHECKING:
     from palate.store import ObjectInfo, Progress
@@ -42,7 +43,7 @@ def ls(
         rows[place.name] = _object(place)
     if not long:
         for name in rows:
-            print(name)
+            print(visible(name))
         return
     from palate.terminal import print_table
 

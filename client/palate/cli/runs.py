@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate.errors import RunNotFoundError
+from palate_recipes.visible import visible
 
 if TYPE_CHECKING:
     from palate.job import TrainingJob
@@ -52,7 +53,7 @@ def metrics(
             shown = ("" if value is None else f"{value:.4g}" for value in values)
             rows.append(("validation" if prefix else "training", event["step"], event["epoch"], *shown))
     print_table(("", "step", "epoch", *columns), rows)
-    print(f"reading: {job.reading()}", file=sys.stderr)
+    print(visible(f"reading: {job.reading()}"), file=sys.stderr)
 
 
 def logs(
@@ -61,7 +62,7 @@ def logs(
 ) -> None:
     """Print the log of a job or service."""
     for line in _find(name).logs(follow=follow):
-        print(line, flush=follow)
+        print(visible(line), flush=follow)
 
 
 def save(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from palate.cli.words import pairs
+from palate_recipes.visible import visible
 
 
 def train(
@@ -153,7 +154,7 @@ def chat(
         for event in stream:
             piece = (event.choices[0].delta.content or "") if event.choices else ""
             answer += piece
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
         print()
         history.append({"role": "assistant", "content": answer})
 
