@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.backend import PlacementRequest
+from palate.common.utils import check_name
 from palate.digests import read_model_digests
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
 from palate.listing import Wanted, find_runs
@@ -38,6 +39,7 @@ class TrainingJob:
 
         Raises:
             RunNotFoundError: There is none in the session's store.
+            ConfigurationError: No job can have this id.
         """
         session = session or get_default_session()
         if "/" in training_job_id:
@@ -47,6 +49,7 @@ class TrainingJob:
             session = Session(session.region_id, store=root, backend=session.backend, options=session.options)
         else:
             name = training_job_id
+        check_name("training_job_id", name)
         job = cls(Record(session.store, "jobs", name), session)
         with suppress(DamagedFilesError):  # it can still be deleted
             _ = job.manifest  # raises when there is none

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from palate.common.utils import check_name
 from palate.connection import ANSWER_TIMEOUT_S
 from palate.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
 from palate.listing import Wanted, find_runs
@@ -52,6 +53,7 @@ class Predictor:
             )
         if serializer is not None:
             raise UnsupportedParameterError("serializer has no meaning here: predict() and raw_predict() speak JSON")
+        check_name("service_name", service_name)
         session = session or get_default_session()
         self._run = RunHandle(Record(session.store, "services", service_name), session)
         with suppress(DamagedFilesError):  # it can still be deleted

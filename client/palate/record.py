@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NoReturn, get_args
 
 from palate.common.parsing import check_fields, is_kind, parse_object, shown
+from palate.common.utils import check_name
 from palate.errors import ConfigurationError, DamagedFilesError, NameTakenError, RunNotFoundError
 from palate.store import Store
 from palate.store.errors import PreconditionFailedError
@@ -587,11 +588,11 @@ def names(store: Store, kind: Literal["jobs", "services"]) -> list[str]:
 
 
 def locate(uri: str) -> tuple[str, Literal["jobs", "services"], str]:
-    """Splits a run's URI into store root, kind and name; raises ConfigurationError when it is none."""
+    """Splits a run's URI into store root, kind and name; raises ConfigurationError when it is none, or no run can have the name."""
     root, _, name = uri.rstrip("/").rpartition("/")
     root, _, kind = root.rpartition("/")
     if kind == "jobs" and name:
-        return root, "jobs", name
+        return root, "jobs", check_name("the name in the URI of a run", name)
     if kind == "services" and name:
-        return root, "services", name
+        return root, "services", check_name("the name in the URI of a run", name)
     raise ConfigurationError(f"{uri!r} is not the URI of a run: expected <store>/jobs/<id> or <store>/services/<name>")

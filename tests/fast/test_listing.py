@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,3 +263,11 @@ def test_the_command_shows_and_deletes_a_damaged_record(home: Path) -> None:
     assert done.stderr.endswith("next: palate delete smol\n")
     done = palate("delete", "--yes", "smol", "answers", home=home)
     assert (done.returncode, done.stdout) == (0, "smol\tdeleted\nanswers\tdeleted\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "~nosuchuser", "x" * 5000, "..", ""])
+@pytest.mark.parametrize("find", [TrainingJob.get, Predictor], ids=["job", "service"])
+def test_a_name_that_no_run_can_have_is_refused(find: Callable[[str], object], name: str, home: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is not usable: up to 100 letters") as refused:
+        find(name)
+    assert len(str(refused.value)) < 500

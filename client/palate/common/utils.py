@@ -8,6 +8,7 @@ import string
 from datetime import UTC, datetime
 
 from palate.errors import ConfigurationError
+from palate_recipes.paths import show_path
 
 _ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -28,6 +29,6 @@ def check_name(kind: str, name: str) -> str:
     """Returns `name` when it can be part of a key, a URL and a model name; raises ConfigurationError otherwise."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise ConfigurationError(
-            f"{kind} {name!r} is not usable: up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+            f"{kind} {show_path(name)} is not usable: up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
         )
     return name
