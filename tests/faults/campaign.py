@@ -214,14 +214,14 @@ class Campaign:
             if not auditor.record.exists():
                 return "being submitted"
             status = auditor.record.status()
+            if status.state != "Running":
+                return status.state
+            if not run.processes("trainer"):
+                return "Running, no trainer (staging, saving, or lost)"
+            has_begun = any(event["kind"] == "train" for event in auditor.record.metrics())
         except PalateError:
             return "unknown: the store is away"
-        if status.state != "Running":
-            return status.state
-        if not run.processes("trainer"):
-            return "Running, no trainer (staging, saving, or lost)"
-        events = [event for event in auditor.record.metrics() if event["kind"] == "train"]
-        return TRAINING if events else "Running, before the first step"
+        return TRAINING if has_begun else "Running, before the first step"
 
     def _wait_for_a_moment(self, run: Run, auditor: Auditor, chance: random.Random) -> None:
         """Waits for a random time; every other time for one in the training itself, which is shorter than what precedes it."""

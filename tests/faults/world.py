@@ -103,11 +103,10 @@ class World:
         """Leaves no byte free where the homes lie, for as long as the block lasts."""
         ballast = self.disk / "ballast"
         try:
-            with ballast.open("wb") as file:
+            with ballast.open("wb", buffering=0) as file:  # nothing is left to write when it is closed on a full disk
                 try:
                     while True:
                         file.write(b"\1" * (1 << 16))
-                        file.flush()
                 except OSError as error:
                     if error.errno != errno.ENOSPC:
                         raise
