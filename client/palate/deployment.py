@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import secrets
 import socket
 import time
@@ -162,6 +164,8 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
         if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
             wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in _OPTIONS[name])
             raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigurationError(f"deploy option {name}={value!r} must be a finite number")
     for name in _LIVES:
         if (value := options.get(name)) is not None and not value > 0:
             raise ConfigurationError(f"deploy option {name}={value!r} must be above 0")
@@ -175,7 +179,7 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
 
 def _check_port(options: dict[str, Any]) -> None:
     port, host = options.get("port", 0), options.get("host", "127.0.0.1")
-    if not port:
+    if not port and host == "127.0.0.1":
         return
     deadline = time.monotonic() + 1.0
     while True:  # a port that was just freed may take a moment
@@ -185,6 +189,10 @@ def _check_port(options: dict[str, Any]) -> None:
                 probe.bind((host, port))
             return
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigurationError(
+                    f"deploy option host={host!r} cannot be bound: {error.strerror}. Give an address of this machine, such as 127.0.0.1"
+                ) from None
             if time.monotonic() >= deadline:
                 raise ConfigurationError(
                     f"port {port} on {host} cannot be used: {error.strerror}. Give another port=, or leave it out for a free one"

@@ -211,7 +211,8 @@ def _each(
         threading.Thread(target=work, name="palate-listing", daemon=True).start()
     try:
         for _ in items:
-            yield done.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            left_s = None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+            yield done.get(timeout=left_s)
     except Empty:
         pass
     finally:

@@ -9,14 +9,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from palate.common.utils import random_str
+from palate.errors import ConfigurationError
 from palate.job import TrainingJob
 from palate.model import ModelTrainingRecipe
 from palate.terminal import print_side_by_side
 from palate_recipes.demo import demo_questions, disagrees, write_demo
 from palate_recipes.files import read_recipe
+from palate_server.spec import EngineName
 
 MAX_TOKENS = 80
 PAIRS_PER_TOPIC = 2
@@ -33,7 +35,12 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
 
     Returns:
         The job, which is kept.
+
+    Raises:
+        ConfigurationError: No demo direction or engine has that name.
     """
+    if engine not in get_args(EngineName):  # before the training, which takes minutes
+        raise ConfigurationError(f"engine is {engine!r}: choose one of {', '.join(get_args(EngineName))}")
     begun = time.monotonic()
 
     def step(text: str) -> None:

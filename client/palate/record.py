@@ -575,7 +575,13 @@ _TAIL_BYTES = 256 * 1024
 
 
 def _encode_manifest(manifest: Manifest) -> bytes:
-    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+    try:
+        return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"what {manifest.name} is given holds {error.object[error.start : error.end]!r}, which is not valid Unicode: "
+            "give labels and settings as UTF-8 text"
+        ) from None
 
 
 def _encode(status: Status) -> bytes:

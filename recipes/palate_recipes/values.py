@@ -15,6 +15,7 @@ ALL_LINEAR = "all-linear"
 def _string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
+    value.encode()  # half a character, as bytes of a terminal that are not UTF-8 become: no manifest can hold it
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -51,7 +52,7 @@ _BACKLOG = 2048
 _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
 """For so many times `hang_after_s` requests may be without a sign of life, and a request for one token without an answer."""
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _WRAPPERS = ("Engine core initialization failed", "See root cause above", "WorkerProc initialization failed")
 """Errors of vLLM that only say that another one came before."""
 
@@ -191,10 +192,10 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
             listener.listen(_BACKLOG)
         except OSError as error:
-            raise PortTaken(
-                f"cannot bind port {port} on {host} ({error.strerror}): stop what listens there, "
-                "choose another port, or set port=0 for a free one"
-            ) from error
+            remedy = "stop what listens there, choose another port, or set port=0 for a free one"
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                remedy = "give an address of this machine as host, such as 127.0.0.1"
+            raise PortTaken(f"cannot bind port {port} on {host} ({error.strerror}): {remedy}") from error
         yield listener
 
 

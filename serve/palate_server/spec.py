@@ -105,6 +105,8 @@ class ServeSpec:
             raise ValueError(f"engine is {self.engine!r}: choose one of {', '.join(get_args(EngineName))}")
         if self.dtype not in get_args(DtypeName):
             raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(get_args(DtypeName))}")
+        if not self.host.strip() or not self.host.isprintable():  # a socket takes an empty one for every address
+            raise ValueError(f"host is {self.host!r}: give an address of this machine, such as 127.0.0.1")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}: choose 1 to 65535, or 0 for a free one")
         if self.max_model_len is not None and self.max_model_len < 1:

@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from palate.record import Manifest, Record
+from palate.errors import ConfigurationError
+from palate.record import TOKEN_KEY, Manifest, Record
 from palate.store import open_store
 from palate_recipes.visible import visible
+from tests.support.fronted import fronted_service
 
 
 def palate(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -115,6 +118,7 @@ def code_lines(text: str) -> str:
         (["train", "/nowhere.json", "--model", "smollm2-135m-instruct"], ["/nowhere.json"]),
         (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "lr=1"], ["lr", "learning_rate"]),
         (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "lr"], ["NAME=VALUE"]),
+        (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "system_prompt=\udcff"], ["system_prompt"]),
         (["train", "{prefs}"], ["no model is named"]),
         (["train", "{prefs}", "--recipe", "/nowhere.toml"], ["/nowhere.toml"]),
         (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
@@ -127,6 +131,7 @@ def code_lines(text: str) -> str:
         (["delete", "nothing"], ["nothing"]),
         (["chat", "nothing", "hi"], ["nothing", "palate services"]),
         (["quickstart", "--direction", "sideways"], ["sideways", "honest"]),
+        (["quickstart", "--engine", "sideways"], ["engine", "sideways", "vllm"]),
     ],
 )
 def test_an_error_is_one_message_on_stderr_and_exit_code_1(
@@ -181,8 +186,12 @@ def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
         ("train", "x.json", "--recipe", "digits.toml"),
         ("train", "x.json", "--model", "smollm2-135m-instruct", "--set", "target_modules=" + "[" * 5000),
         ("train", "x.json", "--model", "m" * 100_000),
+        ("data", "demo", "file"),
+        ("data", "demo", "/proc/nowhere"),
+        ("quickstart", "--folder", "file"),
+        ("store", "up", "--folder", "file", "--port", "48333"),
     ],
-    ids=lambda arguments: " ".join(arguments)[:60],
+    ids=lambda arguments: ascii(" ".join(arguments))[:60],
 )
 def test_what_cannot_be_read_is_one_error_and_no_traceback(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
@@ -190,11 +199,52 @@ def test_what_cannot_be_read_is_one_error_and_no_traceback(
     monkeypatch.chdir(tmp_path)
     Path("deep.toml").write_text("[hyperparameters]\nlearning_rate = " + "[" * 3000)
     Path("digits.toml").write_text("max_attempts = " + "9" * 5000)
+    Path("file").write_text("")
     done = palate(*arguments, home=home)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert len(done.stderr) < 2000
+
+
+def test_a_manifest_that_no_file_can_hold_is_one_error(home: Path) -> None:
+    record = Record(open_store(f"file://{home}/store"), "jobs", "job-1")
+    with pytest.raises(ConfigurationError, match=r"job-1.*\\udcff"):
+        record.create(Manifest(kind="train", name="job-1", backend="process", body={}, labels={"team": "a\udcff"}))
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("verb", ["jobs", "services"])
+def test_a_list_may_be_waited_for_without_end(home: Path, verb: str) -> None:
+    kind: Literal["jobs", "services"] = "jobs" if verb == "jobs" else "services"
+    record = Record(open_store(f"file://{home}/store"), kind, "one")
+    record.create(Manifest(kind="train", name="one", backend="process", body={"model": {"name": "m"}}, labels={}))
+    for timeout in ("inf", "1e300"):
+        done = palate(verb, "--timeout", timeout, home=home)
+        assert (done.returncode, "one\t" in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hi", "--model", "other"], ["answered 404", "other", "This service has: default, svc"]),
+        (["\udcff"], [r"message '\udcff'", "UTF-8"]),
+        (["hi", "--system", "\udcff"], ["--system", "UTF-8"]),
+    ],
+)
+def test_a_chat_that_fails_is_one_error(home: Path, arguments: list[str], words: list[str]) -> None:
+    store = open_store(f"file://{home}/store")
+    record = Record(store, "services", "svc")
+    record.create(Manifest(kind="serve", name="svc", backend="process", body={"options": {}, "model": {"name": "m"}}))
+    store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
+    with fronted_service("a-token-for-tests") as service:
+        record.advance("Running", expect={"Creating"}, endpoint=service.endpoint, engine_id="elsewhere:1:2:x")
+        done = palate("chat", "svc", *arguments, home=home)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
 
 
 def test_a_home_that_cannot_be_is_one_error(tmp_path: Path) -> None:

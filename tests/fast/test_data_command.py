@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,41 @@ def test_a_check_names_file_row_field_and_remedy_and_fails(bad: Path) -> None:
         "3 of 5 rows can be trained on (dpo, format pai): 2 errors, 2 warnings",
     ):
         assert words in done.stdout
-    assert "--fix" in done.stderr
+    assert done.stderr.splitlines()[-1] == "next: palate data check prefs.jsonl --fix OUT.jsonl"
+
+
+def test_no_fix_is_proposed_where_no_row_can_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("[{}]")
+    done = data("check", "none.json", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_next_command_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    (folder / "all.json").write_text(json.dumps(rows(20)))
+    for arguments, following in {
+        ("demo", "my demo"): [
+            *("train", "my demo/train.json", "--validation", "my demo/validation.json"),
+            *("--model", "smollm2-135m-instruct"),
+        ],
+        ("split", "my data/all.json", "-o", "my data/a.json"): [
+            *("train", "my data/a.json", "--validation", "my data/a.validation.json", "--model", "NAME"),
+        ],
+        ("convert", "my data/all.json", "-o", "my data/b.json"): ["data", "check", "my data/b.json"],
+        ("stats", "my data/all.json"): ["data", "check", "my data/all.json"],
+        ("check", "my data/all.json", "--fix", "my data/c.json"): ["data", "check", "my data/c.json"],
+    }.items():
+        done = data(*arguments, folder=tmp_path)
+        assert shlex.split(done.stderr.splitlines()[-1]) == ["next:", "palate", *following]
+
+
+@pytest.mark.parametrize("length", ["0", "-5", "99999999999"])
+def test_a_seq_length_that_no_training_takes_is_refused(tmp_path: Path, length: str) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([GOOD]))
+    done = data("check", "one.json", "--seq-length", length, folder=tmp_path)
+    assert done.returncode == 2
+    assert "--seq-length" in done.stderr
 
 
 def test_a_fixed_copy_passes_the_strict_check(bad: Path) -> None:

@@ -113,8 +113,21 @@ def test_a_service_of_a_script_has_an_idle_time_to_live(store: Store, model: Ser
         {"idle_time_to_live_s": "1"},
         {"time_to_live_s": None},
         {"hang_after_s": 0},
+        {"time_to_live_s": float("inf")},
+        {"start_timeout_s": float("nan")},
     ):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             deploy(store, backend, model, **options)
     with pytest.raises(ConfigurationError, match="--middleware"):
         deploy(store, backend, model, engine_args=["--middleware", "x.Y"])
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+@pytest.mark.parametrize("host", ["", "host.invalid", "203.0.113.1", "a\0b", "127.0.0.1 "])
+def test_a_host_that_cannot_be_bound_is_refused_before_anything_is_written(
+    store: Store, model: ServedModel, host: str
+) -> None:
+    """An empty one above all: to a socket it means every address of the machine."""
+    with pytest.raises(ConfigurationError, match=r"host.*127\.0\.0\.1"):
+        deploy(store, NothingStarts(), model, host=host)
+    assert not Record(store, "services", "svc").exists()

@@ -15,6 +15,7 @@ from palate.cli.data import data
 from palate.cli.images import images
 from palate.cli.store import store
 from palate.errors import PalateError
+from palate_recipes.visible import visible
 
 app = typer.Typer(
     name="palate",
@@ -49,3 +50,15 @@ def main() -> None:
         # The reader of our output has gone (`palate logs … | head`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        # A path that was given cannot be used; without a path it is a fault of ours, and its traceback is needed.
+        if error.filename is None:
+            raise
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+        print(
+            visible(
+                f"error: {path} cannot be used: {error.strerror}. Check the path, its permissions and the free space"
+            ),
+            file=sys.stderr,
+        )
+        sys.exit(1)

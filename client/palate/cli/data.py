@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palate.cli.generate import generate
+from palate.cli.words import say_next
 from palate.errors import ConfigurationError
 from palate_recipes.visible import visible
 
@@ -57,7 +58,9 @@ def check(
     prompt_template: Template = None,
     prompt_name: TemplateName = None,
     tokenizer: Tokenizer = None,
-    seq_length: Annotated[int, typer.Option(help="With --tokenizer: tokens of prompt and answer.")] = 128,
+    seq_length: Annotated[
+        int, typer.Option(min=16, max=1_048_576, help="With --tokenizer: tokens of prompt and answer.")
+    ] = 128,
     system_prompt: SystemPrompt = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
     fix: Annotated[
@@ -94,10 +97,11 @@ def check(
         print(visible("\n".join(report.lines())))
     if change:
         _say(change)
-        print(f"next: palate data check {fix}", file=sys.stderr)
+        say_next("data", "check", fix)
     wrong = report.count("error") + (report.count("warning") if strict else 0)
     if wrong and not fix:
-        print("next: palate data check … --fix OUT.jsonl writes the good rows", file=sys.stderr)
+        if report.usable:
+            say_next(*sys.argv[1:], "--fix", "OUT.jsonl")
         raise typer.Exit(1)
 
 
@@ -133,7 +137,7 @@ def convert(
         )
     _say(change)
     print(output)
-    print(f"next: palate data check {output}", file=sys.stderr)
+    say_next("data", "check", output)
 
 
 @data.command()
@@ -157,7 +161,7 @@ def split(
         )
     _say(change)
     print(f"{output}\n{beside}")
-    print(f"next: palate train {output} --validation {beside}", file=sys.stderr)
+    say_next("train", output, "--validation", beside, "--model", "NAME")
 
 
 @data.command()
@@ -190,7 +194,7 @@ def stats(
         print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
         return
     _describe(report)
-    print("next: palate data check " + " ".join(files), file=sys.stderr)
+    say_next("data", "check", *files)
 
 
 @data.command()
@@ -221,7 +225,7 @@ def demo(
 
     files = write_demo(folder, direction, per_topic=per_topic)
     print("\n".join(str(path) for path in files.values()))
-    print(f"next: palate train {files['train']} --validation {files['validation']}", file=sys.stderr)
+    say_next("train", files["train"], "--validation", files["validation"], "--model", "smollm2-135m-instruct")
 
 
 data.command()(generate)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from palate.cli.words import say_next
 from palate.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def generate(
         news.end()
     _print_result(result)
     print(result.output)
-    print(f"next: palate train {shlex.quote(str(result.output))}", file=sys.stderr)
+    say_next("train", result.output, "--model", "NAME")
 
 
 def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None) -> Endpoint:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate.cli.words import number_of, seconds, size
+from palate.cli.words import number_of, say_next, seconds, size
 from palate.store.errors import ObjectNotFoundError, StoreUsageError
 from palate_recipes.visible import visible
 
@@ -83,7 +83,7 @@ def cp(
     took_s = time.monotonic() - begun
     print(f"{number_of(files, 'file')}, {size(shown.bytes_total)} in place after {took_s:.1f} s", file=sys.stderr)
     print(place.uri)
-    print(f"next: palate store ls -l {place.uri}", file=sys.stderr)
+    say_next("store", "ls", "-l", place.uri)
 
 
 def rm(

@@ -1,11 +1,14 @@
-"""What verbs read and write in words: NAME=VALUE, ages, sizes. Knows no verb."""
+"""What verbs read and write in words: NAME=VALUE, ages, sizes, the next command. Knows no verb."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 import time
 
 from palate.errors import ConfigurationError
+from palate_recipes.visible import visible
 
 _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -44,6 +47,15 @@ def size(count: int) -> str:
         if count >= step:
             return f"{count / step:.3g} {unit}"
     return f"{count} bytes"
+
+
+def say_next(*words: object) -> None:
+    """Prints a command that can be pasted into a shell as the next one, on stderr.
+
+    Args:
+        words: What follows `palate`.
+    """
+    print(visible(f"next: {shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)
 
 
 def number_of(count: int, noun: str) -> str:

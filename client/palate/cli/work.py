@@ -137,8 +137,21 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 answers the same each time.")] = 0.7,
 ) -> None:
     """Talk to a service; answers stream to stdout."""
+    import httpx2
+    import openai
+
+    from palate.errors import ConfigurationError, ServiceError
     from palate.predictor import Predictor
 
+    def text_of(what: str, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError(f"{what} {text!r} is not valid UTF-8: check the terminal's encoding") from None
+        return text
+
+    if system is not None:
+        text_of("--system", system)
     predictor = Predictor(service)
     client = predictor.openai()
     if system is None:
@@ -146,15 +159,21 @@ def chat(
     history: list[Any] = [{"role": "system", "content": system}] if system else []
 
     def ask(text: str) -> None:
-        history.append({"role": "user", "content": text})
-        stream: Any = client.chat.completions.create(
-            model=model, messages=history, stream=True, max_tokens=max_tokens, temperature=temperature
-        )
+        history.append({"role": "user", "content": text_of("the message", text)})
         answer = ""
-        for event in stream:
-            piece = (event.choices[0].delta.content or "") if event.choices else ""
-            answer += piece
-            print(visible(piece), end="", flush=True)
+        try:
+            stream: Any = client.chat.completions.create(
+                model=model, messages=history, stream=True, max_tokens=max_tokens, temperature=temperature
+            )
+            for event in stream:
+                piece = (event.choices[0].delta.content or "") if event.choices else ""
+                answer += piece
+                print(visible(piece), end="", flush=True)
+        except (openai.OpenAIError, httpx2.HTTPError) as error:  # the second when a stream breaks off
+            if answer:
+                print()
+            said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
+            raise ServiceError(f"service {service} {said}", reason=visible(str(error))) from error
         print()
         history.append({"role": "assistant", "content": answer})
 
