@@ -65,6 +65,14 @@ def test_a_store_keeps_its_data_and_shows_its_secret_once(tmp_path: Path) -> Non
         store.put("jobs/1/status.json", b"kept")
         with pytest.raises(StoreUsageError, match="cannot be used"), running_server(folder, port=port, bucket="b"):
             pass
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".toml", ".key", ".crt")}
+        with (
+            pytest.raises(StoreUsageError, match=rf"runs in {folder} already.*--folder"),
+            running_server(folder, port=five_free_ports(), bucket="b"),
+        ):
+            pass
+        assert {name: (folder / name).read_bytes() for name in before} == before
+        assert len(before) == 3
         servers = psutil.Process(process.pid).children(recursive=True)
         assert servers
         process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ SSH tunnel or a proxy that speaks TLS. No port of it answers one who has no keys
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ _GRACE_S = 15.0
 _PR_SET_PDEATHSIG = 1
 _KEYS = "access.json"
 _LOG = "server.log"
+_LOCK = "server.lock"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens URLs of the loopback, to which no proxy leads."""
 
@@ -82,15 +84,34 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
 
     Raises:
         MissingDependencyError: The program `weed`, boto3 or cryptography is not installed.
-        StoreUsageError: A port is taken or out of range.
+        StoreUsageError: A port is taken or out of range, or a server runs in the folder already.
         StoreError: The server does not start; with the last lines of its log.
     """
     weed = _find_weed()
     ports = _free_ports(port)
     home = Path(folder).expanduser().absolute()
-    data = home / "data"
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (home / "data").mkdir(parents=True, exist_ok=True, mode=0o700)
     home.chmod(0o700)
+    with _alone_in(home), _running(weed, home, ports, bucket) as server:
+        yield server
+
+
+@contextmanager
+def _alone_in(home: Path) -> Iterator[None]:
+    """Holds the folder: a second server would overwrite the keys and the log of the first before it fails on its data."""
+    with open(os.open(home / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreUsageError(
+                f"a store server runs in {home} already: use that one, stop it first, or give another --folder"
+            ) from None
+        yield
+
+
+@contextmanager
+def _running(weed: str, home: Path, ports: Sequence[int], bucket: str) -> Iterator[StoreServer]:
+    data = home / "data"
     key_id, secret, is_new = _keys(home / _KEYS)
     log = home / _LOG
     as_insider = write_server_keys(home)
@@ -116,7 +137,7 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
             preexec_fn=_die_with_parent,
         )
     server = StoreServer(
-        endpoint=f"http://127.0.0.1:{port}",
+        endpoint=f"http://127.0.0.1:{ports[0]}",
         access_key_id=key_id,
         secret_access_key=secret,
         is_new=is_new,
