@@ -40,6 +40,25 @@ def is_loopback(url: str) -> bool:
         return False
 
 
+def checked_endpoint(endpoint: str) -> str:
+    """Returns a service's endpoint, which comes from a store; raises ServiceError unless it is the URL of a server."""
+    import httpx
+
+    try:
+        parts = urlsplit(endpoint)
+        host = httpx.URL(endpoint).host and (parts.hostname or "")
+        host.encode("idna")  # as the resolver does, which accepts no label of more than 63 characters
+        is_url = parts.scheme in ("http", "https") and bool(host) and parts.port != 0  # .port refuses one above 65,535
+    except (httpx.InvalidURL, ValueError):
+        is_url = False
+    if not is_url:
+        raise ServiceError(
+            f"the service's endpoint {endpoint[:200]!r} is not the URL of a server",
+            reason="its status.json is damaged. `palate stop` and `palate start` write it again",
+        )
+    return endpoint
+
+
 def openai_client(endpoint: str, token: str, url_suffix: str, options: dict[str, Any]) -> OpenAI:
     """Returns a client that sends the token to nobody but the service.
 
@@ -213,9 +232,10 @@ class _Challenge:
         head, _, body = self._answer.partition(b"\r\n\r\n")
         try:
             proof = str(json.loads(body)["proof"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             proof = ""
-        if not head.startswith(b"HTTP/1.1 200") or not compare_digest(proof.encode(), self._expected.encode()):
+        known = compare_digest(proof.encode(errors="replace"), self._expected.encode())
+        if not head.startswith(b"HTTP/1.1 200") or not known:
             raise ServiceError(
                 f"what listens at {self._endpoint} is not the service",
                 reason="it does not know the service's token, which was not sent. The service may have ended, and another program "
