@@ -166,6 +166,14 @@ def test_an_answer_that_is_no_proof_is_refused(proof: bytes) -> None:
         challenge.check()
 
 
+def test_a_proof_that_drips_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _Challenge("http://127.0.0.1:9", TOKEN).wants_more
+    monkeypatch.setattr("palate.connection._PROOF_TIMEOUT_S", 0.0)
+    challenge = _Challenge("http://127.0.0.1:9", TOKEN)
+    challenge.take(b"H")
+    assert not challenge.wants_more
+
+
 def test_an_answer_that_does_not_come_in_time_is_an_error(session: Session) -> None:
     with (
         fronted_service(TOKEN, hangs=True) as service,
