@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -121,13 +122,24 @@ class Predictor:
                 reason=f"it is {status.state}" + (f": {status.reason}" if status.reason else ""),
                 log_tail=[*status.log_tail],
             )
-        return status.endpoint
+        from palate.connection import checked_endpoint
+
+        return checked_endpoint(status.endpoint)
 
     @property
     def access_token(self) -> str:
-        """The bearer token; read from the store when asked for, and shown nowhere."""
+        """The bearer token; read from the store when asked for, and shown nowhere.
+
+        Raises:
+            DamagedFilesError: What is there is no token.
+        """
         record = self._run.record
-        return record.store.get(record.key(TOKEN_KEY)).decode()
+        token = record.store.get(record.key(TOKEN_KEY))
+        if not re.fullmatch(rb"[!-~]{1,1000}", token):  # what a header can carry
+            raise DamagedFilesError(
+                f"{record.uri}/{TOKEN_KEY} is damaged: delete the service (`palate delete {record.name}`), and deploy again"
+            )
+        return token.decode()
 
     def describe_service(self) -> dict[str, Any]:
         """Returns what is known of the service, without its token."""

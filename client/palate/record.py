@@ -12,6 +12,7 @@ writers (a stop and a finish) one wins, and a terminal state is written last: al
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -435,7 +436,7 @@ class Record:
         numbered = {
             info.key.rpartition("/")[2].removesuffix(_SUFFIX[kind]): info for info in self.store.list(self.key(kind))
         }
-        return {int(name): info.size for name, info in numbered.items() if name.isdigit()}
+        return {int(name): info.size for name, info in numbered.items() if _PART.fullmatch(name)}
 
     def last_part(self, kind: Literal["logs", "metrics"]) -> int:
         """Returns the number of the last part, 0 when there is none."""
@@ -482,7 +483,7 @@ class Record:
         """Returns what of a service's log was merged or dropped; an index that is none counts as empty."""
         try:
             return LogIndex.parse(self.store.get(self.key("logs", _INDEX)))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return LogIndex()
 
     def write_log_index(self, index: LogIndex) -> None:
@@ -539,14 +540,30 @@ class Record:
 
 
 def events_in(part: bytes) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a metrics part; a line that a full disk or a kill cut short is left out."""
+    """Yields the events of a metrics part; a line that was cut short, or is no event of a training, is left out."""
     for line in part.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict):
+        if _is_event(event):
             yield event
+
+
+def _is_event(event: object) -> bool:
+    """Whether readers of metrics can calculate with it: a store may hold anything."""
+    if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
+        return False
+    if event["kind"] in ("train", "eval"):
+        figures = [value for name, value in event.items() if name not in ("kind", "step")]
+        if not all(isinstance(value, float) or is_kind(value, _MAYBE_NUMBER) for value in figures):
+            return False
+    reading = event.get("reading", {"verdict": "", "text": ""})
+    return (
+        all(is_kind(event[name], kind) for name, kind in _EVENT_KINDS.items() if name in event)
+        and isinstance(reading, dict)
+        and all(isinstance(reading.get(name), str) for name in ("verdict", "text"))
+    )
 
 
 def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -568,7 +585,12 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 _SUFFIX = {"logs": ".log", "metrics": ".jsonl"}
+_EVENT_KINDS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    **dict.fromkeys(("step", "total_steps", "train_rows"), int),
+}
 _INDEX = "index.json"
+_PART = re.compile(r"[0-9]{6,18}")
 LONGEST_LINE = 1024**2
 _TAIL_BYTES = 256 * 1024
 """The last lines of a log are looked for in so many bytes of its end."""

@@ -14,9 +14,12 @@ FILE_VARIABLE = "PALATE_VARIABLES_FILE"
 
 _PROVIDERS = ("AWS_", "OSS_", "S3_", "ALIBABA_CLOUD_", "AZURE_", "GOOGLE_", "GCP_", "OPENAI_", "ANTHROPIC_")
 _CREDENTIAL = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|(API|ACCESS|PRIVATE|ACCOUNT|SIGNING)_?KEY)(_|$)",
+    r"SECRET|PASSWORD|PASSWD|PASSPHRASE|(^|_)(TOKEN|CREDENTIALS?|AUTH|PASS|PAT|JWT|COOKIE|DSN)(_|$)|_PWD$"
+    r"|(API|ACCESS|PRIVATE|ACCOUNT|SIGNING)_?KEY(_|$)",
     re.IGNORECASE,
 )
+_PASSWORD_IN_URL = re.compile(r"://[^/\s@]*:[^/\s@]+@")
+"""As addresses of databases, package indexes and proxies have it."""
 
 
 def without_credentials(environment: Mapping[str, str], *, kept: Collection[str] = ()) -> dict[str, str]:
@@ -29,7 +32,8 @@ def without_credentials(environment: Mapping[str, str], *, kept: Collection[str]
     return {
         name: value
         for name, value in environment.items()
-        if name in kept or not (name.upper().startswith(_PROVIDERS) or _CREDENTIAL.search(name))
+        if name in kept
+        or not (name.upper().startswith(_PROVIDERS) or _CREDENTIAL.search(name) or _PASSWORD_IN_URL.search(value))
     }
 
 

@@ -19,12 +19,14 @@ import uvicorn
 from palate_server.front import error_body, error_kind
 from palate_server.spec import (
     ACTIVITY_PATH,
+    BODY_LIMIT_BYTES,
     BODY_TIMEOUT_S,
     CONNECTIONS_LIMIT,
     HEAD_LIMIT_BYTES,
     HEAD_TIMEOUT_S,
     HEALTH_PATH,
     LISTENER_VARIABLE,
+    PIPELINED_LIMIT,
 )
 
 
@@ -65,6 +67,8 @@ class _Guard:
     transport: asyncio.Transport
 
     _head_bytes = 0
+    _request_bytes = 0
+    _counted_cycle: Any = None
     _timer: asyncio.TimerHandle | None = None
     _timer_is_for = ""
 
@@ -78,6 +82,16 @@ class _Guard:
     def data_received(self, data: bytes) -> None:
         waited = self._waits_for_head()
         super().data_received(data)  # type: ignore[misc]
+        if self.cycle is not self._counted_cycle:
+            self._counted_cycle, self._request_bytes = self.cycle, 0
+        self._request_bytes += len(data)
+        # uvicorn keeps each request that has not had its turn, and every trailer, whether or not a token came with it.
+        if len(getattr(self, "pipeline", ())) > PIPELINED_LIMIT:
+            self._refuse(429, f"The connection has more than {PIPELINED_LIMIT} requests that wait for their turn.")
+            return
+        if self._request_bytes > 2 * BODY_LIMIT_BYTES:
+            self._refuse(413, f"The request is larger than {2 * BODY_LIMIT_BYTES} bytes, with what frames its body.")
+            return
         if self._waits_for_head():
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_LIMIT_BYTES:

@@ -53,6 +53,8 @@ HEAD_TIMEOUT_S = 10.0
 """Seconds in which a request's line and headers must have arrived."""
 CONNECTIONS_LIMIT = 1024
 """Open connections at one time."""
+PIPELINED_LIMIT = 16
+"""Requests of one connection that may wait until those before them are answered."""
 
 HANG_AFTER_S = 120.0
 

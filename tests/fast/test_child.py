@@ -19,11 +19,13 @@ CREDENTIALS = [
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "OSS_ACCESS_KEY_SECRET",
     "ALIBABA_CLOUD_ACCESS_KEY_SECRET", "AZURE_STORAGE_CONNECTION_STRING", "GOOGLE_APPLICATION_CREDENTIALS",
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN",
-    "DB_PASSWORD", "MY_SECRET", "SSH_AUTH_SOCK", "api_key",
+    "DB_PASSWORD", "MY_SECRET", "SSH_AUTH_SOCK", "api_key", "PGPASSWORD", "MYSQL_PWD", "GITHUB_PAT", "CI_JOB_JWT", "DB_PASS",
+    "ALIYUN_ACCESSKEYSECRET", "SENTRY_DSN",
 ]  # fmt: skip
 SETTINGS = [
     "PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS",
     "VLLM_CPU_KVCACHE_SPACE", "PALATE_HOME", "PALATE_RUN", "PALATE_RUN_URI", "PYTHONPATH", "KEYBOARD", "MONKEY", "AUTHOR",
+    "PWD", "OLDPWD", "COMPASS", "PATTERN",
 ]  # fmt: skip
 
 
@@ -51,6 +53,13 @@ def test_a_program_is_given_no_credentials_but_those_meant_for_it(
     assert {name for name in given if name in found} == {"WANDB_API_KEY", "MY_KEY", "WORD"}
     assert found["PALATE_TOKEN"] == "of the service"
     assert set(without_credentials(dict.fromkeys([*CREDENTIALS, *SETTINGS], ""))) == set(SETTINGS)
+    urls = {
+        "A": "https://me:secret@host/simple",
+        "B": "redis://:secret@host",
+        "C": "http://host:80/a@b",
+        "D": "me@host:x",
+    }
+    assert set(without_credentials(urls)) == {"C", "D"}
 
 
 def trap(folder: Path, *modules: str) -> Path:

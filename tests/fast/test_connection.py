@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from palate import Predictor, Session
-from palate.connection import async_http_client, is_loopback
-from palate.errors import ServiceError
+from palate.connection import _Challenge, async_http_client, is_loopback
+from palate.errors import DamagedFilesError, ServiceError
 from palate.record import TOKEN_KEY, Manifest, Record
 from palate.store import Store, open_store
 from tests.support.fronted import FrontedService, fronted_service
@@ -127,6 +127,51 @@ def test_a_service_that_does_not_answer_is_named_with_a_remedy(session: Session)
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(ServiceError, match=r"does not answer.*palate start"):
         predictor_of(session, endpoint).openai()
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://[",
+        "http://a:99999",
+        "file:///etc/passwd",
+        "http://\0",
+        "//x",
+        "http://",
+        "http://xn--/",
+        f"http://{'a' * 300}",
+    ],
+)
+def test_an_endpoint_that_is_not_one_is_named(session: Session, endpoint: str) -> None:
+    predictor = predictor_of(session, endpoint)
+    for ask in (predictor.openai, predictor.async_openai, lambda: predictor.predict({"messages": []})):
+        with pytest.raises(ServiceError, match=r"is not the URL of a server.*palate start"):
+            ask()
+
+
+@pytest.mark.parametrize("token", [b"", b"\xff", b"a\r\nx-more: 1", "\u00e9".encode(), b"a b"])
+def test_a_token_that_is_not_one_is_named(session: Session, token: bytes) -> None:
+    predictor = predictor_of(session, "http://127.0.0.1:9")
+    session.store.put(f"services/svc/{TOKEN_KEY}", token)
+    for ask in (predictor.openai, lambda: predictor.predict({"messages": []})):
+        with pytest.raises(DamagedFilesError, match=r"access_token is damaged.*palate delete svc"):
+            ask()
+
+
+@pytest.mark.parametrize("proof", [b'{"proof": "\\ud800"}', b"[" * 10_000, b'{"proof": 1}', b"[]"], ids=len)
+def test_an_answer_that_is_no_proof_is_refused(proof: bytes) -> None:
+    challenge = _Challenge("http://127.0.0.1:9", TOKEN)
+    challenge.take(b"HTTP/1.1 200 OK\r\n\r\n" + proof)
+    with pytest.raises(ServiceError, match="is not the service"):
+        challenge.check()
+
+
+def test_a_proof_that_drips_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _Challenge("http://127.0.0.1:9", TOKEN).wants_more
+    monkeypatch.setattr("palate.connection._PROOF_TIMEOUT_S", 0.0)
+    challenge = _Challenge("http://127.0.0.1:9", TOKEN)
+    challenge.take(b"H")
+    assert not challenge.wants_more
 
 
 def test_an_answer_that_does_not_come_in_time_is_an_error(session: Session) -> None:

@@ -21,6 +21,7 @@ from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutErro
 from palate.listing import Wanted, find_runs
 from palate.record import Manifest, Record, State
 from palate.store import Store, open_store
+from tests.support.seaweed import SeaweedServer
 
 HOUR_S = 3600.0
 
@@ -228,6 +229,21 @@ DAMAGE = {
     "no fields": b"{}",
     "wrong types": b'{"kind": 1, "name": [], "backend": 0, "body": 7, "state": ["Running"], "attempt": "x"}',
 }
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "status.json"])
+def test_a_damaged_record_in_a_bucket_can_be_deleted(
+    seaweed: SeaweedServer, bucket: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    for name, value in seaweed.environment().items():
+        monkeypatch.setenv(name, value)
+    session = Session(store=f"s3://{bucket}/{tmp_path.name}")
+    fill(session.store)
+    session.store.put(f"jobs/smol/{file}", DAMAGE["deep"])
+    session.store.put(f"services/answers/{file}", b"")
+    TrainingJob.get("smol", session=session).delete()
+    Predictor("answers", session=session).delete_service()
+    assert not [*session.store.list("jobs/smol/"), *session.store.list("services/")]
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE.keys())

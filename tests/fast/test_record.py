@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from palate.digests import Digests
 from palate.errors import NameTakenError, RunNotFoundError
-from palate.record import ACTIVE, Manifest, Record, Status, locate, names
+from palate.record import ACTIVE, Manifest, Record, Status, events_once, locate, names
 from palate.runner import keeping, presence
+from palate.runner.checkpoints import stage_last_checkpoint
 from palate.runner.child import LOG_TAIL_LINES, log_tail
 from palate.runner.presence import Tail
 from palate.store import Store
+from palate_trainer.spec import COMPLETE_MARK
+from palate_trainer.spec.curves import Curves
 from tests.support.stores import empty_store
 
 
@@ -104,8 +108,9 @@ def test_parts_are_followed_without_gap_or_repeat(store: Store) -> None:
     record.append("logs", 2, b"ond\nthird")
     assert list(record.parts("logs", after=1)) == [(2, b"ond\nthird")]
     assert list(record.log_lines()) == ["first", "second", "third"]
-    record.append("metrics", 1, b'{"step": 1}\n{"step": 2}\n')
-    assert list(record.metrics()) == [{"step": 1}, {"step": 2}]
+    events = [{"kind": "train", "step": 1}, {"kind": "train", "step": 2}]
+    record.append("metrics", 1, b"".join(json.dumps(event).encode() + b"\n" for event in events))
+    assert list(record.metrics()) == events
 
 
 def test_a_line_that_was_cut_short_is_no_event_and_stops_none(store: Store, tmp_path: Path) -> None:
@@ -120,6 +125,47 @@ def test_a_line_that_was_cut_short_is_no_event_and_stops_none(store: Store, tmp_
     written.open("ab").write(b'nd": "train", "step": 4}\n')
     tail.push(final=True)
     assert [event["step"] for event in record.metrics()] == [1, 3, 4]
+
+
+_STRANGE_EVENTS = [
+    b'{"a": 1}', b'{"kind": "start"}', b'{"kind": "train", "step": "x"}', b'{"kind": [], "step": {}}', b"[" * 100_000,
+    b'{"kind": "train", "step": 1, "loss": "x"}', b'{"kind": "eval", "step": 1, "eval_loss": 1' + b"0" * 400 + b"}",
+    b'{"kind": "start", "step": 0, "total_steps": "x"}', b'{"kind": "start", "step": 0, "train_rows": []}',
+    b'{"kind": "end", "step": 1, "reading": "x"}', b'{"kind": "end", "step": 1, "reading": {"verdict": 1}}',
+]  # fmt: skip
+
+
+def test_what_is_no_event_of_a_training_is_left_out(store: Store) -> None:
+    record = job(store)
+    known = [{"kind": "start", "step": 0}, {"kind": "train", "step": 1, "loss": 2.0}, {"kind": "end", "step": 1}]
+    lines = [*_STRANGE_EVENTS, *(json.dumps(event).encode() for event in known)]
+    record.append("metrics", 1, b"".join(line + b"\n" for line in lines))
+    assert events_once(record.metrics()) == known
+    assert Curves.of(record.metrics()).steps == 1
+
+
+@pytest.mark.parametrize(
+    "index",
+    [b'{"merged": [], "following": 1e999}', b"[" * 100_000, b'{"merged": 5}', b'{"merged": ["a"], "following": 1}'],
+)
+def test_a_strange_log_index_counts_as_empty(store: Store, index: bytes) -> None:
+    record = Record(store, "services", "svc")
+    record.append("logs", 1, b"first\n")
+    store.put(record.key("logs", "index.json"), index)
+    store.put(record.key("logs", "\u00b2.log"), b"no part: that is no number, though Python calls it a digit")
+    assert [*record.log_lines()] == record.last_log_lines(5) == ["first"]
+    assert record.last_part("logs") == 1
+
+
+def test_what_is_no_checkpoint_is_passed_over(store: Store, tmp_path: Path) -> None:
+    record = job(store)
+    mark = Digests({}).encode()
+    for name in ("step-000100", "step-000020-attempt-2", "foo", "step-abc", "step-1-2-3-4", "step-000300/sub"):
+        store.put(record.key("checkpoints", name, COMPLETE_MARK), mark)
+    store.put(record.key("checkpoints", COMPLETE_MARK), mark)
+    said: list[str] = []
+    assert stage_last_checkpoint(record, tmp_path, said.append) == tmp_path / "checkpoint-100"
+    assert said == []
 
 
 def test_delete_leaves_nothing_and_frees_the_name(store: Store) -> None:

@@ -113,6 +113,36 @@ def test_headers_without_end_are_refused_and_cost_no_memory(service: FrontedServ
     assert psutil.Process(service.process.pid).memory_info().rss - before < 10 * 1024**2
 
 
+def test_requests_that_nobody_waits_for_cost_no_memory(service: FrontedService) -> None:
+    """Without a token: each of them was kept until those before it were answered."""
+    before = psutil.Process(service.process.pid).memory_info().rss
+    with connect(service) as connection:
+        connection.settimeout(3)
+        try:
+            for _ in range(200):
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+        except OSError:
+            pass  # it closed, or it reads no more
+        grown = psutil.Process(service.process.pid).memory_info().rss - before
+    assert grown < 40 * 1024**2
+
+
+def test_trailers_without_end_are_refused_and_cost_no_memory(service: FrontedService) -> None:
+    before = psutil.Process(service.process.pid).memory_info().rss
+    with connect(service) as connection:
+        connection.sendall(
+            b"POST /v1/x HTTP/1.1\r\nhost: x\r\n" + AUTHORISED + b"transfer-encoding: chunked\r\n\r\n0\r\n"
+        )
+        try:
+            for number in range(1000):
+                connection.sendall(b"x-%d: %s\r\n" % (number, b"y" * 60_000))
+        except OSError:
+            pass
+        else:
+            pytest.fail("60 MB of trailers were taken")
+    assert psutil.Process(service.process.pid).memory_info().rss - before < 20 * 1024**2
+
+
 def test_what_is_not_http_is_answered_in_the_form_of_all_errors(service: FrontedService) -> None:
     with connect(service) as connection:
         connection.sendall(b"hello there\r\n\r\n")

@@ -151,8 +151,12 @@ def test_a_disk_without_space_is_the_stated_cause(
 
 
 def test_a_model_that_was_changed_is_not_served(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
-    job = train(tiny, prefs, "changed", steps=2, wait=True)
     store = session.store
+    lost = "jobs/changed/model/weights-of-an-attempt-that-was-lost.safetensors"
+    store.put(lost, b"it counts as added, unless the attempt that succeeds removes it")
+    job = train(tiny, prefs, "changed", steps=2, wait=True)
+    assert store.stat(lost) is None
+    job.require_model()
     weights = adapter(job)
     key = "jobs/changed/model/adapter_model.safetensors"
     store.put(key, weights[:-1] + bytes([weights[-1] ^ 1]))

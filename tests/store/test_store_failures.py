@@ -21,6 +21,7 @@ import pytest
 from palate.store import Store, StoreOptions, open_store
 from palate.store.errors import (
     BucketNotFoundError,
+    ObjectNotFoundError,
     PreconditionFailedError,
     StoreDeniedError,
     StoreError,
@@ -302,6 +303,27 @@ def test_an_object_is_no_folder_in_a_file_store(tmp_path: Path) -> None:
     for key in ("a", "a/b/c"):
         with pytest.raises(StoreError, match="choose another key"):
             store.put(key, b"")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_no_object(tmp_path: Path, kind: str) -> None:
+    """Another user of a shared store may put it there: it would be read without end."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "strange")
+    else:
+        (tmp_path / "strange").symlink_to("/dev/zero")
+    store = open_store(tmp_path)
+    assert (store.stat("strange"), store.checksum("strange")) == (None, None)
+    for read in (
+        lambda: store.get("strange"),
+        lambda: store.get_range("strange", 0, 5),
+        lambda: [*store.stream("strange")],
+        lambda: store.copy("strange", "copy"),
+        lambda: store.download("strange", tmp_path / "here"),
+    ):
+        with pytest.raises(ObjectNotFoundError, match="strange"):
+            read()
 
 
 def test_a_failed_put_leaves_no_draft(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def metrics(
             prefix = "eval_" if event["kind"] == "eval" else ""
             values = (event.get(prefix + column) for column in columns)
             shown = ("" if value is None else f"{value:.4g}" for value in values)
-            rows.append(("validation" if prefix else "training", event["step"], event["epoch"], *shown))
+            rows.append(("validation" if prefix else "training", event["step"], event.get("epoch", ""), *shown))
     print_table(("", "step", "epoch", *columns), rows)
     print(visible(f"reading: {job.reading()}"), file=sys.stderr)
 

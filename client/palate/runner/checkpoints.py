@@ -9,6 +9,7 @@ attempt has its own: a runner that was given up for lost, and comes back, touche
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,11 @@ from palate.errors import DamagedFilesError
 from palate.record import Record
 from palate.store.errors import StoreError
 from palate_trainer.spec import CHECKPOINTS_DIR, COMPLETE_MARK
+
+_WHOLE = re.compile(
+    rf"(?P<name>step-(?P<step>[0-9]{{1,18}})(-attempt-(?P<attempt>[0-9]{{1,9}}))?)/{re.escape(COMPLETE_MARK)}"
+)
+"""Names the mark of a checkpoint, below their folder."""
 
 
 class CheckpointPusher:
@@ -91,13 +97,15 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         StoreError: The store cannot be read.
     """
     prefix = record.key(CHECKPOINTS_DIR)
-    marks = [info.key for info in record.store.list(prefix) if info.key.endswith(f"/{COMPLETE_MARK}")]
-    sources = [mark.removesuffix(f"/{COMPLETE_MARK}") for mark in marks]
-    for source in sorted(sources, key=_step_and_attempt, reverse=True):
+    names = [info.key.removeprefix(f"{prefix}/") for info in record.store.list(prefix)]
+    found = [match for name in names if (match := _WHOLE.fullmatch(name))]
+    for match in sorted(found, key=lambda match: (int(match["step"]), int(match["attempt"] or 1)), reverse=True):
+        source = f"{prefix}/{match['name']}"
         mark = f"{source}/{COMPLETE_MARK}"
-        target = folder / f"checkpoint-{_step_and_attempt(source)[0]}"
+        target = folder / f"checkpoint-{int(match['step'])}"
         try:
             digests = Digests.parse(record.store.get(mark), where=record.store.uri(mark))
+            target.mkdir(parents=True, exist_ok=True)
             for name in digests.files:
                 record.store.download(f"{source}/{name}", target / name)
             # Only the listed files were copied here.
@@ -109,11 +117,6 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         (target / COMPLETE_MARK).touch()  # last: its presence means whole
         return target
     return None
-
-
-def _step_and_attempt(prefix: str) -> tuple[int, int]:
-    _, step, *rest = prefix.rpartition("/")[2].split("-")
-    return int(step), int(rest[1]) if rest else 1
 
 
 def _step(folder: Path) -> int:

@@ -184,9 +184,14 @@ def _stage_metrics(post: Post, output: Path, resumed_from: Path | None) -> int:
 
 def _push_model(post: Post, folder: Path) -> str:
     """Pushes the model and then the list of its files; returns the list's SHA-256."""
-    listed = Digests.of(folder).encode()
-    post.record.store.upload_tree(folder, post.record.key(MODEL_DIR))
-    post.record.store.put(post.record.key(MODEL_DIR, DIGESTS_FILE), listed)
+    digests, store, prefix = Digests.of(folder), post.record.store, post.record.key(MODEL_DIR)
+    # An earlier attempt may have been lost here. A file of its model that this one lacks would count as added to it.
+    for info in list(store.list(prefix)):
+        if info.key.removeprefix(f"{prefix}/") not in digests.files:
+            store.delete(info.key)
+    listed = digests.encode()
+    store.upload_tree(folder, prefix)
+    store.put(f"{prefix}/{DIGESTS_FILE}", listed)
     return hashlib.sha256(listed).hexdigest()
 
 

@@ -16,10 +16,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_link, check_not_root, check_range
 from palate.store.crc import crc32_of
@@ -58,17 +59,17 @@ class FileStore(Store):
         self._folder = Path(root.removeprefix("file://"))
 
     def get(self, key: str) -> bytes:
-        with self._explained("read", key):
-            return self._path(key).read_bytes()
+        with self._explained("read", key), _open_file(self._path(key)) as file:
+            return file.read()
 
     def get_range(self, key: str, start: int, length: int | None = None) -> bytes:
         check_range(key, start, length)
-        with self._explained("read", key), self._path(key).open("rb") as file:
+        with self._explained("read", key), _open_file(self._path(key)) as file:
             file.seek(start)
-            return file.read(length)
+            return file.read(-1 if length is None else length)
 
     def stream(self, key: str) -> Iterator[bytes]:
-        with self._explained("read", key), self._path(key).open("rb") as file:  # a file is replaced, never changed
+        with self._explained("read", key), _open_file(self._path(key)) as file:  # a file is replaced, never changed
             while block := file.read(_BLOCK):
                 yield block
 
@@ -122,6 +123,7 @@ class FileStore(Store):
     def checksum(self, key: str) -> str | None:
         try:
             with self._explained("read", key):
+                _open_file(self._path(key)).close()
                 return crc32_of(self._path(key))
         except ObjectNotFoundError:
             return None
@@ -129,7 +131,7 @@ class FileStore(Store):
     def copy(self, key: str, target: str) -> None:
         source, copied = self._path(key), self._path(target)
         with self._explained("read", key):
-            source.open("rb").close()
+            _open_file(source).close()
         with self._explained("written", target):
             self._place(source, copied)
 
@@ -220,7 +222,7 @@ class FileStore(Store):
     def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
         source = self._path(key)
         with self._explained("read", key):
-            source.open("rb").close()
+            _open_file(source).close()
         shutil.copyfile(source, target)  # what fails from here on is the target, and `download` says so
         moved(target.stat().st_size)
 
@@ -333,6 +335,17 @@ def _write_through(path: str | Path, data: bytes, *, mode: int, folder: int | No
         return os.fstat(descriptor)
 
 
+def _open_file(path: str | Path, folder: int | None = None) -> IO[bytes]:
+    """Opens an object: a pipe that somebody put in its place would be waited for without end, and a device read so."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENOENT
+        raise OSError(number, os.strerror(number), str(path))
+    return open(descriptor, "rb")
+
+
 def _is_there(name: str, folder: int) -> bool:
     try:
         os.stat(name, dir_fd=folder)
@@ -343,7 +356,7 @@ def _is_there(name: str, folder: int) -> bool:
 
 def _etag(path: str | Path, folder: int | None = None) -> tuple[str, os.stat_result]:
     """Returns the etag and the state of one and the same version: files are replaced, never changed."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as stream:
+    with _open_file(path, folder) as stream:
         state = os.fstat(stream.fileno())
         return _spelled_etag(state, b"" if state.st_size > _DIGEST_LIMIT else stream.read()), state
 
