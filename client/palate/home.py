@@ -40,6 +40,32 @@ def work_folder(kind: str, name: str) -> Path:
     return palate_home() / "work" / kind / name / f"{os.getpid()}-{start_time(os.getpid())}-{_space()}"
 
 
+def remember_start(uri: str, manifest: bytes) -> None:
+    """Notes that this user started a run, with its manifest as it was then: see `was_started_here`."""
+    mark = _start_mark(uri)
+    mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = mark.with_name(f"{mark.name}.{os.getpid()}")
+    draft.write_text(hashlib.sha256(manifest).hexdigest())
+    draft.replace(mark)
+
+
+def was_started_here(uri: str, manifest: bytes) -> bool:
+    """Returns whether this user started a run, or resumed it, from this PALATE_HOME, with the manifest that it has."""
+    try:
+        return _start_mark(uri).read_text() == hashlib.sha256(manifest).hexdigest()
+    except (OSError, UnicodeError):
+        return False
+
+
+def forget_start(uri: str) -> None:
+    """Removes what `remember_start` noted."""
+    _start_mark(uri).unlink(missing_ok=True)
+
+
+def _start_mark(uri: str) -> Path:
+    return palate_home() / "started" / hashlib.sha256(uri.encode()).hexdigest()
+
+
 def stale_work_folders(kind: str, name: str) -> list[Path]:
     """Returns the work folders of a run whose process is gone; those of other machines, on a shared disk, are left out."""
     folder = palate_home() / "work" / kind / name

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from secrets import token_hex
+from typing import Any
 
 from palate.errors import ConfigurationError, DamagedFilesError
 from palate.processes import machine_mark, process_state, start_time
@@ -77,8 +78,11 @@ class Lease:
         values = {**_UNSAID, **values}
         for item in fields(cls):
             kind = _JSON_TYPES[str(item.type)]
-            value = values.get(item.name)
+            value: Any = values.get(item.name)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{item.name}={value!r}")
+            # Without a bound a lease of a hostile store would never count as lost.
+            if item.name in ("every_s", "lost_after_s") and not 0 < float(value) <= _LONGEST_S:
                 raise ValueError(f"{item.name}={value!r}")
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
@@ -98,6 +102,8 @@ class Lease:
         """
         return min(2 * self.every_s, self.lost_after_s)
 
+
+_LONGEST_S = 7 * 24 * 3600.0
 
 _UNSAID = {"start_id": "", "host": "", "machine": "", "pid": 0, "pid_start": ""}
 """What a lease may leave out: the defaults of `Lease` are facts of this process."""

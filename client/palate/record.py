@@ -274,17 +274,20 @@ class Record:
     def manifest(self) -> Manifest:
         """Raises RunNotFoundError when there is none, DamagedFilesError when it cannot be read."""
         try:
-            data = self.store.get(self.key("manifest.json"))
+            return Manifest.from_json(self.manifest_bytes())
+        except ValueError as error:
+            self._raise_damaged("manifest.json", error)
+
+    def manifest_bytes(self) -> bytes:
+        """Returns the manifest as it was written; raises RunNotFoundError when there is none."""
+        try:
+            return self.store.get(self.key("manifest.json"))
         except FileNotFoundError:
             noun = "job" if self.kind == "jobs" else "service"
             raise RunNotFoundError(
                 f"no {noun} {self.name!r} in {self.store.root}: `palate {self.kind}` lists what is there; "
                 "another store is chosen with PALATE_STORE or Session(store=…)"
             ) from None
-        try:
-            return Manifest.from_json(data)
-        except ValueError as error:
-            self._raise_damaged("manifest.json", error)
 
     def _raise_damaged(self, name: str, error: ValueError) -> NoReturn:
         raise DamagedFilesError(

@@ -14,6 +14,7 @@ from typing import Any
 from palate.backend import Backend, EngineStatus, Launch, backend_names, for_run, get_backend
 from palate.display import Display, make_display
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
+from palate.home import forget_start, remember_start, was_started_here
 from palate.lease import LOST_AFTER_S, START_ID_VARIABLE, read_lease, silence_s
 from palate.record import ACTIVE, LONGEST_LINE, LOST, TERMINAL, Manifest, Record, State, Status
 from palate.session import Session
@@ -65,6 +66,7 @@ class RunHandle:
     def start(self, environments: dict[str, str] | None = None) -> None:
         """Gives the run to its backend; a start that fails becomes the run's status and is raised."""
         start_id = token_hex(8)
+        remember_start(self.record.uri, self.record.manifest_bytes())
         launch = Launch(
             uri=self.record.uri,
             kind=self.record.kind,
@@ -130,8 +132,9 @@ class RunHandle:
     def refresh(self) -> Status:
         """Returns the status, after looking whether a runner still stands behind it.
 
-        A run whose runner is lost is Failed by this look, or begins its next attempt if it has one left and its
-        backend can be asked from here.
+        A run whose runner is lost is Failed by this look, or begins its next attempt if it has one left, its backend can be
+        asked from here, and this user started it with the manifest that it has: whoever may write to a shared store must
+        not start programs on the machines of those who read it.
         """
         status = self.record.status()
         if status.is_terminal or not (cause := self.lost(status)):
@@ -144,6 +147,7 @@ class RunHandle:
             status.state == "Running"
             and gone
             and status.attempt < status.last_attempt
+            and was_started_here(self.record.uri, self.record.manifest_bytes())
             and self._begin_again(status, cause)
         ):
             return self.record.status()
@@ -306,6 +310,7 @@ class RunHandle:
         except DamagedFilesError:
             self._stop_unread()
         self.record.delete()
+        forget_start(self.record.uri)
 
     def _stop_unread(self) -> None:
         with suppress(DamagedFilesError):

@@ -16,6 +16,7 @@ import pytest
 from palate import Session
 from palate.backend.process import ProcessBackend
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
+from palate.home import remember_start
 from palate.job import TrainingJob
 from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
 from palate.processes import process_state
@@ -167,6 +168,24 @@ def test_a_run_whose_engine_is_gone_is_in_the_hands_of_another_runner(store: Sto
     assert handle.refresh().reason == LOST
 
 
+@pytest.mark.parametrize("started_here", [False, True])
+def test_a_look_begins_the_next_attempt_of_its_own_runs_alone(session: Session, home: Path, started_here: bool) -> None:
+    """Whoever may write to a store could otherwise start programs on the machines of those who look at it."""
+    source = {"kind": "folder", "location": "/nowhere", "revision": "", "size_bytes": 0}
+    record = job(session.store, max_attempts=2, model={"name": "m", "source": source}, notes=[], inputs={})
+    engine_id = ProcessBackend().start_command([sys.executable, "-c", ""], run_name="jobs-one", env={})
+    until(lambda: session.backend.status(engine_id).state == "gone")
+    if started_here:
+        remember_start(record.uri, record.manifest_bytes())
+    record.advance("Running", expect={"Creating"}, engine_id=engine_id, start_id="s")
+    handle = RunHandle(record, session)
+    until(lambda: handle.refresh().is_terminal)
+    status = record.status()
+    assert (status.state, status.attempt) == ("Failed", 2 if started_here else 1)
+    handle.delete()
+    assert not list((home / "started").glob("*"))
+
+
 LOOK = """
 import sys
 from palate import Session
@@ -285,6 +304,14 @@ def test_a_damaged_lease_is_taken_when_nobody_renews_it(
     assert RunHandle(record, session).refresh().state == "Running"  # a runner may be about to write it anew
     assert take(record) is None
     assert take(record, patient=True) is not None
+
+
+@pytest.mark.parametrize("lost_after_s", [float("nan"), float("inf"), 1e308, 0.0, -1.0])
+def test_a_lease_that_would_never_count_as_lost_is_damaged(store: Store, lost_after_s: float) -> None:
+    record = job(store)
+    left_by(record, lost_after_s=lost_after_s)
+    with pytest.raises(DamagedFilesError, match="lost_after_s"):
+        read_lease(record)
 
 
 def test_of_two_that_begin_an_attempt_one_does(store: Store) -> None:
