@@ -82,7 +82,7 @@ class Lease:
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"{item.name}={value!r}")
             # Without a bound a lease of a hostile store would never count as lost.
-            if item.name in ("every_s", "lost_after_s") and not 0 < float(value) <= _LONGEST_S:
+            if item.name in ("every_s", "lost_after_s") and not 0 < values[item.name] <= _LONGEST_S:
                 raise ValueError(f"{item.name}={value!r}")
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 

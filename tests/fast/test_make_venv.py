@@ -146,6 +146,7 @@ def test_a_signal_leaves_no_half_made_environment(copy: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "container/make_venv.py", "--variant", "transformers"],
         cwd=copy, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     assert process.stderr is not None
     for said in process.stderr:

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -25,7 +26,10 @@ WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 AUTHORISED = f"authorization: Bearer {TOKEN}\r\n".encode()
 
 
-@pytest.fixture(scope="module", params=["httptools", "h11"])
+needs_httptools = pytest.mark.skipif(find_spec("httptools") is None, reason="httptools comes with vLLM alone")
+
+
+@pytest.fixture(scope="module", params=[pytest.param("httptools", marks=needs_httptools), "h11"])
 def service(request: pytest.FixtureRequest) -> Iterator[FrontedService]:
     """With limits that a test reaches in a moment."""
     limits = {"HEAD_TIMEOUT_S": 1.0, "BODY_TIMEOUT_S": 1.0, "CONNECTIONS_LIMIT": 40, "BODY_LIMIT_BYTES": 1024**2}

@@ -31,7 +31,13 @@ def up(folder: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], dict[st
     """Runs the command until it has printed its settings; yields them and it."""
     argv = [sys.executable, "-m", "palate.cli", "store", "up", "--folder", str(folder), "--port", str(port)]
     with (folder.parent / "stderr").open("w") as errors:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
     assert process.stdout is not None
     try:
         settings: dict[str, str] = {}

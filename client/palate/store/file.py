@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,8 +41,8 @@ _LOCK = f"{RESERVED}lock"
 _DIGEST_LIMIT = 8 << 20
 """Bytes up to which an etag is a digest of the content. Above, size and time stand in: stat stays fast."""
 
-_ATTEMPTS = 20
-"""Of a put or a deletion whose folder others delete or fill at the same time."""
+_CONTENDED_S = 10.0
+"""How long a put or a deletion is tried whose folder others delete or fill at the same time."""
 
 _BLOCK = 4 << 20
 """Bytes that a stream yields at a time."""
@@ -85,16 +86,16 @@ class FileStore(Store):
         check_condition(key, if_match, if_none_match)
         path = self._path(key)
         with self._explained("written", key):
-            for attempt in range(_ATTEMPTS):
+            give_up = time.monotonic() + _CONTENDED_S
+            while True:
                 try:
                     _make_folders(path.parent)
                     with _opened(path.parent) as folder, _locked(folder):
                         self._check(key, folder, if_match, if_none_match)
                         return _replace_whole(path.name, data, folder, mode=0o600 if private else 0o666)
                 except FileNotFoundError:  # its folder was deleted
-                    if attempt == _ATTEMPTS - 1:
+                    if time.monotonic() > give_up:
                         raise
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _check(self, key: str, folder: int, if_match: str | None, if_none_match: bool) -> None:
         """Raises PreconditionFailedError unless the object is as a put wants it."""
@@ -197,7 +198,8 @@ class FileStore(Store):
 
     def _place(self, source: Path, target: Path) -> int:
         """Puts a copy of a file at `target` in one step, and returns its size in bytes."""
-        for attempt in range(_ATTEMPTS):
+        give_up = time.monotonic() + _CONTENDED_S
+        while True:
             _make_folders(target.parent)
             draft = draft_beside(target)
             try:
@@ -213,11 +215,10 @@ class FileStore(Store):
                     _keep_names(target.parent)
                 return size
             except FileNotFoundError:  # its folder was deleted
-                if attempt == _ATTEMPTS - 1 or not source.exists():
+                if time.monotonic() > give_up or not source.exists():
                     raise
             finally:
                 draft.unlink(missing_ok=True)
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
         source = self._path(key)
@@ -368,10 +369,11 @@ def _spelled_etag(state: os.stat_result, data: bytes) -> str:
 
 
 def _remove(folder: Path) -> None:
-    for attempt in range(_ATTEMPTS):
+    give_up = time.monotonic() + _CONTENDED_S
+    while True:
         try:
             shutil.rmtree(folder)
             return
         except OSError as error:  # a writer that had opened a folder in it put something in
-            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or attempt == _ATTEMPTS - 1:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > give_up:
                 raise
