@@ -38,7 +38,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("python", [PYTHONS[0], *(pytest.param(p, marks=pytest.mark.thorough) for p in PYTHONS[1:])])
-@pytest.mark.parametrize("extras", ["s3,data,store-server,train,serve", "s3,data,train,serve-transformers", "train,serve"])
+@pytest.mark.parametrize(
+    "extras", ["s3,data,store-server,train,serve", "s3,data,train,serve-transformers", "train,serve"]
+)
 def test_the_extras_of_the_wheel_resolve_together_without_constraints(
     wheel: Path, tmp_path: Path, extras: str, python: str
 ) -> None:

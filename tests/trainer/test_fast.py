@@ -362,7 +362,6 @@ def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
     assert "because of this model" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("precision")
 def test_a_packed_row_that_lets_answers_see_each_other_is_found_out_before_training(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
