@@ -37,6 +37,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(params=["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+def precision(request: pytest.FixtureRequest) -> str:
+    """What a training computes in: what this machine would choose by itself decides nothing."""
+    return str(request.param)
+
+
 @pytest.fixture
 def prefs(tmp_path: Path) -> Path:
     path = tmp_path / "prefs.json"

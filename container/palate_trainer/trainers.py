@@ -186,7 +186,7 @@ def build_trainer(
                 **common,
             )
     except ValueError as error:
-        if "Target modules" in str(error) or "lm_head" in str(error):
+        if any(words in str(error) for words in ("Target modules", "target_modules", "lm_head")):
             raise TrainerError(
                 f"target_modules={spec.hyperparameters['target_modules']!r} does not fit this model: {error}"
             ) from error

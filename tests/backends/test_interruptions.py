@@ -21,11 +21,11 @@ STEPS = 100
 SECRET = {"MY_KEY": "told-to-nobody"}
 
 
-def train(model: Path, prefs: Path, name: str, *, wait: bool) -> TrainingJob:
+def train(model: Path, prefs: Path, name: str, precision: str, *, wait: bool) -> TrainingJob:
     recipe = ModelTrainingRecipe(
         model_name="tiny",
         model_uri=str(model),
-        hyperparameters={**SETTINGS, "max_steps": STEPS},
+        hyperparameters={**SETTINGS, "max_steps": STEPS, "precision": precision},
         environments=SECRET,
         max_attempts=2,
     )
@@ -40,13 +40,14 @@ def test_what_was_ended_and_killed_goes_on_and_equals_the_run_without_a_break(
     tiny: Path,
     prefs: Path,
     monkeypatch: pytest.MonkeyPatch,
+    precision: str,
 ) -> None:
-    whole = train(tiny, prefs, "whole", wait=True)
+    whole = train(tiny, prefs, "whole", precision, wait=True)
     expected = losses(whole)
     assert [step for step, _ in expected] == [*range(1, STEPS + 1)]
 
     # Ended as any program of this engine is: a whole checkpoint is left.
-    job = train(tiny, prefs, "broken", wait=False)
+    job = train(tiny, prefs, "broken", precision, wait=False)
     until(lambda: last_checkpoint(job) > 0)
     seen = hands.shown(job.describe().engine_id)
     assert SECRET["MY_KEY"] not in seen

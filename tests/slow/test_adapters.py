@@ -20,19 +20,22 @@ def recipe(model: Path, **hyperparameters: object) -> ModelTrainingRecipe:
     return ModelTrainingRecipe(model_name="tiny", model_uri=str(model), hyperparameters={**QUICK, **hyperparameters})
 
 
-def test_a_job_goes_on_from_the_adapter_of_another(store_session: Session, tiny: Path, prefs: Path) -> None:
-    first = recipe(tiny, training_strategy="sft", lora_dim=4, learning_rate=1e-2).train(
+def test_a_job_goes_on_from_the_adapter_of_another(
+    store_session: Session, tiny: Path, prefs: Path, precision: str
+) -> None:
+    first = recipe(tiny, precision=precision, training_strategy="sft", lora_dim=4, learning_rate=1e-2).train(
         inputs={"train": prefs}, job_name="sft", show_logs=False
     )
-    second = recipe(tiny, training_strategy="dpo", max_steps=2).train(
+    second = recipe(tiny, precision=precision, training_strategy="dpo", max_steps=2).train(
         inputs={"train": prefs, "adapter": first.model_uri}, job_name="dpo", show_logs=False
     )
     body = second.manifest.body
     assert body["hyperparameters"]["lora_dim"] == 4
     assert set(body["inputs"]["adapter"]) == {"uri", "sha256", "bytes"}
     step_0 = second.metrics()[1]
-    assert step_0["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    assert step_0["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    near = 1e-3 if precision == "float32" else 2e-2  # the reference was scored in other batches
+    assert step_0["loss"] == pytest.approx(math.log(2), abs=near)
+    assert step_0["rewards/margins"] == pytest.approx(0, abs=near)
     store = store_session.store
     made = {info.key.removeprefix("jobs/dpo/model/") for info in store.list("jobs/dpo/model/")}
     assert not any(key.startswith("ref") for key in made)

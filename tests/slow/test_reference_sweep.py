@@ -29,18 +29,18 @@ def finished(job: TrainingJob) -> tuple[tuple[int, int], list[float]]:
 
 
 def test_the_second_job_of_a_sweep_finds_all_rows_in_the_store(
-    store_session: Session, home: Path, tiny: Path, prefs: Path
+    store_session: Session, home: Path, tiny: Path, prefs: Path, precision: str
 ) -> None:
     store = store_session.store
-    assert finished(start(tiny, prefs, "one", learning_rate=1e-3))[0] == (0, ROWS)
+    assert finished(start(tiny, prefs, "one", precision=precision, learning_rate=1e-3))[0] == (0, ROWS)
     (table,) = store.list("cache")
     assert table.key.startswith("cache/reference/")
-    counts, losses = finished(start(tiny, prefs, "two", learning_rate=2e-3))
+    counts, losses = finished(start(tiny, prefs, "two", precision=precision, learning_rate=2e-3))
     assert counts == (ROWS, 0)
     assert [info.key for info in store.list("cache")] == [table.key]
 
     store.put(table.key, b"\x00 not a table")
-    counts, uncached = finished(start(tiny, prefs, "three", learning_rate=2e-3))
+    counts, uncached = finished(start(tiny, prefs, "three", precision=precision, learning_rate=2e-3))
     assert counts == (0, ROWS)
     assert losses == pytest.approx(uncached, abs=1e-6)
     assert store.get(table.key).startswith(b'{"format": 1')

@@ -45,6 +45,17 @@ _OWN: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 4,
+        "mamba_n_groups": 1,
+        "ssm_state_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
 }  # fmt: skip
 CATALOG = tuple(sorted({kind for kinds in FAMILIES.values() for kind in kinds}))
 OTHERS = ("cohere2", "glm4_moe", "gpt_oss", "granite", "mixtral", "olmo3")

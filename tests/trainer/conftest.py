@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.architectures import random_model
+from tests.trainer.support import QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,13 @@ def keep_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """That of every run in the test that names no other."""
+    monkeypatch.setitem(QUICK, "precision", precision)
+    return precision
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,12 @@ from palate_trainer.spec import ERROR_FILE, TrainSpec
 from tests.support.rows import preference_rows
 
 CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
+PRECISIONS = ("float32", "bfloat16")
+NEAR = {"float32": 1e-5, "bfloat16": 2e-2}
+"""How far the losses of two runs may be apart whose sums are in another order: in 16 bits a log-probability of an answer is off
+by hundredths, and a loss with it."""
+NORM_NEAR = {"float32": 1e-3, "bfloat16": 5e-2}
+"""The same of gradient norms, as a share of them."""
 QUICK = {
     "training_strategy": "dpo",
     "gradient_accumulation_steps": 1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.support import losses, refusal, spec, train
+from tests.trainer.support import NEAR, losses, refusal, spec, train
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +32,7 @@ def weights(folder: Path) -> dict[str, Any]:
     return dict(load_file(folder / "adapter_model.safetensors"))
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("reference", ["scored once", "scored a batch at a time"])
 def test_dpo_after_sft_starts_undecided_from_the_sft_adapter(
     tiny: Path, sft: Path, tmp_path: Path, reference: str
@@ -57,6 +58,7 @@ def test_dpo_after_sft_starts_undecided_from_the_sft_adapter(
     assert all((weights(sft)[name] == before[name]).all() for name in before)
 
 
+@pytest.mark.usefixtures("precision")
 def test_the_probe_has_the_plain_base_beside_the_trained_adapter(tiny: Path, sft: Path, tmp_path: Path) -> None:
     train(spec(tiny, tmp_path / "sft-dpo", adapter_dir=str(sft), lora_dim=8, max_steps=2, learning_rate=1e-3))
     train(spec(tiny, tmp_path / "plain", max_steps=2, learning_rate=1e-3))
@@ -67,6 +69,7 @@ def test_the_probe_has_the_plain_base_beside_the_trained_adapter(tiny: Path, sft
     assert sum(ours[0]["logps"]) > sum(plain[0]["logps"]) + 5
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_resumed_continuation_equals_the_uninterrupted_one(tiny: Path, sft: Path, tmp_path: Path) -> None:
     settings = {"adapter_dir": str(sft), "lora_dim": 8, "num_train_epochs": 2, "learning_rate": 1e-3, "save_steps": 3}
     whole = train(spec(tiny, tmp_path / "whole", validate=True, **settings))
@@ -79,22 +82,24 @@ def test_a_resumed_continuation_equals_the_uninterrupted_one(tiny: Path, sft: Pa
     )
 
 
-def test_the_users_dropout_is_that_of_the_further_training(tiny: Path, sft: Path, tmp_path: Path) -> None:
+def test_the_users_dropout_is_that_of_the_further_training(
+    tiny: Path, sft: Path, tmp_path: Path, precision: str
+) -> None:
     settings = {"adapter_dir": str(sft), "lora_dim": 8, "learning_rate": 1e-3, "max_steps": 2}
     plain = train(spec(tiny, tmp_path / "plain", **settings))
     dropped = train(spec(tiny, tmp_path / "dropped", lora_dropout=0.5, **settings))
-    assert losses(plain)[0] == pytest.approx(0.693147, abs=1e-5)
-    assert losses(dropped)[0] != pytest.approx(0.693147, abs=1e-4)
+    assert losses(plain)[0] == pytest.approx(0.693147, abs=NEAR[precision])
+    assert losses(dropped)[0] != pytest.approx(losses(plain)[0], abs=1e-4)
 
 
-def test_quantised_weights_do_not_round_the_adapter(tiny: Path, tmp_path: Path) -> None:
+def test_quantised_weights_do_not_round_the_adapter(tiny: Path, tmp_path: Path, precision: str) -> None:
     """TRL casts the policy's adapter to bfloat16 on 4-bit weights, and not the reference's."""
     four_bit = {"method": "QLoRA_LLM", "rows": 2, "max_steps": 1, "per_device_train_batch_size": 1, "lora_dim": 8}
     four_bit |= {"target_modules": ["q_proj"], "seq_length": 64, "data": SHORT}
     train(spec(tiny, tmp_path / "sft", training_strategy="sft", learning_rate=1e-2, **four_bit))
     model = tmp_path / "sft/out/model"
     metrics = train(spec(tiny, tmp_path / "dpo", adapter_dir=str(model), learning_rate=1e-9, **four_bit))
-    assert metrics[1]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert metrics[1]["rewards/margins"] == pytest.approx(0, abs=1e-4 if precision == "float32" else 1e-3)
     before, after = weights(model), weights(tmp_path / "dpo/out/model")
     assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
 

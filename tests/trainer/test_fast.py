@@ -196,6 +196,38 @@ def test_a_norm_of_another_kind_is_left_alone() -> None:
     assert fuse_elementwise(torch.nn.Sequential(OneMore())) == []
 
 
+def test_a_norm_with_a_gate_and_a_block_with_more_arguments_keep_their_own_computation() -> None:
+    """Those of Mamba-2 layers: alone they are the common form, and with further arguments another."""
+    import torch
+
+    from palate_trainer.fast.elementwise import fuse_elementwise
+
+    class Norm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.full((8,), 0.5), requires_grad=False), 1e-6
+
+        def forward(self, x: Any, gate: Any = None) -> Any:
+            x = x if gate is None else x * torch.nn.functional.silu(gate)
+            return self.weight * (x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+            self.act_fn = torch.nn.SiLU()
+
+        def forward(self, x: Any, scale: float = 1.0) -> Any:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * scale)
+
+    torch.manual_seed(0)
+    norm, block, x = Norm(), Block(), torch.randn(3, 8)
+    expected = norm(x), norm(x, x + 1), norm(x, gate=x + 1), block(x), block(x, 2.0), block(x, scale=2.0)
+    assert len(fuse_elementwise(torch.nn.Sequential(norm, block))) == 2
+    found = norm(x), norm(x, x + 1), norm(x, gate=x + 1), block(x), block(x, 2.0), block(x, scale=2.0)
+    torch.testing.assert_close(found, expected)
+
+
 PAIRS = [
     # prompts of two lengths with one beginning, answers with one beginning, an answer that begins the other
     {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [9, 9, 2], "rejected_ids": [9, 8, 2]},
@@ -296,6 +328,7 @@ def test_small_batches_of_a_step_are_joined_as_far_as_memory_and_gain_go() -> No
     assert joined(1, 8, 5000) == 1
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("kind", ["softcap", "convolutions"])
 def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
     tiny: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
@@ -466,6 +499,7 @@ def _steps(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in metrics if entry["kind"] == "train"]
 
 
+@pytest.mark.usefixtures("precision")
 def test_what_fails_without_the_fast_path_too_fails_as_itself(small: Path, tmp_path: Path) -> None:
     """TRL's own path meets the same loss, and its message is the one that stays."""
     import torch

@@ -13,7 +13,7 @@ import pytest
 from palate_trainer.spec import COMPLETE_MARK, EXIT_STOPPED
 from tests.slow.conftest import until
 from tests.support.rows import preference_rows
-from tests.trainer.support import losses, refusal, spec, train
+from tests.trainer.support import NEAR, NORM_NEAR, losses, refusal, spec, train
 from tests.trainer.test_parallel import log_of, start, together, training
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def steps(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def stock(
-    tiny: Path, folder: Path, rows: list[dict[str, Any]], *, accumulation: int, adapter: bool
+    tiny: Path, folder: Path, rows: list[dict[str, Any]], *, accumulation: int, adapter: bool, precision: str
 ) -> list[dict[str, Any]]:
     """What `KTOTrainer` as TRL ships it logs over the rows in their order; it renders, tokenises and pairs up by itself."""
     from datasets import Dataset
@@ -59,13 +59,13 @@ def stock(
     ]
     arguments = KTOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=accumulation, num_train_epochs=1,
-        learning_rate=1e-3, logging_steps=1, max_length=128, beta=0.3, desirable_weight=0.8, undesirable_weight=1.2, bf16=False,
-        use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no", seed=42, disable_tqdm=True,
-        weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="linear",
+        learning_rate=1e-3, logging_steps=1, max_length=128, beta=0.3, desirable_weight=0.8, undesirable_weight=1.2,
+        bf16=precision == "bfloat16", use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no", seed=42,
+        disable_tqdm=True, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="linear",
     )  # fmt: skip
     set_seed(42)
     trainer = KTOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(tiny, dtype=precision if adapter else "float32"),
         args=arguments,
         train_dataset=Dataset.from_list(messages),
         processing_class=AutoTokenizer.from_pretrained(tiny),
@@ -78,8 +78,10 @@ def stock(
 
 
 @pytest.mark.parametrize(("method", "accumulation"), [("LoRA_LLM", 1), ("LoRA_LLM", 2), ("Standard_LLM", 1)])
-def test_every_step_is_that_of_stock_trl(tiny: Path, tmp_path: Path, method: str, accumulation: int) -> None:
-    """Same rows, same order, fp32, weights and beta that show: Palate's trainer against `KTOTrainer` over 3 epochs."""
+def test_every_step_is_that_of_stock_trl(
+    tiny: Path, tmp_path: Path, method: str, accumulation: int, precision: str
+) -> None:
+    """Same rows, same order, same precision, weights and beta that show: Palate's trainer against `KTOTrainer` over 3 epochs."""
     settings = {"num_train_epochs": 3, "dpo_beta": 0.3, "desirable_weight": 0.8, "undesirable_weight": 1.2}
     settings["gradient_accumulation_steps"] = accumulation
     rows = answers()
@@ -91,20 +93,23 @@ def test_every_step_is_that_of_stock_trl(tiny: Path, tmp_path: Path, method: str
     for epoch in range(3):
         order.set_epoch(epoch)
         in_order += [rows[index] for index in order]
-    expected = stock(tiny, tmp_path / "stock", in_order, accumulation=accumulation, adapter=method == "LoRA_LLM")
+    how: dict[str, Any] = {"accumulation": accumulation, "adapter": method == "LoRA_LLM", "precision": precision}
+    expected = stock(tiny, tmp_path / "stock", in_order, **how)
     assert len(ours) == len(expected) == 12 // accumulation
+    near = NEAR[precision]
     for one, other in zip(ours, expected, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-        assert one["kl"] == pytest.approx(other["kl"], abs=1e-5, rel=1e-5)
+        assert one["loss"] == pytest.approx(other["loss"], abs=near)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=NORM_NEAR[precision])
+        assert one["kl"] == pytest.approx(other["kl"], abs=near, rel=near)
         for name in NAMES if accumulation == 1 else ():  # over several batches TRL takes a mean of means
             assert (name in one) == (name in other), name
             if name in other:
-                assert one[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), name
+                assert one[name] == pytest.approx(other[name], abs=near, rel=near), name
     assert ours[-1]["loss"] < ours[0]["loss"] - 1e-2  # a curve that moves
     assert max(entry["kl"] for entry in ours) > 0.01  # and a divergence that is not clamped to 0
 
 
+@pytest.mark.usefixtures("precision")
 def test_step_0_is_undecided_and_the_model_folder_is_whole(tiny: Path, tmp_path: Path) -> None:
     metrics = train(spec(tiny, tmp_path, data=answers(), validate=True, max_steps=2, **KTO))
     assert [entry["kind"] for entry in metrics] == ["start", "train", "train", "eval", "end"]
@@ -125,6 +130,7 @@ def test_step_0_is_undecided_and_the_model_folder_is_whole(tiny: Path, tmp_path:
     assert all(len(row["logps"]) == len(row["completion_ids"]) > 0 for row in probe)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("flipped", [False, True])
 def test_the_margin_follows_the_labels(tiny: Path, tmp_path: Path, flipped: bool) -> None:
     """Trained on labels as they are, or all turned round; scored by the labels as they are, which pairs hold."""
@@ -164,6 +170,7 @@ def test_a_file_of_messages_with_labels_trains(tiny: Path, tmp_path: Path) -> No
         assert text in shown
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) -> None:
     settings = {"data": answers(14), "num_train_epochs": 3, "save_steps": 5, "lora_dropout": 0.1, **KTO}
     whole = steps(train(spec(tiny, tmp_path / "whole", **settings)))
@@ -185,6 +192,7 @@ def test_16_bit_arithmetic_gives_the_gradients_of_32(tiny: Path, tmp_path: Path,
     assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
 
 
+@pytest.mark.usefixtures("precision")
 def test_an_adapter_to_go_on_from_is_the_reference(tiny: Path, tmp_path: Path) -> None:
     train(spec(tiny, tmp_path / "sft", training_strategy="sft", learning_rate=1e-2, lora_dim=8, num_train_epochs=2))
     adapter = tmp_path / "sft/out/model"
@@ -199,20 +207,22 @@ def test_an_adapter_to_go_on_from_is_the_reference(tiny: Path, tmp_path: Path) -
     assert not (tmp_path / "kto/out/model/ref").exists()
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path: Path, precision: str) -> None:
     """13 answers are 7 batches of 2: the last round lacks one, and the last batch has one answer."""
     settings = {"data": answers(13), "num_train_epochs": 2, "per_device_train_batch_size": 2, "validate": True, **KTO}
     alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=2, **settings))
     both = together(spec(tiny, tmp_path / "both", gradient_accumulation_steps=1, **settings))
     assert [entry["kind"] for entry in both] == [entry["kind"] for entry in alone]
+    near = max(1e-4, NEAR[precision])
     for one, two in zip(alone, both, strict=True):
         for prefix in ("", "eval_"):
             for name in ("loss", "kl", *NAMES[:5]):
                 if prefix + name in one:
-                    assert two[prefix + name] == pytest.approx(one[prefix + name], abs=1e-4, rel=1e-4), name
+                    assert two[prefix + name] == pytest.approx(one[prefix + name], abs=near, rel=near), name
         assert two.get("tokens") == one.get("tokens")
 
 
+@pytest.mark.usefixtures("precision")
 def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     wanted = replace(spec(tiny, tmp_path, data=answers(), num_train_epochs=1000, **KTO), processes=1)
     program = start(wanted)
@@ -225,6 +235,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tiny: Path, tmp_
     assert len(steps(train(spec(tiny, tmp_path / "rest", data=answers(), **rest, **KTO)))) == 1
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("kind", ["good", "bad"])
 def test_answers_of_one_kind_train_with_a_note(tiny: Path, tmp_path: Path, kind: str) -> None:
     rows = [{**row, "label": kind == "good"} for row in answers(8)]

@@ -13,6 +13,7 @@ from tests.trainer.support import losses, spec, train
 
 pytestmark = pytest.mark.slow
 
+NEAR = {"float32": 1e-4, "bfloat16": 5e-2}
 BETA, SMOOTHING, TAU = 0.5, 0.1, 0.05
 ROWS = [
     {"prompt": "One?", "chosen": "It is one, and not two.", "rejected": "No."},
@@ -23,14 +24,16 @@ ROWS = [
 class Scores:
     """Log-probabilities of the rows' answers by plain forward passes, one answer at a time; tensors over (pairs,)."""
 
-    def __init__(self, model: Any, rows: list[Any], ld_alpha: float = 1.0) -> None:
+    def __init__(self, model: Any, rows: list[Any], autocast: Callable[[], Any], ld_alpha: float = 1.0) -> None:
         import torch
 
         def logps(row: Any, completion: list[int], other: list[int]) -> Any:
             ids = torch.tensor([row.prompt_ids + completion])
-            with torch.no_grad():
+            with torch.no_grad(), autocast():
                 logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1]
-            each = logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)  # (tokens,)
+            each = (
+                logits.float().log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
+            )  # (tokens,)
             both = min(len(completion), len(other))
             return each[:both].sum() + ld_alpha * each[both:].sum()
 
@@ -129,31 +132,33 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
         loss.backward()
     grads = [p.grad for p in trainer.model.parameters() if p.requires_grad]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
-    scores = Scores(trainer.model.eval(), rows, ld_alpha=wanted.hyperparameters["ld_alpha"])
+    ld_alpha = wanted.hyperparameters["ld_alpha"]
+    scores = Scores(trainer.model.eval(), rows, trainer.accelerator.autocast, ld_alpha=ld_alpha)
     assert scores.c.abs().min() > 0.01  # the policy has left the reference
     return float(loss), scores
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
-def test_the_loss_is_its_formula(tiny: Path, tmp_path: Path, name: str) -> None:
+def test_the_loss_is_its_formula(tiny: Path, tmp_path: Path, name: str, precision: str) -> None:
     loss, scores = computed(tiny, tmp_path, loss_type=name)
-    assert loss == pytest.approx(float(formula(name, scores).mean()), rel=1e-4, abs=1e-4)
+    assert loss == pytest.approx(float(formula(name, scores).mean()), rel=NEAR[precision], abs=NEAR[precision])
 
 
-def test_several_losses_are_added_with_their_weights(tiny: Path, tmp_path: Path) -> None:
+def test_several_losses_are_added_with_their_weights(tiny: Path, tmp_path: Path, precision: str) -> None:
     loss, scores = computed(tiny, tmp_path, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights="0.8,0.2,1.5")
     weighted = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.5}
     expected = sum(weight * float(formula(name, scores).mean()) for name, weight in weighted.items())
-    assert loss == pytest.approx(expected, rel=1e-4)
+    assert loss == pytest.approx(expected, rel=NEAR[precision])
 
 
-def test_ld_alpha_weighs_what_the_longer_answer_has_more(tiny: Path, tmp_path: Path) -> None:
+def test_ld_alpha_weighs_what_the_longer_answer_has_more(tiny: Path, tmp_path: Path, precision: str) -> None:
     loss, scores = computed(tiny, tmp_path / "ld", ld_alpha=0.25)
-    assert loss == pytest.approx(float(formula("sigmoid", scores).mean()), rel=1e-4)
+    assert loss == pytest.approx(float(formula("sigmoid", scores).mean()), rel=NEAR[precision])
     plain, _ = computed(tiny, tmp_path / "plain")
     assert loss != pytest.approx(plain, abs=1e-3)
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_mix_with_an_uncached_reference_trains(tiny: Path, tmp_path: Path) -> None:
     mix = {"loss_type": "sigmoid,sft", "loss_weights": [1, 0.5], "ld_alpha": 0.5}
     metrics = train(spec(tiny, tmp_path, max_steps=1, **mix))

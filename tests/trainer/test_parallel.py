@@ -17,7 +17,7 @@ import pytest
 from palate_trainer.parallel import Rounds
 from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
 from tests.slow.conftest import until
-from tests.trainer.support import losses, spec, train
+from tests.trainer.support import NEAR, NORM_NEAR, losses, spec, train
 
 CLOCKS = ("seconds", "first_step", "_left", "_per_s", "per_second", "_runtime", "_gb", "epoch")
 """Ends of names that two runs need not share; an epoch is a share of the rounds, and a stand-in fills a round."""
@@ -110,7 +110,9 @@ def test_batches_are_dealt_once_and_weigh_the_same_in_their_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.thorough), 13])
-def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path: Path, rows: int) -> None:
+def test_two_processes_are_one_with_twice_the_accumulation(
+    tiny: Path, tmp_path: Path, rows: int, precision: str
+) -> None:
     """13 rows are 7 batches of 2: the last round lacks one, and the last batch is short."""
     settings = {"rows": rows, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
     alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=2, validate=True, **settings))
@@ -122,7 +124,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
             if name == "rewards/accuracies" and one["step"] == 1:
                 continue  # before the first update margins are 0 but for rounding
             # TRL takes a mean over tokens batch by batch: which rows share a batch enters it, and the program joins small ones.
-            near = 0.05 if name.startswith(BY_TOKENS) else 1e-5
+            near = 0.05 if name.startswith(BY_TOKENS) else NEAR[precision]
             assert two[name] == pytest.approx(one[name], abs=near, rel=near), name
         assert one.get("num_tokens") == two.get("num_tokens")
     assert both[0]["processes"] == 2
@@ -132,19 +134,19 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
     assert len([line for line in said if line.startswith("step 1/")]) == 1  # one speaks for all
     probes = [json.loads((tmp_path / name / "out/model/probe.json").read_text()) for name in ("alone", "both")]
     for one, two in zip(probes[0]["rows"], probes[1]["rows"], strict=True):
-        assert two["logps"] == pytest.approx(one["logps"], abs=1e-4)
+        assert two["logps"] == pytest.approx(one["logps"], abs=max(1e-4, NEAR[precision]))
 
 
 @pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("fields", [{"training_strategy": "sft"}, {"method": "Standard_LLM"}], ids=["sft", "full"])
-def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[str, str]) -> None:
+def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[str, str], precision: str) -> None:
     settings = {"rows": 11, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **fields}
     alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=4, validate=True, **settings))
     both = together(spec(tiny, tmp_path / "both", gradient_accumulation_steps=2, validate=True, **settings))
-    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    assert losses(both) == pytest.approx(losses(alone), abs=NEAR[precision])
     evaluations = [[entry["eval_loss"] for entry in run if entry["kind"] == "eval"] for run in (alone, both)]
-    assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-5)
+    assert evaluations[1] == pytest.approx(evaluations[0], abs=NEAR[precision])
 
 
 @pytest.mark.slow
@@ -158,14 +160,16 @@ def test_other_trainings_agree_as_well(tiny: Path, tmp_path: Path, fields: dict[
     ],
     ids=["lora", "lora-reference-in-step", "full", "full-sft"],
 )
-def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_sharded_weights_train_as_whole_ones_do(
+    tiny: Path, tmp_path: Path, fields: dict[str, Any], precision: str
+) -> None:
     settings = {"rows": 11, "num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **fields}
     alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=4, validate=True, **settings))
     shards = spec(tiny, tmp_path / "both", gradient_accumulation_steps=2, validate=True, fsdp="full_shard", **settings)
     both = together(shards)
-    assert losses(both) == pytest.approx(losses(alone), abs=1e-5)
+    assert losses(both) == pytest.approx(losses(alone), abs=NEAR[precision])
     norms = [[entry["grad_norm"] for entry in run if entry["kind"] == "train"] for run in (alone, both)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert norms[1] == pytest.approx(norms[0], rel=NORM_NEAR[precision])
     assert both[0]["trainable_parameters"] == alone[0]["trainable_parameters"]
     from safetensors.torch import load_file
 
@@ -175,9 +179,12 @@ def test_sharded_weights_train_as_whole_ones_do(tiny: Path, tmp_path: Path, fiel
     for name in one:
         assert one[name].dtype == two[name].dtype
         assert two[name].shape == one[name].shape
-        assert (two[name] - one[name]).abs().max() < 1e-3, name
+        apart = (two[name] - one[name]).abs()
+        # Adam's first steps go by a gradient's sign, and 16 bits may turn the sign of one that is nearly 0.
+        assert (apart.max() < 1e-3) if precision == "float32" else (apart.mean() < 1e-4), name
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [pytest.param("off", marks=pytest.mark.thorough), "full_shard"])
 def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path, fsdp: str) -> None:
@@ -277,6 +284,7 @@ if os.environ.get("RANK"):
 """Breaks the fast path where dropout is drawn, which is in training alone."""
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.slow
 def test_two_processes_begin_anew_without_a_fast_path_that_fails(small: Path, tmp_path: Path) -> None:
     settings = {"lora_dropout": 0.1, "rows": 12, "max_steps": 2}

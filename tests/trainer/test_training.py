@@ -16,13 +16,13 @@ import pytest
 
 from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
 from tests.support.rows import preference_rows
-from tests.trainer.support import losses, spec, train
+from tests.trainer.support import NEAR, losses, spec, train
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None:
-    """Same rows, same order, fp32: palate's trainer against `DPOTrainer` as TRL ships it, over 12 steps."""
+def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path, precision: str) -> None:
+    """Same rows, same order, same precision: palate's trainer against `DPOTrainer` as TRL ships it, over 12 steps."""
     ours = train(spec(tiny, tmp_path / "ours", num_train_epochs=4, learning_rate=1e-3, seq_length=128))
 
     from datasets import Dataset
@@ -51,15 +51,15 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None
 
     arguments = DPOConfig(
         output_dir=str(tmp_path / "stock"), per_device_train_batch_size=4, gradient_accumulation_steps=1, num_train_epochs=1,
-        learning_rate=1e-3, logging_steps=1, max_length=128, beta=0.1, bf16=False, use_cpu=True, gradient_checkpointing=False,
-        report_to=[], save_strategy="no", seed=42, disable_tqdm=True, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="linear",
-        disable_dropout=True,
+        learning_rate=1e-3, logging_steps=1, max_length=128, beta=0.1, bf16=precision == "bfloat16",
+        use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no", seed=42, disable_tqdm=True, weight_decay=0.0,
+        max_grad_norm=1.0, lr_scheduler_type="linear", disable_dropout=True,
     )  # fmt: skip
     from transformers import set_seed
 
     set_seed(42)
     stock = Stock(
-        model=AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(tiny, dtype=precision),
         args=arguments,
         train_dataset=Dataset.from_list([rows[index] for epoch in order for index in epoch]),
         processing_class=tokenizer,
@@ -68,7 +68,7 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path) -> None
     stock.train()
     expected = [entry["loss"] for entry in stock.state.log_history if "loss" in entry]
     assert len(expected) == len(losses(ours)) == 12
-    assert losses(ours) == pytest.approx(expected, abs=1e-5)
+    assert losses(ours) == pytest.approx(expected, abs=NEAR[precision])
     assert expected[-1] < expected[0] - 1e-3  # a curve that moves
 
 
@@ -92,6 +92,7 @@ def _order_of_ours(tiny: Path, sampler: Any) -> list[list[int]]:
     return epochs
 
 
+@pytest.mark.usefixtures("precision")
 def test_step_0_is_undecided_and_metrics_have_trls_names(tiny: Path, tmp_path: Path) -> None:
     metrics = train(spec(tiny, tmp_path, validate=True, max_steps=2))
     assert [entry["kind"] for entry in metrics] == ["start", "train", "train", "eval", "end"]
@@ -115,6 +116,7 @@ def test_step_0_is_undecided_and_metrics_have_trls_names(tiny: Path, tmp_path: P
     assert all(len(row["logps"]) == len(row["completion_ids"]) for row in probe["rows"])
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) -> None:
     settings = {"num_train_epochs": 4, "learning_rate": 1e-3, "save_steps": 5, "lora_dropout": 0.1}
     whole = losses(train(spec(tiny, tmp_path / "whole", **settings)))
@@ -124,6 +126,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) 
     assert resumed == pytest.approx(whole[5:], abs=1e-5)
 
 
+@pytest.mark.usefixtures("precision")
 def test_resuming_a_finished_run_takes_no_further_step(tiny: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-3}
     train(spec(tiny, tmp_path / "whole", **settings))
@@ -134,16 +137,18 @@ def test_resuming_a_finished_run_takes_no_further_step(tiny: Path, tmp_path: Pat
     assert (tmp_path / "again/out" / weights).read_bytes() == (tmp_path / "whole/out" / weights).read_bytes()
 
 
-def test_accumulation_equals_a_larger_batch(tiny: Path, tmp_path: Path) -> None:
+def test_accumulation_equals_a_larger_batch(tiny: Path, tmp_path: Path, precision: str) -> None:
     settings = {"rows": 8, "num_train_epochs": 3, "learning_rate": 1e-3}
     wide = train(spec(tiny, tmp_path / "wide", per_device_train_batch_size=8, **settings))
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     deep = train(spec(tiny, tmp_path / "deep", **split, **settings))
-    assert losses(deep) == pytest.approx(losses(wide), abs=1e-5)
+    assert losses(deep) == pytest.approx(losses(wide), abs=NEAR[precision])
 
 
 @pytest.mark.parametrize("rows", [13, pytest.param(16, marks=pytest.mark.thorough)])
-def test_steps_are_the_same_however_their_rows_are_cut_into_batches(tiny: Path, tmp_path: Path, rows: int) -> None:
+def test_steps_are_the_same_however_their_rows_are_cut_into_batches(
+    tiny: Path, tmp_path: Path, rows: int, precision: str
+) -> None:
     """13 rows: the epoch's last step has 5, in a short batch or in several; small batches are joined by the program."""
     settings = {"rows": rows, "num_train_epochs": 2, "learning_rate": 1e-3}
     shapes = [(8, 1), (4, 2), (1, 8)]
@@ -152,20 +157,23 @@ def test_steps_are_the_same_however_their_rows_are_cut_into_batches(tiny: Path, 
         shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         curves.append(losses(train(spec(tiny, tmp_path / str(size), **shape, **settings))))
     for curve in curves[1:]:
-        assert curve == pytest.approx(curves[0], abs=1e-5)
+        assert curve == pytest.approx(curves[0], abs=NEAR[precision])
 
 
+@pytest.mark.usefixtures("precision")
 def test_lora_dropout_is_what_was_set(tiny: Path, tmp_path: Path) -> None:
     plain = losses(train(spec(tiny, tmp_path / "plain", num_train_epochs=2, learning_rate=1e-3)))
     dropped = losses(train(spec(tiny, tmp_path / "dropped", num_train_epochs=2, learning_rate=1e-3, lora_dropout=0.5)))
     assert dropped != pytest.approx(plain, abs=1e-6)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("loss_type", ["ipo", "hinge", "apo_zero", "sppo_hard"])
 def test_other_losses_train(tiny: Path, tmp_path: Path, loss_type: str) -> None:
     assert all(math.isfinite(loss) for loss in losses(train(spec(tiny, tmp_path, max_steps=2, loss_type=loss_type))))
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_quantised_training_on_this_processor_works_or_says_why_not(
     base_model: Path, tmp_path: Path, bits: str
@@ -191,6 +199,7 @@ def program(wanted: TrainSpec, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.usefixtures("precision")
 def test_sigterm_leaves_a_whole_checkpoint_and_says_so_in_the_exit_code(tiny: Path, tmp_path: Path) -> None:
     process = program(spec(tiny, tmp_path, num_train_epochs=1000), tmp_path)
     metrics = tmp_path / "out" / "metrics.jsonl"
@@ -221,6 +230,7 @@ def test_sigterm_before_the_first_step_has_the_same_exit_code(tiny: Path, tmp_pa
     assert not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(tiny: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

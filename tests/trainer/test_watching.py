@@ -134,6 +134,7 @@ def test_a_resumed_run_has_sane_rates_and_time_left(tiny: Path, tmp_path: Path) 
     assert last["seconds_left"] == pytest.approx(0, abs=2)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(
     ("rows", "settings", "verdict", "words"),
     [
@@ -151,11 +152,13 @@ def test_the_reading_fits_the_learning_rate(
     assert ("note: the loss runs wild" in capsys.readouterr().out) == (verdict == "unstable")
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_rule_that_is_learned_in_the_course_of_the_run_is_learning(tiny: Path, tmp_path: Path) -> None:
     metrics = watched(tiny, tmp_path, with_a_rule(100, 1), with_a_rule(8, 2), learning_rate=1e-3)
     assert metrics[-1]["reading"]["verdict"] == "learning"
 
 
+@pytest.mark.usefixtures("precision")
 def test_few_rows_and_many_epochs_are_over_fitting_and_noted_early(
     loud: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

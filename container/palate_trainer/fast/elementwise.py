@@ -75,14 +75,18 @@ def _form(module: Any) -> tuple[Callable[..., Any], int] | None:
     return None
 
 
-def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if self.weight.requires_grad or self.weight.dtype != x.dtype:
-        normed: torch.Tensor = type(self).forward(self, x)
+def _norm(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    # Further arguments are those of another computation: the norms of Mamba-2 layers take a gate when they have one.
+    if args or kwargs or self.weight.requires_grad or self.weight.dtype != x.dtype:
+        normed: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return normed
     return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
+def _gated(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs:
+        own: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
+        return own
     gate, up = self.gate_proj(x), self.up_proj(x)
     projected: torch.Tensor = self.down_proj(_GatedSilu.apply(gate, up))  # type: ignore[no-untyped-call]
     return projected
