@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from palate.errors import ConfigurationError
 from palate.processes import pid_space, process_state, start_time
 from palate_recipes.paths import expand_path, show_path
+
+logger = logging.getLogger("palate.home")
 
 
 def palate_home() -> Path:
@@ -43,10 +47,15 @@ def work_folder(kind: str, name: str) -> Path:
 def remember_start(uri: str, manifest: bytes) -> None:
     """Notes that this user started a run, with its manifest as it was then: see `was_started_here`."""
     mark = _start_mark(uri)
-    mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = mark.with_name(f"{mark.name}.{os.getpid()}")
-    draft.write_text(hashlib.sha256(manifest).hexdigest())
-    draft.replace(mark)
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft.write_text(hashlib.sha256(manifest).hexdigest())
+        draft.replace(mark)
+    except OSError as error:  # a full disk: the run can start, and `palate resume` replaces a look that begins it again
+        logger.warning("%s is started, and would have to be resumed by hand if its runner were lost: %s", uri, error)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def was_started_here(uri: str, manifest: bytes) -> bool:

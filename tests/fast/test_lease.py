@@ -16,7 +16,7 @@ import pytest
 from palate import Session
 from palate.backend.process import ProcessBackend
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
-from palate.home import remember_start
+from palate.home import remember_start, was_started_here
 from palate.job import TrainingJob
 from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
 from palate.processes import process_state
@@ -184,6 +184,14 @@ def test_a_look_begins_the_next_attempt_of_its_own_runs_alone(session: Session, 
     assert (status.state, status.attempt) == ("Failed", 2 if started_here else 1)
     handle.delete()
     assert not list((home / "started").glob("*"))
+
+
+def test_a_start_that_cannot_be_noted_is_a_start(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On a full disk, for example: the run must not stay behind as one that was begun and never started."""
+    (home / "started").write_text("no folder can be made here")
+    remember_start("file:///store/jobs/one", b"{}")
+    assert "resumed by hand" in caplog.text
+    assert not was_started_here("file:///store/jobs/one", b"{}")
 
 
 LOOK = """
