@@ -188,6 +188,7 @@ def test_a_look_begins_the_next_attempt_of_its_own_runs_alone(session: Session, 
 
 def test_a_start_that_cannot_be_noted_is_a_start(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On a full disk, for example: the run must not stay behind as one that was begun and never started."""
+    home.mkdir(exist_ok=True)
     (home / "started").write_text("no folder can be made here")
     remember_start("file:///store/jobs/one", b"{}")
     assert "resumed by hand" in caplog.text
