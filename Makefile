@@ -19,7 +19,7 @@ help:
 	echo "make test-fast     only the tests that start neither"
 	echo "make test-faults  a campaign of 200 faults over real trainings, about 40 minutes; ARGS='--faults 50 --seed 2' and so on"
 	echo "make fuzz          100,000 damaged inputs for every reader and the front, about 10 minutes; ARGS='--target uris --seed 2' and so on"
-	echo "make check         lint, types, import contracts"
+	echo "make check         lint, types, import contracts, unused code"
 	echo "make setup         the virtual environment that all of them use; VARIANT=cpu, cuda or transformers instead of what it finds"
 	echo "make locks         the exact packages of each variant from pyproject.toml; ARGS=--upgrade for newer versions"
 	echo "make check-locks   whether they still fit pyproject.toml and the index, for each variant and Python"
@@ -51,6 +51,7 @@ check: setup
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
 	"$(VENV)/bin/lint-imports"
+	"$(VENV)/bin/vulture"
 
 locks: setup
 	@"$(PY)" container/locks.py write $(ARGS)

@@ -113,13 +113,13 @@ def _child(options: argparse.Namespace) -> None:
                 for line in lines:
                     json.loads(line)
         elif options.child == "read":
-            from palate_recipes.data.containers import open_container
-            from palate_recipes.data.formats import read_row
+            from palate_recipes.preferences.files import open_container
+            from palate_recipes.preferences.formats import read_row
 
             for number, value in open_container(path).raw_rows():
                 read_row(value, number)
         else:
-            from palate_recipes.data.checking import check
+            from palate_recipes.preferences.check import check
 
             report = check([(path, path.name)])
             assert not report.count("error"), report.lines()
@@ -133,10 +133,10 @@ def _tokens(path: Path, folder: str, *, bare: bool) -> float:
     """Seconds of the check with tokens, or of the tokenizer alone on the texts that the check renders."""
     from transformers import AutoTokenizer
 
-    from palate_recipes.data.checking import check
-    from palate_recipes.data.reading import read_rows
-    from palate_trainer.measure import measured
-    from palate_trainer.tokens import Renderer
+    from palate_recipes.preferences.check import check
+    from palate_recipes.preferences.load import read_rows
+    from palate_trainer.token_stats import measured
+    from palate_trainer.tokenize import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     renderer = Renderer(tokenizer, True, "You are a helpful assistant", 512)

@@ -106,7 +106,7 @@ def _pair(row: dict[str, Any]) -> dict[str, str] | None:
 
 
 def _usable(rows: list[dict[str, str]], options: argparse.Namespace) -> list[dict[str, str]]:
-    from palate_trainer.environment import prepare_environment
+    from palate_trainer.env import prepare_environment
 
     prepare_environment()
     from transformers import AutoTokenizer
@@ -117,8 +117,8 @@ def _usable(rows: list[dict[str, str]], options: argparse.Namespace) -> list[dic
 
 
 def _encoded(rows: list[dict[str, str]], tokenizer: Any, seq_length: int) -> list[Any]:
-    from palate_recipes.data.rows import plain_row
-    from palate_trainer.tokens import Renderer, encode_pairs
+    from palate_recipes.preferences.row import plain_row
+    from palate_trainer.tokenize import Renderer, encode_pairs
 
     pairs = [plain_row(row["prompt"], row["chosen"], row["rejected"], n) for n, row in enumerate(rows, 1)]
     return encode_pairs(pairs, Renderer(tokenizer, True, "You are a helpful assistant", seq_length), name="train")[0]
@@ -253,7 +253,7 @@ def _small_model(folder: Path) -> Path:
 
 
 def _child(options: argparse.Namespace) -> None:
-    from palate_trainer.environment import prepare_environment, use_available_cores
+    from palate_trainer.env import prepare_environment, use_available_cores
 
     prepare_environment()
     threads = use_available_cores()
@@ -276,11 +276,10 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainerCallback, set_seed
 
     from palate_recipes.hyperparameters import DeviceFacts, resolve
-    from palate_trainer.fast.compact import completion_tokens_only
-    from palate_trainer.loading import load_model
-    from palate_trainer.reference import ReferenceScores
-    from palate_trainer.spec import TrainSpec
-    from palate_trainer.tokenizer import load_tokenizer
+    from palate_recipes.specs.train import TrainSpec
+    from palate_trainer.fast.forward import completion_tokens_only
+    from palate_trainer.model import load_model, load_tokenizer
+    from palate_trainer.reference_scores import ReferenceScores
     from palate_trainer.trainers import build_trainer
 
     given = {
@@ -373,12 +372,12 @@ def _trl(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from palate_trainer.order import RowOrder
+    from palate_trainer.samplers import RowSampler
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows = json.loads(Path(options.pairs).read_text())
     encoded = _encoded(rows, tokenizer, options.seq_length)
-    order = RowOrder(len(encoded), options.seed)
+    order = RowSampler(len(encoded), options.seed)
     data = []
     for epoch in range(options.epochs):
         order.set_epoch(epoch)

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palate.common.utils import random_str
-    from palate.data.inputs import PreferenceData
-    from palate.errors import PalateError
     from palate.job import TrainingJob
     from palate.model import ModelTrainingRecipe, RegisteredModel
     from palate.predictor import Predictor
     from palate.session import Session, get_default_session, setup_default_session
+    from palate.sources.inputs import PreferenceData
+    from palate_recipes.errors import PalateError
 
-__version__ = "0.1.0"
+from palate_recipes import __version__
 
 _HOMES = {
     "ModelTrainingRecipe": "palate.model",
     "RegisteredModel": "palate.model",
-    "PreferenceData": "palate.data.inputs",
+    "PreferenceData": "palate.sources.inputs",
     "TrainingJob": "palate.job",
     "Predictor": "palate.predictor",
     "Session": "palate.session",

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
 
-from palate import __version__
-from palate.backend import backend_names
-from palate.errors import PalateError
-from palate.home import palate_home
-from palate.images import Program, Variant, image_name
-from palate.images.engine import find_engine
+from palate.backends import backend_names
+from palate.backends.engine import find_engine
+from palate.backends.images import Program, Variant, image_name
+from palate.paths import palate_home
 from palate.preflight import TRAINER_PACKAGES
 from palate.session import get_default_session
+from palate_recipes import __version__
 from palate_recipes.device import local_device
+from palate_recipes.errors import PalateError
 from palate_recipes.hyperparameters import resolve
-from palate_server.spec import describe_engines
+from palate_recipes.specs.serve import describe_engines
 
 _GIB = 1024**3
 
@@ -26,7 +26,7 @@ _ROOM_GIB = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Diagnosis:
     """One line of the report.
 
     Attributes:
@@ -42,12 +42,12 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> list[Finding]:
+def examine() -> list[Diagnosis]:
     """Returns what there is to say about this machine, in the order of a run."""
     return [*_machine(), *_settings(), *_packages(), *_engines(), _containers()]
 
 
-def _machine() -> list[Finding]:
+def _machine() -> list[Diagnosis]:
     device = local_device()
     if device.cuda:
         where = f"{device.gpu_name}, {device.gpu_memory_gib:.0f} GiB"
@@ -58,14 +58,14 @@ def _machine() -> list[Finding]:
     resolved = resolve({}, method="LoRA_LLM", device=device)
     free = shutil.disk_usage(palate_home()).free / _GIB
     return [
-        Finding(topic="palate", state="ok", fact=f"{__version__} on Python {platform.python_version()}"),
-        Finding(topic="device", state="ok", fact=where),
-        Finding(
+        Diagnosis(topic="palate", state="ok", fact=f"{__version__} on Python {platform.python_version()}"),
+        Diagnosis(topic="device", state="ok", fact=where),
+        Diagnosis(
             topic="training precision",
             state="ok",
             fact=resolved.precision + "".join(f"; {note}" for note in resolved.notes),
         ),
-        Finding(
+        Diagnosis(
             topic="disk",
             state="ok" if free >= _ROOM_GIB else "missing",
             fact=f"{free:.0f} GiB free in {palate_home()}",
@@ -74,28 +74,28 @@ def _machine() -> list[Finding]:
     ]
 
 
-def _settings() -> list[Finding]:
+def _settings() -> list[Diagnosis]:
     try:
         session = get_default_session()
         session.store.check()
     except PalateError as error:
-        return [Finding(topic="store", state="broken", fact=str(error), remedy="see PALATE_STORE and docs/stores.md")]
+        return [Diagnosis(topic="store", state="broken", fact=str(error), remedy="see PALATE_STORE and docs/stores.md")]
     return [
-        Finding(
+        Diagnosis(
             topic="store",
             state="ok",
             fact=session.store_uri
             + ("" if session.store.atomic_replace else "; compares before it writes (docs/stores.md)"),
         ),
-        Finding(topic="backend", state="ok", fact=f"{session.backend.name} (known: {', '.join(backend_names())})"),
+        Diagnosis(topic="backend", state="ok", fact=f"{session.backend.name} (known: {', '.join(backend_names())})"),
     ]
 
 
-def _packages() -> list[Finding]:
+def _packages() -> list[Diagnosis]:
     found = {name: _version(name) for name in TRAINER_PACKAGES}
     missing = [name for name, installed in found.items() if installed is None]
     findings = [
-        Finding(
+        Diagnosis(
             topic="training",
             state="missing" if missing else "ok",
             fact=f"not installed: {', '.join(missing)}"
@@ -111,7 +111,7 @@ def _packages() -> list[Finding]:
     ):
         installed = _version(name)
         findings.append(
-            Finding(
+            Diagnosis(
                 topic=use,
                 state="ok" if installed else "missing",
                 fact=f"{name} {installed}" if installed else f"{name} is not installed",
@@ -121,9 +121,9 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _engines() -> list[Finding]:
+def _engines() -> list[Diagnosis]:
     return [
-        Finding(
+        Diagnosis(
             topic=f"engine {engine.name}",
             state="ok" if engine.version else "missing",
             fact=(engine.version or "not installed") + ("; will be used" if engine.chosen else ""),
@@ -133,7 +133,7 @@ def _engines() -> list[Finding]:
     ]
 
 
-def _containers() -> Finding:
+def _containers() -> Diagnosis:
     topic = "containers"
     try:
         engine = find_engine()
@@ -142,8 +142,8 @@ def _containers() -> Finding:
         absent = [name for name in names if engine.image(name) is None]
     except PalateError as error:  # none is here, it does not answer, or PALATE_ENGINE names none that there is
         fact, _, remedy = str(error).splitlines()[0].partition(": ")
-        return Finding(topic=topic, state="missing", fact=fact, remedy=remedy)
-    return Finding(
+        return Diagnosis(topic=topic, state="missing", fact=fact, remedy=remedy)
+    return Diagnosis(
         topic=topic,
         state="missing" if absent else "ok",
         fact=f"{engine.name} {engine.version}; " + (f"without {' and '.join(absent)}" if absent else "  ".join(names)),

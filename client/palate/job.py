@@ -8,19 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate.backend import PlacementRequest
+from palate.backends import PlacementRequest
+from palate.checksums import read_model_digests
 from palate.common.utils import check_name
-from palate.digests import read_model_digests
-from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
-from palate.listing import Wanted, find_runs
-from palate.record import Manifest, Record, State, Status, events_once, locate
-from palate.run import RunHandle
+from palate.runs.handle import RunHandle
+from palate.runs.list import RunFilter, find_runs
+from palate.runs.record import Manifest, Record, State, Status, events_once, locate
 from palate.session import Session, get_default_session
-from palate_trainer.spec.reading import Reading, read_run
+from palate_recipes.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
+from palate_recipes.specs.diagnose import Reading, read_run
 
 if TYPE_CHECKING:
-    from palate.deployment import ServedModel
-    from palate.predictor import Predictor
+    from palate.predictor import Predictor, ServedModel
 
 
 class TrainingJob:
@@ -91,7 +90,7 @@ class TrainingJob:
         """
         if page_size < 1 or page_number < 1:
             raise ConfigurationError(f"page_size={page_size!r} and page_number={page_number!r} must be 1 or more")
-        wanted = Wanted(
+        wanted = RunFilter(
             states=() if status is None else (status,),
             name=name,
             model=model,
@@ -289,7 +288,7 @@ class TrainingJob:
             StoreError: The place refuses or does not answer.
             ConfigurationError: The hub is meant and there is no token.
         """
-        from palate.saving import save
+        from palate.publish import save
 
         self.require_model()
         record = self._run.record
@@ -335,7 +334,7 @@ class TrainingJob:
             DamagedFilesError: Its model is not what the training wrote. The service's runner compares every digest, and
                 fails with this as its reason.
         """
-        from palate.deployment import start_service
+        from palate.deploy import start_service
 
         return start_service(
             self._run.session,
@@ -354,7 +353,7 @@ class TrainingJob:
 
     def served_model(self) -> ServedModel:
         """Returns what a service of this job serves; raises as `deploy` does."""
-        from palate.deployment import ServedModel
+        from palate.predictor import ServedModel
 
         self.require_model()
         body = self.manifest.body

@@ -1,30 +1,30 @@
-"""Recipes: what to train, how, and on what. Knows the schema and the catalog; the run itself is a `TrainingJob`.
+"""Recipes and catalog models: what to train, how, and on what; what to serve as it is. Knows the schema and the catalog, no run.
 
 The parameters are those of PAI's `ModelTrainingRecipe`, in its order; what has no meaning here is refused by name.
 """
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palate.backend import Backend, PlacementRequest, get_backend
-from palate.backend.limits import ResourceConfig as ResourceConfig
-from palate.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
+from palate.backends import Backend, PlacementRequest, get_backend
+from palate.backends.limits import ResourceConfig as ResourceConfig
 from palate.job import TrainingJob
-from palate.refused import refuse
-from palate.registered import RegisteredModel
 from palate.session import Session, get_default_session
-from palate.stand_in import LABEL as STAND_IN_LABEL
-from palate.stand_in import stand_in_for
-from palate.submission import TrainingRequest, submit
-from palate_recipes.catalog import Model, find_model
+from palate.submit import TrainingRequest, refuse, submit
+from palate.weights import LABEL as STAND_IN_LABEL
+from palate.weights import find_weights, stand_in_for
+from palate_recipes.catalog import Model, find_model, models
+from palate_recipes.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate_recipes.hyperparameters import Resolved, as_definitions, resolve, validate
 
 if TYPE_CHECKING:
-    from palate.data.inputs import PreferenceData
     from palate.predictor import Predictor
+    from palate.sources.inputs import PreferenceData
+
 
 # A PAI script finds both in this module.
 __all__ = ["ModelTrainingRecipe", "RegisteredModel"]
@@ -331,3 +331,96 @@ def _row_if_known(name: str) -> Model | None:
         return find_model(name)
     except LookupError:
         return None  # with model_uri=, the name is the user's own
+
+
+class RegisteredModel:
+    """A model of the catalog.
+
+    Args:
+        model_name: A name, alias or hub id.
+        model_version: Revision of the weights on the hub.
+        model_provider: Publisher, or `pai`, which stands for any.
+        session: Default: the default session.
+
+    Raises:
+        UnknownModelError: Names the nearest models.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        model_version: str | None = None,
+        model_provider: str | None = None,
+        session: Session | None = None,
+    ) -> None:
+        self.row = find_model(model_name, provider=model_provider)
+        self.model_name = self.row.name
+        self.model_version = model_version
+        self.model_provider = self.row.provider
+        self._session = session
+
+    @classmethod
+    def list(cls, task: str | None = None, session: Session | None = None) -> builtins.list[RegisteredModel]:
+        """Returns the catalog's models.
+
+        Args:
+            task: Only those fit for it: `chat` or `text-generation`.
+            session: Default: the default session.
+        """
+        return [cls(row.name, session=session) for row in models(task)]
+
+    def training_recipe(
+        self, method: str | None = None, hyperparameters: Mapping[str, Any] | None = None
+    ) -> ModelTrainingRecipe:
+        """Returns a recipe that trains this model."""
+
+        return ModelTrainingRecipe(
+            model_name=self.model_name,
+            model_version=self.model_version,
+            method=method,
+            hyperparameters=hyperparameters,
+            session=self._session,
+        )
+
+    def deploy(
+        self,
+        service_name: str,
+        instance_type: str | None = None,
+        instance_count: int | None = 1,
+        resource_config: object = None,
+        resource_id: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        inference_spec: object = None,
+        *,
+        show_logs: bool = False,
+    ) -> Predictor:
+        """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`."""
+        from palate.deploy import start_service
+        from palate.predictor import ServedModel
+
+        refuse(resource_id=resource_id, inference_spec=inference_spec)
+        session = self._session or get_default_session()
+        name, uri, version, labels = self.model_name, None, self.model_version, {}
+        if other := stand_in_for(name):
+            name, uri, version, labels = other.name, other.uri, None, {STAND_IN_LABEL: other.for_name}
+        source, row = find_weights(session, model_name=None if uri else name, model_uri=uri, model_version=version)
+        return start_service(
+            session,
+            service_name=service_name,
+            served=ServedModel(
+                model={"name": name, "source": source.to_json(), "hub_id": row.hub_id if row else None}, labels=labels
+            ),
+            options=options,
+            where=PlacementRequest(
+                kind="services",
+                instance_type=instance_type,
+                instance_count=instance_count,
+                resource_config=resource_config,
+            ),
+            wait=wait,
+            show_logs=show_logs,
+        )
+
+    def __repr__(self) -> str:
+        return f"RegisteredModel(model_name={self.model_name!r}, model_provider={self.model_provider!r})"

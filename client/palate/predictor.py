@@ -6,26 +6,69 @@ import builtins
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
+from palate.backends import Backend
 from palate.common.utils import check_name
-from palate.connection import ANSWER_TIMEOUT_S
-from palate.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
-from palate.listing import Wanted, find_runs
-from palate.record import TOKEN_KEY, Manifest, Record, State, Status
-from palate.run import RunHandle
+from palate.http import ANSWER_TIMEOUT_S
+from palate.runs.handle import RunHandle
+from palate.runs.list import RunFilter, find_runs
+from palate.runs.record import TOKEN_KEY, Manifest, Record, State, Status
 from palate.session import Session, get_default_session
+from palate.weights import WeightsSource, reachable_weights
+from palate_recipes.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
 
 if TYPE_CHECKING:
     import httpx
     from openai import AsyncOpenAI, OpenAI
 
-    from palate.job import TrainingJob
-
 READY_MARGIN_S = 900.0
 """Staging of model and base on top of the engine's own start: a first download of several GB belongs to it."""
 
 STOP_GRACE_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What a service serves.
+
+    Attributes:
+        model: The base: name and weights source, as a job's manifest has it.
+        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
+        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
+        adapter: Whether `tuned_uri` is an adapter on top of the base.
+        system_prompt: What the model was trained with: `palate chat` begins with it.
+        labels: Key-value pairs to find the service by.
+    """
+
+    model: Mapping[str, Any]
+    tuned_uri: str | None = None
+    tuned_digest: str | None = None
+    adapter: bool = False
+    system_prompt: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self, session: Session, backend: Backend) -> dict[str, Any]:
+        """Returns its part of a manifest's body, with weights that a run of the backend can reach."""
+        source = reachable_weights(WeightsSource.from_json(self.model["source"]), session, backend)
+        body = asdict(self)
+        del body["labels"]
+        return {**body, "model": {**self.model, "source": source.to_json()}}
+
+    def instead_of(self, manifest: Manifest, run: RunHandle) -> Manifest:
+        """Returns a service's manifest with its settings and this model, which its run can reach."""
+        body = {**manifest.body, **self.body(run.session, run.backend)}
+        return replace(manifest, labels=dict(self.labels), body=body)
+
+
+class HasModel(Protocol):
+    """A job, as `Predictor.update_service` takes it."""
+
+    @property
+    def id(self) -> str: ...
+
+    def served_model(self) -> ServedModel: ...
 
 
 class Predictor:
@@ -79,7 +122,7 @@ class Predictor:
             DamagedFilesError: A service's record is no record.
         """
         states = () if status is None else (status,)
-        wanted = Wanted(states=states, name=name, model=model, labels=labels or {}, since_s=since_s)
+        wanted = RunFilter(states=states, name=name, model=model, labels=labels or {}, since_s=since_s)
         found = find_runs(session or get_default_session(), "services", wanted, status=False).require_all()
         return [cls._of(run.handle) for run in found]
 
@@ -122,7 +165,7 @@ class Predictor:
                 reason=f"it is {status.state}" + (f": {status.reason}" if status.reason else ""),
                 log_tail=[*status.log_tail],
             )
-        from palate.connection import checked_endpoint
+        from palate.http import checked_endpoint
 
         return checked_endpoint(status.endpoint)
 
@@ -165,13 +208,13 @@ class Predictor:
         Raises:
             ServiceError: The service is not running, does not answer, or another program listens where it did.
         """
-        from palate.connection import openai_client
+        from palate.http import openai_client
 
         return openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
 
     def async_openai(self, url_suffix: str = "v1", **kwargs: Any) -> AsyncOpenAI:
         """Returns the asynchronous client; see `openai`."""
-        from palate.connection import async_openai_client
+        from palate.http import async_openai_client
 
         return async_openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
 
@@ -196,7 +239,7 @@ class Predictor:
             ServiceError: The service is not running, or another program listens where it did; no token was sent.
             httpx.HTTPError: It cannot be reached, or does not answer in time.
         """
-        from palate.connection import http_client
+        from palate.http import http_client
 
         endpoint, token = self.endpoint, self.access_token
         url = f"{endpoint}/{(path or '/v1/chat/completions').lstrip('/')}"
@@ -269,7 +312,7 @@ class Predictor:
         if wait:
             self.wait_for_ready()
 
-    def update_service(self, job: TrainingJob, *, show_logs: bool = False) -> Predictor:
+    def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
         """Serves what another job made, under this name, with the token and settings that it has.
 
         Nothing answers from the end of the old model to the first answer of the new one; `endpoint` may be another afterwards, as
@@ -284,10 +327,8 @@ class Predictor:
             ServiceError: The new model did not come up; carries the reason and the engine's last lines.
             ConfigurationError: Somebody else updates the service at this moment.
         """
-        from palate.deployment import with_other_model
-
         before = self._run.record.manifest()
-        after = with_other_model(before, job.served_model(), self._run)
+        after = job.served_model().instead_of(before, self._run)
         was_active = not self._run.refresh().is_terminal
         self._run.replace_manifest(before, after)
         self.stop_service()

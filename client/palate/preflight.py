@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from palate.errors import MissingDependencyError, NotEnoughMemoryError
 from palate_recipes.catalog import Model
+from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError
 from palate_recipes.hyperparameters import DeviceFacts, Resolved
 
 _GIB = 1024**3

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from palate.common.utils import random_str
-from palate.errors import ConfigurationError
 from palate.job import TrainingJob
 from palate.model import ModelTrainingRecipe
-from palate.terminal import print_side_by_side
+from palate.ui.terminal import print_side_by_side
 from palate_recipes.demo import demo_questions, disagrees, write_demo
-from palate_recipes.files import read_recipe
-from palate_server.spec import EngineName
+from palate_recipes.errors import ConfigurationError
+from palate_recipes.recipe_file import read_recipe
+from palate_recipes.specs.serve import EngineName
 
 MAX_TOKENS = 80
 PAIRS_PER_TOPIC = 2

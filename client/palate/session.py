@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from palate.backend import Backend, get_backend
-from palate.errors import ConfigurationError, UnsupportedParameterError
-from palate.home import palate_home
+from palate.backends import Backend, get_backend
+from palate.paths import palate_home
 from palate.store import Store, StoreOptions, open_store
+from palate_recipes.errors import ConfigurationError, UnsupportedParameterError
 
 DEFAULT_REGION = "cn-hangzhou"
 """PAI's public tutorial data lies in a bucket of every region; scripts build its name from `session.region_id`."""

@@ -1,4 +1,4 @@
-"""Where a base model's weights come from, and how they get into this machine's cache. Knows no training and no serving.
+"""Where a base model's weights come from, how they get into this machine's cache, and small models in place of large ones for trials.
 
 A source is decided and checked by the client, recorded in the manifest, and fetched by the runner, once a machine: two
 processes that want the same weights at once wait for one fetch, and a broken fetch leaves nothing behind.
@@ -18,21 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from palate.backend import Backend
-from palate.errors import ConfigurationError, PalateError
-from palate.home import palate_home
+from palate.backends import Backend
+from palate.env_file import without_credentials
+from palate.paths import palate_home
 from palate.session import Session
 from palate.store import open_store
-from palate.variables import without_credentials
+from palate.ui import note
 from palate_recipes.catalog import Model, find_model
-from palate_recipes.paths import expand_path, show_path
+from palate_recipes.errors import ConfigurationError, UnknownModelError, WeightsError
+from palate_recipes.text import expand_path, show_path
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _IGNORED_ON_HUB = ["*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.tflite"]
-
-
-class WeightsError(PalateError, RuntimeError):
-    """Weights could not be fetched."""
 
 
 _Kind = Literal["folder", "store", "hub", "package"]
@@ -201,7 +198,7 @@ def reachable_weights(source: WeightsSource, session: Session, backend: Backend)
     """Returns where a run of a backend finds the weights: in an image this environment's packages are not there."""
     if source.kind != "package" or backend.uses_this_python:
         return source
-    folder, _ = fetch_weights(source, session, say=lambda line: print(line, file=sys.stderr, flush=True))
+    folder, _ = fetch_weights(source, session, say=note)
     return WeightsSource(kind="folder", location=str(folder))
 
 
@@ -211,7 +208,7 @@ def _from_package(name: str, folder: Path) -> None:
     files = [Path(str(file.locate())) for file in distribution(name).files or [] if file.name.endswith(".gguf")]
     if len(files) != 1:
         raise WeightsError(f"the package {name} holds {len(files)} GGUF files, one is expected: reinstall it")
-    command = [sys.executable, "-P", "-m", "palate_trainer.weights_from_gguf"]
+    command = [sys.executable, "-P", "-m", "palate_trainer.convert_gguf"]
     command += [str(files[0].absolute()), str(folder.absolute())]
     environment = {**without_credentials(os.environ), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
@@ -256,3 +253,63 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+SETTING = "PALATE_MODEL_STAND_IN"
+LABEL = "stand_in_for"
+"""Label of a job or service whose model stands in for another: what it made says what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """What is used instead of a model that was asked for.
+
+    Attributes:
+        for_name: The model that was asked for.
+        name: Name of the one that is used.
+        uri: Its folder or object-store URI, or None for a model of the catalog.
+    """
+
+    for_name: str
+    name: str
+    uri: str | None
+
+
+def stand_in_for(model_name: str) -> StandIn | None:
+    """Returns what PALATE_MODEL_STAND_IN puts in the place of a model, or None; says so on stderr each time.
+
+    The setting is `NAME=OTHER`, several with commas between; OTHER is a name of the catalog, a folder, or a URI.
+
+    Raises:
+        ConfigurationError: The setting cannot be read.
+        UnknownModelError: OTHER is neither in the catalog nor a path.
+    """
+    setting = os.environ.get(SETTING, "")
+    for entry in filter(None, (part.strip() for part in setting.split(","))):
+        name, separator, other = (part.strip() for part in entry.partition("="))
+        if not (separator and name and other):
+            raise ConfigurationError(f"{SETTING}={setting!r}: {entry!r} is no NAME=OTHER; write both, or unset it")
+        if _canonical(name) == _canonical(model_name):
+            found = _resolve(model_name, other)
+            note(
+                f"STAND-IN: {found.uri or found.name} is used in the place of {model_name}, because {SETTING} says so. "
+                f"The result is not {model_name}"
+            )
+            return found
+    return None
+
+
+def _resolve(model_name: str, other: str) -> StandIn:
+    try:
+        return StandIn(for_name=model_name, name=find_model(other).name, uri=None)
+    except UnknownModelError:
+        if "/" not in other:
+            raise
+    return StandIn(for_name=model_name, name=other.rstrip("/").rpartition("/")[2], uri=other)
+
+
+def _canonical(name: str) -> str:
+    try:
+        return find_model(name).name
+    except UnknownModelError:
+        return name.casefold()

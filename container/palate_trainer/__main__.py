@@ -8,9 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from palate_trainer.errors import TrainerError
+from palate_recipes.errors import TrainerError
+from palate_recipes.specs.train import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
 from palate_trainer.launch import die_with_launcher, is_worker, launch, leave, process_count
-from palate_trainer.spec import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
 
 
 def main(argv: list[str] | None = None) -> int:

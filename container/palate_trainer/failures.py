@@ -1,4 +1,4 @@
-"""What went wrong, in one message for people with a remedy. Knows exceptions, no run."""
+"""The trainer's errors, and what a library's exception means for the user, with a remedy. Knows exceptions, no run."""
 
 from __future__ import annotations
 

@@ -17,11 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from palate_trainer.environment import prepare_environment
-from palate_trainer.errors import TrainerError
-from palate_trainer.failures import explain_signal
-from palate_trainer.parallel import MEETING, world_size
-from palate_trainer.spec import (
+from palate_recipes.errors import TrainerError
+from palate_recipes.specs.train import (
     ERROR_FILE,
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -29,6 +26,9 @@ from palate_trainer.spec import (
     MODEL_DIR,
     TrainSpec,
 )
+from palate_trainer.distributed import MEETING, world_size
+from palate_trainer.env import prepare_environment
+from palate_trainer.failures import explain_signal
 
 _STOP_GRACE_S = 110
 """Time of the workers to finish their step and write a checkpoint; below what the runner grants this process."""

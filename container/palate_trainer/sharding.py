@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from trl.trainer import dpo_trainer
 
-from palate_trainer.parallel import is_main, world_size
-from palate_trainer.spec import TrainSpec
+from palate_recipes.specs.train import TrainSpec
+from palate_trainer.distributed import is_main, world_size
 
 _ARITHMETIC = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,15 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palate_recipes.data.reading import describe_skipped, read_rows
-from palate_recipes.data.rows import Row
-from palate_recipes.errors import PalateError
-from palate_trainer.environment import keep_one_gpu, prepare_environment, use_available_cores
-from palate_trainer.errors import NotFiniteError, TrainerError
-from palate_trainer.failures import explain, is_out_of_memory
-from palate_trainer.imports import lean_imports
-from palate_trainer.parallel import join_group, wait_for_all, world_size
-from palate_trainer.spec import (
+from palate_recipes.errors import NotFiniteError, PalateError, TrainerError
+from palate_recipes.preferences.load import describe_skipped, read_rows
+from palate_recipes.preferences.row import Row
+from palate_recipes.specs.diagnose import ADVICE_NAMES
+from palate_recipes.specs.train import (
     COMPLETE_MARK,
     ERROR_FILE,
     EXIT_FAILED,
@@ -29,8 +25,10 @@ from palate_trainer.spec import (
     TENSORBOARD_DIR,
     TrainSpec,
 )
-from palate_trainer.spec.reading import ADVICE_NAMES
-from palate_trainer.startup import Startup
+from palate_trainer.distributed import join_group, wait_for_all, world_size
+from palate_trainer.env import keep_one_gpu, lean_imports, prepare_environment, use_available_cores
+from palate_trainer.failures import explain, is_out_of_memory
+from palate_trainer.throughput import StartupTimes
 
 
 def run(spec: TrainSpec, *, own_process: bool = False) -> int:
@@ -83,7 +81,7 @@ def write_error(output_dir: Path, message: str) -> bool:
 
 
 def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None]) -> int:
-    startup = Startup()
+    startup = StartupTimes()
     hyperparameters = spec.hyperparameters
     strategy = hyperparameters["training_strategy"]
 
@@ -99,14 +97,13 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
     with importing:
         from transformers import set_seed
 
-        from palate_trainer.chat_templates import take_out_system_default
-        from palate_trainer.loading import check_model_dir, check_target_modules
-        from palate_trainer.outputs import save_model
-        from palate_trainer.reporting import StopRequested, StopSignal, say
-        from palate_trainer.tokenizer import load_tokenizer, stop_token_ids
-        from palate_trainer.tokens import Renderer, encode_pairs
+        from palate_trainer.callbacks import StopRequested, StopSignal, log
+        from palate_trainer.model import check_model_dir, check_target_modules, load_tokenizer, stop_token_ids
+        from palate_trainer.save import save_model
+        from palate_trainer.template_probe import take_out_system_default
+        from palate_trainer.tokenize import Renderer, encode_pairs
         from palate_trainer.trainers import build_trainer  # noqa: F401  # what a run needs is imported by here
-        from palate_trainer.unpaired import balance_note
+        from palate_trainer.trainers.kto import balance_note
 
     startup.done("imports")
     stop = StopSignal()
@@ -141,12 +138,12 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
             validation_rows, validation_report = encode_pairs(validation_data, renderer, name="validation")
             notes += validation_report.notes("validation", renderer.seq_length)
         for note in notes:
-            say(f"note: {note}")
+            log(f"note: {note}")
         startup.done("data")
 
         if world_size() > 1:
             notes.append(_batch_note(hyperparameters))
-            say(f"note: {notes[-1]}")
+            log(f"note: {notes[-1]}")
         fit = partial(
             _fit,
             tokenizer=tokenizer,
@@ -176,7 +173,7 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
                 f" losses, more time. {error}"
             )
         if warning:  # out of the block above, whose exception keeps the model in memory
-            say(warning)
+            log(warning)
             notes.append(warning)
             _free_memory()
             trainer, callback = fit(replace(spec, fast=False))
@@ -187,7 +184,7 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
         summary = callback.finish(seconds=startup.seconds)
         wait_for_all()
     except StopRequested:
-        say("stopped before the first step")
+        log("stopped before the first step")
         return EXIT_STOPPED
     except Exception:
         if world_size() > 1 and stop.requested:
@@ -195,8 +192,8 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
             traceback.print_exc(file=sys.stderr)
             return EXIT_STOPPED
         raise
-    say(f"{folder} written, {summary['seconds']} s in all")
-    say("reading: {verdict}. {text}".format(**summary["reading"]))
+    log(f"{folder} written, {summary['seconds']} s in all")
+    log("reading: {verdict}. {text}".format(**summary["reading"]))
     return 0
 
 
@@ -212,7 +209,7 @@ def _fit(
     validation: list[Any],
     start_event: dict[str, Any],
     stop: Any,
-    startup: Startup,
+    startup: StartupTimes,
     resume_from: str | None,
 ) -> tuple[Any, Any]:
     """Loads the model and trains it, from the seed on.
@@ -225,23 +222,23 @@ def _fit(
     """
     from transformers import set_seed
 
-    from palate_trainer.fast.compact import completion_tokens_only
-    from palate_trainer.loading import load_model
-    from palate_trainer.reference import ReferenceScores
-    from palate_trainer.reporting import Metrics, RunCallback, StopRequested, say
+    from palate_trainer.callbacks import Metrics, RunCallback, StopRequested, log
+    from palate_trainer.fast.forward import completion_tokens_only
+    from palate_trainer.model import load_model
+    from palate_trainer.reference_scores import ReferenceScores
     from palate_trainer.trainers import build_trainer
 
     hyperparameters = spec.hyperparameters
     notes = start_event["notes"]
 
     def note(line: str) -> None:
-        say(line)
+        log(line)
         if line.startswith("WARNING: "):
             notes.append(line)
 
     set_seed(hyperparameters["seed"])  # here: a run that begins anew begins alike
     threads = use_available_cores()
-    say(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
+    log(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
     model = load_model(spec)
     startup.done("model")
     callback = RunCallback(
@@ -261,7 +258,7 @@ def _fit(
             **start_event,
         },
     )
-    reference = ReferenceScores(spec, say)
+    reference = ReferenceScores(spec, log)
     trainer = None
     try:
         with completion_tokens_only():

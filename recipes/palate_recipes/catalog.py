@@ -11,8 +11,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from .errors import HyperparameterError, UnknownModelError
-from .hyperparameters import METHODS, check_method
+from palate_recipes.errors import HyperparameterError, UnknownModelError
+from palate_recipes.hyperparameters import METHODS, check_method
 
 KINDS = ("instruct", "thinking", "base", "moe")
 TASKS = ("text-generation", "chat")

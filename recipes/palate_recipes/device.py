@@ -8,7 +8,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from .hyperparameters import DeviceFacts
+from palate_recipes.hyperparameters import DeviceFacts
 
 _GIB = 1024**3
 _FIRST_BF16_CAPABILITY = 8.0

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from .errors import HyperparameterError
-from .modules import why_not_served
-from .nearest import nearest
-from .schema import HYPERPARAMETERS, METHODS, Hyperparameter, as_definitions, describe, show
+from palate_recipes.errors import HyperparameterError
+from palate_recipes.lora_targets import why_not_served
+from palate_recipes.schema import HYPERPARAMETERS, METHODS, Hyperparameter, as_definitions, describe, show
+from palate_recipes.text import nearest
 
 __all__ = [
     "HYPERPARAMETERS",

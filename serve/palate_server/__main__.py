@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from palate_server.program import main
+from palate_server.server import main
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="palate_server: %(message)s")

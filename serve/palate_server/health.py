@@ -7,7 +7,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from palate_server.spec import READY_FILE, Ready
+from palate_recipes.specs.serve import READY_FILE, Ready
 
 _TIMEOUT_S = 5.0
 

@@ -13,7 +13,7 @@ import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
 from palate.errors import JobNotReadyError, NameTakenError, TrainingJobError, WaitTimeoutError
-from palate.record import Record
+from palate.runs.record import Record
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
 

@@ -17,10 +17,10 @@ import pytest
 
 import palate.session
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob, setup_default_session
-from palate.deployment import ServedModel, start_service
+from palate.deploy import ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
-from palate.record import TOKEN_KEY
-from palate_server.spec import describe_engines
+from palate.runs.record import TOKEN_KEY
+from palate_recipes.specs.serve import describe_engines
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
 from tests.support.rows import preference_rows

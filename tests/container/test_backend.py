@@ -11,8 +11,8 @@ import pytest
 
 from palate import ModelTrainingRecipe, TrainingJob, setup_default_session
 from palate.errors import ConfigurationError, NotEnoughMemoryError, TrainingJobError, UnsupportedParameterError
-from palate.images.errors import ImageMissingError
 from palate.model import RegisteredModel, ResourceConfig
+from palate_recipes.errors import ImageMissingError
 from tests.backends.hands import ContainerHands
 from tests.slow.conftest import until
 from tests.support.engine import Engine

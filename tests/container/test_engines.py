@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from palate.backend import Launch, PlacementRequest
-from palate.backend.container import ContainerBackend
-from palate.backend.limits import Limits
+from palate.backends import Launch, PlacementRequest
+from palate.backends.container import ContainerBackend
+from palate.backends.engine import Engine as PalateEngine
+from palate.backends.engine import find_engine
+from palate.backends.images import _follow, need_image
+from palate.backends.limits import Limits
 from palate.errors import UnsupportedParameterError
-from palate.images import _follow, need_image
-from palate.images.engine import Engine as PalateEngine
-from palate.images.engine import find_engine
-from palate.images.errors import EngineError, ImageBuildError, ImageMissingError
+from palate_recipes.errors import EngineError, ImageBuildError, ImageMissingError
 from tests.slow.conftest import until
 from tests.support.engine import BASE, Engine
 from tests.support.podman import copy_image, running_podman

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from palate_trainer.marks import last_whole
-from palate_trainer.spec import EXIT_STOPPED
+from palate_recipes.specs.train import EXIT_STOPPED
+from palate_trainer.checkpoint_marker import last_whole
 from tests.slow.conftest import until
 from tests.support.engine import Engine
 from tests.support.images import Image
-from tests.trainer.test_managed import platform, steps
+from tests.trainer.test_platforms import platform, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(3600)]
 

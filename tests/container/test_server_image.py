@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from palate_server.spec import READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
+from palate_recipes.specs.serve import READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 from tests.slow.conftest import until
 from tests.support.engine import Engine
 from tests.support.images import Image

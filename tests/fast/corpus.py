@@ -10,7 +10,7 @@ import lzma
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from palate_recipes.data.rows import Strategy
+from palate_recipes.preferences.row import Strategy
 
 
 class Case(NamedTuple):

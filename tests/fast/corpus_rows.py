@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from palate_recipes.data.rows import Strategy
+from palate_recipes.preferences.row import Strategy
 from tests.fast.corpus import GOOD, Case, array, lines, many
 
 ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from palate import Session, TrainingJob
-from palate.backend import get_backend
-from palate.home import stale_work_folders, work_folder
-from palate.lease import LEASE_KEY, Lease
-from palate.record import Manifest, Record
+from palate.backends import get_backend
+from palate.paths import stale_work_folders, work_folder
+from palate.runs.lease import LEASE_KEY, Lease
+from palate.runs.record import Manifest, Record
 from tests.support.elsewhere import on_another_machine
 
 FAR = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
@@ -116,7 +116,7 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
 
 def test_a_folder_of_another_machine_with_the_same_hostname_stays(home: Path, tmp_path: Path) -> None:
     """On a shared disk, the pid in its name says nothing here."""
-    code = "from palate.home import work_folder\nfolder = work_folder('jobs', 'far')\nfolder.mkdir(parents=True)\nprint(folder)"
+    code = "from palate.paths import work_folder\nfolder = work_folder('jobs', 'far')\nfolder.mkdir(parents=True)\nprint(folder)"
     folder = Path(on_another_machine(tmp_path, code))
     assert folder.is_dir()
     assert stale_work_folders("jobs", "far") == []

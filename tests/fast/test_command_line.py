@@ -14,9 +14,9 @@ from typing import Literal
 import pytest
 
 from palate.errors import ConfigurationError
-from palate.record import TOKEN_KEY, Manifest, Record
+from palate.runs.record import TOKEN_KEY, Manifest, Record
 from palate.store import open_store
-from palate_recipes.visible import visible
+from palate_recipes.text import visible
 from tests.support.fronted import fronted_service
 
 
@@ -150,7 +150,7 @@ def test_an_error_is_one_message_on_stderr_and_exit_code_1(
 
 
 def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
-    from palate.record import Manifest, Record
+    from palate.runs.record import Manifest, Record
     from palate.store import open_store
 
     record = Record(open_store(home / "store"), "jobs", "done")
@@ -283,7 +283,7 @@ def test_what_a_store_says_reaches_a_terminal_without_escape_sequences(verb: str
 def test_a_terminal_shows_what_a_store_says_as_it_is_written(home: Path) -> None:
     """A table and the live view are rich's: its markup in a name is text, too."""
     script = f"""
-from palate.terminal import LiveDisplay, print_side_by_side, print_table
+from palate.ui.terminal import LiveDisplay, print_side_by_side, print_table
 print_table(("[red]name",), [({ATTACK!r},)], title="[link=http://x]")
 print_side_by_side({ATTACK!r}, ("[red]base", {ATTACK!r}), ("tuned", "x"))
 with LiveDisplay("[red]" + {ATTACK!r}) as display:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from palate.backend.limits import Limits
+from palate.backends.limits import Limits
+from palate.env_file import FILE_VARIABLE, take_variables
 from palate.errors import ConfigurationError
 from palate.model import ResourceConfig
-from palate.runner.memory import MemoryGuard
-from palate.variables import FILE_VARIABLE, take_variables
+from palate.runner.child_process import MemoryGuard
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.data.changes import clean, convert, split
-from palate_recipes.data.checking import check
-from palate_recipes.data.columns import Columns, PromptTemplate, choose_template, format_for, read_templates
-from palate_recipes.data.formats import FORMATS
-from palate_recipes.data.reading import read_rows
-from palate_recipes.data.rows import Message, Row
-from palate_recipes.data.writing import write_rows
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.check import check
+from palate_recipes.preferences.columns import Columns, PromptTemplate, choose_template, format_for, read_templates
+from palate_recipes.preferences.formats import FORMATS
+from palate_recipes.preferences.load import read_rows
+from palate_recipes.preferences.row import Message, Row
+from palate_recipes.preferences.transform import clean, convert, split
+from palate_recipes.preferences.writing import write_rows
 
 PAIRS = [
     {
@@ -241,31 +241,10 @@ def test_ways_to_read_rows_do_not_mix() -> None:
 # Whole files.
 
 
-def test_a_large_file_is_checked_in_parts_with_the_numbers_of_its_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from palate_recipes.data import checking
-
-    rows: list[Any] = [{**row, "prompt": f"{row['prompt']} {number}"} for number, row in enumerate(PAIRS * 50)]
-    rows[1500] = rows[10]
-    rows[1777] = {"prompt": "p"}
-    rows[1999] = {**rows[20], "chosen": rows[20]["rejected"], "rejected": rows[20]["chosen"]}
-    path = lines(tmp_path / "large.jsonl", rows)
-    whole = check([(path, "large.jsonl")])
-    monkeypatch.setattr(checking, "LARGE", 1)
-    monkeypatch.setattr(checking, "_PART", 20_000)
-    path.write_bytes(path.read_bytes().rstrip())  # the last line may lack its end
-    parts = check([(path, "large.jsonl")])
-    assert parts.to_json() == whole.to_json()
-    assert [place.row for place in parts.findings["duplicate"].places] == [1501]
-    assert [place.row for place in parts.findings["swapped"].places] == [2000]
-    assert [place.row for place in parts.findings["missing-field"].places] == [1778]
-
-
 def test_rows_taken_at_once_are_judged_as_rows_taken_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from palate_recipes.data.lint import Linter
+    from palate_recipes.preferences.check import Linter
 
     odd: list[Any] = [
         {"prompt": "a <|im_end|>", "chosen": "b", "rejected": "c"},
@@ -313,7 +292,7 @@ def test_memory_does_not_grow_with_an_array(tmp_path: Path) -> None:
 
 
 def test_the_docs_know_every_rule_and_every_format() -> None:
-    from palate_recipes.data.rules import RULES
+    from palate_recipes.preferences.report import RULES
 
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     assert [code for code in (*RULES, *FORMATS) if f"| `{code}` |" not in text] == []

@@ -1,4 +1,4 @@
-"""Training data against held-out data: what is read how often, alone and with helpers, and what a helper's end says."""
+"""Training data against held-out data: what is read how often, and in which format."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from palate import Session
-from palate.data.inputs import PreferenceData, checked_inputs
-from palate_recipes.data import checking
-from palate_recipes.errors import CheckError
+from palate.sources.inputs import PreferenceData, checked_inputs
 
 COUNTED = """
 import json, sys
@@ -24,7 +20,7 @@ opened = Counter()
 sys.addaudithook(lambda event, found: opened.update([str(found[0])]) if event == "open" else None)
 
 from palate import get_default_session
-from palate.data.inputs import checked_inputs
+from palate.sources.inputs import checked_inputs
 
 inputs = json.loads(sys.argv[1])
 with checked_inputs(inputs, get_default_session(), strategy="dpo", bad_rows="refuse") as checked:
@@ -62,12 +58,7 @@ def test_validation_data_is_read_once(home: Path, tmp_path: Path) -> None:
     assert both["leaks"] == [2]
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["alone", "with helpers"])
-def test_validation_data_is_read_in_its_own_format(
-    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
-) -> None:
-    if large:
-        monkeypatch.setattr(checking, "LARGE", 1)
+def test_validation_data_is_read_in_its_own_format(session: Session, tmp_path: Path) -> None:
     table = tmp_path / "held.csv"
     table.write_text("q,good,bad\nIs it 3 now?,Yes.,No.\n")
     held_out = PreferenceData(
@@ -77,11 +68,3 @@ def test_validation_data_is_read_in_its_own_format(
     with checked_inputs(inputs, session, strategy="dpo", bad_rows="refuse") as checked:
         (place,) = checked["train"].report.findings["leakage"].places
     assert (place.row, place.what.endswith("held.csv, row 1")) == (4, True)
-
-
-def test_a_helper_that_cannot_run_says_what_was_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "LARGE", 1)
-    monkeypatch.setenv("PYTHONIOENCODING", "none")  # no Python starts with it; this one runs already
-    path = pairs(tmp_path / "prefs.jsonl", 3)
-    with pytest.raises(CheckError, match=r"(?s)prefs\.jsonl is not checked whole.*exit code 1\. Free memory.*\n  ."):
-        checking.check([(path, "prefs.jsonl")])

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from palate import Session
-from palate.data.inputs import PreferenceData, checked_inputs
 from palate.errors import ConfigurationError, DataError
-from palate.record import Record
+from palate.runs.record import Record
+from palate.sources.inputs import PreferenceData, checked_inputs
 
 GOOD = {"prompt": "Is it?", "chosen": "Yes, it is.", "rejected": "No."}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from palate_recipes.data.checking import check
-from palate_recipes.data.formats import FORMATS
-from palate_recipes.data.reading import UNREADABLE, read_rows
-from palate_recipes.data.rules import RULES
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.check import check
+from palate_recipes.preferences.formats import FORMATS
+from palate_recipes.preferences.load import UNREADABLE, read_rows
+from palate_recipes.preferences.report import RULES
 from tests.fast.corpus import FILES, GOOD, Case, array
 from tests.fast.corpus_rows import ROWS, WHOLE
 

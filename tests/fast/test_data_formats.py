@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.data.formats import FORMATS, detect, format_named, read_row
-from palate_recipes.data.reading import read_rows
-from palate_recipes.data.rows import Message, Row, RowFaults, Strategy
-from palate_recipes.data.writing import WRITTEN, write_rows
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.formats import FORMATS, detect, format_named, read_row
+from palate_recipes.preferences.load import read_rows
+from palate_recipes.preferences.row import Message, Row, RowFaults, Strategy
+from palate_recipes.preferences.writing import WRITTEN, write_rows
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -15,10 +15,10 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from palate_recipes.data.checking import check
-from palate_recipes.data.limits import ROW_VARIABLE, UNPACKED_VARIABLE
-from palate_recipes.data.reading import read_rows
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.check import check
+from palate_recipes.preferences.limits import ROW_VARIABLE, UNPACKED_VARIABLE
+from palate_recipes.preferences.load import read_rows
 
 MIB = 1 << 20
 LONG = "a" * (3 * MIB)
@@ -150,8 +150,8 @@ def test_a_limit_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, va
 _CHILD = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))  # the machine that runs the tests is not to suffer
-from palate_recipes.data.checking import check
-from palate_recipes.data.reading import read_rows
+from palate_recipes.preferences.check import check
+from palate_recipes.preferences.load import read_rows
 from palate_recipes.errors import DataError
 for read in (lambda: check([(sys.argv[1], "a")]), lambda: read_rows(sys.argv[1])):
     try:

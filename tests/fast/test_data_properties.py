@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from palate_recipes.data.formats import FORMATS, KNOWN_FIELDS, Format, read_row
-from palate_recipes.data.json_array import JsonArray
-from palate_recipes.data.lint import Linter
-from palate_recipes.data.reading import read_rows
-from palate_recipes.data.rows import Fault, Message, Row, RowFaults, Strategy
-from palate_recipes.data.rules import RULES
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.check import Linter
+from palate_recipes.preferences.formats import FORMATS, KNOWN_FIELDS, Format, read_row
+from palate_recipes.preferences.json_array import JsonArray
+from palate_recipes.preferences.load import read_rows
+from palate_recipes.preferences.report import RULES
+from palate_recipes.preferences.row import Fault, Message, Row, RowFaults, Strategy
 
 STRATEGIES: tuple[Strategy | None, ...] = ("dpo", "sft", "kto", None)
 NO_WORDS_FOR_PEOPLE = ("Traceback", "Error(", "KeyError", "NoneType", " object at 0x")

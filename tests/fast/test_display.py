@@ -10,7 +10,7 @@ import sys
 
 SCRIPT = """
 import json
-from palate.display import make_display
+from palate.ui import make_display
 start = {"kind": "start", "step": 0, "total_steps": 40}
 first = {"kind": "train", "step": 1, "total_steps": 40, "loss": 0.7}
 step = {"kind": "train", "step": 10, "total_steps": 40, "loss": 0.5, "rewards/margins": 0.25,

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from palate.data.endpoint import Endpoint
-from palate.data.generate import Generated, ledger_path, plan_pairs
-from palate.data.ledger import Ledger, Reply
-from palate.data.pairs import PairSettings
 from palate.errors import ConfigurationError, DataError
-from palate_recipes.data.reading import read_rows
+from palate.generate import Generated, completion_log_path, plan_pairs
+from palate.generate.chat_client import Endpoint
+from palate.generate.completion_log import CompletionLog, Reply
+from palate.generate.pairs import PairSettings
+from palate_recipes.preferences.load import read_rows
 from tests.support.chat import (
     HANG,
     KEY,
@@ -193,7 +193,7 @@ def test_the_command_line_killed_and_run_again_asks_nothing_twice(server: ChatSe
     world = World()
     server.behaviour = lambda body, number: HANG if number > 13 else world(body, number)
     killed = command_line(*arguments)
-    kept = ledger_path(output)
+    kept = completion_log_path(output)
     wait_for(lambda: kept.exists() and kept.read_bytes().count(b"\n") == 1 + 13 and len(server.asked) == 16)
     second = command_line(*arguments)
     assert "another process" in second.communicate(timeout=120)[1]
@@ -228,7 +228,9 @@ def test_an_interrupt_says_how_to_go_on(server: ChatServer, tmp_path: Path) -> N
     prompts, output = tmp_path / "prompts.txt", tmp_path / "p.jsonl"
     prompts.write_text("\n".join(PROMPTS))
     running = command_line(str(prompts), "-o", str(output), "--model", "small", "--base-url", server.url)
-    wait_for(lambda: ledger_path(output).exists() and ledger_path(output).read_bytes().count(b"\n") == 4)
+    wait_for(
+        lambda: completion_log_path(output).exists() and completion_log_path(output).read_bytes().count(b"\n") == 4
+    )
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
@@ -238,13 +240,13 @@ def test_an_interrupt_says_how_to_go_on(server: ChatServer, tmp_path: Path) -> N
 
 def test_the_ledger_refuses_what_it_cannot_trust(tmp_path: Path, server: ChatServer) -> None:
     output = tmp_path / "p.jsonl"
-    with Ledger(ledger_path(output)) as ledger:
+    with CompletionLog(completion_log_path(output)) as ledger:
         ledger.add("k", Reply("half \ud83d", "stop", None, 1), model="m", temperature=1.0)
         with pytest.raises(ConfigurationError, match="another process"):
             make(server, output)
-    with Ledger(ledger_path(output)) as ledger:
+    with CompletionLog(completion_log_path(output)) as ledger:
         assert ledger.get("k") == Reply("half \ud83d", "stop", None, 1)
-    ledger_path(output).write_bytes(ledger_path(output).read_bytes() + b"junk\n")
+    completion_log_path(output).write_bytes(completion_log_path(output).read_bytes() + b"junk\n")
     with pytest.raises(DataError, match="line 3"):
         make(server, output)
     foreign = tmp_path / "mine.jsonl"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from palate.data.endpoint import EndpointError
+from palate_recipes.errors import EndpointError
 from tests.support.chat import DROP, HANG, KEY, Answer, ChatServer, World, chat_server, make, refusal, wait_for
 
 

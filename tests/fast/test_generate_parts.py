@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from palate.data.judge import agreed, choose, comparison, most_comparisons, read_verdict
-from palate.data.prompts import read_prompts
 from palate.errors import DataError
+from palate.generate.judge import agreed, choose, comparison, most_comparisons, read_verdict
+from palate.generate.prompts import read_prompts
 
 
 @pytest.mark.parametrize(

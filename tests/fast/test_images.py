@@ -15,12 +15,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from palate import __version__
+from palate.backends.engine import Engine, EngineName, find_engine
+from palate.backends.images import BASE_IMAGE, build_image, build_source, image_name
 from palate.errors import ConfigurationError
-from palate.images import BASE_IMAGE, build_image, image_name
-from palate.images.engine import Engine, EngineName, find_engine
-from palate.images.errors import EngineError
-from palate.images.source import build_source
-from palate_recipes.errors import PalateError
+from palate_recipes.errors import EngineError, PalateError
 
 ROOT = Path(__file__).parents[2]
 LOCKS = {

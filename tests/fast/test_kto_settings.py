@@ -8,7 +8,7 @@ import pytest
 
 from palate_recipes.errors import HyperparameterError
 from palate_recipes.hyperparameters import DeviceFacts, Resolved, resolve, validate
-from palate_trainer.spec.reading import Reading, read_run
+from palate_recipes.specs.diagnose import Reading, read_run
 
 CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from palate import Session
-from palate.backend.process import ProcessBackend
+from palate.backends.process import ProcessBackend
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
-from palate.home import remember_start, was_started_here
 from palate.job import TrainingJob
-from palate.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
+from palate.paths import remember_start, was_started_here
 from palate.processes import process_state
-from palate.record import LOST, Manifest, Record, events_once
-from palate.run import RunHandle
-from palate.runner.presence import Presence, Tail
+from palate.runner.heartbeat import Heartbeat, Tail
+from palate.runs.handle import RunHandle
+from palate.runs.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
+from palate.runs.record import LOST, Manifest, Record, events_once
 from palate.store import Store
 from tests.support.elsewhere import as_another_user, on_another_machine
 from tests.support.stores import empty_store
@@ -198,8 +198,8 @@ def test_a_start_that_cannot_be_noted_is_a_start(home: Path, caplog: pytest.LogC
 LOOK = """
 import sys
 from palate import Session
-from palate.record import Record
-from palate.run import RunHandle
+from palate.runs.record import Record
+from palate.runs.handle import RunHandle
 session = Session(store=sys.argv[1])
 status = RunHandle(Record(session.store, "jobs", "one"), session).refresh()
 print(status.state, status.reason)
@@ -235,7 +235,7 @@ def test_a_process_that_is_hidden_from_a_user_is_not_dead(home: Path) -> None:
     engine_id = backend.start_command(code, run_name="jobs-one", env={})
     try:
         _, pid, started, _ = engine_id.split(":")
-        imports = "from palate.backend.process import ProcessBackend\nfrom palate.processes import process_state"
+        imports = "from palate.backends.process import ProcessBackend\nfrom palate.processes import process_state"
         ask = "print(process_state(int(sys.argv[1]), sys.argv[2]), ProcessBackend().status(sys.argv[3]).state)"
         assert as_another_user(imports, ask, pid, started, engine_id) == "unknown unknown"
         assert process_state(int(pid), started) == "alive"
@@ -260,7 +260,7 @@ def test_damaged_records_end_no_heartbeat(store: Store, damage: bytes) -> None:
     assert held is not None
     held.lease = replace(held.lease, every_s=0.1)
     said: list[str] = []
-    with Presence(record, held, said.append) as presence:
+    with Heartbeat(record, held, said.append) as heartbeat:
         store.put(record.key("status.json"), damage)
         until(lambda: any("status" in line for line in said))
         for data in DAMAGE:
@@ -268,11 +268,11 @@ def test_damaged_records_end_no_heartbeat(store: Store, damage: bytes) -> None:
             until(lambda: is_whole(record))
         beat = held.lease.beat
         until(lambda: held.lease.beat > beat + 2)
-        assert not presence.fenced.is_set()
-        assert not presence.stop_wanted.is_set()
+        assert not heartbeat.lease_lost.is_set()
+        assert not heartbeat.stop_wanted.is_set()
         store.put(record.key("status.json"), whole)
         record.advance("Stopping", expect={"Running"})
-        assert presence.stop_wanted.wait(10)
+        assert heartbeat.stop_wanted.wait(10)
         until(lambda: said[-1] == "note: the store is back")
 
 
@@ -294,7 +294,7 @@ def test_nothing_ends_a_heartbeat_but_the_end_of_its_run(store: Store) -> None:
         told.set()
         raise SystemExit(text)  # as bad as it can be
 
-    with Presence(record, held, say):
+    with Heartbeat(record, held, say):
         store.put(record.key("status.json"), b"{")
         assert told.wait(10)
         beat = held.lease.beat
@@ -365,13 +365,13 @@ def test_heartbeats_go_on_and_a_stop_or_a_successor_is_heard(store: Store) -> No
     assert held is not None
     held.lease = replace(held.lease, every_s=0.1)
     said: list[str] = []
-    with Presence(record, held, said.append) as presence:
+    with Heartbeat(record, held, said.append) as heartbeat:
         until(lambda: (read_lease(record) or held.lease).beat >= 3)
         record.advance("Stopping", expect={"Running"})
-        assert presence.stop_wanted.wait(10)
-        assert not presence.fenced.is_set()
+        assert heartbeat.stop_wanted.wait(10)
+        assert not heartbeat.lease_lost.is_set()
         assert take(record, attempt=2) is not None
-        assert presence.fenced.wait(10)
+        assert heartbeat.lease_lost.wait(10)
     assert said == []
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from palate import Predictor, Session, TrainingJob
-from palate.clean import find_leftovers
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
-from palate.listing import Wanted, find_runs
-from palate.record import Manifest, Record, State
+from palate.runs.clean import find_leftovers
+from palate.runs.list import RunFilter, find_runs
+from palate.runs.record import Manifest, Record, State
 from palate.store import Store, open_store
 from tests.support.seaweed import SeaweedServer
 
@@ -111,8 +111,8 @@ def test_a_filter_that_lets_nothing_through_is_refused(session: Session, wanted:
 def test_a_limit_reads_no_more_statuses_than_it_needs(session: Session) -> None:
     fill(session.store)
     (session.store.local_path("jobs/qwen-old/status.json") or Path()).write_text("damaged")
-    assert [found.name for found in find_runs(session, "jobs", Wanted(), limit=2).runs] == ["qwen-new", "smol-2"]
-    listing = find_runs(session, "jobs", Wanted())
+    assert [found.name for found in find_runs(session, "jobs", RunFilter(), limit=2).runs] == ["qwen-new", "smol-2"]
+    listing = find_runs(session, "jobs", RunFilter())
     assert ([found.name for found in listing.unread], len(listing.runs)) == (["qwen-old"], 3)
 
 
@@ -138,7 +138,7 @@ def test_many_runs_are_read_at_the_same_time(session: Session) -> None:
             return bytes(super().get(key))
 
     session._store = Meeting(session.store.root)
-    assert [found.name for found in find_runs(session, "jobs", Wanted()).runs] == ["c", "b", "a"]
+    assert [found.name for found in find_runs(session, "jobs", RunFilter()).runs] == ["c", "b", "a"]
 
 
 def test_the_command_shows_what_was_asked_for(home: Path) -> None:
@@ -173,13 +173,36 @@ def test_a_wrong_filter_is_one_message(home: Path, arguments: list[str], words: 
     assert [word for word in words if word not in done.stderr] == []
 
 
+SLOW = """
+import threading
+from palate.cli import main
+from palate.store.file import FileStore
+
+get = FileStore.get
+
+def slow(self, key):
+    if key == "jobs/slow/manifest.json":
+        threading.Event().wait()  # as for a server that does not answer
+    return get(self, key)
+
+FileStore.get = slow
+main()
+"""
+
+
 def test_a_slow_store_shows_what_it_can(home: Path) -> None:
     fill(open_store(home / "store"))
     slow = home / "store" / "jobs" / "slow"
     slow.mkdir()
     (slow / "status.json").write_text("{}")
-    os.mkfifo(slow / "manifest.json")  # whoever opens it waits, as for a server that does not answer
-    done = palate("jobs", "--timeout", "20", home=home)  # the others take a moment on a busy machine
+    (slow / "manifest.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW, "jobs", "--timeout", "20"],  # the others take a moment on a busy machine
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PALATE_HOME": str(home)},
+        timeout=120,
+    )
     rows = [row.split("\t")[:2] for row in done.stdout.splitlines()[1:]]
     assert rows[-1] == ["slow", "?"]
     assert ["smol", "Failed"] in rows
@@ -217,7 +240,7 @@ def test_a_listing_can_be_given_up_from_python(session: Session) -> None:
 
     session._store = Gated(session.store.root)
     with pytest.raises(WaitTimeoutError, match="did not say in time"):
-        find_runs(session, "jobs", Wanted(), timeout_s=0.05)
+        find_runs(session, "jobs", RunFilter(), timeout_s=0.05)
     gate.set()
 
 
@@ -253,7 +276,7 @@ def test_a_damaged_record_is_named_and_can_be_deleted(session: Session, file: st
     for prefix in ("jobs/smol", "services/answers"):
         session.store.put(f"{prefix}/{file}", content)
     for kind, name in (("jobs", "smol"), ("services", "answers")):
-        listing = find_runs(session, kind, Wanted())  # type: ignore[arg-type]
+        listing = find_runs(session, kind, RunFilter())  # type: ignore[arg-type]
         assert [found.name for found in listing.unread] == [name]
         assert isinstance(listing.unread[0].error, DamagedFilesError)
         words = str(listing.unread[0].error)

@@ -11,7 +11,8 @@ import pytest
 
 import palate.pai
 from palate.errors import ConfigurationError, PalateError
-from palate.pai.names import ATTRIBUTES, MISSING, MISSING_MODULES, PROVIDED, PaiAttributeError, PaiNameError
+from palate.pai.names import ATTRIBUTES, MISSING, MISSING_MODULES, PROVIDED
+from palate_recipes.errors import PaiAttributeError, PaiNameError
 
 
 @pytest.fixture

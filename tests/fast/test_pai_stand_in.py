@@ -8,7 +8,7 @@ import pytest
 
 from palate import ModelTrainingRecipe
 from palate.errors import ConfigurationError, UnknownModelError
-from palate.stand_in import SETTING, stand_in_for
+from palate.weights import SETTING, stand_in_for
 
 
 def test_without_the_setting_every_model_is_itself(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

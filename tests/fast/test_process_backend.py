@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from palate import Session
-from palate.backend import get_backend
-from palate.backend.process import ProcessBackend
+from palate.backends import get_backend
+from palate.backends.process import ProcessBackend
 from palate.errors import ConfigurationError
-from palate.lease import LEASE_KEY, Lease
 from palate.processes import start_time
-from palate.record import Manifest, Record
-from palate.run import RunHandle
+from palate.runs.handle import RunHandle
+from palate.runs.lease import LEASE_KEY, Lease
+from palate.runs.record import Manifest, Record
 
 TIMEOUT_S = 20.0
 
@@ -51,7 +51,7 @@ def test_a_command_runs_with_its_environment_and_is_logged(backend: ProcessBacke
 
 def test_a_run_outlives_the_process_that_started_it(backend: ProcessBackend, tmp_path: Path) -> None:
     code = (
-        "from palate.backend import get_backend; import sys; "
+        "from palate.backends import get_backend; import sys; "
         "print(get_backend('process').start_command([sys.executable, '-c', 'import time; time.sleep(60)'], run_name='a', env={}))"
     )
     engine_id = subprocess.run(python(code), capture_output=True, text=True, check=True).stdout.strip()

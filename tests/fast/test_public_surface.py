@@ -70,7 +70,7 @@ def test_import_palate_alone_loads_next_to_nothing() -> None:
         text=True,
         check=True,
     )
-    assert ours.stdout.strip() == "['palate']"
+    assert ours.stdout.strip() == "['palate_recipes', 'palate']"
 
 
 def test_the_public_names() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from palate_recipes.data.reading import read_rows
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.load import read_rows
 
 GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
 

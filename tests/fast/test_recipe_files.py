@@ -9,7 +9,7 @@ import pytest
 
 from palate import ModelTrainingRecipe, Session
 from palate_recipes.errors import HyperparameterError
-from palate_recipes.files import read_recipe
+from palate_recipes.recipe_file import read_recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [*sorted((ROOT / "recipes").glob("*.toml")), Path(str(files("palate_recipes.demo") / "recipe.toml"))]

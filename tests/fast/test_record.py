@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from palate.digests import Digests
+from palate.checksums import Checksums
 from palate.errors import NameTakenError, RunNotFoundError
-from palate.record import ACTIVE, Manifest, Record, Status, events_once, locate, names
-from palate.runner import keeping, presence
+from palate.runner import heartbeat
 from palate.runner.checkpoints import stage_last_checkpoint
-from palate.runner.child import LOG_TAIL_LINES, log_tail
-from palate.runner.presence import Tail
+from palate.runner.child_process import LOG_TAIL_LINES, log_tail
+from palate.runner.heartbeat import Tail
+from palate.runs.record import ACTIVE, Manifest, Record, Status, events_once, locate, names
 from palate.store import Store
-from palate_trainer.spec import COMPLETE_MARK
-from palate_trainer.spec.curves import Curves
+from palate_recipes.specs.events import Curves
+from palate_recipes.specs.train import COMPLETE_MARK
 from tests.support.stores import empty_store
 
 
@@ -159,7 +159,7 @@ def test_a_strange_log_index_counts_as_empty(store: Store, index: bytes) -> None
 
 def test_what_is_no_checkpoint_is_passed_over(store: Store, tmp_path: Path) -> None:
     record = job(store)
-    mark = Digests({}).encode()
+    mark = Checksums({}).encode()
     for name in ("step-000100", "step-000020-attempt-2", "foo", "step-abc", "step-1-2-3-4", "step-000300/sub"):
         store.put(record.key("checkpoints", name, COMPLETE_MARK), mark)
     store.put(record.key("checkpoints", COMPLETE_MARK), mark)
@@ -203,8 +203,8 @@ def test_a_services_log_keeps_to_its_bounds_and_is_read_whole(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"KEPT_BYTES": 20_000, "PART_BYTES": 2000, "_MOST_PARTS": 30, "_UNMERGED_PARTS": 10}.items():
-        monkeypatch.setattr(keeping, name, value)
-    monkeypatch.setattr(presence, "FILE_BYTES", 5000)
+        monkeypatch.setattr(heartbeat, name, value)
+    monkeypatch.setattr(heartbeat, "FILE_BYTES", 5000)
     record, log = service_log(store), tmp_path / "program.log"
     tail = Tail(record, "logs", log)
     followed: list[str] = []
@@ -246,14 +246,14 @@ def test_a_log_of_any_size_costs_little_memory(store: Store, tmp_path: Path) -> 
     finally:
         tracemalloc.stop()
     assert peak < 12 * 1024**2
-    assert sum(info.size for info in store.list("services/chatty/logs")) <= keeping.KEPT_BYTES + 10_000
+    assert sum(info.size for info in store.list("services/chatty/logs")) <= heartbeat.KEPT_BYTES + 10_000
     assert log.stat().st_size == 0
 
 
 def test_a_log_that_waits_for_its_store_is_left_out_before_the_disk_is_full(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presence, "WAITING_BYTES", 1000)
+    monkeypatch.setattr(heartbeat, "WAITING_BYTES", 1000)
     record, log = service_log(store), tmp_path / "program.log"
     tail = Tail(record, "logs", log)
     log.write_bytes(b"lost\n" * 300)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import palate_trainer.spec.reference as reference
-from palate_trainer.spec import TrainSpec
-from palate_trainer.spec.reference import (
+import palate_recipes.specs.reference_table as reference
+from palate_recipes.specs.reference_table import (
     Table,
     model_fingerprint,
     read_table,
@@ -22,6 +21,7 @@ from palate_trainer.spec.reference import (
     table_name,
     write_table,
 )
+from palate_recipes.specs.train import TrainSpec
 
 KEY = "k" * 40
 TENSORS = {"embed": 50_000, "norm": 12, **{f"layers.{number}.weight": 4_000 for number in range(20)}}

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from palate import Session
-from palate.data.sources import Fetched, at_hand, matches, split_of
 from palate.errors import ConfigurationError, DataError, MissingDependencyError, PalateError
-from palate.store.errors import StoreDeniedError, StoreError, StoreUnreachableError, StoreUsageError
+from palate.sources.resolve import fetch_files
+from palate.sources.select import Fetched, matches, split_of
 from palate.store.uri import normal_uri
+from palate_recipes.errors import StoreDeniedError, StoreError, StoreUnreachableError, StoreUsageError
 from tests.support.hub import Hub, running_hub
 from tests.support.sheets import Sheets, Spreadsheet, as_pem, make_key, running_sheets
 
@@ -30,7 +31,7 @@ def fill(folder: Path, *names: str) -> None:
 
 
 def fetch(uri: str | Path, session: Session) -> Fetched:
-    with at_hand(uri, session) as fetched:
+    with fetch_files(uri, session) as fetched:
         assert all(file.is_file() for file in fetched.files)
         return fetched
 
@@ -40,7 +41,7 @@ def names_of(fetched: Fetched, folder: Path) -> list[str]:
 
 
 def refusal(uri: str | Path, session: Session, kind: type[PalateError] = DataError) -> str:
-    with pytest.raises(PalateError) as caught, at_hand(uri, session):
+    with pytest.raises(PalateError) as caught, fetch_files(uri, session):
         pass
     assert type(caught.value) is kind, caught.value
     return str(caught.value)
@@ -373,7 +374,7 @@ def test_gated_private_and_missing_datasets(hub: Hub, session: Session, monkeypa
     assert "set HF_TOKEN" in message
     monkeypatch.setenv("HF_TOKEN", "hf_wrong-and-hush")
     for uri in ("hf://me/gated", "hf://me/private"):
-        with pytest.raises(PalateError) as caught, at_hand(uri, session):
+        with pytest.raises(PalateError) as caught, fetch_files(uri, session):
             pass
         assert "HF_TOKEN" in str(caught.value)
         assert "hush" not in str(caught.value)
@@ -428,7 +429,7 @@ def sheets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sheets]:
 
 
 def rows_of(uri: str, session: Session) -> list[list[str]]:
-    with at_hand(uri, session) as fetched:
+    with fetch_files(uri, session) as fetched:
         (path,) = fetched.files
         rows = list(csv.reader(path.open(encoding="utf-8", newline="")))
     assert not path.exists(), "a temporary file vanishes"
@@ -447,7 +448,7 @@ def test_a_worksheet_becomes_a_csv_file(sheets: Sheets, session: Session) -> Non
     assert rows_of(f"{address}#gid=100", session) == [["prompt"], ["x"]]
     assert rows_of(f"gsheet://{SHEET}/it's/odd", session) == [["prompt"], ["x"]]
     assert sheets.claims["scope"] == "https://www.googleapis.com/auth/spreadsheets.readonly"
-    with at_hand(f"{address}#gid=0", session) as fetched:
+    with fetch_files(f"{address}#gid=0", session) as fetched:
         assert fetched.origin == f"gsheet://{SHEET}/Prefs 2026"
         assert fetched.files[0].name == "Prefs 2026.csv"
         assert fetched.revision is None

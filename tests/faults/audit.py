@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from palate.digests import Digests, read_model_digests
+from palate.checksums import Checksums, read_model_digests
 from palate.errors import PalateError
-from palate.lease import read_lease
-from palate.record import Record, Status, events_once
+from palate.runs.lease import read_lease
+from palate.runs.record import Record, Status, events_once
 from palate.store import Store
 from tests.faults.run import Run
 from tests.faults.world import LEASE_S, STEPS
@@ -150,7 +150,7 @@ def _check_metrics(record: Record, findings: Findings, expected: Expected) -> No
 def _check_checkpoints(record: Record, findings: Findings) -> None:
     for prefix in sorted(findings.whole):
         try:
-            digests = Digests.parse(record.store.get(f"{prefix}/.complete"), where=prefix)
+            digests = Checksums.parse(record.store.get(f"{prefix}/.complete"), where=prefix)
             for name, facts in digests.files.items():
                 if hashlib.sha256(record.store.get(f"{prefix}/{name}")).hexdigest() != facts["sha256"]:
                     findings.lost.append(f"{prefix}/{name} is not what it was")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.errors import PalateError
-from palate.record import Record
+from palate.runs.record import Record
 from tests.faults.audit import Auditor, Expected, check_end, last_lines
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.run import Run

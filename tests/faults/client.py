@@ -11,7 +11,7 @@ import time
 
 from palate import ModelTrainingRecipe, TrainingJob
 from palate.errors import JobNotReadyError, NameTakenError, RunNotFoundError, TrainingJobError
-from palate.store.errors import StoreError
+from palate_recipes.errors import StoreError
 
 
 def main(name: str, prefs: str, settings: str) -> None:

@@ -35,8 +35,8 @@ def serve(world: dict[str, Any], stack: ExitStack) -> None:
     """Starts the front over an app that reads the body and repeats its length."""
     import uvicorn
 
-    from palate_server.front import Front
-    from palate_server.spec import ServeSpec
+    from palate_recipes.specs.serve import ServeSpec
+    from palate_server.gateway import Gateway
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", scope["type"] == "http"
@@ -51,7 +51,7 @@ def serve(world: dict[str, Any], stack: ExitStack) -> None:
     spec = ServeSpec(service_name="svc", model_dir="m", base_model_dir="b", work_dir="w")
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     settings = uvicorn.Config(
-        Front(app, spec=spec, token=_TOKEN), log_level="error", lifespan="off", timeout_keep_alive=1
+        Gateway(app, spec=spec, token=_TOKEN), log_level="error", lifespan="off", timeout_keep_alive=1
     )
     server = uvicorn.Server(settings)
     world["address"], world["faults"] = listener.getsockname(), _Faults()

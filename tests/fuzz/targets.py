@@ -112,8 +112,8 @@ def _table_file(rng: Random, world: World) -> tuple[bytes, str]:
 
 
 def _read_file(given: tuple[bytes, str], world: World) -> None:
-    from palate_recipes.data.checking import check
-    from palate_recipes.data.reading import read_rows
+    from palate_recipes.preferences.check import check
+    from palate_recipes.preferences.load import read_rows
 
     content, name = given
     path = world["folder"] / name
@@ -142,24 +142,24 @@ def _own_home(world: World, stack: ExitStack) -> None:
 
 
 def _read_uri(uri: str, world: World) -> None:
-    from palate.data import hub, sheets, sources
-    from palate.record import locate
+    from palate.runs.record import locate
+    from palate.sources import hub, resolve, select, sheets
     from palate.store.uri import normal_uri, split_uri
-    from palate_recipes.paths import LONGEST
+    from palate_recipes.text import LONGEST
 
     if len(uri) >= LONGEST:  # refused where it comes in
-        with sources.at_hand(uri, None):  # type: ignore[arg-type]
+        with resolve.fetch_files(uri, None):  # type: ignore[arg-type]
             raise AssertionError("a URI without end was taken")
     refused = None
     for read in (normal_uri, split_uri, locate, hub._parse, sheets._parse):
         refused = _refusal(read, uri) or refused
-    sources.matches("data/train/part-1.jsonl", uri)
-    sources.split_of(uri)
+    select.matches("data/train/part-1.jsonl", uri)
+    select.split_of(uri)
     walks_all = "**" in uri and (
         uri.startswith(("file://", "/")) or ".." in uri
     )  # of this machine's folders: slow, and right
     if not walks_all and (uri.startswith("file://") or "://" not in uri):
-        sources._local(uri)
+        resolve._local(uri)
     if refused:
         raise refused
 
@@ -202,13 +202,13 @@ def _write(world: World, name: str, content: str) -> Path:
 
 
 def _read_recipe(content: str, world: World) -> None:
-    from palate_recipes.files import read_recipe
+    from palate_recipes.recipe_file import read_recipe
 
     read_recipe(_write(world, "recipe.toml", content))
 
 
 def _read_templates(content: str, world: World) -> None:
-    from palate_recipes.data.columns import read_templates
+    from palate_recipes.preferences.columns import read_templates
 
     read_templates(_write(world, f"templates.{'csv' if content.startswith('name,') else 'yaml'}", content))
 
@@ -219,7 +219,7 @@ def _prompts(rng: Random, world: World) -> tuple[bytes, str]:
 
 
 def _read_prompts(given: tuple[bytes, str], world: World) -> None:
-    from palate.data.prompts import read_prompts
+    from palate.generate.prompts import read_prompts
 
     path = world["folder"] / given[1]
     path.write_bytes(given[0])
@@ -232,8 +232,8 @@ def _read_prompts(given: tuple[bytes, str], world: World) -> None:
 def _store(world: World, stack: ExitStack) -> None:
     from dataclasses import asdict
 
-    from palate.lease import Lease
-    from palate.record import Manifest, Record, Status
+    from palate.runs.lease import Lease
+    from palate.runs.record import Manifest, Record, Status
     from palate.store import open_store
 
     digests = {"schema": 1, "files": {"a.safetensors": {"bytes": 3, "sha256": "0" * 64}}}
@@ -252,8 +252,8 @@ def _records(rng: Random, world: World) -> tuple[str, bytes]:
 
 
 def _read_record(given: tuple[str, bytes], world: World) -> None:
-    from palate.digests import Digests
-    from palate.lease import read_lease
+    from palate.checksums import Checksums
+    from palate.runs.lease import read_lease
 
     name, content = given
     record = world["record"]
@@ -267,7 +267,7 @@ def _read_record(given: tuple[str, bytes], world: World) -> None:
         lease = read_lease(record)
         _ = lease is not None and lease.is_dead_here, lease and lease.attempt < 2 and lease.lost_after_s > 1
     else:
-        Digests.parse(content, where=name)
+        Checksums.parse(content, where=name)
 
 
 def _table(entries: dict[str, Target]) -> dict[str, Target]:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import palate_server
-from palate_server.spec import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
+from palate_recipes.specs.serve import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 from tests.support import models
 
 TOKEN = "a-token-for-tests"

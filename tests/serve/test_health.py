@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from palate_recipes.specs.serve import READY_FILE, Ready
 from palate_server.health import main
-from palate_server.spec import READY_FILE, Ready
 
 
 class Answering(BaseHTTPRequestHandler):

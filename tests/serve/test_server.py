@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from palate_server.spec import IDLE_FILE, READY_FILE, STOP_GRACE_S, EngineInfo, describe_engines
+from palate_recipes.specs.serve import IDLE_FILE, READY_FILE, STOP_GRACE_S, EngineInfo, describe_engines
 
 from .conftest import TOKEN, Server, running, start
 
@@ -186,7 +186,7 @@ def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: P
     require("transformers")
     with running(tmp_path, model_dir=base_model, engine="transformers") as server:
         family = server.family()
-        engine = next(p for p in family if "palate_server.transformers_engine" in p.cmdline()[2:4])
+        engine = next(p for p in family if "palate_server.transformers" in p.cmdline()[2:4])
         os.kill(engine.pid, signal.SIGKILL)
         assert server.process.wait(timeout=20) == 1
         assert "ended by itself with exit code 137" in server.error()
@@ -197,7 +197,7 @@ def test_an_engine_that_is_frozen_is_noticed_and_ended(tiny_llama: str, tmp_path
     require("transformers")
     with running(tmp_path, model_dir=tiny_llama, engine="transformers", hang_after_s=3) as server:
         family = server.family()
-        engine = next(p for p in family if "palate_server.transformers_engine" in p.cmdline()[2:4])
+        engine = next(p for p in family if "palate_server.transformers" in p.cmdline()[2:4])
         engine.suspend()
         assert server.process.wait(timeout=60) == 1
         assert "hangs: it has not answered for 3 s" in server.error()

@@ -16,10 +16,10 @@ import pytest
 
 import palate.session
 from palate import Predictor
-from palate.data.endpoint import Endpoint
-from palate.data.generate import generate_pairs, ledger_path, plan_pairs
-from palate.data.pairs import PairSettings
-from palate.deployment import ServedModel, start_service
+from palate.deploy import ServedModel, start_service
+from palate.generate import completion_log_path, generate_pairs, plan_pairs
+from palate.generate.chat_client import Endpoint
+from palate.generate.pairs import PairSettings
 from tests.slow.conftest import until
 from tests.support.chat import Answer, ChatServer, chat_server
 
@@ -69,7 +69,7 @@ def test_killed_in_the_middle_it_goes_on_and_asks_nothing_twice(relay: ChatServe
     command = [sys.executable, "-c", PROGRAM, str(prompts), "-o", str(output), "--base-url", relay.url]
     command += ["--model", "default", "--temperature", "0", "--temperature", "1", "-n", "1", "--keep-cut"]
     command += ["--max-tokens", str(ANSWER_TOKENS), "--judge-max-tokens", str(VERDICT_TOKENS), "--concurrency", "2"]
-    kept = ledger_path(output)
+    kept = completion_log_path(output)
     settings = PairSettings(
         endpoint=Endpoint(relay.url),
         models=["default"],

@@ -13,7 +13,7 @@ import pytest
 
 from palate import Predictor, TrainingJob
 from palate.session import Session, setup_default_session
-from palate.stand_in import SETTING
+from palate.weights import SETTING
 from tests.slow.conftest import processes_of, until
 from tests.support.rows import preference_rows
 from tests.support.seaweed import SeaweedServer

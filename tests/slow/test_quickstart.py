@@ -18,9 +18,9 @@ from palate.quickstart import PAIRS_PER_TOPIC
 from palate.session import Session
 from palate_recipes.demo import demo_rows, disagrees, write_demo
 from palate_recipes.device import local_device
-from palate_recipes.files import read_recipe
 from palate_recipes.hyperparameters import resolve
-from palate_trainer.spec import TrainSpec
+from palate_recipes.recipe_file import read_recipe
+from palate_recipes.specs.train import TrainSpec
 from tests.slow.conftest import processes_of, until
 from tests.support.models import PACKAGE
 

@@ -13,8 +13,8 @@ import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob, setup_default_session
 from palate.errors import DamagedFilesError, ServiceError, TrainingJobError
-from palate.lease import read_lease
-from palate.record import Manifest, Record
+from palate.runs.lease import read_lease
+from palate.runs.record import Manifest, Record
 from tests.slow.conftest import processes_of, until
 from tests.support.gate import gate_to
 from tests.support.seaweed import SeaweedServer

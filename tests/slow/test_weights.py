@@ -11,7 +11,8 @@ import pytest
 from palate import Session
 from palate.errors import ConfigurationError
 from palate.store import open_store
-from palate.weights import WeightsError, WeightsSource, fetch_weights, find_weights
+from palate.weights import WeightsSource, fetch_weights, find_weights
+from palate_recipes.errors import WeightsError
 from tests.support.seaweed import SeaweedServer
 
 pytestmark = pytest.mark.slow

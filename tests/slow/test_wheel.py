@@ -70,7 +70,7 @@ def test_a_training_without_the_extras_says_what_to_install(
 def test_images_are_built_from_the_installed_package(python: Path, tmp_path: Path) -> None:
     """Without a checkout the build context is the package as it is installed, packed again, with the files of the images."""
     program = (
-        "import json, zipfile; from palate.images.source import build_source\n"
+        "import json, zipfile; from palate.backends.images import build_source\n"
         "with build_source() as source:\n"
         "    files = sorted(path.relative_to(source.folder).as_posix() for path in source.folder.rglob('*') if path.is_file())\n"
         "    names = zipfile.ZipFile(next(source.folder.glob('*.whl'))).namelist()\n"

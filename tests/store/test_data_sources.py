@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from palate import Session
-from palate.data.sources import Fetched, at_hand
 from palate.errors import DataError
+from palate.sources.resolve import fetch_files
+from palate.sources.select import Fetched
 from palate.store import StoreOptions, open_store
-from palate.store.errors import BucketNotFoundError, StoreDeniedError, StoreUsageError
+from palate_recipes.errors import BucketNotFoundError, StoreDeniedError, StoreUsageError
 from tests.support.seaweed import SeaweedServer
 
 ROW = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
@@ -43,7 +44,7 @@ def keys_of(fetched: Fetched) -> list[str]:
 
 
 def check(uri: str, session: Session, keys: list[str]) -> Fetched:
-    with at_hand(uri, session) as fetched:
+    with fetch_files(uri, session) as fetched:
         assert keys_of(fetched) == keys
         assert all(
             file.as_posix().endswith(key.rpartition("/")[2]) for file, key in zip(fetched.files, keys, strict=True)
@@ -70,7 +71,7 @@ def test_objects_prefixes_and_globs(place: Place) -> None:
 
 def test_splits_below_a_prefix_are_refused(place: Place) -> None:
     uri, session = place("d/train-0.jsonl", "d/train-1.jsonl", "d/test/0.jsonl", "d/test/deep/1.jsonl")
-    with pytest.raises(DataError, match="several splits") as caught, at_hand(f"{uri}/d", session):
+    with pytest.raises(DataError, match="several splits") as caught, fetch_files(f"{uri}/d", session):
         pass
     shown = uri.removeprefix("file://")
     assert f"train (2 files): {shown}/d/train*" in str(caught.value)
@@ -82,13 +83,13 @@ def test_splits_below_a_prefix_are_refused(place: Place) -> None:
 def test_nothing_there(place: Place) -> None:
     uri, session = place("d/a.txt", "d/prefs.json")
     shown = uri.removeprefix("file://")
-    with pytest.raises(DataError) as caught, at_hand(f"{uri}/d/prefs.jsonl", session):
+    with pytest.raises(DataError) as caught, fetch_files(f"{uri}/d/prefs.jsonl", session):
         pass
     assert f"{shown}/d/prefs.jsonl" in str(caught.value)
     assert "a.txt, prefs.json" in str(caught.value)
     with (
         pytest.raises(DataError, match=r"no data file is there.*found a\.txt, prefs\.json"),
-        at_hand(f"{uri}/d/*.csv", session),
+        fetch_files(f"{uri}/d/*.csv", session),
     ):
         pass
 
@@ -103,23 +104,23 @@ def test_a_whole_bucket(seaweed: SeaweedServer, s3_session: Session) -> None:
     bucket = seaweed.make_bucket()
     open_store(f"s3://{bucket}", options=s3_session.options).put("deep/prefs.json", ROW.encode())
     for uri in (f"s3://{bucket}", f"s3://{bucket}/", f"s3://{bucket}/**", f"s3://{bucket}/*/prefs.json"):
-        with at_hand(uri, s3_session) as fetched:
+        with fetch_files(uri, s3_session) as fetched:
             assert [file.name for file in fetched.files] == ["prefs.json"]
-    with pytest.raises(DataError, match=r"holds deep/"), at_hand(f"s3://{bucket}/prefs.json", s3_session):
+    with pytest.raises(DataError, match=r"holds deep/"), fetch_files(f"s3://{bucket}/prefs.json", s3_session):
         pass
 
 
 def test_a_store_that_cannot_be_read_says_the_uri(bucket: str, s3_session: Session, s3_options: StoreOptions) -> None:
     for uri in ("s3://no-such-bucket/prefs.json", "s3://no-such-bucket/data/", "s3://no-such-bucket/*.json"):
-        with pytest.raises(BucketNotFoundError, match="s3://no-such-bucket"), at_hand(uri, s3_session):
+        with pytest.raises(BucketNotFoundError, match="s3://no-such-bucket"), fetch_files(uri, s3_session):
             pass
     nobody = StoreOptions(
         endpoint_url=s3_options.endpoint_url, region="us-east-1", access_key_id="x", secret_access_key="hush"
     )
-    with pytest.raises(StoreDeniedError) as caught, at_hand(f"s3://{bucket}/prefs.json", Session(options=nobody)):
+    with pytest.raises(StoreDeniedError) as caught, fetch_files(f"s3://{bucket}/prefs.json", Session(options=nobody)):
         pass
     assert f"s3://{bucket}/prefs.json" in str(caught.value)
     assert "hush" not in str(caught.value)
-    with pytest.raises(StoreUsageError) as usage, at_hand("s3://id:hush@bucket/prefs.json", s3_session):
+    with pytest.raises(StoreUsageError) as usage, fetch_files("s3://id:hush@bucket/prefs.json", s3_session):
         pass
     assert "hush" not in str(usage.value)

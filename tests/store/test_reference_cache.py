@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from palate.runner.cache import CACHE_PREFIX, ReferenceCache, publish
+from palate.runner.reference_cache import CACHE_PREFIX, ReferenceCache, publish
 from palate.store import Store, open_store
-from palate.store.errors import StoreDeniedError
-from palate_trainer.spec import TrainSpec
-from palate_trainer.spec.reference import LogProbs, Table, read_table, reference_key, table_name, write_table
+from palate_recipes.errors import StoreDeniedError
+from palate_recipes.specs.reference_table import LogProbs, Table, read_table, reference_key, table_name, write_table
+from palate_recipes.specs.train import TrainSpec
 
 KEY = "k" * 40
 NAME = f"{CACHE_PREFIX}/{table_name(KEY)}"
@@ -53,9 +53,9 @@ def test_tables_published_at_the_same_time_all_survive(store: Store) -> None:
 def test_processes_that_publish_at_the_same_time_keep_all_rows(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from palate.runner.cache import publish\n"
+        "from palate.runner.reference_cache import publish\n"
         "from palate.store import open_store\n"
-        "from palate_trainer.spec.reference import Table\n"
+        "from palate_recipes.specs.reference_table import Table\n"
         "for number in range(20):\n"
         "    row = {f'{sys.argv[2]}-{number}': (-1.0, -2.0)}\n"
         f"    publish(open_store(sys.argv[1]), Table({KEY!r}, row))\n"

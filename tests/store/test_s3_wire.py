@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 
 from palate.store import Store, StoreOptions, open_store
-from palate.store.errors import (
+from palate_recipes.errors import (
     DigestMismatchError,
     PreconditionFailedError,
     StoreDeniedError,
@@ -255,10 +255,8 @@ def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
         store.download("k", tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == large
         bucket.torn = 1
-        assert b"".join(store.stream("k")) == large
-        bucket.torn = 1
         assert store.get("k") == large
-        assert len(bucket.gets) == 2 + 2 + 2 + 1 + 1 + 1
+        assert len(bucket.gets) == 2 + 2 + 2
 
 
 def test_an_answer_that_always_breaks_off_is_an_error_after_five(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from palate import Session, TrainingJob
-from palate.digests import DIGESTS_FILE
+from palate.checksums import DIGESTS_FILE
 from palate.errors import DamagedFilesError, NameTakenError
-from palate.record import Manifest, Record
+from palate.runs.record import Manifest, Record
 from palate.store import Store, StoreOptions, open_store
 
 FILES = {"adapter_config.json": b"{}", "deep/er/tokenizer.json": b"{}\n", "adapter_model.safetensors": b"\0w" * 4096}

@@ -14,7 +14,7 @@ from threading import Barrier
 import pytest
 
 from palate.store import Store, open_parent, open_store, read_uri, split_uri
-from palate.store.errors import ObjectNotFoundError, PreconditionFailedError, StoreUsageError
+from palate_recipes.errors import ObjectNotFoundError, PreconditionFailedError, StoreUsageError
 
 BAD_KEYS = [
     "",

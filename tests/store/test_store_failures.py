@@ -19,7 +19,7 @@ from threading import Event
 import pytest
 
 from palate.store import Store, StoreOptions, open_store
-from palate.store.errors import (
+from palate_recipes.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
     PreconditionFailedError,
@@ -195,9 +195,7 @@ def _cut_everywhere(options: StoreOptions, bucket: str, monkeypatch: pytest.Monk
         "absent": (lambda store, _: store.stat("folder/two"), None),
         "checksum": (lambda store, _: store.checksum("folder/one"), f"{zlib.crc32(content):08x}"),
         "download": (download, content),
-        "stream": (lambda store, _: b"".join(store.stream("folder/one")), content),
         "put": (lambda store, at: store.put(f"made-{at}", content, if_none_match=True), written.etag),
-        "copy": (lambda store, at: store.copy("folder/one", f"copied-{at}"), None),
         "delete": (lambda store, _: store.delete("folder/three"), None),
     }
     call, expected = calls[what]
@@ -318,8 +316,6 @@ def test_what_is_no_file_is_no_object(tmp_path: Path, kind: str) -> None:
     for read in (
         lambda: store.get("strange"),
         lambda: store.get_range("strange", 0, 5),
-        lambda: [*store.stream("strange")],
-        lambda: store.copy("strange", "copy"),
         lambda: store.download("strange", tmp_path / "here"),
     ):
         with pytest.raises(ObjectNotFoundError, match="strange"):

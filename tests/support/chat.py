@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from palate.data.endpoint import Endpoint
-from palate.data.generate import Generated, generate_pairs
-from palate.data.pairs import PairSettings
+from palate.generate import Generated, generate_pairs
+from palate.generate.chat_client import Endpoint
+from palate.generate.pairs import PairSettings
 
 KEY = "sk-secret-of-the-test"
 PROMPTS = ["Is it?", "Why so?", "What now?"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import palate_server
-from palate_server.spec import LISTENER_VARIABLE, TOKEN_VARIABLE
+from palate_recipes.specs.serve import LISTENER_VARIABLE, TOKEN_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def fronted_service(
         port: 0 takes a free one.
         http: Which of uvicorn's protocols.
         hangs: Whether it answers no POST at all.
-        limits: Constants of palate_server.listening and palate_server.front to be set to other values.
+        limits: Constants of palate_server.listener and palate_server.gateway to be set to other values.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,16 +84,16 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 def main() -> None:
     import uvicorn
 
-    from palate_server import front, listening
-    from palate_server.spec import ServeSpec
+    from palate_recipes.specs.serve import ServeSpec
+    from palate_server import gateway, listener
 
     http, limits = sys.argv[1], json.loads(sys.argv[2])
     for name, value in limits.items():
-        for module in (front, listening):
+        for module in (gateway, listener):
             if hasattr(module, name):
                 setattr(module, name, value)
-    listening.serve_on(listening.take_listener())
-    app = front.Front(echo, spec=ServeSpec(service_name="svc", model_dir="m", work_dir="w"))
+    listener.serve_on(listener.take_listener())
+    app = gateway.Gateway(echo, spec=ServeSpec(service_name="svc", model_dir="m", work_dir="w"))
     uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_level="warning")).run()  # type: ignore[arg-type]
 
 

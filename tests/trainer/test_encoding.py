@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palate_recipes.data.rows import Row, plain_row
+from palate_recipes.preferences.row import Row, plain_row
 from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def test_many_rows_at_a_time_have_the_chat_templates_own_ids(
 ) -> None:
     from transformers import AutoTokenizer
 
-    import palate_trainer.tokens as tokens
+    import palate_trainer.tokenize as tokens
 
     monkeypatch.setattr(tokens, "_BATCH_ROWS", 7)  # the last batch is a short one
     tokenizer = AutoTokenizer.from_pretrained(base_model)
@@ -45,7 +45,7 @@ def test_many_rows_at_a_time_have_the_chat_templates_own_ids(
 def test_plain_text_and_rows_without_a_rejected_answer(base_model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from palate_trainer.tokens import Renderer
+    from palate_trainer.tokenize import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     renderer = Renderer(tokenizer, False, "", 512)
@@ -81,7 +81,7 @@ def test_one_rendering_serves_both_answers_only_where_that_changes_nothing(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from palate_trainer.tokens import Renderer
+    from palate_trainer.tokenize import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.chat_template = template

@@ -312,7 +312,7 @@ def test_a_row_alone_equals_the_row_in_a_ragged_batch(tiny: Path) -> None:
 def test_small_batches_of_a_step_are_joined_as_far_as_memory_and_gain_go() -> None:
     from types import SimpleNamespace
 
-    from palate_trainer.order import batches_at_once
+    from palate_trainer.samplers import batches_at_once
 
     config = SimpleNamespace(num_hidden_layers=10, hidden_size=100)  # 68,000 bytes a token in float32
 

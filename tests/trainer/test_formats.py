@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.data.changes import convert
-from palate_recipes.data.formats import FORMATS
-from palate_recipes.data.reading import read_rows
-from palate_recipes.data.rows import Message, Row
+from palate_recipes.preferences.formats import FORMATS
+from palate_recipes.preferences.load import read_rows
+from palate_recipes.preferences.row import Message, Row
+from palate_recipes.preferences.transform import convert
 from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ TURNS = [
 def renderer(base_model: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from palate_trainer.tokens import Renderer
+    from palate_trainer.tokenize import Renderer
 
     return Renderer(AutoTokenizer.from_pretrained(base_model), True, "You are a helpful assistant", 256)
 
@@ -48,7 +48,7 @@ def renderer(base_model: Path) -> Any:
 def test_all_formats_and_containers_give_identical_tokens(
     renderer: Any, tmp_path: Path, name: str, ending: str
 ) -> None:
-    from palate_recipes.data.rows import RowFaults
+    from palate_recipes.preferences.row import RowFaults
 
     write = FORMATS[name].write
     assert write is not None
@@ -78,7 +78,7 @@ def test_a_rows_own_system_turn_is_the_only_one(renderer: Any) -> None:
 def test_plain_text_takes_no_conversation(renderer: Any) -> None:
     from dataclasses import replace
 
-    from palate_trainer.errors import TrainerError
+    from palate_recipes.errors import TrainerError
 
     with pytest.raises(TrainerError, match="row 3 is a conversation of 3 turns"):
         replace(renderer, apply_chat_template=False).encode(TURNS[2])
@@ -100,9 +100,9 @@ def test_sft_learns_every_assistant_turn_of_a_conversation(renderer: Any, tmp_pa
 def test_the_check_with_a_tokenizer_says_what_a_training_does(renderer: Any, base_model: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from palate.data.measured import measure
-    from palate_recipes.data.checking import check
-    from palate_trainer.tokens import encode_pairs
+    from palate.sources.token_stats import measure
+    from palate_recipes.preferences.check import check
+    from palate_trainer.tokenize import encode_pairs
 
     rows = preference_rows(6)
     rows[1]["chosen"] += " and more" * 40

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from palate_trainer.spec import TrainSpec
+from palate_recipes.specs.train import TrainSpec
 from tests.trainer.support import spec
 
 pytestmark = pytest.mark.slow
@@ -37,8 +37,8 @@ QUANTISED = """
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from palate_trainer.imports import lean_imports
-from palate_trainer.spec import TrainSpec
+from palate_trainer.env import lean_imports
+from palate_recipes.specs.train import TrainSpec
 for path in sys.argv[1:]:
     with lean_imports(TrainSpec.read(Path(path))):
         print(find_spec("bitsandbytes") is not None)

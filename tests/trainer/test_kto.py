@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from palate_trainer.spec import COMPLETE_MARK, EXIT_STOPPED
+from palate_recipes.specs.train import COMPLETE_MARK, EXIT_STOPPED
 from tests.slow.conftest import until
 from tests.support.rows import preference_rows
 from tests.trainer.support import NEAR, NORM_NEAR, losses, refusal, spec, train
@@ -87,9 +87,9 @@ def test_every_step_is_that_of_stock_trl(
     rows = answers()
     ours = steps(train(spec(tiny, tmp_path / "ours", data=rows, method=method, **KTO, **settings)))
 
-    from palate_trainer.order import RowOrder
+    from palate_trainer.samplers import RowSampler
 
-    order, in_order = RowOrder(len(rows), 42), []
+    order, in_order = RowSampler(len(rows), 42), []
     for epoch in range(3):
         order.set_epoch(epoch)
         in_order += [rows[index] for index in order]
@@ -249,8 +249,8 @@ def test_answers_of_one_kind_train_with_a_note(tiny: Path, tmp_path: Path, kind:
 
 
 def test_unequal_numbers_are_noted_with_weights_that_make_up_for_them(tiny: Path, tmp_path: Path) -> None:
-    from palate_trainer.tokens import TokenPair
-    from palate_trainer.unpaired import balance_note
+    from palate_trainer.tokenize import TokenPair
+    from palate_trainer.trainers.kto import balance_note
 
     rows = [TokenPair(row, [1], [2], []) for row in range(9)] + [TokenPair(row, [1], [], [2]) for row in range(3)]
     note = balance_note(rows, desirable_weight=1.0, undesirable_weight=1.0)
@@ -264,12 +264,12 @@ def test_unequal_numbers_are_noted_with_weights_that_make_up_for_them(tiny: Path
 
 def test_what_concerns_good_answers_is_a_mean_over_those() -> None:
     """Three batches: 2 good and 0 bad, 1 and 1, 0 and 1; the last is a stand-in that an evaluation does not count."""
-    from palate_trainer.unpaired import LabelTrainer
+    from palate_trainer.trainers.kto import PalateKTOTrainer
 
     def averaged(sizes: list[int]) -> dict[str, list[float]]:
         metrics: dict[str, Any] = {"rows/chosen": [2, 1, 0], "rows/rejected": [0, 1, 1], "rewards/margins": [9.0]}
         metrics |= {"rewards/chosen": [1.0, 4.0, 0.0], "rewards/rejected": [0.0, -1.0, -3.0], "kl": [1.0, 2.0, 6.0]}
-        trainer: Any = object.__new__(LabelTrainer)
+        trainer: Any = object.__new__(PalateKTOTrainer)
         trainer.average(metrics, sizes)
         return metrics
 
@@ -285,9 +285,9 @@ def test_an_answer_that_is_cut_keeps_its_label_and_is_reported(tiny: Path) -> No
     """A pair whose answers differ only beyond the cut would say of one text that it is good and that it is bad."""
     from transformers import AutoTokenizer
 
-    from palate_recipes.data.formats import unpaired
-    from palate_recipes.data.rows import plain_row
-    from palate_trainer.tokens import Renderer, encode_pairs
+    from palate_recipes.preferences.formats import unpaired
+    from palate_recipes.preferences.row import plain_row
+    from palate_trainer.tokenize import Renderer, encode_pairs
 
     long = "one two three four five six seven eight nine ten " * 4
     rows = [

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from palate_trainer.parallel import Rounds
-from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
+from palate_recipes.specs.train import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
+from palate_trainer.distributed import Rounds
 from tests.slow.conftest import until
 from tests.trainer.support import NEAR, NORM_NEAR, losses, spec, train
 
@@ -33,7 +33,7 @@ def fail(self, *args, **kwargs):
 def wait():
     while not hasattr(sys.modules.get("palate_trainer.trainers"), "build_trainer"):
         time.sleep(0.01)
-    sys.modules["palate_trainer.trainers"].PairTrainer.training_step = fail
+    sys.modules["palate_trainer.trainers"].PalateDPOTrainer.training_step = fail
 
 if os.environ.get("RANK") == "1":
     threading.Thread(target=wait, daemon=True).start()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from palate_trainer.spec import TrainSpec
-from palate_trainer.spec.reference import Table, read_table, reference_key, table_name, write_table
+from palate_recipes.specs.reference_table import Table, read_table, reference_key, table_name, write_table
+from palate_recipes.specs.train import TrainSpec
 from tests.support.rows import preference_rows
 from tests.trainer.support import NEAR, PRECISIONS, losses, spec, train
 
@@ -162,7 +162,7 @@ def test_full_fine_tuning_and_validation_rows_use_the_cache(tiny: Path, tmp_path
 
 
 def test_a_pass_that_is_stopped_keeps_what_it_scored(tiny: Path, tmp_path: Path) -> None:
-    from palate_trainer.reference import ReferenceScores
+    from palate_trainer.reference_scores import ReferenceScores
 
     wanted = cached(spec(tiny, tmp_path / "run"), tmp_path / "cache")
     batches = 0

@@ -55,7 +55,7 @@ def test_lora_dropout_is_in_every_adapter_and_sleeps_in_evaluation(tiny: Path, t
     import torch
     from peft import get_peft_model
 
-    from palate_trainer.loading import load_model, lora_config
+    from palate_trainer.model import load_model, lora_config
 
     wanted = spec(tiny, tmp_path, lora_dropout=0.3)
     model = get_peft_model(load_model(wanted), lora_config(wanted))
@@ -124,7 +124,7 @@ def test_merged_weights_answer_as_the_adapter_does_and_are_never_4_bit(tiny: Pat
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from palate_server.transformers_engine import merge
+    from palate_server.transformers import merge
 
     train(spec(tiny, tmp_path, training_strategy="sft", learning_rate=1e-2, num_train_epochs=2))
     adapter, base, merged = tmp_path / "out" / "model", tmp_path / "base", tmp_path / "merged"
@@ -153,15 +153,15 @@ def test_float16_trains_in_float32(tiny: Path, tmp_path: Path) -> None:
     import torch
     from peft import get_peft_model
 
-    from palate_trainer.loading import load_model, lora_config
-    from palate_trainer.trainers import PairTrainer
+    from palate_trainer.model import load_model, lora_config
+    from palate_trainer.trainers import PalateDPOTrainer
 
     wanted = spec(tiny, tmp_path, precision="float16")
     model = get_peft_model(load_model(wanted), lora_config(wanted))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    PairTrainer.use_float32_updates(SimpleNamespace(model=model))  # type: ignore[arg-type]
+    PalateDPOTrainer.use_float32_updates(SimpleNamespace(model=model))  # type: ignore[arg-type]
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.float16}
 
@@ -205,7 +205,7 @@ def test_the_ranks_are_vllms() -> None:
     from importlib.util import find_spec
 
     from palate_recipes.schema import HYPERPARAMETERS
-    from palate_server.preflight import LORA_RANKS
+    from palate_server.plan import LORA_RANKS
 
     assert HYPERPARAMETERS["lora_dim"].maximum == LORA_RANKS[-1]
     vllm = find_spec("vllm")

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.data.rows import plain_row
-from palate_recipes.errors import DataError
-from palate_trainer.errors import TrainerError
+from palate_recipes.errors import DataError, TrainerError
+from palate_recipes.preferences.row import plain_row
 from tests.trainer.support import spec, train
 
 pytestmark = pytest.mark.slow
@@ -69,7 +68,7 @@ def spaced() -> Any:
 
 
 def renderer(tokenizer: Any, system_prompt: str = "", *, chat: bool = True, seq_length: int = 512) -> Any:
-    from palate_trainer.tokens import Renderer
+    from palate_trainer.tokenize import Renderer
 
     made = Renderer(tokenizer, chat, system_prompt, seq_length)
     made.check()
@@ -191,7 +190,7 @@ def test_an_empty_system_prompt_is_none_and_so_is_it_in_the_saved_template(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from palate_trainer.chat_templates import take_out_system_default
+    from palate_trainer.template_probe import take_out_system_default
 
     if name != "smollm2":
         tokenizer.chat_template = template(name)
@@ -216,7 +215,7 @@ def test_an_empty_system_prompt_is_none_and_so_is_it_in_the_saved_template(
 
 @pytest.mark.parametrize("name", ["llama3", "llama3_2", "qwen3", "gemma", "phi3"])
 def test_templates_without_a_default_stay_as_they_are(tokenizer: Any, name: str) -> None:
-    from palate_trainer.chat_templates import take_out_system_default
+    from palate_trainer.template_probe import take_out_system_default
 
     tokenizer.chat_template = template(name)
     assert take_out_system_default(tokenizer) is None
@@ -224,7 +223,7 @@ def test_templates_without_a_default_stay_as_they_are(tokenizer: Any, name: str)
 
 
 def test_a_default_that_cannot_be_told_apart_is_named(tokenizer: Any) -> None:
-    from palate_trainer.chat_templates import take_out_system_default
+    from palate_trainer.template_probe import take_out_system_default
 
     tokenizer.chat_template = (
         "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else 'Be nice.' %}"
@@ -294,8 +293,8 @@ def test_a_template_without_an_end_gets_one(tokenizer: Any) -> None:
 
 def test_the_end_is_one_at_which_the_engine_stops(tokenizer: Any, base_model: Path, tmp_path: Path) -> None:
     """A base model with a chat template of its own: EOS is <|endoftext|>, the turn ends with <|im_end|>."""
-    from palate_trainer.tokenizer import stop_token_ids
-    from palate_trainer.tokens import Renderer
+    from palate_trainer.model import stop_token_ids
+    from palate_trainer.tokenize import Renderer
 
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = "<|endoftext|>"
@@ -335,7 +334,7 @@ def test_rows_that_truncation_would_spoil_are_left_out_and_counted_by_reason(tin
 
 
 def test_truncation_keeps_the_prompt_and_is_the_same_for_both_answers(tokenizer: Any) -> None:
-    from palate_trainer.tokens import encode_pairs
+    from palate_trainer.tokenize import encode_pairs
 
     made = renderer(tokenizer, "Be brief.", seq_length=40)
     pair = plain_row("Say a number.", "one " * 60, "two " * 60, 7)
@@ -346,7 +345,7 @@ def test_truncation_keeps_the_prompt_and_is_the_same_for_both_answers(tokenizer:
 
 
 def test_a_file_of_spoilt_rows_is_refused(tokenizer: Any) -> None:
-    from palate_trainer.tokens import encode_pairs
+    from palate_trainer.tokenize import encode_pairs
 
     pairs = [plain_row("word " * 99, "yes", "no", row) for row in (1, 2)]
     with pytest.raises(DataError, match=r"No row of train is left.*\n.*rows 1, 2"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from palate_trainer.spec import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
+from palate_recipes.specs.train import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
 from tests.support.rows import preference_rows
 from tests.trainer.support import NEAR, losses, spec, train
 
@@ -31,7 +31,7 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path, precisi
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from palate_trainer.order import RowOrder
+    from palate_trainer.samplers import RowSampler
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     system = {"role": "system", "content": "You are a helpful assistant"}
@@ -43,7 +43,7 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path, precisi
         }
         for row in preference_rows()
     ]
-    order = _order_of_ours(tiny, RowOrder)
+    order = _order_of_ours(tiny, RowSampler)
 
     class Stock(DPOTrainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
@@ -75,8 +75,8 @@ def test_the_loss_curve_is_that_of_stock_trl(tiny: Path, tmp_path: Path, precisi
 def _order_of_ours(tiny: Path, sampler: Any) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from palate_recipes.data.rows import plain_row
-    from palate_trainer.tokens import Renderer, encode_pairs
+    from palate_recipes.preferences.row import plain_row
+    from palate_trainer.tokenize import Renderer, encode_pairs
 
     pairs = [
         plain_row(row["prompt"], row["chosen"], row["rejected"], index)
@@ -275,7 +275,7 @@ def test_gradients_through_4_bit_weights_are_those_of_the_same_weights_in_float3
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from palate_trainer.loading import load_model, lora_config
+    from palate_trainer.model import load_model, lora_config
 
     wanted = spec(small, tmp_path, method="QLoRA_LLM", precision=precision, lora_dim=4, lora_alpha=4)
     quantised, whole = load_model(wanted), AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)

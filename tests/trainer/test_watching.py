@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from palate_trainer.spec import TENSORBOARD_DIR
+from palate_recipes.specs.train import TENSORBOARD_DIR
 from tests.trainer.support import spec, train
 
 pytestmark = pytest.mark.slow
@@ -91,8 +91,8 @@ def test_a_line_has_rates_memory_and_time_left_and_tensorboard_has_the_same(
 
     from transformers import AutoTokenizer
 
-    from palate_recipes.data.rows import plain_row
-    from palate_trainer.tokens import Renderer
+    from palate_recipes.preferences.row import plain_row
+    from palate_trainer.tokenize import Renderer
 
     renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "You are a helpful assistant", 64)
     rows = [plain_row(row["prompt"], row["chosen"], row["rejected"], 1) for row in with_a_rule(16, 1)]

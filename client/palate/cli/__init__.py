@@ -10,12 +10,11 @@ import sys
 
 import typer
 
-from palate.cli import about, clean, lists, runs, scripts, work
+from palate.cli import machine, runs, train
 from palate.cli.data import data
-from palate.cli.images import images
-from palate.cli.store import store
-from palate.errors import PalateError
-from palate_recipes.visible import visible
+from palate.cli.machine import images, store
+from palate_recipes.errors import PalateError
+from palate_recipes.text import visible
 
 app = typer.Typer(
     name="palate",
@@ -25,12 +24,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-work.register(app)
-lists.register(app)
+train.register(app)
 runs.register(app)
-scripts.register(app)
-clean.register(app)
-about.register(app)
+runs.register(app)
+train.register(app)
+runs.register(app)
+machine.register(app)
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")

@@ -1,4 +1,4 @@
-"""`palate data …`: preference data checked, converted, split, described, made. Speaks to people; `palate_recipes.data` works."""
+"""`palate data …`: preference data checked, converted, split, described, made. Speaks to people; `palate_recipes.preferences` works."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from palate.cli.format import say_next
 from palate.cli.generate import generate
-from palate.cli.words import say_next
-from palate.errors import ConfigurationError
-from palate_recipes.visible import visible
+from palate_recipes.errors import ConfigurationError
+from palate_recipes.text import visible
 
 if TYPE_CHECKING:
-    from palate_recipes.data.changes import Change
-    from palate_recipes.data.formats import Format
-    from palate_recipes.data.report import Report
+    from palate_recipes.preferences.formats import Format
+    from palate_recipes.preferences.report import Report
+    from palate_recipes.preferences.transform import Change
 
 data = typer.Typer(help="Check, convert, split, describe and make preference data.", no_args_is_help=True)
 
@@ -69,15 +69,15 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Check data row by row, as train() does; exit code 1 when something is wrong."""
-    from palate_recipes.data.changes import clean
-    from palate_recipes.data.checking import check as check_files
+    from palate_recipes.preferences.check import check as check_files
+    from palate_recipes.preferences.transform import clean
 
     settings = _settings(from_, input_column, label_column, prompt_template, prompt_name)
     form, wanted = _format(settings), _strategy(strategy)
-    with _at_hand(files) as found, _at_hand(validation or []) as held_out:
+    with _fetch_files(files) as found, _fetch_files(validation or []) as held_out:
         report = check_files(found, held_out, strategy=wanted, format=form)
         if tokenizer is not None:
-            from palate.data.measured import measure
+            from palate.sources.token_stats import measure
 
             measure(
                 report,
@@ -122,11 +122,11 @@ def convert(
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave wrong rows out and say so.")] = False,
 ) -> None:
     """Write data in another format or container; prints the file."""
-    from palate_recipes.data.changes import convert as convert_files
-    from palate_recipes.data.formats import format_named
+    from palate_recipes.preferences.formats import format_named
+    from palate_recipes.preferences.transform import convert as convert_files
 
     form = _format(_settings(from_, input_column, label_column, prompt_template, prompt_name))
-    with _at_hand(files) as found:
+    with _fetch_files(files) as found:
         change = convert_files(
             [path for path, _ in found],
             output,
@@ -152,10 +152,10 @@ def split(
     from_: From = None,
 ) -> None:
     """Split data into training and validation, no prompt on both sides; prints both files."""
-    from palate_recipes.data.changes import split as split_files
+    from palate_recipes.preferences.transform import split as split_files
 
     beside = validation or output.with_name(_beside(output.name))
-    with _at_hand(files) as found:
+    with _fetch_files(files) as found:
         change = split_files(
             [path for path, _ in found], output, beside, share=share, seed=seed, format=_format({"name": from_})
         )
@@ -174,13 +174,13 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe data: rows, formats, lengths with a small plot, languages."""
-    from palate_recipes.data.checking import check as check_files
+    from palate_recipes.preferences.check import check as check_files
 
     settings = {"name": from_}
-    with _at_hand(files) as found:
+    with _fetch_files(files) as found:
         report = check_files(found, strategy=_strategy(strategy), format=_format(settings))
         if tokenizer is not None:
-            from palate.data.measured import measure
+            from palate.sources.token_stats import measure
 
             measure(
                 report,
@@ -200,13 +200,13 @@ def stats(
 @data.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the formats of rows that are read and written."""
-    from palate_recipes.data.formats import FORMATS
+    from palate_recipes.preferences.formats import FORMATS
 
     if as_json:
         rows = [{"name": name, "fields": one.fields, "written": one.write is not None} for name, one in FORMATS.items()]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    from palate.terminal import print_table
+    from palate.ui.terminal import print_table
 
     print_table(
         ("format", "fields", "written"),
@@ -277,21 +277,21 @@ def _named(entries: list[str] | None, flag: str) -> dict[str, str]:
 
 
 def _format(settings: dict[str, Any]) -> Format | None:
-    from palate_recipes.data.columns import format_for
+    from palate_recipes.preferences.columns import format_for
 
     return format_for(**settings)
 
 
 @contextmanager
-def _at_hand(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
+def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
     """Files on this machine, each with the name that messages call it by."""
-    from palate.data.sources import at_hand
     from palate.session import get_default_session
+    from palate.sources.resolve import fetch_files
 
     with ExitStack() as places:
         found = []
         for uri in uris:
-            fetched = places.enter_context(at_hand(uri, get_default_session()))
+            fetched = places.enter_context(fetch_files(uri, get_default_session()))
             if fetched.passed_over:
                 print(
                     visible(f"not read, since no data by their names: {', '.join(fetched.passed_over)}"),
@@ -331,7 +331,7 @@ _PARTS = {
 
 
 def _describe(report: Report) -> None:
-    from palate.terminal import bars, print_table
+    from palate.ui.terminal import bars, print_table
 
     shapes = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
     print(f"{report.usable:,} of {report.rows:,} rows can be read; {shapes or 'no known format'}")

@@ -1,4 +1,4 @@
-"""`palate data generate`: from prompts to preference pairs with any OpenAI-compatible endpoint. Asks through `palate.data`."""
+"""`palate data generate`: from prompts to preference pairs with any OpenAI-compatible endpoint. Asks through `palate.sources`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate.cli.words import say_next
-from palate.errors import ConfigurationError
+from palate.cli.format import say_next
+from palate_recipes.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from palate.data.endpoint import Endpoint
-    from palate.data.generate import Generated, Plan, Progress
-    from palate.data.pairs import PairSettings
+    from palate.generate import Generated, GenerationPlan, GenerationProgress
+    from palate.generate.chat_client import Endpoint
+    from palate.generate.pairs import PairSettings
 
 _NEWS_S = 5.0
 """Seconds between lines about the progress; on a terminal one line is kept up to date instead."""
@@ -64,10 +64,10 @@ def generate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls there will be, and ask none.")] = False,
 ) -> None:
     """Make preference pairs: models answer, a judge compares twice, the best and the worst become a pair."""
-    from palate.data.endpoint import EndpointError
-    from palate.data.generate import generate_pairs, plan_pairs
-    from palate.data.judge import RUBRIC
-    from palate.data.pairs import PairSettings
+    from palate.generate import generate_pairs, plan_pairs
+    from palate.generate.judge import RUBRIC
+    from palate.generate.pairs import PairSettings
+    from palate_recipes.errors import EndpointError
 
     settings = PairSettings(
         endpoint=_endpoint(service, base_url, api_key_env),
@@ -117,7 +117,7 @@ def generate(
 
 
 def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None) -> Endpoint:
-    from palate.data.endpoint import Endpoint
+    from palate.generate.chat_client import Endpoint
 
     if service:
         if base_url or api_key_env:
@@ -127,7 +127,7 @@ def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None
 
 
 def _judge(service: str | None, base_url: str | None, api_key_env: str | None) -> Endpoint | None:
-    from palate.data.endpoint import Endpoint
+    from palate.generate.chat_client import Endpoint
 
     if service:
         if base_url or api_key_env:
@@ -169,8 +169,8 @@ def _money(cost: float | None) -> str:
     return "" if cost is None else f", cost {cost:.4f}"
 
 
-def _print_plan(plan: Plan, settings: PairSettings) -> None:
-    from palate.terminal import print_table
+def _print_plan(plan: GenerationPlan, settings: PairSettings) -> None:
+    from palate.ui.terminal import print_table
 
     rows: list[tuple[str, object]] = [
         ("prompts", plan.prompts),
@@ -219,7 +219,7 @@ class _News:
         self._said = self._begun if not self._terminal else 0.0
         self._open = False
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: GenerationProgress) -> None:
         now = time.monotonic()
         last = progress.done == progress.prompts
         if not last and now - self._said < (0.2 if self._terminal else _NEWS_S):

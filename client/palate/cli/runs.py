@@ -1,19 +1,181 @@
-"""Verbs about one run: watch, metrics, logs, save, stop, start, update, delete."""
+"""Verbs about runs: list, watch, stop, update, delete, clean. Know what is asked for and how it is shown, not how it is read."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from palate.errors import RunNotFoundError
-from palate_recipes.visible import visible
+from palate.cli.format import age, pairs, seconds
+from palate_recipes.errors import DamagedFilesError, RunNotFoundError
+from palate_recipes.text import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from palate.job import TrainingJob
     from palate.predictor import Predictor
+    from palate.runs.list import Listing, RunFilter, RunSummary
+    from palate.runs.record import State
+
+
+_TIMEOUT_S = 30.0
+
+_Status = Annotated[
+    list[str] | None, typer.Option(help="Only those in this state, such as Running; again for one more state.")
+]
+_Name = Annotated[str, typer.Option(help="Only those whose name fits a glob, such as 'qwen2-*'.")]
+_Model = Annotated[str, typer.Option(help="Only those whose model's name fits a glob.")]
+_Label = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those with this label; again for one more label.")
+]
+_Since = Annotated[str | None, typer.Option(metavar="AGE", help="Only those no older, such as 30min, 2h, 7d.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="So many at most, the newest.")]
+_Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds; then what was read by then is shown.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def jobs(
+    status: _Status = None,
+    name: _Name = "*",
+    model: _Model = "*",
+    label: _Label = None,
+    since: _Since = None,
+    attempts: Annotated[int, typer.Option(min=1, help="Only those that were begun so often at least.")] = 1,
+    limit: _Limit = None,
+    timeout: _Timeout = _TIMEOUT_S,
+    as_json: _Json = False,
+) -> None:
+    """List training jobs, newest first."""
+    wanted = _wanted(status, name, model, label, since, attempts)
+    listing = _find("jobs", wanted, limit, timeout)
+    rows = [_job(found) for found in (*listing.runs, *listing.unread)]
+    columns = ("job", "state", "model", "method", "strategy", "age", "reason")
+    shown = [
+        (*(row[key] for key in ("id", "state", "model", "method", "strategy")), _age(row), _why(row)) for row in rows
+    ]
+    _show(rows, columns, shown, as_json=as_json)
+    _end("jobs", wanted, listing, {"Succeeded": "deploy", "Creating": "watch", "Running": "watch"}, "palate quickstart")
+
+
+def services(
+    status: _Status = None,
+    name: _Name = "*",
+    model: _Model = "*",
+    label: _Label = None,
+    since: _Since = None,
+    limit: _Limit = None,
+    timeout: _Timeout = _TIMEOUT_S,
+    as_json: _Json = False,
+) -> None:
+    """List services, newest first."""
+    wanted = _wanted(status, name, model, label, since, 1)
+    listing = _find("services", wanted, limit, timeout)
+    rows = [_service(found) for found in (*listing.runs, *listing.unread)]
+    columns = ("service", "state", "model", "endpoint", "age", "reason")
+    shown = [
+        (*(row[key] for key in ("ServiceName", "Status", "Model", "Endpoint")), _age(row), _why(row)) for row in rows
+    ]
+    _show(rows, columns, shown, as_json=as_json)
+    _end("services", wanted, listing, {"Running": "chat", "Stopped": "start"}, "palate deploy JOB")
+
+
+def _wanted(
+    status: list[str] | None, name: str, model: str, label: list[str] | None, since: str | None, attempts: int
+) -> RunFilter:
+    from palate.runs.list import RunFilter
+    from palate.runs.record import State
+
+    known = {state.lower(): state for state in get_args(State)}
+    return RunFilter(
+        states=tuple(known.get(state.lower(), cast("State", state)) for state in status or []),
+        name=name,
+        model=model,
+        labels=pairs(label or [], "--label"),
+        since_s=None if since is None else seconds(since, "--since"),
+        min_attempts=attempts,
+    )
+
+
+def _find(kind: Literal["jobs", "services"], wanted: RunFilter, limit: int | None, timeout_s: float) -> Listing:
+    from palate.runs.list import find_runs
+    from palate.session import get_default_session
+
+    return find_runs(get_default_session(), kind, wanted, limit=limit, timeout_s=timeout_s)
+
+
+def _job(found: RunSummary) -> dict[str, Any]:
+    manifest, status = found.manifest, found.status
+    body = manifest.body if manifest else {}
+    return {
+        "id": found.name,
+        "state": status.state if status else None,
+        "model": manifest.model_name if manifest else "",
+        "method": body.get("method", ""),
+        "strategy": body.get("hyperparameters", {}).get("training_strategy", ""),
+        "labels": manifest.labels if manifest else {},
+        "created_at": manifest.created_at if manifest else None,
+        "attempt": status.attempt if status else None,
+        "reason": str(found.error) if found.error else status.reason if status else "",
+    }
+
+
+def _service(found: RunSummary) -> dict[str, Any]:
+    from palate.predictor import describe
+
+    created_at = found.manifest.created_at if found.manifest else None
+    if found.status is not None:
+        return {**describe(found.handle, found.status), "created_at": created_at}
+    return {
+        "ServiceName": found.name,
+        "Status": None,
+        "Reason": str(found.error),
+        "Endpoint": "",
+        "Model": found.manifest.model_name if found.manifest else "",
+        "created_at": created_at,
+    }
+
+
+def _show(rows: list[dict[str, Any]], columns: Sequence[str], shown: list[tuple[Any, ...]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from palate.ui.terminal import print_table
+
+    print_table(columns, [["?" if cell is None else cell for cell in row] for row in shown])
+
+
+def _age(row: dict[str, Any]) -> str | None:
+    return None if row["created_at"] is None else age(row["created_at"])
+
+
+def _why(row: dict[str, Any]) -> str:
+    reason = row.get("reason") or row.get("Reason") or ""
+    return reason.splitlines()[0][:100] if reason else ""
+
+
+def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], first: str) -> None:
+    """Says what to do next; a list that is not whole is a failure, which a program must see."""
+    if listing.unread:
+        count = len(listing.unread)
+        print(
+            f"error: {count} of the {kind} could not be read, and may be meant or not: the rows with a ?",
+            file=sys.stderr,
+        )
+        damaged = next((found.name for found in listing.unread if isinstance(found.error, DamagedFilesError)), None)
+        remedy = f"delete {damaged}" if damaged else f"{kind} --timeout 300"
+        print(visible(f"next: palate {remedy}"), file=sys.stderr)
+        raise typer.Exit(1)
+    if listing.runs:
+        newest = listing.runs[0]
+        verb = verbs.get(newest.status.state if newest.status else "", "logs")
+        print(visible(f"next: palate {verb} {newest.name}"), file=sys.stderr)
+    elif wanted.is_everything:
+        print(f"no {kind} yet; next: {first}", file=sys.stderr)
+    else:
+        print(f"no such {kind}; next: palate {kind}", file=sys.stderr)
 
 
 def watch(
@@ -42,7 +204,7 @@ def metrics(
         for event in events:
             print(json.dumps(event))
         return
-    from palate.terminal import print_table
+    from palate.ui.terminal import print_table
 
     columns = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "grad_norm", "learning_rate")
     rows = []
@@ -61,7 +223,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
 ) -> None:
     """Print the log of a job or service."""
-    for line in _find(name).logs(follow=follow):
+    for line in _find_runs(name).logs(follow=follow):
         print(visible(line), flush=follow)
 
 
@@ -82,7 +244,7 @@ def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -
     """Stop a job (it writes a checkpoint first) or a service (it can be started again)."""
     from palate.job import TrainingJob
 
-    found = _find(name)
+    found = _find_runs(name)
     if isinstance(found, TrainingJob):
         found.stop()
         print(f"{name}\t{found.status}")
@@ -122,7 +284,7 @@ def delete(
     from palate.job import TrainingJob
 
     for name in names:
-        found = _find(name)
+        found = _find_runs(name)
         if isinstance(found, TrainingJob):
             if not yes and sys.stdin.isatty():
                 typer.confirm(f"remove job {name} with its model and checkpoints?", abort=True)
@@ -132,7 +294,7 @@ def delete(
         print(f"{name}\tdeleted")
 
 
-def _find(name: str) -> TrainingJob | Predictor:
+def _find_runs(name: str) -> TrainingJob | Predictor:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
     from palate.session import get_default_session
@@ -149,7 +311,34 @@ def _find(name: str) -> TrainingJob | Predictor:
         ) from None
 
 
+def clean(
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Remove what was found; without it nothing changes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what lost runs left behind (processes, leases, folders, expired services); with --yes, remove it."""
+    from palate.runs.clean import find_leftovers
+    from palate.session import get_default_session
+
+    found = find_leftovers(get_default_session())
+    if as_json:
+        print(json.dumps([{"kind": item.kind, "what": item.what, "why": item.why} for item in found], indent=1))
+    else:
+        from palate.ui.terminal import print_table
+
+        print_table(("kind", "what", "why"), [(item.kind, item.what, item.why) for item in found])
+    if not found:
+        print("nothing is left behind", file=sys.stderr)
+    elif yes:
+        for item in found:
+            item.remove()
+        print(f"{len(found)} removed; next: palate jobs", file=sys.stderr)
+    else:
+        print(f"{len(found)} found, nothing changed; next: palate clean --yes", file=sys.stderr)
+
+
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (watch, metrics, logs, save, stop, start, update, delete):
+    for verb in (jobs, services, watch, metrics, logs, save, stop, start, update, delete, clean):
         app.command()(verb)

@@ -7,8 +7,8 @@ import re
 import string
 from datetime import UTC, datetime
 
-from palate.errors import ConfigurationError
-from palate_recipes.paths import show_path
+from palate_recipes.errors import ConfigurationError
+from palate_recipes.text import show_path
 
 _ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -6,8 +6,46 @@ palate.pai.install()`, before the first import of `pai`.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
 from palate.pai.finder import install, uninstall
-from palate.pai.names import PaiAttributeError, PaiNameError
+from palate_recipes.errors import ConfigurationError, PaiAttributeError, PaiNameError
+
+STARTUP = Path(__file__).parent / "startup"
+"""Holds a `sitecustomize` for the script's process."""
+
+
+def run_script(script: str, arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by Python running `script`, in which `import pai` means Palate.
+
+    The interpreter itself starts the script: `sys.argv`, `__main__`, stdin, tracebacks, signals and the exit code are
+    those of `python script.py`. Processes that the script starts get nothing of it.
+
+    Args:
+        script: A file, a folder or zip file with `__main__.py`, or `-` for stdin.
+        arguments: For the script, untouched.
+
+    Raises:
+        ConfigurationError: There is no such script, or it is a notebook.
+    """
+    if script.endswith(".ipynb"):
+        raise ConfigurationError(
+            f"{script} is a notebook: put `%load_ext palate.pai` into its first cell and run it as any other"
+        )
+    if script != "-" and not os.path.exists(script):
+        raise ConfigurationError(f"there is no script {script!r} here ({os.getcwd()}): check the path")
+    before = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": f"{STARTUP}{os.pathsep}{before}" if before else str(STARTUP)}
+    # A name such as `-x.py` would be read as an option of Python's.
+    program = f"./{script}" if script.startswith("-") and script != "-" else script
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, program, *arguments], environment)
+
 
 __all__ = ["PaiAttributeError", "PaiNameError", "install", "uninstall"]
 

@@ -10,8 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
-from palate.errors import ConfigurationError
-from palate.pai.names import ATTRIBUTES, MISSING, MISSING_MODULES, PROVIDED, PaiAttributeError, PaiNameError
+from palate.pai.names import ATTRIBUTES, MISSING, MISSING_MODULES, PROVIDED
+from palate_recipes.errors import ConfigurationError, PaiAttributeError, PaiNameError
 
 
 class PaiModule(ModuleType):

@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-from palate.errors import PalateError
-
-
-class PaiNameError(PalateError, ImportError):
-    """A module of PAI's SDK has this name and Palate has not."""
-
-
-class PaiAttributeError(PalateError, AttributeError):
-    """A class of PAI's SDK has this attribute and Palate's has not."""
-
-
 PROVIDED: dict[str, dict[str, str]] = {
     "pai": {},
     "pai.common": {},

@@ -18,17 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from palate.errors import PalateError
-from palate.home import stale_work_folders, work_folder
-from palate.lease import START_ID_VARIABLE, HeldLease, acquire
-from palate.record import ACTIVE, LOST, Record, locate
-from palate.runner.child import log_line, log_tail
-from palate.runner.patience import Patience
-from palate.runner.post import Ending, Post
-from palate.runner.presence import Presence, Tail
+from palate.env_file import take_variables
+from palate.paths import stale_work_folders, work_folder
+from palate.runner.child_process import log_line, log_tail
+from palate.runner.context import Ending, RunContext
+from palate.runner.heartbeat import Heartbeat, Tail
+from palate.runner.retry import StoreRetry
+from palate.runs.lease import START_ID_VARIABLE, HeldLease, acquire
+from palate.runs.record import ACTIVE, LOST, Record, locate
 from palate.session import Session
-from palate.store.errors import StoreError
-from palate.variables import take_variables
+from palate_recipes.errors import PalateError, StoreError
 
 logger = logging.getLogger("palate.runner")
 
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["train"]:  # what managed platforms run an image with; there is no store then, and no record
         os.environ["PYTHONSAFEPATH"] = "1"  # of every process that it starts, too
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "palate_trainer.managed", *arguments[1:]])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "palate_trainer.platforms", *arguments[1:]])
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
@@ -68,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         if work.is_dir():
             log_line(log, text)
 
-    patience = Patience(say, terminated.is_set)
-    record = Record(patience.store(session.store), kind, name)
+    retry = StoreRetry(say, terminated.is_set)
+    record = Record(retry.store(session.store), kind, name)
     manifest = record.manifest()
     held = _take(record, terminated)
     if held is None:
@@ -78,22 +77,22 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True, mode=0o700)
     held = held.through(direct)  # a heartbeat that waits for the store would be none
-    presence = Presence(direct, held, say)
-    post = Post(
+    heartbeat = Heartbeat(direct, held, say)
+    context = RunContext(
         record=record,
         direct=direct,
         manifest=manifest,
         session=session,
         work=work,
-        presence=presence,
-        patience=patience,
+        heartbeat=heartbeat,
+        retry=retry,
         terminated=terminated,
     )
     try:
-        with presence:
-            ending = _attempts(post)
-        if not presence.fenced.is_set():
-            patience(held.release)
+        with heartbeat:
+            ending = _attempts(context)
+        if not heartbeat.lease_lost.is_set():
+            retry(held.release)
         return 1 if ending.state == "Failed" else 0
     except StoreError as error:
         logger.error("the run's last word could not be written: %s", error)
@@ -131,35 +130,35 @@ def _take(record: Record, terminated: threading.Event) -> HeldLease | None:
     return None
 
 
-def _attempts(post: Post) -> Ending:
+def _attempts(context: RunContext) -> Ending:
     """Makes attempts until one ends well or none is left, and writes the terminal status; returns the last ending."""
-    record, presence = post.record, post.presence
-    logs = post.patience(lambda: Tail(post.direct, "logs", post.log))
-    presence.push(logs)
-    reserve = post.work / "reserve"
+    record, heartbeat = context.record, context.heartbeat
+    logs = context.retry(lambda: Tail(context.direct, "logs", context.log))
+    heartbeat.push(logs)
+    reserve = context.work / "reserve"
     while True:
-        ending = _attempt(post, logs, reserve)
+        ending = _attempt(context, logs, reserve)
         reserve.unlink(missing_ok=True)
-        if presence.fenced.is_set():
+        if heartbeat.lease_lost.is_set():
             logger.info("another runner has %s by now: leaving it", record.uri)
             return ending
         status = record.status()
         if not (ending.state == "Failed" and ending.again and status.attempt < status.last_attempt):
             break
-        if post.terminated.is_set() or presence.stop_wanted.is_set():
+        if context.terminated.is_set() or heartbeat.stop_wanted.is_set():
             break
-        post.say(f"attempt {status.attempt} of {status.last_attempt} failed: {ending.reason}")
+        context.say(f"attempt {status.attempt} of {status.last_attempt} failed: {ending.reason}")
         facts: dict[str, Any] = {"reason": ending.reason, "exit_code": ending.exit_code}
         following = status.attempt + 1
-        post.patience(partial(presence.held.beat, attempt=following))
+        context.retry(partial(heartbeat.held.beat, attempt=following))
         if record.begin_again(expect={"Running"}, attempt=status.attempt, state="Running", **facts) is None:
-            post.patience(partial(presence.held.beat, attempt=status.attempt))
+            context.retry(partial(heartbeat.held.beat, attempt=status.attempt))
             break  # a stop came in between
-    post.patience(lambda: logs.push(final=True))
+    context.retry(lambda: logs.push(final=True))
     record.advance(
         ending.state,
         expect=ACTIVE,
-        attempt=presence.attempt,
+        attempt=heartbeat.attempt,
         reason=ending.reason,
         exit_code=ending.exit_code,
         log_tail=ending.log_tail,
@@ -168,20 +167,20 @@ def _attempts(post: Post) -> Ending:
     return ending
 
 
-def _attempt(post: Post, logs: Tail, reserve: Path) -> Ending:
+def _attempt(context: RunContext, logs: Tail, reserve: Path) -> Ending:
     try:
         reserve.write_bytes(b"\1" * _RESERVE_BYTES)
-        if post.manifest.kind == "train":
+        if context.manifest.kind == "train":
             from palate.runner.train import run_training
 
-            return run_training(post, logs)
+            return run_training(context, logs)
         from palate.runner.serve import run_service
 
-        return run_service(post)
+        return run_service(context)
     except Exception as error:  # the last place where a cause can be saved: the runner has no caller
         logger.exception("the runner failed")
         reserve.unlink(missing_ok=True)
-        return Ending(state="Failed", reason=_reason(error), log_tail=log_tail(post.log))
+        return Ending(state="Failed", reason=_reason(error), log_tail=log_tail(context.log))
 
 
 def _reason(error: Exception) -> str:

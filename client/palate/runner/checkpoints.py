@@ -15,11 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from palate.digests import Digests
-from palate.errors import DamagedFilesError
-from palate.record import Record
-from palate.store.errors import StoreError
-from palate_trainer.spec import CHECKPOINTS_DIR, COMPLETE_MARK
+from palate.checksums import Checksums
+from palate.runs.record import Record
+from palate_recipes.errors import DamagedFilesError, StoreError
+from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK
 
 _WHOLE = re.compile(
     rf"(?P<name>step-(?P<step>[0-9]{{1,18}})(-attempt-(?P<attempt>[0-9]{{1,9}}))?)/{re.escape(COMPLETE_MARK)}"
@@ -73,7 +72,7 @@ class CheckpointPusher:
     def _push(self, folder: Path) -> None:
         suffix = f"-attempt-{self._attempt}" if self._attempt > 1 else ""
         prefix = self._record.key(CHECKPOINTS_DIR, f"step-{_step(folder):06d}{suffix}")
-        digests = Digests.of(folder, leave_out=COMPLETE_MARK)
+        digests = Checksums.of(folder, leave_out=COMPLETE_MARK)
         for name in digests.files:
             self._record.store.upload(folder / name, f"{prefix}/{name}")
         self._before_mark()
@@ -104,7 +103,7 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         mark = f"{source}/{COMPLETE_MARK}"
         target = folder / f"checkpoint-{int(match['step'])}"
         try:
-            digests = Digests.parse(record.store.get(mark), where=record.store.uri(mark))
+            digests = Checksums.parse(record.store.get(mark), where=record.store.uri(mark))
             target.mkdir(parents=True, exist_ok=True)
             for name in digests.files:
                 record.store.download(f"{source}/{name}", target / name)

@@ -6,28 +6,28 @@ import sys
 import time
 from pathlib import Path
 
-from palate.digests import read_model_digests
-from palate.record import TOKEN_KEY
-from palate.runner.child import Child, log_tail, watch
-from palate.runner.post import Ending, Post
+from palate.checksums import read_model_digests
+from palate.runner.child_process import Child, log_tail, watch
+from palate.runner.context import Ending, RunContext
+from palate.runs.record import TOKEN_KEY
 from palate.store import open_parent
-from palate.store.errors import StoreError
 from palate.weights import WeightsSource, fetch_weights
-from palate_server.spec import ERROR_FILE, IDLE_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
+from palate_recipes.errors import StoreError
+from palate_recipes.specs.serve import ERROR_FILE, IDLE_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
 STOP_GRACE_S = 20.0
 
 
-def run_service(post: Post) -> Ending:
+def run_service(context: RunContext) -> Ending:
     """Runs a service until it is stopped or dies, and returns how it ended; the run is then still to be told."""
-    record, body, work = post.record, post.manifest.body, post.work
+    record, body, work = context.record, context.manifest.body, context.work
     options = body["options"]
     begun = time.monotonic()
-    tuned_dir = post.patience(lambda: _stage_tuned(post)) if body["tuned_uri"] else None
+    tuned_dir = context.retry(lambda: _stage_tuned(context)) if body["tuned_uri"] else None
     base_dir: Path | None = None
     if tuned_dir is None or body["adapter"]:  # whole tuned weights need no base
         source = WeightsSource.from_json(body["model"]["source"])
-        base_dir, _ = post.patience(lambda: fetch_weights(source, post.session, say=post.say))
+        base_dir, _ = context.retry(lambda: fetch_weights(source, context.session, say=context.say))
     spec = ServeSpec(
         service_name=record.name,
         model_dir=str(tuned_dir or base_dir),
@@ -37,10 +37,10 @@ def run_service(post: Post) -> Ending:
         **{**options, "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
-    post.say(f"starting the engine for {body['model']['name']}")
+    context.say(f"starting the engine for {body['model']['name']}")
     child = Child(
         [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
-        log=post.log,
+        log=context.log,
         env={TOKEN_VARIABLE: record.store.get(record.key(TOKEN_KEY)).decode(), "HF_HUB_OFFLINE": "1"},
         cwd=work,
     )
@@ -56,10 +56,10 @@ def run_service(post: Post) -> Ending:
             over_at = time.monotonic() + body["time_to_live_s"]  # its life begins when it answers
         ready = Ready.read(ready_file)
         try:
-            post.direct.advance(
+            context.direct.advance(
                 "Running",
                 expect={"Creating"},
-                attempt=post.presence.attempt,
+                attempt=context.heartbeat.attempt,
                 started_at=time.time(),
                 endpoint=ready.endpoint,
                 details={"engine": ready.engine, "models": ready.models, "start_s": round(time.monotonic() - begun, 1)},
@@ -71,8 +71,8 @@ def run_service(post: Post) -> Ending:
     with child:
         outcome = watch(
             child,
-            post.presence,
-            terminated=post.terminated,
+            context.heartbeat,
+            terminated=context.terminated,
             on_tick=announce,
             deadline=lambda: over_at,
             grace_s=STOP_GRACE_S,
@@ -90,17 +90,17 @@ def run_service(post: Post) -> Ending:
         state="Failed",
         reason=child.cause(reason or ""),
         exit_code=code,
-        log_tail=log_tail(post.log),
+        log_tail=log_tail(context.log),
     )
 
 
-def _stage_tuned(post: Post) -> Path:
+def _stage_tuned(context: RunContext) -> Path:
     """Returns a local folder with what was trained, every file compared with the digest that the training wrote."""
-    body = post.manifest.body
-    store, prefix = open_parent(body["tuned_uri"], options=post.session.options_for(body["tuned_uri"]))
+    body = context.manifest.body
+    store, prefix = open_parent(body["tuned_uri"], options=context.session.options_for(body["tuned_uri"]))
     folder = store.local_path(prefix)
     if folder is None:
-        folder = post.work / "model"
+        folder = context.work / "model"
         store.download_tree(prefix, folder)
     if body.get("tuned_digest"):
         digests = read_model_digests(store, prefix, body["tuned_digest"], what=body["tuned_uri"])

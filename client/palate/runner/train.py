@@ -14,19 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from palate.continuation import fetch_adapter
-from palate.digests import DIGESTS_FILE, Digests
-from palate.errors import ConfigurationError
-from palate.record import events_once
-from palate.runner.cache import ReferenceCache
+from palate.adapter_input import fetch_adapter
+from palate.checksums import DIGESTS_FILE, Checksums
 from palate.runner.checkpoints import CheckpointPusher, stage_last_checkpoint
-from palate.runner.child import Child, log_tail, watch
-from palate.runner.post import Ending, Post
-from palate.runner.presence import Tail
+from palate.runner.child_process import Child, log_tail, watch
+from palate.runner.context import Ending, RunContext
+from palate.runner.heartbeat import Tail
+from palate.runner.reference_cache import ReferenceCache
+from palate.runs.record import events_once
 from palate.session import Session
 from palate.store import open_parent
 from palate.weights import WeightsSource, fetch_weights
-from palate_trainer.spec import (
+from palate_recipes.errors import ConfigurationError
+from palate_recipes.specs.train import (
     CHECKPOINTS_DIR,
     ERROR_FILE,
     EXIT_STOPPED,
@@ -44,30 +44,30 @@ _FULL_BYTES = 1 << 20
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "palate")
 
 
-def run_training(post: Post, logs: Tail) -> Ending:
+def run_training(context: RunContext, logs: Tail) -> Ending:
     """Makes one attempt, and returns how it ended; the run is then still to be told."""
-    record, body = post.record, post.manifest.body
+    record, body = context.record, context.manifest.body
     deadline = time.monotonic() + body["max_run_time_s"] if body.get("max_run_time_s") else None
-    output = post.work / "output"
+    output = context.work / "output"
     shutil.rmtree(output, ignore_errors=True)  # an earlier attempt's; what of it counts is in the store
     output.mkdir()
-    record.advance("Running", expect={"Creating"}, attempt=post.presence.attempt, started_at=time.time())
+    record.advance("Running", expect={"Creating"}, attempt=context.heartbeat.attempt, started_at=time.time())
     if record.status().state != "Running":
         return Ending(state="Stopped", reason="stopped before it began")
     for note in body["notes"]:
-        post.say(f"note: {note}")
-    spec, resumed_from = _stage_all(post, output)
-    known = _stage_metrics(post, output, resumed_from)
-    metrics = post.patience(lambda: Tail(post.direct, "metrics", output / METRICS_FILE, offset=known))
-    post.presence.push(logs, metrics)
-    cache = ReferenceCache(post.direct.store, spec, post.say)
-    post.say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
+        context.say(f"note: {note}")
+    spec, resumed_from = _stage_all(context, output)
+    known = _stage_metrics(context, output, resumed_from)
+    metrics = context.retry(lambda: Tail(context.direct, "metrics", output / METRICS_FILE, offset=known))
+    context.heartbeat.push(logs, metrics)
+    cache = ReferenceCache(context.direct.store, spec, context.say)
+    context.say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
     child = Child(
-        [sys.executable, "-P", "-m", "palate_trainer", str(post.work / "spec.json")],
-        log=post.log,
+        [sys.executable, "-P", "-m", "palate_trainer", str(context.work / "spec.json")],
+        log=context.log,
         env={"HF_HUB_OFFLINE": "1"},  # everything is staged: nothing may be fetched behind the user's back
         kept=body.get("environment_names", ()),
-        cwd=post.work,
+        cwd=context.work,
     )
 
     was_full = False
@@ -83,52 +83,56 @@ def run_training(post: Post, logs: Tail) -> Ending:
     pusher = CheckpointPusher(
         record,
         output / CHECKPOINTS_DIR,
-        attempt=post.presence.attempt,
+        attempt=context.heartbeat.attempt,
         staged=resumed_from.name if resumed_from else None,
-        before_mark=lambda: post.patience(metrics.push),
+        before_mark=lambda: context.retry(metrics.push),
     )
     with child, cache, pusher as checkpoints:
         outcome = watch(
             child,
-            post.presence,
-            terminated=post.terminated,
+            context.heartbeat,
+            terminated=context.terminated,
             on_tick=look,
             deadline=lambda: deadline,
             grace_s=STOP_GRACE_S,
         )
-        if outcome != "fenced":
+        if outcome != "lease lost":
             checkpoints.look()
     code = child.process.returncode
-    if outcome == "fenced" or not post.patience(post.presence.held.beat):  # it may have slept since its last heartbeat
-        post.presence.fenced.set()
+    if outcome == "lease lost" or not context.retry(
+        context.heartbeat.held.beat
+    ):  # it may have slept since its last heartbeat
+        context.heartbeat.lease_lost.set()
         return Ending(state="Failed", again=False)
-    post.patience(lambda: metrics.push(final=True))
+    context.retry(lambda: metrics.push(final=True))
     if (output / TENSORBOARD_DIR).is_dir():
         record.store.upload_tree(output / TENSORBOARD_DIR, record.key(TENSORBOARD_DIR))
     if code == 0:  # also when a stop came after the last step: the model is whole
-        post.say("saving the model")
-        details = {**record.status().details, "model_digest": _push_model(post, output / MODEL_DIR)}
-        record.note(attempt=post.presence.attempt, details=details)
+        context.say("saving the model")
+        details = {**record.status().details, "model_digest": _push_model(context, output / MODEL_DIR)}
+        record.note(attempt=context.heartbeat.attempt, details=details)
         return Ending(state="Succeeded", exit_code=code)
     if outcome == "stopped" or (outcome == "ended" and code == EXIT_STOPPED):
         return Ending(state="Stopped", exit_code=code, reason="stopped on request")
     if outcome == "timed out":
         reason = f"max_run_time of {body['max_run_time_s']} s was reached; whole checkpoints are kept"
-        return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(post.log), again=False)
-    return Ending(state="Failed", exit_code=code, reason=_cause(output, child, was_full), log_tail=log_tail(post.log))
+        return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(context.log), again=False)
+    return Ending(
+        state="Failed", exit_code=code, reason=_cause(output, child, was_full), log_tail=log_tail(context.log)
+    )
 
 
-def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
+def _stage_all(context: RunContext, output: Path) -> tuple[TrainSpec, Path | None]:
     """Brings everything here that the trainer reads; returns its spec, and the checkpoint to go on from."""
-    body, patience, work = post.manifest.body, post.patience, post.work
-    earlier = post.record.status()
+    body, retry, work = context.manifest.body, context.retry, context.work
+    earlier = context.record.status()
     source = WeightsSource.from_json(body["model"]["source"])
-    model_dir, revision = patience(lambda: fetch_weights(source, post.session, say=post.say))
+    model_dir, revision = retry(lambda: fetch_weights(source, context.session, say=context.say))
     resumed_from = None
     if earlier.attempt > 1:
-        resumed_from = patience(lambda: stage_last_checkpoint(post.record, output / CHECKPOINTS_DIR, post.say))
+        resumed_from = retry(lambda: stage_last_checkpoint(context.record, output / CHECKPOINTS_DIR, context.say))
         went_on = f"going on from {resumed_from.name}" if resumed_from else "from the beginning: it has no checkpoint"
-        post.say(f"attempt {earlier.attempt}, {went_on}")
+        context.say(f"attempt {earlier.attempt}, {went_on}")
     before = earlier.details.get("model_revision", revision)
     if resumed_from and before != revision:
         raise ConfigurationError(
@@ -136,13 +140,13 @@ def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
             f"it was {before}): bring those back, or train anew"
         )
     details = {**earlier.details, "model_revision": revision, "versions": _library_versions()}
-    post.record.note(attempt=post.presence.attempt, details=details)
+    context.record.note(attempt=context.heartbeat.attempt, details=details)
     inputs = {channel: facts["uri"] for channel, facts in body["inputs"].items()}
 
     def stage(channel: str) -> str | None:
         if channel not in inputs:
             return None
-        return str(patience(lambda: _stage(inputs[channel], post.session, work / channel)))
+        return str(retry(lambda: _stage(inputs[channel], context.session, work / channel)))
 
     spec = TrainSpec(
         method=body["method"],
@@ -151,7 +155,7 @@ def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
         train_file=stage("train") or "",
         validation_file=stage("validation"),
         adapter_dir=(
-            str(patience(lambda: fetch_adapter(inputs["adapter"], post.session, work / "adapter")))
+            str(retry(lambda: fetch_adapter(inputs["adapter"], context.session, work / "adapter")))
             if "adapter" in inputs
             else None
         ),
@@ -165,7 +169,7 @@ def _stage_all(post: Post, output: Path) -> tuple[TrainSpec, Path | None]:
     return spec, resumed_from
 
 
-def _stage_metrics(post: Post, output: Path, resumed_from: Path | None) -> int:
+def _stage_metrics(context: RunContext, output: Path, resumed_from: Path | None) -> int:
     """Writes the events up to the checkpoint's step where the trainer goes on writing; returns their bytes.
 
     Its last words are drawn from all of them. TensorBoard's files come along.
@@ -173,18 +177,18 @@ def _stage_metrics(post: Post, output: Path, resumed_from: Path | None) -> int:
     if resumed_from is None:
         return 0
     step = int(resumed_from.name.rpartition("-")[2])
-    events = events_once([*post.patience(lambda: [*post.direct.metrics()]), {"kind": "start", "step": step}])[:-1]
+    events = events_once([*context.retry(lambda: [*context.direct.metrics()]), {"kind": "start", "step": step}])[:-1]
     text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
     (output / METRICS_FILE).write_text(text, encoding="utf-8")
-    key = post.record.key(TENSORBOARD_DIR)
-    if post.patience(lambda: any(True for _ in post.direct.store.list(key))):
-        post.record.store.download_tree(key, output / TENSORBOARD_DIR)
+    key = context.record.key(TENSORBOARD_DIR)
+    if context.retry(lambda: any(True for _ in context.direct.store.list(key))):
+        context.record.store.download_tree(key, output / TENSORBOARD_DIR)
     return len(text.encode())
 
 
-def _push_model(post: Post, folder: Path) -> str:
+def _push_model(context: RunContext, folder: Path) -> str:
     """Pushes the model and then the list of its files; returns the list's SHA-256."""
-    digests, store, prefix = Digests.of(folder), post.record.store, post.record.key(MODEL_DIR)
+    digests, store, prefix = Checksums.of(folder), context.record.store, context.record.key(MODEL_DIR)
     # An earlier attempt may have been lost here. A file of its model that this one lacks would count as added to it.
     for info in list(store.list(prefix)):
         if info.key.removeprefix(f"{prefix}/") not in digests.files:

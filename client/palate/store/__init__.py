@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import os
 
-from palate.store.base import ObjectInfo, Store
+from palate.store.base import ObjectInfo, Store, TransferProgress
 from palate.store.options import StoreOptions
-from palate.store.tree import Progress
 from palate.store.uri import normal_uri, split_uri
 
-__all__ = ["ObjectInfo", "Progress", "Store", "StoreOptions", "open_parent", "open_store", "read_uri", "split_uri"]
+__all__ = [
+    "ObjectInfo",
+    "Store",
+    "StoreOptions",
+    "TransferProgress",
+    "open_parent",
+    "open_store",
+    "read_uri",
+    "split_uri",
+]
 
 
 def open_store(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> Store:

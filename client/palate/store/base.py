@@ -1,7 +1,9 @@
-"""The surface that every store has, and what all of them share. Knows keys and folders, no kind of store.
+"""The surface that every store has, and whole folders moved through it. Knows keys and folders, no kind of store.
 
 A key is a relative path with `/` between its parts. A prefix is a folder: `jobs/1` never matches `jobs/10/…`,
 a slash at its end changes nothing, and `""` is the whole store.
+
+Knows stores by their surface alone.
 """
 
 from __future__ import annotations
@@ -11,17 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from threading import Lock
 
-from palate.store.errors import StoreError, StoreUsageError
-from palate.store.local import draft_beside
+from palate.store.local import crc32_of, draft_beside, in_parallel, walk
 from palate.store.uri import check_key, check_prefix
-
-if TYPE_CHECKING:
-    from palate.store.tree import Progress
-
-LONGEST_LINK_S = 7 * 24 * 3600
-"""Seconds that S3 lets a presigned link live."""
+from palate_recipes.errors import ObjectNotFoundError, StoreError, StoreUsageError
 
 Keys = list[str]  # inside Store, `list` is the method
 
@@ -96,17 +92,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def stream(self, key: str) -> Iterator[bytes]:
-        """Yields the content in blocks of some megabytes, all of one version of the object.
-
-        Each block is a request of its own, tried again when its connection breaks.
-
-        Raises:
-            ObjectNotFoundError: No object has this key.
-            PreconditionFailedError: The object was replaced meanwhile; what came so far is the old one's.
-        """
-
-    @abstractmethod
     def put(
         self,
         key: str,
@@ -145,27 +130,6 @@ class Store(ABC):
         """Returns the CRC-32 of the content as eight hex digits; None where no object is, or nobody recorded it.
 
         A bucket has it for what Palate wrote: it stands in the object's metadata. A file store reads the file.
-        """
-
-    @abstractmethod
-    def copy(self, key: str, target: str) -> None:
-        """Copies an object within the store, whole or not at all; on S3 its bytes stay on the server.
-
-        Raises:
-            ObjectNotFoundError: No object has this key.
-        """
-
-    @abstractmethod
-    def presigned_url(self, key: str, *, expires_s: int = 3600, method: Literal["GET", "PUT"] = "GET") -> str:
-        """Returns a link with which anybody can read (or, with PUT, write) this one object; sends nothing.
-
-        Args:
-            key: Which object; it need not be there.
-            expires_s: Seconds that the link lives, up to a week.
-            method: What the link allows.
-
-        Raises:
-            StoreUsageError: A file store has no links, and S3 none that live longer.
         """
 
     @abstractmethod
@@ -252,7 +216,7 @@ class Store(ABC):
         prefix: str = "",
         *,
         skip: Callable[[str], bool] | None = None,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Callable[[TransferProgress], None] | None = None,
     ) -> Keys:
         """Copies every file below a folder of this machine, several at a time. Links are followed.
 
@@ -271,12 +235,11 @@ class Store(ABC):
         Raises:
             FileNotFoundError: `folder` is no folder, or a file in it is a link to nothing.
         """
-        from palate.store.tree import upload_tree
 
         return upload_tree(self, folder, prefix, skip=skip, progress=progress)
 
     def download_tree(
-        self, prefix: str, folder: str | os.PathLike[str], *, progress: Callable[[Progress], None] | None = None
+        self, prefix: str, folder: str | os.PathLike[str], *, progress: Callable[[TransferProgress], None] | None = None
     ) -> Keys:
         """Copies every object below a folder of the store to this machine, several at a time.
 
@@ -296,7 +259,6 @@ class Store(ABC):
             DigestMismatchError: What arrived is not what was uploaded.
             StoreUsageError: An object's key would leave `folder`.
         """
-        from palate.store.tree import download_tree
 
         return download_tree(self, prefix, folder, progress=progress)
 
@@ -329,12 +291,113 @@ def check_range(key: str, start: int, length: int | None) -> None:
         )
 
 
-def check_link(key: str, expires_s: int) -> str:
-    """Returns the checked key; raises StoreUsageError when no link can live that long."""
-    if not 1 <= expires_s <= LONGEST_LINK_S:
-        raise StoreUsageError(f"link to {key!r}: expires_s={expires_s} is not between 1 and {LONGEST_LINK_S} (a week)")
-    return check_key(key)
-
-
 def _ignore(_: int) -> None:
     pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferProgress:
+    """How far a tree is.
+
+    Attributes:
+        files_done: Files that are in place, those that were there before included.
+        files_total: Files of the tree.
+        bytes_done: Bytes that are in place; grows within a large file, too.
+        bytes_total: Bytes of the tree.
+    """
+
+    files_done: int
+    files_total: int
+    bytes_done: int
+    bytes_total: int
+
+
+def upload_tree(
+    store: Store,
+    folder: str | os.PathLike[str],
+    prefix: str,
+    *,
+    skip: Callable[[str], bool] | None,
+    progress: Callable[[TransferProgress], None] | None,
+) -> Keys:
+    """Does what `Store.upload_tree` says."""
+    source, below = Path(folder), check_prefix(prefix)
+    if not source.is_dir():
+        raise ObjectNotFoundError(f"{source} is no folder of this machine: nothing to upload to {store.uri(prefix)}")
+    sizes = {}
+    for name in walk(source):
+        if skip is not None and skip(name):
+            continue
+        check_key(below + name)
+        try:
+            sizes[name] = (source / name).stat().st_size
+        except FileNotFoundError as error:
+            raise ObjectNotFoundError(
+                f"{source / name} is no file of this machine (a link to nothing?): mend or remove it"
+            ) from error
+    there = {info.key: info.size for info in store.list(prefix)} if sizes else {}
+    tally = Tally(sizes, progress)
+
+    def send(name: str) -> None:
+        path, key = source / name, below + name
+        if there.get(key) == sizes[name] and store.checksum(key) == crc32_of(path):
+            tally.moved(sizes[name])
+        else:
+            store.upload(path, key, moved=tally.moved)
+        tally.file_done()
+
+    in_parallel(send, sizes)
+    return list(sizes)
+
+
+def download_tree(
+    store: Store, prefix: str, folder: str | os.PathLike[str], *, progress: Callable[[TransferProgress], None] | None
+) -> Keys:
+    """Does what `Store.download_tree` says."""
+    below, target = check_prefix(prefix), Path(folder)
+    sizes = {check_key(info.key.removeprefix(below)): info.size for info in store.list(prefix)}
+    if not sizes:
+        raise ObjectNotFoundError(f"{store.uri(prefix)} holds no object: check the name, or wait until it is written")
+    target.mkdir(parents=True, exist_ok=True)
+    tally = Tally(sizes, progress)
+
+    def fetch(name: str) -> None:
+        path = target / name
+        if path.is_file() and path.stat().st_size == sizes[name] and store.checksum(below + name) == crc32_of(path):
+            tally.moved(sizes[name])
+        else:
+            store.download(below + name, path, moved=tally.moved)
+        tally.file_done()
+
+    in_parallel(fetch, sizes)
+    return list(sizes)
+
+
+class Tally:
+    """Adds up what the threads of a tree report, and tells it one call at a time."""
+
+    def __init__(self, sizes: dict[str, int], tell: Callable[[TransferProgress], None] | None) -> None:
+        self._tell = tell
+        self._files, self._bytes = len(sizes), sum(sizes.values())
+        self._files_done = self._bytes_done = 0
+        self._lock = Lock()
+
+    def moved(self, count: int) -> None:
+        self._add(0, count)
+
+    def file_done(self) -> None:
+        self._add(1, 0)
+
+    def _add(self, files: int, size: int) -> None:
+        with self._lock:
+            self._files_done += files
+            self._bytes_done += size
+            if self._tell is not None:
+                self._tell(
+                    TransferProgress(
+                        files_done=self._files_done,
+                        files_total=self._files,
+                        bytes_done=self._bytes_done,
+                        bytes_total=self._bytes,
+                    )
+                )

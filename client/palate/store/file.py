@@ -21,20 +21,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
-from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_link, check_not_root, check_range
-from palate.store.crc import crc32_of
-from palate.store.errors import (
+from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_not_root, check_range
+from palate.store.local import crc32_of, draft_beside, walk
+from palate.store.uri import RESERVED, check_key, check_prefix
+from palate_recipes.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
     PreconditionFailedError,
     StoreDeniedError,
     StoreError,
-    StoreUsageError,
 )
-from palate.store.local import draft_beside, walk
-from palate.store.uri import RESERVED, check_key, check_prefix
 
 _LOCK = f"{RESERVED}lock"
 
@@ -43,9 +41,6 @@ _DIGEST_LIMIT = 8 << 20
 
 _CONTENDED_S = 10.0
 """How long a put or a deletion is tried whose folder others delete or fill at the same time."""
-
-_BLOCK = 4 << 20
-"""Bytes that a stream yields at a time."""
 
 
 class FileStore(Store):
@@ -68,11 +63,6 @@ class FileStore(Store):
         with self._explained("read", key), _open_file(self._path(key)) as file:
             file.seek(start)
             return file.read(-1 if length is None else length)
-
-    def stream(self, key: str) -> Iterator[bytes]:
-        with self._explained("read", key), _open_file(self._path(key)) as file:  # a file is replaced, never changed
-            while block := file.read(_BLOCK):
-                yield block
 
     def put(
         self,
@@ -128,20 +118,6 @@ class FileStore(Store):
                 return crc32_of(self._path(key))
         except ObjectNotFoundError:
             return None
-
-    def copy(self, key: str, target: str) -> None:
-        source, copied = self._path(key), self._path(target)
-        with self._explained("read", key):
-            _open_file(source).close()
-        with self._explained("written", target):
-            self._place(source, copied)
-
-    def presigned_url(self, key: str, *, expires_s: int = 3600, method: Literal["GET", "PUT"] = "GET") -> str:
-        check_link(key, expires_s)
-        raise StoreUsageError(
-            f"{self.uri(key)} is a file: nobody serves it, so it has no link. Give its path, or keep it in a bucket "
-            "(`palate store up` runs one)"
-        )
 
     def delete(self, key: str) -> None:
         path = self._path(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from palate.store.errors import StoreUsageError
+from palate_recipes.errors import StoreUsageError
 
 ADDRESSING_STYLES = ("auto", "path", "virtual")
 

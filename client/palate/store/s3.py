@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_link, check_not_root, check_range
-from palate.store.errors import BucketNotFoundError, ObjectNotFoundError, PreconditionFailedError, StoreError
+from palate.store.base import Keys, ObjectInfo, Store, check_condition, check_not_root, check_range
 from palate.store.local import in_parallel
 from palate.store.options import StoreOptions
 from palate.store.uri import RESERVED, check_key, check_prefix, is_reserved
+from palate_recipes.errors import BucketNotFoundError, ObjectNotFoundError, PreconditionFailedError, StoreError
 
 try:
     import boto3.exceptions
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 except ImportError as missing:
-    from palate.errors import MissingDependencyError
+    from palate_recipes.errors import MissingDependencyError
 
     raise MissingDependencyError(
         f"s3:// and oss:// stores need boto3 ({missing}): pip install 'palate[s3]'"
@@ -35,7 +35,7 @@ except ImportError as missing:
 
 from palate.store.s3_client import connect
 from palate.store.s3_errors import code_of, explain
-from palate.store.s3_transfer import CRC, PART, Transfer, etag_of, understood
+from palate.store.s3_transfer import CRC, Transfer, etag_of, understood
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -86,16 +86,6 @@ class S3Store(Store):
         check_range(key, start, length)
         with self._explained("read", key):
             return self._transfer.read(self._full(key), start, length).data
-
-    def stream(self, key: str) -> Iterator[bytes]:
-        start, total, etag = 0, 1, None
-        while start < total:
-            with self._explained("read", key):
-                piece = self._transfer.read(self._full(key), start, PART, etag=etag)
-            if not piece.data:
-                return
-            start, total, etag = start + len(piece.data), piece.total, piece.etag
-            yield piece.data
 
     def put(
         self,
@@ -159,23 +149,6 @@ class S3Store(Store):
     def checksum(self, key: str) -> str | None:
         head = self._head(key)
         return None if head is None else head["Metadata"].get(CRC)
-
-    def copy(self, key: str, target: str) -> None:
-        try:
-            with self._explained("copied", key):
-                self._transfer.copy(self._full(key), self._full(target))
-        except ObjectNotFoundError:
-            self._require_bucket()
-            raise
-
-    def presigned_url(self, key: str, *, expires_s: int = 3600, method: Literal["GET", "PUT"] = "GET") -> str:
-        full = self._prefix + check_link(key, expires_s)
-        with self._explained("linked to", key):
-            return self._client.generate_presigned_url(
-                "put_object" if method == "PUT" else "get_object",
-                Params={"Bucket": self._bucket, "Key": full},
-                ExpiresIn=expires_s,
-            )
 
     def delete(self, key: str) -> None:
         try:

@@ -18,9 +18,9 @@ from botocore.exceptions import ConnectionClosedError
 from botocore.loaders import Loader, create_loader
 from urllib3.exceptions import HTTPError
 
-from palate.connection import is_loopback
-from palate.store.errors import StoreUsageError
+from palate.http import is_loopback
 from palate.store.options import ADDRESSING_STYLES, StoreOptions
+from palate_recipes.errors import StoreUsageError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -56,7 +56,7 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
         "read_timeout": 4 if impatient else 60,
         "max_pool_connections": 40,  # PARALLEL files of a tree, each in several parts
         "user_agent_appid": "palate",
-        "signature_version": "s3v4",  # presigned links would be signed in S3's first, retired way
+        "signature_version": "s3v4",
     }
     if is_oss:
         settings |= {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from botocore import exceptions as botocore
 from botocore.parsers import ResponseParserError
 
-from palate.store.errors import (
+from palate.store.options import StoreOptions
+from palate_recipes.errors import (
     BucketNotFoundError,
     ObjectNotFoundError,
     PreconditionFailedError,
@@ -14,7 +15,6 @@ from palate.store.errors import (
     StoreUnreachableError,
     StoreUsageError,
 )
-from palate.store.options import StoreOptions
 
 _WRONG_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "NoSuchAccessKey"}
 _EXPIRED = {

@@ -30,10 +30,9 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
-from palate.store.crc import joined, spelled
-from palate.store.errors import DigestMismatchError, StoreError
-from palate.store.local import in_parallel
+from palate.store.local import in_parallel, joined, spelled
 from palate.store.s3_errors import MalformedAnswerError, code_of
+from palate_recipes.errors import DigestMismatchError, StoreError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -45,7 +44,6 @@ PART = 8 << 20
 _PARTS_AT_A_TIME = 4
 _PARTS_IN_MEMORY = 8
 _MOST_PARTS = 10_000  # of one upload, by S3's rules
-_LARGEST_COPY = 5 << 30  # bytes that S3 copies in one request
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.4
 _BROKEN_OFF = (HTTPClientError, IncompleteReadError, FlexibleChecksumError)  # botocore tries only whole answers again
@@ -294,19 +292,6 @@ class Transfer:
 
     def _checksum(self, crc: int) -> dict[str, Any]:
         return {"ChecksumCRC32": base64.b64encode(crc.to_bytes(4, "big")).decode()} if self._checksums else {}
-
-    # ── on the server ──────────────────────────────────────────────────────────────────────────────────────
-
-    def copy(self, full: str, target: str) -> None:
-        """Copies an object within the bucket, with its metadata; a large one in parts."""
-        from boto3.s3.transfer import TransferConfig
-
-        self._client.copy(
-            {"Bucket": self._bucket, "Key": full},
-            self._bucket,
-            target,
-            Config=TransferConfig(multipart_threshold=_LARGEST_COPY, multipart_chunksize=_LARGEST_COPY // 10),
-        )
 
 
 def _piece(answer: GetObjectOutputTypeDef, start: int, length: int | None) -> Piece:

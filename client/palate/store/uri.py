@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 
-from palate.store.errors import StoreUsageError
-from palate_recipes.paths import expand_path, show_path
+from palate_recipes.errors import StoreUsageError
+from palate_recipes.text import expand_path, show_path
 
 SCHEMES = ("file", "s3", "oss")
 

@@ -1,5 +1,9 @@
 """Puts the prefix tree behind TRL's fused LM head: the same batch in, the same log-probabilities out. Knows TRL's hook.
 
+TRL 1.16 projects only the labelled positions through the LM head where Triton runs, and every position elsewhere, prompt
+and padding too (`trl.trainer.utils.add_fused_lm_head`). The labelled-only path is plain torch, and gives the same numbers:
+the reason it names for the other one is recompilation on Neuron, which does not hold on a CPU.
+
 TRL 1.16 patches `model.forward` so that `fused_lm_head=True` gives log-probabilities of shape (sequences, length - 1)
 (`trl.trainer.utils.add_fused_lm_head`). Everything TRL does with them stays TRL's. With a `tree` in the call, the same
 values come from one pass over the packed tree; without one, TRL's own path runs.
@@ -7,7 +11,8 @@ values come from one pass over the packed tree; without one, TRL's own path runs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -19,6 +24,26 @@ from trl.trainer import utils
 from palate_trainer.fast import attention
 from palate_trainer.fast.head import Scores, score_edges
 from palate_trainer.fast.tree import PrefixTree
+
+
+@contextmanager
+def completion_tokens_only() -> Iterator[None]:
+    """Within it, models with TRL's fused head score labelled positions only, on CPU as on GPU.
+
+    Raises:
+        AttributeError: The installed TRL has no such switch; the tested version is pinned.
+    """
+    stock = utils._use_triton
+
+    def compact(device: torch.device) -> bool:
+        return device.type == "cpu" or stock(device)
+
+    utils._use_triton = compact
+    try:
+        yield
+    finally:
+        utils._use_triton = stock
+
 
 _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from ..errors import DataError
+from palate_recipes.errors import DataError
 
 __all__ = ["DIRECTIONS", "ROWS_PER_TOPIC", "demo_questions", "demo_rows", "disagrees", "write_demo"]
 

@@ -1,6 +1,6 @@
 """Runs in a script's process before the script: installs `pai` and leaves no other trace. Knows no script.
 
-`palate.pai.script` puts this folder first on PYTHONPATH; Python imports `sitecustomize` from there by itself.
+`palate.pai` puts this folder first on PYTHONPATH; Python imports `sitecustomize` from there by itself.
 """
 
 import os

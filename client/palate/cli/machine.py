@@ -1,0 +1,264 @@
+"""Verbs about this machine and what it knows: models, doctor, images, `store up`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+from palate_recipes.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from palate.backends.engine import ImageFacts
+    from palate.backends.images import Program, Variant
+
+
+def models(
+    task: Annotated[str | None, typer.Option(help="Only those fit for it, such as chat.")] = None,
+    kind: Annotated[str | None, typer.Option(help="instruct, thinking, base or moe.")] = None,
+    hyperparameters: Annotated[
+        bool, typer.Option("--hyperparameters", help="List the hyperparameters instead.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List models with what they need, or the hyperparameters."""
+    if hyperparameters:
+        _hyperparameters(as_json)
+        return
+    from palate_recipes.catalog import models as catalog
+
+    rows = catalog(task, kind)
+    if as_json:
+        print(
+            json.dumps(
+                [
+                    {"name": row.name, "hub_id": row.hub_id, "kind": row.kind, "parameters_b": row.parameters_b}
+                    for row in rows
+                ],
+                indent=1,
+            )
+        )
+        return
+    from palate.ui.terminal import print_table
+
+    print_table(
+        ("model", "kind", "params", "context", "licence", "LoRA GiB", "QLoRA GiB", "full GiB", "guidance"),
+        [
+            (
+                row.name,
+                row.kind,
+                f"{row.parameters_b:g}B",
+                row.context,
+                row.licence,
+                *(f"{row.min_gpu_memory(method):g}" for method in ("LoRA_LLM", "QLoRA_LLM", "Standard_LLM")),
+                row.guidance,
+            )
+            for row in rows
+        ],
+    )
+    print("GiB: least GPU memory at batch size 1. Any other model: --model-uri FOLDER", file=sys.stderr)
+    print("next: palate train DATA --model NAME", file=sys.stderr)
+
+
+def _hyperparameters(as_json: bool) -> None:
+    from palate_recipes.hyperparameters import HYPERPARAMETERS, as_definitions
+    from palate_recipes.schema import show
+
+    if as_json:
+        print(json.dumps(as_definitions(), indent=1))
+        return
+    from palate.ui.terminal import print_table
+
+    print_table(
+        ("name", "default", "values", "unit", "meaning"),
+        [(row.name, show(row.default), row.expectation, row.unit, row.meaning) for row in HYPERPARAMETERS.values()],
+    )
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what is installed here, what is missing for what, and what will be used."""
+    from palate.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(
+            json.dumps(
+                [
+                    {"topic": item.topic, "state": item.state, "fact": item.fact, "remedy": item.remedy}
+                    for item in findings
+                ],
+                indent=1,
+            )
+        )
+    else:
+        from palate.ui.terminal import print_table
+
+        print_table(
+            ("", "topic", "fact", "remedy"), [(item.state, item.topic, item.fact, item.remedy) for item in findings]
+        )
+    if any(item.state == "broken" for item in findings):
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these verbs to the command line."""
+    for verb in (models, doctor):
+        app.command()(verb)
+
+
+images = typer.Typer(
+    name="images",
+    help="Build and list the images of the trainer and the server.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_Engine = Annotated[Literal["docker", "podman"] | None, typer.Option(help="Default: whichever answers.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@images.command()
+def build(
+    program: Annotated[Literal["trainer", "server"] | None, typer.Argument(help="Default: both.")] = None,
+    engine: _Engine = None,
+    variant: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag; default: the version and the variant.")] = None,
+    build_arg: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the Dockerfile; see docs/containers.md. Never a secret.")
+    ] = None,
+    network: Annotated[str | None, typer.Option(help="The engine's --network while it builds, such as host.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Build the images from this Palate, whether it is a checkout or an installed package."""
+    from palate.backends.engine import find_engine
+    from palate.backends.images import build_image
+    from palate_recipes.device import local_device
+
+    chosen: Variant = variant or ("cuda" if local_device().cuda else "cpu")
+    wanted: tuple[Program, ...] = (program,) if program else ("trainer", "server")
+    arguments = dict(map(_pair, build_arg or []))
+    found = find_engine(engine)
+    built = [
+        build_image(
+            name,
+            chosen,
+            engine=found,
+            tag=tag,
+            build_args=arguments,
+            network=network,
+            say=_say,
+        )
+        for name in wanted
+    ]
+    _show(built, as_json)
+    print("next: palate images list", file=sys.stderr)
+
+
+@images.command("list")
+def list_(engine: _Engine = None, as_json: _Json = False) -> None:
+    """List Palate's images that the engine has, newest first."""
+    from palate.backends.engine import find_engine
+    from palate.backends.images import list_images
+
+    found = list_images(find_engine(engine))
+    _show(found, as_json)
+    if not found:
+        print("no images yet; next: palate images build", file=sys.stderr)
+
+
+def _show(found: list[ImageFacts], as_json: bool) -> None:
+    from palate.backends.images import PROGRAM_LABEL, VARIANT_LABEL
+
+    rows = [
+        {
+            "name": image.name,
+            "id": image.id,
+            "digest": image.digest,
+            "size_bytes": image.size_bytes,
+            "created": image.created,
+            "program": image.labels.get(PROGRAM_LABEL, ""),
+            "variant": image.labels.get(VARIANT_LABEL, ""),
+            "version": image.labels.get("org.opencontainers.image.version", ""),
+            "revision": image.labels.get("org.opencontainers.image.revision", ""),
+            "base": image.labels.get("org.opencontainers.image.base.name", ""),
+            "base_digest": image.labels.get("org.opencontainers.image.base.digest", ""),
+        }
+        for image in found
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from palate.ui.terminal import print_table
+
+    shown = [
+        (
+            row["name"],
+            row["program"],
+            row["variant"],
+            row["version"],
+            f"{int(str(row['size_bytes'])) / 1e9:.2f} GB",
+            row["id"],
+        )
+        for row in rows
+    ]
+    print_table(("image", "program", "variant", "version", "size", "id"), shown)
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, equals, value = given.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigurationError(f"--build-arg {given!r} must be NAME=VALUE, such as TORCH_INDEX_URL=https://…")
+    return name, value
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+store = typer.Typer(
+    name="store",
+    help="Run an S3 store of your own.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@store.command()
+def up(
+    folder: Annotated[Path | None, typer.Option(help="Where its data lie; default: ~/.palate/store-server.")] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next four are used, too.")] = 8333,
+    bucket: Annotated[str, typer.Option(help="Bucket; made when it is not there.")] = "palate",
+) -> None:
+    """Run an S3 store in a folder until Ctrl-C, and print the settings that reach it (the secret key once)."""
+    from palate.paths import palate_home
+    from palate.store.server import REGION, running_server
+
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        with running_server(folder or palate_home() / "store-server", port=port, bucket=bucket) as server:
+            print(f"export AWS_ENDPOINT_URL_S3={server.endpoint} AWS_DEFAULT_REGION={REGION}")
+            print(f"export AWS_ACCESS_KEY_ID={server.access_key_id}")
+            if server.is_new:
+                print(f"export AWS_SECRET_ACCESS_KEY={server.secret_access_key}")
+            print(f"export PALATE_STORE=s3://{bucket}/palate", flush=True)
+            if server.is_new:
+                print("the secret access key is shown this once: keep it", file=sys.stderr)
+            else:
+                print("the secret access key is the one of the first start", file=sys.stderr)
+            print("serving until Ctrl-C; set the lines above elsewhere", file=sys.stderr)
+            print("next: palate doctor", file=sys.stderr, flush=True)
+            server.wait()
+    except (KeyboardInterrupt, _Stopped):
+        print("stopped; the data stay", file=sys.stderr)
+
+
+class _Stopped(Exception):
+    """SIGTERM came."""
+
+
+def _stop(*_: object) -> NoReturn:
+    raise _Stopped

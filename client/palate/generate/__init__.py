@@ -1,0 +1,421 @@
+"""Prompts in, preference pairs out: what it will cost, answers by models, compared by a judge. Knows no engine.
+
+Everything that was answered stands in the ledger beside the output (`OUT.ledger.jsonl`); the output is made from it at the
+end, whole or not at all. So the same call goes on after whatever ended it: finished calls are not asked again, calls that
+were in flight are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from palate.generate.chat_client import Call, ChatClient
+from palate.generate.completion_log import CompletionLog, Reply
+from palate.generate.judge import comparison, most_comparisons
+from palate.generate.pairs import Maker, Outcome, PairSettings, Usage, merge, usage_of
+from palate.generate.prompts import Prompt, as_prompts, with_system
+from palate_recipes.errors import ConfigurationError, DataError, EndpointError
+
+_DRAIN_S = 10.0
+"""Seconds that calls in flight have to finish when the run cannot go on: what is answered is kept."""
+
+_SHOWN_FAILURES = 5
+
+T = TypeVar("T")
+Prompts = str | Path | Iterable[str | Sequence[Mapping[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationProgress:
+    """Where a run stands, after each prompt."""
+
+    prompts: int
+    done: int
+    pairs: int
+    asked: int
+    """Calls that this run has asked."""
+    tokens: int
+    cost: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What came of the prompts: `pairs + ties + same + cut + failed == prompts`.
+
+    Attributes:
+        output: The file with the pairs.
+        ledger: The file with all finished calls.
+        prompts: Different prompts.
+        pairs: Prompts with a pair.
+        ties: Prompts whose answers no two agreeing verdicts set apart.
+        same: Prompts whose answers came out identical.
+        cut: Prompts with fewer than two whole answers: the others were empty or cut at `max_tokens`.
+        failed: Prompts with a call that could not be answered; running again asks those calls again.
+        repeated_prompts: Prompts that stood in the input before, and were left out.
+        disagreements: Comparisons whose verdict changed with the places of the answers.
+        unreadable: Verdicts that could not be read even when asked for again; they count as ties.
+        asked: Calls asked by this run.
+        reused: Calls taken from the ledger.
+        usage: Tokens and cost of all calls that the pairs rest on, by model and role, whenever they were asked.
+        failures: The first few failed calls, in words.
+    """
+
+    output: Path
+    ledger: Path
+    prompts: int
+    pairs: int
+    ties: int
+    same: int
+    cut: int
+    failed: int
+    repeated_prompts: int
+    disagreements: int
+    unreadable: int
+    asked: int
+    reused: int
+    usage: tuple[Usage, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.prompt_tokens + row.completion_tokens for row in self.usage)
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of the prices; None unless every model has one."""
+        return total_cost(self.usage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPlan:
+    """What a run will ask at most; prompts are counted as one token a byte, answers as their limit.
+
+    Attributes:
+        prompts: Different prompts.
+        answers: Calls for answers, all told.
+        verdicts: Calls for verdicts, all told, if no answers are identical and every verdict can be read.
+        finished: Calls that the ledger has.
+        calls: Calls that are left, at most, if every verdict can be read; an unreadable one adds one.
+        prompt_tokens: Tokens of the calls that are left, at most, unreadable verdicts included.
+        completion_tokens: Likewise.
+        cost: Of those tokens; None unless every model has a price.
+    """
+
+    prompts: int
+    answers: int
+    verdicts: int
+    finished: int
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+
+
+def completion_log_path(output: str | Path) -> Path:
+    """Returns where the finished calls of an output are kept."""
+    output = Path(output)
+    return output.with_name(f"{output.name}.ledger.jsonl")
+
+
+def plan_pairs(prompts: Prompts, *, output: str | Path, settings: PairSettings) -> GenerationPlan:
+    """Says what `generate_pairs` would ask; asks and changes nothing.
+
+    Args:
+        prompts: As for `generate_pairs`.
+        output: Its ledger is looked at for calls that are finished.
+        settings: As for `generate_pairs`.
+
+    Raises:
+        DataError, ConfigurationError: As `generate_pairs`.
+    """
+    wanted, _ = _different(prompts, settings)
+    with CompletionLog(completion_log_path(output), read_only=True) as ledger:
+        counted = _run(plan_calls(wanted, settings, ledger))
+    return GenerationPlan(
+        prompts=len(wanted),
+        answers=counted.answers,
+        verdicts=counted.verdicts,
+        finished=counted.finished,
+        calls=counted.calls,
+        prompt_tokens=sum(row.prompt_tokens for row in counted.usage),
+        completion_tokens=sum(row.completion_tokens for row in counted.usage),
+        cost=total_cost(counted.usage),
+    )
+
+
+def generate_pairs(
+    prompts: Prompts,
+    *,
+    output: str | Path,
+    settings: PairSettings,
+    progress: Callable[[GenerationProgress], None] | None = None,
+) -> Generated:
+    """Has every prompt answered several times, has the answers compared, and writes the best and the worst as pairs.
+
+    The same call again goes on where the last one ended, however it ended. The output is a JSONL file in the order of the
+    prompts: `prompt` (a text, or messages), `chosen`, `rejected`, `chosen_model`, `rejected_model`, `votes`.
+
+    Args:
+        prompts: A file (see `read_prompts`), texts, or lists of messages.
+        output: File for the pairs; the ledger stands beside it.
+        settings: Who answers, who judges, and how.
+        progress: Called after each prompt.
+
+    Returns:
+        Counts, tokens, cost.
+
+    Raises:
+        DataError: The prompts cannot be read, or no pair came out; then no output is written.
+        ConfigurationError: The output is a file of something else, or another process works on it.
+        EndpointError: An endpoint refused or is gone; what is finished is kept.
+    """
+    output = Path(output)
+    wanted, repeated = _different(prompts, settings)
+    kept = completion_log_path(output)
+    if output.exists() and not kept.exists():
+        raise ConfigurationError(
+            f"{output} is there already, without its ledger {kept.name}: give another output, or move it away"
+        )
+    with CompletionLog(kept) as ledger:
+        known = len(ledger)
+        outcomes = _run(_make_all(wanted, settings, ledger, progress))
+        asked = len(ledger) - known
+        kinds = Counter(outcome.kind for outcome in outcomes)
+        failures = [outcome.failure for outcome in outcomes if outcome.failure]
+        usage = merge(row for outcome in outcomes for row in outcome.usage)
+        result = Generated(
+            output=output,
+            ledger=kept,
+            prompts=len(wanted),
+            pairs=kinds["pair"],
+            ties=kinds["tie"],
+            same=kinds["same"],
+            cut=kinds["cut"],
+            failed=kinds["failed"],
+            repeated_prompts=repeated,
+            disagreements=sum(outcome.disagreements for outcome in outcomes),
+            unreadable=sum(outcome.unreadable for outcome in outcomes),
+            asked=asked,
+            reused=sum(row.calls for row in usage) - asked,
+            usage=usage,
+            failures=tuple(failures[:_SHOWN_FAILURES]),
+        )
+        if not result.pairs:
+            raise DataError(_none_came_out(result))
+        _write(output, [outcome.row for outcome in outcomes if outcome.row is not None])
+    return result
+
+
+def total_cost(usage: Sequence[Usage]) -> float | None:
+    """Returns the sum of the costs; None unless all are known."""
+    costs = [row.cost for row in usage if row.cost is not None]
+    return sum(costs) if usage and len(costs) == len(usage) else None
+
+
+async def _make_all(
+    prompts: list[Prompt],
+    settings: PairSettings,
+    ledger: CompletionLog,
+    progress: Callable[[GenerationProgress], None] | None,
+) -> list[Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    async with ChatClient(
+        ledger,
+        concurrency=settings.concurrency,
+        requests_per_minute=settings.requests_per_minute,
+        timeout_s=settings.timeout_s,
+        retries=settings.retries,
+        retry_wait_s=settings.retry_wait_s,
+    ) as asker:
+        maker = Maker(settings, asker.ask)
+        waiting = iter(enumerate(prompts))
+        pairs = 0
+        so_far: tuple[Usage, ...] = ()
+
+        async def work() -> None:
+            nonlocal pairs, so_far
+            for index, prompt in waiting:
+                outcome = outcomes[index] = await maker.make(prompt)
+                pairs += outcome.kind == "pair"
+                so_far = merge([*so_far, *outcome.usage])
+                if progress is not None:
+                    progress(
+                        GenerationProgress(
+                            prompts=len(prompts),
+                            done=len(outcomes),
+                            pairs=pairs,
+                            asked=asker.asked,
+                            tokens=sum(row.prompt_tokens + row.completion_tokens for row in so_far),
+                            cost=total_cost(so_far),
+                        )
+                    )
+
+        workers = [asyncio.create_task(work()) for _ in range(min(settings.concurrency, len(prompts)))]
+        try:
+            ended, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            failure = next((error for worker in ended if (error := worker.exception())), None)
+            if failure is not None:
+                asker.stop(failure)
+                if others:
+                    await asyncio.wait(others, timeout=_DRAIN_S)
+                if isinstance(failure, EndpointError):
+                    raise _with_what_is_safe(failure, pairs, len(outcomes), len(prompts), ledger) from None
+                raise failure
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+    return [outcomes[index] for index in range(len(prompts))]
+
+
+def _with_what_is_safe(
+    error: EndpointError, pairs: int, done: int, prompts: int, ledger: CompletionLog
+) -> EndpointError:
+    message = (
+        f"{error}. Stopped with {done} of {prompts} prompts done: {pairs} pairs and {len(ledger)} finished calls are safe "
+        f"in {ledger.path}; the same command goes on from there"
+    )
+    return EndpointError(message, endpoint=error.endpoint, model=error.model, status=error.status)
+
+
+def _none_came_out(result: Generated) -> str:
+    reasons = {
+        "tied": (result.ties, "a stronger --judge-model, or answers that differ more"),
+        "with identical answers": (result.same, "a higher --temperature, several --model"),
+        "with cut or empty answers": (result.cut, "a higher --max-tokens, or --keep-cut"),
+        "failed": (result.failed, "see the failures; the same command asks them again"),
+    }
+    shown = [f"{count} {what} (try {remedy})" for what, (count, remedy) in reasons.items() if count]
+    first = f". First failure: {result.failures[0]}" if result.failures else ""
+    return (
+        f"no pair came out of {result.prompts} prompts, so {result.output} was not written: {'; '.join(shown)}{first}"
+    )
+
+
+def _different(prompts: Prompts, settings: PairSettings) -> tuple[list[Prompt], int]:
+    """Returns the prompts to ask, and how many were left out because an equal one stands before them."""
+    given = [with_system(prompt, settings.system_prompt) for prompt in as_prompts(prompts)]
+    different: dict[tuple[tuple[str, str], ...], Prompt] = {}
+    for prompt in given:
+        different.setdefault(prompt.messages, prompt)
+    return list(different.values())[: settings.limit], len(given) - len(different)
+
+
+def _write(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    draft = output.with_name(f".{output.name}.draft")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(output)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise DataError(
+            f"{output} cannot be written: {error.strerror}. Mend that and run the same command again"
+        ) from None
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end, from a notebook's running loop too; an interrupt ends it there as well."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
+
+    async def known() -> T:
+        task = asyncio.create_task(work)
+        begun.append((asyncio.get_running_loop(), task))
+        return await task
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, known())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for loop, task in begun:
+                loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+_TEMPLATE_TOKENS = 16
+"""What a chat template puts around a message, at most about."""
+
+
+class Planned(NamedTuple):
+    """Calls for all prompts: all told, finished, and left; what is left takes at most the usage."""
+
+    answers: int
+    verdicts: int
+    finished: int
+    calls: int
+    usage: tuple[Usage, ...]
+
+
+class _NotFinished(Exception):
+    pass
+
+
+async def plan_calls(prompts: Sequence[Prompt], settings: PairSettings, ledger: CompletionLog) -> Planned:
+    """Counts the calls that prompts take, by replaying those that the ledger has."""
+    finished = answers_left = verdicts_left = 0
+    rows: list[Usage] = []
+    most_verdicts = 2 * most_comparisons(settings.answers)
+    found = 0
+
+    async def look_up(call: Call) -> Reply:
+        nonlocal found
+        reply = ledger.get(call.key())
+        if reply is None:
+            raise _NotFinished
+        found += 1
+        return reply
+
+    maker = Maker(settings, look_up)
+    judge_model = settings.judge[1]
+    for prompt in prompts:
+        calls = settings.answer_calls(prompt)
+        asked = [call for call in calls if call.key() not in ledger] if len(ledger) else calls
+        verdicts = most_verdicts
+        found = len(calls) - len(asked)
+        if not asked:
+            found = 0
+            try:
+                await maker.make(prompt)
+                verdicts = 0
+            except _NotFinished:
+                verdicts = max(0, most_verdicts - (found - len(calls)))
+        finished += found
+        answers_left += len(asked)
+        verdicts_left += verdicts
+        prompt_tokens = _most_tokens(prompt.as_messages())
+        rows += [usage_of(settings, call.model, "answers", 1, prompt_tokens, settings.max_tokens) for call in asked]
+        if verdicts:
+            once = _most_tokens(comparison(prompt.messages, "", "", settings.rubric)) + 2 * settings.max_tokens
+            again = once + settings.judge_max_tokens + 10 * _TEMPLATE_TOKENS
+            limit = 2 * settings.judge_max_tokens
+            rows.append(
+                usage_of(settings, judge_model, "verdicts", verdicts, verdicts * (once + again), verdicts * limit)
+            )
+        rows = list(merge(rows))
+    return Planned(
+        answers=settings.answers * len(prompts),
+        verdicts=most_verdicts * len(prompts),
+        finished=finished,
+        calls=answers_left + verdicts_left,
+        usage=tuple(rows),
+    )
+
+
+def _most_tokens(messages: Sequence[Mapping[str, str]]) -> int:
+    """Returns a bound of the tokens: none is shorter than a byte."""
+    return sum(len(message["content"].encode()) + _TEMPLATE_TOKENS for message in messages)

@@ -1,0 +1,165 @@
+"""What finished calls answered, one line each in a file that only grows. Knows keys and replies, no endpoint.
+
+A line is written whole as soon as its call is finished, so that the death of the process loses calls in flight and nothing
+else; it is synced to the disk within a second, so that the death of the machine loses little more. What a death tore is cut
+off when the file is opened again. One process writes at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from palate_recipes.errors import ConfigurationError, DataError
+
+_HEADER = {"palate_ledger": 1}
+_SYNC_S = 1.0
+
+
+class Reply(NamedTuple):
+    """What a finished call answered."""
+
+    text: str
+    finish: str
+    """Why it ended: `stop`, `length` (cut at the token limit), `content_filter` and so on; empty if not said."""
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    """None where the endpoint reports no usage."""
+
+
+class CompletionLog:
+    """Finished calls by key; as a context manager it is closed at the end.
+
+    Args:
+        path: The file; made if absent, its folder too.
+        read_only: Whether only to look up: needs no lock, changes nothing, and no file is no error.
+
+    Attributes:
+        answered: The (model, temperature) of its calls.
+
+    Raises:
+        ConfigurationError: Another process writes it, or it cannot be opened.
+        DataError: It is damaged before its last line, or no ledger.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._places: dict[str, tuple[int, int]] = {}  # key: (offset, bytes) of its line
+        self.answered: set[tuple[str, float]] = set()
+        self._end = 0
+        self._synced_at = time.monotonic()
+        self._writes = not read_only
+        self._fd = -1
+        if read_only and not path.exists():
+            return
+        if self._writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT if self._writes else os.O_RDONLY, 0o666)
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be opened: {error.strerror}. Give another output") from None
+        try:
+            if not self._writes:
+                self._load()
+                return
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigurationError(
+                    f"{path} is being written by another process: wait for its end, or give another output"
+                ) from None
+            self._load()
+            os.ftruncate(self._fd, self._end)
+            if self._end == 0:
+                self._append(json.dumps(_HEADER).encode() + b"\n")
+        except BaseException:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def get(self, key: str) -> Reply | None:
+        """Returns what the call answered; None if it is not finished."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        entry = json.loads(os.pread(self._fd, place[1], place[0]))
+        return Reply(entry["text"], entry["finish"], entry["prompt_tokens"], entry["completion_tokens"])
+
+    def add(self, key: str, reply: Reply, *, model: str, temperature: float) -> None:
+        """Writes down a finished call. Model and temperature are only for `answered`: calls are found by their keys.
+
+        Raises:
+            DataError: The disk does not take it; what was there stays whole.
+        """
+        line = json.dumps({"key": key, "model": model, "temperature": temperature, **reply._asdict()}).encode() + b"\n"
+        start = self._end
+        self._append(line)
+        self._places[key] = (start, len(line))
+        self.answered.add((model, temperature))
+        if time.monotonic() - self._synced_at > _SYNC_S:
+            self._sync()
+
+    def close(self) -> None:
+        """Syncs and gives the lock back; closed already is no error."""
+        if self._fd >= 0:
+            if self._writes and self._end:
+                self._sync()
+            os.close(self._fd)
+            self._fd = -1
+
+    def _sync(self) -> None:
+        os.fsync(self._fd)
+        self._synced_at = time.monotonic()
+
+    def _append(self, line: bytes) -> None:
+        written = 0
+        try:
+            while written < len(line):
+                written += os.pwrite(self._fd, line[written:], self._end + written)
+        except OSError as error:
+            os.ftruncate(self._fd, self._end)
+            raise DataError(
+                f"{self.path} cannot be written: {error.strerror}. Make room and run the same command again: "
+                f"its {len(self)} finished calls are kept"
+            ) from None
+        self._end += len(line)
+
+    def _load(self) -> None:
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return  # torn: its call counts as not finished
+                try:
+                    entry = json.loads(line)
+                    if number == 1:
+                        known = entry == _HEADER
+                    else:
+                        self._places[entry["key"]] = (self._end, len(line))
+                        self.answered.add((entry["model"], entry["temperature"]))
+                        known = True
+                except (ValueError, KeyError, TypeError):
+                    known = False
+                if not known:
+                    raise DataError(
+                        f"{self.path}, line {number} is no line of a ledger of finished calls: "
+                        "move the file away to begin anew, or give another output"
+                    )
+                self._end += len(line)
+
+    def __enter__(self) -> CompletionLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,291 @@
+"""From one prompt to one pair: which calls it takes, what their answers come to, what they cost. Sends nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+from palate.generate.chat_client import Call, CallFailed, Endpoint
+from palate.generate.completion_log import Reply
+from palate.generate.judge import RUBRIC, agreed, asked_again, choose, comparison, read_verdict, together
+from palate.generate.prompts import Prompt
+from palate_recipes.errors import ConfigurationError
+
+_MOST_ANSWERS = 64
+_CUT = {"length", "max_tokens", "model_length"}
+_NO_ANSWER = {"content_filter", "tool_calls", "function_call", "error", "abort"}
+"""Reasons why an answer ended: those at the token limit, and those that make it none. Any other one is a whole answer."""
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "n": (1, _MOST_ANSWERS),
+    "max_tokens": (1, 1_000_000),
+    "judge_max_tokens": (1, 1_000_000),
+    "limit": (1, 1_000_000_000),
+    "concurrency": (1, 1000),
+    "requests_per_minute": (0.001, 1_000_000),
+    "timeout_s": (0.001, 86_400),
+    "retries": (0, 100),
+    "retry_wait_s": (0.001, 30),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """Who answers, who judges, and how.
+
+    Raises:
+        ConfigurationError: A value is outside its bounds, or two answers to a prompt could not differ.
+    """
+
+    endpoint: Endpoint
+    """Where answers are asked."""
+    models: Sequence[str]
+    """Models that answer."""
+    temperatures: Sequence[float] = (1.0,)
+    """Each model answers at each, 0 to 2."""
+    n: int = 2
+    """Answers of each model at each temperature; one at temperature 0, where all are alike."""
+    system_prompt: str = ""
+    """Before each conversation that has no system message of its own; becomes part of the pair's prompt."""
+    max_tokens: int = 512
+    """Tokens an answer may have."""
+    keep_cut: bool = False
+    """Whether answers cut at `max_tokens` take part. A model trained on them learns to stop in mid-sentence."""
+    judge_endpoint: Endpoint | None = None
+    """Default: `endpoint`."""
+    judge_model: str | None = None
+    """Default: the first of `models`, where the judge has no endpoint of its own."""
+    judge_max_tokens: int = 512
+    """Tokens a verdict may have, reasons included."""
+    rubric: str = RUBRIC
+    """What makes an answer better."""
+    limit: int | None = None
+    """First so many prompts alone."""
+    concurrency: int = 8
+    """Calls at once."""
+    requests_per_minute: float | None = None
+    """For each endpoint, repeated requests included; None: no bound."""
+    timeout_s: float = 300.0
+    """Seconds one request may take."""
+    retries: int = 6
+    """How often a request that failed in passing is made again."""
+    retry_wait_s: float = 1.0
+    """Seconds before the first repetition; they double up to 30."""
+    prices: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of a million prompt tokens and a million completion tokens, by model."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigurationError(f"{name} is {value!r}: it must lie between {low:g} and {high:g}")
+        object.__setattr__(self, "models", tuple(dict.fromkeys(self.models)))
+        object.__setattr__(self, "temperatures", tuple(dict.fromkeys(float(value) for value in self.temperatures)))
+        if not self.models or not all(self.models):
+            raise ConfigurationError("no model answers: name one with --model, as the endpoint's /models lists it")
+        wrong = [value for value in self.temperatures if not 0 <= value <= 2]
+        if wrong or not self.temperatures:
+            raise ConfigurationError(f"temperatures are {self.temperatures}: each must lie between 0 and 2")
+        if not 2 <= self.answers <= _MOST_ANSWERS:
+            raise ConfigurationError(
+                f"each prompt would be answered {self.answers} times ({len(self.models)} models, temperatures "
+                f"{', '.join(f'{value:g}' for value in self.temperatures)}, n={self.n}; at 0 all answers are alike): "
+                f"it takes 2 to {_MOST_ANSWERS}, from more models, temperatures or a higher n"
+            )
+        if self.judge_endpoint is not None and not self.judge_model:
+            raise ConfigurationError(
+                f"the judge at {self.judge_endpoint.base_url} has no model: name it (--judge-model)"
+            )
+        if not self.rubric.strip():
+            raise ConfigurationError("the rubric is empty: say what makes an answer better, or leave it out")
+        unknown = set(self.prices) - {*self.models, self.judge[1]}
+        if unknown:
+            raise ConfigurationError(
+                f"a price is given for {', '.join(sorted(unknown))}, which is not asked: {', '.join(self.models)} answer and "
+                f"{self.judge[1]} judges"
+            )
+
+    @property
+    def answers(self) -> int:
+        """Answers asked for each prompt."""
+        return len(self.models) * sum(self.n if value > 0 else 1 for value in self.temperatures)
+
+    @property
+    def judge(self) -> tuple[Endpoint, str]:
+        return self.judge_endpoint or self.endpoint, self.judge_model or self.models[0]
+
+    def answer_calls(self, prompt: Prompt) -> list[Call]:
+        """Returns the calls that ask for a prompt's answers."""
+        messages = prompt.as_messages()
+        return [
+            Call(self.endpoint, model, messages, temperature, self.max_tokens, sample, about=f"prompt {prompt.number}")
+            for model in self.models
+            for temperature in self.temperatures
+            for sample in range(self.n if temperature > 0 else 1)
+        ]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a model's calls took in one role."""
+
+    model: str
+    role: Literal["answers", "verdicts"]
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    without_usage: int
+    """Calls for which the endpoint reported no tokens: they are missing in the sums."""
+    cost: float | None
+    """In the currency of the prices; None without a price."""
+
+
+def merge(rows: Iterable[Usage]) -> tuple[Usage, ...]:
+    """Returns the sums by model and role, in the order in which they come first."""
+    sums: dict[tuple[str, str], Usage] = {}
+    counted = [item.name for item in fields(Usage) if item.name not in {"model", "role", "cost"}]
+    for row in rows:
+        before = sums.get((row.model, row.role))
+        if before is not None:
+            cost = None if row.cost is None or before.cost is None else row.cost + before.cost
+            row = Usage(
+                model=row.model,
+                role=row.role,
+                cost=cost,
+                **{name: getattr(row, name) + getattr(before, name) for name in counted},
+            )
+        sums[row.model, row.role] = row
+    return tuple(sums.values())
+
+
+class Outcome(NamedTuple):
+    """What came of one prompt."""
+
+    kind: Literal["pair", "tie", "same", "cut", "failed"]
+    usage: tuple[Usage, ...]
+    row: dict[str, Any] | None = None
+    disagreements: int = 0
+    unreadable: int = 0
+    failure: str = ""
+
+
+@dataclass
+class _Notes:
+    """What happens while one prompt is worked on."""
+
+    usage: list[Usage] = field(default_factory=list)
+    disagreements: int = 0
+    unreadable: int = 0
+
+    def outcome(self, kind: Any, *, row: dict[str, Any] | None = None, failure: str = "") -> Outcome:
+        return Outcome(kind, merge(self.usage), row, self.disagreements, self.unreadable, failure)
+
+
+class Maker:
+    """Makes pairs with a function that answers calls.
+
+    Args:
+        settings: Who answers, who judges, and how.
+        ask: Answers a call; raises CallFailed where that one call cannot be answered.
+    """
+
+    def __init__(self, settings: PairSettings, ask: Callable[[Call], Awaitable[Reply]]) -> None:
+        self._settings = settings
+        self._ask = ask
+
+    async def make(self, prompt: Prompt) -> Outcome:
+        """Asks for a prompt's answers, has them compared, and returns the pair or why there is none."""
+        notes = _Notes()
+        try:
+            return await self._make(prompt, notes)
+        except CallFailed as failure:
+            return notes.outcome("failed", failure=str(failure))
+
+    async def _make(self, prompt: Prompt, notes: _Notes) -> Outcome:
+        calls = self._settings.answer_calls(prompt)
+        replies = await together(*(self._noted(call, "answers", notes) for call in calls))
+        whole = [
+            (reply.text, call.model)
+            for call, reply in zip(calls, replies, strict=True)
+            if reply.text and reply.finish not in _NO_ANSWER and (reply.finish not in _CUT or self._settings.keep_cut)
+        ]
+        different: dict[str, str] = {}
+        for text, model in whole:
+            different.setdefault(text, model)
+        if len(different) < 2:
+            return notes.outcome("same" if len(whole) > 1 else "cut")
+        texts = list(different)
+
+        async def compare(first: int, second: int) -> int | None:
+            return await self._compare(prompt, texts, first, second, notes)
+
+        choice = await choose(len(texts), compare)
+        if choice is None:
+            return notes.outcome("tie")
+        chosen, rejected = texts[choice.chosen], texts[choice.rejected]
+        row = {
+            "prompt": prompt.messages[0][1] if prompt.is_text else prompt.as_messages(),
+            "chosen": chosen,
+            "rejected": rejected,
+            "chosen_model": different[chosen],
+            "rejected_model": different[rejected],
+            "votes": {"chosen": choice.chosen_wins, "rejected": choice.rejected_wins, "decided": choice.decided},
+        }
+        return notes.outcome("pair", row=row)
+
+    async def _compare(
+        self, prompt: Prompt, texts: Sequence[str], first: int, second: int, notes: _Notes
+    ) -> int | None:
+        rubric = self._settings.rubric
+        straight, swapped = await together(
+            self._verdict(prompt, comparison(prompt.messages, texts[first], texts[second], rubric), notes),
+            self._verdict(prompt, comparison(prompt.messages, texts[second], texts[first], rubric), notes),
+        )
+        result = agreed(straight, swapped)
+        notes.disagreements += result == "disagreement"
+        return {"first": first, "second": second}.get(result)
+
+    async def _verdict(self, prompt: Prompt, messages: list[dict[str, str]], notes: _Notes) -> Any:
+        endpoint, model = self._settings.judge
+        limit = self._settings.judge_max_tokens
+        for attempt in range(2):
+            call = Call(endpoint, model, messages, 0.0, limit, attempt, True, f"verdict on prompt {prompt.number}")
+            reply = await self._noted(call, "verdicts", notes)
+            verdict = None if reply.finish in _CUT else read_verdict(reply.text)  # cut: it may have gone on
+            if verdict is not None:
+                return verdict
+            messages = asked_again(messages, reply.text)
+        notes.unreadable += 1
+        return None
+
+    async def _noted(self, call: Call, role: Literal["answers", "verdicts"], notes: _Notes) -> Reply:
+        reply = await self._ask(call)
+        known = reply.prompt_tokens is not None and reply.completion_tokens is not None
+        notes.usage.append(
+            usage_of(
+                self._settings,
+                call.model,
+                role,
+                1,
+                reply.prompt_tokens or 0,
+                reply.completion_tokens or 0,
+                int(not known),
+            )
+        )
+        return reply
+
+
+def usage_of(
+    settings: PairSettings,
+    model: str,
+    role: Literal["answers", "verdicts"],
+    calls: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    without_usage: int = 0,
+) -> Usage:
+    """Returns tokens with their cost, where the settings have a price."""
+    price = settings.prices.get(model)
+    cost = None if price is None else (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6
+    return Usage(model, role, calls, prompt_tokens, completion_tokens, without_usage, cost)

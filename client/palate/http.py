@@ -1,0 +1,248 @@
+"""How Palate's own clients reach HTTP servers: the loopback without a proxy, a service's token only to who knows it. Knows no record.
+
+A service that is over leaves its address in the store, and its port to whoever takes it next. So each new connection to a
+service begins with a challenge that only a holder of its token can answer, and the token is sent after that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from secrets import compare_digest, token_hex
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from palate_recipes.errors import ServiceError
+from palate_recipes.specs.serve import CHALLENGE_HEADER, HEALTH_PATH, token_proof
+
+if TYPE_CHECKING:
+    import httpx
+    from openai import AsyncOpenAI, OpenAI
+
+
+ANSWER_TIMEOUT_S = 600.0
+"""Seconds that a service may take between two pieces of its answer; an answer that is no stream is one piece."""
+
+CONNECT_TIMEOUT_S = 10.0
+_PROOF_TIMEOUT_S = 30.0
+_LONGEST_PROOF = 16 * 1024
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine by its loopback."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def checked_endpoint(endpoint: str) -> str:
+    """Returns a service's endpoint, which comes from a store; raises ServiceError unless it is the URL of a server."""
+    import httpx
+
+    try:
+        parts = urlsplit(endpoint)
+        host = httpx.URL(endpoint).host and (parts.hostname or "")
+        host.encode("idna")  # as the resolver does, which accepts no label of more than 63 characters
+        is_url = parts.scheme in ("http", "https") and bool(host) and parts.port != 0  # .port refuses one above 65,535
+    except (httpx.InvalidURL, ValueError):
+        is_url = False
+    if not is_url:
+        raise ServiceError(
+            f"the service's endpoint {endpoint[:200]!r} is not the URL of a server",
+            reason="its status.json is damaged. `palate stop` and `palate start` write it again",
+        )
+    return endpoint
+
+
+def openai_client(endpoint: str, token: str, url_suffix: str, options: dict[str, Any]) -> OpenAI:
+    """Returns a client that sends the token to nobody but the service.
+
+    Raises:
+        ServiceError: The service does not answer, or what answers does not know the token.
+    """
+    import httpx2
+    import openai
+
+    check_service(endpoint, token)
+    defaults: dict[str, Any] = {"timeout": openai.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)}
+    if (transport := _transport(httpx2, endpoint, token)) is not None:
+        defaults["http_client"] = openai.DefaultHttpxClient(transport=transport)
+    return openai.OpenAI(base_url=f"{endpoint}/{url_suffix}", api_key=token, **{**defaults, **options})
+
+
+def async_openai_client(endpoint: str, token: str, url_suffix: str, options: dict[str, Any]) -> AsyncOpenAI:
+    """Returns the asynchronous client; see `openai_client`."""
+    import openai
+
+    check_service(endpoint, token)
+    defaults: dict[str, Any] = {"timeout": openai.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)}
+    defaults["http_client"] = async_http_client(endpoint, token)
+    return openai.AsyncOpenAI(base_url=f"{endpoint}/{url_suffix}", api_key=token, **{**defaults, **options})
+
+
+def async_http_client(url: str, token: str | None) -> Any:
+    """Returns what `openai.AsyncOpenAI` is to send requests through; None leaves it to openai.
+
+    Args:
+        url: Where they go.
+        token: Of a service, which has to know it; None for any other server.
+    """
+    import httpx2
+    import openai
+
+    if token is None:
+        return openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(url) else None
+    transport = _async_transport(httpx2, url, token)
+    return None if transport is None else openai.DefaultAsyncHttpxClient(transport=transport)
+
+
+def http_client(endpoint: str, token: str, *, timeout_s: float | None) -> httpx.Client:
+    """Returns a client for a service, which sends nothing to what does not know the token."""
+    import httpx
+
+    timeout = httpx.Timeout(timeout_s, connect=None if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT_S))
+    return httpx.Client(transport=_transport(httpx, endpoint, token), timeout=timeout)
+
+
+def check_service(endpoint: str, token: str) -> None:
+    """Raises ServiceError unless what listens at the endpoint answers and knows the token; sends no token."""
+    import httpx
+
+    try:
+        with http_client(endpoint, token, timeout_s=_PROOF_TIMEOUT_S) as client:
+            client.get(f"{endpoint}{HEALTH_PATH}")
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"the service at {endpoint} does not answer",
+            reason=f"{type(error).__name__}: {error}. `palate services` says whether it runs, `palate start` starts it again",
+        ) from error
+
+
+def _is_proven(endpoint: str) -> bool:
+    """Whether connections go to the service itself over plain HTTP; else a proxy or a certificate answers for it."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts = urlsplit(endpoint)
+    if parts.scheme != "http":
+        return False
+    return is_loopback(endpoint) or "http" not in getproxies() or bool(proxy_bypass(parts.hostname or ""))
+
+
+def _transport(library: Any, endpoint: str, token: str) -> Any:
+    """Returns a transport of httpx, or of another library with its surface; None leaves it to the library."""
+    if not _is_proven(endpoint):
+        return library.HTTPTransport() if is_loopback(endpoint) else None
+    check = _checking(endpoint, token)
+
+    class ProvenTransport(library.HTTPTransport):  # type: ignore[misc]
+        def handle_request(self, request: Any) -> Any:
+            request.extensions = {**request.extensions, "trace": check}
+            return super().handle_request(request)
+
+    return ProvenTransport(verify=False, limits=_limits(library))  # plain HTTP: there is no certificate to verify
+
+
+def _async_transport(library: Any, endpoint: str, token: str) -> Any:
+    if not _is_proven(endpoint):
+        return library.AsyncHTTPTransport() if is_loopback(endpoint) else None
+    check = _checking_async(endpoint, token)
+
+    class ProvenTransport(library.AsyncHTTPTransport):  # type: ignore[misc]
+        async def handle_async_request(self, request: Any) -> Any:
+            request.extensions = {**request.extensions, "trace": check}
+            return await super().handle_async_request(request)
+
+    return ProvenTransport(verify=False, limits=_limits(library))
+
+
+def _limits(library: Any) -> Any:
+    return library.Limits(max_connections=1000, max_keepalive_connections=100)  # openai's own
+
+
+_CONNECTED = "connection.connect_tcp.complete"
+"""The event of httpx's trace extension at which a connection is open, and nothing has been sent yet."""
+
+
+def _checking(endpoint: str, token: str) -> Callable[[str, dict[str, Any]], None]:
+    def check(event: str, info: dict[str, Any]) -> None:
+        if event != _CONNECTED:
+            return
+        stream, challenge = info["return_value"], _Challenge(endpoint, token)
+        try:
+            stream.write(challenge.request, _PROOF_TIMEOUT_S)
+            while challenge.wants_more:
+                challenge.take(stream.read(_LONGEST_PROOF, _PROOF_TIMEOUT_S))
+            challenge.check()
+        except BaseException:
+            stream.close()
+            raise
+
+    return check
+
+
+def _checking_async(endpoint: str, token: str) -> Callable[[str, dict[str, Any]], Awaitable[None]]:
+    async def check(event: str, info: dict[str, Any]) -> None:
+        if event != _CONNECTED:
+            return
+        stream, challenge = info["return_value"], _Challenge(endpoint, token)
+        try:
+            await stream.write(challenge.request, _PROOF_TIMEOUT_S)
+            while challenge.wants_more:
+                challenge.take(await stream.read(_LONGEST_PROOF, _PROOF_TIMEOUT_S))
+            challenge.check()
+        except BaseException:
+            await stream.aclose()
+            raise
+
+    return check
+
+
+class _Challenge:
+    """One question to a listener, whether it knows the token, and its answer. Does no reading or writing."""
+
+    def __init__(self, endpoint: str, token: str) -> None:
+        self._endpoint = endpoint
+        parts = urlsplit(endpoint)
+        challenge = token_hex(32)
+        self._expected = token_proof(token.encode(), challenge, port=parts.port or 80)
+        self._answer = b""
+        self._over = False
+        self._until = time.monotonic() + _PROOF_TIMEOUT_S  # an answer that drips in would take days
+        self.request = (
+            f"GET {HEALTH_PATH} HTTP/1.1\r\nhost: {parts.netloc}\r\n{CHALLENGE_HEADER}: {challenge}\r\n\r\n"
+        ).encode()
+
+    @property
+    def wants_more(self) -> bool:
+        head, end, body = self._answer.partition(b"\r\n\r\n")
+        length = re.search(rb"\r\ncontent-length: *(\d{1,4})\r\n", head + b"\r\n", re.IGNORECASE)
+        whole = bool(end) and (length is None or len(body) >= int(length[1]))
+        is_late = time.monotonic() >= self._until
+        return not (self._over or whole or is_late or len(self._answer) > _LONGEST_PROOF)
+
+    def take(self, data: bytes) -> None:
+        self._answer += data
+        self._over = not data
+
+    def check(self) -> None:
+        """Raises ServiceError unless the answer is the proof."""
+        head, _, body = self._answer.partition(b"\r\n\r\n")
+        try:
+            proof = str(json.loads(body)["proof"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            proof = ""
+        known = compare_digest(proof.encode(errors="replace"), self._expected.encode())
+        if not head.startswith(b"HTTP/1.1 200") or not known:
+            raise ServiceError(
+                f"what listens at {self._endpoint} is not the service",
+                reason="it does not know the service's token, which was not sent. The service may have ended, and another program "
+                "have its port; or it was started by an older version of Palate. `palate services` says whether it runs; "
+                "`palate stop` and `palate start` start it again",
+            )

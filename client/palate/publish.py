@@ -1,0 +1,287 @@
+"""Copies a finished job's model, with its card, to another store or to the Hugging Face hub. Knows no training and no serving.
+
+What arrives is what the training wrote, file by file with its SHA-256, and a model card. `digests.json` is written last: its
+presence means that all of it is in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from palate.checksums import DIGESTS_FILE, Checksums, file_facts
+from palate.paths import palate_home
+from palate.store import Store, open_parent
+from palate.store.local import walk
+from palate.store.uri import normal_uri
+from palate_recipes.catalog import Model, find_model
+from palate_recipes.errors import (
+    ConfigurationError,
+    MissingDependencyError,
+    NameTakenError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnreachableError,
+)
+
+if TYPE_CHECKING:
+    from palate.runs.record import Manifest, Record, Status
+    from palate.session import Session
+
+
+def model_card(manifest: Manifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:
+    """Returns the card in Markdown, with the hub's block of settings at its top.
+
+    Names what data was called and its digest, never the folder or bucket that it lay in.
+
+    Args:
+        manifest, status: Of the succeeded job.
+        files: Names of the model's files.
+        tags_adapter: Whether they are an adapter, not whole weights.
+
+    Source: https://huggingface.co/docs/hub/model-cards
+    """
+    body = manifest.body
+    model, values = body["model"], body["hyperparameters"]
+    row = _row(model["name"])
+    strategy = values["training_strategy"]
+    settings: dict[str, Any] = {
+        "base_model": model.get("hub_id"),
+        "base_model_relation": "adapter" if tags_adapter else "finetune",
+        "library_name": "peft" if tags_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["palate", "trl", strategy, *(["lora"] if tags_adapter else [])],
+    }
+    if row is not None and row.licence:
+        settings["license_name"] = row.licence  # the base's: the hub's own list of identifiers is another
+        settings["license"] = "other"
+    if settings["base_model"] is None:
+        del settings["base_model"], settings["base_model_relation"]
+    # JSON is YAML: nothing in a name can break the block.
+    head = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
+    kind = "adapter for" if tags_adapter else "full fine-tuning of"
+    facts = {
+        "base model": model.get("hub_id") or model["name"],
+        "base revision": status.details.get("model_revision", "unknown"),
+        "method": body["method"],
+        "strategy": strategy,
+        "precision": body["precision"],
+        "job": manifest.name,
+        **{f"label {name}": value for name, value in manifest.labels.items()},
+    }
+    versions = {**manifest.versions, **status.details.get("versions", {})}
+    return "\n".join(
+        [
+            "---",
+            head,
+            "---",
+            "",
+            f"# {manifest.name}",
+            "",
+            f"A {strategy.upper()} {kind} {facts['base model']}, trained with Palate.",
+            "",
+            *_table(("fact", "value"), facts),
+            "",
+            "## Data",
+            "",
+            "| channel | name | rows | SHA-256 |",
+            "| --- | --- | --- | --- |",
+            *(_data_row(channel, entry) for channel, entry in body["inputs"].items()),
+            "",
+            "## Hyperparameters",
+            "",
+            *_table(("name", "value"), {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}),
+            "",
+            "## Versions",
+            "",
+            *_table(("library", "version"), versions),
+            "",
+            f"{len(files)} files; `digests.json` has the size and SHA-256 of each.",
+            "",
+        ]
+    )
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items())]
+
+
+def _data_row(channel: str, entry: Mapping[str, Any]) -> str:
+    name = PurePosixPath(str(entry.get("uri", ""))).name
+    return f"| {channel} | {_cell(name)} | {entry.get('rows', '')} | `{entry.get('sha256', '')}` |"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _row(name: str) -> Model | None:
+    try:
+        return find_model(name)
+    except LookupError:
+        return None
+
+
+_URI = re.compile(r"hf://(?:models/)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/?")
+_OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/", "models/")
+
+
+def push(folder: Path, uri: str, *, message: str) -> str:
+    """Pushes every file below `folder`, and checks what the hub then says of each.
+
+    The repository is made when it is missing, private; one that is there keeps its history and its visibility.
+    The endpoint is HF_ENDPOINT, the token HF_TOKEN or that of `hf auth login`.
+
+    Args:
+        folder: On this machine.
+        uri: `hf://OWNER/NAME`.
+        message: Of the commit.
+
+    Returns:
+        `hf://OWNER/NAME@<commit>`.
+
+    Raises:
+        ConfigurationError: `uri` names no model, or there is no token.
+        MissingDependencyError: huggingface_hub is not installed.
+        StoreError: The hub refuses, does not answer, or holds something else than what was sent.
+    """
+    found = _URI.fullmatch(uri)
+    if found is None or f"{found['repo']}/".startswith(_OTHER_KINDS):
+        raise ConfigurationError(f"{uri!r} names no model of the hub: write hf://OWNER/NAME")
+    repo = found["repo"]
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants
+    except ImportError:
+        raise MissingDependencyError(
+            f"{uri} needs huggingface_hub, not installed here: pip install 'palate[data]'"
+        ) from None
+    token = hub.get_token()
+    if not token:
+        raise ConfigurationError(
+            f"{uri} cannot be written without a token of the hub: set HF_TOKEN to one with write access, or run `hf auth login`"
+        )
+    # Read now: huggingface_hub reads its variables once, when it is imported.
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    api = hub.HfApi(endpoint=endpoint, token=token, library_name="palate")
+    with _explained(uri, endpoint):
+        api.create_repo(repo, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).oid
+        names = list(walk(folder))
+        there = {entry.path: entry for entry in api.get_paths_info(repo, names, revision=commit)}
+    damaged = []
+    for name in names:
+        entry = there.get(name)
+        lfs = getattr(entry, "lfs", None)
+        same = entry is not None and (
+            lfs.sha256 == file_facts(folder / name)["sha256"] if lfs else entry.blob_id == _git_blob_id(folder / name)
+        )
+        if not same:
+            damaged.append(name)
+    if damaged:
+        raise StoreError(
+            f"{uri} at {endpoint} does not hold what was sent: {', '.join(sorted(damaged))} missing or changed. Save again"
+        )
+    return f"hf://{repo}@{commit}"
+
+
+@contextmanager
+def _explained(uri: str, endpoint: str) -> Iterator[None]:
+    """Turns what the hub's client raises into errors with URI, endpoint, cause and remedy; none of them holds the token."""
+    import httpx2
+    from huggingface_hub import errors
+
+    where = f"{uri} at {endpoint}"
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise ConfigurationError(f"{where} cannot be written: HF_HUB_OFFLINE is set; unset it") from error
+    except httpx2.TransportError as error:
+        cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise StoreUnreachableError(
+            f"{where} cannot be reached: {cause}. Check the network, proxy settings and HF_ENDPOINT"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        said = error.server_message or f"HTTP {status}"
+        if status in (401, 403, 404):
+            raise StoreDeniedError(
+                f"{where}: {said} (HTTP {status}). Check that HF_TOKEN may write there and that the owner is right"
+            ) from error
+        if status == 429 or status >= 500:
+            raise StoreUnreachableError(f"{where}: {said} (HTTP {status}). Try again later") from error
+        raise StoreError(f"{where}: {said} (HTTP {status}). Check HF_ENDPOINT and the URI") from error
+    except errors.HFValidationError as error:
+        raise ConfigurationError(f"{uri!r} names no model of the hub ({error}): write hf://OWNER/NAME") from None
+
+
+def _git_blob_id(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+CARD_FILE = "README.md"
+
+
+def save(record: Record, manifest: Manifest, status: Status, target: str | Path, session: Session) -> str:
+    """Copies the model of a succeeded job; see `TrainingJob.save_model`."""
+    where = str(target)
+    if not where.startswith("hf://"):
+        where = normal_uri(target)
+        if where == normal_uri(record.store.uri(record.key("model"))):
+            raise ConfigurationError(f"{where} is where the model lies already: give another place")
+    work = palate_home() / "work"
+    work.mkdir(exist_ok=True, mode=0o700)
+    with TemporaryDirectory(prefix="save-", dir=work) as scratch:
+        folder = Path(scratch) / "model"
+        _fetch(record, folder)
+        names = [name for name in walk(folder) if name != DIGESTS_FILE]
+        card = model_card(manifest, status, names, tags_adapter="adapter_config.json" in names)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        digests = Checksums.of(folder)
+        (folder / DIGESTS_FILE).write_bytes(digests.encode())
+        if where.startswith("hf://"):
+            return push(folder, where, message=f"Model of job {record.name}, trained with Palate")
+        store, name = open_parent(where, options=session.options_for(where))
+        _push(folder, digests, store, name, Path(scratch) / "back")
+    return where
+
+
+def _fetch(record: Record, folder: Path) -> None:
+    """Brings the job's model here and compares it with the list that its runner left, where there is one."""
+    prefix = record.key("model")
+    record.store.download_tree(prefix, folder)
+    listed = folder / DIGESTS_FILE
+    if listed.is_file():
+        what = record.store.uri(prefix)
+        expected = Checksums.parse(
+            listed.read_bytes(), where=f"{what}/{DIGESTS_FILE}", remedy="restore it, or train again"
+        )
+        expected.check_folder(folder, what=what)
+
+
+def _push(folder: Path, digests: Checksums, store: Store, name: str, back: Path) -> None:
+    """Copies a folder whole, reads it back, and only then says that it is there."""
+    present = {info.key.removeprefix(f"{name}/") for info in store.list(name)}
+    # Without the list it is a save that broke off: the same files are written again.
+    if DIGESTS_FILE in present or not present <= set(digests.files):
+        raise NameTakenError(f"{store.uri(name)} holds files already: name an empty place, or delete what is there")
+    store.upload_tree(folder, name, skip=lambda path: path == DIGESTS_FILE)
+    arrived = store.local_path(name)
+    if arrived is None:
+        store.download_tree(name, back)
+        arrived = back
+    digests.check_folder(
+        arrived,
+        what=store.uri(name),
+        wrong="does not hold what was sent",
+        remedy="Something else writes there, or the store is damaged: save to another place",
+    )
+    store.upload(folder / DIGESTS_FILE, f"{name}/{DIGESTS_FILE}")

@@ -1,0 +1,119 @@
+"""Reference log-probabilities shared by the jobs of a store: fetched before a training, published after. Knows tables, no trainer.
+
+Whatever goes wrong here costs the next job a computation: it is said once in the log, and never ends a job.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from palate.store import Store
+from palate_recipes.errors import ObjectNotFoundError, PreconditionFailedError
+from palate_recipes.specs.reference_table import Table, read_table, reference_key, table_name
+from palate_recipes.specs.train import TrainSpec
+
+CACHE_PREFIX = "cache"
+"""Folder of a store, beside `jobs` and `services`, that may be deleted at any time."""
+
+_ATTEMPTS = 30
+_PAUSE_S = 0.2
+
+
+class ReferenceCache:
+    """The copy of a store's table that one job works on; a context manager, which publishes what the job adds to it.
+
+    Args:
+        store: The store of the job.
+        spec: The run, with the `cache_dir` that the trainer will use.
+        say: Takes one line for the log; called from another thread as well.
+    """
+
+    def __init__(self, store: Store, spec: TrainSpec, say: Callable[[str], None]) -> None:
+        self._store = store
+        self._say = say
+        self._key: str | None = None
+        self._path = Path()
+        self._published: int | None = None  # st_mtime_ns of the file as it was published, or fetched
+        self._failed = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-cache")
+        self._upload: Future[None] | None = None
+        if spec.cache_dir is not None and spec.hyperparameters["training_strategy"] == "dpo":
+            self._guarded(lambda: self._fetch(spec, Path(spec.cache_dir or "")))
+
+    def __enter__(self) -> ReferenceCache:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True)
+        self._guarded(self._publish)
+
+    def look(self) -> None:
+        """Publishes the table, beside the training, when the trainer has written it."""
+        if not self._failed and (self._upload is None or self._upload.done()):
+            self._guarded(self._start)
+
+    def _fetch(self, spec: TrainSpec, folder: Path) -> None:
+        key = reference_key(spec)
+        path = folder / table_name(key)
+        try:
+            # A copy even of a file on this machine: other jobs may publish meanwhile.
+            self._store.download(f"{CACHE_PREFIX}/{table_name(key)}", path)
+            self._published = path.stat().st_mtime_ns
+        except ObjectNotFoundError:
+            pass
+        self._key, self._path = key, path
+
+    def _start(self) -> None:
+        if self._has_news():
+            self._upload = self._pool.submit(self._guarded, self._publish)
+
+    def _has_news(self) -> bool:
+        return self._key is not None and self._path.is_file() and self._path.stat().st_mtime_ns != self._published
+
+    def _publish(self) -> None:
+        if self._key is not None and self._has_news():
+            written = self._path.stat().st_mtime_ns
+            publish(self._store, read_table(self._path, self._key))
+            self._published = written
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # a cache may cost time, never a job
+            if not self._failed:
+                self._say(
+                    f"note: the reference cache of the store cannot be used: {str(error) or type(error).__name__}"
+                )
+            self._failed = True
+
+
+def publish(store: Store, table: Table) -> None:
+    """Merges a table into the store's: rows that other jobs publish at the same time stay.
+
+    Where the store cannot replace in one step (`Store.atomic_replace`), rows of a simultaneous writer may get lost and
+    are scored again some day.
+
+    Raises:
+        StoreError: The store refuses, or other writers won every time.
+    """
+    name = f"{CACHE_PREFIX}/{table_name(table.key)}"
+    for attempt in range(_ATTEMPTS):
+        try:
+            # The state first: what is read after it is as new or newer, so a change in between fails the condition.
+            there = store.stat(name)
+            if there is None:
+                store.put(name, table.encode(), if_none_match=True)
+                return
+            stored = Table.decode(store.get(name), table.key)
+            merged = stored.merge(table)
+            if merged.generation != stored.generation or merged.rows.keys() != stored.rows.keys():
+                store.put(name, merged.encode(), if_match=there.etag)
+            return
+        except (PreconditionFailedError, ObjectNotFoundError):  # somebody wrote, or cleared the cache
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(random.uniform(0, _PAUSE_S * min(attempt + 1, 10)))

@@ -1,0 +1,228 @@
+"""What runs left behind: found first, removed when asked. Knows records, leases and backends; no engine.
+
+Nothing is found that somebody may still need: a run counts as lost only where a look at it says so, what an engine holds of
+one as an orphan only when the run is over or gone, and a folder only when its process is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from palate.backends import Kind, backend_names, get_backend
+from palate.backends.container import stale_secrets
+from palate.paths import folder_now, palate_home, stale_work_folders
+from palate.runs.handle import RunHandle
+from palate.runs.lease import LEASE_KEY, LOST_AFTER_S, read_lease, silence_s, store_now
+from palate.runs.record import Record, locate, names
+from palate.session import Session
+from palate.store import Store, open_store
+from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
+
+ENDING_S = 30.0
+"""A runner may go on for so long after its last word, and a service after its time to live."""
+
+UNFINISHED_S = 86400.0
+"""A submission uploads its data before its manifest, and may be at it for so long."""
+
+CACHE_S = 30 * 86400.0
+"""What nobody has written to the store's cache for so long is made anew when it is wanted."""
+
+_KINDS: tuple[Kind, ...] = ("jobs", "services")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """Something that can be cleaned up.
+
+    Attributes:
+        kind: `lost run`, `damaged record`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`,
+            `orphan run` or `stale folder`.
+        what: Its name: a run, a pid with its command, or a path.
+        why: Why nobody needs it.
+        remove: Removes it; gone is no error.
+    """
+
+    kind: Literal[
+        "lost run",
+        "damaged record",
+        "expired service",
+        "stale lease",
+        "unfinished submission",
+        "stale cache",
+        "orphan run",
+        "stale folder",
+    ]
+    what: str
+    why: str
+    remove: Callable[[], object]
+
+
+def find_leftovers(session: Session) -> list[Leftover]:
+    """Looks at every run of the session's store and at what this machine keeps; changes nothing.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    named = {kind: names(session.store, kind) for kind in _KINDS}
+    return [
+        *_of_the_store(session, named),
+        *_unnamed(session.store, named),
+        *_of_the_engines(session),
+        *_of_this_machine(),
+    ]
+
+
+def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
+    for kind in _KINDS:
+        for name in named[kind]:
+            record = Record(session.store, kind, name)
+            handle = RunHandle(record, session)
+            try:
+                status = record.status()
+                ttl_s = handle.manifest.body.get("time_to_live_s")  # reads the manifest: it may be damaged, too
+                cause = "" if status.is_terminal else handle.lost(status)
+            except DamagedFilesError as error:
+                if not _may_run(record):
+                    yield Leftover(kind="damaged record", what=f"{kind}/{name}", why=str(error), remove=handle.delete)
+                continue
+            except (RunNotFoundError, ConfigurationError):
+                continue  # deleted meanwhile, or of a backend that is not installed here
+            if status.is_terminal:
+                try:
+                    lease = read_lease(record)
+                except DamagedFilesError:
+                    continue  # it goes with its run, and nobody reads it any more
+                silent_s = silence_s(record) if lease is not None and not lease.released else None
+                if lease is not None and silent_s is not None and silent_s > lease.lost_after_s:
+                    key = record.key(LEASE_KEY)
+                    yield Leftover(
+                        kind="stale lease",
+                        what=f"{kind}/{name}",
+                        why=f"the run is {status.state}, and its runner on {lease.host} has been silent for {silent_s:.0f} s",
+                        remove=lambda key=key: session.store.delete(key),  # type: ignore[misc]
+                    )
+            elif cause:
+                yield Leftover(
+                    kind="lost run",
+                    what=f"{kind}/{name}",
+                    why=cause,
+                    remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
+                )
+            elif kind == "services" and status.state == "Running" and ttl_s:
+                age_s = silence_s(record, "status.json")  # its last change is that it runs; by the store's clock
+                if age_s is not None and age_s > ttl_s + ENDING_S:
+                    yield Leftover(
+                        kind="expired service",
+                        what=name,
+                        why=f"its time to live of {ttl_s:g} s was over {age_s - ttl_s:.0f} s ago",
+                        remove=handle.stop,
+                    )
+
+
+def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
+    """What lies in the store and belongs to no run: files of a client that died before its manifest, and old caches."""
+    now = store_now(store)
+    if now is None:
+        return  # a store that may only be read is nobody's to clean
+    for kind in _KINDS:
+        for name in sorted(set(store.list_children(f"{kind}/")) - set(named[kind])):
+            age_s = now - max((info.modified_s for info in store.list(f"{kind}/{name}/")), default=now)
+            if age_s > UNFINISHED_S:
+                yield Leftover(
+                    kind="unfinished submission",
+                    what=f"{kind}/{name}",
+                    why=f"it has no manifest {age_s / 3600:.0f} h after its last file: what submitted it died",
+                    remove=lambda prefix=f"{kind}/{name}/": store.delete_tree(prefix),  # type: ignore[misc]
+                )
+    for info in store.list("cache/"):
+        if (age_s := now - info.modified_s) > CACHE_S:
+            yield Leftover(
+                kind="stale cache",
+                what=info.key,
+                why=f"it was written {age_s / 86400:.0f} days ago; a training that wants it makes it anew",
+                remove=lambda key=info.key: store.delete(key),  # type: ignore[misc]
+            )
+
+
+def _of_the_engines(session: Session) -> Iterator[Leftover]:
+    for name in backend_names():
+        backend = get_backend(name)
+        for run in backend.runs():
+            if why := _over(*locate(run.uri), session):
+                yield Leftover(
+                    kind="orphan run",
+                    what=run.what,
+                    why=why,
+                    remove=lambda backend=backend, run=run: backend.stop(run.engine_id, grace_s=ENDING_S),  # type: ignore[misc]
+                )
+
+
+def _of_this_machine() -> Iterator[Leftover]:
+    home = palate_home()
+    for kind in _KINDS:
+        for folder in _children(home / "work" / kind):
+            for stale in stale_work_folders(kind, folder.name):
+                yield Leftover(
+                    kind="stale folder",
+                    what=str(stale),
+                    why="the runner that worked in it is gone",
+                    remove=lambda stale=stale: shutil.rmtree(stale, ignore_errors=True),  # type: ignore[misc]
+                )
+    for folder in stale_secrets():
+        yield Leftover(
+            kind="stale folder",
+            what=str(folder),
+            why="it holds the credentials of a container that was never started",
+            remove=lambda folder=folder: shutil.rmtree(folder, ignore_errors=True),  # type: ignore[misc]
+        )
+    drafts = [draft for draft in _children(home / "cache" / "models") if draft.name.endswith(".draft")]
+    now = folder_now(drafts[0].parent) if drafts else 0.0
+    for draft in drafts:
+        if now - draft.stat().st_mtime > 86400:
+            yield Leftover(
+                kind="stale folder",
+                what=str(draft),
+                why="a fetch of weights that was broken off more than a day ago",
+                remove=lambda draft=draft: shutil.rmtree(draft, ignore_errors=True),  # type: ignore[misc]
+            )
+
+
+def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Session) -> str:
+    """Returns why a runner has nothing to do any more, or ""."""
+    record = Record(open_store(root, options=session.options_for(root)), kind, name)
+    try:
+        status = record.status()
+    except RunNotFoundError:
+        return "its run was deleted"
+    except DamagedFilesError:
+        return ""  # it goes with the damaged record
+    silent_s = silence_s(record, "status.json")
+    if status.is_terminal and silent_s is not None and silent_s > ENDING_S:
+        return f"its run is {status.state} since {silent_s:.0f} s"
+    return ""
+
+
+def _may_run(record: Record) -> bool:
+    """Whether a runner has written to its lease so lately that it counts as alive."""
+    try:
+        lease = read_lease(record)
+    except DamagedFilesError:
+        silence = silence_s(record)
+        return silence is None or silence <= LOST_AFTER_S
+    if lease is None or lease.released:
+        return False
+    silence = silence_s(record)
+    return silence is None or silence <= lease.lost_after_s
+
+
+def _settle(handle: RunHandle) -> None:
+    if handle.refresh().is_terminal:
+        handle.record.store.delete(handle.record.key(LEASE_KEY))
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []

@@ -1,0 +1,303 @@
+"""Who runs a run, and whether it still does: one object, rewritten by its runner alone. Knows records, no program, no backend.
+
+    <run>/lease.json    holder, attempt, host and pid of the runner; `beat`, which goes up every few seconds
+
+Of two runners that were started for one run, the conditional put lets one in. The lease is its heartbeat, too: one that
+has not changed for `lost_after_s` is nobody's any more. No two machines' clocks are compared: a single look asks how old
+the object is by the store's own clock, and a runner that wants in watches whether it changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from secrets import token_hex
+from typing import Any
+
+from palate.processes import machine_mark, process_state, start_time
+from palate.runs.record import Record
+from palate.store import Store
+from palate_recipes.errors import (
+    ConfigurationError,
+    DamagedFilesError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StoreError,
+)
+
+LEASE_SCHEMA = 1
+LEASE_KEY = "lease.json"
+
+LOST_AFTER_S = 120.0
+"""Above a minute's loss of the store and what its client retries after it: a run must not be called lost for that."""
+
+LOST_AFTER_VARIABLE = "PALATE_LEASE_S"
+EVERY_S = 5.0
+START_ID_VARIABLE = "PALATE_START_ID"
+"""Tells a runner which start it came from; no secret."""
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """What `lease.json` says.
+
+    Attributes:
+        holder: Random name of the runner.
+        start_id: The start that the runner came from, or "" when it was started by hand.
+        attempt: The attempt that it works for.
+        beat: Goes up with every heartbeat.
+        every_s: Seconds between two heartbeats.
+        lost_after_s: Seconds without one after which the runner counts as lost.
+        host: Where it runs, for people.
+        machine, pid, pid_start: Where it runs, for a process of the same machine.
+        released: It has ended in order.
+    """
+
+    holder: str
+    start_id: str
+    attempt: int
+    beat: int = 0
+    every_s: float = EVERY_S
+    lost_after_s: float = LOST_AFTER_S
+    host: str = field(default_factory=socket.gethostname)
+    machine: str = field(default_factory=machine_mark)
+    pid: int = field(default_factory=os.getpid)
+    pid_start: str = field(default_factory=lambda: start_time(os.getpid()))
+    released: bool = False
+    schema: int = LEASE_SCHEMA
+
+    @classmethod
+    def parse(cls, data: bytes) -> Lease:
+        """Raises ValueError when a field that the schema requires is missing, or one has another type."""
+        values = json.loads(data)
+        if not isinstance(values, dict):
+            raise ValueError(f"it is {type(values).__name__}, not an object")
+        values = {**_UNSAID, **values}
+        for item in fields(cls):
+            kind = _JSON_TYPES[str(item.type)]
+            value: Any = values.get(item.name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{item.name}={value!r}")
+            # Without a bound a lease of a hostile store would never count as lost.
+            if item.name in ("every_s", "lost_after_s") and not 0 < values[item.name] <= _LONGEST_S:
+                raise ValueError(f"{item.name}={value!r}")
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @property
+    def is_dead_here(self) -> bool:
+        """Whether this machine knows the runner to be gone; False where it cannot know."""
+        return self.machine == machine_mark() != "" and process_state(self.pid, self.pid_start) == "dead"
+
+    @property
+    def fresh_s(self) -> float:
+        """Seconds after its last heartbeat for which no other evidence counts against its runner.
+
+        What looks like a dead runner may be another machine's: a copy of a running machine has the mark of the original.
+        """
+        return min(2 * self.every_s, self.lost_after_s)
+
+
+_LONGEST_S = 7 * 24 * 3600.0
+
+_UNSAID = {"start_id": "", "host": "", "machine": "", "pid": 0, "pid_start": ""}
+"""What a lease may leave out: the defaults of `Lease` are facts of this process."""
+
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
+def read_lease(record: Record) -> Lease | None:
+    """Returns a run's lease, or None when no runner has ever begun.
+
+    Raises:
+        DamagedFilesError: It cannot be read; a runner that holds it writes it anew with its next heartbeat.
+    """
+    try:
+        data = record.store.get(record.key(LEASE_KEY))
+    except ObjectNotFoundError:
+        return None
+    try:
+        return Lease.parse(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFilesError(
+            f"{record.uri}/{LEASE_KEY} is damaged ({error}): its runner writes it again within seconds; if there is no "
+            "runner, delete this file"
+        ) from None
+
+
+def silence_s(record: Record, key: str = LEASE_KEY) -> float | None:
+    """Returns how long ago an object of a run was written, by the store's clock; None when that cannot be told."""
+    info = record.store.stat(record.key(key))
+    now = store_now(record.store)
+    return None if info is None or now is None else max(0.0, now - info.modified_s)
+
+
+class HeldLease:
+    """The lease of this process.
+
+    Args:
+        record: The run.
+        lease: As it was written.
+        etag: Of that.
+    """
+
+    def __init__(self, record: Record, lease: Lease, etag: str) -> None:
+        self._record = record
+        self._etag = etag
+        self._lock = threading.Lock()
+        self.lease = lease
+
+    def through(self, record: Record) -> HeldLease:
+        """Returns the same lease, kept through another opening of its store."""
+        return HeldLease(record, self.lease, self._etag)
+
+    def beat(self, *, attempt: int | None = None) -> bool:
+        """Writes a heartbeat; returns False when the lease is another's by now.
+
+        Args:
+            attempt: The attempt that it is for from now on.
+
+        Raises:
+            StoreError: The store cannot be reached; nothing is known.
+        """
+        with self._lock:
+            return self._write(replace(self.lease, beat=self.lease.beat + 1, attempt=attempt or self.lease.attempt))
+
+    def release(self) -> None:
+        """Says that this runner has ended in order. Raises StoreError."""
+        with self._lock:
+            self._write(replace(self.lease, beat=self.lease.beat + 1, released=True))
+
+    def _write(self, lease: Lease) -> bool:
+        try:
+            self._etag = self._record.store.put(self._record.key(LEASE_KEY), lease.encode(), if_match=self._etag)
+        except (PreconditionFailedError, ObjectNotFoundError):
+            there = self._record.store.stat(
+                self._record.key(LEASE_KEY)
+            )  # before the read: a later write must not match
+            try:
+                found = read_lease(self._record)
+            except DamagedFilesError:
+                found = self.lease  # it names no other holder; a runner that took the lease finds out at its next beat
+            if found is None or there is None:
+                return True  # deleted with its run: the status will say so
+            if found.holder != self.lease.holder:
+                return False
+            # An earlier write of our own, whose answer got lost; or damage, which is overwritten.
+            self._etag = there.etag
+            if found != lease:
+                self._etag = self._record.store.put(self._record.key(LEASE_KEY), lease.encode(), if_match=there.etag)
+        self.lease = lease
+        return True
+
+
+def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[], bool]) -> HeldLease | None:
+    """Takes a run's lease, or returns None when another runner has it.
+
+    A lease of this attempt that nobody is known to have left is watched: it is taken when it does not change for its
+    `lost_after_s` (`fresh_s` when its runner was one of this machine and is gone), and left alone when it does.
+
+    Args:
+        record: The run.
+        attempt: The attempt to work for; a lease of an earlier one is taken at once, its runner finds out.
+        start_id: See `Lease`.
+        give_up: Says that waiting is no longer wanted.
+
+    Raises:
+        StoreError: The store refuses or cannot be reached.
+        ConfigurationError: PALATE_LEASE_S is no number above 1.
+    """
+    lost_after_s = _lost_after_s()
+    mine = Lease(
+        holder=token_hex(8),
+        start_id=start_id,
+        attempt=attempt,
+        every_s=min(EVERY_S, lost_after_s / 6),
+        lost_after_s=lost_after_s,
+    )
+    seen: tuple[str, int] | None = None
+    since = time.monotonic()
+    while True:
+        there = record.store.stat(record.key(LEASE_KEY))  # before the read: a later write must not match
+        try:
+            found = read_lease(record)
+        except DamagedFilesError:
+            # Somebody holds it, or nobody: a holder writes it anew within seconds.
+            found = replace(mine, holder=there.etag if there is not None else "", machine="")
+        if found is not None and found.holder == mine.holder and there is not None:
+            return HeldLease(record, found, there.etag)  # our own write, whose answer got lost
+        free = found is None or found.released or found.attempt < attempt
+        if found is not None and not free:
+            if seen is not None and seen != (found.holder, found.beat):
+                return None
+            seen = (found.holder, found.beat)
+            silent_s = time.monotonic() - since
+            free = silent_s >= found.lost_after_s
+            if found.is_dead_here:
+                free = max(silent_s, silence_s(record) or 0.0) > found.fresh_s
+        if free:
+            try:
+                etag = record.store.put(
+                    record.key(LEASE_KEY),
+                    mine.encode(),
+                    if_match=there.etag if there is not None else None,
+                    if_none_match=there is None,
+                )
+                return HeldLease(record, mine, etag)
+            except (PreconditionFailedError, ObjectNotFoundError):
+                continue
+        if give_up():
+            return None
+        time.sleep(_POLL_S)
+
+
+def _lost_after_s() -> float:
+    text = os.environ.get(LOST_AFTER_VARIABLE, "")
+    try:
+        value = float(text) if text else LOST_AFTER_S
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 86400:
+        raise ConfigurationError(
+            f"{LOST_AFTER_VARIABLE}={text!r} must be seconds from 1 to 86400: after so long without a heartbeat a run is lost"
+        )
+    return value
+
+
+# The store's clock.
+
+_OFFSETS: weakref.WeakKeyDictionary[Store, float | None] = weakref.WeakKeyDictionary()
+
+
+def store_now(store: Store) -> float | None:
+    """Returns the time by the store's own clock, in seconds since the epoch; None when nothing may be written there.
+
+    It is measured once for each opened store, with a probe that is removed again.
+    """
+    if store not in _OFFSETS:
+        key = f"cache/clock-{token_hex(8)}"
+        try:
+            store.put(key, b"", if_none_match=True)
+            written = _ticks()
+            info = store.stat(key)
+            store.delete(key)
+        except StoreError:
+            return None  # asked again at the next look
+        _OFFSETS[store] = None if info is None else info.modified_s - written
+    offset = _OFFSETS[store]
+    return None if offset is None else _ticks() + offset
+
+
+def _ticks() -> float:
+    # Goes on while the machine sleeps, which time.monotonic() does not.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -1,0 +1,686 @@
+"""A run's prefix in a store: manifest, status, logs, metrics. Owns every key below it; knows no backend and no program.
+
+    jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
+                    inputs/  checkpoints/  model/  tensorboard/
+    services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token
+
+`manifest.json` is written once and says all that a run needs. `status.json` is written conditionally, so that of two
+writers (a stop and a finish) one wins, and a terminal state is written last: all that it names is in place by then.
+`lease.json` is its runner's (see `palate.runs.lease`). The folder `palate/schemas` has the JSON schema of each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NoReturn, get_args
+
+from palate.common.utils import check_name
+from palate.store import Store
+from palate_recipes.errors import (
+    ConfigurationError,
+    DamagedFilesError,
+    NameTakenError,
+    PreconditionFailedError,
+    RunNotFoundError,
+)
+
+_LARGEST = 64 * 1024**2
+"""Bytes. A record of Palate has some KiB; parsing takes a multiple of an object's size in memory."""
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Returns the JSON object that `data` is.
+
+    Raises:
+        ValueError: It is too large, not UTF-8, not JSON, nested too deeply, not an object, or holds what cannot be written
+            again (half a character). The message says which, in one line.
+    """
+    if len(data) > _LARGEST:
+        raise ValueError(f"it has {len(data):,} bytes, more than {_LARGEST:,}")
+    try:
+        values = json.loads(data)
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"it is {type(values).__name__}, not an object")
+    return values
+
+
+def is_kind(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Says whether a JSON value has one of these types: a bool is not a number, and a number can be calculated with."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(value, bool):
+        return bool in kinds
+    if not isinstance(value, kinds):
+        return False
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_fields(values: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], *, of: str = "") -> None:
+    """Raises ValueError when a field that is there has another type."""
+    for name, kind in kinds.items():
+        if name in values and not is_kind(values[name], kind):
+            raise ValueError(f"{of}{name} is {shown(values[name])}")
+
+
+def shown(value: object) -> str:
+    """Returns a value for a message, cut where nobody reads on."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+State = Literal["Creating", "Running", "Stopping", "Succeeded", "Failed", "Stopped"]
+TERMINAL: frozenset[State] = frozenset({"Succeeded", "Failed", "Stopped"})
+ACTIVE: frozenset[State] = frozenset({"Creating", "Running", "Stopping"})
+
+MANIFEST_SCHEMA = 1
+STATUS_SCHEMA = 1
+"""Go up when a field gets another meaning. A new field is no new schema: readers leave out what they do not know."""
+
+TOKEN_KEY = "access_token"
+"""A service's bearer token: a key of its own, so that no manifest, status or log ever holds it."""
+
+LOST = "its runner is gone without a last word: killed, or the machine went down"
+
+_CAS_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What reproduces a run. Holds no secret.
+
+    Attributes:
+        kind: `train` or `serve`.
+        name: Job id or service name.
+        backend: Name of the backend that the run was given to.
+        body: The kind's own fields (see `palate.job` and `palate.predictor`).
+        labels: The user's key-value pairs.
+        created_at: Seconds since the epoch, by the clock of the client.
+        versions: Palate's version and Python's at submission.
+    """
+
+    kind: Literal["train", "serve"]
+    name: str
+    backend: str
+    body: dict[str, Any]
+    labels: dict[str, str] = field(default_factory=dict)
+    created_at: float = field(default_factory=time.time)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = MANIFEST_SCHEMA
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for people; "" where the body names none."""
+        model: dict[str, Any] = self.body.get("model") or {}
+        return str(model.get("name", ""))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Raises ValueError when a field is missing that every manifest has, or one has another type."""
+        values = _known_fields(cls, data, _MANIFEST_KINDS, required=("kind", "name", "backend", "body"))
+        if values["kind"] not in ("train", "serve"):
+            raise ValueError(f"kind is {shown(values['kind'])}")
+        body = values["body"]
+        check_fields(body, _BODY_KINDS, of="body.")
+        model = body.get("model") or {}
+        check_fields(model, {"name": str, "source": dict}, of="body.model.")
+        check_fields(model.get("source") or {}, {"kind": str, "location": str}, of="body.model.source.")
+        for what, facts in (body.get("inputs") or {}).items():
+            if not is_kind(facts, dict):
+                raise ValueError(f"body.inputs.{shown(what)} is {shown(facts)}")
+            check_fields(facts, {"uri": str}, of="body.inputs.")
+        texts = [*values.get("labels", {}).values(), *(body.get("environment_names") or [])]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"a label or the name of a variable is {shown(wrong[0])}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        state: One of `State`.
+        reason: Why it failed or stopped, in one message.
+        log_tail: Last log lines of a failed run.
+        attempt: Number of the attempt, from 1. Each runner works for one, and writes only while it is the current one.
+        last_attempt: The attempt up to which a failure is tried again.
+        attempts: The earlier attempts: attempt, reason, exit_code, started_at, finished_at of each.
+        start_id: Name of the start that `engine_id` came from; the lease of a runner names the one that it came from.
+        engine_id: The backend's name for the process: a hint, never the truth.
+        started_at, finished_at, updated_at: Seconds since the epoch.
+        exit_code: Of the program, when it ended.
+        endpoint: Base URL of a service that answers.
+        details: Facts that came up in the run (versions, seconds, engine).
+    """
+
+    state: State
+    reason: str = ""
+    log_tail: tuple[str, ...] = ()
+    attempt: int = 1
+    last_attempt: int = 1
+    attempts: tuple[dict[str, Any], ...] = ()
+    start_id: str = ""
+    engine_id: str = ""
+    started_at: float | None = None
+    finished_at: float | None = None
+    updated_at: float = 0.0
+    exit_code: int | None = None
+    endpoint: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    schema: int = STATUS_SCHEMA
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Status:
+        """Raises ValueError when the state is missing, or a field has another type."""
+        values = _known_fields(cls, data, _STATUS_KINDS, required=("state",))
+        if values["state"] not in get_args(State):
+            raise ValueError(f"state is {shown(values['state'])}")
+        for name in ("attempt", "last_attempt"):
+            if values.get(name, 1) < 1:
+                raise ValueError(f"{name} is {values[name]}")
+        for name, kind in (("log_tail", str), ("attempts", dict)):
+            if wrong := [item for item in values.get(name, ()) if not is_kind(item, kind)]:
+                raise ValueError(f"{name} holds {shown(wrong[0])}")
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("log_tail", "attempts")}})
+
+
+_NUMBER = (int, float)
+_MAYBE_NUMBER = (int, float, type(None))
+_MAYBE_OBJECT = (dict, type(None))
+_MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "name", "backend"), str),
+    **dict.fromkeys(("body", "labels", "versions"), dict),
+    "created_at": _NUMBER,
+    "schema": int,
+}
+_BODY_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "inputs", "placement"), _MAYBE_OBJECT),
+    **dict.fromkeys(("hyperparameters", "options"), dict),
+    **dict.fromkeys(("max_attempts", "max_run_time", "time_to_live_s"), _MAYBE_NUMBER),
+    "environment_names": list,
+    "tuned_uri": (str, type(None)),
+}
+"""What a list, a stop or the sweep reads of a body; the rest is its program's to check."""
+_STATUS_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("state", "reason", "start_id", "engine_id", "endpoint"), str),
+    **dict.fromkeys(("attempt", "last_attempt", "schema"), int),
+    **dict.fromkeys(("log_tail", "attempts"), list),
+    **dict.fromkeys(("started_at", "finished_at"), _MAYBE_NUMBER),
+    "updated_at": _NUMBER,
+    "exit_code": (int, type(None)),
+    "details": dict,
+}
+
+
+def _known_fields(
+    cls: type[Manifest] | type[Status],
+    data: bytes,
+    kinds: dict[str, type | tuple[type, ...]],
+    *,
+    required: tuple[str, ...],
+) -> dict[str, Any]:
+    values = parse_object(data)
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
+    check_fields(values, kinds)
+    known = {item.name for item in fields(cls)}  # a newer writer may say more
+    return {key: value for key, value in values.items() if key in known}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedLog:
+    """Parts of a service's log that became one: numbers of the first and the last, and bytes."""
+
+    first: int
+    last: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.first:06d}-{self.last:06d}.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogIndex:
+    """What `logs/index.json` says of a service's log.
+
+    Attributes:
+        merged: The merged parts, oldest first.
+        following: Number of the first part that is there as it was written; those before it are merged or dropped.
+    """
+
+    merged: tuple[MergedLog, ...] = ()
+    following: int = 1
+
+    @property
+    def size(self) -> int:
+        return sum(merged.size for merged in self.merged)
+
+    @classmethod
+    def parse(cls, data: bytes) -> LogIndex:
+        values = json.loads(data)
+        merged = tuple(
+            MergedLog(**{name: int(each[name]) for name in ("first", "last", "size")}) for each in values["merged"]
+        )
+        return cls(merged=merged, following=int(values["following"]))
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+class Record:
+    """One run's prefix in a store.
+
+    Args:
+        store: Where it lives.
+        kind: `jobs` or `services`.
+        name: Job id or service name.
+    """
+
+    def __init__(self, store: Store, kind: Literal["jobs", "services"], name: str) -> None:
+        self.store = store
+        self.kind = kind
+        self.name = name
+        self.prefix = f"{kind}/{name}"
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri(self.prefix)
+
+    def key(self, *parts: str) -> str:
+        """Returns the store key of something below this record."""
+        return "/".join((self.prefix, *parts))
+
+    # ── manifest ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def create(self, manifest: Manifest) -> None:
+        """Writes the manifest where none is, then the first status.
+
+        Raises:
+            NameTakenError: A run of that name is there.
+        """
+        try:
+            self.store.put(self.key("manifest.json"), _encode_manifest(manifest), if_none_match=True)
+        except PreconditionFailedError:
+            noun = "job" if self.kind == "jobs" else "service"
+            command = "palate jobs" if self.kind == "jobs" else "palate services"
+            raise NameTakenError(
+                f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, "
+                f"or delete it first (`palate delete {self.name}`; `{command}` lists what is there)"
+            ) from None
+        status = Status(state="Creating", updated_at=time.time(), last_attempt=manifest.body.get("max_attempts") or 1)
+        self.store.put(self.key("status.json"), _encode(status))
+
+    def manifest(self) -> Manifest:
+        """Raises RunNotFoundError when there is none, DamagedFilesError when it cannot be read."""
+        try:
+            return Manifest.from_json(self.manifest_bytes())
+        except ValueError as error:
+            self._raise_damaged("manifest.json", error)
+
+    def manifest_bytes(self) -> bytes:
+        """Returns the manifest as it was written; raises RunNotFoundError when there is none."""
+        try:
+            return self.store.get(self.key("manifest.json"))
+        except FileNotFoundError:
+            noun = "job" if self.kind == "jobs" else "service"
+            raise RunNotFoundError(
+                f"no {noun} {self.name!r} in {self.store.root}: `palate {self.kind}` lists what is there; "
+                "another store is chosen with PALATE_STORE or Session(store=…)"
+            ) from None
+
+    def _raise_damaged(self, name: str, error: ValueError) -> NoReturn:
+        raise DamagedFilesError(
+            f"{name} of {self.name} is damaged ({error}): restore {self.uri}/{name}, or remove the whole "
+            f"{'job' if self.kind == 'jobs' else 'service'} with `palate delete {self.name}`"
+        ) from None
+
+    def replace_manifest(self, known: Manifest, new: Manifest) -> None:
+        """Writes another manifest in the place of the known one; a service's next attempt reads it.
+
+        Raises:
+            ConfigurationError: Another one is there: somebody else replaced it.
+            RunNotFoundError: None is there.
+        """
+        key = self.key("manifest.json")
+        info = self.store.stat(key)
+        try:
+            if info is None or self.manifest() != known:
+                raise PreconditionFailedError(key)
+            self.store.put(key, _encode_manifest(new), if_match=info.etag)
+        except PreconditionFailedError:
+            raise ConfigurationError(
+                f"{self.uri} was changed by somebody else just now: look at it, and try again"
+            ) from None
+
+    def exists(self) -> bool:
+        return self.store.stat(self.key("manifest.json")) is not None
+
+    # ── status ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def status(self) -> Status:
+        """Raises RunNotFoundError when there is no such run, DamagedFilesError when its status cannot be read."""
+        try:
+            data = self.store.get(self.key("status.json"))
+        except FileNotFoundError:
+            manifest = self.manifest()  # raises when the run itself is unknown
+            return Status(state="Creating", updated_at=manifest.created_at)
+        return self._parse_status(data)
+
+    def _parse_status(self, data: bytes) -> Status:
+        try:
+            return Status.from_json(data)
+        except ValueError as error:
+            self._raise_damaged("status.json", error)
+
+    def advance(
+        self, state: State, *, expect: Collection[State], attempt: int | None = None, **changes: Any
+    ) -> Status | None:
+        """Moves the run to `state`, or leaves it and returns None when its state is not one of `expect`.
+
+        The write is conditional on what was read, so of two that race one wins and the other sees its result.
+
+        Args:
+            state: The new state.
+            expect: States that it may leave.
+            attempt: The attempt that the caller speaks for; a run that has gone on to another is left.
+            changes: Further fields of the status.
+        """
+        if state in TERMINAL:
+            changes.setdefault("finished_at", time.time())
+        return self._rewrite(lambda current: replace(current, state=state, **changes), expect, attempt)
+
+    def note(self, *, attempt: int | None = None, **changes: Any) -> Status | None:
+        """Adds facts to the status and leaves its state; returns None when the run is gone, or on to another attempt."""
+        return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, attempt)
+
+    def begin_again(
+        self,
+        *,
+        expect: Collection[State],
+        attempt: int,
+        state: State = "Creating",
+        more: int = 0,
+        **ended: Any,
+    ) -> Status | None:
+        """Moves the run to its next attempt, or returns None when somebody else did, or it is in another state.
+
+        Args:
+            expect: States that it may leave.
+            attempt: The attempt that is over.
+            state: `Running` when the same runner goes on.
+            more: Attempts that it is given anew, this one included; 0 leaves the limit.
+            ended: What the history says of the attempt that is over (reason, exit_code), when the status does not.
+        """
+
+        def change(current: Status) -> Status:
+            facts = {name: getattr(current, name) for name in ("reason", "exit_code", "started_at", "finished_at")}
+            entry = {"attempt": current.attempt, **facts, **ended}
+            entry["finished_at"] = entry["finished_at"] or time.time()
+            goes_on = state == "Running"
+            return replace(
+                current,
+                state=state,
+                attempt=current.attempt + 1,
+                last_attempt=current.attempt + more if more else current.last_attempt,
+                attempts=(*current.attempts, entry),
+                reason="",
+                log_tail=(),
+                exit_code=None,
+                finished_at=None,
+                started_at=time.time() if goes_on else None,
+                engine_id=current.engine_id if goes_on else "",
+                start_id=current.start_id if goes_on else "",
+            )
+
+        return self._rewrite(change, expect, attempt)
+
+    def _rewrite(
+        self, change: Callable[[Status], Status], expect: Collection[State], attempt: int | None
+    ) -> Status | None:
+        written: bytes | None = None
+        for _ in range(_CAS_ATTEMPTS):
+            info = self.store.stat(self.key("status.json"))  # before the read: a later write must not match
+            try:
+                data = self.store.get(self.key("status.json"))
+            except FileNotFoundError:
+                return None
+            current = self._parse_status(data)
+            if data == written:
+                return current  # our own write, whose answer got lost
+            if info is None or current.state not in expect or attempt not in (None, current.attempt):
+                return None
+            target = replace(change(current), updated_at=time.time())
+            written = _encode(target)
+            try:
+                self.store.put(self.key("status.json"), written, if_match=info.etag)
+            except (PreconditionFailedError, FileNotFoundError):
+                continue
+            return target
+        raise RuntimeError(f"{self.uri}/status.json changed {_CAS_ATTEMPTS} times while it was to be written")
+
+    # ── logs and metrics ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def append(self, kind: Literal["logs", "metrics"], part: int, data: bytes) -> None:
+        """Writes part number `part`, beginning with 1; the one writer of a run counts.
+
+        Raises:
+            PreconditionFailedError: That part is there, and says something else.
+        """
+        key = self.key(kind, f"{part:06d}{_SUFFIX[kind]}")
+        try:
+            self.store.put(key, data, if_none_match=True)
+        except PreconditionFailedError:
+            if self.store.get(key) != data:  # else it is our own, whose answer got lost
+                raise
+
+    def part_sizes(self, kind: Literal["logs", "metrics"]) -> dict[int, int]:
+        """Returns the sizes of the parts that are there, by number."""
+        numbered = {
+            info.key.rpartition("/")[2].removesuffix(_SUFFIX[kind]): info for info in self.store.list(self.key(kind))
+        }
+        return {int(name): info.size for name, info in numbered.items() if _PART.fullmatch(name)}
+
+    def last_part(self, kind: Literal["logs", "metrics"]) -> int:
+        """Returns the number of the last part, 0 when there is none."""
+        return max(self.part_sizes(kind), default=0)
+
+    def part(self, kind: Literal["logs", "metrics"], number: int) -> bytes:
+        """Returns one part; raises ObjectNotFoundError when it is not there."""
+        return self.store.get(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
+
+    def delete_part(self, kind: Literal["logs", "metrics"], number: int) -> None:
+        """Removes one part; no error where none is."""
+        self.store.delete(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
+
+    def parts(self, kind: Literal["logs", "metrics"], *, after: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Yields (number, data) of the parts after number `after`, in order; the oldest of a service's log may be gone or merged.
+
+        Asks for the next number by name instead of listing: one small read a poll, on any store, two for a service's log.
+        """
+        number = after
+        for _ in range(2):
+            while True:
+                try:
+                    data = self.part(kind, number + 1)
+                except FileNotFoundError:
+                    break
+                number += 1
+                yield number, data
+            if (self.kind, kind) != ("services", "logs"):
+                return
+            index = self.log_index()
+            if index.following <= number + 1:
+                return
+            for merged in index.merged:
+                if merged.last > number:
+                    try:
+                        data = self.store.get(self.key("logs", merged.name))
+                    except FileNotFoundError:  # dropped just now
+                        continue
+                    number = merged.last
+                    yield number, data
+            number = max(number, index.following - 1)
+
+    def log_index(self) -> LogIndex:
+        """Returns what of a service's log was merged or dropped; an index that is none counts as empty."""
+        try:
+            return LogIndex.parse(self.store.get(self.key("logs", _INDEX)))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return LogIndex()
+
+    def write_log_index(self, index: LogIndex) -> None:
+        self.store.put(self.key("logs", _INDEX), index.encode())
+
+    def write_merged(self, first: int, last: int, content: bytes) -> MergedLog:
+        """Writes the content of several parts of a service's log as one; the index has to name it."""
+        merged = MergedLog(first=first, last=last, size=len(content))
+        self.store.put(self.key("logs", merged.name), content)
+        return merged
+
+    def delete_parts(self, kind: Literal["logs", "metrics"]) -> None:
+        """Removes every part; a later one counts on from 1."""
+        for info in list(self.store.list(self.key(kind))):
+            self.store.delete(info.key)
+
+    def log_lines(self) -> Iterator[str]:
+        """Yields the whole log, line by line."""
+        buffer = b""
+        for _, data in self.parts("logs"):
+            *lines, buffer = (buffer + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+            if len(buffer) > LONGEST_LINE:
+                yield buffer.decode(errors="replace")
+                buffer = b""
+        if buffer:
+            yield buffer.decode(errors="replace")
+
+    def last_log_lines(self, count: int) -> list[str]:
+        """Returns the log's last lines, read from its end: the whole of it may be large."""
+        content = b""
+        sizes = self.part_sizes("logs")
+        for number in sorted(sizes, reverse=True):
+            key = self.key("logs", f"{number:06d}{_SUFFIX['logs']}")
+            try:
+                content = self.store.get_range(key, max(0, sizes[number] - _TAIL_BYTES)) + content
+            except FileNotFoundError:  # merged meanwhile, with all before it
+                break
+            if content.count(b"\n") > count or len(content) >= _TAIL_BYTES:
+                break
+        return content[-_TAIL_BYTES:].decode(errors="replace").splitlines()[-count:]
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yields every metrics object in order."""
+        for _, data in self.parts("metrics"):
+            yield from events_in(data)
+
+    def delete(self) -> None:
+        """Removes everything, the manifest last: until then the run can still be found and deleted again."""
+        for info in list(self.store.list(self.prefix + "/")):
+            if info.key != self.key("manifest.json"):
+                self.store.delete(info.key)
+        self.store.delete_tree(self.prefix + "/")
+
+
+def events_in(part: bytes) -> Iterator[dict[str, Any]]:
+    """Yields the events of a metrics part; a line that was cut short, or is no event of a training, is left out."""
+    for line in part.splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if _is_event(event):
+            yield event
+
+
+def _is_event(event: object) -> bool:
+    """Whether readers of metrics can calculate with it: a store may hold anything."""
+    if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
+        return False
+    if event["kind"] in ("train", "eval"):
+        figures = [value for name, value in event.items() if name not in ("kind", "step")]
+        if not all(isinstance(value, float) or is_kind(value, _MAYBE_NUMBER) for value in figures):
+            return False
+    reading = event.get("reading", {"verdict": "", "text": ""})
+    return (
+        all(is_kind(event[name], kind) for name, kind in _EVENT_KINDS.items() if name in event)
+        and isinstance(reading, dict)
+        and all(isinstance(reading.get(name), str) for name in ("verdict", "text"))
+    )
+
+
+def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns metrics events as of one run: what a later attempt did again is there once, as it did it.
+
+    Every `start` stays: it says at which step an attempt went on.
+    """
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "start":
+            step = event["step"]
+            kept = [
+                earlier
+                for earlier in kept
+                if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= step)
+            ]
+        kept.append(event)
+    return kept
+
+
+_SUFFIX = {"logs": ".log", "metrics": ".jsonl"}
+_EVENT_KINDS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    **dict.fromkeys(("step", "total_steps", "train_rows"), int),
+}
+_INDEX = "index.json"
+_PART = re.compile(r"[0-9]{6,18}")
+LONGEST_LINE = 1024**2
+_TAIL_BYTES = 256 * 1024
+"""The last lines of a log are looked for in so many bytes of its end."""
+
+
+def _encode_manifest(manifest: Manifest) -> bytes:
+    try:
+        return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"what {manifest.name} is given holds {error.object[error.start : error.end]!r}, which is not valid Unicode: "
+            "give labels and settings as UTF-8 text"
+        ) from None
+
+
+def _encode(status: Status) -> bytes:
+    return json.dumps(asdict(status), indent=1, ensure_ascii=False).encode()
+
+
+def names(store: Store, kind: Literal["jobs", "services"]) -> list[str]:
+    """Returns the names of all runs of a kind in a store."""
+    return [name for name in store.list_children(f"{kind}/") if store.stat(f"{kind}/{name}/manifest.json")]
+
+
+def locate(uri: str) -> tuple[str, Literal["jobs", "services"], str]:
+    """Splits a run's URI into store root, kind and name; raises ConfigurationError when it is none, or no run can have the name."""
+    root, _, name = uri.rstrip("/").rpartition("/")
+    root, _, kind = root.rpartition("/")
+    if kind == "jobs" and name:
+        return root, "jobs", check_name("the name in the URI of a run", name)
+    if kind == "services" and name:
+        return root, "services", check_name("the name in the URI of a run", name)
+    raise ConfigurationError(f"{uri!r} is not the URI of a run: expected <store>/jobs/<id> or <store>/services/<name>")

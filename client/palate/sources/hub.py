@@ -1,0 +1,319 @@
+"""Preference data from a dataset of the Hugging Face hub: which files make up a config and a split. Knows no file's content.
+
+The files lie in the hub's own cache (HF_HUB_CACHE), pinned to one commit; what is there is not fetched again.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+from palate.sources.select import Fetched, few, matches, nothing_there, refuse_twins, sift, split_of
+from palate_recipes.errors import (
+    ConfigurationError,
+    DataError,
+    MissingDependencyError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnreachableError,
+)
+from palate_recipes.text import load_yaml
+
+_GRAMMAR = "hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=name]"
+_URI = re.compile(
+    r"hf://(?:datasets/)?(?P<repo>[^/@?]+/[^/@?]+)"
+    r"(?:@(?P<revision>refs/(?:convert/[\w.-]+|pr/\d+)|[^/?]+))?"
+    r"(?:/(?P<path>.*?))?/?(?:\?(?P<query>[^/?]*=[^/?]*))?"
+)
+_OTHER_KINDS = ("models/", "spaces/", "kernels/", "buckets/")
+_YAML_BLOCK = re.compile(r"\s*---(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r|\n|$)")  # as huggingface_hub's
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD_IN_DATA = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*")
+_TIMEOUT_S = 30.0
+_TRUE = ("1", "ON", "YES", "TRUE")
+_DEFAULT_CONFIG = "default"
+
+Splits = dict[str | None, list[str]]
+
+
+@dataclass(frozen=True)
+class _DatasetRef:
+    repo: str
+    revision: str | None
+    path: str
+    split: str | None
+    config: str | None
+
+    def uri(self, *, path: str = "", **query: str | None) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        asked = "&".join(f"{name}={value}" for name, value in query.items() if value)
+        return f"hf://datasets/{self.repo}{revision}{f'/{path}' if path else ''}{f'?{asked}' if asked else ''}"
+
+    def __str__(self) -> str:
+        return self.uri(path=self.path, split=self.split, config=self.config)
+
+
+def fetch_dataset(uri: str) -> Fetched:
+    """Fetches the files of one split of a hub dataset, or those that a path or glob names.
+
+    What a config and a split hold is decided as `datasets` does: by the `configs` that the dataset's README declares,
+    else by the names of files and folders. The endpoint is HF_ENDPOINT, the token HF_TOKEN or that of `hf auth login`,
+    and with HF_HUB_OFFLINE=1 only the cache is used.
+
+    Args:
+        uri: `hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=name]`, `datasets/` can be left out.
+
+    Raises:
+        ConfigurationError: The URI cannot be understood.
+        DataError: No such dataset, revision, config, split or file; says which there are.
+        MissingDependencyError: huggingface_hub is not installed.
+        StoreError: The hub refuses or does not answer.
+    """
+    place = _parse(uri)
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants
+    except ImportError:
+        raise MissingDependencyError(
+            f"{place} needs huggingface_hub, not installed here: pip install 'palate[data]'"
+        ) from None
+    # Read now: huggingface_hub reads its variables once, when it is imported.
+    offline = constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    home = os.environ.get("HF_HOME")
+    cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
+    api = hub.HfApi(endpoint=endpoint, library_name="palate")
+    kept: dict[str, Any] = {"repo_type": "dataset", "cache_dir": cache}
+    with _explained(place, endpoint, offline):
+        commit, names = _listing(hub, api, place, kept, offline)
+        kept |= {"revision": commit, "local_files_only": offline}
+        declared: dict[str, Splits] = {}
+        if "README.md" in names and not place.path:
+            readme = api.hf_hub_download(place.repo, "README.md", **kept)
+            declared = _settings(readme, names, place)
+        files, passed_over = _choose(place, names, declared)
+        folder = api.snapshot_download(place.repo, allow_patterns=[glob.escape(name) for name in files], **kept)
+    return Fetched(tuple(Path(folder) / name for name in files), str(place), commit, passed_over)
+
+
+def _parse(uri: str) -> _DatasetRef:
+    found = _URI.fullmatch(uri)
+    if found is None or f"{found['repo']}/".startswith(("datasets/", *_OTHER_KINDS)):
+        raise ConfigurationError(f"{uri!r} names no dataset of the hub: write {_GRAMMAR}")
+    query = dict(parse_qsl(found["query"] or "", keep_blank_values=True))
+    if unknown := sorted(set(query) - {"split", "config"}):
+        raise ConfigurationError(f"{uri!r}: {', '.join(unknown)} is unknown here: write {_GRAMMAR}")
+    revision, path = found["revision"], found["path"] or ""
+    place = _DatasetRef(
+        found["repo"], unquote(revision) if revision else None, path, query.get("split"), query.get("config")
+    )
+    if glob.has_magic(path) and query:
+        raise ConfigurationError(f"{uri!r}: a glob already says which files are read: leave out {'?' + found['query']}")
+    return place
+
+
+def _listing(hub: Any, api: Any, place: _DatasetRef, kept: Mapping[str, Any], offline: bool) -> tuple[str, list[str]]:
+    """Returns the commit and the names of all its files."""
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    asked = place.revision
+    if not offline and _COMMIT.fullmatch(asked or ""):
+        try:  # a commit never changes
+            return str(asked), [file.path for file in hub.get_cached_repo_tree(place.repo, revision=asked, **kept)]
+        except CachedRepoTreeNotFoundError:
+            pass
+    if not offline:
+        # First of all, since the calls below wait for ever for a silent server, or fall back to the cache without a word.
+        api.dataset_info(place.repo, revision=asked, timeout=_TIMEOUT_S)
+    commit = str(api.resolve_revision(place.repo, revision=asked, local_files_only=offline, **kept).resolved)
+    if offline:
+        return commit, [file.path for file in hub.get_cached_repo_tree(place.repo, revision=commit, **kept)]
+    return commit, list(api.list_repo_files(place.repo, repo_type="dataset", revision=commit))
+
+
+# ── which files ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _choose(place: _DatasetRef, names: list[str], declared: dict[str, Splits]) -> tuple[list[str], tuple[str, ...]]:
+    below = ""
+    if place.path:
+        if place.path in names:
+            if place.split or place.config:
+                raise ConfigurationError(f"{place} names one file: leave out what stands behind '?'")
+            return [place.path], ()
+        if glob.has_magic(place.path):
+            data, other = sift([name for name in names if matches(name, place.path)])
+            if not data:
+                raise nothing_there(str(place), names)
+            return data, tuple(other)
+        below = f"{place.path}/"
+        if not any(name.startswith(below) for name in names):
+            raise DataError(f"{place} is not there: {place.uri()} holds {few(sorted(names))}. Check the path")
+    data, other = sift([name.removeprefix(below) for name in names if name.startswith(below)])
+    if not data and not declared:
+        convert = f"; the hub's own conversion may be there as hf://datasets/{place.repo}@refs/convert/parquet"
+        raise DataError(f"{nothing_there(str(place), names)}{convert}")
+    files, left = _of_split(place, declared or _guessed(data))
+    refuse_twins(files, str(place))
+    return [below + name for name in files], tuple(below + name for name in sorted(other + left))
+
+
+def _of_split(place: _DatasetRef, configs: dict[str, Splits]) -> tuple[list[str], list[str]]:
+    """Returns the files of the split that is asked for, and those of its config that belong to none."""
+    if place.config is None and len(configs) > 1:
+        ways = [place.uri(path=place.path, split=place.split, config=name) for name in sorted(configs)]
+        raise DataError(f"{place} has several configs. Give one of them:\n  " + "\n  ".join(ways))
+    config = place.config or next(iter(configs))
+    if config not in configs:
+        raise DataError(f"{place}: no config {config!r}. There are: {', '.join(sorted(configs))}. Give one of them")
+    splits = configs[config]
+    wanted = place.split or "train"
+    labelled = {name: files for name, files in splits.items() if name is not None and files}
+    if wanted not in labelled:  # `dev` stands for validation, as in file names
+        wanted = split_of(f"{wanted}/any") or wanted
+    if wanted in labelled:
+        return labelled[wanted], splits.get(None, [])
+    if not labelled and splits.get(None) and place.split in (None, "train"):
+        return splits[None], []
+    ways = [place.uri(path=place.path, split=name, config=place.config) for name in sorted(labelled)]
+    there = "Give one of them:\n  " + "\n  ".join(ways) if ways else "Its files belong to no split: leave out split="
+    raise DataError(f"{place}: no split {place.split or wanted!r}. {there}")
+
+
+def _guessed(data: list[str]) -> dict[str, Splits]:
+    """Sorts files into configs and splits by their names alone."""
+    configs: dict[str, Splits] = {}
+    for name in data:
+        inner = name.removeprefix("data/")
+        top, slash, _ = inner.partition("/")
+        config = top if slash and split_of(f"{top}/any") is None else _DEFAULT_CONFIG
+        shard = _SHARD_IN_DATA.fullmatch(name)
+        configs.setdefault(config, {}).setdefault(shard[1] if shard else split_of(name), []).append(name)
+    return configs
+
+
+def _declared(card: Mapping[str, Any], names: list[str]) -> dict[str, Splits]:
+    """Returns what the README's `configs` say; empty where it declares no data file.
+
+    Source: https://huggingface.co/docs/hub/datasets-manual-configuration
+    """
+    configs: dict[str, Splits] = {}
+    for entry in card.get("configs") or []:
+        if not isinstance(entry, dict):
+            continue
+        given, folder = entry.get("data_files"), str(entry.get("data_dir") or "").strip("./")
+        below = f"{folder}/" if folder else ""
+        if isinstance(given, str):
+            given = [given]
+        if isinstance(given, dict):
+            given = [{"split": split, "path": path} for split, path in given.items()]
+        if not given and not folder:
+            continue
+        splits: Splits = {}
+        if not given:
+            data, _ = sift([name for name in names if name.startswith(below)])
+            for name in data:
+                splits.setdefault(split_of(name.removeprefix(below)), []).append(name)
+        for part in given or []:
+            split, paths = (part.get("split"), part.get("path")) if isinstance(part, dict) else ("train", part)
+            patterns = [
+                below + path.removeprefix("./") for path in ([paths] if isinstance(paths, str) else paths or [])
+            ]
+            found = [name for name in names if name in patterns or any(matches(name, pattern) for pattern in patterns)]
+            splits.setdefault(str(split), []).extend(sift(found)[0])
+        configs[str(entry.get("config_name") or _DEFAULT_CONFIG)] = splits
+    return configs
+
+
+def _settings(readme: str, names: list[str], place: _DatasetRef) -> dict[str, Splits]:
+    """Returns what the block of YAML at the top of a README declares, see `_declared`."""
+    try:
+        block = _YAML_BLOCK.match(Path(readme).read_text(encoding="utf-8-sig"))
+        card = load_yaml(block[1]) if block else {}
+        if not isinstance(card, dict | type(None)):
+            raise ValueError("it is not a mapping")
+        return _declared(card or {}, names)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last two: of entries that are not what they should be
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{place}: the block of settings at the top of its README.md is broken ({cause}), so its splits are not "
+            f"known: name the files, as in {place.uri(path='data/train-*')}"
+        ) from None
+
+
+# ── what goes wrong ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[None]:
+    """Turns what the hub's client raises into errors with URI, endpoint, cause and remedy; none of them holds the token."""
+    import httpx2
+    from huggingface_hub import errors, get_token
+
+    where = f"{place} at {endpoint}"
+    missing = (
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        errors.RevisionResolutionError,
+        errors.CachedRepoTreeNotFoundError,
+    )
+    try:
+        yield
+    except (DataError, ConfigurationError):
+        raise
+    except errors.GatedRepoError as error:
+        raise StoreDeniedError(
+            f"{where} is gated: accept its terms at {endpoint}/datasets/{place.repo}, then set HF_TOKEN to a token of "
+            "the account that did"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check that HF_TOKEN belongs to an account that may read it" if get_token() else "set HF_TOKEN for it"
+        raise DataError(
+            f"{where} is not there, or is private: check owner and name; if it is private, {hint}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"{where}: no revision {place.revision!r}. Give a branch, a tag or a commit") from error
+    except missing as error:
+        if offline:
+            raise DataError(
+                f"{place} is not whole in the hub's cache, and HF_HUB_OFFLINE is set: unset it once where the hub can "
+                "be reached, or give the path of a local copy"
+            ) from error
+        raise StoreUnreachableError(_unreachable(where, error)) from error
+    except httpx2.TransportError as error:
+        raise StoreUnreachableError(_unreachable(where, error)) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        said = error.server_message or f"HTTP {status}"
+        if status in (401, 403):
+            raise StoreDeniedError(f"{where}: {said}. Check HF_TOKEN and that its account may read this") from error
+        if status == 429 or status >= 500:
+            raise StoreUnreachableError(f"{where}: {said} (HTTP {status}). Try again later, or set HF_TOKEN") from error
+        raise StoreError(f"{where}: {said} (HTTP {status}). Check HF_ENDPOINT and the URI") from error
+    except errors.HFValidationError as error:
+        raise ConfigurationError(f"{place} names no dataset of the hub ({error}): write {_GRAMMAR}") from None
+    except (errors.FileMetadataError, ValueError) as error:
+        raise StoreError(f"{where} does not answer as a Hugging Face hub does ({error}): check HF_ENDPOINT") from error
+    except OSError as error:
+        raise StoreError(
+            f"{place} cannot be kept in the hub's cache: {error}. Free space there, or set HF_HUB_CACHE to another folder"
+        ) from error
+
+
+def _unreachable(where: str, error: Exception) -> str:
+    cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return (
+        f"{where} cannot be reached: {cause}. Check the network, proxy settings and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses "
+        "what is in the cache"
+    )

@@ -1,0 +1,211 @@
+"""The data of a training: brought here, checked to its last row, and put where the run finds it. Knows stores, no trainer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palate.checksums import file_facts
+from palate_recipes.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from palate.runs.record import Record
+    from palate.session import Session
+    from palate.sources.select import Fetched
+    from palate_recipes.preferences.check import Linter
+    from palate_recipes.preferences.formats import Format
+    from palate_recipes.preferences.near_duplicates import NearIndex
+    from palate_recipes.preferences.report import Report
+    from palate_recipes.preferences.row import BadRows, Strategy
+
+
+_REMARKS_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceData:
+    """Data that needs a word on how to read it: what `inputs={"train": …}` takes in place of a path.
+
+    Attributes:
+        uri: A path, folder, glob or URI, see docs/data.md.
+        format: Name of the rows' format; by default each row's own fields decide.
+        input_columns: For a table: column by placeholder of the prompt template; without a template one column, the prompt.
+        label_columns: For a table: the column of `chosen` and of `rejected`, or several by key, which make a JSON object.
+        prompt_template: File with prompt templates (CSV or YAML: `name`, `system`, `user`).
+        prompt_name: Which of them, when there are several.
+    """
+
+    uri: str | Path
+    format: str | None = None
+    input_columns: Mapping[str, str] | None = None
+    label_columns: Mapping[str, str | Mapping[str, str]] | None = None
+    prompt_template: str | Path | None = None
+    prompt_name: str | None = None
+
+    def as_format(self) -> Format | None:
+        """Returns how rows are read, or None when their fields decide.
+
+        Raises:
+            DataError: See `palate_recipes.preferences.columns.format_for`.
+        """
+        from palate_recipes.preferences.columns import format_for
+
+        return format_for(
+            self.format,
+            input_columns=self.input_columns,
+            label_columns=self.label_columns,
+            prompt_template=self.prompt_template,
+            prompt_name=self.prompt_name,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Data of one channel that has been read to its last row.
+
+    Attributes:
+        fetched: The files, on this machine while `checked_inputs` lasts.
+        report: What the check found.
+        rows: Rows that can be trained on.
+        skipped: Rows that `bad_rows=skip` leaves out: number to fault.
+        format: How rows are read when it had to be said.
+        strategy: What they are for.
+    """
+
+    fetched: Fetched
+    report: Report
+    rows: int
+    skipped: dict[int, str] = field(default_factory=dict)
+    format: Format | None = None
+    strategy: Strategy = "dpo"
+
+    def remarks(self, channel: str, *, skipped: bool) -> list[str]:
+        """Returns what the user should know of the data, a line each.
+
+        Args:
+            channel: `train` or `validation`.
+            skipped: Name the rows that are left out as well.
+        """
+        from palate_recipes.preferences.load import describe_skipped
+
+        lines = [f"note: {channel}: {describe_skipped(self.skipped)}"] if self.skipped and skipped else []
+        if self.fetched.passed_over:
+            lines.append(
+                f"note: {channel}: not read, since no data by their names: {', '.join(self.fetched.passed_over[:8])}"
+            )
+        found = self.report.lines(("warning",))[:-1]
+        lines += [f"{channel}: {line}" for line in found[:_REMARKS_SHOWN]]
+        if len(found) > _REMARKS_SHOWN:
+            lines.append(f"{channel}: … `palate data check` shows all")
+        return lines
+
+    def keep(self, record: Record, channel: str) -> dict[str, Any]:
+        """Puts the data where the run finds it, and returns what the manifest says of it.
+
+        One file of an object store stays where it is. One local file is copied into the job's prefix as it is. All else
+        (shards, hub data sets, sheets, data whose format was named) is copied as one JSON-lines file of plain rows.
+        """
+        plain = len(self.fetched.files) == 1 and self.format is None
+        path = self.fetched.files[0]
+        origin = self.fetched.origin
+        facts: dict[str, Any] = {"rows": self.rows}
+        if self.skipped and plain:
+            facts["skipped_rows"] = list(self.skipped)
+        if plain and origin.startswith(("s3://", "oss://")):
+            return {"uri": origin, **file_facts(path), **facts}
+        if plain and origin.startswith("file://"):
+            key = record.key("inputs", channel, path.name)
+            record.store.upload(path, key)
+            return {"uri": record.store.uri(key), **file_facts(path), **facts}
+        key = record.key("inputs", channel, f"{channel}.jsonl")
+        with tempfile.TemporaryDirectory(prefix="palate-") as folder:
+            joined = Path(folder) / f"{channel}.jsonl"
+            self._join(joined)
+            record.store.upload(joined, key)
+            facts |= {"origin": origin, "files": len(self.fetched.files)}
+            if self.fetched.revision:
+                facts["revision"] = self.fetched.revision
+            return {"uri": record.store.uri(key), **file_facts(joined), **facts}
+
+    def _join(self, out: Path) -> None:
+        from palate_recipes.preferences.formats import plain_raw
+        from palate_recipes.preferences.load import read_rows
+        from palate_recipes.preferences.writing import write_rows
+
+        bad_rows: BadRows = "skip" if self.skipped else "refuse"
+        rows = (
+            plain_raw(row)
+            for path in self.fetched.files
+            for row in read_rows(path, strategy=self.strategy, bad_rows=bad_rows, format=self.format)
+        )
+        write_rows(out, rows)
+
+
+@contextmanager
+def checked_inputs(
+    inputs: Mapping[str, str | Path | PreferenceData], session: Session, *, strategy: Strategy, bad_rows: BadRows
+) -> Iterator[dict[str, Input]]:
+    """Brings the data of every channel here and checks it, the training data against the validation data.
+
+    Args:
+        inputs: `train`, and perhaps `validation`.
+        session: Gives the options of object stores.
+        strategy: What the rows are for.
+        bad_rows: `refuse` ends with an error when a row is wrong, `skip` leaves it out.
+
+    Raises:
+        DataError: Data is missing or has unusable rows (with `skip`: no usable one); names file, row, field and remedy.
+        StoreError: The object store cannot be read.
+        ConfigurationError: An input that is neither a path nor a URI.
+    """
+    from palate.sources.resolve import fetch_files
+    from palate_recipes.preferences.check import read_files
+
+    checked: dict[str, Input] = {}
+    with ExitStack() as places:
+        found: dict[str, tuple[PreferenceData, Format | None, Fetched]] = {}
+        for channel, given in inputs.items():
+            data = given if isinstance(given, PreferenceData) else PreferenceData(uri=given)
+            if not isinstance(data.uri, str | Path) or not str(data.uri):
+                raise ConfigurationError(
+                    f"inputs[{channel!r}]={data.uri!r} must be a path or a URI (file://, s3://, oss://, hf://)"
+                )
+            found[channel] = data, data.as_format(), places.enter_context(fetch_files(data.uri, session))
+        files = {channel: tuple((path, str(path)) for path in item.files) for channel, (_, _, item) in found.items()}
+        prompts: NearIndex | None = None
+        for channel in sorted(found, key=lambda name: name != "validation"):  # the other is compared with it
+            data, form, fetched = found[channel]
+            index = channel == "validation" and "train" in found
+            linter = read_files(files[channel], strategy=strategy, format=form, against=prompts, index_prompts=index)
+            report = linter.finish()
+            _refuse(linter, data, strategy, bad_rows)
+            skipped = {number: problem for _, number, problem in linter.wrong}
+            checked[channel] = Input(
+                fetched=fetched, report=report, rows=report.usable, skipped=skipped, format=form, strategy=strategy
+            )
+            if index:
+                prompts = linter.prompts
+        yield {channel: checked[channel] for channel in inputs}
+
+
+def _refuse(linter: Linter, data: PreferenceData, strategy: Strategy, bad_rows: BadRows) -> None:
+    from palate_recipes.preferences.files import open_container
+    from palate_recipes.preferences.load import UNREADABLE, nothing_in, refusal, unreadable
+    from palate_recipes.preferences.row import Fault
+
+    report = linter.report
+    for code in UNREADABLE:
+        if code in report.findings:
+            place = report.findings[code].places[0]
+            raise DataError(unreadable(open_container(place.file), place.row, Fault(code, place.field, place.what)))
+    name = report.files[0] if len(report.files) == 1 else str(data.uri)
+    if linter.wrong and (bad_rows == "refuse" or not report.usable):
+        many = len(report.files) > 1
+        first = [f"{problem} ({Path(file).name})" if many else problem for file, _, problem in linter.wrong]
+        raise DataError(refusal(name, first, linter.wrong_rows, report.rows, strategy))
+    if not report.usable:
+        raise DataError(nothing_in(name, strategy))

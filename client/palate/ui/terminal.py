@@ -1,0 +1,169 @@
+"""All that looks different on a terminal: the live training view and tables. The one module that imports rich."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from palate.runs.record import events_in
+from palate.ui.display import Display
+from palate_recipes.specs.events import Curves, duration
+from palate_recipes.text import visible
+
+_QUIET = ("step ", "validation at step ", "reading: ")
+"""Lines that the live view itself shows better."""
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 40
+_REFRESHES_A_SECOND = 4
+
+
+class LiveDisplay:
+    """Log lines above; below them a block with progress, the last figures, time left, and the curve of the loss.
+
+    All of it comes from logs and metrics, so any process that reaches the record can show it, from any moment on.
+    """
+
+    wants_news = True
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(visible(title), total=None)
+        self._curves = Curves()
+        self._last: dict[str, Any] = {}
+        self._seen = 0.0
+        self._reading: dict[str, str] | None = None
+        self._live = Live(
+            console=self._console, get_renderable=self._block, refresh_per_second=_REFRESHES_A_SECOND, transient=False
+        )
+
+    def log(self, text: str) -> None:
+        for line in visible(text).splitlines():
+            if not line.startswith(_QUIET):
+                self._console.print(Text(line, style="yellow" if "note: " in line[:16] else "dim"))
+
+    def metrics(self, data: bytes) -> None:
+        for entry in events_in(data):
+            self._curves.add(entry)
+            if entry["kind"] == "train":
+                self._last, self._seen = entry, time.monotonic()
+            elif entry["kind"] == "end":
+                self._reading = entry.get("reading")
+            if "total_steps" in entry:
+                self._progress.update(self._task, total=entry["total_steps"], completed=entry["step"])
+
+    def __enter__(self) -> Display:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop_task(self._task)
+        self._live.stop()
+
+    def _block(self) -> RenderableType:
+        lines: list[RenderableType] = [self._progress.get_renderable()]
+        if self._last:
+            passed = time.monotonic() - self._seen
+            validation = self._curves.validation[-1] if self._curves.validation else None
+            lines.append(Text("  " + facts(self._last, validation.loss if validation else None, passed_s=passed)))
+        losses = [point.loss for point in self._curves.train if point.loss is not None]
+        if len(losses) > 1 and not self._console.options.ascii_only:
+            lines.append(Text(f"  loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", style="cyan"))
+        if self._reading is not None:
+            lines.append(
+                Text(visible("  {verdict}. ".format(**self._reading)), style="bold").append(
+                    visible(self._reading["text"]), "none"
+                )
+            )
+        return Group(*lines)
+
+
+def facts(entry: dict[str, Any], validation_loss: float | None = None, *, passed_s: float = 0.0) -> str:
+    """Returns the figures of a `train` event as one short line: losses, margin, accuracy, rate, time left.
+
+    Args:
+        entry: The event.
+        validation_loss: Of the last evaluation, if there was one.
+        passed_s: Seconds since the event was seen, taken off the time left.
+    """
+    shown = (
+        ("loss", "loss {:.3f}"),
+        ("validation", "validation {:.3f}"),
+        ("rewards/margins", "margin {:+.2f}"),
+        ("rewards/accuracies", "accuracy {:.2f}"),
+        *([] if "rewards/margins" in entry else [("mean_token_accuracy", "token accuracy {:.2f}")]),
+        ("tokens_per_s", "{:.0f} tokens/s"),
+        ("memory_gb", "{:.1f} GB"),
+    )
+    values = {**entry, "validation": validation_loss}
+    parts = [form.format(values[name]) for name, form in shown if values.get(name) is not None]
+    left = entry.get("seconds_left")
+    if left is not None and entry["step"] < entry["total_steps"]:
+        parts.append(f"{duration(max(0.0, left - passed_s))} left")
+    return "  ".join(parts)
+
+
+def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
+    """Returns a curve as at most `width` block characters, from the lowest value to the highest."""
+    cells = min(width, len(values))
+    edges = [len(values) * cell // cells for cell in range(cells + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((value - low) * scale)] for value in means)
+
+
+def bars(counts: Sequence[int]) -> str:
+    """Returns a histogram as one block character a step; a step without any is a space."""
+    top = max(counts, default=0)
+    return "".join(_SPARKS[min(7, 8 * count // (top + 1))] if count else " " for count in counts)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
+    """Prints rows to stdout: a table on a terminal, tab-separated lines with a header elsewhere."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            print("\t".join(visible(str(cell)).replace("\t", " ").replace("\n", " ") for cell in row))
+        return
+    table = Table(title=Text(visible(title)) if title else None, header_style="bold", title_justify="left")
+    for column in columns:
+        table.add_column(Text(visible(column)), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(str(cell))) for cell in row))
+    Console().print(table)
+
+
+def print_side_by_side(question: str, left: tuple[str, str], right: tuple[str, str]) -> None:
+    """Prints a question and two answers, beside each other on a terminal, below each other elsewhere.
+
+    Args:
+        question: What was asked.
+        left: (heading, answer).
+        right: (heading, answer).
+    """
+    question, *answers = (visible(text) for text in (question, *left, *right))
+    left, right = (answers[0], answers[1]), (answers[2], answers[3])
+    if not sys.stdout.isatty():
+        print(f"\nQ  {question}\n{left[0]}\n   {left[1]}\n{right[0]}\n   {right[1]}")
+        return
+    table = Table(title=Text(question, style="bold"), title_justify="left", show_lines=True, expand=True)
+    table.add_column(Text(left[0]), ratio=1)
+    table.add_column(Text(right[0]), ratio=1)
+    table.add_row(Text(left[1]), Text(right[1]))
+    Console().print(table)

@@ -1,0 +1,288 @@
+"""What a run says while it goes: metrics.jsonl, plain progress lines, the marks of whole checkpoints, and the stop on SIGTERM.
+
+Knows transformers' callbacks and one output folder, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+
+from palate_recipes.specs.diagnose import DivergenceWatch, read_run
+from palate_recipes.specs.events import progress_line
+from palate_recipes.specs.train import COMPLETE_MARK, METRICS_FILE
+from palate_trainer.checkpoint_marker import mark_complete
+from palate_trainer.distributed import any_process, is_main, sum_over_processes, wait_for_all
+from palate_trainer.throughput import StartupTimes, Throughput, peak_memory_gb
+
+_NOT_SCALARS = ("step", "total_steps", "seconds", "kind")
+"""Values that TensorBoard has on its axes already."""
+
+
+def log(line: str) -> None:
+    """One progress line on stdout, at once; of several processes the first one speaks."""
+    if is_main():
+        print(line, flush=True)
+
+
+class Metrics:
+    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line; and reads them back.
+
+    Of several processes the first alone writes.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / METRICS_FILE
+
+    def write(self, kind: str, values: dict[str, Any]) -> None:
+        if not is_main():
+            return
+        # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **_without_nan(values)}, ensure_ascii=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every event so far, those of an earlier process that was resumed included."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+class StopRequested(BaseException):
+    """There is no step to finish: SIGTERM came elsewhere, or all are done. Not an Exception, so no library swallows it."""
+
+
+class StopSignal:
+    """Remembers SIGTERM while it is `deferred`, and raises StopRequested at once while it is not.
+
+    Attributes:
+        requested: It came to this process.
+        agreed: Every process of the training knows of it: what they do about it, they do in the same step.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.agreed = False
+        self.deferred = False
+        signal.signal(signal.SIGTERM, self._received)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if first and not self.deferred:
+            raise StopRequested
+        if first:
+            log("stop requested: finishing what is under way")
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes events and lines as transformers reports them, and turns a stop request into a last checkpoint.
+
+    Args:
+        metrics: Where events go.
+        stop: Whether SIGTERM came.
+        rows: Rows of one epoch, of all processes.
+        startup: Clock of the stages before the first step.
+        start_event: What `start` says besides steps and seconds.
+    """
+
+    def __init__(
+        self, metrics: Metrics, stop: StopSignal, *, rows: int, startup: StartupTimes, start_event: dict[str, Any]
+    ) -> None:
+        self.metrics, self.stop, self.rows, self.start_event = metrics, stop, rows, start_event
+        self.startup = startup
+        self.trainer: Any = None
+        self.last: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
+        self.step_losses: list[float] = []  # (steps of this process,)
+        self._last_window = 0  # steps in the last log line
+        self._logged_steps = 0
+        self._pace = Throughput()
+        self._watch = DivergenceWatch()
+        self._epoch_mark = 0.0
+
+    def attach(self, trainer: Any) -> None:
+        """Takes the trainer whose steps these are, and its printer of raw dicts out."""
+        self.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        tensorboard = trainer.pop_callback(TensorBoardCallback)
+        if tensorboard is not None:
+            trainer.add_callback(tensorboard)  # after this one, so that it writes what this one adds to the logs
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop.deferred = True
+        self._pace.start()
+        self._epoch_mark = float(state.epoch or 0.0)
+        model = self.trainer.model
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        event = {
+            **self.start_event,
+            **self.startup.report(),
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+        }
+        self.metrics.write("start", event)
+        self._watch.add({"kind": "start", **event})
+        log(self.startup.line())
+        log(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
+        if state.global_step:
+            log(f"resumed after step {state.global_step}")
+        if state.global_step >= state.max_steps:
+            raise StopRequested  # resumed from the last step's checkpoint: transformers would take a step too many
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate's wrappers do not always pass the epoch on to a sampler, and a resumed run depends on it
+        self.trainer.order.set_epoch(int(state.epoch or 0))
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pace.micro_batch(1 / args.gradient_accumulation_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        requests, loss = sum_over_processes([float(self.stop.requested), self.trainer.step_loss])
+        self.stop.agreed = requests > 0
+        self._pace.step()
+        self.step_losses.append(loss / args.world_size)
+        self.trainer.step_loss = 0.0
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # or the steps after the last full window would never be seen
+        return self._maybe_stop(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.stop.agreed:
+            control.should_evaluate = False
+            control.should_save = False  # the step's own save has done it
+        return control
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop.agreed = any_process(self.stop.requested)
+        if self.stop.agreed:
+            raise StopRequested
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        shared = {} if logs is None else logs  # what the callbacks after this one see
+        logs = dict(shared)
+        if "train_runtime" in logs:  # transformers' own summary; the `end` event says it in Palate's names
+            return
+        kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        values: dict[str, Any] = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": round(float(state.epoch or 0.0), 4),
+            "seconds": round(self._pace.seconds, 2),
+        }
+        if kind == "train":
+            rows = (float(state.epoch or 0.0) - self._epoch_mark) * self.rows
+            self._epoch_mark = float(state.epoch or 0.0)
+            values |= self._pace.window(rows, logs.get("tokens"))
+            values["seconds_left"] = self._pace.seconds_left(**self._to_come(args, state))
+            if (memory := peak_memory_gb()) is not None:
+                values["memory_gb"] = memory
+            self._last_window, self._logged_steps = len(self.step_losses) - self._logged_steps, len(self.step_losses)
+        else:
+            self._pace.evaluation()
+        values |= {name: value for name, value in logs.items() if name != "epoch"}
+        self.last[kind] = values
+        self.metrics.write(kind, values)
+        event = {"kind": kind, **_without_nan(values)}
+        log(progress_line(event))
+        for note in self._watch.add(event):
+            log(f"note: {note}")
+        shared.update({name: value for name, value in event.items() if name not in _NOT_SCALARS and value is not None})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        wait_for_all()  # each writes the state of its own random numbers
+        if is_main():
+            mark_complete(folder)
+        self._pace.checkpoint()
+        log(f"checkpoint {folder.name} written")
+
+    @property
+    def all_steps_done(self) -> bool:
+        """Whether the last planned step has been taken."""
+        return bool(self.trainer.state.global_step >= self.trainer.state.max_steps)
+
+    def checkpoint_now(self) -> None:
+        """Writes a whole checkpoint of the last finished step, unless it is there or training is over."""
+        trainer = self.trainer
+        if (
+            not self.all_steps_done
+            and not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}" / COMPLETE_MARK).exists()
+        ):
+            trainer._save_checkpoint(trainer.model, trial=None)
+            self.on_save(trainer.args, trainer.state, trainer.control)
+
+    def finish(self, *, seconds: float) -> dict[str, Any]:
+        """Writes the `end` event, with the reading of the whole run, and returns it.
+
+        Args:
+            seconds: Wall time of the whole run.
+        """
+        reading = read_run(self.metrics.read())
+        state = self.trainer.state
+        epoch_steps = max(1, round(state.max_steps / max(float(state.epoch or 1.0), 1e-9)))
+        event = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": round(float(state.epoch or 0.0), 4),
+            "seconds": round(seconds, 2),
+            **self._pace.totals(),
+            "memory_gb": peak_memory_gb(),
+            "first_loss": _mean(self.step_losses[:1]),
+            "final_loss": _mean(self.step_losses[-max(1, self._last_window) :]),
+            "last_epoch_loss": _mean(self.step_losses[-epoch_steps:]),
+            "train": _numbers_only(self.last["train"]),
+            "eval": _numbers_only(self.last["eval"]),
+            "reading": {"verdict": reading.verdict, "text": reading.text},
+        }
+        self.metrics.write("end", event)
+        return event
+
+    def _to_come(self, args: Any, state: Any) -> dict[str, int]:
+        """What is left to do after the step that is being logged; its own evaluation and checkpoint are to come."""
+        step, total = state.global_step, state.max_steps
+        evaluations = 0
+        if args.eval_strategy == "epoch":
+            evaluations = state.num_train_epochs - math.ceil(float(state.epoch or 0.0) - 1e-6) + 1
+        elif args.eval_strategy == "steps":
+            evaluations = _multiples(step, total, state.eval_steps)
+        return {
+            "steps": total - step,
+            "evaluations": evaluations,
+            "evaluation_rows": len(self.trainer.eval_dataset or ()),
+            "checkpoints": _multiples(step, total, state.save_steps) if args.save_strategy == "steps" else 0,
+        }
+
+    def _maybe_stop(self, state: Any, control: Any) -> Any:
+        if self.stop.agreed and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def _multiples(first: int, last: int, every: int) -> int:
+    """Steps from `first` to `last` at which something happens: the multiples of `every`, and the last one."""
+    return last // every - (first - 1) // every + (last % every != 0)
+
+
+def _numbers_only(values: dict[str, Any]) -> dict[str, Any]:
+    left_out = (*_NOT_SCALARS, "epoch", "seconds_left", "memory_gb")
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

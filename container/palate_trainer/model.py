@@ -1,0 +1,201 @@
+"""The base model and its tokenizer from a folder, and the adapter's shape. Knows transformers and PEFT, no training loop."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from palate_recipes.errors import TrainerError
+from palate_recipes.lora_targets import ADAPTER_CONFIG, ADAPTER_FILES, AdapterShape, why_not_served
+from palate_recipes.specs.train import TrainSpec
+from palate_trainer.distributed import local_rank
+from palate_trainer.sharding import is_sharded
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def check_model_dir(spec: TrainSpec) -> None:
+    """Raises TrainerError when the folder lacks what a model needs, or the settings cannot go together."""
+    folder = Path(spec.model_dir)
+    if not folder.is_dir():
+        raise TrainerError(f"{folder}: no such model folder. Name a folder with config.json, weights and tokenizer.")
+    if not (folder / "config.json").is_file():
+        raise TrainerError(f"{folder} has no config.json, so it is no model folder.")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise TrainerError(
+            f"{folder} has no weights (*.safetensors). The download may be incomplete: fetch the model again."
+        )
+    four, eight = spec.hyperparameters["load_in_4bit"], spec.hyperparameters["load_in_8bit"]
+    if four and eight:
+        raise TrainerError("load_in_4bit and load_in_8bit are both true. Choose one.")
+    if (four or eight) and not spec.trains_adapter:
+        raise TrainerError(
+            "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
+        )
+    if (four or eight) and is_sharded(spec):
+        raise TrainerError(
+            "fsdp=full_shard cannot split quantised weights. Set load_in_4bit=false and load_in_8bit=false, or fsdp=off."
+        )
+    if spec.adapter_dir is not None:
+        _check_adapter(spec, Path(spec.adapter_dir))
+    if spec.precision == "float16" and not torch.cuda.is_available():
+        raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
+
+
+def check_target_modules(spec: TrainSpec) -> None:
+    """Raises TrainerError when a name in `target_modules` fits no layer that can carry an adapter.
+
+    The model is built from its config alone, without weights.
+    """
+    targets = spec.hyperparameters["target_modules"]
+    if not spec.trains_adapter or spec.adapter_dir is not None or isinstance(targets, str):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_dir))
+    kinds = {path: module for path, module in model.named_modules() if not list(module.children())}
+    linear = {path.rpartition(".")[2] for path, module in kinds.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    known = sorted(name for name in linear if why_not_served(name) is None)
+    for target in targets:
+        fitting = [module for path, module in kinds.items() if f".{path}".endswith(f".{target}")]
+        reason = why_not_served(target)
+        if not fitting:
+            near = get_close_matches(target, known, n=2, cutoff=0.5)
+            reason = "fits no layer of this model" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        elif not any(isinstance(module, torch.nn.Linear | Conv1D) for module in fitting):
+            reason = f"is no linear layer but {type(fitting[0]).__name__}, which takes no adapter that can be served"
+        if reason is not None:
+            raise TrainerError(
+                f"target_modules: {target} {reason.rstrip('.')}{'' if reason.endswith('?') else '.'}"
+                f" Layers that can carry an adapter here: {', '.join(known)}; or all-linear for all of them."
+            )
+
+
+def load_model(spec: TrainSpec) -> Any:
+    """The base model as a causal language model, quantised when the hyperparameters ask for it.
+
+    A frozen base is loaded in `precision`. Weights that are trained themselves stay float32: an update of a 16-bit
+    weight is mostly rounded away; arithmetic still runs in `precision`.
+    """
+    hyperparameters = spec.hyperparameters
+    dtype = DTYPES[spec.precision] if spec.trains_adapter else torch.float32
+    config = AutoConfig.from_pretrained(spec.model_dir)
+    if getattr(config, "attention_dropout", 0.0):
+        config.attention_dropout = 0.0  # the reference and the policy must see the same network
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    if hyperparameters["load_in_4bit"] or hyperparameters["load_in_8bit"]:
+        options["quantization_config"] = _quantisation(spec)
+        options["device_map"] = {"": local_rank() if torch.cuda.is_available() else "cpu"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(spec.model_dir, **options)
+    except ImportError as error:
+        raise TrainerError(f"Loading the model needs a package that is not installed: {error}") from error
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        if "quantization_config" not in options or isinstance(error, torch.OutOfMemoryError):
+            raise
+        bits = 4 if hyperparameters["load_in_4bit"] else 8
+        raise TrainerError(
+            f"The model could not be loaded in {bits} bit on {'CUDA' if torch.cuda.is_available() else 'this CPU'}: {error}."
+            f" Set load_in_{bits}bit=false (LoRA on {spec.precision} weights)."
+        ) from error
+    for module in model.modules():
+        # On CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights at the first pass without gradients, and its kernel for
+        # them has no backward pass: layers below would train on wrong gradients, with no more than a warning by torch.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    # TRL's disable_dropout would silence LoRA's dropout as well: the base is silenced here, before the adapter exists.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    return model
+
+
+def lora_config(spec: TrainSpec) -> LoraConfig:
+    """The adapter's shape, from PAI's names."""
+    hyperparameters = spec.hyperparameters
+    targets = hyperparameters["target_modules"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=hyperparameters["lora_dim"],
+        lora_alpha=hyperparameters["lora_alpha"],
+        lora_dropout=hyperparameters["lora_dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+
+
+def load_adapter(spec: TrainSpec, model: Any) -> Any:
+    """The model with the adapter of `spec.adapter_dir` on it, to be trained further.
+
+    Raises:
+        TrainerError: The adapter's weights are not those of this model's layers.
+    """
+    config = LoraConfig.from_pretrained(spec.adapter_dir)
+    config.lora_dropout = spec.hyperparameters["lora_dropout"]
+    misfit = TrainerError(
+        f"The adapter in {spec.adapter_dir} does not fit {spec.model_name or spec.model_dir}: its base is"
+        f" {config.base_model_name_or_path or 'unnamed'}. Train the model that it belongs to."
+    )
+    config.base_model_name_or_path = spec.model_dir  # PEFT looks there when it saves
+    try:
+        model = PeftModel.from_pretrained(model, spec.adapter_dir, config=config, is_trainable=True)
+    except (ValueError, RuntimeError) as error:  # no such layer; another size
+        raise misfit from error
+    with safe_open(Path(str(spec.adapter_dir)) / ADAPTER_FILES[1], framework="pt") as file:
+        # PEFT only warns of weights that found no place, and of places that got none.
+        if set(file.keys()) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
+            raise misfit
+    # TRL adds a frozen copy, "ref", as DPO's reference. It is the run's input, no part of what it makes; and a checkpoint
+    # with it would be resumed without the trained adapter.
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"])
+    return model
+
+
+def _check_adapter(spec: TrainSpec, folder: Path) -> None:
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise TrainerError(f"{folder} lacks {' and '.join(missing)}: name the model folder of a finished LoRA run.")
+    if not spec.trains_adapter:
+        raise TrainerError(f"{spec.method} trains every weight and cannot go on from the adapter in {folder}.")
+    shape = AdapterShape.parse((folder / ADAPTER_CONFIG).read_bytes(), where=str(folder))
+    if problems := shape.contradictions(spec.hyperparameters):
+        raise TrainerError(f"The adapter in {folder} has its shape already:\n  " + "\n  ".join(problems))
+
+
+def _quantisation(spec: TrainSpec) -> BitsAndBytesConfig:
+    if spec.hyperparameters["load_in_8bit"]:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[spec.precision],
+    )
+
+
+def load_tokenizer(model_dir: str) -> Any:
+    """The tokenizer, with a padding token (batches are masked, so the end-of-text token may stand in)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainerError(f"{model_dir} has no usable tokenizer: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_token_ids(model_dir: str) -> frozenset[int]:
+    """Tokens at which engines end an answer by the model's generation_config.json, which may be missing."""
+    path = Path(model_dir) / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return frozenset(given if isinstance(given, list) else [] if given is None else [given])

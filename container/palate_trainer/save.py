@@ -1,0 +1,86 @@
+"""The tuned model's folder: adapter or weights, tokenizer, probe; whole or not at all. Knows the output folder, no training loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from palate_recipes.specs.train import MODEL_DIR, PROBE_FILE, TrainSpec
+from palate_trainer.distributed import is_main
+from palate_trainer.model import DTYPES
+from palate_trainer.sharding import is_sharded, whole_weights
+from palate_trainer.tokenize import TokenPair
+
+PROBE_ROWS = 8
+
+
+def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
+    """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer. Rank 0 alone writes.
+
+    Args:
+        spec: The run.
+        trainer: After its last step; its model is a PeftModel or the whole network.
+        tokenizer: With the chat template that training used.
+        probe_rows: Rows to score into probe.json; the first eight are taken.
+
+    Returns:
+        The folder. It is renamed into place last: its presence means that it is whole.
+    """
+    folder = Path(spec.output_dir) / MODEL_DIR
+    model = trainer.model
+    sharded = is_sharded(spec)
+    probe = _probe(spec, model, probe_rows[:PROBE_ROWS]) if sharded or is_main() else {}
+    dtype = None if isinstance(model, PeftModel) else DTYPES[spec.precision]
+    weights = whole_weights(model, trainable_only=dtype is None, dtype=dtype) if sharded else None
+    if not is_main():
+        return folder
+    draft = folder.with_name(f".{MODEL_DIR}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    if isinstance(model, PeftModel):
+        # A path of this machine means nothing to a reader elsewhere.
+        model.peft_config["default"].base_model_name_or_path = spec.model_name or Path(spec.model_dir).name
+        # Adapters on linear layers leave the vocabulary alone; PEFT would look for the base's config to find that out.
+        model.save_pretrained(draft, state_dict=weights, save_embedding_layers=False)
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    else:
+        model.config.use_cache = True
+        if not sharded:
+            model.to(dtype)
+        model.config.dtype = dtype
+        model.save_pretrained(draft, state_dict=weights)
+    tokenizer.save_pretrained(draft)
+    (draft / PROBE_FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
+    return folder
+
+
+def _probe(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> dict[str, Any]:
+    model.eval()
+    scored = []
+    for row in rows:
+        entry = {"row": row.row, "prompt_ids": row.prompt_ids, "completion_ids": row.answer_ids}
+        entry["logps"] = _logps(spec, model, row)
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                entry["base_logps"] = _logps(spec, model, row)
+        scored.append(entry)
+    return {"precision": spec.precision, "model_name": spec.model_name, "rows": scored}
+
+
+def _logps(spec: TrainSpec, model: Any, row: TokenPair) -> list[float]:
+    device = next(model.parameters()).device
+    ids = torch.tensor([row.prompt_ids + row.answer_ids], device=device)  # (1, tokens)
+    mixed = nullcontext() if spec.precision == "float32" else torch.autocast(device.type, DTYPES[spec.precision])
+    with torch.no_grad(), mixed:
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1].float()
+    picked = logits.log_softmax(-1).gather(1, torch.tensor(row.answer_ids, device=device).unsqueeze(1))
+    return [round(value, 5) for value in picked.squeeze(1).tolist()]

@@ -1,0 +1,124 @@
+"""`python -m palate_trainer.token_stats SPEC.json`: tokens of data files as a training would cut them. Knows no weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from palate_recipes.errors import PalateError
+from palate_recipes.preferences.columns import format_for
+from palate_recipes.preferences.files import open_container
+from palate_recipes.preferences.formats import Format, detect, learned_turns, read_row, unpaired
+from palate_recipes.preferences.report import PLACES_SHOWN
+from palate_recipes.preferences.row import Row, RowFaults, Strategy
+from palate_recipes.preferences.statistics import histogram, percentiles
+from palate_recipes.specs.train import Measured, MeasureSpec
+
+if TYPE_CHECKING:
+    from palate_trainer.tokenize import Renderer, TokenPair
+
+
+def measured(
+    files: Iterable[tuple[Path, str]], renderer: Renderer, *, strategy: Strategy | None, format: Format | None
+) -> Measured:
+    """Counts tokens; rows that cannot be read are passed over, their faults are the check's.
+
+    Args:
+        files: Path and name of each.
+        renderer: How rows become tokens.
+        strategy: What the rows are for; None takes any.
+        format: Of the rows; each row's own fields decide when None.
+
+    Raises:
+        DataError: A file cannot be read at all.
+        TrainerError: The chat template refuses a conversation.
+    """
+    found: Measured = {"counts": {}, "places": {}, "lengths": {}, "histogram": []}
+    lengths = array("I")
+    for path, name in files:
+        container = open_container(path)
+        rows = _rows(container.raw_rows(), strategy, format)
+        for whole, _ in renderer.encode_all(rows):
+            lengths.append(whole.length)
+            code, what = _judge(whole, renderer.seq_length)
+            if code:
+                found["counts"][code] = found["counts"].get(code, 0) + 1
+                places = found["places"].setdefault(code, [])
+                if len(places) < PLACES_SHOWN:
+                    places.append((name, whole.row, container.unit, what))
+    if lengths:
+        found["lengths"], found["histogram"] = percentiles(_as_numbers(lengths)), histogram(_as_numbers(lengths))
+    return found
+
+
+def _as_numbers(lengths: array[int]) -> object:
+    import numpy as np
+
+    return np.frombuffer(lengths, dtype=np.uint32)
+
+
+def _rows(raw: Iterable[tuple[int, object]], strategy: Strategy | None, format: Format | None) -> Iterator[Row]:
+    for number, value in raw:
+        try:
+            row = read_row(value, number, strategy=strategy, format=format)
+            every_turn = (
+                strategy == "sft" and isinstance(value, dict) and (format or detect(value, strategy)).every_turn
+            )
+        except RowFaults:
+            continue
+        yield from unpaired(row) if strategy == "kto" else learned_turns(row) if every_turn else [row]
+
+
+def _judge(whole: TokenPair, seq_length: int) -> tuple[str, str]:
+    """What a training would make of a row: a code of `palate_recipes.preferences.report`, empty when it fits."""
+    room = seq_length - len(whole.prompt_ids)
+    if whole.chosen_ids == whole.rejected_ids:
+        return "same-tokens", "`chosen` and `rejected` are the same tokens"
+    if room <= 0:
+        return "no-room", f"the prompt has {len(whole.prompt_ids)} tokens, seq_length is {seq_length}"
+    if whole.length <= seq_length:
+        return "", ""
+    if whole.chosen_ids[:room] == whole.rejected_ids[:room]:
+        return (
+            "same-after-cut",
+            f"the first {room} tokens of both answers are the same, and seq_length={seq_length} cuts the rest",
+        )
+    return "cut", f"{whole.length} tokens, seq_length is {seq_length}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures what the spec names and prints it."""
+    (path,) = argv or sys.argv[1:]
+    spec = MeasureSpec.read(Path(path))
+    try:
+        from palate_trainer.model import load_tokenizer, stop_token_ids
+        from palate_trainer.template_probe import take_out_system_default
+        from palate_trainer.tokenize import Renderer
+
+        tokenizer = load_tokenizer(spec.model_dir)
+        renderer = Renderer(
+            tokenizer=tokenizer,
+            apply_chat_template=spec.apply_chat_template,
+            system_prompt=spec.system_prompt,
+            seq_length=spec.seq_length,
+            stop_ids=stop_token_ids(spec.model_dir),
+        )
+        renderer.check()
+        if spec.apply_chat_template and not spec.system_prompt.strip():
+            take_out_system_default(tokenizer)
+        files = [(Path(path), name) for path, name in spec.files]
+        strategy: Strategy | None = spec.strategy  # type: ignore[assignment]
+        found = measured(files, renderer, strategy=strategy, format=format_for(**spec.settings))
+    except PalateError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""TRL's trainers with Palate's additions: own tokens in, packed batches, finite losses only. Knows TRL, no files of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer import dpo_trainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from palate_recipes.errors import TrainerError
+from palate_recipes.specs.reference_table import LogProbs, row_digest
+from palate_recipes.specs.train import TrainSpec
+from palate_trainer.distributed import gather_rows, share_of_rank, world_size
+from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
+from palate_trainer.model import load_adapter, load_model, lora_config
+from palate_trainer.reference_scores import ReferenceScores
+from palate_trainer.samplers import batches_at_once
+from palate_trainer.sharding import is_sharded, reference_by_layers
+from palate_trainer.tokenize import TokenPair
+from palate_trainer.trainers.arguments import dpo_config, kto_config, may_join, sft_config
+from palate_trainer.trainers.base import PalateMixin
+from palate_trainer.trainers.kto import MismatchedAnswers, PalateKTOTrainer, label_rows
+
+
+class PalateDPOTrainer(PalateMixin, DPOTrainer):
+    """DPO on rows that carry token ids already, with the reference scored once before the first step.
+
+    Args:
+        reference: Where its log-probabilities come from and go to.
+        arguments: For TRL's trainer.
+    """
+
+    def __init__(self, *, reference: ReferenceScores, **arguments: Any) -> None:
+        self.reference = reference  # before TRL's constructor, which already asks for the log-probabilities
+        with no_weights_hash():
+            super().__init__(**arguments)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self.pack()
+
+        def score(rows: list[int]) -> list[LogProbs]:
+            found: dict[int, LogProbs] = {}
+            for part in share_of_rank([rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]):
+                batch = self._prepare_inputs(self.data_collator([dataset[row] for row in part]))
+                chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)  # (pairs,) each
+                found |= dict(
+                    zip(part, zip(chosen.float().tolist(), rejected.float().tolist(), strict=True), strict=True)
+                )
+            everyone = {row: values for share in gather_rows(found) for row, values in share.items()}
+            return [everyone[row] for row in rows]
+
+        # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
+        logps = self.reference.logps(
+            list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size * world_size()
+        )
+        chosen, rejected = zip(*logps, strict=True)
+        return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
+
+
+@contextmanager
+def no_weights_hash() -> Iterator[None]:
+    """Within it, a DPOTrainer is built without the SHA-256 of all weights, which only TRL's own cache reads.
+
+    Raises:
+        AttributeError: The installed TRL has no such function; the tested version is pinned.
+    """
+    stock = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = stock
+
+
+class PalateSFTTrainer(PalateMixin, SFTTrainer):
+    """SFT on rows that carry token ids and labels already."""
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # TRL divides by the tokens of all processes' batches: a stand-in must have none.
+        last = len(batch_samples) - 1
+        if world_size() > 1 and batch_samples and not self.weight(last):
+            batch_samples[last]["labels"].fill_(-100)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+        return loss  # a mean over tokens already, whoever has them
+
+
+def build_trainer(
+    spec: TrainSpec,
+    *,
+    model: Any,
+    tokenizer: Any,
+    train: list[TokenPair],
+    validation: list[TokenPair],
+    callbacks: list[Any],
+    reference: ReferenceScores,
+    note: Callable[[str], None],
+) -> PalateDPOTrainer | PalateSFTTrainer | PalateKTOTrainer:
+    """The trainer for `spec`, with adapter, reference log-probabilities and float32 updates in place.
+
+    Args:
+        spec: The run.
+        model: From `load_model`; the adapter is put on it here, a new one or that of `spec.adapter_dir`.
+        tokenizer: From `load_tokenizer`.
+        train: Rows to train on.
+        validation: Rows to evaluate on; may be empty.
+        callbacks: Transformers callbacks.
+        reference: For DPO, where the reference's log-probabilities come from and go to.
+        note: Takes one progress line.
+    """
+    strategy = spec.hyperparameters["training_strategy"]
+    if spec.adapter_dir is not None:
+        model = load_adapter(spec, model)
+    start = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if spec.adapter_dir and value.requires_grad
+    }
+    common: dict[str, Any] = {
+        "model": model,
+        "train_dataset": _dataset(spec, train),
+        "eval_dataset": _dataset(spec, validation, evaluation=True) if validation else None,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+        "peft_config": lora_config(spec) if spec.trains_adapter and spec.adapter_dir is None else None,
+    }
+    joined = _joined(spec, model, train) if may_join(spec) else 1
+    if joined > 1:
+        batches = spec.hyperparameters["gradient_accumulation_steps"]
+        note(
+            f"{joined} of a step's {batches} batches go through the model as one: they are small, and the sums are the same"
+        )
+    # Before TRL's constructor, which already scores the reference.
+    PalateMixin.note, PalateMixin.allow_fast = staticmethod(note), spec.fast
+    try:
+        trainer: PalateDPOTrainer | PalateSFTTrainer | PalateKTOTrainer
+        if strategy == "dpo":
+            known = all(
+                reference.knows(list(rows["digest"]))
+                for rows in (common["train_dataset"], common["eval_dataset"])
+                if rows
+            )
+            config = dpo_config(spec, len(train), bool(validation), joined=joined, reference_known=known)
+            # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
+            frozen = load_model(spec) if is_sharded(spec) and config.precompute_ref_log_probs else None
+            with reference_by_layers():
+                trainer = PalateDPOTrainer(
+                    args=config,
+                    ref_model=frozen,
+                    reference=reference,
+                    data_collator=TreeCollator(
+                        DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), pair_sequences
+                    ),
+                    **common,
+                )
+            trainer.ref_model = None  # has scored all rows
+        elif strategy == "kto":
+            trainer = PalateKTOTrainer(
+                args=kto_config(spec, bool(validation)),
+                # Without an adapter to switch off, TRL would look for the weights by the name in their config.
+                ref_model=None if spec.trains_adapter else load_model(spec),
+                data_collator=MismatchedAnswers(
+                    pad_token_id=tokenizer.pad_token_id, seq_length=spec.hyperparameters["seq_length"]
+                ),
+                **common,
+            )
+        else:
+            trainer = PalateSFTTrainer(
+                args=sft_config(spec, bool(validation), joined=joined),
+                data_collator=TreeCollator(
+                    DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id), answer_sequences
+                ),
+                **common,
+            )
+    except ValueError as error:
+        if any(words in str(error) for words in ("Target modules", "target_modules", "lm_head")):
+            raise TrainerError(
+                f"target_modules={spec.hyperparameters['target_modules']!r} does not fit this model: {error}"
+            ) from error
+        raise
+    trainer.pack()
+    trainer.use_float32_updates()
+    for name, value in start.items():
+        # On quantised weights TRL has rounded the adapter to bfloat16, but not its frozen copy, the reference.
+        trainer.model.get_parameter(name).data.copy_(value)
+    return trainer
+
+
+def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    here = batches_at_once(
+        spec.hyperparameters["per_device_train_batch_size"],
+        spec.hyperparameters["gradient_accumulation_steps"],
+        [len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows],
+        device="cuda" if on_gpu else "cpu",
+        config=model.config.get_text_config(),
+        free_bytes=free,
+        width=4 if spec.precision == "float32" else 2,
+    )
+    if world_size() == 1:
+        return here
+    # Free memory differs between GPUs, and all take the same steps. Under another launcher nothing ties them so far.
+    PartialState(cpu=not on_gpu, timeout=timedelta(minutes=30))
+    return min(gather_rows(here))
+
+
+def _dataset(spec: TrainSpec, rows: list[TokenPair], *, evaluation: bool = False) -> Dataset:
+    if spec.hyperparameters["training_strategy"] == "kto":
+        return label_rows(rows, shuffle_seed=spec.hyperparameters["seed"] if evaluation else None)
+    if spec.hyperparameters["training_strategy"] == "dpo":
+        ld_alpha = spec.hyperparameters["ld_alpha"]
+        return Dataset.from_list(
+            [
+                {
+                    "prompt_ids": row.prompt_ids,
+                    "chosen_ids": row.chosen_ids,
+                    "rejected_ids": row.rejected_ids,
+                    "length": row.length,
+                    "digest": row_digest(row.prompt_ids, row.chosen_ids, row.rejected_ids, ld_alpha=ld_alpha),
+                }
+                for row in rows
+            ]
+        )
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": row.prompt_ids + row.chosen_ids,
+                "labels": [-100] * len(row.prompt_ids) + row.chosen_ids,
+                "length": row.length,
+            }
+            for row in rows
+        ]
+    )

@@ -1,0 +1,377 @@
+"""Every check of preference data: row by row while files stream by, then the whole. Knows rows and rules, no tokenizer.
+
+Memory is bounded: a row leaves its `Facts` behind, nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import repeat
+from operator import eq
+from pathlib import Path
+from typing import Any
+
+from palate_recipes.preferences import heuristics
+from palate_recipes.preferences.files import Container, open_container
+from palate_recipes.preferences.formats import KNOWN_FIELDS, Format, detect, read_row
+from palate_recipes.preferences.formats.fields import OTHER_PROMPTS, listed
+from palate_recipes.preferences.messages import gives_tools, weights
+from palate_recipes.preferences.near_duplicates import NearIndex
+from palate_recipes.preferences.report import PLACES_SHOWN, Location, Report
+from palate_recipes.preferences.row import Row, RowFaults, Strategy
+from palate_recipes.preferences.statistics import Facts, histogram, percentiles
+
+FEW_ROWS, MANY_ROWS = 100, 100_000
+"""Between them DPO usually works; published guidance of several platforms."""
+
+WRONG_KEPT = 10_000
+
+_LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
+_OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
+
+_NEARLY = 8
+"""Characters by which answers may differ in length that differ in punctuation alone."""
+
+_SAMPLE_ALL, _SAMPLE_EVERY = 500, 1000
+"""Guesses are made on the first rows, then on one in so many."""
+
+MARKS = re.compile(
+    r"<\|(?:im_start|im_end|im_sep|eot_id|start_header_id|end_header_id|begin_of_text|end_of_text|endoftext|user|assistant|system"
+    r"|end|eom_id|END_OF_TURN_TOKEN|START_OF_TURN_TOKEN)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\Z"
+)
+"""What chat templates put between turns (ChatML, Llama 2 and 3, Mistral, Gemma, Phi, Zephyr, Command R)."""
+
+
+class Linter:
+    """Reads files one after the other and gathers what is wrong with them.
+
+    Args:
+        strategy: What the rows are for; None takes pairs, unpaired rows and answers alike.
+        format: Of the rows; each row's own fields decide when None.
+        against: Prompts of the validation data, to find the training rows that repeat them.
+
+    Attributes:
+        report: What was found so far.
+        prompts: Those of the files that were read with `index_prompts`.
+        wrong: File, number and fault of the first WRONG_KEPT rows that cannot be used.
+        wrong_rows: How many those are in all.
+    """
+
+    def __init__(
+        self, strategy: Strategy | None = "dpo", *, format: Format | None = None, against: NearIndex | None = None
+    ) -> None:
+        self.report = Report([], strategy or "any")
+        self.prompts = NearIndex()
+        self.wrong: list[tuple[str, int, str]] = []
+        self.wrong_rows = 0
+        self._strategy, self._format, self._against = strategy, format, against
+        self._starts: list[tuple[int, str, str]] = []  # first index of each file, its name, its unit
+        self._facts = Facts()
+        self._count = 0
+        self._unread: Counter[str] = Counter()
+        self._tools = 0
+        self._languages: Counter[str] = Counter()
+
+    def read(self, file: str | Path | Container, *, name: str | None = None, index_prompts: bool = False) -> None:
+        """Checks every row of a file.
+
+        Args:
+            file: Its path, or what is known of it already.
+            name: What it is called in places; its path when None.
+            index_prompts: Keep its prompts in `prompts`, for a check of other files against them.
+
+        Raises:
+            DataError: It cannot be read at all.
+        """
+        container = file if isinstance(file, Container) else open_container(file)
+        name = name or str(container.path)
+        report, unit = self.report, container.unit
+        self._begin(name, unit)
+        if container.byte_order_mark:
+            report.add("byte-order-mark", Location(name, 0, unit, "", "begins with a byte-order mark"))
+        total = 0
+        # Rows of one file mostly have the same fields: they are compared with the last row's, and counted by runs.
+        shapes: Counter[tuple[str, ...]] = Counter()
+        shape: tuple[str, ...] = ("",)
+        run = 0
+        plain = self._against is None and not index_prompts and self._format is None and self._strategy in ("dpo", None)
+        for block in container.raw_blocks():
+            if plain and (fields := self._take_plain(block, name, unit)):
+                total += len(block)
+                shapes[fields] += len(block)
+                continue
+            for number, value in block:
+                total += 1
+                try:
+                    form = self._format or detect(value, self._strategy) if type(value) is dict else None
+                    row = read_row(value, number, strategy=self._strategy, format=form)
+                except RowFaults as error:
+                    self._note_wrong(error, number, name, unit)
+                    continue
+                fields = (form.name, *value)  # type: ignore[union-attr]
+                if fields != shape:
+                    shapes[shape] += run
+                    shape, run = fields, 0
+                run += 1
+                if "input" in value or "tools" in value or "functions" in value:
+                    self._tools += gives_tools(value)
+                if form.name != "pai":  # type: ignore[union-attr]
+                    for field, what in weights(value):
+                        report.add("unread-weight", Location(name, number, unit, field, what))
+                self._look(row, name, unit)
+                if index_prompts:
+                    self.prompts.add(row, Location(name, number, unit, "", ""))
+        if not total:
+            report.add("no-rows", Location(name, 0, unit, "", "no row is in it"))
+        shapes[shape] += run
+        report.rows += total
+        report.usable += shapes.total()
+        for (form_name, *names), count in shapes.items():
+            if count:
+                report.formats[form_name] = report.formats.get(form_name, 0) + count
+                self._unread.update({field: count for field in names if field not in KNOWN_FIELDS})
+
+    def _begin(self, name: str, unit: str) -> None:
+        self.report.files.append(name)
+        self._starts.append((self._count, name, unit))
+
+    def _note_wrong(self, error: RowFaults, number: int, name: str, unit: str) -> None:
+        self.wrong_rows += 1
+        if len(self.wrong) < WRONG_KEPT:
+            self.wrong.append((name, number, f"{unit} {number}: {error}"))
+        for fault in error.faults:
+            self.report.add(fault.code, Location(name, number, unit, fault.field, fault.what))
+
+    def _take_plain(self, block: list[tuple[int, Any]], name: str, unit: str) -> tuple[str, ...]:
+        """Takes a block of rows of three good texts all at once, in a third of the time; returns their fields.
+
+        Empty, with nothing taken, when any row is something else or wrong: then each is looked at by itself, with the same result.
+        """
+        try:
+            prompts, chosen, rejected = (
+                [value[field] for _, value in block] for field in ("prompt", "chosen", "rejected")
+            )
+        except (KeyError, TypeError):
+            return ()
+        texts = [*prompts, *chosen, *rejected]
+        if (
+            set(map(type, texts)) != {str}
+            or {len(value) for _, value in block} != {3}
+            or not all(map(str.strip, texts))
+        ):
+            return ()
+        if any(map(eq, map(str.strip, chosen), map(str.strip, rejected))):
+            return ()
+        if any(map(str.startswith, prompts, repeat(OTHER_PROMPTS))):
+            return ()
+        whole = "".join(texts)
+        try:
+            whole.encode()
+        except UnicodeEncodeError:
+            return ()
+        marked = "<" in whole or "[" in whole or not whole.isascii()
+        numbers = [number for number, _ in block]
+        self._facts.keep_all(numbers, prompts, chosen, rejected)
+        for number, asked, good, bad in zip(numbers, prompts, chosen, rejected, strict=True):
+            if marked or abs(len(good) - len(bad)) < _NEARLY:
+                self._remark(number, asked, good, bad, name, unit)
+            self._count += 1
+            if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
+                self._guess(number, asked, good, bad, name, unit)
+        return ("pai", *block[0][1])
+
+    def _look(self, row: Row, name: str, unit: str) -> None:
+        number, prompt, chosen, rejected = row
+        chosen, rejected = chosen or "", rejected or ""
+        asked = prompt[0].content if len(prompt) == 1 else "\n".join([turn.content for turn in prompt])
+        self._remark(number, asked, chosen, rejected, name, unit)
+        self._facts.keep(number, asked, chosen, rejected)
+        self._count += 1
+        if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
+            self._guess(number, asked, chosen, rejected, name, unit)
+        if self._against is not None:
+            self._compare(row, name, unit)
+
+    def _remark(self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str) -> None:
+        whole = asked + chosen + rejected
+        if "<" in whole or "[" in whole or not whole.isascii():
+            self._look_closely(number, (("prompt", asked), ("chosen", chosen), ("rejected", rejected)), name, unit)
+        if abs(len(chosen) - len(rejected)) < _NEARLY and chosen and rejected and same_words(chosen, rejected):
+            what = "`chosen` and `rejected` differ in case, spaces or punctuation alone"
+            self.report.add("nearly-same-answers", Location(name, number, unit, "rejected", what))
+
+    def _look_closely(self, number: int, texts: tuple[tuple[str, str], ...], name: str, unit: str) -> None:
+        for field, text in texts:
+            if ("<" in text or "[" in text) and (found := MARKS.search(text)):
+                what = f"`{field}` holds {found.group()!r}"
+                self.report.add("template-residue", Location(name, number, unit, field, what))
+            if "\ufffd" in text:
+                self.report.add("damaged-text", Location(name, number, unit, field, f"`{field}` holds U+FFFD"))
+
+    def _guess(self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str) -> None:
+        self._languages[heuristics.language(f"{asked} {chosen or rejected}")] += 1
+        for field, text in (("prompt", asked), ("chosen", chosen), ("rejected", rejected)):
+            if text and (found := heuristics.personal_data(text)):
+                place = Location(name, number, unit, field, f"`{field}` seems to hold {found}")
+                self.report.add("personal-data", place)
+
+    def _compare(self, row: Row, name: str, unit: str) -> None:
+        found = self._against.find(row) if self._against else None
+        if found is not None:
+            same, place = found
+            what = f"the prompt is {'also' if same else 'nearly that'} in {place.file}, {place.unit} {place.row}"
+            self.report.add("leakage" if same else "near-leakage", Location(name, row.number, unit, "prompt", what))
+
+    # The whole.
+
+    def finish(self) -> Report:
+        """Adds what only all rows together tell, and returns the report."""
+        report = self.report
+        self._judge_fields()
+        if len(report.formats) > 1:
+            shapes = ", ".join(f"{count} {name}" for name, count in report.formats.items())
+            report.add(
+                "mixed-formats", Location(", ".join(report.files), 0, "row", "", f"rows of several formats: {shapes}")
+            )
+        if not self._count:
+            return report
+        self._find_repeats()
+        self._judge_lengths()
+        self._judge_count()
+        total = self._languages.total()
+        known = {name: count for name, count in self._languages.most_common(5) if name and count * 100 >= total}
+        if known:
+            shares = ", ".join(f"{name} {count / total:.0%}" for name, count in known.items())
+            report.add(
+                "language", Location(report.files[0], 0, "row", "", f"seems to be in {shares} (of {total:,} rows)")
+            )
+        return report
+
+    def _judge_fields(self) -> None:
+        unread = [field for field in self._unread if field not in ("tools", "functions")]
+        tools = self._tools
+        for code, what in (
+            ("unread-tools", f"`tools` in {tools:,} rows" if tools else ""),
+            ("unread-fields", f"not read: {listed(unread, most=12)}" if unread else ""),
+        ):
+            if what:
+                self.report.add(code, Location(self.report.files[0], 0, "row", "", what))
+
+    def _find_repeats(self) -> None:
+        self._add("duplicate", *self._facts.repeats(), "the same pair as {}")
+        later, first = self._facts.mirrored()
+        labels = len(later) and not self._facts.sizes()[later[0], 1:].all()  # one answer, good here and bad there
+        self._add(
+            "swapped",
+            later,
+            first,
+            "the answer of {}, the other label" if labels else "the same as {}, the answers swapped",
+        )
+
+    def _add(self, code: str, rows: Any, others: Any, what: str) -> None:
+        for index, other in zip(rows[:PLACES_SHOWN].tolist(), others[:PLACES_SHOWN].tolist(), strict=True):
+            self._add_at(code, index, what.format(self._where(other)))
+        if len(rows) > PLACES_SHOWN:
+            self.report.findings[code].count += len(rows) - PLACES_SHOWN
+
+    def _add_at(self, code: str, index: int, what: str) -> None:
+        name, unit = self._file(index)
+        self.report.add(code, Location(name, self._facts.number(index), unit, "", what))
+
+    def _file(self, index: int) -> tuple[str, str]:
+        return next((name, unit) for start, name, unit in reversed(self._starts) if start <= index)
+
+    def _where(self, index: int) -> str:
+        name, unit = self._file(index)
+        return f"{unit} {self._facts.number(index)}" + (f" of {name}" if len(self._starts) > 1 else "")
+
+    def _judge_lengths(self) -> None:
+        import numpy as np
+
+        prompt, chosen, rejected = self._facts.sizes().T
+        for name, lengths in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            if lengths.any():
+                self.report.lengths[name] = percentiles(lengths)
+                self.report.histograms[name] = histogram(lengths)
+        paired = (chosen > 0) & (rejected > 0) & (chosen != rejected)
+        count = int(paired.sum())
+        if count:
+            share = float((chosen > rejected)[paired].mean())
+            self.report.longer_wins = round(share, 4)
+            if count >= _BIAS_ROWS and not 1 - _LENGTH_BIAS < share < _LENGTH_BIAS:
+                side = "longer" if share > 0.5 else "shorter"
+                what = f"the {side} answer is the chosen one in {max(share, 1 - share):.0%} of {count:,} pairs"
+                self.report.add("length-bias", Location(self.report.files[0], 0, "row", "", what))
+        total = prompt.astype(np.int64) + np.maximum(chosen, rejected)
+        middle = float(np.median(total))
+        far = np.flatnonzero(total > max(_OUTLIER * middle, _OUTLIER_CHARACTERS))
+        for index in far.tolist():
+            self._add_at("outlier", index, f"{total[index]:,} characters, the median is {middle:,.0f}")
+
+    def _judge_count(self) -> None:
+        rows, files = self.report.usable, ", ".join(self.report.files)
+        for code, odd in (("few-rows", rows < FEW_ROWS), ("many-rows", rows > MANY_ROWS)):
+            if odd:
+                self.report.add(code, Location(files, 0, "row", "", f"{rows:,} {'row' if rows == 1 else 'rows'}"))
+
+
+def same_words(one: str, other: str) -> bool:
+    """Whether two texts differ in case, spaces or punctuation alone."""
+    return normal(one) == normal(other)
+
+
+def normal(text: str) -> str:
+    """Returns the letters and digits of a text, in lower case, words apart by one space."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def check(
+    train: Sequence[tuple[Path, str]],
+    validation: Sequence[tuple[Path, str]] = (),
+    *,
+    strategy: Strategy | None = "dpo",
+    format: Format | None = None,
+) -> Report:
+    """Checks training files, against validation files where there are any.
+
+    Args:
+        train: Path and name of each file.
+        validation: The same of held-out data. Its own rows are checked as well; findings of both are in one report.
+        strategy: What the rows are for; None takes any.
+        format: Of the rows; each row's own fields decide when None.
+
+    Raises:
+        DataError: A file cannot be read at all.
+    """
+    if not validation:
+        return read_files(train, strategy=strategy, format=format).finish()
+    held_out = read_files(validation, strategy=strategy, format=format, index_prompts=True)
+    report = read_files(train, strategy=strategy, format=format, against=held_out.prompts).finish()
+    report.join(held_out.finish())
+    return report
+
+
+def read_files(
+    files: Sequence[tuple[Path, str]],
+    *,
+    strategy: Strategy | None = "dpo",
+    format: Format | None = None,
+    against: NearIndex | None = None,
+    index_prompts: bool = False,
+) -> Linter:
+    """Reads files into one linter.
+
+    Args:
+        files: Path and name of each.
+        strategy, format, against: See `Linter`.
+        index_prompts: See `Linter.read`.
+
+    Raises:
+        DataError: A file cannot be read at all.
+    """
+    linter = Linter(strategy, format=format, against=against or None)
+    for path, name in files:
+        linter.read(path, name=name, index_prompts=index_prompts)
+    return linter

@@ -1,0 +1,261 @@
+"""Files to numbered raw rows: JSON arrays, JSON lines, CSV, Parquet and Arrow, plain or compressed. Knows no row format.
+
+Memory is bounded by a block and a row (`limits`), never by the file. What is wrong with one line does not hide the others: it
+comes as a `Fault` in its place; what makes the rest unreadable comes as the last one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+
+from palate_recipes.errors import DataError
+from palate_recipes.preferences.json_array import JsonArray, advice, plain
+from palate_recipes.preferences.limits import BLOCK_BYTES, Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
+from palate_recipes.preferences.row import Fault
+from palate_recipes.preferences.tables import DELIMITERS, TABLES, pyarrow
+from palate_recipes.text import expand_path, show_path
+
+Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
+Compression = Literal["", "gzip", "zstd"]
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+"""Names that folders and globs are searched for; each may end in .gz or .zst. What is in a file its content decides."""
+
+_BLOCK = 1 << 20
+_DAMAGED = (OSError, EOFError, zlib.error)
+
+_FOREIGN = (
+    (b"PK\x03\x04", "a ZIP archive or an Excel workbook", "Unpack it, or save the sheet as CSV"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data it stands for", "Fetch it with `git lfs pull`"),
+    (b"<", "HTML or XML, perhaps a page that a server sent in place of the file", "Download the file itself"),
+    (b"BZh", "packed with bzip2", "Unpack it, or pack it with gzip or zstd"),
+    (b"\xfd7zXZ", "packed with xz", "Unpack it, or pack it with gzip or zstd"),
+    (b"%PDF", "a PDF", "Export the data as JSON lines or CSV"),
+)
+"""What other things begin with: each has a reason of its own to be there, and a remedy."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A data file, known by its first bytes.
+
+    Attributes:
+        path: Where it is.
+        kind: What it holds.
+        compression: What it is packed with, if it is.
+        byte_order_mark: Whether its text begins with one.
+    """
+
+    path: Path
+    kind: Kind
+    compression: Compression
+    byte_order_mark: bool
+
+    @property
+    def unit(self) -> str:
+        """What its row numbers count: `line` of a JSON-lines file, `row` elsewhere."""
+        return "line" if self.kind == "jsonl" else "row"
+
+    def raw_rows(self) -> Rows:
+        """Yields number and value of each row; the value is a `Fault` where there is none.
+
+        Raises:
+            DataError: The file cannot be read at all.
+        """
+        return chain.from_iterable(self.raw_blocks())
+
+    def raw_blocks(self) -> Iterator[list[tuple[int, Any]]]:
+        """Yields the rows of `raw_rows` in lists, which are short where rows are large. Raises as it does."""
+        try:
+            yield from _READERS[self.kind](self)
+        except _DAMAGED as error:
+            raise _cannot_be_read(self.path, self.compression, error) from None
+        except RowTooLarge as error:
+            raise error.of(self.path) from None
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Opens its bytes, unpacked, from the first behind a byte-order mark."""
+        with _unpacked(self.path, self.compression) as stream:
+            if self.byte_order_mark:
+                stream.read(len(codecs.BOM_UTF8))
+            yield stream
+
+
+def open_container(path: str | Path) -> Container:
+    """Looks at a file's first bytes.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, it is empty, or what it holds is not known.
+    """
+    try:
+        path = Path(expand_path(path))
+    except ValueError as error:
+        raise DataError(f"{show_path(path)} {error}.") from None
+    if os.path.isdir(path):
+        raise DataError(f"{path} is a folder, not a preference file. Name the .json or .jsonl file inside it.")
+    compression: Compression = ""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(8)
+        compression = (
+            "gzip" if magic.startswith(b"\x1f\x8b") else "zstd" if magic.startswith(b"\x28\xb5\x2f\xfd") else ""
+        )
+        with _unpacked(path, compression) as stream:
+            start = stream.read(_BLOCK)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Check the path of the preference file.") from None
+    except _DAMAGED as error:
+        raise _cannot_be_read(path, compression, error) from None
+    kind = _kind(path, start)
+    return Container(path, kind, compression, start.startswith(codecs.BOM_UTF8))
+
+
+def _cannot_be_read(path: Path, compression: Compression, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+    if not compression or isinstance(error, PermissionError):
+        return DataError(f"{path} cannot be read: {reason}. Check the file and its permissions.")
+    return DataError(
+        f"{path} cannot be read: {reason}. The {compression} data is damaged or cut off: copy the file again."
+    )
+
+
+def _kind(path: Path, start: bytes) -> Kind:
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in start[:4]:
+        raise DataError(f"{path}: not UTF-8 but UTF-16 or binary. Save the file as UTF-8.")
+    for beginning, what, remedy in _FOREIGN:
+        if start.lstrip().startswith(beginning):
+            raise DataError(f"{path} is {what}. {remedy}.")
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not text:
+        raise DataError(f"{path} is empty. Give it a JSON array of objects, or one JSON object a line.")
+    if text.startswith(b"["):
+        return "json"
+    stem = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if not text.startswith(b"{") and (
+        stem.endswith((".csv", ".tsv")) or (not stem.endswith(SUFFIXES) and _is_header(text))
+    ):
+        return "csv"
+    return "jsonl"
+
+
+def _is_header(text: bytes) -> bool:
+    line = text.split(b"\n", 1)[0].decode("utf-8", "replace")
+    cells = {cell.strip().strip('"') for cell in re.split(f"[{DELIMITERS}]", line)}
+    return len(cells & {"prompt", "chosen", "rejected", "instruction", "messages", "question", "completion"}) > 1
+
+
+@contextmanager
+def _unpacked(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
+    if compression == "zstd":
+        arrow = pyarrow()
+        with arrow.input_stream(str(path), compression="zstd") as stream:
+            yield io.BufferedReader(Unpacked(stream, path), _BLOCK)
+    else:
+        with path.open("rb") as file:
+            yield io.BufferedReader(Unpacked(gzip.GzipFile(fileobj=file), path), _BLOCK) if compression else file
+
+
+# JSON lines.
+
+
+def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    limit = row_limit()
+    with container.open() as stream:
+        lines = iter(partial(stream.readline, limit + 1), b"")
+        block: list[tuple[int, Any]] = []
+        held = 0
+        for number, line in enumerate(lines, start=1):
+            size = len(line)
+            if size > limit:
+                raise RowTooLarge(f"line {number}")
+            try:
+                block.append((number, orjson.loads(line)))
+            except ValueError:
+                if not line.isspace():
+                    block.append((number, parse_line(line, number, container.path)))
+            held += size
+            if held > BLOCK_BYTES:  # `in_blocks` at the speed that files of millions of lines need
+                yield block
+                block, held = [], 0
+        if block:
+            yield block
+
+
+def parse_line(line: bytes, number: int, path: Path) -> Any:
+    """Returns what a line holds that the fast parser refuses, or the fault in it.
+
+    Raises:
+        DataError: The whole file is one object, spread over lines.
+    """
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at position {error.start + 1}")
+    try:
+        return json.loads(text)  # takes NaN, and half a character: both are judged where they stand
+    except (ValueError, RecursionError) as error:
+        if number == 1 and _is_one_object(path):
+            raise DataError(
+                f"{path} holds one JSON object, not a list of rows. Put the rows into a JSON array: [{{...}}, {{...}}]."
+            ) from None
+        if isinstance(error, RecursionError):
+            return Fault("broken-json", "", f"broken JSON at line {number}: nested too deeply")
+        if not isinstance(error, json.JSONDecodeError):  # Python reads no whole number of more than 4300 digits
+            return Fault("broken-json", "", f"broken JSON at line {number}: a number with too many digits")
+        what = f"broken JSON at line {number}, column {error.colno}: {plain(error.msg)}"
+        hint = advice(error.msg, text[error.pos : error.pos + 8])
+        if text.strip() in ("{", "[{"):
+            hint = "An object fills one line, or the objects stand in an array."
+        return Fault("broken-json", "", f"{what}. {hint}" if hint else what)
+
+
+def _is_one_object(path: Path) -> bool:
+    if path.stat().st_size > row_limit():
+        return False
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# A JSON array.
+
+
+def _array_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
+    with container.open() as stream:
+        yield from in_blocks(JsonArray(stream, limit=row_limit(), meter=meter).values(), meter)
+
+
+def _table_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    meter = Meter()
+    yield from in_blocks(TABLES[container.kind](container, meter), meter)
+
+
+_READERS = {
+    "json": _array_blocks,
+    "jsonl": _line_blocks,
+    "csv": _table_blocks,
+    "parquet": _table_blocks,
+    "arrow": _table_blocks,
+}

@@ -1,0 +1,216 @@
+"""The formats of rows: how each is known by its fields, read into a `Row`, and written. Knows no file.
+
+A row's own fields decide, so a file may be read without naming its format; a file of several formats is reported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from palate_recipes.errors import DataError
+from palate_recipes.preferences.formats import alpaca, hh, nova, openai, sharegpt, trl
+from palate_recipes.preferences.formats import unpaired as unpaired_answers
+from palate_recipes.preferences.formats.fields import PROMPTS, Raw, listed, missing_fields, nearest
+from palate_recipes.preferences.formats.fields import Format as Format
+from palate_recipes.preferences.messages import kind, quoted
+from palate_recipes.preferences.row import Fault, Row, RowFaults, Strategy, fault
+from palate_recipes.text import did_you_mean
+
+_FIELDS = ("prompt", "chosen", "rejected", "messages", "instruction", "output", "completion", "label", "conversations")
+
+
+_READ = """prompt question query messages conversations instruction input history system system_prompt chosen rejected output
+ completion response label kto_tag chosen_messages rejected_messages rejected_response preferred_output non_preferred_output
+ schemaVersion"""
+
+
+def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", format: Format | None = None) -> Row:
+    """Reads one raw row.
+
+    Args:
+        value: As the container gave it.
+        number: Its number.
+        strategy: What it is for; None takes pairs, unpaired rows and answers alike.
+        format: How it is read; by its fields when None.
+
+    Raises:
+        RowFaults: It cannot be used; holds each thing that is wrong.
+    """
+    if type(value) is not dict:
+        if isinstance(value, Fault):  # the container could not read it
+            raise RowFaults(value)
+        raise fault("not-an-object", "", f"is {kind(value)}, not an object with fields")
+    prompt, chosen, rejected = (format or detect(value, strategy)).read(value)
+    if strategy == "dpo" and (chosen is None or rejected is None):
+        what = "is unpaired: it has a label, not two answers" if _is_unpaired(value) else "has one answer, not two"
+        raise fault("wrong-kind", "", f"{what}; training_strategy=dpo compares two")
+    if strategy == "kto" and rejected is None and not _is_unpaired(value):
+        raise fault(
+            "wrong-kind", "", "has one answer and no label; training_strategy=kto needs to know whether it is good"
+        )
+    if strategy == "sft":
+        if chosen is None:
+            raise fault(
+                "wrong-kind", "", "is labelled as a bad answer: there is nothing to learn for training_strategy=sft"
+            )
+        rejected = None
+    if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
+        raise fault("same-answers", "rejected", "`chosen` and `rejected` are the same text, which teaches nothing")
+    return Row(number, prompt, chosen, rejected)
+
+
+def plain_raw(row: Row) -> Raw:
+    """Returns a row as messages, in the one format for what it holds: a pair, a good or bad answer with its label.
+
+    A good answer alone reads the same for SFT (`completion`) and for KTO (`label`).
+    """
+    if row.chosen is not None and row.rejected is not None:
+        return trl.write_trl(row)
+    return unpaired_answers.write_unpaired(row)
+
+
+def unpaired(row: Row) -> list[Row]:
+    """Returns a row for each of its answers: a pair says of one that it is good, of the other that it is not."""
+    if row.chosen is None or row.rejected is None:
+        return [row]
+    return [row._replace(rejected=None), row._replace(chosen=None)]
+
+
+def learned_turns(row: Row) -> list[Row]:
+    """Returns a row for each assistant turn of a conversation, in order: what SFT learns from `messages`."""
+    turns = [
+        Row(row.number, row.prompt[:index], turn.content, None)
+        for index, turn in enumerate(row.prompt)
+        if turn.role == "assistant"
+    ]
+    return [*turns, row]
+
+
+# How a row is known.
+
+
+def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
+    """Returns the format that a raw row's fields have.
+
+    Args:
+        row: The fields.
+        strategy: Decides where a row could be read in two ways, such as a pair that also has an `output`.
+
+    Raises:
+        RowFaults: None has them; says which are near.
+    """
+    has = row.__contains__
+    if strategy == "sft" and has("prompt") and has("chosen"):
+        return FORMATS["completions"]  # what `rejected` holds is nobody's concern
+    if has("chosen") and has("rejected"):
+        if has("prompt"):
+            text = type(row["prompt"]) is str and type(row["chosen"]) not in (list, dict)
+            return FORMATS["pai"] if text else FORMATS["trl"]
+        if has("conversations"):
+            return FORMATS["sharegpt"]
+        if has("instruction"):
+            return FORMATS["alpaca"]
+        if has("messages") or has("question") or has("query"):
+            return FORMATS["trl"]
+        if type(row["chosen"]) is str:
+            return FORMATS["hh"]
+        if type(row["chosen"]) is list:
+            return FORMATS["trl"]
+    if has("preferred_output") or has("non_preferred_output"):
+        return FORMATS["openai"]
+    if has("chosen_messages") or (has("rejected_messages") and not has("messages")):
+        return FORMATS["typed-messages"]
+    if has("messages"):
+        if has("rejected_response") or has("rejected_messages"):
+            return FORMATS["messages"]
+        if _has_candidates(row["messages"]):
+            return FORMATS["nova"]
+    if _is_unpaired(row):
+        return FORMATS["unpaired"]
+    if has("instruction") and has("output"):
+        return FORMATS["alpaca-ranking"] if type(row["output"]) is list else FORMATS["instructions"]
+    if not (has("chosen") or has("rejected")):
+        if has("messages"):
+            return FORMATS["chat"]
+        if has("conversations"):
+            return FORMATS["sharegpt-sft"]
+        if has("prompt") and (has("completion") or has("response")):
+            return FORMATS["completions"]
+    raise _unknown(row, strategy)
+
+
+def _unknown(row: Raw, strategy: Strategy | None) -> Exception:
+    wanted: tuple[str, ...]
+    if strategy == "sft":
+        wanted = ("instruction", "output") if "instruction" in row else ("prompt", "chosen")
+    elif type(row.get("input")) is dict:
+        wanted = ("input", "preferred_output", "non_preferred_output")
+    else:
+        asked = next((name for name in ("instruction", *PROMPTS) if name in row), "prompt")
+        wanted = (asked, "chosen", "rejected")
+    missing = [name for name in wanted if name not in row]
+    there = [name for name in row if name not in wanted]
+    if not any(nearest(name, there) for name in missing) and not any(name in row for name in (*_FIELDS, *wanted)):
+        what = f"has none of the fields of a known format; it has {listed(there) or 'no fields'}"
+        inner = next((name for name, value in row.items() if _are_rows(value)), None)
+        if inner is not None:
+            what = f"is an object around the rows: {quoted(inner)} holds them; make its list alone the file"
+        return fault("unknown-format", "", what)
+    return missing_fields(missing, there)
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value[:2])
+
+
+def _is_unpaired(row: Raw) -> bool:
+    if "chosen" in row or not ("label" in row or "kto_tag" in row):
+        return False
+    if "instruction" in row and "output" in row:  # of instructions, `label` may as well be a topic
+        return "kto_tag" in row or type(row["label"]) is bool
+    return any(name in row for name in ("completion", "messages", "conversations", "response"))
+
+
+def _has_candidates(messages: Any) -> bool:
+    return isinstance(messages, list) and any(isinstance(turn, dict) and "candidates" in turn for turn in messages)
+
+
+def format_named(name: str) -> Format:
+    """Returns a format by its name.
+
+    Raises:
+        DataError: There is none; says which there are, and the nearest.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    hint = did_you_mean(name, FORMATS)
+    raise DataError(f"no data format is called {name!r}: {hint}known are {', '.join(FORMATS)}")
+
+
+_ORDER = (
+    "pai",
+    "trl",
+    "messages",
+    "openai",
+    "sharegpt",
+    "alpaca",
+    "alpaca-ranking",
+    "hh",
+    "typed-messages",
+    "nova",
+    "unpaired",
+    "chat",
+    "sharegpt-sft",
+    "instructions",
+    "completions",
+)
+"""As `palate data formats` shows them: pairs first."""
+
+_ALL = {
+    form.name: form for family in (trl, openai, sharegpt, alpaca, hh, nova, unpaired_answers) for form in family.FORMATS
+}
+FORMATS: dict[str, Format] = {name: _ALL[name] for name in _ORDER}
+"""Every format by its name."""
+
+KNOWN_FIELDS = frozenset(_READ.split())
+"""Fields that some format reads."""

@@ -1,0 +1,140 @@
+"""What the formats share: a row's fields found, missing or misspelt, and its turns. Knows no format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from palate_recipes.preferences.messages import (
+    check_characters,
+    check_prompt,
+    kind,
+    quoted,
+    read_content,
+    read_messages,
+)
+from palate_recipes.preferences.row import Message, Row, RowFaults, fault
+from palate_recipes.text import nearest as nearest_name
+
+Raw = dict[str, Any]
+
+
+Turns = tuple[Message, ...]
+
+
+Parts = tuple[Turns, "str | None", "str | None"]
+"""The prompt, the answer to learn, the answer to move away from."""
+
+
+PROMPTS = ("prompt", "question", "query", "messages", "conversations")
+"""Fields that hold the question, the first that is there."""
+
+
+OTHER_PROMPTS = ("\n\nHuman:", "Human:", "[")
+"""Beginnings of texts that may be a transcript, or messages that were written as text."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of rows.
+
+    Attributes:
+        name: As `--from` and `--to` take it.
+        fields: What a row of it has, for people.
+        read: A raw row to its parts.
+        write: A row to a raw one; None when nothing is written in it.
+        every_turn: Under SFT each assistant turn is an answer to learn, not only the last.
+    """
+
+    name: str
+    fields: str
+    read: Callable[[Raw], Parts]
+    write: Callable[[Row], Raw] | None = None
+    every_turn: bool = False
+
+
+def listed(names: list[Any], most: int = 4) -> str:
+    """Returns some field names, for people."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(quoted(name) for name in sorted(map(str, names))[:most]) + more
+
+
+def need(row: Raw, *names: str) -> None:
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise missing_fields(missing, [name for name in row if name not in names])
+
+
+def missing_fields(missing: list[str], there: list[str], why: str = "") -> RowFaults:
+    """Returns a fault that names the fields that are missing, those that may be meant, and those that are there."""
+    said = []
+    for name in missing:
+        near = nearest(name, there)
+        said.append(f"`{name}` is missing" + (f" (is it {quoted(near)}?)" if near is not None else ""))
+    what = "; ".join(said) + why + (f"; the row has {listed(there)}" if there else "")
+    return fault("missing-field", missing[0], what)
+
+
+def nearest(name: str, there: list[str]) -> str | None:
+    """Returns the field that may be a misspelling of `name`."""
+    plain = {str(field)[:40].strip("\ufeff _").lower(): field for field in reversed(there[:40])}
+    found = nearest_name(name, plain, cutoff=0.7)
+    return None if found is None else plain[found]
+
+
+def with_system(row: Raw, prompt: Turns, *names: str) -> Turns:
+    """The prompt behind the row's own system text, where it has one beside the turns."""
+    for name in names or ("system", "system_prompt"):
+        text = row.get(name)
+        if isinstance(text, list):
+            text = read_content(text, name)
+        if isinstance(text, str) and text.strip():
+            check_characters(text, name)
+            if prompt and prompt[0].role == "system":
+                raise fault("turn-order", name, f"`{name}` is given, and the conversation has a system turn as well")
+            return (Message("system", text), *prompt)
+        if text is not None and not isinstance(text, str):
+            raise fault("not-text", name, f"`{name}` is {kind(text)}, not text")
+    return prompt
+
+
+def shared_turns(chosen: Turns, rejected: Turns) -> Turns:
+    if chosen[:-1] != rejected[:-1]:
+        at = next(
+            (n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
+        what = f"`chosen` and `rejected` part at turn {at + 1}, before the last: they answer different conversations"
+        raise fault("different-prompts", "rejected", what)
+    if len(chosen) == 1:
+        raise fault("missing-field", "prompt", "`prompt` is missing, and the answers have no turns before them")
+    return chosen[:-1]
+
+
+def last_answer(row: Raw, field: str) -> tuple[Turns, str]:
+    need(row, field)
+    turns = with_system(row, read_messages(row[field], field))
+    if turns[-1].role != "assistant":
+        raise fault("turn-order", field, f"`{field}` ends with a turn of the {turns[-1].role}, not with an answer")
+    return check_prompt(turns[:-1], field), turns[-1].content
+
+
+def turns_as_json(prompt: Turns) -> list[Raw]:
+    return [{"role": turn.role, "content": turn.content} for turn in prompt]
+
+
+def assistant_turn(text: str | None) -> Raw:
+    return {"role": "assistant", "content": text}
+
+
+def both_answers(row: Row) -> tuple[str, str]:
+    if row.chosen is None or row.rejected is None:
+        raise fault("wrong-kind", "", "has one answer, and this format holds two")
+    return row.chosen, row.rejected
+
+
+def good_answer(row: Row) -> str:
+    if row.chosen is None:
+        raise fault("wrong-kind", "", "is labelled as a bad answer, and this format holds good ones")
+    return row.chosen

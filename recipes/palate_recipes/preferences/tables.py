@@ -1,0 +1,413 @@
+"""Tables to numbered raw rows: CSV, Parquet, Arrow, and bounds on what they may unpack to. Knows no row format.
+
+Both pack their columns inside the file, and repeat values by reference: a file of a kilobyte can hold gigabytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import orjson
+
+from palate_recipes.errors import DataError
+from palate_recipes.preferences.limits import Meter, Rows, RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
+from palate_recipes.preferences.row import Fault
+
+DELIMITERS = ",\t;|"
+
+_BLOCK = 1 << 20
+_ROWS_A_BATCH = 512
+
+_MESSAGE = frozenset(("role", "from", "messages"))
+_LISTS = frozenset(("messages", "conversations", "history", "system", "tools"))
+"""Columns whose cells may hold lists of something other than messages."""
+_PYTHON = re.compile(r"""\[?\s*\{\s*'(?:role|from|content|value|messages)'\s*:""")
+csv.field_size_limit(1 << 30)
+
+
+class Opened(Protocol):
+    """What a reader here needs of `files.Container`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def compression(self) -> str: ...
+
+    def open(self) -> AbstractContextManager[IO[bytes]]: ...
+
+
+def pyarrow() -> Any:
+    """Returns the module, or says what to install."""
+    try:
+        return import_module("pyarrow")
+    except ImportError:
+        raise DataError(
+            "Parquet, Arrow and .zst files need pyarrow, not installed here: pip install 'palate[data]'"
+        ) from None
+
+
+def _csv_rows(container: Opened, meter: Meter) -> Rows:
+    with container.open() as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        number = 0
+        limit, taken, line_number = row_limit(), 0, 0
+
+        def read_lines() -> Iterator[str]:
+            nonlocal taken, line_number
+            for line in iter(partial(text.readline, limit + 1), ""):
+                line_number += 1
+                taken += len(line)
+                if taken > limit:
+                    hint = "Where it should be shorter, a closing quote is missing. "
+                    raise RowTooLarge(f"line {line_number}", hint)
+                yield line
+
+        lines = read_lines()
+        try:
+            first = next((line for line in lines if line.strip()), "")
+            delimiter = max(DELIMITERS, key=first.count)
+            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+            header = [name.strip() for name in next(reader)]
+            _check_header(container.path, header)
+            taken = 0
+            for cells in reader:
+                meter.held += taken
+                taken = 0
+                if not cells or cells == [""]:
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    what = f"{len(cells)} cells at line {reader.line_num}, the header has {len(header)}"
+                    yield number, Fault("broken-table", "", what)
+                else:
+                    yield number, _row(header, cells)
+        except UnicodeDecodeError:
+            yield number + 1, _bad_byte(container)
+        except csv.Error as error:
+            reason = "a cell's closing quote is missing" if "end of data" in str(error) else str(error)
+            yield number + 1, Fault("broken-table", "", f"broken CSV at line {reader.line_num}: {reason}")
+        finally:
+            text.detach()
+
+
+def _bad_byte(container: Opened) -> Fault:
+    """The reader of text knows no line: the file is looked through again."""
+    with container.open() as stream:
+        for number, line in enumerate(iter(partial(stream.readline, row_limit() + 1), b""), start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at line {number}")
+    return Fault("not-utf8", "", "not UTF-8")
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    seen: set[str] = set()
+    for column, name in enumerate(header, start=1):
+        if not name:
+            raise DataError(f"{path}: column {column} has no name. The first row of a table names its columns.")
+        if name in seen:
+            raise DataError(f"{path}: two columns are called {name!r}. Rename one of them.")
+        seen.add(name)
+
+
+def _row(header: list[str], cells: list[str]) -> Any:
+    """The cells by name; conversations among them are JSON, any other cell is text, even one that JSON would take."""
+    row: dict[str, Any] = {}
+    for name, text in zip(header, cells, strict=True):
+        row[name] = text
+        if text[:1] in ("[", "{") and text.rstrip()[-1:] in ("]", "}"):
+            try:
+                value = orjson.loads(text)
+            except ValueError:
+                if _PYTHON.match(text):
+                    what = f"`{name}` holds a list as Python prints it, not as JSON: write such cells with json.dumps"
+                    return Fault("not-text", name, what)
+                continue
+            if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
+                row[name] = value
+    return row
+
+
+def _is_ranking(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _holds_messages(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not _MESSAGE.isdisjoint(first)
+
+
+def _parquet_rows(container: Opened, meter: Meter) -> Rows:
+    def batches(path: Path) -> Iterator[Any]:
+        # A buffer: without one a column of a whole row group is held at once.
+        with import_module("pyarrow.parquet").ParquetFile(path, buffer_size=_BLOCK) as file:
+            rows = check_pages(path, file.metadata, container.path)
+            yield from file.iter_batches(batch_size=min(rows, _ROWS_A_BATCH))
+
+    pyarrow()
+    yield from _arrow_values(container, batches, meter)
+
+
+def _arrow_rows(container: Opened, meter: Meter) -> Rows:
+    def batches(path: Path) -> Iterator[Any]:
+        ipc = import_module("pyarrow.ipc")
+        with arrow.memory_map(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            check_messages(file, 8 if is_file else 0, container.path)
+            file.seek(0)
+            if is_file:
+                reader = ipc.open_file(file)
+                parts = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                parts = iter(ipc.open_stream(file))
+            for part in parts:
+                for start in range(0, part.num_rows, _ROWS_A_BATCH):
+                    yield part.slice(start, _ROWS_A_BATCH)
+
+    arrow = pyarrow()
+    yield from _arrow_values(container, batches, meter)
+
+
+def _arrow_values(container: Opened, batches: Any, meter: Meter) -> Rows:
+    arrow = pyarrow()
+    number = 0
+    with _as_file(container) as path:
+        packed = path.stat().st_size
+        left = unpacked_limit(packed)
+        try:
+            for batch in batches(path):
+                batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
+                left -= weight(batch)
+                if left < 0:
+                    raise unpacks_too_far(container.path, packed)
+                for value, size in values(batch, number):
+                    number += 1
+                    meter.held += size
+                    yield number, value
+        except DataError:
+            raise
+        except (arrow.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{container.path}: the {container.kind} data is damaged{f' behind row {number}' if number else ''}:"
+                f" {str(error).rstrip('.')}. Export it anew."
+            ) from None
+
+
+@contextmanager
+def _as_file(container: Opened) -> Iterator[Path]:
+    """These two are read from several places at once, which a packed file does not allow: it is unpacked beside."""
+    if not container.compression:
+        yield container.path
+        return
+    with tempfile.NamedTemporaryFile(prefix="palate-", suffix=container.path.name) as file:
+        with container.open() as stream:
+            shutil.copyfileobj(stream, file, _BLOCK)
+        file.flush()
+        yield Path(file.name)
+
+
+TABLES: dict[str, Callable[[Opened, Meter], Rows]] = {
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+    "arrow": _arrow_rows,
+}
+"""The reader of each kind of table."""
+
+
+_BATCH_BYTES = 1 << 26
+"""What the rows that are decoded at once may have."""
+_EACH = 8
+"""Bytes that count for a value beside its text: a list of nulls has no bytes in Arrow, and eight a value in Python."""
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+
+
+def check_pages(path: Path, metadata: Any, shown: Path) -> int:
+    """Returns how many rows of a Parquet file may be decoded at once.
+
+    Args:
+        path: Where the file lies.
+        metadata: Its `pyarrow.parquet.FileMetaData`.
+        shown: Its name in messages.
+
+    Raises:
+        DataError: It says that it unpacks to more than the limit.
+    """
+    packed, unpacked, largest = path.stat().st_size, 0, 1
+    with path.open("rb") as file:
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            group_bytes = 0
+            for column in map(group.column, range(group.num_columns)):
+                group_bytes += max(column.total_uncompressed_size, column.num_values)
+                largest = max(largest, _largest_repeated(file, column))
+            unpacked += group_bytes
+            largest = max(largest, group_bytes // max(group.num_rows, 1))
+    if unpacked > unpacked_limit(packed):
+        raise unpacks_too_far(shown, packed, unpacked)
+    return max(1, _BATCH_BYTES // largest)
+
+
+def _largest_repeated(file: Any, column: Any) -> int:
+    """Bytes that a value of this column has at most, where the file holds it once and rows repeat it."""
+    if "DELTA_BYTE_ARRAY" in column.encodings:  # a value repeats the beginning of the one before
+        return int(column.total_uncompressed_size)
+    if not column.has_dictionary_page or column.dictionary_page_offset is None:
+        return 0
+    file.seek(column.dictionary_page_offset)
+    # PageHeader, Thrift's compact protocol: field 1 is the type, field 2 uncompressed_page_size, both i32.
+    head = file.read(16)
+    at, numbers = 0, list[int]()
+    while len(numbers) < 2 and at < len(head) and head[at] == 0x15:
+        number = shift = 0
+        for byte in head[at + 1 :]:
+            at += 1
+            number |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        at += 1
+        numbers.append(number >> 1)
+    return numbers[1] if len(numbers) == 2 else int(column.total_uncompressed_size)
+
+
+def check_messages(file: Any, start: int, shown: Path) -> None:
+    """Raises DataError when the buffers of an Arrow file say that they unpack to more than the limit.
+
+    Args:
+        file: `pyarrow.NativeFile`, not read into memory.
+        start: Where its stream of messages begins.
+        shown: Its name in messages.
+    """
+    reader = import_module("pyarrow.ipc").MessageReader.open_stream
+    packed, unpacked = file.size(), 0
+    file.seek(start)
+    messages = reader(file)
+    while True:
+        try:
+            message = messages.read_next_message()
+        except StopIteration:
+            break
+        body = memoryview(message.body) if message.body is not None else memoryview(b"")
+        try:
+            for offset, length in _packed_buffers(bytes(message.metadata)):
+                if length >= 8 and offset + 8 <= len(body):
+                    unpacked += max(0, struct.unpack_from("<q", body, offset)[0])
+        except (struct.error, IndexError):
+            raise DataError(
+                f"{shown}: the arrow data is damaged: a message without its frame. Export it anew."
+            ) from None
+        if unpacked > unpacked_limit(packed):
+            raise unpacks_too_far(shown, packed, unpacked)
+
+
+def _packed_buffers(metadata: bytes) -> list[tuple[int, int]]:
+    """Offset and length of the compressed buffers that a message names; each begins with its unpacked size.
+
+    Source: Message.fbs and the FlatBuffers layout, https://arrow.apache.org/docs/format/Columnar.html
+    """
+
+    def field(table: int, index: int) -> int:
+        """Place of a table's field, 0 where it has its default."""
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        if 4 + 2 * index >= struct.unpack_from("<H", metadata, vtable)[0]:
+            return 0
+        offset = struct.unpack_from("<H", metadata, vtable + 4 + 2 * index)[0]
+        return table + int(offset) if offset else 0
+
+    def follow(place: int) -> int:
+        return place + int(struct.unpack_from("<I", metadata, place)[0])
+
+    message = follow(0)
+    kind, header = field(message, 1), field(message, 2)
+    if not kind or not header or metadata[kind] not in (_DICTIONARY_BATCH, _RECORD_BATCH):
+        return []
+    batch = follow(header)
+    if metadata[kind] == _DICTIONARY_BATCH:
+        batch = follow(field(batch, 1))
+    buffers, compression = field(batch, 2), field(batch, 3)
+    if not buffers or not compression:
+        return []
+    vector = follow(buffers)
+    count = struct.unpack_from("<I", metadata, vector)[0]
+    return [struct.unpack_from("<qq", metadata, vector + 4 + 16 * index) for index in range(count)]
+
+
+def weight(batch: Any) -> int:
+    """Returns the bytes of a record batch's values, as if none was shared.
+
+    Raises:
+        DataError: A column is of a type that is not read.
+    """
+    return sum(map(_weight, batch.columns))
+
+
+def values(batch: Any, before: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yields the rows of a record batch, and about how many bytes each has, as many at a time as the limit of a row allows.
+
+    Args:
+        batch: `pyarrow.RecordBatch`.
+        before: Rows of the file before it.
+
+    Raises:
+        RowTooLarge: A row is larger than the limit.
+        DataError: A column is of a type that repeats values by reference.
+    """
+    size = weight(batch)
+    if size <= row_limit():
+        share = size // max(1, batch.num_rows)
+        for row in batch.to_pylist():
+            yield row, share
+    elif batch.num_rows == 1:
+        raise RowTooLarge(f"row {before + 1}")
+    else:
+        half = batch.num_rows // 2
+        yield from values(batch.slice(0, half), before)
+        yield from values(batch.slice(half), before + half)
+
+
+def _weight(array: Any) -> int:
+    """Bytes of the values, each with `_EACH` for itself, as if none was shared."""
+    arrow = import_module("pyarrow")
+    types, kind, count = arrow.types, array.type, len(array)
+    if isinstance(array, arrow.ExtensionArray):
+        return _weight(array.storage)
+    if types.is_dictionary(kind):
+        found = array.indices.value_counts()
+        used, counts = array.dictionary.take(found.field("values")), found.field("counts").to_pylist()
+        return sum(many * _weight(used.slice(index, 1)) for index, many in enumerate(counts))
+    if types.is_struct(kind):
+        return _EACH * count + sum(_weight(array.field(index)) for index in range(kind.num_fields))
+    if types.is_map(kind) or types.is_list(kind) or types.is_large_list(kind):
+        if not count:
+            return 0
+        first, last = array.offsets[0].as_py(), array.offsets[count].as_py()
+        inner = [array.keys, array.items] if types.is_map(kind) else [array.values]
+        return _EACH * count + sum(_weight(part.slice(first, last - first)) for part in inner)
+    if types.is_fixed_size_list(kind):
+        return _EACH * count + _weight(array.values.slice(array.offset * kind.list_size, count * kind.list_size))
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # views of one text count as often as they show it
+        return _EACH * count + sum(len(text) for value in array if (text := value.as_buffer()) is not None)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+        return _EACH * count + int(array.nbytes)
+    if types.is_primitive(kind) or types.is_null(kind) or types.is_fixed_size_binary(kind) or types.is_decimal(kind):
+        return _EACH * count + int(array.nbytes)
+    raise DataError(
+        f"a column of type {kind} cannot be read: cast it to string, or to a list of structs, and export anew."
+    )

@@ -1,0 +1,1 @@
+"""The files that processes and stores exchange, as types without ML imports: fields, bounds, reading and writing."""

@@ -1,0 +1,173 @@
+"""Metrics events of a run: one in a few words, and the curves that they make. Knows names of metrics, no trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_SHOWN = (
+    ("loss", "loss {:.3f}"),
+    ("rewards/margins", "margin {:.2f}"),
+    ("rewards/accuracies", "accuracy {:.2f}"),
+    ("tokens_per_s", "{:.0f} tokens/s"),
+)
+_SHOWN_WITHOUT_REWARDS = (
+    ("loss", "loss {:.3f}"),
+    ("mean_token_accuracy", "token accuracy {:.2f}"),
+    ("tokens_per_s", "{:.0f} tokens/s"),
+)
+
+
+def progress_line(event: Mapping[str, Any]) -> str:
+    """A `train` or `eval` event as the line of the log: `step 30/120 loss 0.412 margin 1.10 … 4 min left`."""
+    prefix = "eval_" if event["kind"] == "eval" else ""
+    shown = _SHOWN if f"{prefix}rewards/margins" in event else _SHOWN_WITHOUT_REWARDS
+    words = [f"{'validation at step' if prefix else 'step'} {event['step']}/{event['total_steps']}"]
+    for name, form in shown:
+        value = event.get(prefix + name)
+        if value is not None:
+            words.append(form.format(value))
+    left = event.get("seconds_left")
+    if left is not None and event["step"] < event["total_steps"]:
+        words.append(f"{duration(left)} left")
+    return " ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that fit an estimate: `40 s`, `4 min`, `2 h 10 min`, `3 d 4 h`."""
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+_UNDECIDED = {"sigmoid": math.log(2), "sigmoid_norm": math.log(2)}
+"""Loss of a pair at margin 0, by loss type: known even where the first step was not seen, as in a resumed run."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One `train` or `eval` event.
+
+    Attributes:
+        step: Optimizer steps done.
+        steps: Steps that a training point is the mean of.
+        epoch: Passes over the data done.
+        loss, margin, accuracy, chosen, rejected: As logged; None when missing or no finite number.
+        token_accuracy: Share of answer tokens that are ranked first.
+        grad_norm: Of the step itself.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float | None
+    margin: float | None
+    accuracy: float | None
+    chosen: float | None
+    rejected: float | None
+    token_accuracy: float | None
+    grad_norm: float | None
+
+
+@dataclass
+class Curves:
+    """A run as far as its events go.
+
+    Attributes:
+        start: The last `start` event: sizes and the hyperparameters that advice speaks of.
+        train, validation: Points in order of steps. What a resumed run did again is there once.
+    """
+
+    start: dict[str, Any] = field(default_factory=dict)
+    train: list[Point] = field(default_factory=list)
+    validation: list[Point] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Iterable[Mapping[str, Any]]) -> Curves:
+        """Reads metrics events in the order in which they were written."""
+        curves = cls()
+        for event in events:
+            curves.add(event)
+        return curves
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Takes one more event; kinds other than `start`, `train` and `eval` say nothing here."""
+        kind = event["kind"]
+        if kind == "start":
+            self.start = dict(event)
+            self.train = [point for point in self.train if point.step <= event["step"]]
+            self.validation = [point for point in self.validation if point.step <= event["step"]]
+        elif kind == "train":
+            before = self.train[-1].step if self.train else self.start.get("step", 0)
+            self.train.append(_point(event, "", max(1, event["step"] - before)))
+        elif kind == "eval":
+            self.validation.append(_point(event, "eval_", 0))
+
+    @property
+    def is_dpo(self) -> bool:
+        """Whether answers are compared in pairs, so that margins and accuracies exist."""
+        return bool(self.start.get("strategy", "dpo") == "dpo")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are scored against a reference: then rewards exist, and no part of the loss is there to stay."""
+        return self.is_dpo or self.start.get("strategy") == "kto"
+
+    @property
+    def steps(self) -> int:
+        return self.train[-1].step if self.train else 0
+
+    @property
+    def first_loss(self) -> float | None:
+        """The training loss before anything was learned."""
+        if self.is_dpo and self.start.get("loss_type", "sigmoid") in _UNDECIDED:
+            return _UNDECIDED[self.start.get("loss_type", "sigmoid")]
+        if self.has_reference:
+            return next((point.loss for point in self.train if point.loss is not None), None)
+        # One batch of answers says little about the level: SFT begins with what the first tenth shows.
+        early = [point for point in self.train if point.step <= max(1, self.steps / 10)]
+        return mean(early or self.train[:1], "loss")
+
+    def last(self, share: float = 0.25) -> list[Point]:
+        """The training points of the last `share` of the steps, at least one."""
+        return [point for point in self.train if point.step > self.steps * (1 - share)]
+
+    def around(self, step: int) -> list[Point]:
+        """The training points next to a step, before it and after it, a sixteenth of the run each way at least."""
+        reach = max(self.steps / 16, min((abs(point.step - step) for point in self.train), default=0))
+        return [point for point in self.train if abs(point.step - step) <= reach]
+
+
+def mean(points: Sequence[Point], name: str) -> float | None:
+    """The mean of a value over the steps that the points stand for; None where no point has it."""
+    known = [(getattr(point, name), max(1, point.steps)) for point in points if getattr(point, name) is not None]
+    weight = sum(steps for _, steps in known)
+    return sum(value * steps for value, steps in known) / weight if known else None
+
+
+def _point(event: Mapping[str, Any], prefix: str, steps: int) -> Point:
+    def number(name: str) -> float | None:
+        value = event.get(prefix + name)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    return Point(
+        step=event["step"],
+        steps=steps,
+        epoch=float(event.get("epoch") or 0.0),
+        loss=number("loss"),
+        margin=number("rewards/margins"),
+        accuracy=number("rewards/accuracies"),
+        chosen=number("rewards/chosen"),
+        rejected=number("rewards/rejected"),
+        token_accuracy=number("mean_token_accuracy"),
+        grad_norm=number("grad_norm"),
+    )

@@ -1,0 +1,417 @@
+"""The same front for every engine: token, limits, model names and list, form of errors. A plain ASGI middleware; knows no engine.
+
+An engine constructs it as `Gateway(app)` in its own process; what to serve then comes from the spec file that the environment
+variable `PALATE_SERVE_SPEC` names, the token from `PALATE_ACCESS_TOKEN`. Everything but `GET /health` needs the token.
+Each JSON request is made to name one of the service's models: aliases become the engine's names, a missing name becomes the
+tuned model (vLLM would take the base model), an unknown one is answered with 404. Answers pass through untouched; errors
+that lack OpenAI's form are given it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from palate_recipes.specs.serve import (
+    ACTIVITY_PATH,
+    BODY_LIMIT_BYTES,
+    CHALLENGE_HEADER,
+    HEALTH_PATH,
+    PROBE_HEADER,
+    TOKEN_VARIABLE,
+    TUNED_MODEL,
+    ServeSpec,
+    token_proof,
+)
+
+SPEC_VARIABLE = "PALATE_SERVE_SPEC"
+
+BODIES_LIMIT_BYTES = 8 * BODY_LIMIT_BYTES
+"""Of all requests that are being answered at one time."""
+
+_ERROR_LIMIT_BYTES = 64 * 1024
+"""What is read of an error that lacks OpenAI's form; a longer one passes as it is."""
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Activity:
+    """What the engine has been asked for lately. One per process: a model's own hooks report to it as well."""
+
+    def __init__(self) -> None:
+        self._answering = 0
+        self._asked_at = self._moved_at = time.monotonic()
+
+    def begin(self) -> None:
+        """A request for an answer has begun."""
+        self._answering += 1
+        self.moved()
+
+    def end(self) -> None:
+        """A request for an answer is over."""
+        self._answering -= 1
+        self._asked_at = time.monotonic()
+        self.moved()
+
+    def moved(self) -> None:
+        """The engine has made a token, sent a piece of an answer, or finished one."""
+        self._moved_at = time.monotonic()
+
+    def facts(self) -> dict[str, float]:
+        """Returns requests being answered, seconds without a request, and seconds in which none of them has moved."""
+        now = time.monotonic()
+        return {
+            "answering": self._answering,
+            "idle_s": 0.0 if self._answering else now - self._asked_at,
+            "still_s": now - self._moved_at if self._answering else 0.0,
+        }
+
+
+ACTIVITY = Activity()
+
+
+class Gateway:
+    """ASGI middleware around an OpenAI-compatible app that knows the models `default` and maybe `base`."""
+
+    def __init__(
+        self, app: App, *, spec: ServeSpec | None = None, token: str | None = None, activity: Activity = ACTIVITY
+    ) -> None:
+        """Wraps the app; spec and token come from the environment unless they are given."""
+        self._app = app
+        spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
+        self._token = (token or os.environ[TOKEN_VARIABLE]).encode()
+        self._engine_names = {name: TUNED_MODEL if name == spec.service_name else name for name in spec.models}
+        created = int(time.time())
+        self._cards = {
+            name: {"id": name, "object": "model", "created": created, "owned_by": "palate", "root": target}
+            for name, target in self._engine_names.items()
+        }
+        self._activity = activity
+        self._held_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket" and not self._has_token(scope["headers"]):
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path, headers = scope["method"], scope["path"], scope["headers"]
+        if method == "GET" and path == HEALTH_PATH:
+            if challenge := _header(headers, CHALLENGE_HEADER.encode()):
+                await self._prove(scope, challenge.decode("latin-1"), send)
+            else:
+                await self._pass_on(scope, receive, send)
+        elif not self._has_token(headers):
+            await _refuse(send)
+        elif path == "/v1/models" or path.startswith("/v1/models/"):
+            await self._models(method, path, send)
+        elif path == ACTIVITY_PATH:
+            await _answer(send, 200, self._activity.facts())
+        elif method in {"GET", "HEAD", "OPTIONS"}:
+            await self._pass_on(scope, receive, send)
+        else:
+            await self._post(scope, receive, send)
+
+    def _has_token(self, headers: Headers) -> bool:
+        scheme, _, given = _header(headers, b"authorization").partition(b" ")
+        return scheme.lower() == b"bearer" and secrets.compare_digest(given.strip(), self._token)
+
+    async def _prove(self, scope: Scope, challenge: str, send: Send) -> None:
+        """Answers a client that wants to know, before it sends the token, whether the service knows it."""
+        if not re.fullmatch(r"[0-9a-f]{32,128}", challenge):
+            await _complain(send, 400, f"The header {CHALLENGE_HEADER} must have 32 to 128 hexadecimal digits.")
+            return
+        port = (scope.get("server") or ("", 0))[1]
+        await _answer(send, 200, {"proof": token_proof(self._token, challenge, port=port)})
+
+    async def _models(self, method: str, path: str, send: Send) -> None:
+        name = path.removeprefix("/v1/models").removeprefix("/")
+        if method not in {"GET", "HEAD"}:
+            message = f"{path} does not allow {method}: it allows GET."
+            await _complain(send, 405, message, headers=[(b"allow", b"GET, HEAD"), _CLOSE])
+        elif not name:
+            await _answer(send, 200, {"object": "list", "data": list(self._cards.values())})
+        elif name in self._cards:
+            await _answer(send, 200, self._cards[name])
+        else:
+            await self._unknown(send, name)
+
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request with a body on, a JSON one with the engine's name for the model that it asks for."""
+        body = _Body(receive, self)
+        try:
+            content = await body.whole(claimed=_header(scope["headers"], b"content-length"))
+            if content is None:
+                return
+            if _is_json(scope["headers"]):
+                named = await self._named(scope, content, send)
+                if named is None:
+                    return
+                scope, content = named
+            await self._counted(scope, _replay(content, receive), send)
+        except _Refused as refused:
+            await _complain(send, refused.status, str(refused), headers=[_CLOSE])
+        finally:
+            self._held_bytes -= body.size
+
+    async def _named(self, scope: Scope, content: bytes, send: Send) -> tuple[Scope, bytes] | None:
+        """Returns the request as the engine is to see it; None when its model is unknown, which has been answered then."""
+        try:
+            request = json.loads(content)
+        except (ValueError, RecursionError):
+            request = None  # the engine words its own complaint
+        if isinstance(request, dict):
+            wanted = request.get("model") or TUNED_MODEL
+            target = self._engine_names.get(wanted) if isinstance(wanted, str) else None
+            if target is None:
+                await self._unknown(send, wanted)
+                return None
+            if request.get("model") != target:
+                content = json.dumps({**request, "model": target}).encode()
+                scope = {**scope, "headers": _with_length(scope["headers"], len(content))}
+        return scope, content
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on a request for an answer, and notes that it was made."""
+        if _header(scope["headers"], PROBE_HEADER.encode()):
+            # An answer counts as movement; a probe whose sender gave up does not.
+            await self._pass_on(scope, receive, send)
+            return
+        self._activity.begin()
+        try:
+            await self._pass_on(scope, receive, send)
+        finally:
+            self._activity.end()
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = _Answer(send, self._activity, has_body=scope["method"] != "HEAD")
+        try:
+            await self._app(scope, receive, answer.send)
+        except Exception:
+            if not answer.started:
+                await _complain(send, 500, "The engine failed with an error of its own; its log has it.")
+            raise  # the server around logs it
+        await answer.finish()
+
+    async def _unknown(self, send: Send, wanted: object) -> None:
+        message = f"The model `{wanted}` does not exist. This service has: {', '.join(self._engine_names)}."
+        await _complain(send, 404, message, param="model")
+
+    def hold(self, size: int) -> None:
+        """Counts bytes of a body that a request holds; raises _Refused when all together hold too many."""
+        self._held_bytes += size
+        if self._held_bytes > BODIES_LIMIT_BYTES:
+            raise _Refused(
+                503, f"The requests being answered hold more than {BODIES_LIMIT_BYTES} bytes. Try again later."
+            )
+
+
+def error_body(message: str, *, kind: str, param: str | None, code: int | str) -> dict[str, Any]:
+    """Returns an error as OpenAI clients and vLLM word it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_kind(status: int) -> str:
+    """Returns what vLLM calls errors of an HTTP status, such as `NotFoundError`."""
+    if status in _KINDS:
+        return _KINDS[status]
+    try:
+        return HTTPStatus(status).phrase.replace(" ", "").replace("-", "") + "Error"
+    except ValueError:
+        return "BadRequestError" if status < 500 else "InternalServerError"
+
+
+_KINDS = {
+    400: "BadRequestError",
+    401: "invalid_request_error",
+    404: "NotFoundError",
+    422: "UnprocessableEntityError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+_CLOSE = (b"connection", b"close")
+"""With an answer to a request whose body was not read: the rest of it would be taken for the next request."""
+
+
+class _Refused(Exception):
+    """A request that goes no further, with the HTTP status of its answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Body:
+    """A request's body, held to its limits of size."""
+
+    def __init__(self, receive: Receive, front: Gateway) -> None:
+        self._receive = receive
+        self._front = front
+        self.size = 0
+
+    async def whole(self, *, claimed: bytes) -> bytes | None:
+        """Returns all of it, or None when the client left before its end.
+
+        Args:
+            claimed: Its length as the headers have it; too large a one is refused before any of it is read.
+
+        Raises:
+            _Refused: It is too large, alone or with those of other requests.
+        """
+        if claimed.isdigit() and int(claimed[:20]) > BODY_LIMIT_BYTES:
+            raise _too_large()
+        parts: list[bytes] = []
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            self.size += len(parts[-1])
+            self._front.hold(len(parts[-1]))
+            if self.size > BODY_LIMIT_BYTES:
+                raise _too_large()
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+def _too_large() -> _Refused:
+    return _Refused(413, f"The request's body is larger than {BODY_LIMIT_BYTES} bytes. Send less at a time.")
+
+
+class _Answer:
+    """Passes an app's answer on as it comes; an error without OpenAI's form is held back until it is whole, and given it."""
+
+    def __init__(self, send: Send, activity: Activity, *, has_body: bool) -> None:
+        self._send = send
+        self._activity = activity
+        self._has_body = has_body
+        self._held: Message | None = None
+        self._content = b""
+        self.started = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        self._activity.moved()
+        # No coroutine of its own for each piece of a stream: it would cost as much as the piece.
+        return self._send(message) if self.started else self._begin(message)
+
+    async def _begin(self, message: Message) -> None:
+        if self._held is None:
+            if message["type"] == "http.response.start" and message["status"] >= 400 and self._has_body:
+                self._held = message
+                return
+            self.started = True
+            await self._send(message)
+            return
+        self._content += message.get("body", b"")
+        if not message.get("more_body", False) or len(self._content) > _ERROR_LIMIT_BYTES:
+            await self._release(more=message.get("more_body", False))
+
+    async def finish(self) -> None:
+        """Sends what is still held back."""
+        if self._held is not None:
+            await self._release(more=False)
+
+    async def _release(self, *, more: bool) -> None:
+        assert self._held is not None
+        start, content, self._held = self._held, self._content, None
+        if not more:
+            content = in_openai_form(start["status"], content)
+            kept = [(k, v) for k, v in _with_length(start["headers"], len(content)) if k.lower() != b"content-type"]
+            start = {**start, "headers": [*kept, (b"content-type", b"application/json")]}
+        self.started = True
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": content, "more_body": more})
+
+
+def in_openai_form(status: int, content: bytes) -> bytes:
+    """Returns the body of an error in the form that OpenAI clients read; one that has the form already is left as it is."""
+    try:
+        said = json.loads(content)
+    except ValueError:
+        said = content.decode(errors="replace").strip()
+    if isinstance(said, dict):
+        error = said.get("error")
+        if isinstance(error, dict) and "message" in error:
+            return content
+        said = error or said.get("detail") or said.get("message") or said.get("reason") or said
+    param = None
+    if isinstance(said, list):  # pydantic's list of what is wrong where
+        places = [".".join(str(part) for part in item.get("loc", ())[1:]) for item in said if isinstance(item, dict)]
+        param = next(filter(None, places), None)
+        said = "; ".join(
+            f"{place}: {item.get('msg', item)}" if place else str(item.get("msg", item))
+            for place, item in zip(places, (item for item in said if isinstance(item, dict)), strict=True)
+        )
+    message = said if isinstance(said, str) and said else json.dumps(said) if said else _phrase(status)
+    return json.dumps(error_body(message, kind=error_kind(status), param=param, code=status)).encode()
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return f"status {status}"
+
+
+async def _refuse(send: Send) -> None:
+    message = "The request carries no valid token. Send the service's token as `Authorization: Bearer TOKEN`."
+    error = error_body(message, kind=error_kind(401), param=None, code="invalid_api_key")
+    await _answer(send, 401, error, (b"www-authenticate", b"Bearer"), _CLOSE)
+
+
+async def _complain(
+    send: Send, status: int, message: str, *, param: str | None = None, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    await _answer(send, status, error_body(message, kind=error_kind(status), param=param, code=status), *headers)
+
+
+async def _answer(send: Send, status: int, content: object, *headers: tuple[bytes, bytes]) -> None:
+    body = json.dumps(content).encode()
+    fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Returns a receive that gives the body once and then what the server says, so that a disconnect still arrives."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _header(headers: Headers, name: bytes) -> bytes:
+    return next((value for key, value in headers if key.lower() == name), b"")
+
+
+def _is_json(headers: Headers) -> bool:
+    content_type = _header(headers, b"content-type").lower()
+    return not content_type or b"json" in content_type
+
+
+def _with_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
+    # A body of known length is no longer chunked.
+    kept = [(k, v) for k, v in headers if k.lower() not in {b"content-length", b"transfer-encoding"}]
+    return [*kept, (b"content-length", str(length).encode())]

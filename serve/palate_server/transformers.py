@@ -1,0 +1,186 @@
+"""The engine of last resort: `transformers serve`'s own app over the tuned and the base model. The only module that imports torch.
+
+Run as a program by the server, never imported by it. An adapter is merged into its base first, in the base's own type. The
+app asks for models by name; a folder of links named `default` and `base` turns those names into folders, so that responses
+carry the names and no request can make it load anything else. What a plain client would notice of the difference to vLLM is
+evened out: max_completion_tokens, sampling by default, the context limit, `[DONE]` at the end of a stream, the form of errors.
+What stays: logprobs, n and response_format are ignored, unknown fields refused with 422, and one model answers one request at
+a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+
+from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, ServeSpec
+from palate_server.gateway import ACTIVITY, Gateway
+from palate_server.listener import serve_on, take_listener
+
+_CLOSE_S = 3
+"""Seconds that open requests have to finish after SIGTERM."""
+
+
+def merge(base_dir: str, adapter_dir: str, merged_dir: str) -> None:
+    """Writes the base model with the adapter merged into it, in the type of the base's weights.
+
+    A base that is stored quantised is taken out of it first: a sum rounded to 4 or 8 bits would lose most of the adapter.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto")
+    quantised = getattr(base, "hf_quantizer", None) is not None
+    if quantised:
+        base = base.dequantize()
+    merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(merged_dir, save_original_format=not quantised)
+
+
+def begin_merge(spec: ServeSpec, merged_dir: Path) -> BaseProcess | None:
+    """Starts merging, if there is an adapter, in a process of its own: what it took is given back before serving begins."""
+    if spec.base_model_dir is None:
+        return None
+    shutil.rmtree(merged_dir, ignore_errors=True)
+    paths = (spec.base_model_dir, spec.model_dir, str(merged_dir))
+    merging = multiprocessing.get_context("spawn").Process(target=merge, args=paths)
+    merging.start()
+    return merging
+
+
+def link_models(spec: ServeSpec, merged_dir: Path, links: Path) -> None:
+    """Makes a folder whose entries are named like the models and lead to full weights."""
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir()
+    if spec.base_model_dir is None:
+        (links / TUNED_MODEL).symlink_to(spec.model_dir)
+    else:
+        (links / TUNED_MODEL).symlink_to(merged_dir)
+        (links / BASE_MODEL).symlink_to(spec.base_model_dir)
+
+
+def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
+    """Returns transformers' serving app, limited to the models that are links in the current folder. Loads none yet."""
+    from transformers import AutoTokenizer
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.transcription import TranscriptionHandler
+    from transformers.cli.serving.utils import GenerationState
+
+    names = [TUNED_MODEL, *([BASE_MODEL] if spec.base_model_dir else [])]
+
+    class LinkedModels(ModelManager):  # type: ignore[misc]
+        """Loads the models behind the links, with the tuned model's tokenizer, and nothing else."""
+
+        def process_model_name(self, model_id: str) -> str:
+            if model_id not in names:
+                raise HTTPException(404, f"The model `{model_id}` does not exist.")
+            return model_id
+
+        def _load_model(self, name: str, *args: Any, **options: Any) -> Any:
+            model = super()._load_model(f"{name}@main", *args, **options)
+            model.register_forward_hook(lambda *_: ACTIVITY.moved())  # each token of an answer is a sign of life
+            return model
+
+        def _load_processor(self, name: str, gguf_file: str | None = None) -> Any:
+            return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+    class LikeVllm:
+        """Mixin over transformers' handlers that evens out what a plain OpenAI client would notice."""
+
+        def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> Any:
+            if body.get("max_tokens") is None and body.get("max_completion_tokens") is not None:
+                body = {**body, "max_tokens": body["max_completion_tokens"]}
+            config = super()._build_generation_config(body, *args, **options)  # type: ignore[misc]
+            config.do_sample = body.get("temperature") != 0
+            if config.top_k is None:
+                config.top_k = 0  # generate() would otherwise take 50
+            return config
+
+        async def _non_streaming(self, *args: Any, **options: Any) -> Any:
+            _limit(args[4], args[5], spec.max_model_len)
+            return await super()._non_streaming(*args, **options)  # type: ignore[misc]
+
+        def _streaming(self, *args: Any, **options: Any) -> Any:
+            _limit(args[4], args[5], spec.max_model_len)
+            response = super()._streaming(*args, **options)  # type: ignore[misc]
+            response.body_iterator = _then_done(response.body_iterator)
+            return response
+
+    class Chat(LikeVllm, ChatCompletionHandler):  # type: ignore[misc]
+        pass
+
+    class Completion(LikeVllm, CompletionHandler):  # type: ignore[misc]
+        pass
+
+    models = LinkedModels(dtype=dtype, model_timeout=-1)
+    state = GenerationState()
+    app: FastAPI = build_server(
+        models,
+        Chat(models, state),
+        completion_handler=Completion(models, state),
+        response_handler=ResponseHandler(models, state),
+        transcription_handler=TranscriptionHandler(models, state),
+        generation_state=state,
+    )
+
+    app.add_middleware(Gateway)
+    return app
+
+
+def _limit(inputs: Any, config: Any, max_model_len: int | None) -> None:
+    """Keeps prompt and answer within the context, as vLLM does: a longer prompt is refused, a longer answer cut."""
+    if max_model_len is None:
+        return
+    prompt = inputs["input_ids"].shape[-1]  # (1, tokens)
+    if prompt >= max_model_len:
+        raise HTTPException(
+            400,
+            f"The prompt has {prompt} tokens; this service's context is {max_model_len} tokens. Shorten it.",
+        )
+    config.max_new_tokens = min(config.max_new_tokens, max_model_len - prompt)
+
+
+async def _then_done(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for event in events:
+        yield event
+    yield "data: [DONE]\n\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m palate_server.transformers", description=__doc__)
+    parser.add_argument("spec_file", type=Path)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer, for all models")
+    options = parser.parse_args()
+    listener = take_listener()
+    spec = ServeSpec.read(options.spec_file)
+    merged_dir, links = Path(spec.work_dir) / "merged", Path(spec.work_dir) / "models"
+    merging = begin_merge(spec, merged_dir)
+    # Its imports take seconds, so they happen while the merge runs.
+    app = build_app(spec, dtype=options.dtype, tokenizer_dir=options.tokenizer)
+    if merging is not None:
+        merging.join()
+        if merging.exitcode != 0:
+            sys.exit(f"error: merging {spec.model_dir} into {spec.base_model_dir} failed, as said above")
+    link_models(spec, merged_dir, links)
+    os.chdir(links)
+    serve_on(listener)
+    uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_S)).run()
+
+
+if __name__ == "__main__":
+    main()

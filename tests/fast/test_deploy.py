@@ -1,0 +1,133 @@
+"""One service, one name: who gets it when several want it at once. Over a backend that starts nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate import Session
+from palate.backends import EngineStatus
+from palate.backends.process import ProcessBackend
+from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
+from palate.errors import ConfigurationError, NameTakenError
+from palate.runs.record import TOKEN_KEY, Manifest, Record
+from palate.store import Store
+from tests.support.stores import empty_store
+
+RACERS = 6
+
+
+class NothingStarts(ProcessBackend):
+    """Says that what it was told to start runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = 0
+
+    def start(self, launch: Any) -> str:
+        self.started += 1
+        return "nothing"
+
+    def of_run(self, uri: str) -> NothingStarts:
+        return self
+
+    def status(self, engine_id: str) -> EngineStatus:
+        return EngineStatus("running")
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, home: Path, tmp_path: Path) -> Store:
+    return empty_store(request.param, request, tmp_path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ServedModel:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x")
+    return ServedModel(model={"name": "m", "source": {"kind": "folder", "location": str(folder)}})
+
+
+def deploy(store: Store, backend: NothingStarts, model: ServedModel, **options: Any) -> Record:
+    session = Session(store=store.root, backend=backend)
+    session._store = store
+    start_service(session, service_name="svc", served=model, options=options, wait=False)
+    return Record(store, "services", "svc")
+
+
+def race(act: Callable[[int], object]) -> list[Exception]:
+    """Lets all begin at once; returns what went wrong for those who lost."""
+    ready, failures = threading.Barrier(RACERS), []
+
+    def run(number: int) -> None:
+        ready.wait()
+        try:
+            act(number)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(RACERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
+
+
+@pytest.mark.parametrize("round_", range(4))
+@pytest.mark.parametrize("is_new", [False, True], ids=["failed", "new"])
+def test_one_of_several_deploys_gets_the_name(store: Store, model: ServedModel, is_new: bool, round_: int) -> None:
+    record = Record(store, "services", "svc")
+    if not is_new:
+        record.create(Manifest(kind="serve", name="svc", backend="process", body={"options": {}}))
+        record.append("logs", 1, b"of the failed start\n")
+        record.advance("Failed", expect={"Creating"}, reason="once")
+    backends = [NothingStarts() for _ in range(RACERS)]
+    failures = race(lambda number: deploy(store, backends[number], model, max_model_len=100 + number))
+    assert len(failures) == RACERS - 1
+    for failure in failures:
+        assert isinstance(failure, NameTakenError)
+        assert "service name 'svc'" in str(failure)
+    assert sum(backend.started for backend in backends) == 1
+    winner = next(number for number, backend in enumerate(backends) if backend.started)
+    assert record.manifest().body["options"]["max_model_len"] == 100 + winner
+    assert record.status().state == "Creating"
+    assert len(store.get(record.key(TOKEN_KEY))) >= 32
+    assert list(record.log_lines()) == []
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_a_service_of_a_script_has_an_idle_time_to_live(store: Store, model: ServedModel) -> None:
+    backend = NothingStarts()
+    assert deploy(store, backend, model).manifest().body["idle_time_to_live_s"] == IDLE_TIME_TO_LIVE_S == 12 * 3600
+    Record(store, "services", "svc").delete()
+    record = deploy(store, backend, model, idle_time_to_live_s=None, time_to_live_s=60)
+    assert (record.manifest().body["idle_time_to_live_s"], record.manifest().body["time_to_live_s"]) == (None, 60)
+    for options in (
+        {"idle_time_to_live_s": 0},
+        {"idle_time_to_live_s": "1"},
+        {"time_to_live_s": None},
+        {"hang_after_s": 0},
+        {"time_to_live_s": float("inf")},
+        {"start_timeout_s": float("nan")},
+    ):
+        with pytest.raises(ConfigurationError, match=next(iter(options))):
+            deploy(store, backend, model, **options)
+    with pytest.raises(ConfigurationError, match="--middleware"):
+        deploy(store, backend, model, engine_args=["--middleware", "x.Y"])
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+@pytest.mark.parametrize("host", ["", "host.invalid", "203.0.113.1", "a\0b", "127.0.0.1 "])
+def test_a_host_that_cannot_be_bound_is_refused_before_anything_is_written(
+    store: Store, model: ServedModel, host: str
+) -> None:
+    """An empty one above all: to a socket it means every address of the machine."""
+    with pytest.raises(ConfigurationError, match=r"host.*127\.0\.0\.1"):
+        deploy(store, NothingStarts(), model, host=host)
+    assert not Record(store, "services", "svc").exists()

