@@ -278,8 +278,9 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
     from palate_recipes.hyperparameters import DeviceFacts, resolve
     from palate_recipes.specs.train import TrainSpec
     from palate_trainer.fast.forward import completion_tokens_only
-    from palate_trainer.model import load_model, load_tokenizer
+    from palate_trainer.model import load_model
     from palate_trainer.reference_scores import ReferenceScores
+    from palate_trainer.tokenize import load_tokenizer
     from palate_trainer.trainers import build_trainer
 
     given = {

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from palate.runs.record import check_fields, parse_object
 from palate.store import Store
 from palate.store.local import walk
 from palate_recipes.errors import DamagedFilesError
+from palate_recipes.specs.run import check_fields, parse_object
 
 DIGESTS_FILE = "digests.json"
 """In a job's `model/`, written last."""

@@ -14,9 +14,10 @@ from palate.backends import PlacementRequest
 from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.runs.handle import RunHandle
-from palate.runs.record import TOKEN_KEY, Manifest, Record
+from palate.runs.record import TOKEN_KEY, Record
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, NameTakenError
+from palate_recipes.specs.run import Manifest
 from palate_recipes.specs.serve import ServeSpec
 from palate_recipes.text import did_you_mean
 

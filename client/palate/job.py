@@ -13,10 +13,11 @@ from palate.checksums import read_model_digests
 from palate.common.utils import check_name
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
-from palate.runs.record import Manifest, Record, State, Status, events_once, locate
+from palate.runs.record import Record, events_once, locate
 from palate.session import Session, get_default_session
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
 from palate_recipes.specs.diagnose import Reading, read_run
+from palate_recipes.specs.run import Manifest, State, Status
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor, ServedModel

@@ -14,10 +14,11 @@ from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
-from palate.runs.record import TOKEN_KEY, Manifest, Record, State, Status
+from palate.runs.record import TOKEN_KEY, Record
 from palate.session import Session, get_default_session
 from palate.weights import WeightsSource, reachable_weights
 from palate_recipes.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
+from palate_recipes.specs.run import Manifest, State, Status
 
 if TYPE_CHECKING:
     import httpx

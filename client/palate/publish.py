@@ -32,8 +32,9 @@ from palate_recipes.errors import (
 )
 
 if TYPE_CHECKING:
-    from palate.runs.record import Manifest, Record, Status
+    from palate.runs.record import Record
     from palate.session import Session
+    from palate_recipes.specs.run import Manifest, Status
 
 
 def model_card(manifest: Manifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:

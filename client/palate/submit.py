@@ -16,7 +16,7 @@ from palate.common.utils import check_name, unique_name
 from palate.job import TrainingJob
 from palate.preflight import check_memory, check_trainer
 from palate.runs.handle import RunHandle
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
 from palate.session import Session
 from palate.sources.inputs import Input, PreferenceData, checked_inputs
 from palate.ui import note
@@ -25,6 +25,7 @@ from palate_recipes import __version__
 from palate_recipes.catalog import Model
 from palate_recipes.errors import ConfigurationError, NameTakenError, UnsupportedParameterError
 from palate_recipes.hyperparameters import Resolved
+from palate_recipes.specs.run import Manifest
 from palate_recipes.text import did_you_mean
 
 CHANNELS = ("train", "validation", CHANNEL)

@@ -1,4 +1,4 @@
-"""The trainer's errors, and what a library's exception means for the user, with a remedy. Knows exceptions, no run."""
+"""What an exception of a library means for the user, with a remedy. Knows exceptions, no run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The base model and its tokenizer from a folder, and the adapter's shape. Knows transformers and PEFT, no training loop."""
+"""The base model from a folder, and the adapter's shape. Knows transformers and PEFT, no data and no training loop."""
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from palate_recipes.errors import TrainerError
@@ -179,23 +178,3 @@ def _quantisation(spec: TrainSpec) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[spec.precision],
     )
-
-
-def load_tokenizer(model_dir: str) -> Any:
-    """The tokenizer, with a padding token (batches are masked, so the end-of-text token may stand in)."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainerError(f"{model_dir} has no usable tokenizer: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def stop_token_ids(model_dir: str) -> frozenset[int]:
-    """Tokens at which engines end an answer by the model's generation_config.json, which may be missing."""
-    path = Path(model_dir) / "generation_config.json"
-    if not path.is_file():
-        return frozenset()
-    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return frozenset(given if isinstance(given, list) else [] if given is None else [given])

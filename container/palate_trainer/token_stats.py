@@ -95,9 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     (path,) = argv or sys.argv[1:]
     spec = MeasureSpec.read(Path(path))
     try:
-        from palate_trainer.model import load_tokenizer, stop_token_ids
         from palate_trainer.template_probe import take_out_system_default
-        from palate_trainer.tokenize import Renderer
+        from palate_trainer.tokenize import Renderer, load_tokenizer, stop_token_ids
 
         tokenizer = load_tokenizer(spec.model_dir)
         renderer = Renderer(

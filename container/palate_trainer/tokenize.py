@@ -1,4 +1,4 @@
-"""Rows to token ids: prompts as serving renders them, answers cut to length, with a report. Knows the tokenizer, no model.
+"""A folder's tokenizer, and rows to token ids: prompts as serving renders them, answers cut to length. Knows no weights, no torch.
 
 A prompt's ids are those of its rendering alone, with the generation prompt: what an engine is given. An answer's ids are the
 rest of the rendering with it. Where no token merges across the boundary that is what TRL 1.16's own preparation gives (a test
@@ -8,14 +8,17 @@ made before a weight is loaded, so that every row that truncation would spoil is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import AutoTokenizer
 
 from palate_recipes.errors import DataError, TrainerError
 from palate_recipes.preferences.row import Message, Row
@@ -372,3 +375,23 @@ def _numbers(rows: list[int]) -> str:
     shown = ", ".join(str(row) for row in rows[:ROWS_NAMED])
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+
+
+def load_tokenizer(model_dir: str) -> Any:
+    """The tokenizer, with a padding token (batches are masked, so the end-of-text token may stand in)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainerError(f"{model_dir} has no usable tokenizer: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_token_ids(model_dir: str) -> frozenset[int]:
+    """Tokens at which engines end an answer by the model's generation_config.json, which may be missing."""
+    path = Path(model_dir) / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return frozenset(given if isinstance(given, list) else [] if given is None else [given])

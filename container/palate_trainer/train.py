@@ -98,10 +98,10 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
         from transformers import set_seed
 
         from palate_trainer.callbacks import StopRequested, StopSignal, log
-        from palate_trainer.model import check_model_dir, check_target_modules, load_tokenizer, stop_token_ids
+        from palate_trainer.model import check_model_dir, check_target_modules
         from palate_trainer.save import save_model
         from palate_trainer.template_probe import take_out_system_default
-        from palate_trainer.tokenize import Renderer, encode_pairs
+        from palate_trainer.tokenize import Renderer, encode_pairs, load_tokenizer, stop_token_ids
         from palate_trainer.trainers import build_trainer  # noqa: F401  # what a run needs is imported by here
         from palate_trainer.trainers.kto import balance_note
 

@@ -2,7 +2,7 @@
 
 vLLM 0.32 serves LoRA on linear layers; on embeddings and the output head for some architectures only, on norms never.
 
-The client reads it before it submits, the trainer before it loads: both see the same contradictions.
+The client reads an adapter_config.json before it submits, the trainer before it loads: both see the same contradictions.
 """
 
 from __future__ import annotations

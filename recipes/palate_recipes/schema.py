@@ -1,8 +1,7 @@
 """The hyperparameter schema: one row a name, with type, default, bounds, unit and meaning, and how a value is read.
 
-Knows types only: no names, no bounds. Every reader raises TypeError, ValueError or OverflowError.
-
-Knows one value at a time, never how values fit together or what a machine makes of them.
+Knows one value at a time, never how values fit together or what a machine makes of them. Every reader of a value raises
+TypeError, ValueError or OverflowError.
 """
 
 from __future__ import annotations

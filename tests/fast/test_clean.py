@@ -15,7 +15,8 @@ from palate import Session, TrainingJob
 from palate.backends import get_backend
 from palate.paths import stale_work_folders, work_folder
 from palate.runs.lease import LEASE_KEY, Lease
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
+from palate_recipes.specs.run import Manifest
 from tests.support.elsewhere import on_another_machine
 
 FAR = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)

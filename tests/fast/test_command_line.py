@@ -14,8 +14,9 @@ from typing import Literal
 import pytest
 
 from palate.errors import ConfigurationError
-from palate.runs.record import TOKEN_KEY, Manifest, Record
+from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
+from palate_recipes.specs.run import Manifest
 from palate_recipes.text import visible
 from tests.support.fronted import fronted_service
 
@@ -150,8 +151,9 @@ def test_an_error_is_one_message_on_stderr_and_exit_code_1(
 
 
 def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
-    from palate.runs.record import Manifest, Record
+    from palate.runs.record import Record
     from palate.store import open_store
+    from palate_recipes.specs.run import Manifest
 
     record = Record(open_store(home / "store"), "jobs", "done")
     record.create(Manifest(kind="train", name="done", backend="process", body={}, labels={}))

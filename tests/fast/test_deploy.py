@@ -14,8 +14,9 @@ from palate.backends import EngineStatus
 from palate.backends.process import ProcessBackend
 from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError
-from palate.runs.record import TOKEN_KEY, Manifest, Record
+from palate.runs.record import TOKEN_KEY, Record
 from palate.store import Store
+from palate_recipes.specs.run import Manifest
 from tests.support.stores import empty_store
 
 RACERS = 6

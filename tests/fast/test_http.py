@@ -15,8 +15,9 @@ import pytest
 from palate import Predictor, Session
 from palate.errors import DamagedFilesError, ServiceError
 from palate.http import _Challenge, async_http_client, is_loopback
-from palate.runs.record import TOKEN_KEY, Manifest, Record
+from palate.runs.record import TOKEN_KEY, Record
 from palate.store import Store, open_store
+from palate_recipes.specs.run import Manifest
 from tests.support.fronted import FrontedService, fronted_service
 from tests.support.seaweed import SeaweedServer
 

@@ -22,8 +22,9 @@ from palate.processes import process_state
 from palate.runner.heartbeat import Heartbeat, Tail
 from palate.runs.handle import RunHandle
 from palate.runs.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
-from palate.runs.record import LOST, Manifest, Record, events_once
+from palate.runs.record import LOST, Record, events_once
 from palate.store import Store
+from palate_recipes.specs.run import Manifest
 from tests.support.elsewhere import as_another_user, on_another_machine
 from tests.support.stores import empty_store
 

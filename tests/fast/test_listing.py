@@ -19,8 +19,9 @@ from palate import Predictor, Session, TrainingJob
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate.runs.clean import find_leftovers
 from palate.runs.list import RunFilter, find_runs
-from palate.runs.record import Manifest, Record, State
+from palate.runs.record import Record
 from palate.store import Store, open_store
+from palate_recipes.specs.run import Manifest, State
 from tests.support.seaweed import SeaweedServer
 
 HOUR_S = 3600.0

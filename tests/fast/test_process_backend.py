@@ -19,7 +19,8 @@ from palate.errors import ConfigurationError
 from palate.processes import start_time
 from palate.runs.handle import RunHandle
 from palate.runs.lease import LEASE_KEY, Lease
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
+from palate_recipes.specs.run import Manifest
 
 TIMEOUT_S = 20.0
 

@@ -73,6 +73,14 @@ def test_import_palate_alone_loads_next_to_nothing() -> None:
     assert ours.stdout.strip() == "['palate_recipes', 'palate']"
 
 
+def test_no_command_is_registered_twice() -> None:
+    from palate.cli import app
+
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert sorted(names) == sorted(set(names))
+    assert {"train", "deploy", "jobs", "models", "doctor", "run"} <= set(names)
+
+
 def test_the_public_names() -> None:
     assert set(palate.__all__) == {
         "ModelTrainingRecipe",

@@ -15,8 +15,9 @@ import pytest
 from palate import Session, TrainingJob
 from palate.checksums import DIGESTS_FILE, Checksums
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, NameTakenError
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
 from palate_recipes.errors import StoreDeniedError, StoreError, StoreUnreachableError
+from palate_recipes.specs.run import Manifest
 from tests.support.hub_models import ModelHub, running_model_hub
 
 pytest.importorskip("huggingface_hub")

@@ -15,9 +15,10 @@ from palate.runner import heartbeat
 from palate.runner.checkpoints import stage_last_checkpoint
 from palate.runner.child_process import LOG_TAIL_LINES, log_tail
 from palate.runner.heartbeat import Tail
-from palate.runs.record import ACTIVE, Manifest, Record, Status, events_once, locate, names
+from palate.runs.record import Record, events_once, locate, names
 from palate.store import Store
 from palate_recipes.specs.events import Curves
+from palate_recipes.specs.run import ACTIVE, Manifest, Status
 from palate_recipes.specs.train import COMPLETE_MARK
 from tests.support.stores import empty_store
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from palate.runs.lease import LEASE_SCHEMA, Lease
-from palate.runs.record import MANIFEST_SCHEMA, STATUS_SCHEMA, Manifest, Status
+from palate_recipes.specs.run import MANIFEST_SCHEMA, STATUS_SCHEMA, Manifest, Status
 from tests.support.schemas import validator
 
 

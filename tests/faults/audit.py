@@ -14,8 +14,9 @@ from typing import Any
 from palate.checksums import Checksums, read_model_digests
 from palate.errors import PalateError
 from palate.runs.lease import read_lease
-from palate.runs.record import Record, Status, events_once
+from palate.runs.record import Record, events_once
 from palate.store import Store
+from palate_recipes.specs.run import Status
 from tests.faults.run import Run
 from tests.faults.world import LEASE_S, STEPS
 

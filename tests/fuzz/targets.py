@@ -233,8 +233,9 @@ def _store(world: World, stack: ExitStack) -> None:
     from dataclasses import asdict
 
     from palate.runs.lease import Lease
-    from palate.runs.record import Manifest, Record, Status
+    from palate.runs.record import Record
     from palate.store import open_store
+    from palate_recipes.specs.run import Manifest, Status
 
     digests = {"schema": 1, "files": {"a.safetensors": {"bytes": 3, "sha256": "0" * 64}}}
     world["record"] = Record(open_store(world["folder"] / "store"), "jobs", "a-1")

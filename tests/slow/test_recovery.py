@@ -14,7 +14,8 @@ import pytest
 from palate import ModelTrainingRecipe, Session, TrainingJob, setup_default_session
 from palate.errors import DamagedFilesError, ServiceError, TrainingJobError
 from palate.runs.lease import read_lease
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
+from palate_recipes.specs.run import Manifest
 from tests.slow.conftest import processes_of, until
 from tests.support.gate import gate_to
 from tests.support.seaweed import SeaweedServer

@@ -9,8 +9,9 @@ import pytest
 from palate import Session, TrainingJob
 from palate.checksums import DIGESTS_FILE
 from palate.errors import DamagedFilesError, NameTakenError
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
 from palate.store import Store, StoreOptions, open_store
+from palate_recipes.specs.run import Manifest
 
 FILES = {"adapter_config.json": b"{}", "deep/er/tokenizer.json": b"{}\n", "adapter_model.safetensors": b"\0w" * 4096}
 

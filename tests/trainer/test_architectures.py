@@ -131,9 +131,8 @@ def stock(wanted: TrainSpec) -> list[dict[str, Any]]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from palate_recipes.preferences.load import read_rows
-    from palate_trainer.model import load_tokenizer, stop_token_ids
     from palate_trainer.samplers import RowSampler
-    from palate_trainer.tokenize import Renderer, encode_pairs
+    from palate_trainer.tokenize import Renderer, encode_pairs, load_tokenizer, stop_token_ids
     from palate_trainer.trainers import _dataset
     from palate_trainer.trainers.kto import MismatchedAnswers
 

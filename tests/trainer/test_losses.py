@@ -101,9 +101,9 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
 
     from palate_recipes.preferences.load import read_rows
     from palate_trainer.fast.forward import completion_tokens_only
-    from palate_trainer.model import load_model, load_tokenizer
+    from palate_trainer.model import load_model
     from palate_trainer.reference_scores import ReferenceScores
-    from palate_trainer.tokenize import Renderer, encode_pairs
+    from palate_trainer.tokenize import Renderer, encode_pairs, load_tokenizer
     from palate_trainer.trainers import build_trainer
 
     given = {"dpo_beta": BETA, "label_smoothing": SMOOTHING, "discopop_tau": TAU, "per_device_train_batch_size": 2}

@@ -293,8 +293,7 @@ def test_a_template_without_an_end_gets_one(tokenizer: Any) -> None:
 
 def test_the_end_is_one_at_which_the_engine_stops(tokenizer: Any, base_model: Path, tmp_path: Path) -> None:
     """A base model with a chat template of its own: EOS is <|endoftext|>, the turn ends with <|im_end|>."""
-    from palate_trainer.model import stop_token_ids
-    from palate_trainer.tokenize import Renderer
+    from palate_trainer.tokenize import Renderer, stop_token_ids
 
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = "<|endoftext|>"

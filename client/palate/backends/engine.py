@@ -1,10 +1,4 @@
-"""The container engine of this machine, through the command line that docker and podman share. Knows no image of Palate's.
-
-PalateError
-├── EngineError (RuntimeError)          there is no container engine, or it does not answer
-│   └── ImageBuildError                 a build failed; carries its last lines
-└── ImageMissingError (LookupError)     an image is not there; names the command that builds it
-"""
+"""The container engine of this machine, through the command line that docker and podman share. Knows no image of Palate's."""
 
 from __future__ import annotations
 

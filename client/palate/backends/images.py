@@ -1,6 +1,6 @@
 """Palate's two images: their names, whether they are here, and how they are built. Knows engines by their verbs, no run.
 
-Either way it is the very code that asks for the image, not what an index has under its name.
+An image is built from the code that asks for it, a checkout or the installed package, never from what an index has under its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`palate data generate`: from prompts to preference pairs with any OpenAI-compatible endpoint. Asks through `palate.sources`."""
+"""`palate data generate`: from prompts to preference pairs with any OpenAI-compatible endpoint. `palate.generate` does the work."""
 
 from __future__ import annotations
 

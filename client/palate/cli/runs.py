@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
     from palate.runs.list import Listing, RunFilter, RunSummary
-    from palate.runs.record import State
+    from palate_recipes.specs.run import State
 
 
 _TIMEOUT_S = 30.0
@@ -50,7 +50,7 @@ def jobs(
 ) -> None:
     """List training jobs, newest first."""
     wanted = _wanted(status, name, model, label, since, attempts)
-    listing = _find("jobs", wanted, limit, timeout)
+    listing = _list_runs("jobs", wanted, limit, timeout)
     rows = [_job(found) for found in (*listing.runs, *listing.unread)]
     columns = ("job", "state", "model", "method", "strategy", "age", "reason")
     shown = [
@@ -72,7 +72,7 @@ def services(
 ) -> None:
     """List services, newest first."""
     wanted = _wanted(status, name, model, label, since, 1)
-    listing = _find("services", wanted, limit, timeout)
+    listing = _list_runs("services", wanted, limit, timeout)
     rows = [_service(found) for found in (*listing.runs, *listing.unread)]
     columns = ("service", "state", "model", "endpoint", "age", "reason")
     shown = [
@@ -86,7 +86,7 @@ def _wanted(
     status: list[str] | None, name: str, model: str, label: list[str] | None, since: str | None, attempts: int
 ) -> RunFilter:
     from palate.runs.list import RunFilter
-    from palate.runs.record import State
+    from palate_recipes.specs.run import State
 
     known = {state.lower(): state for state in get_args(State)}
     return RunFilter(
@@ -99,7 +99,7 @@ def _wanted(
     )
 
 
-def _find(kind: Literal["jobs", "services"], wanted: RunFilter, limit: int | None, timeout_s: float) -> Listing:
+def _list_runs(kind: Literal["jobs", "services"], wanted: RunFilter, limit: int | None, timeout_s: float) -> Listing:
     from palate.runs.list import find_runs
     from palate.session import get_default_session
 
@@ -223,7 +223,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
 ) -> None:
     """Print the log of a job or service."""
-    for line in _find_runs(name).logs(follow=follow):
+    for line in _open_run(name).logs(follow=follow):
         print(visible(line), flush=follow)
 
 
@@ -244,7 +244,7 @@ def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -
     """Stop a job (it writes a checkpoint first) or a service (it can be started again)."""
     from palate.job import TrainingJob
 
-    found = _find_runs(name)
+    found = _open_run(name)
     if isinstance(found, TrainingJob):
         found.stop()
         print(f"{name}\t{found.status}")
@@ -284,7 +284,7 @@ def delete(
     from palate.job import TrainingJob
 
     for name in names:
-        found = _find_runs(name)
+        found = _open_run(name)
         if isinstance(found, TrainingJob):
             if not yes and sys.stdin.isatty():
                 typer.confirm(f"remove job {name} with its model and checkpoints?", abort=True)
@@ -294,7 +294,7 @@ def delete(
         print(f"{name}\tdeleted")
 
 
-def _find_runs(name: str) -> TrainingJob | Predictor:
+def _open_run(name: str) -> TrainingJob | Predictor:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
     from palate.session import get_default_session

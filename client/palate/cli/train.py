@@ -251,5 +251,5 @@ def register(app: typer.Typer) -> None:
     for verb in (train, resume, deploy, chat):
         app.command()(verb)
     app.command(help=QUICKSTART_HELP)(quickstart)
-    # What stands after the script is the script's, options included.
+    # Arguments after the script belong to the script, options included.
     app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(run)

@@ -64,7 +64,9 @@ class Endpoint:
                 "give the URL alone and name the environment variable that holds the key (--api-key-env)"
             )
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ConfigurationError(f"base URL {self.base_url!r} is no http:// or https:// URL, such as {OPENAI_URL}")
+            raise ConfigurationError(
+                f"base URL {self.base_url!r} must be an http:// or https:// URL, such as {OPENAI_URL}"
+            )
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         object.__setattr__(self, "identity", self.identity or self.base_url)
 

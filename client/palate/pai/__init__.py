@@ -30,14 +30,14 @@ def run_script(script: str, arguments: Sequence[str]) -> NoReturn:
         arguments: For the script, untouched.
 
     Raises:
-        ConfigurationError: There is no such script, or it is a notebook.
+        ConfigurationError: The script does not exist, or is a notebook.
     """
     if script.endswith(".ipynb"):
         raise ConfigurationError(
             f"{script} is a notebook: put `%load_ext palate.pai` into its first cell and run it as any other"
         )
     if script != "-" and not os.path.exists(script):
-        raise ConfigurationError(f"there is no script {script!r} here ({os.getcwd()}): check the path")
+        raise ConfigurationError(f"no script {script!r} in {os.getcwd()}: check the path")
     before = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": f"{STARTUP}{os.pathsep}{before}" if before else str(STARTUP)}
     # A name such as `-x.py` would be read as an option of Python's.

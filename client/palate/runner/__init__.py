@@ -25,9 +25,10 @@ from palate.runner.context import Ending, RunContext
 from palate.runner.heartbeat import Heartbeat, Tail
 from palate.runner.retry import StoreRetry
 from palate.runs.lease import START_ID_VARIABLE, HeldLease, acquire
-from palate.runs.record import ACTIVE, LOST, Record, locate
+from palate.runs.record import LOST, Record, locate
 from palate.session import Session
 from palate_recipes.errors import PalateError, StoreError
+from palate_recipes.specs.run import ACTIVE
 
 logger = logging.getLogger("palate.runner")
 

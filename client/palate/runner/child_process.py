@@ -181,7 +181,7 @@ def watch(
         grace_s: Seconds that the child has to end by itself after a stop, before it is killed.
 
     Returns:
-        `ended` when the child ended by itself; else the child has been ended. `lease_lost`: the run is another runner's.
+        `ended` when the child ended by itself; else the child has been ended. `lease lost`: another runner has the run.
     """
     outcome: Literal["ended", "stopped", "timed out", "lease lost"] = "ended"
     kill_at: float | None = None

@@ -10,8 +10,9 @@ from typing import Literal
 from palate.runner.child_process import log_line
 from palate.runner.heartbeat import Heartbeat
 from palate.runner.retry import StoreRetry
-from palate.runs.record import Manifest, Record
+from palate.runs.record import Record
 from palate.session import Session
+from palate_recipes.specs.run import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Ending:
 
     Attributes:
         state: The state to be written.
-        reason, exit_code, log_tail: For the status, see `palate.runs.record.Status`.
+        reason, exit_code, log_tail: For the status, see `palate_recipes.specs.run.Status`.
         again: Whether a further attempt may be made of a failed one.
     """
 

@@ -1,6 +1,6 @@
 """A runner's ties to the store while its program runs: heartbeat, wish to stop, log and metric parts, kept within bounds.
 
-A service may run for months. Its readers find what was merged through `logs/index.json` (see `palate.runs.record.LogIndex`).
+A service may run for months. Its readers find what was merged through `logs/index.json` (see `palate_recipes.specs.run.LogIndex`).
 
 All of it happens on a thread of its own: a store that is slow, or away, never holds up the program or its deadline. What
 could not be pushed is pushed when the store is back.
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from palate.runs.lease import HeldLease
-from palate.runs.record import LogIndex, Record
+from palate.runs.record import Record
 from palate_recipes.errors import PalateError, PreconditionFailedError
+from palate_recipes.specs.run import LogIndex
 
 KEPT_BYTES = 32 * 1024**2
 """What is kept of a service's log in its store; the oldest goes first."""
@@ -138,9 +139,9 @@ class Tail:
         self._kind = kind
         self._path = path
         self._offset = offset
-        self._keeper = LogCompactor(record) if (record.kind, kind) == ("services", "logs") else None
+        self._compactor = LogCompactor(record) if (record.kind, kind) == ("services", "logs") else None
         self._part = record.last_part(kind)  # a later attempt goes on counting
-        if self._keeper is not None:
+        if self._compactor is not None:
             self._part = max(self._part, record.log_index().following - 1)
         self._read_ahead = b""
         self._pending = b""
@@ -160,8 +161,8 @@ class Tail:
                     continue
                 self._part += 1
                 self._pending = b""
-                if self._keeper is not None:
-                    self._keeper.added(self._part, len(data))
+                if self._compactor is not None:
+                    self._compactor.added(self._part, len(data))
             self._empty()
 
     def _read(self, final: bool) -> bytes:
@@ -184,7 +185,7 @@ class Tail:
 
     def _empty(self) -> None:
         """Empties a service's log of this machine once it is large, and all of it is in the store."""
-        if self._keeper is None or self._offset < FILE_BYTES:
+        if self._compactor is None or self._offset < FILE_BYTES:
             return
         with self._path.open("r+b") as file:
             file.seek(max(0, self._offset - LAST_BYTES))
@@ -196,7 +197,7 @@ class Tail:
 
     def _leave_out(self) -> None:
         """Leaves out what a service said while its store was away, once it is too much for the disk."""
-        if self._keeper is None or not self._path.exists():
+        if self._compactor is None or not self._path.exists():
             return
         waiting = self._path.stat().st_size - self._offset
         if waiting > WAITING_BYTES:

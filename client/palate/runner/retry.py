@@ -81,10 +81,10 @@ class StoreRetry:
 class _RetryingStore:
     def __init__(self, store: Store, retry: StoreRetry) -> None:
         self._store = store
-        self._patience = retry
+        self._retry = retry
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
         if name not in _METHODS:
             return found
-        return lambda *args, **kwargs: self._patience(lambda: found(*args, **kwargs))
+        return lambda *args, **kwargs: self._retry(lambda: found(*args, **kwargs))

@@ -14,12 +14,13 @@ from typing import Any
 from palate.backends import Backend, EngineStatus, Launch, backend_names, for_run, get_backend
 from palate.paths import forget_start, remember_start, was_started_here
 from palate.runs.lease import LOST_AFTER_S, START_ID_VARIABLE, read_lease, silence_s
-from palate.runs.record import ACTIVE, LONGEST_LINE, LOST, TERMINAL, Manifest, Record, State, Status
+from palate.runs.record import LONGEST_LINE, LOST, Record
 from palate.session import Session
 from palate.store.uri import normal_uri
 from palate.ui import make_display
 from palate.ui.display import Display
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
+from palate_recipes.specs.run import ACTIVE, TERMINAL, Manifest, State, Status
 
 logger = logging.getLogger("palate.runs.handle")
 

@@ -16,9 +16,10 @@ from queue import Empty, SimpleQueue
 from typing import Literal, TypeVar, get_args
 
 from palate.runs.handle import RunHandle
-from palate.runs.record import Manifest, Record, State, Status
+from palate.runs.record import Record
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, PalateError, RunNotFoundError, WaitTimeoutError
+from palate_recipes.specs.run import Manifest, State, Status
 
 _THREADS = 16
 _BATCH = 64

@@ -2,8 +2,6 @@
 
 A key is a relative path with `/` between its parts. A prefix is a folder: `jobs/1` never matches `jobs/10/…`,
 a slash at its end changes nothing, and `""` is the whole store.
-
-Knows stores by their surface alone.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ S3 asks for the user's access keys. Behind it, filer and volume server get signi
 certificate: other users of the machine, and web pages in a browser on it, reach those ports as well.
 
 The server listens on the loopback alone, since S3 over plain HTTP is not for a network: other machines reach it through an
-SSH tunnel or a proxy that speaks TLS. No port of it answers one who has no keys (see `palate.store.server`).
+SSH tunnel or a proxy that speaks TLS. Without keys no port gives out or takes data; docs/stores.md names the status pages that answer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Preference data: containers to raw rows, formats to `Row`s, and what is checked on the way. Knows no model and no store.
+"""Preference data: files to raw rows, formats to `Row`s, and what is checked on the way. Knows no model and no store.
 
-file ──containers──▶ raw rows ──formats──▶ Row ──lint──▶ findings
+file ───files───▶ raw rows ──formats──▶ Row ──check──▶ findings
                                             └─▶ write, split, the trainer
 """

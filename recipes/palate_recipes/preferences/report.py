@@ -156,7 +156,7 @@ class Finding:
     """One rule's findings.
 
     Attributes:
-        code: The rule, see `palate_recipes.preferences.report`.
+        code: The rule, a key of RULES.
         count: How often.
         places: The first of them.
     """

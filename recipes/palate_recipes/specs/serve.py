@@ -1,4 +1,4 @@
-"""What the server takes and gives, as types without engine imports. Clients may import this module and nothing else of the server.
+"""What the server program takes and gives, as types without engine imports.
 
 The program reads a `ServeSpec`, starts an engine, and writes `<work_dir>/ready.json` (a `Ready`) once the endpoint has
 answered a real completion. It stays in the foreground until SIGTERM, then ends the engine and all its children, takes

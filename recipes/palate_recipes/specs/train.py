@@ -1,6 +1,6 @@
 """What the training and the token-counting program take and give, as types without ML imports.
 
-`TrainSpec` is the program's only argument. Its output folder:
+`TrainSpec` is the only argument of `python -m palate_trainer`. Its output folder:
 
     adapter/ or weights   <output_dir>/model/          what is served: adapter or full weights, with tokenizer
     metrics               <output_dir>/metrics.jsonl    one JSON object a logged step, appended
@@ -8,7 +8,8 @@
     TensorBoard           <output_dir>/tensorboard/
     failure               <output_dir>/error.txt        one message for people, only when the exit code is not 0
 
-It prints one JSON object, a `Measured`; on failure its last line on stderr is a message for people, and the exit code is 1.
+`MeasureSpec` is the only argument of `python -m palate_trainer.token_stats`. It prints one JSON object, a `Measured`; on failure its
+last line on stderr is a message for people, and the exit code is 1.
 """
 
 from __future__ import annotations
