@@ -60,10 +60,11 @@ def test_retry_after_pauses_the_whole_endpoint(server: ChatServer, tmp_path: Pat
 
 
 def test_rate_and_concurrency_are_bounded(server: ChatServer, tmp_path: Path) -> None:
+    begun = time.monotonic()
     done = make(server, tmp_path / "p.jsonl", concurrency=2, requests_per_minute=1200)
-    times = sorted(asked.at_s for asked in server.asked)
     assert done.asked == 12
-    assert times[-1] - times[0] >= 11 * 0.05 * 0.9  # arrival jitters, departure does not
+    # Requests depart evenly spaced. Each arrives later than it departs, the first perhaps much later on a busy machine.
+    assert max(asked.at_s for asked in server.asked) - begun >= 11 * 0.05
     assert server.most_at_once <= 2
 
 
