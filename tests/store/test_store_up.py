@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -158,7 +158,9 @@ def _ask_without_keys(url: str) -> None:
             with opener.open(request, timeout=5) as answer:
                 status, said = answer.status, answer.read()
         except urllib.error.HTTPError as error:
-            status, said = error.code, error.read()
+            status, said = error.code, b""
+            with suppress(OSError):  # a server may close before all of a refused body has come
+                said = error.read()
         except (OSError, http.client.HTTPException):
             continue  # no such protocol at this port, or a certificate is asked for
         assert TOKEN not in said, f"{method} {url} gave the token"

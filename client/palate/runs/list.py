@@ -137,7 +137,8 @@ def find_runs(
         wanted: Which.
         status: Read where each stands; without it `RunSummary.status` is None unless `wanted` needs it.
         limit: Return so many at most, the newest; the others' status is not read.
-        timeout_s: Seconds after which what is not read yet is `unread`. None waits as long as the store's client does.
+        timeout_s: Seconds after which what is not read yet is `unread`. None waits as long as the store's client does. Where
+            states are read as well, manifests get half of it: one that hangs must not take the time of the others' states.
 
     Raises:
         StoreError: The store cannot be listed.
@@ -146,12 +147,14 @@ def find_runs(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     names = _names(session, kind, wanted.name, deadline)
     found = [RunSummary(handle=RunHandle(Record(session.store, kind, name), session)) for name in names]
-    _read(found, "manifest", lambda run: run.handle.manifest, deadline)
+    reads_status = status or wanted.needs_status
+    halfway = None if deadline is None else deadline - (deadline - time.monotonic()) / 2
+    _read(found, "manifest", lambda run: run.handle.manifest, halfway if reads_status else deadline)
     unread = [run for run in found if run.error and not isinstance(run.error, RunNotFoundError)]
     known = [(run.manifest.created_at, run) for run in found if run.manifest and wanted.has_manifest(run.manifest)]
     known.sort(key=lambda pair: pair[0], reverse=True)
     candidates = [run for _, run in known]
-    if not (status or wanted.needs_status):
+    if not reads_status:
         return Listing(runs=candidates[:limit], unread=unread)
     runs: list[RunSummary] = []
     # Without a limit all at once: then a run that is slow to read holds up no other.

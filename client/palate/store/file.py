@@ -176,9 +176,9 @@ class FileStore(Store):
         """Puts a copy of a file at `target` in one step, and returns its size in bytes."""
         give_up = time.monotonic() + _CONTENDED_S
         while True:
-            _make_folders(target.parent)
             draft = draft_beside(target)
             try:
+                _make_folders(target.parent)
                 shutil.copyfile(source, draft)
                 descriptor = os.open(draft, os.O_RDONLY)
                 try:
