@@ -148,7 +148,8 @@ def find_runs(
     names = _names(session, kind, wanted.name, deadline)
     found = [RunSummary(handle=RunHandle(Record(session.store, kind, name), session)) for name in names]
     reads_status = status or wanted.needs_status
-    halfway = None if deadline is None else deadline - (deadline - time.monotonic()) / 2
+    now = time.monotonic()
+    halfway = None if deadline is None else now + (deadline - now) / 2
     _read(found, "manifest", lambda run: run.handle.manifest, halfway if reads_status else deadline)
     unread = [run for run in found if run.error and not isinstance(run.error, RunNotFoundError)]
     known = [(run.manifest.created_at, run) for run in found if run.manifest and wanted.has_manifest(run.manifest)]
