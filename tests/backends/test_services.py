@@ -77,17 +77,9 @@ def bring_to_s3(request: pytest.FixtureRequest, job_uri: str) -> None:
     for name, value in seaweed.environment().items():
         monkeypatch.setenv(name, value)
     store = f"s3://{request.getfixturevalue('bucket')}/services-{request.node.name.replace('[', '-').strip(']')}"
-    copy = [
-        sys.executable,
-        "-m",
-        "palate.cli",
-        "store",
-        "cp",
-        "--recursive",
-        job_uri,
-        f"{store}/jobs/{job_uri.rpartition('/')[2]}",
-    ]
-    subprocess.run(copy, check=True, capture_output=True)
+    source, target = open_store(job_uri), open_store(f"{store}/jobs/{job_uri.rpartition('/')[2]}")
+    for info in source.list(""):
+        target.put(info.key, source.get(info.key))
     monkeypatch.setenv("PALATE_STORE", store)
     setup_default_session()
 

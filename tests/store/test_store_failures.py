@@ -139,7 +139,7 @@ def test_an_answer_that_is_cut_at_any_byte_is_asked_for_again(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("what", ["list_children", "absent", "checksum", "download", "stream", "put", "copy", "delete"])
+@pytest.mark.parametrize("what", ["list_children", "absent", "checksum", "download", "put", "delete"])
 def test_any_other_answer_that_is_cut_at_any_byte_is_asked_for_again(
     s3_options: StoreOptions, bucket: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
