@@ -36,18 +36,20 @@ def log(line: str) -> None:
 class Metrics:
     """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line; and reads them back.
 
-    Of several processes the first alone writes.
+    Of several processes the first alone writes. Events of a later attempt carry its number: a runner that was given up for lost
+    may push its last ones after those of the next attempt.
     """
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, output_dir: Path, *, attempt: int = 1) -> None:
         self.path = output_dir / METRICS_FILE
+        self._mark = {"attempt": attempt} if attempt > 1 else {}
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
         if not is_main():
             return
         # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **_without_nan(values)}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"kind": kind, **self._mark, **_without_nan(values)}, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """Every event so far, those of an earlier process that was resumed included."""

@@ -242,7 +242,7 @@ def _fit(
     model = load_model(spec)
     startup.done("model")
     callback = RunCallback(
-        Metrics(Path(spec.output_dir)),
+        Metrics(Path(spec.output_dir), attempt=spec.attempt),
         stop,
         rows=len(train),
         startup=startup,

@@ -385,6 +385,21 @@ def test_events_of_steps_that_were_done_again_are_there_once() -> None:
     ]  # fmt: skip
 
 
+def test_the_last_words_of_a_lost_attempt_hide_nothing_of_the_next_one() -> None:
+    # While the store was away both attempts went on from step 2; what the lost one did is pushed in the midst of the other.
+    first = [{"kind": "start", "step": 0}, *({"kind": "train", "step": step, "by": 1} for step in (1, 2))]
+    late = [{"kind": "start", "step": 2, "attempt": 2}, {"kind": "train", "step": 3, "by": 2, "attempt": 2}]
+    next_one = [
+        {"kind": "start", "step": 2, "attempt": 3},
+        *({"kind": "train", "step": step, "by": 3, "attempt": 3} for step in (3, 4, 5)),
+    ]
+    for split in range(len(next_one) + 1):
+        events = events_once([*first, *next_one[:split], *late, *next_one[split:]])
+        steps = [(event["step"], event["by"]) for event in events if event["kind"] == "train"]
+        assert steps == [(1, 1), (2, 1), (3, 3), (4, 3), (5, 3)]
+        assert [event["step"] for event in events if event["kind"] == "start"] == [0, 2, 2]
+
+
 def palate_run(record: Record) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "palate.runner", record.uri]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)

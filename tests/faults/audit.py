@@ -137,15 +137,18 @@ def _check_metrics(record: Record, findings: Findings, expected: Expected) -> No
     events = [*record.metrics()]
     losses = [(event["step"], event["loss"]) for event in events_once(events) if event["kind"] == "train"]
     if [step for step, _ in losses] != [*range(1, STEPS + 1)]:
+        seen = [step for step, _ in losses]
         findings.lost.append(
-            f"{record.name}: metrics of steps {sorted({*range(1, STEPS + 1)} - {s for s, _ in losses})}"
+            f"{record.name}: metrics of steps {sorted({*range(1, STEPS + 1)} - {*seen})}, twice"
+            f" {sorted({step for step in seen if seen.count(step) > 1})}; its starts in the order of the store: "
+            f"{[(e['step'], e.get('attempt', 1)) for e in events if e['kind'] == 'start']}"
         )
     elif any(abs(loss - other) > 1e-6 for (_, loss), other in zip(losses, expected.losses, strict=True)):
         findings.lost.append(f"{record.name}: its losses are others than without faults")
     for kind in ("logs", "metrics"):
         numbers = sorted(int(info.key.rpartition("/")[2].split(".")[0]) for info in record.store.list(record.key(kind)))
-        if numbers != [*range(1, len(numbers) + 1)]:
-            findings.lost.append(f"{record.name}: parts of its {kind} are missing: {numbers}")
+        if gaps := sorted({*range(1, max(numbers, default=0) + 1)} - {*numbers}):
+            findings.lost.append(f"{record.name}: parts of its {kind} are missing: {gaps}")
 
 
 def _check_checkpoints(record: Record, findings: Findings) -> None:

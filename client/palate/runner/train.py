@@ -164,6 +164,7 @@ def _stage_all(context: RunContext, output: Path) -> tuple[TrainSpec, Path | Non
         precision=body["precision"],
         cache_dir=str(work / "cache"),
         resume_from=str(resumed_from) if resumed_from else None,
+        attempt=earlier.attempt,
     )
     spec.write(work / "spec.json")
     return spec, resumed_from
@@ -177,7 +178,8 @@ def _stage_metrics(context: RunContext, output: Path, resumed_from: Path | None)
     if resumed_from is None:
         return 0
     step = int(resumed_from.name.rpartition("-")[2])
-    events = events_once([*context.retry(lambda: [*context.direct.metrics()]), {"kind": "start", "step": step}])[:-1]
+    resumed = {"kind": "start", "step": step, "attempt": context.heartbeat.attempt}
+    events = events_once([*context.retry(lambda: [*context.direct.metrics()]), resumed])[:-1]
     text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
     (output / METRICS_FILE).write_text(text, encoding="utf-8")
     key = context.record.key(TENSORBOARD_DIR)

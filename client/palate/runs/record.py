@@ -392,25 +392,32 @@ def _is_event(event: object) -> bool:
 def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns metrics events as of one run: what a later attempt did again is there once, as it did it.
 
-    Every `start` stays: it says at which step an attempt went on.
+    Every `start` stays: it says at which step an attempt went on. The order of attempts counts, not that of the parts: a runner
+    that was given up for lost while its store was away pushes its last events after the first ones of the next attempt.
     """
-    kept: list[dict[str, Any]] = []
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    unnumbered = 0
     for event in events:
-        if event["kind"] == "start":
-            step = event["step"]
+        if "attempt" not in event:  # the first attempt, or any of a version that did not number them
+            unnumbered += event["kind"] == "start"
+        attempts.setdefault(event.get("attempt", max(1, unnumbered)), []).append(event)
+    kept: list[dict[str, Any]] = []
+    for _, own in sorted(attempts.items()):
+        step = next((event["step"] for event in own if event["kind"] == "start"), None)
+        if step is not None:
             kept = [
                 earlier
                 for earlier in kept
                 if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= step)
             ]
-        kept.append(event)
+        kept += own
     return kept
 
 
 _SUFFIX = {"logs": ".log", "metrics": ".jsonl"}
 _EVENT_KINDS: dict[str, type | tuple[type, ...]] = {
     "kind": str,
-    **dict.fromkeys(("step", "total_steps", "train_rows"), int),
+    **dict.fromkeys(("step", "total_steps", "train_rows", "attempt"), int),
 }
 _INDEX = "index.json"
 _PART = re.compile(r"[0-9]{6,18}")

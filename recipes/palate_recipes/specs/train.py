@@ -55,6 +55,7 @@ class TrainSpec:
         resume_from: A whole checkpoint folder to go on from, or None.
         model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
         cache_dir: Folder for what later runs can use again (see `palate_recipes.specs.reference_table`), or None for no cache.
+        attempt: Number of the attempt, from 1; recorded in the events of a later one, whose store may still get an earlier one's.
         fast: False computes as TRL does, without packed trees and fused layers: the same losses, more time.
         processes: Processes that train together on this machine, one a GPU; 0 takes every visible GPU, or without CUDA
             one process.
@@ -71,6 +72,7 @@ class TrainSpec:
     resume_from: str | None = None
     model_name: str = ""
     cache_dir: str | None = None
+    attempt: int = 1
     fast: bool = True
 
     @property
