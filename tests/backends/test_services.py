@@ -20,6 +20,7 @@ from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob, setup_d
 from palate.deploy import ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
 from palate.runs.record import TOKEN_KEY
+from palate.store import open_store
 from palate_recipes.specs.serve import describe_engines
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
@@ -249,7 +250,7 @@ def untuned(job: TrainingJob, name: str, **options: object) -> Predictor:
     return start_service(
         job._run.session,
         service_name=name,
-        served=ServedModel(model=job.manifest.body["model"]),
+        served=ServedModel(model=job.manifest.body.model),
         options={"engine": "transformers", **options},
     )
 

@@ -16,6 +16,9 @@ from palate.runner.checkpoints import stage_last_checkpoint
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record
+from palate_recipes.specs.codec import decode as decode_lease
+from palate_recipes.specs.codec import encode
+from palate_recipes.specs.run import Lease, ServeManifest, Status, TrainManifest
 from tests.fast.test_deploy import NothingStarts
 from tests.support.fixtures import records_v1
 from tests.support.schemas import check_records
@@ -46,6 +49,16 @@ def test_every_run_is_listed(session: Session) -> None:
     assert service.status is not None
     assert (service.name, service.status.state, service.status.endpoint) == ("answers", "Stopped", "")
     assert check_records(session.store) == 3 * (len(STATES) + 1)
+
+
+def test_they_are_written_again_as_they_are(session: Session) -> None:
+    for kind, manifest in (("jobs", TrainManifest), ("services", ServeManifest)):
+        for name in session.store.list_children(f"{kind}/"):
+            for file, decode in (("manifest", manifest.decode), ("status", Status.decode)):
+                data = session.store.get(f"{kind}/{name}/{file}.json")
+                assert json.loads(decode(data).encode()) == json.loads(data)
+            data = session.store.get(f"{kind}/{name}/lease.json")
+            assert json.loads(encode(decode_lease(data, Lease))) == json.loads(data)
 
 
 def test_the_commands_show_them(home: Path) -> None:
@@ -79,7 +92,7 @@ def test_a_job_is_read_whole(session: Session, name: str) -> None:
     assert job.reading().verdict
     job.require_model()
     if name == "resumed":
-        assert (status.attempt, "SIGKILL" in str(status.attempts[0])) == (2, True)
+        assert (status.attempt, "SIGKILL" in status.attempts[0].reason) == (2, True)
         assert any("attempt 2, going on from" in line for line in job.logs())
 
 
