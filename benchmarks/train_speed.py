@@ -276,7 +276,8 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainerCallback, set_seed
 
     from palate_recipes.hyperparameters import DeviceFacts, resolve
-    from palate_recipes.specs.train import TrainSpec
+    from palate_recipes.specs.train import LocalFiles, TrainSpec, TrainTask
+    from palate_recipes.specs.weights import BaseModel, WeightsSource
     from palate_trainer.fast.forward import completion_tokens_only
     from palate_trainer.model import load_model
     from palate_trainer.reference_scores import ReferenceScores
@@ -298,17 +299,17 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
     bf16 = options.precision == "bfloat16"
     resolved = resolve(given, method="LoRA_LLM", device=DeviceFacts(cuda=False, bf16=bf16, fp16=False))
     spec = TrainSpec(
+        model=BaseModel(name=options.model, source=WeightsSource(kind="folder", location=options.model)),
         method="LoRA_LLM",
-        model_dir=options.model,
-        train_file=options.pairs,
-        output_dir=str(Path(os.environ["PALATE_BENCH_DIR"]) / "palate"),
-        hyperparameters=dict(resolved.values),
+        hyperparameters=resolved.values,
         precision=resolved.precision,
     )
-    tokenizer = load_tokenizer(spec.model_dir)
+    output = str(Path(os.environ["PALATE_BENCH_DIR"]) / "palate")
+    task = TrainTask(spec=spec, files=LocalFiles(model_dir=options.model, train_file=options.pairs, output_dir=output))
+    tokenizer = load_tokenizer(options.model)
     rows = _encoded(json.loads(Path(options.pairs).read_text()), tokenizer, options.seq_length)
     set_seed(options.seed)
-    model = load_model(spec)
+    model = load_model(task)
 
     class Rows(TrainerCallback):  # type: ignore[misc]
         """The sampler's epoch, which the program's own callback sets."""
@@ -319,13 +320,13 @@ def _palate(options: argparse.Namespace) -> dict[str, Any]:
     with completion_tokens_only():
         begun = time.perf_counter()
         trainer = build_trainer(
-            spec,
+            task,
             model=model,
             tokenizer=tokenizer,
             train=rows,
             validation=[],
             callbacks=[Rows()],
-            reference=ReferenceScores(spec, _quiet),
+            reference=ReferenceScores(task, _quiet),
             note=_quiet,
         )
         built = time.perf_counter()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from msgspec import structs
 
 from palate.runs.record import Record
 from palate.session import Session
@@ -14,8 +14,8 @@ from palate.store import open_parent
 from palate.store.uri import normal_uri
 from palate_recipes.catalog import Model, find_model
 from palate_recipes.errors import ConfigurationError, DataError, HyperparameterError
-from palate_recipes.hyperparameters import Resolved
 from palate_recipes.lora_targets import ADAPTER_CONFIG, ADAPTER_FILES, AdapterShape
+from palate_recipes.specs.train import InputFile, TrainSpec
 
 CHANNEL = "adapter"
 
@@ -36,23 +36,24 @@ class AdapterInput:
     size: int
     shape: AdapterShape
 
-    def to_json(self) -> dict[str, Any]:
-        return {"uri": self.uri, "sha256": self.sha256, "bytes": self.size}
+    def as_input(self) -> InputFile:
+        """Returns what a manifest says of it."""
+        return InputFile(uri=self.uri, sha256=self.sha256, bytes=self.size)
 
-    def settle(self, resolved: Resolved, given: Mapping[str, Any], *, method: str) -> Resolved:
-        """Returns the hyperparameters with the adapter's shape in them.
+    def settle(self, spec: TrainSpec) -> TrainSpec:
+        """Returns the training with the adapter's shape among its hyperparameters.
 
         Raises:
-            ConfigurationError: `method` trains no adapter.
+            ConfigurationError: Its method trains no adapter.
             HyperparameterError: A given value contradicts the adapter.
         """
-        if method == "Standard_LLM":
+        if spec.method == "Standard_LLM":
             raise ConfigurationError(
                 f"inputs[{CHANNEL!r}] goes on from an adapter, and Standard_LLM trains every weight: use LoRA_LLM or QLoRA_LLM"
             )
-        if problems := self.shape.contradictions(given):
+        if problems := self.shape.contradictions(spec.given):
             raise HyperparameterError(f"the adapter in {self.uri} has its shape already:\n  " + "\n  ".join(problems))
-        return replace(resolved, values={**resolved.values, **self.shape.values()})
+        return structs.replace(spec, hyperparameters=structs.replace(spec.hyperparameters, **self.shape.values()))
 
     def base_note(self, model_name: str, row: Model | None) -> str | None:
         """Returns a note when the adapter names another base that may still be the same weights, or None when it fits.

@@ -11,19 +11,30 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import asdict
+
 from palate.store import Store
 from palate.store.local import walk
 from palate_recipes.errors import DamagedFilesError
-from palate_recipes.specs.run import check_fields, parse_object
+from palate_recipes.specs.codec import Int, decode
 
 DIGESTS_FILE = "digests.json"
 """In a job's `model/`, written last."""
 
 _SCHEMA = 1
-_KINDS: dict[str, type | tuple[type, ...]] = {"bytes": int, "sha256": str}
 _CHANGED = "is not what the training wrote"
 _RESTORE = "Restore the files, or train again"
 _DELETE = "Delete the added files, or train again"
+
+
+class _FileFacts(Struct):
+    bytes: Int
+    sha256: str
+
+
+class _Digests(Struct):
+    files: dict[str, _FileFacts]
 
 
 class Checksums:
@@ -54,11 +65,8 @@ class Checksums:
             DamagedFilesError: It is no such list, or a name in it leads out of the folder.
         """
         try:
-            listed = parse_object(data)["files"]
-            files = {name: {key: facts[key] for key in _KINDS} for name, facts in listed.items()}
-            for facts in files.values():
-                check_fields(facts, _KINDS)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            files = {name: asdict(facts) for name, facts in decode(data, _Digests).files.items()}
+        except ValueError:
             raise DamagedFilesError(f"{where} is no list of digests: {remedy}") from None
         for name in files:
             if not _is_clean(name):

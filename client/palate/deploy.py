@@ -17,7 +17,7 @@ from palate.runs.handle import RunHandle
 from palate.runs.record import TOKEN_KEY, Record
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, NameTakenError
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.run import Deployment, ServeManifest
 from palate_recipes.specs.serve import ServeSpec
 from palate_recipes.text import did_you_mean
 
@@ -63,19 +63,22 @@ def start_service(
     """
     check_name("service name", service_name)
     checked = _check_options(service_name, dict(options or {}))
-    lives = {"time_to_live_s": None, "idle_time_to_live_s": IDLE_TIME_TO_LIVE_S}
-    lives |= {name: checked.pop(name) for name in _LIVES if name in checked}
+    lives = {name: checked.pop(name) for name in _LIVES if name in checked}
     if session.backend.is_this_host:
         _check_port(checked)
     placement = session.backend.place(where or PlacementRequest(kind="services"))
-    body = served.body(session, session.backend)
     record = Record(session.store, "services", service_name)
-    manifest = Manifest(
-        kind="serve",
+    manifest = ServeManifest(
         name=service_name,
         backend=session.backend.name,
         labels=dict(served.labels),
-        body={**body, "options": checked, **lives, "placement": placement},
+        body=Deployment(
+            **served.facts(session, session.backend),
+            options=checked,
+            time_to_live_s=lives.get("time_to_live_s"),
+            idle_time_to_live_s=lives.get("idle_time_to_live_s", IDLE_TIME_TO_LIVE_S),
+            placement=placement,
+        ),
     )
     if not _take_over_failed(record, manifest, session):
         record.create(manifest)
@@ -91,7 +94,7 @@ def start_service(
     return predictor
 
 
-def _take_over_failed(record: Record, manifest: Manifest, session: Session) -> bool:
+def _take_over_failed(record: Record, manifest: ServeManifest, session: Session) -> bool:
     """Gives a failed service's name to a new one, and says whether it did: there may be none.
 
     Raises:
@@ -103,7 +106,7 @@ def _take_over_failed(record: Record, manifest: Manifest, session: Session) -> b
     failed = run.refresh()
     if failed.state != "Failed":
         return False  # creating it says that the name is taken
-    before = run.manifest
+    before = record.serve_manifest()
     # One conditional write decides among those who want the name. The next attempt fences off what may be left of the old one.
     if record.begin_again(expect={"Failed"}, attempt=failed.attempt, more=1) is None:
         if not record.exists():

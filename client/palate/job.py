@@ -17,7 +17,7 @@ from palate.runs.record import Record, events_once, locate
 from palate.session import Session, get_default_session
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
 from palate_recipes.specs.diagnose import Reading, read_run
-from palate_recipes.specs.run import Manifest, State, Status
+from palate_recipes.specs.run import State, Status, TrainManifest
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor, ServedModel
@@ -120,9 +120,11 @@ class TrainingJob:
         return self._run.record.uri
 
     @property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> TrainManifest:
         """What was asked for: weights source, resolved hyperparameters, input digests. `describe().details` has the versions."""
-        return self._run.manifest
+        manifest = self._run.manifest
+        assert isinstance(manifest, TrainManifest)  # no other is read from a job's record
+        return manifest
 
     @property
     def status(self) -> State:
@@ -253,7 +255,7 @@ class TrainingJob:
         begun = self._run.restart(
             expect={"Failed", "Stopped"},
             attempt=status.attempt,
-            more=self.manifest.body.get("max_attempts") or 1,
+            more=self.manifest.body.max_attempts,
             environments=known,
         )
         if not begun:
@@ -359,11 +361,11 @@ class TrainingJob:
         self.require_model()
         body = self.manifest.body
         return ServedModel(
-            model=body["model"],
+            model=body.model,
             tuned_uri=self.output_path("model"),
             tuned_digest=self._run.record.status().details.get("model_digest"),
-            adapter=body["method"] != "Standard_LLM",
-            system_prompt=body["hyperparameters"]["system_prompt"],
+            adapter=body.method != "Standard_LLM",
+            system_prompt=body.hyperparameters.system_prompt,
             labels={"job": self.id},
         )
 

@@ -10,16 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
+
 from palate.backends import Backend, PlacementRequest, get_backend
 from palate.backends.limits import ResourceConfig as ResourceConfig
+from palate.common.utils import check_name, unique_name
 from palate.job import TrainingJob
 from palate.session import Session, get_default_session
-from palate.submit import TrainingRequest, refuse, submit
+from palate.submit import refuse, submit
 from palate.weights import LABEL as STAND_IN_LABEL
 from palate.weights import find_weights, stand_in_for
 from palate_recipes.catalog import Model, find_model, models
 from palate_recipes.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
-from palate_recipes.hyperparameters import Resolved, as_definitions, resolve, validate
+from palate_recipes.hyperparameters import Resolved, as_definitions, check_method, resolve, validate
+from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor
@@ -139,7 +144,7 @@ class ModelTrainingRecipe:
             # A revision and a publisher are those of the model that was asked for.
             model_name, model_uri, model_version, model_provider = other.name, other.uri, None, None
             self.labels[STAND_IN_LABEL] = other.for_name
-        self.method = method or DEFAULT_METHOD
+        self.method = check_method(method or DEFAULT_METHOD)
         self._given = validate(hyperparameters, method=self.method)
         if model_name is not None:
             self._row: Model | None = (
@@ -166,7 +171,7 @@ class ModelTrainingRecipe:
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Every hyperparameter as it would be trained with on the session's backend, defaults written out."""
-        return dict(self.resolve().values)
+        return asdict(self.resolve().values)
 
     @property
     def hyperparameter_definitions(self) -> list[dict[str, Any]]:
@@ -209,30 +214,47 @@ class ModelTrainingRecipe:
             TrainingJobError: With `wait`: it failed or was stopped; carries reason and last log lines.
         """
         refuse(outputs=outputs)
-        request = TrainingRequest(
-            model_name=self.model_name,
-            model_uri=self.model_uri,
-            model_version=self.model_version,
-            row=self._row,
-            method=self.method,
-            given=self._given,
-            resolved=self.resolve(),
+        spec = self._spec()
+        base_name = self.base_job_name or f"{self.model_name}-{spec.hyperparameters.training_strategy}"
+        job = submit(
+            spec,
+            self.session,
             inputs=self.default_inputs if inputs is None else inputs,
-            job_name=job_name,
-            base_job_name=self.base_job_name,
+            row=self._row,
+            job_name=check_name("job_name", job_name or unique_name(base_name)),
             labels=self.labels,
             environments=self.environments,
-            max_run_time_s=self.max_run_time,
-            max_attempts=self.max_attempts,
-            placement=self.placement,
+            announce=show_logs,
+            notes=not wait,
         )
-        job = submit(request, self.session, announce=show_logs, notes=not wait)
         self._jobs.append(job)
         if wait:
             job.wait(show_logs=show_logs)
         return job
 
     run = train
+
+    def _spec(self) -> TrainSpec:
+        """Returns the training as far as the recipe knows it: without its data."""
+        resolved = self.resolve()
+        source, row = find_weights(
+            self.session,
+            model_name=self.model_name if self._row or not self.model_uri else None,
+            model_uri=self.model_uri,
+            model_version=self.model_version,
+        )
+        return TrainSpec(
+            model=BaseModel(name=self.model_name, source=source, hub_id=row.hub_id if row else None),
+            method=self.method,
+            hyperparameters=resolved.values,
+            given=self._given,
+            precision=resolved.precision,
+            notes=resolved.notes,
+            max_run_time_s=self.max_run_time,
+            max_attempts=self.max_attempts,
+            placement=self.placement,
+            environment_names=tuple(sorted(self.environments)),
+        )
 
     @property
     def latest_job(self) -> TrainingJob | None:
@@ -409,7 +431,7 @@ class RegisteredModel:
             session,
             service_name=service_name,
             served=ServedModel(
-                model={"name": name, "source": source.to_json(), "hub_id": row.hub_id if row else None}, labels=labels
+                model=BaseModel(name=name, source=source, hub_id=row.hub_id if row else None), labels=labels
             ),
             options=options,
             where=PlacementRequest(

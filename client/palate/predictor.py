@@ -6,8 +6,10 @@ import builtins
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import structs
 
 from palate.backends import Backend
 from palate.common.utils import check_name
@@ -16,9 +18,10 @@ from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
 from palate.session import Session, get_default_session
-from palate.weights import WeightsSource, reachable_weights
+from palate.weights import reachable_weights
 from palate_recipes.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
-from palate_recipes.specs.run import Manifest, State, Status
+from palate_recipes.specs.run import ServeManifest, State, Status
+from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     import httpx
@@ -35,7 +38,7 @@ class ServedModel:
     """What a service serves.
 
     Attributes:
-        model: The base: name and weights source, as a job's manifest has it.
+        model: The base, as a job's manifest has it.
         tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
         tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
         adapter: Whether `tuned_uri` is an adapter on top of the base.
@@ -43,24 +46,28 @@ class ServedModel:
         labels: Key-value pairs to find the service by.
     """
 
-    model: Mapping[str, Any]
+    model: BaseModel
     tuned_uri: str | None = None
     tuned_digest: str | None = None
     adapter: bool = False
     system_prompt: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self, session: Session, backend: Backend) -> dict[str, Any]:
-        """Returns its part of a manifest's body, with weights that a run of the backend can reach."""
-        source = reachable_weights(WeightsSource.from_json(self.model["source"]), session, backend)
-        body = asdict(self)
-        del body["labels"]
-        return {**body, "model": {**self.model, "source": source.to_json()}}
+    def facts(self, session: Session, backend: Backend) -> dict[str, Any]:
+        """Returns its fields of a `Deployment`, with weights that a run of the backend can reach."""
+        source = reachable_weights(self.model.source, session, backend)
+        return {
+            "model": structs.replace(self.model, source=source),
+            "tuned_uri": self.tuned_uri,
+            "tuned_digest": self.tuned_digest,
+            "adapter": self.adapter,
+            "system_prompt": self.system_prompt,
+        }
 
-    def instead_of(self, manifest: Manifest, run: RunHandle) -> Manifest:
+    def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
         """Returns a service's manifest with its settings and this model, which its run can reach."""
-        body = {**manifest.body, **self.body(run.session, run.backend)}
-        return replace(manifest, labels=dict(self.labels), body=body)
+        body = structs.replace(manifest.body, **self.facts(run.session, run.backend))
+        return structs.replace(manifest, labels=dict(self.labels), body=body)
 
 
 class HasModel(Protocol):
@@ -140,8 +147,8 @@ class Predictor:
         return self._run.record.name
 
     @property
-    def manifest(self) -> Manifest:
-        return self._run.manifest
+    def manifest(self) -> ServeManifest:
+        return _manifest(self._run)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -289,7 +296,7 @@ class Predictor:
             WaitTimeoutError: It did not come up in time. It still tries; `stop_service()` ends it.
         """
         if timeout_s is None:
-            timeout_s = self._run.manifest.body["options"].get("start_timeout_s", 600.0) + READY_MARGIN_S
+            timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
         status = self._run.follow(
             until=lambda status: status.state == "Running",
             show_logs=show_logs,
@@ -328,7 +335,7 @@ class Predictor:
             ServiceError: The new model did not come up; carries the reason and the engine's last lines.
             ConfigurationError: Somebody else updates the service at this moment.
         """
-        before = self._run.record.manifest()
+        before = self._run.record.serve_manifest()
         after = job.served_model().instead_of(before, self._run)
         was_active = not self._run.refresh().is_terminal
         self._run.replace_manifest(before, after)
@@ -385,6 +392,12 @@ class Predictor:
         return f"Predictor(service_name={self.service_name!r}, uri={self._run.record.uri!r})"
 
 
+def _manifest(run: RunHandle) -> ServeManifest:
+    manifest = run.manifest
+    assert isinstance(manifest, ServeManifest)  # no other is read from a service's record
+    return manifest
+
+
 def describe(run: RunHandle, status: Status) -> dict[str, Any]:
     """Returns what is known of a service, without its token."""
     return {
@@ -393,7 +406,7 @@ def describe(run: RunHandle, status: Status) -> dict[str, Any]:
         "Reason": status.reason,
         "Endpoint": status.endpoint,
         "Model": run.manifest.model_name,
-        "ModelUri": run.manifest.body.get("tuned_uri"),
+        "ModelUri": _manifest(run).body.tuned_uri,
         "Labels": dict(run.manifest.labels),
         "Uri": run.record.uri,
         **status.details,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 
 from palate_recipes.catalog import Model
+from palate_recipes.device import installed_version
 from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError
-from palate_recipes.hyperparameters import DeviceFacts, Resolved
+from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.specs.train import TrainSpec
 
 _GIB = 1024**3
 
@@ -29,56 +31,45 @@ _PROCESS_GIB = 0.7
 
 def check_trainer() -> None:
     """Raises MissingDependencyError when the trainer's libraries are not installed in this environment."""
-    missing = [name for name in TRAINER_PACKAGES if not _installed(name)]
+    missing = [name for name in TRAINER_PACKAGES if installed_version(name) is None]
     if missing:
         raise MissingDependencyError(
             f"training on this machine needs {', '.join(missing)}, not installed here: pip install 'palate[train]'"
         )
 
 
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
-
-
-def training_memory_gib(parameters: float, resolved: Resolved, *, method: str, gpus: int = 1) -> float:
+def training_memory_gib(parameters: float, spec: TrainSpec, *, gpus: int = 1) -> float:
     """Returns the memory that a training needs at least on each GPU, or on the machine without one, in GiB.
 
     A lower bound, on purpose: what it refuses cannot work, what it lets through may still be tight.
 
     Args:
         parameters: Of the model.
-        resolved: Resolved hyperparameters: batch, length, quantisation, precision.
-        method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM`.
+        spec: Its method, precision and quantisation count.
         gpus: That take part; they share the weights under `fsdp=full_shard`, and else hold a copy each.
     """
-    if method == "Standard_LLM":
-        weights = parameters * _FULL_BYTES[resolved.precision]
-        if resolved.values["training_strategy"] == "kto":
+    values = spec.hyperparameters
+    if spec.method == "Standard_LLM":
+        weights = parameters * _FULL_BYTES[spec.precision]
+        if values.training_strategy == "kto":
             weights += parameters * _REFERENCE_BYTES
-    elif resolved.values["load_in_4bit"]:
+    elif values.load_in_4bit:
         weights = parameters * 0.6  # NF4 with its block constants
-    elif resolved.values["load_in_8bit"]:
+    elif values.load_in_8bit:
         weights = parameters * 1.1
     else:
-        weights = parameters * _BYTES[resolved.precision]
-    if resolved.values["fsdp"] == "full_shard":
+        weights = parameters * _BYTES[spec.precision]
+    if values.fsdp == "full_shard":
         weights /= max(1, gpus)
     return weights / _GIB + _PROCESS_GIB
 
 
-def check_memory(
-    model_name: str, parameters: float, resolved: Resolved, *, method: str, device: DeviceFacts, row: Model | None
-) -> None:
+def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row: Model | None) -> None:
     """Raises NotEnoughMemoryError when the training cannot fit the device; says what is needed, what is there, and the remedy."""
     if not parameters:
         return
     gpus = device.gpu_count if device.cuda else 1
-    needed = training_memory_gib(parameters, resolved, method=method, gpus=gpus)
+    needed = training_memory_gib(parameters, spec, gpus=gpus)
     there = device.gpu_memory_gib if device.cuda else device.memory_gib
     if not there or needed <= there:
         return
@@ -89,19 +80,20 @@ def check_memory(
         if device.memory_is_limited
         else f"this machine has {there:.1f} GiB free"
     )
-    quantised = resolved.values["load_in_4bit"] or resolved.values["load_in_8bit"]
+    values, method = spec.hyperparameters, spec.method
+    quantised = values.load_in_4bit or values.load_in_8bit
     remedies = [f'instance_spec={{"memory": "{math.ceil(needed)}g"}}'] if device.memory_is_limited else []
     if method == "Standard_LLM":
         remedies.append('method="LoRA_LLM"')
-    if device.cuda and not resolved.values["load_in_4bit"] and resolved.values["fsdp"] == "off":
+    if device.cuda and not values.load_in_4bit and values.fsdp == "off":
         remedies.append('method="QLoRA_LLM"')
-    shardable = not quantised and resolved.values["training_strategy"] != "kto"
-    if gpus > 1 and resolved.values["fsdp"] == "off" and shardable:
+    shardable = not quantised and values.training_strategy != "kto"
+    if gpus > 1 and values.fsdp == "off" and shardable:
         remedies.append('fsdp="full_shard"')
     remedies.append("a smaller model (`palate models`)")
     if row is not None and not device.cuda:
         remedies.append(f"a GPU with {row.min_gpu_memory(method):.0f} GiB")
     raise NotEnoughMemoryError(
-        f"{model_name} with {method} in {resolved.precision} needs at least {needed:.1f} GiB of memory, {where}: "
+        f"{spec.model.name} with {method} in {spec.precision} needs at least {needed:.1f} GiB of memory, {where}: "
         f"use {', or '.join(remedies)}"
     )

@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
+
 from palate.checksums import DIGESTS_FILE, Checksums, file_facts
 from palate.paths import palate_home
 from palate.store import Store, open_parent
@@ -34,10 +36,11 @@ from palate_recipes.errors import (
 if TYPE_CHECKING:
     from palate.runs.record import Record
     from palate.session import Session
-    from palate_recipes.specs.run import Manifest, Status
+    from palate_recipes.specs.run import Status, TrainManifest
+    from palate_recipes.specs.train import InputFile
 
 
-def model_card(manifest: Manifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:
+def model_card(manifest: TrainManifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:
     """Returns the card in Markdown, with the hub's block of settings at its top.
 
     Names what data was called and its digest, never the folder or bucket that it lay in.
@@ -50,11 +53,11 @@ def model_card(manifest: Manifest, status: Status, files: Collection[str], *, ta
     Source: https://huggingface.co/docs/hub/model-cards
     """
     body = manifest.body
-    model, values = body["model"], body["hyperparameters"]
-    row = _row(model["name"])
-    strategy = values["training_strategy"]
+    model = body.model
+    row = _row(model.name)
+    strategy = body.hyperparameters.training_strategy
     settings: dict[str, Any] = {
-        "base_model": model.get("hub_id"),
+        "base_model": model.hub_id,
         "base_model_relation": "adapter" if tags_adapter else "finetune",
         "library_name": "peft" if tags_adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -69,11 +72,11 @@ def model_card(manifest: Manifest, status: Status, files: Collection[str], *, ta
     head = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
     kind = "adapter for" if tags_adapter else "full fine-tuning of"
     facts = {
-        "base model": model.get("hub_id") or model["name"],
+        "base model": model.hub_id or model.name,
         "base revision": status.details.get("model_revision", "unknown"),
-        "method": body["method"],
+        "method": body.method,
         "strategy": strategy,
-        "precision": body["precision"],
+        "precision": body.precision,
         "job": manifest.name,
         **{f"label {name}": value for name, value in manifest.labels.items()},
     }
@@ -94,11 +97,14 @@ def model_card(manifest: Manifest, status: Status, files: Collection[str], *, ta
             "",
             "| channel | name | rows | SHA-256 |",
             "| --- | --- | --- | --- |",
-            *(_data_row(channel, entry) for channel, entry in body["inputs"].items()),
+            *(_data_row(channel, entry) for channel, entry in body.inputs.items()),
             "",
             "## Hyperparameters",
             "",
-            *_table(("name", "value"), {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}),
+            *_table(
+                ("name", "value"),
+                {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(body.hyperparameters).items()},
+            ),
             "",
             "## Versions",
             "",
@@ -114,9 +120,10 @@ def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items())]
 
 
-def _data_row(channel: str, entry: Mapping[str, Any]) -> str:
-    name = PurePosixPath(str(entry.get("uri", ""))).name
-    return f"| {channel} | {_cell(name)} | {entry.get('rows', '')} | `{entry.get('sha256', '')}` |"
+def _data_row(channel: str, entry: InputFile) -> str:
+    name = PurePosixPath(entry.uri).name
+    rows = "" if entry.rows is None else entry.rows
+    return f"| {channel} | {_cell(name)} | {rows} | `{entry.sha256 or ''}` |"
 
 
 def _cell(value: object) -> str:
@@ -231,7 +238,7 @@ def _git_blob_id(path: Path) -> str:
 CARD_FILE = "README.md"
 
 
-def save(record: Record, manifest: Manifest, status: Status, target: str | Path, session: Session) -> str:
+def save(record: Record, manifest: TrainManifest, status: Status, target: str | Path, session: Session) -> str:
     """Copies the model of a succeeded job; see `TrainingJob.save_model`."""
     where = str(target)
     if not where.startswith("hf://"):

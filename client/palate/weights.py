@@ -14,9 +14,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 from palate.backends import Backend
 from palate.env_file import without_credentials
@@ -26,41 +25,11 @@ from palate.store import open_store
 from palate.ui import note
 from palate_recipes.catalog import Model, find_model
 from palate_recipes.errors import ConfigurationError, UnknownModelError, WeightsError
+from palate_recipes.specs.weights import WeightsSource
 from palate_recipes.text import expand_path, show_path
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _IGNORED_ON_HUB = ["*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "onnx/*", "*.msgpack", "*.h5", "*.tflite"]
-
-
-_Kind = Literal["folder", "store", "hub", "package"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsSource:
-    """Where weights come from.
-
-    Attributes:
-        kind: `folder` (a local path), `store` (an object-store URI), `hub` (Hugging Face), or `package` (a Python package).
-        location: Path, URI, hub id, or package name.
-        revision: Version of a package, hub revision, or "" for the newest.
-        size_bytes: Bytes of weights where they can be known now, else 0.
-    """
-
-    kind: _Kind
-    location: str
-    revision: str = ""
-    size_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> WeightsSource:
-        """Raises ConfigurationError for an unknown kind: a manifest comes from the store, and the kind names a folder."""
-        source = cls(**values)
-        if source.kind not in get_args(_Kind):
-            raise ConfigurationError(f"source.kind={source.kind!r} of a model is unknown: the manifest is damaged")
-        return source
 
 
 def find_weights(

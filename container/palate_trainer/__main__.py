@@ -1,42 +1,41 @@
-"""`python -m palate_trainer SPEC.json`: reads the spec, runs it in one process or several, exits with its code."""
+"""`python -m palate_trainer SPEC.json`: reads the task, runs it in one process or several, exits with its code."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
 
 from palate_recipes.errors import TrainerError
-from palate_recipes.specs.train import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
+from palate_recipes.specs.train import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainTask
 from palate_trainer.launch import die_with_launcher, is_worker, launch, leave, process_count
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m palate_trainer", description="Runs one training spec.")
-    parser.add_argument("spec", type=Path, help="a TrainSpec as JSON")
+    parser.add_argument("spec", type=Path, help="a TrainTask as JSON")
     path = parser.parse_args(argv).spec
     # Until the run has its own: a stop before it has the same exit code as any.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     die_with_launcher()
     try:
-        spec = TrainSpec.read(path)
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        task = TrainTask.read(path)
+    except (OSError, ValueError) as error:
         print(f"{path} is no train spec: {error}", file=sys.stderr)
         return EXIT_FAILED
     from palate_trainer.train import run, write_error
 
     if is_worker():
-        return leave(run(spec, own_process=True))
+        return leave(run(task, own_process=True))
     try:
-        processes = process_count(spec)
+        processes = process_count(task)
     except TrainerError as error:
         print(error, file=sys.stderr)
-        (Path(spec.output_dir) / ERROR_FILE).unlink(missing_ok=True)
-        write_error(Path(spec.output_dir), str(error))
+        (Path(task.files.output_dir) / ERROR_FILE).unlink(missing_ok=True)
+        write_error(Path(task.files.output_dir), str(error))
         return EXIT_FAILED
-    return run(spec, own_process=True) if processes == 1 else launch(path, spec, processes)
+    return run(task, own_process=True) if processes == 1 else launch(path, task, processes)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 
 _QUIET_AND_OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -78,8 +78,8 @@ transformers' assisted generation, and files on TensorFlow's terms, which Tensor
 
 
 @contextmanager
-def lean_imports(spec: TrainSpec) -> Iterator[None]:
-    """Within it, the ML libraries are imported without what `spec` has no use for, and without the garbage collector.
+def lean_imports(task: TrainTask) -> Iterator[None]:
+    """Within it, the ML libraries are imported without what `task` has no use for, and without the garbage collector.
 
     For a process that does nothing but this run: what is left out stays out until it ends, because the libraries look once
     for what is installed. Together that is 30% of the processor time of a run of one step. The collector would go
@@ -88,7 +88,7 @@ def lean_imports(spec: TrainSpec) -> Iterator[None]:
     """
     gc.disable()
     try:
-        for name in _NEVER_USED if _quantised(spec) else (*_NEVER_USED, "bitsandbytes"):
+        for name in _NEVER_USED if _quantised(task) else (*_NEVER_USED, "bitsandbytes"):
             _leave_out(name)
         import torch
 
@@ -108,11 +108,11 @@ def _leave_out(name: str) -> None:
     sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-def _quantised(spec: TrainSpec) -> bool:
+def _quantised(task: TrainTask) -> bool:
     """Whether the weights become quantised, or are so on disk already."""
-    config = Path(spec.model_dir) / "config.json"
+    config = Path(task.files.model_dir) / "config.json"
     return (
-        spec.hyperparameters["load_in_4bit"]
-        or spec.hyperparameters["load_in_8bit"]
+        task.spec.hyperparameters.load_in_4bit
+        or task.spec.hyperparameters.load_in_8bit
         or (config.is_file() and b'"quantization_config"' in config.read_bytes())
     )

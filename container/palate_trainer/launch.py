@@ -13,7 +13,6 @@ import socket
 import sys
 import tempfile
 import uuid
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from palate_recipes.specs.train import (
     EXIT_STOPPED,
     FAST_PATH_FAILED_FILE,
     MODEL_DIR,
-    TrainSpec,
+    TrainTask,
 )
 from palate_trainer.distributed import MEETING, world_size
 from palate_trainer.env import prepare_environment
@@ -45,21 +44,21 @@ def is_worker() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def process_count(spec: TrainSpec) -> int:
-    """How many processes `spec` asks for on this machine.
+def process_count(task: TrainTask) -> int:
+    """How many processes `task` asks for on this machine.
 
     Raises:
         TrainerError: More than the visible GPUs.
     """
-    if spec.processes == 1:
+    if task.files.processes == 1:
         return 1
     gpus = visible_gpus()
-    if gpus and spec.processes > gpus:
+    if gpus and task.files.processes > gpus:
         raise TrainerError(
-            f"processes={spec.processes}, but {gpus} GPUs are visible: a process needs one of its own."
+            f"processes={task.files.processes}, but {gpus} GPUs are visible: a process needs one of its own."
             " Ask for fewer, or make more visible in CUDA_VISIBLE_DEVICES; 0 takes all there are."
         )
-    return spec.processes or max(1, gpus)
+    return task.files.processes or max(1, gpus)
 
 
 def visible_gpus() -> int:
@@ -72,12 +71,12 @@ def visible_gpus() -> int:
     return int(torch.cuda.device_count())
 
 
-def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
+def launch(spec_file: Path, task: TrainTask, processes: int) -> int:
     """Runs `processes` workers to their end; a second time TRL's own way where the fast path failed in the first step.
 
     Args:
         spec_file: What each of them reads.
-        spec: The same, read.
+        task: The same, read.
         processes: Workers, each with a GPU of its own, or on the processor.
 
     Returns:
@@ -89,7 +88,7 @@ def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # its account of a failure would bury the worker's own
-    output = Path(spec.output_dir)
+    output = Path(task.files.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for left in (ERROR_FILE, FAST_PATH_FAILED_FILE):
         (output / left).unlink(missing_ok=True)
@@ -104,7 +103,7 @@ def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
     with tempfile.TemporaryDirectory(prefix=".meeting-", dir=output) as meeting:
         code = _launch_once(spec_file, output, processes, before, meeting)
     cause = output / FAST_PATH_FAILED_FILE
-    if code != EXIT_FAILED or not spec.fast or not cause.exists():
+    if code != EXIT_FAILED or not task.files.fast or not cause.exists():
         return code
     said = cause.read_text(encoding="utf-8")
     cause.unlink()
@@ -114,7 +113,7 @@ def launch(spec_file: Path, spec: TrainSpec, processes: int) -> int:
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix=".spec-", dir=output) as folder:
-        plain = replace(spec, fast=False)
+        plain = task.changed(fast=False)
         plain.write(Path(folder) / spec_file.name)
         return launch(Path(folder) / spec_file.name, plain, processes)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import asdict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -15,16 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from palate_recipes.errors import TrainerError
 from palate_recipes.lora_targets import ADAPTER_CONFIG, ADAPTER_FILES, AdapterShape, why_not_served
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from palate_trainer.distributed import local_rank
 from palate_trainer.sharding import is_sharded
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def check_model_dir(spec: TrainSpec) -> None:
+def check_model_dir(task: TrainTask) -> None:
     """Raises TrainerError when the folder lacks what a model needs, or the settings cannot go together."""
-    folder = Path(spec.model_dir)
+    folder = Path(task.files.model_dir)
     if not folder.is_dir():
         raise TrainerError(f"{folder}: no such model folder. Name a folder with config.json, weights and tokenizer.")
     if not (folder / "config.json").is_file():
@@ -33,33 +34,33 @@ def check_model_dir(spec: TrainSpec) -> None:
         raise TrainerError(
             f"{folder} has no weights (*.safetensors). The download may be incomplete: fetch the model again."
         )
-    four, eight = spec.hyperparameters["load_in_4bit"], spec.hyperparameters["load_in_8bit"]
+    four, eight = task.spec.hyperparameters.load_in_4bit, task.spec.hyperparameters.load_in_8bit
     if four and eight:
         raise TrainerError("load_in_4bit and load_in_8bit are both true. Choose one.")
-    if (four or eight) and not spec.trains_adapter:
+    if (four or eight) and not task.spec.trains_adapter:
         raise TrainerError(
             "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
         )
-    if (four or eight) and is_sharded(spec):
+    if (four or eight) and is_sharded(task):
         raise TrainerError(
             "fsdp=full_shard cannot split quantised weights. Set load_in_4bit=false and load_in_8bit=false, or fsdp=off."
         )
-    if spec.adapter_dir is not None:
-        _check_adapter(spec, Path(spec.adapter_dir))
-    if spec.precision == "float16" and not torch.cuda.is_available():
+    if task.files.adapter_dir is not None:
+        _check_adapter(task, Path(task.files.adapter_dir))
+    if task.spec.precision == "float16" and not torch.cuda.is_available():
         raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
 
 
-def check_target_modules(spec: TrainSpec) -> None:
+def check_target_modules(task: TrainTask) -> None:
     """Raises TrainerError when a name in `target_modules` fits no layer that can carry an adapter.
 
     The model is built from its config alone, without weights.
     """
-    targets = spec.hyperparameters["target_modules"]
-    if not spec.trains_adapter or spec.adapter_dir is not None or isinstance(targets, str):
+    targets = task.spec.hyperparameters.target_modules
+    if not task.spec.trains_adapter or task.files.adapter_dir is not None or isinstance(targets, str):
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_dir))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(task.files.model_dir))
     kinds = {path: module for path, module in model.named_modules() if not list(module.children())}
     linear = {path.rpartition(".")[2] for path, module in kinds.items() if isinstance(module, torch.nn.Linear | Conv1D)}
     known = sorted(name for name in linear if why_not_served(name) is None)
@@ -78,32 +79,32 @@ def check_target_modules(spec: TrainSpec) -> None:
             )
 
 
-def load_model(spec: TrainSpec) -> Any:
+def load_model(task: TrainTask) -> Any:
     """The base model as a causal language model, quantised when the hyperparameters ask for it.
 
     A frozen base is loaded in `precision`. Weights that are trained themselves stay float32: an update of a 16-bit
     weight is mostly rounded away; arithmetic still runs in `precision`.
     """
-    hyperparameters = spec.hyperparameters
-    dtype = DTYPES[spec.precision] if spec.trains_adapter else torch.float32
-    config = AutoConfig.from_pretrained(spec.model_dir)
+    hyperparameters = task.spec.hyperparameters
+    dtype = DTYPES[task.spec.precision] if task.spec.trains_adapter else torch.float32
+    config = AutoConfig.from_pretrained(task.files.model_dir)
     if getattr(config, "attention_dropout", 0.0):
         config.attention_dropout = 0.0  # the reference and the policy must see the same network
     options: dict[str, Any] = {"config": config, "dtype": dtype}
-    if hyperparameters["load_in_4bit"] or hyperparameters["load_in_8bit"]:
-        options["quantization_config"] = _quantisation(spec)
+    if hyperparameters.load_in_4bit or hyperparameters.load_in_8bit:
+        options["quantization_config"] = _quantisation(task)
         options["device_map"] = {"": local_rank() if torch.cuda.is_available() else "cpu"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(spec.model_dir, **options)
+        model = AutoModelForCausalLM.from_pretrained(task.files.model_dir, **options)
     except ImportError as error:
         raise TrainerError(f"Loading the model needs a package that is not installed: {error}") from error
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         if "quantization_config" not in options or isinstance(error, torch.OutOfMemoryError):
             raise
-        bits = 4 if hyperparameters["load_in_4bit"] else 8
+        bits = 4 if hyperparameters.load_in_4bit else 8
         raise TrainerError(
             f"The model could not be loaded in {bits} bit on {'CUDA' if torch.cuda.is_available() else 'this CPU'}: {error}."
-            f" Set load_in_{bits}bit=false (LoRA on {spec.precision} weights)."
+            f" Set load_in_{bits}bit=false (LoRA on {task.spec.precision} weights)."
         ) from error
     for module in model.modules():
         # On CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights at the first pass without gradients, and its kernel for
@@ -118,37 +119,37 @@ def load_model(spec: TrainSpec) -> Any:
     return model
 
 
-def lora_config(spec: TrainSpec) -> LoraConfig:
+def lora_config(task: TrainTask) -> LoraConfig:
     """The adapter's shape, from PAI's names."""
-    hyperparameters = spec.hyperparameters
-    targets = hyperparameters["target_modules"]
+    hyperparameters = task.spec.hyperparameters
+    targets = hyperparameters.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=hyperparameters["lora_dim"],
-        lora_alpha=hyperparameters["lora_alpha"],
-        lora_dropout=hyperparameters["lora_dropout"],
+        r=hyperparameters.lora_dim,
+        lora_alpha=hyperparameters.lora_alpha,
+        lora_dropout=hyperparameters.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
 
 
-def load_adapter(spec: TrainSpec, model: Any) -> Any:
-    """The model with the adapter of `spec.adapter_dir` on it, to be trained further.
+def load_adapter(task: TrainTask, model: Any) -> Any:
+    """The model with the adapter of `files.adapter_dir` on it, to be trained further.
 
     Raises:
         TrainerError: The adapter's weights are not those of this model's layers.
     """
-    config = LoraConfig.from_pretrained(spec.adapter_dir)
-    config.lora_dropout = spec.hyperparameters["lora_dropout"]
+    config = LoraConfig.from_pretrained(task.files.adapter_dir)
+    config.lora_dropout = task.spec.hyperparameters.lora_dropout
     misfit = TrainerError(
-        f"The adapter in {spec.adapter_dir} does not fit {spec.model_name or spec.model_dir}: its base is"
+        f"The adapter in {task.files.adapter_dir} does not fit {task.spec.model.name or task.files.model_dir}: its base is"
         f" {config.base_model_name_or_path or 'unnamed'}. Train the model that it belongs to."
     )
-    config.base_model_name_or_path = spec.model_dir  # PEFT looks there when it saves
+    config.base_model_name_or_path = task.files.model_dir  # PEFT looks there when it saves
     try:
-        model = PeftModel.from_pretrained(model, spec.adapter_dir, config=config, is_trainable=True)
+        model = PeftModel.from_pretrained(model, task.files.adapter_dir, config=config, is_trainable=True)
     except (ValueError, RuntimeError) as error:  # no such layer; another size
         raise misfit from error
-    with safe_open(Path(str(spec.adapter_dir)) / ADAPTER_FILES[1], framework="pt") as file:
+    with safe_open(Path(str(task.files.adapter_dir)) / ADAPTER_FILES[1], framework="pt") as file:
         # PEFT only warns of weights that found no place, and of places that got none.
         if set(file.keys()) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
             raise misfit
@@ -158,23 +159,23 @@ def load_adapter(spec: TrainSpec, model: Any) -> Any:
     return model
 
 
-def _check_adapter(spec: TrainSpec, folder: Path) -> None:
+def _check_adapter(task: TrainTask, folder: Path) -> None:
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise TrainerError(f"{folder} lacks {' and '.join(missing)}: name the model folder of a finished LoRA run.")
-    if not spec.trains_adapter:
-        raise TrainerError(f"{spec.method} trains every weight and cannot go on from the adapter in {folder}.")
+    if not task.spec.trains_adapter:
+        raise TrainerError(f"{task.spec.method} trains every weight and cannot go on from the adapter in {folder}.")
     shape = AdapterShape.parse((folder / ADAPTER_CONFIG).read_bytes(), where=str(folder))
-    if problems := shape.contradictions(spec.hyperparameters):
+    if problems := shape.contradictions(asdict(task.spec.hyperparameters)):
         raise TrainerError(f"The adapter in {folder} has its shape already:\n  " + "\n  ".join(problems))
 
 
-def _quantisation(spec: TrainSpec) -> BitsAndBytesConfig:
-    if spec.hyperparameters["load_in_8bit"]:
+def _quantisation(task: TrainTask) -> BitsAndBytesConfig:
+    if task.spec.hyperparameters.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[spec.precision],
+        bnb_4bit_compute_dtype=DTYPES[task.spec.precision],
     )

@@ -24,7 +24,7 @@ from typing import Any
 
 from palate_recipes.device import local_device
 from palate_recipes.errors import PalateError, TrainerError
-from palate_recipes.hyperparameters import resolve
+from palate_recipes.hyperparameters import check_method, resolve
 from palate_recipes.preferences.files import SUFFIXES
 from palate_recipes.specs.train import (
     CHECKPOINTS_DIR,
@@ -33,8 +33,11 @@ from palate_recipes.specs.train import (
     METRICS_FILE,
     MODEL_DIR,
     TENSORBOARD_DIR,
+    LocalFiles,
     TrainSpec,
+    TrainTask,
 )
+from palate_recipes.specs.weights import BaseModel, WeightsSource
 from palate_trainer.checkpoint_marker import last_whole
 from palate_trainer.failures import explain
 
@@ -106,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="palate-train-") as scratch:
         output = Path(scratch) / "output"
         try:
-            spec = _read(layout, output)
-            spec.write(Path(scratch) / "spec.json")
+            task = _read(layout, output)
+            task.write(Path(scratch) / "spec.json")
         except (PalateError, OSError, ValueError) as error:
             message = explain(error)
             print(message, file=sys.stderr)
@@ -132,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def _read(layout: Layout, output: Path) -> TrainSpec:
-    """Reads everything that the platform says into a spec, and makes the folders that the trainer writes to."""
+def _read(layout: Layout, output: Path) -> TrainTask:
+    """Reads everything that the platform says into a task, and makes the folders that the trainer writes to."""
     _one_machine(layout)
     values = _hyperparameters(layout.root / "input/config/hyperparameters.json")
     method = str(values.pop("method", "LoRA_LLM"))
@@ -154,18 +157,22 @@ def _read(layout: Layout, output: Path) -> TrainSpec:
     _keep_metrics(layout.checkpoints / METRICS_FILE, resume_from)
     if resume_from:
         print(f"going on from {resume_from}", flush=True)
-    return TrainSpec(
-        method=method,
+    spec = TrainSpec(
+        model=BaseModel(name=name, source=WeightsSource(kind="folder", location=str(model))),
+        method=check_method(method),
+        hyperparameters=resolved.values,
+        precision=resolved.precision,
+        notes=resolved.notes,
+    )
+    files = LocalFiles(
         model_dir=str(model),
-        model_name=name,
         train_file=str(_data_file(layout, "train", wanted=True)),
         validation_file=_data_file(layout, "validation"),
         adapter_dir=str(adapter) if adapter else None,
         output_dir=str(output),
-        hyperparameters=dict(resolved.values),
-        precision=resolved.precision,
         resume_from=str(output / CHECKPOINTS_DIR / resume_from.name) if resume_from else None,
     )
+    return TrainTask(spec=spec, files=files)
 
 
 def _one_machine(layout: Layout) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from palate_recipes.specs.reference_table import LogProbs, Table, read_table, reference_key, table_name, write_table
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from palate_trainer.distributed import is_main
 
 _PROGRESS_EVERY_S = 10.0
@@ -25,7 +25,7 @@ class ReferenceScores:
     A table that cannot be read or written costs a note, never the run.
 
     Args:
-        spec: The run; without a `cache_dir` every row is scored.
+        task: The run; without a `cache_dir` every row is scored.
         note: Takes one progress line.
 
     Attributes:
@@ -34,19 +34,19 @@ class ReferenceScores:
         seconds: Time spent on both.
     """
 
-    def __init__(self, spec: TrainSpec, note: Callable[[str], None]) -> None:
+    def __init__(self, task: TrainTask, note: Callable[[str], None]) -> None:
         self.note = note
         self.cached_rows, self.scored_rows, self.seconds = 0, 0, 0.0
-        self._precision = spec.precision
-        self._quantised = bool(spec.hyperparameters["load_in_4bit"] or spec.hyperparameters["load_in_8bit"])
+        self._precision = task.spec.precision
+        self._quantised = bool(task.spec.hyperparameters.load_in_4bit or task.spec.hyperparameters.load_in_8bit)
         self._path: Path | None = None
         self._checked = False
         self._table = Table("")
         self._kept: frozenset[str] = frozenset()  # digests from earlier runs
-        if spec.cache_dir is not None:
+        if task.files.cache_dir is not None:
             try:
-                key = reference_key(spec)
-                self._path = Path(spec.cache_dir) / table_name(key)
+                key = reference_key(task)
+                self._path = Path(task.files.cache_dir) / table_name(key)
                 self._table = read_table(self._path, key)
                 self._kept = frozenset(self._table.rows)
             except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from palate_recipes.specs.train import MODEL_DIR, PROBE_FILE, TrainSpec
+from palate_recipes.specs.train import MODEL_DIR, PROBE_FILE, TrainTask
 from palate_trainer.distributed import is_main
 from palate_trainer.model import DTYPES
 from palate_trainer.sharding import is_sharded, whole_weights
@@ -20,11 +20,11 @@ from palate_trainer.tokenize import TokenPair
 PROBE_ROWS = 8
 
 
-def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
+def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
     """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer. Rank 0 alone writes.
 
     Args:
-        spec: The run.
+        task: The run.
         trainer: After its last step; its model is a PeftModel or the whole network.
         tokenizer: With the chat template that training used.
         probe_rows: Rows to score into probe.json; the first eight are taken.
@@ -32,11 +32,11 @@ def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[T
     Returns:
         The folder. It is renamed into place last: its presence means that it is whole.
     """
-    folder = Path(spec.output_dir) / MODEL_DIR
+    folder = Path(task.files.output_dir) / MODEL_DIR
     model = trainer.model
-    sharded = is_sharded(spec)
-    probe = _probe(spec, model, probe_rows[:PROBE_ROWS]) if sharded or is_main() else {}
-    dtype = None if isinstance(model, PeftModel) else DTYPES[spec.precision]
+    sharded = is_sharded(task)
+    probe = _probe(task, model, probe_rows[:PROBE_ROWS]) if sharded or is_main() else {}
+    dtype = None if isinstance(model, PeftModel) else DTYPES[task.spec.precision]
     weights = whole_weights(model, trainable_only=dtype is None, dtype=dtype) if sharded else None
     if not is_main():
         return folder
@@ -45,7 +45,7 @@ def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[T
     draft.mkdir(parents=True)
     if isinstance(model, PeftModel):
         # A path of this machine means nothing to a reader elsewhere.
-        model.peft_config["default"].base_model_name_or_path = spec.model_name or Path(spec.model_dir).name
+        model.peft_config["default"].base_model_name_or_path = task.spec.model.name or Path(task.files.model_dir).name
         # Adapters on linear layers leave the vocabulary alone; PEFT would look for the base's config to find that out.
         model.save_pretrained(draft, state_dict=weights, save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form
@@ -63,23 +63,25 @@ def save_model(spec: TrainSpec, trainer: Any, tokenizer: Any, probe_rows: list[T
     return folder
 
 
-def _probe(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> dict[str, Any]:
+def _probe(task: TrainTask, model: Any, rows: list[TokenPair]) -> dict[str, Any]:
     model.eval()
     scored = []
     for row in rows:
         entry = {"row": row.row, "prompt_ids": row.prompt_ids, "completion_ids": row.answer_ids}
-        entry["logps"] = _logps(spec, model, row)
+        entry["logps"] = _logps(task, model, row)
         if isinstance(model, PeftModel):
             with model.disable_adapter():
-                entry["base_logps"] = _logps(spec, model, row)
+                entry["base_logps"] = _logps(task, model, row)
         scored.append(entry)
-    return {"precision": spec.precision, "model_name": spec.model_name, "rows": scored}
+    return {"precision": task.spec.precision, "model_name": task.spec.model.name, "rows": scored}
 
 
-def _logps(spec: TrainSpec, model: Any, row: TokenPair) -> list[float]:
+def _logps(task: TrainTask, model: Any, row: TokenPair) -> list[float]:
     device = next(model.parameters()).device
     ids = torch.tensor([row.prompt_ids + row.answer_ids], device=device)  # (1, tokens)
-    mixed = nullcontext() if spec.precision == "float32" else torch.autocast(device.type, DTYPES[spec.precision])
+    mixed = (
+        nullcontext() if task.spec.precision == "float32" else torch.autocast(device.type, DTYPES[task.spec.precision])
+    )
     with torch.no_grad(), mixed:
         logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1].float()
     picked = logits.log_softmax(-1).gather(1, torch.tensor(row.answer_ids, device=device).unsqueeze(1))

@@ -16,20 +16,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from trl.trainer import dpo_trainer
 
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from palate_trainer.distributed import is_main, world_size
 
 _ARITHMETIC = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def is_sharded(spec: TrainSpec) -> bool:
+def is_sharded(task: TrainTask) -> bool:
     """Whether the weights are split over the processes; one alone has them whole whatever is asked."""
-    return world_size() > 1 and bool(spec.hyperparameters["fsdp"] == "full_shard")
+    return world_size() > 1 and bool(task.spec.hyperparameters.fsdp == "full_shard")
 
 
-def fsdp_arguments(spec: TrainSpec) -> dict[str, Any]:
+def fsdp_arguments(task: TrainTask) -> dict[str, Any]:
     """Transformers' arguments for it: weights gathered layer by layer, whole in a checkpoint."""
-    if not is_sharded(spec):
+    if not is_sharded(task):
         return {}
     return {
         "fsdp": True,

@@ -110,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         if spec.apply_chat_template and not spec.system_prompt.strip():
             take_out_system_default(tokenizer)
         files = [(Path(path), name) for path, name in spec.files]
-        strategy: Strategy | None = spec.strategy  # type: ignore[assignment]
-        found = measured(files, renderer, strategy=strategy, format=format_for(**spec.settings))
+        found = measured(files, renderer, strategy=spec.strategy, format=format_for(**spec.settings))
     except PalateError as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from palate_recipes.errors import NotFiniteError, PalateError, TrainerError
 from palate_recipes.preferences.load import describe_skipped, read_rows
 from palate_recipes.preferences.row import Row
+from palate_recipes.schema import Hyperparameters
 from palate_recipes.specs.diagnose import ADVICE_NAMES
 from palate_recipes.specs.train import (
     COMPLETE_MARK,
@@ -23,7 +23,7 @@ from palate_recipes.specs.train import (
     EXIT_STOPPED,
     FAST_PATH_FAILED_FILE,
     TENSORBOARD_DIR,
-    TrainSpec,
+    TrainTask,
 )
 from palate_trainer.distributed import join_group, wait_for_all, world_size
 from palate_trainer.env import keep_one_gpu, lean_imports, prepare_environment, use_available_cores
@@ -31,11 +31,11 @@ from palate_trainer.failures import explain, is_out_of_memory
 from palate_trainer.throughput import StartupTimes
 
 
-def run(spec: TrainSpec, *, own_process: bool = False) -> int:
+def run(task: TrainTask, *, own_process: bool = False) -> int:
     """Trains, and says in the exit code how it ended.
 
     Args:
-        spec: The run.
+        task: The run.
         own_process: This process does nothing but this run, so libraries that it has no use for are kept out of it.
 
     Returns:
@@ -43,12 +43,12 @@ def run(spec: TrainSpec, *, own_process: bool = False) -> int:
     """
     # Until StopSignal takes over: the imports alone take seconds, and a stop in them has the same exit code.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
-    output = Path(spec.output_dir)
+    output = Path(task.files.output_dir)
     if world_size() == 1:  # the launcher of several has done it, and one of them may already have failed
         (output / ERROR_FILE).unlink(missing_ok=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        return _train(spec, output, lean_imports(spec) if own_process else nullcontext())
+        return _train(task, output, lean_imports(task) if own_process else nullcontext())
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         failed_fast = isinstance(error, _FastPathError)
@@ -80,15 +80,15 @@ def write_error(output_dir: Path, message: str) -> bool:
     return True
 
 
-def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None]) -> int:
+def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None]) -> int:
     startup = StartupTimes()
-    hyperparameters = spec.hyperparameters
-    strategy = hyperparameters["training_strategy"]
+    hyperparameters = task.spec.hyperparameters
+    strategy = hyperparameters.training_strategy
 
     # Everything that can be refused without ML libraries or weights comes first.
-    train_data, skipped = _read_rows(spec, spec.train_file)
-    validation_data, skipped_validation = _read_rows(spec, spec.validation_file)
-    resume_from = _resume_folder(spec)
+    train_data, skipped = _read_rows(task, task.files.train_file)
+    validation_data, skipped_validation = _read_rows(task, task.files.validation_file)
+    resume_from = _resume_folder(task)
     startup.done("read")
 
     prepare_environment()
@@ -108,17 +108,17 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
     startup.done("imports")
     stop = StopSignal()
     try:
-        join_group(sharded=hyperparameters["fsdp"] == "full_shard")
-        set_seed(hyperparameters["seed"])
-        check_model_dir(spec)
-        check_target_modules(spec)
-        tokenizer = load_tokenizer(spec.model_dir)
+        join_group(sharded=hyperparameters.fsdp == "full_shard")
+        set_seed(hyperparameters.seed)
+        check_model_dir(task)
+        check_target_modules(task)
+        tokenizer = load_tokenizer(task.files.model_dir)
         renderer = Renderer(
             tokenizer=tokenizer,
-            apply_chat_template=hyperparameters["apply_chat_template"],
-            system_prompt=hyperparameters["system_prompt"],
-            seq_length=hyperparameters["seq_length"],
-            stop_ids=stop_token_ids(spec.model_dir),
+            apply_chat_template=hyperparameters.apply_chat_template,
+            system_prompt=hyperparameters.system_prompt,
+            seq_length=hyperparameters.seq_length,
+            stop_ids=stop_token_ids(task.files.model_dir),
         )
         renderer.check()
         notes = [
@@ -131,7 +131,7 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
         train_rows, report = encode_pairs(train_data, renderer, name="train")
         notes += report.notes("train", renderer.seq_length)
         if strategy == "kto":
-            weights = {name: hyperparameters[name] for name in ("desirable_weight", "undesirable_weight")}
+            weights = {name: getattr(hyperparameters, name) for name in ("desirable_weight", "undesirable_weight")}
             notes += filter(None, [balance_note(train_rows, **weights)])
         validation_rows: list[Any] = []
         if validation_data:
@@ -163,7 +163,7 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
         )
         warning = ""
         try:
-            trainer, callback = fit(spec)
+            trainer, callback = fit(task)
         except _FastPathError as error:
             if world_size() > 1:
                 raise
@@ -176,11 +176,11 @@ def _train(spec: TrainSpec, output: Path, importing: AbstractContextManager[None
             log(warning)
             notes.append(warning)
             _free_memory()
-            trainer, callback = fit(replace(spec, fast=False))
+            trainer, callback = fit(task.changed(fast=False))
         if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
         stop.deferred = True  # nothing is left but to save: that is done before a stop is obeyed
-        folder = save_model(spec, trainer, tokenizer, validation_rows or train_rows)
+        folder = save_model(task, trainer, tokenizer, validation_rows or train_rows)
         summary = callback.finish(seconds=startup.seconds)
         wait_for_all()
     except StopRequested:
@@ -202,7 +202,7 @@ class _FastPathError(TrainerError):
 
 
 def _fit(
-    spec: TrainSpec,
+    task: TrainTask,
     *,
     tokenizer: Any,
     train: list[Any],
@@ -218,7 +218,7 @@ def _fit(
         The trainer and its RunCallback, after the last step or the one at which a stop came.
 
     Raises:
-        _FastPathError: It failed before the first step was done, and `spec.fast` allowed what may be the cause.
+        _FastPathError: It failed before the first step was done, and `files.fast` allowed what may be the cause.
     """
     from transformers import set_seed
 
@@ -228,7 +228,7 @@ def _fit(
     from palate_trainer.reference_scores import ReferenceScores
     from palate_trainer.trainers import build_trainer
 
-    hyperparameters = spec.hyperparameters
+    hyperparameters = task.spec.hyperparameters
     notes = start_event["notes"]
 
     def note(line: str) -> None:
@@ -236,34 +236,34 @@ def _fit(
         if line.startswith("WARNING: "):
             notes.append(line)
 
-    set_seed(hyperparameters["seed"])  # here: a run that begins anew begins alike
+    set_seed(hyperparameters.seed)  # here: a run that begins anew begins alike
     threads = use_available_cores()
-    log(f"loading {spec.model_name or spec.model_dir} in {spec.precision} ({threads} threads)")
-    model = load_model(spec)
+    log(f"loading {task.spec.model.name or task.files.model_dir} in {task.spec.precision} ({threads} threads)")
+    model = load_model(task)
     startup.done("model")
     callback = RunCallback(
-        Metrics(Path(spec.output_dir), attempt=spec.attempt),
+        Metrics(Path(task.files.output_dir), attempt=task.files.attempt),
         stop,
         rows=len(train),
         startup=startup,
         start_event={
-            "strategy": hyperparameters["training_strategy"],
-            "method": spec.method,
-            "model_name": spec.model_name,
-            "precision": spec.precision,
+            "strategy": hyperparameters.training_strategy,
+            "method": task.spec.method,
+            "model_name": task.spec.model.name,
+            "precision": task.spec.precision,
             "processes": world_size(),
             "train_rows": len(train),
             "validation_rows": len(validation),
-            **{name: hyperparameters[name] for name in ADVICE_NAMES},
+            **{name: getattr(hyperparameters, name) for name in ADVICE_NAMES},
             **start_event,
         },
     )
-    reference = ReferenceScores(spec, log)
+    reference = ReferenceScores(task, log)
     trainer = None
     try:
         with completion_tokens_only():
             trainer = build_trainer(
-                spec,
+                task,
                 model=model,
                 tokenizer=tokenizer,
                 train=train,
@@ -272,7 +272,7 @@ def _fit(
                 reference=reference,
                 note=note,
             )
-            if hyperparameters["training_strategy"] == "dpo":
+            if hyperparameters.training_strategy == "dpo":
                 startup.done("build", reference=reference.seconds)
                 callback.start_event |= reference.report()
             else:
@@ -285,7 +285,7 @@ def _fit(
             except StopRequested:  # in an evaluation, or nothing was left to train
                 callback.checkpoint_now()
     except Exception as error:
-        in_use = spec.fast and (trainer is None or (trainer.trial is not None and trainer.trial.fast))
+        in_use = task.files.fast and (trainer is None or (trainer.trial is not None and trainer.trial.fast))
         if in_use and not callback.step_losses and _may_be_of_the_fast_path(error):
             raise _FastPathError(explain(error)) from error
         raise
@@ -309,8 +309,8 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _batch_note(hyperparameters: dict[str, Any]) -> str:
-    rows, batches = hyperparameters["per_device_train_batch_size"], hyperparameters["gradient_accumulation_steps"]
+def _batch_note(hyperparameters: Hyperparameters) -> str:
+    rows, batches = hyperparameters.per_device_train_batch_size, hyperparameters.gradient_accumulation_steps
     return (
         f"{world_size()} processes x {rows} rows x {batches} batches: a step takes {world_size() * rows * batches} rows,"
         f" {world_size()} times those of one process. To keep its steps, divide gradient_accumulation_steps={batches}"
@@ -318,24 +318,24 @@ def _batch_note(hyperparameters: dict[str, Any]) -> str:
     )
 
 
-def _read_rows(spec: TrainSpec, path: str | None) -> tuple[list[Row], dict[int, str]]:
+def _read_rows(task: TrainTask, path: str | None) -> tuple[list[Row], dict[int, str]]:
     """Rows of one file, and the wrong rows that `bad_rows` lets be left out, by number."""
     skipped: dict[int, str] = {}
     if path is None:
         return [], skipped
     rows = read_rows(
         path,
-        strategy=spec.hyperparameters["training_strategy"],
-        bad_rows=spec.hyperparameters["bad_rows"],
+        strategy=task.spec.hyperparameters.training_strategy,
+        bad_rows=task.spec.hyperparameters.bad_rows,
         on_skip=skipped.__setitem__,
     )
     return rows, skipped
 
 
-def _resume_folder(spec: TrainSpec) -> str | None:
-    if spec.resume_from is None:
+def _resume_folder(task: TrainTask) -> str | None:
+    if task.files.resume_from is None:
         return None
-    folder = Path(spec.resume_from)
+    folder = Path(task.files.resume_from)
     if not (folder / COMPLETE_MARK).is_file():
         raise TrainerError(
             f"{folder} is no whole checkpoint: {COMPLETE_MARK} is missing. Resume from an earlier one, or start anew."

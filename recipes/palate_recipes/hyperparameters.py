@@ -11,9 +11,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from msgspec.structs import asdict, replace
+
 from palate_recipes.errors import HyperparameterError
 from palate_recipes.lora_targets import why_not_served
-from palate_recipes.schema import HYPERPARAMETERS, METHODS, Hyperparameter, as_definitions, describe, show
+from palate_recipes.schema import (
+    HYPERPARAMETERS,
+    METHODS,
+    Hyperparameter,
+    Hyperparameters,
+    Method,
+    as_definitions,
+    describe,
+    show,
+)
 from palate_recipes.text import nearest
 
 __all__ = [
@@ -21,6 +32,7 @@ __all__ = [
     "METHODS",
     "DeviceFacts",
     "Hyperparameter",
+    "Hyperparameters",
     "Precision",
     "Resolved",
     "as_definitions",
@@ -108,22 +120,25 @@ class Resolved:
     `precision` in `values`, in place of `auto`), and one sentence for each default that gave way and each given value
     that has no effect."""
 
-    values: dict[str, Any]
+    values: Hyperparameters
     precision: Precision
     notes: tuple[str, ...]
 
 
-def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, Any]:
+def validate(values: Mapping[str, object] | Hyperparameters | None, *, method: str) -> dict[str, Any]:
     """Check the given hyperparameters and return them in their own types; defaults are not filled in.
 
     Args:
-        values: names to values; strings are read as PAI sends them (`"5e-5"`, `"true"`). None is no values.
+        values: names to values; strings are read as PAI sends them (`"5e-5"`, `"true"`). None is no values. Resolved ones
+            may be given again: each counts as given.
         method: one of `METHODS`.
 
     Raises:
         HyperparameterError: lists every problem at once, each with name, value and what it must be.
     """
     check_method(method)
+    if isinstance(values, Hyperparameters):
+        values = asdict(values)
     if values is not None and not isinstance(values, Mapping):
         raise HyperparameterError(
             f"hyperparameters is a {type(values).__name__}; give a dict of names to values, such as "
@@ -149,7 +164,7 @@ def validate(values: Mapping[str, object] | None, *, method: str) -> dict[str, A
     return given
 
 
-def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceFacts) -> Resolved:
+def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: str, device: DeviceFacts) -> Resolved:
     """Check the given hyperparameters, fill in every default, and settle what depends on method and machine.
 
     Under kto a batch has 4 answers unless a size is given: PAI's default of 1 cannot work there.
@@ -161,25 +176,25 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
         HyperparameterError: as `validate`, or the machine cannot compute in the given `precision`.
     """
     given = validate(values, method=method)
-    resolved = {name: given.get(name, _copy(row.default)) for name, row in HYPERPARAMETERS.items()}
-    if problem := _impossible_precision(resolved["precision"], device):
+    resolved = Hyperparameters(**given)
+    if problem := _impossible_precision(resolved.precision, device):
         raise HyperparameterError(f"1 problem in the hyperparameters for {method}:\n  {problem}")
-    precision = _precision(resolved["precision"], device)
+    precision = _precision(resolved.precision, device)
     emulated = precision == "bfloat16" and not device.bf16
-    no_bfloat16 = resolved["precision"] == "auto" and precision == "float16"
-    resolved["precision"] = precision
+    no_bfloat16 = resolved.precision == "auto" and precision == "float16"
+    resolved = replace(resolved, precision=precision)
     notes: list[str] = []
 
-    if resolved["training_strategy"] == "kto" and "per_device_train_batch_size" not in given:
-        resolved["per_device_train_batch_size"] = _KTO_BATCH
+    if resolved.training_strategy == "kto" and "per_device_train_batch_size" not in given:
+        resolved = replace(resolved, per_device_train_batch_size=_KTO_BATCH)
         notes.append(
             f"per_device_train_batch_size is {_KTO_BATCH}: kto estimates the KL divergence from the answers of one batch, "
             "and the default of 1 has none to compare."
         )
     if "load_in_4bit" not in given and (reason := _why_not_4bit(resolved, method, device, precision)):
-        resolved["load_in_4bit"] = False
+        resolved = replace(resolved, load_in_4bit=False)
         notes.append(f"load_in_4bit is false: {reason}.")
-    quantised = [name for name in ("load_in_4bit", "load_in_8bit") if resolved[name]]
+    quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(resolved, name)]
     if quantised and not device.cuda:
         notes.append(
             f"{quantised[0]} stays true without CUDA, as asked: "
@@ -191,7 +206,7 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
         notes.append(
             "precision=bfloat16 is emulated: this processor has neither avx512_bf16 nor amx, so training is slower than in float32."
         )
-    if resolved["fsdp"] == "full_shard" and (not device.cuda or device.gpu_count == 1):
+    if resolved.fsdp == "full_shard" and (not device.cuda or device.gpu_count == 1):
         notes.append(
             f"fsdp has no effect: {'there is one GPU' if device.cuda else 'there is no CUDA'} to hold the weights."
         )
@@ -199,26 +214,26 @@ def resolve(values: Mapping[str, object] | None, *, method: str, device: DeviceF
     return Resolved(values=resolved, precision=precision, notes=tuple(notes))
 
 
-def _why_not_4bit(resolved: Mapping[str, Any], method: str, device: DeviceFacts, precision: Precision) -> str | None:
+def _why_not_4bit(resolved: Hyperparameters, method: str, device: DeviceFacts, precision: Precision) -> str | None:
     if method == "Standard_LLM":
         return "Standard_LLM trains every weight, and 4-bit weights cannot be trained"
-    if resolved["load_in_8bit"]:
+    if resolved.load_in_8bit:
         return "load_in_8bit=true was given, and weights are held in one of the two"
-    if resolved["fsdp"] == "full_shard" and device.cuda and device.gpu_count != 1:
+    if resolved.fsdp == "full_shard" and device.cuda and device.gpu_count != 1:
         return f"fsdp=full_shard was given, and 4-bit weights cannot be split, so they are held in {precision}"
     if not device.cuda and method != "QLoRA_LLM":
         return f"its default is for CUDA, which this machine lacks, so the weights are held in {precision}"
     return None
 
 
-def check_method(method: str) -> str:
+def check_method(method: str) -> Method:
     """The method's name if it is one of `METHODS`.
 
     Raises:
         HyperparameterError: it is not; the message names the nearest one and all of them.
     """
     if isinstance(method, str) and method in METHODS:
-        return method
+        return cast(Method, method)
     text = method[:60] if isinstance(method, str) else shorten(method)
     meant = {"full": "Standard_LLM", "full_ft": "Standard_LLM"}.get(text.casefold())
     meant = meant or nearest(text, METHODS, cutoff=0.5)
@@ -297,45 +312,45 @@ def _kto_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
         yield "desirable_weight = 0, undesirable_weight = 0: nothing would be trained; give at least one above 0"
 
 
-def _without_effect(given: Mapping[str, Any], resolved: Mapping[str, Any], method: str) -> Iterable[str]:
-    if resolved["training_strategy"] == "sft":
+def _without_effect(given: Mapping[str, Any], resolved: Hyperparameters, method: str) -> Iterable[str]:
+    if resolved.training_strategy == "sft":
         for name in _DPO_NAMES:
             if name in given:
                 yield f'{name} has no effect: training_strategy is "sft"; "dpo" trains on preferences.'
-    elif resolved["training_strategy"] == "dpo":
+    elif resolved.training_strategy == "dpo":
         yield from _loss_notes(given, resolved)
-    if resolved["training_strategy"] != "kto":
+    if resolved.training_strategy != "kto":
         for name in _KTO_NAMES:
-            if resolved[name] != HYPERPARAMETERS[name].default:
-                yield f'{name} has no effect: training_strategy is "{resolved["training_strategy"]}"; "kto" has it.'
+            if getattr(resolved, name) != HYPERPARAMETERS[name].default:
+                yield f'{name} has no effect: training_strategy is "{resolved.training_strategy}"; "kto" has it.'
     if method == "Standard_LLM":
         for name in _LORA_NAMES:
             if name in given:
                 yield f"{name} has no effect: Standard_LLM trains every weight, without an adapter."
-    if given.get("system_prompt") and not resolved["apply_chat_template"]:
+    if given.get("system_prompt") and not resolved.apply_chat_template:
         yield "system_prompt has no effect: apply_chat_template is false."
-    if given.get("warmup_ratio") and resolved["lr_scheduler_type"] == "constant":
+    if given.get("warmup_ratio") and resolved.lr_scheduler_type == "constant":
         yield "warmup_ratio has no effect: lr_scheduler_type is constant; use constant_with_warmup."
-    if "num_train_epochs" in given and resolved["max_steps"]:
-        yield f"num_train_epochs has no effect: max_steps={resolved['max_steps']} decides when to stop."
+    if "num_train_epochs" in given and resolved.max_steps:
+        yield f"num_train_epochs has no effect: max_steps={resolved.max_steps} decides when to stop."
 
 
-def _loss_notes(given: Mapping[str, Any], resolved: Mapping[str, Any]) -> Iterable[str]:
-    losses = set(resolved["loss_type"].split(","))
-    if losses & {"aot", "aot_unpaired"} and resolved["per_device_train_batch_size"] == 1:
+def _loss_notes(given: Mapping[str, Any], resolved: Hyperparameters) -> Iterable[str]:
+    losses = set(resolved.loss_type.split(","))
+    if losses & {"aot", "aot_unpaired"} and resolved.per_device_train_batch_size == 1:
         yield (
-            f"loss_type={resolved['loss_type']} compares pairs within a batch, "
+            f"loss_type={resolved.loss_type} compares pairs within a batch, "
             "and per_device_train_batch_size is 1: give more pairs."
         )
-    if "sft" in losses and resolved["gradient_accumulation_steps"] > 1:
+    if "sft" in losses and resolved.gradient_accumulation_steps > 1:
         yield (
             "the loss sft is a mean over the tokens of one batch: with gradient_accumulation_steps="
-            f"{resolved['gradient_accumulation_steps']} a token in a batch of short answers weighs more."
+            f"{resolved.gradient_accumulation_steps} a token in a batch of short answers weighs more."
         )
     if given.get("label_smoothing") and not losses & _SMOOTHED:
-        yield f"label_smoothing has no effect on {resolved['loss_type']}: {', '.join(sorted(_SMOOTHED))} have it."
+        yield f"label_smoothing has no effect on {resolved.loss_type}: {', '.join(sorted(_SMOOTHED))} have it."
     if "discopop_tau" in given and "discopop" not in losses:
-        yield f"discopop_tau has no effect: loss_type is {resolved['loss_type']}."
+        yield f"discopop_tau has no effect: loss_type is {resolved.loss_type}."
 
 
 def _not_offered(value: object) -> str:
@@ -382,7 +397,3 @@ def shorten(value: object) -> str:
     """Returns a value as a message shows it, 60 characters at most."""
     text = show(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _copy(default: Any) -> Any:
-    return list(default) if isinstance(default, list) else default

@@ -96,8 +96,11 @@ class AdapterShape:
             odd = [f"peft_type={kind}"]
         if config.get("bias", "none") != "none":
             odd.append(f"bias={config['bias']}")
-        if shape.rank > (HYPERPARAMETERS["lora_dim"].maximum or 0):
-            odd.append(f"r={shape.rank}")
+        for name, key, value in (("lora_dim", "r", shape.rank), ("lora_alpha", "lora_alpha", shape.alpha)):
+            try:
+                HYPERPARAMETERS[name].parse(value)
+            except ValueError:
+                odd.append(f"{key}={value}")
         if isinstance(shape.target_modules, list):
             odd += [f"{name} among its layers" for name in shape.target_modules if why_not_served(name)]
         if odd:

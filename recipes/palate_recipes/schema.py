@@ -1,4 +1,4 @@
-"""The hyperparameter schema: one row a name, with type, default, bounds, unit and meaning, and how a value is read.
+"""The hyperparameter schema: one typed field a name, with default, bounds, unit and meaning, and how a value is read.
 
 Knows one value at a time, never how values fit together or what a machine makes of them. Every reader of a value raises
 TypeError, ValueError or OverflowError.
@@ -11,7 +11,10 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from msgspec import NODEFAULT, Meta, Struct
+from msgspec.structs import fields
 
 ALL_LINEAR = "all-linear"
 
@@ -110,6 +113,7 @@ PARSERS: Mapping[str, Callable[[object], Any]] = {
 }
 
 
+Method = Literal["LoRA_LLM", "QLoRA_LLM", "Standard_LLM"]
 METHODS: Mapping[str, str] = MappingProxyType(
     {
         "LoRA_LLM": "trains a low-rank adapter on frozen weights, held in 4 bits where CUDA is there",
@@ -118,7 +122,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-LR_SCHEDULERS = (  # transformers.SchedulerType, without those that need lr_scheduler_kwargs or an evaluation
+Schedule = Literal[  # transformers.SchedulerType, without those that need lr_scheduler_kwargs or an evaluation
     "linear",
     "cosine",
     "constant",
@@ -126,7 +130,7 @@ LR_SCHEDULERS = (  # transformers.SchedulerType, without those that need lr_sche
     "cosine_with_restarts",
     "polynomial",
     "inverse_sqrt",
-)
+]
 LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, all of them
     "sigmoid",
     "hinge",
@@ -221,275 +225,259 @@ class Hyperparameter:
         return True
 
 
-_ROWS = (
-    Hyperparameter(
-        "training_strategy",
-        "string",
-        "sft",
-        "what is trained for: sft imitates one answer, dpo prefers the chosen over the rejected answer, "
-        "kto learns from single answers that are good or bad",
-        choices=("sft", "dpo", "kto"),
-    ),
-    Hyperparameter(
-        "learning_rate",
-        "float",
-        5e-5,
-        "peak step size of AdamW",
-        minimum=0,
-        minimum_exclusive=True,
-        maximum=1,
-    ),
-    Hyperparameter(
-        "num_train_epochs",
-        "float",
-        1.0,
-        "passes over the training data; a fraction stops within a pass",
-        "epochs",
-        minimum=0,
-        minimum_exclusive=True,
-        maximum=1000,
-    ),
-    Hyperparameter(
-        "per_device_train_batch_size",
-        "int",
-        1,
-        "rows (sft), pairs (dpo) or answers (kto: at least 2, by default 4) of one batch on one device",
-        "rows",
-        minimum=1,
-        maximum=1024,
-    ),
-    Hyperparameter(
-        "seq_length",
-        "int",
-        128,
-        "longest prompt plus answer; what is longer is cut at the end",
-        "tokens",
-        minimum=16,
-        maximum=1_048_576,
-    ),
-    Hyperparameter(
-        "lora_dim",
-        "int",
-        32,
-        "rank of the adapter's matrices; 0 only with Standard_LLM, 512 is the largest rank that vLLM serves",
-        minimum=0,
-        maximum=512,
-    ),
-    Hyperparameter(
-        "lora_alpha",
-        "int",
-        32,
-        "the adapter's output is scaled by lora_alpha / lora_dim",
-        minimum=1,
-        maximum=4096,
-    ),
-    Hyperparameter(
-        "dpo_beta",
-        "float",
-        0.1,
-        "pull towards the reference model in DPO and KTO: higher stays closer to it",
-        minimum=0,
-        minimum_exclusive=True,
-        maximum=100,
-    ),
-    Hyperparameter(
-        "load_in_4bit",
-        "bool",
-        True,
-        "hold the frozen weights in 4 bits; false by default without CUDA, with load_in_8bit or Standard_LLM",
-    ),
-    Hyperparameter("load_in_8bit", "bool", False, "hold the frozen weights in 8 bits"),
-    Hyperparameter(
-        "gradient_accumulation_steps",
-        "int",
-        8,
-        "batches whose gradients are averaged into one optimizer step",
-        "batches",
-        minimum=1,
-        maximum=4096,
-    ),
-    Hyperparameter(
-        "apply_chat_template",
-        "bool",
-        True,
-        "wrap prompt and answer in the model's chat template, with system_prompt",
-    ),
-    Hyperparameter(
-        "system_prompt",
-        "string",
-        "You are a helpful assistant",
-        "system message of every row when the chat template is applied; empty is none, not the template's own either",
-    ),
-    Hyperparameter(
-        "warmup_ratio",
-        "float",
-        0.0,
-        "part of all optimizer steps over which the learning rate rises from 0",
-        "fraction of steps",
-        minimum=0,
-        maximum=1,
-        maximum_exclusive=True,
-    ),
-    Hyperparameter(
-        "target_modules",
-        "modules",
-        ALL_LINEAR,
-        f'layers with an adapter: "{ALL_LINEAR}" (all but the output head), or names such as q_proj,v_proj',
-    ),
-    Hyperparameter(
-        "lora_dropout",
-        "float",
-        0.0,
-        "part of the adapter's inputs that are dropped in training",
-        "fraction",
-        minimum=0,
-        maximum=1,
-        maximum_exclusive=True,
-    ),
-    Hyperparameter(
-        "lr_scheduler_type",
-        "string",
-        "linear",
-        "how the learning rate runs after the warm-up",
-        choices=LR_SCHEDULERS,
-    ),
-    Hyperparameter("weight_decay", "float", 0.0, "AdamW's decoupled weight decay", minimum=0, maximum=1),
-    Hyperparameter(
-        "max_grad_norm",
-        "float",
-        1.0,
-        "gradients longer than this are scaled down to it; 0 turns clipping off",
-        "L2 norm",
-        minimum=0,
-        maximum=1000,
-    ),
-    Hyperparameter(
-        "seed", "int", 42, "seed of adapter start, data order and dropout", minimum=0, maximum=4_294_967_295
-    ),
-    Hyperparameter(
-        "logging_steps",
-        "int",
-        10,
-        "metrics are written once in this many steps",
-        "optimizer steps",
-        minimum=1,
-        maximum=1_000_000,
-    ),
-    Hyperparameter(
-        "save_steps",
-        "int",
-        0,
-        "a checkpoint is kept once in this many steps; 0 saves at the end only",
-        "optimizer steps",
-        minimum=0,
-        maximum=10_000_000,
-    ),
-    Hyperparameter(
-        "eval_steps",
-        "int",
-        0,
-        "validation data is scored once in this many steps; 0 scores it at the end of every epoch",
-        "optimizer steps",
-        minimum=0,
-        maximum=10_000_000,
-    ),
-    Hyperparameter(
-        "max_steps",
-        "int",
-        0,
-        "stops after this many steps, whatever num_train_epochs says; 0 is off",
-        "optimizer steps",
-        minimum=0,
-        maximum=100_000_000,
-    ),
-    Hyperparameter(
-        "loss_type",
-        "names",
-        "sigmoid",
-        "loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper; several are added up",
-        choices=LOSS_TYPES,
-    ),
-    Hyperparameter(
-        "loss_weights",
-        "numbers",
-        [],
-        "factor of each loss in loss_type, in its order; empty is 1 for each",
-        minimum=0,
-        maximum=1000,
-    ),
-    Hyperparameter(
-        "label_smoothing",
-        "float",
-        0.0,
-        "share of pairs whose labels are taken to be flipped, in the losses robust, exo_pair (above 0), aot and aot_unpaired",
-        "fraction",
-        minimum=0,
-        maximum=0.5,
-        maximum_exclusive=True,
-    ),
-    Hyperparameter(
-        "ld_alpha",
-        "float",
-        1.0,
-        "weight of the tokens by which the longer answer of a pair exceeds the other (LD-DPO); 1 is DPO as it is",
-        "fraction",
-        minimum=0,
-        maximum=1,
-    ),
-    Hyperparameter(
-        "discopop_tau",
-        "float",
-        0.05,
-        "temperature of the loss discopop",
-        minimum=0,
-        minimum_exclusive=True,
-        maximum=100,
-    ),
-    Hyperparameter(
-        "desirable_weight",
-        "float",
-        1.0,
-        "factor of the loss of good answers under kto, to make up for unequal numbers of good and bad ones",
-        minimum=0,
-        maximum=1000,
-    ),
-    Hyperparameter(
-        "undesirable_weight",
-        "float",
-        1.0,
-        "the same for bad answers",
-        minimum=0,
-        maximum=1000,
-    ),
-    Hyperparameter(
-        "bad_rows",
-        "string",
-        "refuse",
-        "what becomes of rows that are empty, incomplete or have the same answer twice: "
-        "refuse ends with their numbers, skip leaves them out and says which",
-        choices=("refuse", "skip"),
-    ),
-    Hyperparameter(
-        "precision",
-        "string",
-        "auto",
-        "number format of the frozen weights and of the arithmetic; auto is bfloat16 where the GPU or processor computes it "
-        "natively, else float16 on CUDA and float32 on a CPU",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    ),
-    Hyperparameter(
-        "gradient_checkpointing",
-        "bool",
-        False,
-        "recompute activations in the backward pass: less memory, about a third more time",
-    ),
-    Hyperparameter(
-        "fsdp",
-        "string",
-        "off",
-        "full_shard splits the weights over all GPUs, for a model that one GPU cannot hold; off keeps a copy on each",
-        choices=("off", "full_shard"),
-    ),
+class Hyperparameters(Struct, frozen=True, kw_only=True):
+    """The hyperparameters of a run, resolved: each with its type, bounds, default, unit and meaning, stated here and nowhere else."""
+
+    training_strategy: Annotated[
+        Literal["sft", "dpo", "kto"],
+        Meta(
+            description="what is trained for: sft imitates one answer, dpo prefers the chosen over the rejected answer, "
+            "kto learns from single answers that are good or bad"
+        ),
+    ] = "sft"
+    learning_rate: Annotated[float, Meta(gt=0, le=1, description="peak step size of AdamW")] = 5e-5
+    num_train_epochs: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1000,
+            description="passes over the training data; a fraction stops within a pass",
+            extra={"unit": "epochs"},
+        ),
+    ] = 1.0
+    per_device_train_batch_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            description="rows (sft), pairs (dpo) or answers (kto: at least 2, by default 4) of one batch on one device",
+            extra={"unit": "rows"},
+        ),
+    ] = 1
+    seq_length: Annotated[
+        int,
+        Meta(
+            ge=16,
+            le=1_048_576,
+            description="longest prompt plus answer; what is longer is cut at the end",
+            extra={"unit": "tokens"},
+        ),
+    ] = 128
+    lora_dim: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=512,
+            description="rank of the adapter's matrices; 0 only with Standard_LLM, 512 is the largest rank that vLLM "
+            "serves",
+        ),
+    ] = 32
+    lora_alpha: Annotated[
+        int, Meta(ge=1, le=4096, description="the adapter's output is scaled by lora_alpha / lora_dim")
+    ] = 32
+    dpo_beta: Annotated[
+        float,
+        Meta(gt=0, le=100, description="pull towards the reference model in DPO and KTO: higher stays closer to it"),
+    ] = 0.1
+    load_in_4bit: Annotated[
+        bool,
+        Meta(
+            description="hold the frozen weights in 4 bits; false by default without CUDA, with load_in_8bit or "
+            "Standard_LLM"
+        ),
+    ] = True
+    load_in_8bit: Annotated[bool, Meta(description="hold the frozen weights in 8 bits")] = False
+    gradient_accumulation_steps: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=4096,
+            description="batches whose gradients are averaged into one optimizer step",
+            extra={"unit": "batches"},
+        ),
+    ] = 8
+    apply_chat_template: Annotated[
+        bool, Meta(description="wrap prompt and answer in the model's chat template, with system_prompt")
+    ] = True
+    system_prompt: Annotated[
+        str,
+        Meta(
+            description="system message of every row when the chat template is applied; empty is none, not the "
+            "template's own either"
+        ),
+    ] = "You are a helpful assistant"
+    warmup_ratio: Annotated[
+        float,
+        Meta(
+            ge=0,
+            lt=1,
+            description="part of all optimizer steps over which the learning rate rises from 0",
+            extra={"unit": "fraction of steps"},
+        ),
+    ] = 0.0
+    target_modules: Annotated[
+        str | list[str],
+        Meta(
+            description='layers with an adapter: "all-linear" (all but the output head), or names such as q_proj,v_proj',
+            extra={"form": "modules"},
+        ),
+    ] = ALL_LINEAR
+    lora_dropout: Annotated[
+        float,
+        Meta(
+            ge=0,
+            lt=1,
+            description="part of the adapter's inputs that are dropped in training",
+            extra={"unit": "fraction"},
+        ),
+    ] = 0.0
+    lr_scheduler_type: Annotated[Schedule, Meta(description="how the learning rate runs after the warm-up")] = "linear"
+    weight_decay: Annotated[float, Meta(ge=0, le=1, description="AdamW's decoupled weight decay")] = 0.0
+    max_grad_norm: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1000,
+            description="gradients longer than this are scaled down to it; 0 turns clipping off",
+            extra={"unit": "L2 norm"},
+        ),
+    ] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=4_294_967_295, description="seed of adapter start, data order and dropout")] = 42
+    logging_steps: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="metrics are written once in this many steps",
+            extra={"unit": "optimizer steps"},
+        ),
+    ] = 10
+    save_steps: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000_000,
+            description="a checkpoint is kept once in this many steps; 0 saves at the end only",
+            extra={"unit": "optimizer steps"},
+        ),
+    ] = 0
+    eval_steps: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000_000,
+            description="validation data is scored once in this many steps; 0 scores it at the end of every epoch",
+            extra={"unit": "optimizer steps"},
+        ),
+    ] = 0
+    max_steps: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100_000_000,
+            description="stops after this many steps, whatever num_train_epochs says; 0 is off",
+            extra={"unit": "optimizer steps"},
+        ),
+    ] = 0
+    loss_type: Annotated[
+        str,
+        Meta(
+            description="loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper; several are "
+            "added up",
+            extra={"form": "names", "choices": LOSS_TYPES},
+        ),
+    ] = "sigmoid"
+    loss_weights: Annotated[
+        list[Annotated[float, Meta(ge=0, le=1000)]],
+        Meta(
+            description="factor of each loss in loss_type, in its order; empty is 1 for each", extra={"form": "numbers"}
+        ),
+    ] = []
+    label_smoothing: Annotated[
+        float,
+        Meta(
+            ge=0,
+            lt=0.5,
+            description="share of pairs whose labels are taken to be flipped, in the losses robust, exo_pair (above 0), "
+            "aot and aot_unpaired",
+            extra={"unit": "fraction"},
+        ),
+    ] = 0.0
+    ld_alpha: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="weight of the tokens by which the longer answer of a pair exceeds the other (LD-DPO); 1 is DPO "
+            "as it is",
+            extra={"unit": "fraction"},
+        ),
+    ] = 1.0
+    discopop_tau: Annotated[float, Meta(gt=0, le=100, description="temperature of the loss discopop")] = 0.05
+    desirable_weight: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1000,
+            description="factor of the loss of good answers under kto, to make up for unequal numbers of good and bad "
+            "ones",
+        ),
+    ] = 1.0
+    undesirable_weight: Annotated[float, Meta(ge=0, le=1000, description="the same for bad answers")] = 1.0
+    bad_rows: Annotated[
+        Literal["refuse", "skip"],
+        Meta(
+            description="what becomes of rows that are empty, incomplete or have the same answer twice: refuse ends with "
+            "their numbers, skip leaves them out and says which"
+        ),
+    ] = "refuse"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(
+            description="number format of the frozen weights and of the arithmetic; auto is bfloat16 where the GPU or "
+            "processor computes it natively, else float16 on CUDA and float32 on a CPU"
+        ),
+    ] = "auto"
+    gradient_checkpointing: Annotated[
+        bool, Meta(description="recompute activations in the backward pass: less memory, about a third more time")
+    ] = False
+    fsdp: Annotated[
+        Literal["off", "full_shard"],
+        Meta(
+            description="full_shard splits the weights over all GPUs, for a model that one GPU cannot hold; off keeps a "
+            "copy on each"
+        ),
+    ] = "off"
+
+
+def _row(name: str, kind: Any, default: Any) -> Hyperparameter:
+    """Returns the row of a field of `Hyperparameters`, from its annotation."""
+    plain, *notes = get_args(kind)
+    meta = next(note for note in notes if isinstance(note, Meta))
+    extra = meta.extra or {}
+    form, bounds, choices = extra.get("form"), meta, extra.get("choices")
+    if form == "numbers":
+        (item,) = get_args(plain)
+        bounds = next(note for note in item.__metadata__ if isinstance(note, Meta))
+    elif get_origin(plain) is Literal:
+        form, choices = "string", get_args(plain)
+    return Hyperparameter(
+        name,
+        form or {str: "string", int: "int", float: "float", bool: "bool"}[plain],
+        default,
+        str(meta.description),
+        extra.get("unit", ""),
+        minimum=bounds.ge if bounds.gt is None else bounds.gt,
+        maximum=bounds.le if bounds.lt is None else bounds.lt,
+        minimum_exclusive=bounds.gt is not None,
+        maximum_exclusive=bounds.lt is not None,
+        choices=choices,
+    )
+
+
+_ROWS = tuple(
+    _row(field.name, field.type, field.default if field.default_factory is NODEFAULT else field.default_factory())
+    for field in fields(Hyperparameters)
 )
 
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})

@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, has_gpu_tool, installed_version
 from palate_recipes.errors import BadSpec, EngineMissing, OutOfMemory
 from palate_recipes.specs.serve import (
     BASE_MODEL,
@@ -28,7 +26,6 @@ from palate_recipes.specs.serve import (
 from palate_server.gateway import SPEC_VARIABLE, Gateway
 
 GIB = 1024**3
-CPU_INFO = Path("/proc/cpuinfo")
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of --max-lora-rank that vLLM takes (vllm.config.lora.MaxLoRARanks)."""
@@ -192,14 +189,14 @@ def _fit(
     in_vllm = engine.name == "vllm"
     if not on_cpu:
         need = on_disk * _DTYPE_BYTES.get(spec.dtype, _DTYPE_BYTES.get(stored, 2)) / _DTYPE_BYTES.get(stored, 2)
-        free = _free_gpu_bytes()
+        free = free_gpu_memory()
         if free is not None and need > free:
             raise OutOfMemory(_does_not_fit(folder, need, free, "GPU memory"))
         return spec.dtype, 1
     free = available_memory()
     choices = [spec.dtype]
     if spec.dtype == "auto":
-        choices = ["float32", "auto"] if stored == "bfloat16" and not _has_bf16() else ["auto"]
+        choices = ["float32", "auto"] if stored == "bfloat16" and not cpu_has_bf16() else ["auto"]
     need = 0.0
     for dtype in choices:
         width = _DTYPE_BYTES.get(dtype, _DTYPE_BYTES.get(stored, 2))
@@ -229,49 +226,10 @@ def _cache_gib(config: dict[str, Any], max_model_len: int | None, width: int) ->
     return max(1, math.ceil(per_token * tokens / GIB))
 
 
-def available_memory() -> int:
-    """Returns the bytes that new processes may take: free memory, or what the cgroup still allows if that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # no Linux
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    cgroup = Path("/sys/fs/cgroup")
-    try:
-        limit = int((cgroup / "memory.max").read_text())  # "max" without a limit
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(limit - used, 0))
-
-
-def _free_gpu_bytes() -> int | None:
-    """Returns free memory over all GPUs, since engine_args may spread the model; None when nvidia-smi says nothing."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return sum(int(line) for line in answer.split()) * 1024**2
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
 def _computes_on_cpu(engine: EngineInfo) -> bool:
     if engine.name == "vllm":
         return engine.cpu_build
-    return "+cpu" in metadata.version("torch") or shutil.which("nvidia-smi") is None
-
-
-def _has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 natively."""
-    try:
-        text = CPU_INFO.read_text()
-    except OSError:
-        return False
-    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(line.split()))
+    return "+cpu" in (installed_version("torch") or "") or not has_gpu_tool()
 
 
 def _folder(path: str, field: str) -> Path:

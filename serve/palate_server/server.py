@@ -17,12 +17,13 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import IO
+
+from msgspec.structs import replace
 
 from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, PortTaken, ServerError, StartTimeout
 from palate_recipes.specs.serve import (

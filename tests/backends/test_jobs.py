@@ -85,12 +85,12 @@ def test_a_job_trains_and_leaves_what_it_promises(
 
     manifest = job.manifest
     assert manifest.labels == {"team": "x"}
-    assert manifest.body["hyperparameters"]["seq_length"] == 128
-    assert manifest.body["inputs"]["train"]["rows"] == 12
-    assert len(manifest.body["inputs"]["train"]["sha256"]) == 64
+    assert manifest.body.hyperparameters.seq_length == 128
+    assert manifest.body.inputs["train"].rows == 12
+    assert len(manifest.body.inputs["train"].sha256 or "") == 64
     assert job.describe().details["versions"]["trl"]
 
-    assert manifest.body["environment_names"] == ["HF_TOKEN"]
+    assert manifest.body.environment_names == ("HF_TOKEN",)
     assert not any(SECRET["HF_TOKEN"].encode() in path.read_bytes() for path in home.rglob("*") if path.is_file())
     assert not any(SECRET["HF_TOKEN"].encode() in store.get(info.key) for info in store.list(""))
 

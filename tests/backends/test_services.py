@@ -250,7 +250,7 @@ def untuned(job: TrainingJob, name: str, **options: object) -> Predictor:
     return start_service(
         job._run.session,
         service_name=name,
-        served=ServedModel(model=job.manifest.body["model"]),
+        served=ServedModel(model=job.manifest.body.model),
         options={"engine": "transformers", **options},
     )
 

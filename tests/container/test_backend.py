@@ -72,7 +72,7 @@ def test_limits_hold_and_a_container_that_nobody_waits_for_is_cleaned_up(
     containers: ContainerHands, tiny: Path, prefs: Path, engine: Engine
 ) -> None:
     job = train(tiny, prefs, "limited", wait=False, max_steps=100_000)
-    assert job.manifest.body["placement"]["image_id"].startswith("sha256:")
+    assert job.manifest.body.placement["image_id"].startswith("sha256:")
     (facts,) = json.loads(engine.run("inspect", job.describe().engine_id.split(":")[2]).stdout)
     assert facts["HostConfig"]["Memory"] == 4 << 30
     assert facts["HostConfig"]["NanoCpus"] == 2_000_000_000

@@ -45,11 +45,11 @@ def test_the_adapters_shape_is_the_trainings(session: Session, tmp_path: Path) -
     assert found.size == len((tmp_path / "sft/adapter_config.json").read_bytes()) + len(b"weights")
     given = {"lora_dim": 8, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-4}
     recipe = ModelTrainingRecipe(model_name=MODEL, hyperparameters=given)
-    resolved = found.settle(recipe.resolve(), given, method="LoRA_LLM")
-    assert resolved.values["lora_dim"] == 8
-    assert resolved.values["lora_alpha"] == 16
-    assert resolved.values["target_modules"] == ["q_proj", "v_proj"]
-    assert resolved.values["learning_rate"] == 1e-4
+    settled = found.settle(recipe._spec()).hyperparameters
+    assert settled.lora_dim == 8
+    assert settled.lora_alpha == 16
+    assert settled.target_modules == ["q_proj", "v_proj"]
+    assert settled.learning_rate == 1e-4
 
 
 def test_what_contradicts_the_adapter_is_refused(session: Session, tmp_path: Path, prefs: Path) -> None:

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from palate import Session, TrainingJob
 from palate.backends import get_backend
 from palate.paths import stale_work_folders, work_folder
-from palate.runs.lease import LEASE_KEY, Lease
+from palate.runs.lease import LEASE_KEY, lease_here
 from palate.runs.record import Record
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.codec import encode
+from palate_recipes.specs.run import Lease
 from tests.support.elsewhere import on_another_machine
+from tests.support.manifests import serve_manifest, train_manifest
 
-FAR = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
+FAR = lease_here(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
 
 
 def clean(home: Path, *arguments: str) -> tuple[set[tuple[str, str]], str]:
@@ -32,10 +35,9 @@ def clean(home: Path, *arguments: str) -> tuple[set[tuple[str, str]], str]:
 
 def run(session: Session, kind: str, name: str, lease: Lease, **status: object) -> Record:
     record = Record(session.store, kind, name)  # type: ignore[arg-type]
-    body = {"time_to_live_s": 5.0, "options": {}} if kind == "services" else {}
-    record.create(Manifest(kind="serve" if body else "train", name=name, backend="process", body=body))
+    record.create(serve_manifest(name, time_to_live_s=5.0) if kind == "services" else train_manifest(name))
     record.advance("Running", expect={"Creating"}, engine_id="elsewhere:1:2:x", start_id="s", **status)
-    record.store.put(record.key(LEASE_KEY), lease.encode())
+    record.store.put(record.key(LEASE_KEY), encode(lease))
     return record
 
 
@@ -151,7 +153,7 @@ def test_the_runner_of_a_damaged_record_counts_and_is_ended_by_delete(session: S
     try:
         until(lambda: any(held.uri == damaged.uri for held in get_backend("process").runs()))
         assert clean(home)[0] == set()  # its runner still beats
-        damaged.store.put(damaged.key(LEASE_KEY), FAR.encode())  # silent for longer than it may be, soon
+        damaged.store.put(damaged.key(LEASE_KEY), encode(FAR))  # silent for longer than it may be, soon
         until(lambda: clean(home)[0] == {("damaged record", "jobs/damaged")})
         TrainingJob.get("damaged", session=session).delete()
         process.wait(30)

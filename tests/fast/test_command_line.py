@@ -16,9 +16,9 @@ import pytest
 from palate.errors import ConfigurationError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
-from palate_recipes.specs.run import Manifest
 from palate_recipes.text import visible
 from tests.support.fronted import fronted_service
+from tests.support.manifests import serve_manifest, train_manifest
 
 
 def palate(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -153,10 +153,9 @@ def test_an_error_is_one_message_on_stderr_and_exit_code_1(
 def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
     from palate.runs.record import Record
     from palate.store import open_store
-    from palate_recipes.specs.run import Manifest
 
     record = Record(open_store(home / "store"), "jobs", "done")
-    record.create(Manifest(kind="train", name="done", backend="process", body={}, labels={}))
+    record.create(train_manifest("done"))
     start = {"kind": "start", "step": 0, "total_steps": 2, "strategy": "dpo", "learning_rate": 1e-4}
     step = {"kind": "train", "step": 2, "total_steps": 2, "epoch": 1.0, "loss": 0.5, "rewards/margins": 0.4}
     record.append("metrics", 1, "".join(json.dumps(event) + "\n" for event in (start, step)).encode())
@@ -212,7 +211,7 @@ def test_what_cannot_be_read_is_one_error_and_no_traceback(
 def test_a_manifest_that_no_file_can_hold_is_one_error(home: Path) -> None:
     record = Record(open_store(f"file://{home}/store"), "jobs", "job-1")
     with pytest.raises(ConfigurationError, match=r"job-1.*\\udcff"):
-        record.create(Manifest(kind="train", name="job-1", backend="process", body={}, labels={"team": "a\udcff"}))
+        record.create(train_manifest("job-1", labels={"team": "a\udcff"}))
     assert not record.exists()
 
 
@@ -220,7 +219,7 @@ def test_a_manifest_that_no_file_can_hold_is_one_error(home: Path) -> None:
 def test_a_list_may_be_waited_for_without_end(home: Path, verb: str) -> None:
     kind: Literal["jobs", "services"] = "jobs" if verb == "jobs" else "services"
     record = Record(open_store(f"file://{home}/store"), kind, "one")
-    record.create(Manifest(kind="train", name="one", backend="process", body={"model": {"name": "m"}}, labels={}))
+    record.create(train_manifest() if verb == "jobs" else serve_manifest("one"))
     for timeout in ("inf", "1e300"):
         done = palate(verb, "--timeout", timeout, home=home)
         assert (done.returncode, "one\t" in done.stdout) == (0, True), done.stderr
@@ -237,7 +236,7 @@ def test_a_list_may_be_waited_for_without_end(home: Path, verb: str) -> None:
 def test_a_chat_that_fails_is_one_error(home: Path, arguments: list[str], words: list[str]) -> None:
     store = open_store(f"file://{home}/store")
     record = Record(store, "services", "svc")
-    record.create(Manifest(kind="serve", name="svc", backend="process", body={"options": {}, "model": {"name": "m"}}))
+    record.create(serve_manifest())
     store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
     with fronted_service("a-token-for-tests") as service:
         record.advance("Running", expect={"Creating"}, endpoint=service.endpoint, engine_id="elsewhere:1:2:x")
@@ -268,9 +267,7 @@ def escapes(text: str) -> list[str]:
 def test_what_a_store_says_reaches_a_terminal_without_escape_sequences(verb: str, home: Path) -> None:
     """Whoever can write to a store must not write to the screens of those who look at it."""
     record = Record(open_store(f"file://{home}/store"), "jobs", "job-1")
-    record.create(
-        Manifest(kind="train", name="job-1", backend="process", body={"model": {"name": ATTACK}, "labels": {}})
-    )
+    record.create(train_manifest("job-1", model=ATTACK))
     record.append("logs", 1, f"{ATTACK}\nloading\rloaded\n".encode())
     record.advance("Failed", expect={"Creating"}, reason=f"it broke: {ATTACK}")
     done = palate(verb, *([] if verb == "jobs" else ["job-1"]), home=home)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from palate import Session
 from palate.errors import ConfigurationError, DataError
@@ -182,7 +183,7 @@ def kept(session: Session, tmp_path: Path, inputs: dict[str, Any], **settings: A
     record = Record(session.store, "jobs", "job")
     with checked_inputs(inputs, session, **{"strategy": "dpo", "bad_rows": "refuse", **settings}) as checked:
         return {
-            channel: item.keep(record, channel) | {"said": item.remarks(channel, skipped=True)}
+            channel: to_builtins(item.keep(record, channel)) | {"said": item.remarks(channel, skipped=True)}
             for channel, item in checked.items()
         }
 

@@ -16,7 +16,8 @@ from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import Store
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.weights import BaseModel, WeightsSource
+from tests.support.manifests import serve_manifest
 from tests.support.stores import empty_store
 
 RACERS = 6
@@ -51,7 +52,7 @@ def model(tmp_path: Path) -> ServedModel:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x")
-    return ServedModel(model={"name": "m", "source": {"kind": "folder", "location": str(folder)}})
+    return ServedModel(model=BaseModel(name="m", source=WeightsSource(kind="folder", location=str(folder))))
 
 
 def deploy(store: Store, backend: NothingStarts, model: ServedModel, **options: Any) -> Record:
@@ -85,7 +86,7 @@ def race(act: Callable[[int], object]) -> list[Exception]:
 def test_one_of_several_deploys_gets_the_name(store: Store, model: ServedModel, is_new: bool, round_: int) -> None:
     record = Record(store, "services", "svc")
     if not is_new:
-        record.create(Manifest(kind="serve", name="svc", backend="process", body={"options": {}}))
+        record.create(serve_manifest())
         record.append("logs", 1, b"of the failed start\n")
         record.advance("Failed", expect={"Creating"}, reason="once")
     backends = [NothingStarts() for _ in range(RACERS)]
@@ -96,7 +97,7 @@ def test_one_of_several_deploys_gets_the_name(store: Store, model: ServedModel, 
         assert "service name 'svc'" in str(failure)
     assert sum(backend.started for backend in backends) == 1
     winner = next(number for number, backend in enumerate(backends) if backend.started)
-    assert record.manifest().body["options"]["max_model_len"] == 100 + winner
+    assert record.serve_manifest().body.options["max_model_len"] == 100 + winner
     assert record.status().state == "Creating"
     assert len(store.get(record.key(TOKEN_KEY))) >= 32
     assert list(record.log_lines()) == []
@@ -105,10 +106,10 @@ def test_one_of_several_deploys_gets_the_name(store: Store, model: ServedModel, 
 @pytest.mark.parametrize("store", ["file"], indirect=True)
 def test_a_service_of_a_script_has_an_idle_time_to_live(store: Store, model: ServedModel) -> None:
     backend = NothingStarts()
-    assert deploy(store, backend, model).manifest().body["idle_time_to_live_s"] == IDLE_TIME_TO_LIVE_S == 12 * 3600
+    assert deploy(store, backend, model).serve_manifest().body.idle_time_to_live_s == IDLE_TIME_TO_LIVE_S == 12 * 3600
     Record(store, "services", "svc").delete()
     record = deploy(store, backend, model, idle_time_to_live_s=None, time_to_live_s=60)
-    assert (record.manifest().body["idle_time_to_live_s"], record.manifest().body["time_to_live_s"]) == (None, 60)
+    assert (record.serve_manifest().body.idle_time_to_live_s, record.serve_manifest().body.time_to_live_s) == (None, 60)
     for options in (
         {"idle_time_to_live_s": 0},
         {"idle_time_to_live_s": "1"},

@@ -17,8 +17,8 @@ from palate.errors import DamagedFilesError, ServiceError
 from palate.http import _Challenge, async_http_client, is_loopback
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import Store, open_store
-from palate_recipes.specs.run import Manifest
 from tests.support.fronted import FrontedService, fronted_service
+from tests.support.manifests import serve_manifest
 from tests.support.seaweed import SeaweedServer
 
 TOKEN = "a-token-for-tests"
@@ -78,8 +78,7 @@ def predictor_of(session: Session, endpoint: str) -> Predictor:
     """A service that says in its record that it runs at the endpoint."""
     record = Record(session.store, "services", "svc")
     if not record.exists():
-        body = {"time_to_live_s": None, "options": {}, "model": {"name": "m"}}
-        record.create(Manifest(kind="serve", name="svc", backend="process", body=body))
+        record.create(serve_manifest())
         record.store.put(record.key(TOKEN_KEY), TOKEN.encode(), private=True)
     record.advance("Running", expect={"Creating", "Running"}, endpoint=endpoint, engine_id="elsewhere:1:2:x")
     return Predictor("svc", session=session)

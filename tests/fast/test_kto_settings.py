@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict
 
 from palate_recipes.errors import HyperparameterError
 from palate_recipes.hyperparameters import DeviceFacts, Resolved, resolve, validate
@@ -25,17 +26,17 @@ def resolved(**values: object) -> Resolved:
 
 def test_a_batch_has_four_answers_unless_a_size_is_given() -> None:
     silent = resolved(training_strategy="kto")
-    assert silent.values["per_device_train_batch_size"] == 4
+    assert silent.values.per_device_train_batch_size == 4
     assert any("per_device_train_batch_size is 4" in note for note in silent.notes)
     asked = resolved(training_strategy="kto", per_device_train_batch_size=2)
-    assert asked.values["per_device_train_batch_size"] == 2
+    assert asked.values.per_device_train_batch_size == 2
     assert not any("per_device_train_batch_size" in note for note in asked.notes)
-    assert resolved(training_strategy="dpo").values["per_device_train_batch_size"] == 1
+    assert resolved(training_strategy="dpo").values.per_device_train_batch_size == 1
 
 
 def test_resolved_values_resolve_to_themselves() -> None:
     first = resolved(training_strategy="kto", desirable_weight=1.3)
-    again = resolved(**first.values)
+    again = resolved(**asdict(first.values))
     assert again.values == first.values
     assert not any("no effect" in note for note in again.notes)
 

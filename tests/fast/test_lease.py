@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from palate import Session
 from palate.backends.process import ProcessBackend
@@ -21,11 +21,13 @@ from palate.paths import remember_start, was_started_here
 from palate.processes import process_state
 from palate.runner.heartbeat import Heartbeat, Tail
 from palate.runs.handle import RunHandle
-from palate.runs.lease import LEASE_KEY, HeldLease, Lease, acquire, read_lease, silence_s, store_now
+from palate.runs.lease import LEASE_KEY, HeldLease, acquire, lease_here, read_lease, silence_s, store_now
 from palate.runs.record import LOST, Record, events_once
 from palate.store import Store
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.codec import encode
+from palate_recipes.specs.run import Lease
 from tests.support.elsewhere import as_another_user, on_another_machine
+from tests.support.manifests import train_manifest
 from tests.support.stores import empty_store
 
 
@@ -34,9 +36,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return empty_store(request.param, request, tmp_path)
 
 
-def job(store: Store, name: str = "one", **body: object) -> Record:
+def job(store: Store, name: str = "one", **fields: object) -> Record:
     record = Record(store, "jobs", name)
-    record.create(Manifest(kind="train", name=name, backend="process", body=body))
+    record.create(train_manifest(name, **fields))
     return record
 
 
@@ -46,9 +48,9 @@ def take(record: Record, *, attempt: int = 1, patient: bool = False) -> HeldLeas
 
 def left_by(record: Record, **facts: object) -> Lease:
     """Leaves the lease of a runner elsewhere that says nothing any more."""
-    lease = Lease(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
+    lease = lease_here(holder="other", start_id="s", attempt=1, host="far", machine="far", lost_after_s=1.0)
     lease = replace(lease, **facts)  # type: ignore[arg-type]
-    record.store.put(record.key(LEASE_KEY), lease.encode())
+    record.store.put(record.key(LEASE_KEY), encode(lease))
     return lease
 
 
@@ -110,10 +112,10 @@ def test_an_earlier_attempt_is_taken_from_at_once_and_a_dead_process_of_this_mac
     assert held is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    lease = replace(Lease(holder="x", start_id="", attempt=2), pid=gone.pid, lost_after_s=1000.0)
-    store.put(record.key(LEASE_KEY), replace(lease, every_s=500.0).encode())
+    lease = replace(lease_here(holder="x", start_id="", attempt=2), pid=gone.pid, lost_after_s=1000.0)
+    store.put(record.key(LEASE_KEY), encode(replace(lease, every_s=500.0)))
     assert take(record, attempt=2) is None  # a heartbeat that is not overdue counts for more
-    store.put(record.key(LEASE_KEY), replace(lease, every_s=0.1).encode())
+    store.put(record.key(LEASE_KEY), encode(replace(lease, every_s=0.1)))
     assert take(record, attempt=2, patient=True) is not None
     assert not held.beat()  # and who was robbed finds out
 
@@ -122,7 +124,7 @@ def test_a_lost_answer_is_no_lost_lease(store: Store) -> None:
     record = job(store)
     held = take(record)
     assert held is not None
-    store.put(record.key(LEASE_KEY), replace(held.lease, beat=1).encode())  # its own write, whose answer it never got
+    store.put(record.key(LEASE_KEY), encode(replace(held.lease, beat=1)))  # its own write, whose answer it never got
     assert held.beat()
     assert held.beat()
     lease = read_lease(record)
@@ -172,8 +174,7 @@ def test_a_run_whose_engine_is_gone_is_in_the_hands_of_another_runner(store: Sto
 @pytest.mark.parametrize("started_here", [False, True])
 def test_a_look_begins_the_next_attempt_of_its_own_runs_alone(session: Session, home: Path, started_here: bool) -> None:
     """Whoever may write to a store could otherwise start programs on the machines of those who look at it."""
-    source = {"kind": "folder", "location": "/nowhere", "revision": "", "size_bytes": 0}
-    record = job(session.store, max_attempts=2, model={"name": "m", "source": source}, notes=[], inputs={})
+    record = job(session.store, max_attempts=2)
     engine_id = ProcessBackend().start_command([sys.executable, "-c", ""], run_name="jobs-one", env={})
     until(lambda: session.backend.status(engine_id).state == "gone")
     if started_here:
@@ -219,8 +220,8 @@ def test_a_look_from_another_machine_with_the_same_hostname_leaves_a_run_alone(
     try:
         pid, pid_start = engine_id.split(":")[1:3]
         record.advance("Running", expect={"Creating"}, engine_id=engine_id, start_id="s")
-        lease = Lease(holder="h", start_id="s", attempt=1, pid=int(pid), pid_start=pid_start, every_s=every_s)
-        record.store.put(record.key(LEASE_KEY), lease.encode())
+        lease = lease_here(holder="h", start_id="s", attempt=1, pid=int(pid), pid_start=pid_start, every_s=every_s)
+        record.store.put(record.key(LEASE_KEY), encode(lease))
         assert on_another_machine(tmp_path, LOOK, str(session.store_uri)) == "Running"
         old = engine_id.partition("@")[0] + engine_id[engine_id.index(":") :]  # as earlier versions wrote it
         record.note(engine_id=old)
@@ -341,7 +342,7 @@ def test_of_two_that_begin_an_attempt_one_does(store: Store) -> None:
     assert sum(status is not None for status in won) == 1
     status = record.status()
     assert (status.state, status.attempt, status.last_attempt, status.reason) == ("Creating", 2, 4, "")
-    assert [(entry["attempt"], entry["reason"], entry["exit_code"]) for entry in status.attempts] == [(1, "once", 9)]
+    assert [(entry.attempt, entry.reason, entry.exit_code) for entry in status.attempts] == [(1, "once", 9)]
     assert record.advance("Failed", expect={"Creating"}, attempt=1) is None  # the first attempt's last word comes late
 
 
@@ -435,14 +436,12 @@ def test_a_runner_leaves_a_run_that_another_has_or_that_is_over(
 
 
 def test_attempts_of_a_job_that_cannot_work_are_all_made_and_written_down(session: Session, home: Path) -> None:
-    source = {"kind": "folder", "location": "/nowhere", "revision": "", "size_bytes": 0}
-    body = {"notes": [], "inputs": {}, "model": {"name": "m", "source": source}, "max_attempts": 3}
-    record = job(session.store, **body)
+    record = job(session.store, max_attempts=3)
     assert palate_run(record).returncode == 1
     status = record.status()
     assert (status.state, status.attempt, status.is_terminal) == ("Failed", 3, True)
-    assert [entry["attempt"] for entry in status.attempts] == [1, 2]
-    assert all("/nowhere" in entry["reason"] for entry in [*status.attempts, {"reason": status.reason}])
+    assert [entry.attempt for entry in status.attempts] == [1, 2]
+    assert all("/nowhere" in reason for reason in [*(entry.reason for entry in status.attempts), status.reason])
     lease = read_lease(record)
     assert lease is not None
     assert lease.released
@@ -452,7 +451,7 @@ def test_attempts_of_a_job_that_cannot_work_are_all_made_and_written_down(sessio
 
 
 def test_only_an_ended_job_is_resumed(session: Session) -> None:
-    record = job(session.store, environment_names=["HF_TOKEN"])
+    record = job(session.store, environment_names=("HF_TOKEN",))
     with pytest.raises(JobNotReadyError, match=r"is Creating.*palate watch one"):
         TrainingJob.get("one").resume()
     record.advance("Failed", expect={"Creating"})

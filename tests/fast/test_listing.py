@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from palate import Predictor, Session, TrainingJob
 from palate.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
@@ -21,7 +21,8 @@ from palate.runs.clean import find_leftovers
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record
 from palate.store import Store, open_store
-from palate_recipes.specs.run import Manifest, State
+from palate_recipes.specs.run import State
+from tests.support.manifests import serve_manifest, train_manifest
 from tests.support.seaweed import SeaweedServer
 
 HOUR_S = 3600.0
@@ -39,8 +40,11 @@ def add(
     **labels: str,
 ) -> None:
     record = Record(store, "jobs" if kind == "train" else "services", name)
-    body = {"model": {"name": model}, "method": "LoRA_LLM", "hyperparameters": {"training_strategy": "dpo"}}
-    manifest = Manifest(kind="train" if kind == "train" else "serve", name=name, backend="process", body=body)
+    manifest = (
+        train_manifest(name, model=model, hyperparameters={"training_strategy": "dpo"})
+        if kind == "train"
+        else serve_manifest(name, model=model)
+    )
     record.create(replace(manifest, labels=labels, created_at=time.time() - age_s))
     for attempt in range(1, attempts):
         record.begin_again(expect={"Creating"}, attempt=attempt, more=1, reason="the machine went down")

@@ -18,9 +18,10 @@ from palate.backends.process import ProcessBackend
 from palate.errors import ConfigurationError
 from palate.processes import start_time
 from palate.runs.handle import RunHandle
-from palate.runs.lease import LEASE_KEY, Lease
+from palate.runs.lease import LEASE_KEY, lease_here
 from palate.runs.record import Record
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.codec import encode
+from tests.support.manifests import train_manifest
 
 TIMEOUT_S = 20.0
 
@@ -121,7 +122,7 @@ def test_a_crafted_engine_id_reaches_no_process_and_no_file_of_others(session: S
     backend = ProcessBackend()
     sleeps = [sys.executable, "-c", "import time; time.sleep(300)"]
     mine = Record(session.store, "jobs", "mine")
-    mine.create(Manifest(kind="train", name="mine", backend="process", body={}))
+    mine.create(train_manifest("mine"))
     (home / "notes.log").write_text("of nobody's concern")
     stranger = subprocess.Popen(sleeps, start_new_session=True)
     others = {
@@ -141,8 +142,8 @@ def test_a_crafted_engine_id_reaches_no_process_and_no_file_of_others(session: S
         handle = RunHandle(mine, session)
         for engine_id in crafted:
             mine.advance("Running", expect={"Creating", "Stopped"}, engine_id=engine_id, start_id="s")
-            lease = Lease(holder="h", start_id="s", attempt=1, machine="far", every_s=0.001, lost_after_s=1.0)
-            mine.store.put(mine.key(LEASE_KEY), lease.encode())
+            lease = lease_here(holder="h", start_id="s", attempt=1, machine="far", every_s=0.001, lost_after_s=1.0)
+            mine.store.put(mine.key(LEASE_KEY), encode(lease))
             assert handle.stop(grace_s=0.1).is_terminal
             assert "concern" not in "".join(mine.status().log_tail)
             mine.begin_again(expect={"Stopped", "Failed"}, attempt=mine.status().attempt)

@@ -11,32 +11,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from palate import Session, TrainingJob
 from palate.checksums import DIGESTS_FILE, Checksums
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, NameTakenError
 from palate.runs.record import Record
 from palate_recipes.errors import StoreDeniedError, StoreError, StoreUnreachableError
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.run import TrainManifest
+from palate_recipes.specs.train import InputFile
 from tests.support.hub_models import ModelHub, running_model_hub
+from tests.support.manifests import base_model, train_spec
 
 pytest.importorskip("huggingface_hub")
 
 TOKEN = "hf_a_secret_of_the_test"
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 20, "tokenizer.json": b"{}\n"}
-BODY = {
-    "model": {"name": "qwen2-0.5b-instruct", "hub_id": "Qwen/Qwen2-0.5B-Instruct", "source": {}},
-    "method": "LoRA_LLM",
-    "precision": "bfloat16",
-    "hyperparameters": {"training_strategy": "dpo", "dpo_beta": 0.1, "system_prompt": "You | are\nhelpful"},
-    "inputs": {"train": {"uri": "s3://secret-bucket/of/a team/prefs.json", "rows": 12, "sha256": "ab" * 32}},
-}
+SPEC = train_spec(
+    "qwen2-0.5b-instruct",
+    precision="bfloat16",
+    hyperparameters={"training_strategy": "dpo", "dpo_beta": 0.1, "system_prompt": "You | are\nhelpful"},
+    inputs={"train": InputFile(uri="s3://secret-bucket/of/a team/prefs.json", rows=12, sha256="ab" * 32)},
+)
+BODY = replace(SPEC, model=base_model("qwen2-0.5b-instruct", hub_id="Qwen/Qwen2-0.5B-Instruct"))
 
 
 @pytest.fixture
 def job(session: Session) -> TrainingJob:
     record = Record(session.store, "jobs", "one")
-    record.create(Manifest(kind="train", name="one", backend="process", body=BODY, labels={"team": "x"}))
+    record.create(TrainManifest(name="one", backend="process", body=BODY, labels={"team": "x"}))
     for name, data in FILES.items():
         session.store.put(record.key("model", name), data)
     record.advance("Running", expect={"Creating"}, details={"model_revision": "abc123", "versions": {"trl": "1.16.0"}})
@@ -138,7 +141,7 @@ def listed_job(session: Session, files: dict[str, bytes]) -> TrainingJob:
     facts = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     listed = json.dumps({"schema": 1, "files": facts}).encode()
     record = Record(session.store, "jobs", "listed")
-    record.create(Manifest(kind="train", name="listed", backend="process", body=BODY))
+    record.create(TrainManifest(name="listed", backend="process", body=BODY))
     for name, data in FILES.items():
         session.store.put(record.key("model", name), data)
     session.store.put(record.key("model", DIGESTS_FILE), listed)
@@ -172,7 +175,7 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(session: Session, name: 
 
 def test_only_a_succeeded_job_has_a_model_to_save(session: Session, tmp_path: Path) -> None:
     record = Record(session.store, "jobs", "failed")
-    record.create(Manifest(kind="train", name="failed", backend="process", body=BODY))
+    record.create(TrainManifest(name="failed", backend="process", body=BODY))
     record.advance("Failed", expect={"Creating"}, reason="no")
     with pytest.raises(JobNotReadyError, match="Failed"):
         TrainingJob.get("failed").save_model(tmp_path / "copy")

@@ -18,7 +18,8 @@ from palate.errors import (
     UnsupportedParameterError,
 )
 from palate.preflight import check_memory
-from palate_recipes.hyperparameters import DeviceFacts, resolve
+from palate_recipes.hyperparameters import DeviceFacts
+from tests.support.manifests import train_spec
 
 MODEL = "smollm2-135m-instruct"
 DPO = {"training_strategy": "dpo"}
@@ -127,11 +128,13 @@ def test_a_model_that_cannot_fit_is_refused(session: Session, prefs: Path, monke
 
 def test_weights_that_are_split_fit_where_a_copy_does_not() -> None:
     eight = DeviceFacts(cuda=True, bf16=True, fp16=True, gpu_name="A100", gpu_memory_gib=80.0, gpu_count=8)
-    whole = resolve({"load_in_4bit": False}, method="LoRA_LLM", device=eight)
-    split = resolve({"fsdp": "full_shard"}, method="LoRA_LLM", device=eight)
+    whole, split = (
+        train_spec("a 72B model", precision="bfloat16", hyperparameters=values)
+        for values in ({"load_in_4bit": False}, {"load_in_4bit": False, "fsdp": "full_shard"})
+    )
     with pytest.raises(NotEnoughMemoryError, match=r'80.0 GiB, 8 of them are here: .*fsdp="full_shard"'):
-        check_memory("a 72B model", 72e9, whole, method="LoRA_LLM", device=eight, row=None)
-    check_memory("a 72B model", 72e9, split, method="LoRA_LLM", device=eight, row=None)
+        check_memory(whole, 72e9, device=eight, row=None)
+    check_memory(split, 72e9, device=eight, row=None)
 
 
 def test_what_needs_a_job_says_so(session: Session) -> None:

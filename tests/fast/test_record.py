@@ -18,8 +18,9 @@ from palate.runner.heartbeat import Tail
 from palate.runs.record import Record, events_once, locate, names
 from palate.store import Store
 from palate_recipes.specs.events import Curves
-from palate_recipes.specs.run import ACTIVE, Manifest, Status
+from palate_recipes.specs.run import ACTIVE, Status
 from palate_recipes.specs.train import COMPLETE_MARK
+from tests.support.manifests import serve_manifest, train_manifest, train_spec
 from tests.support.stores import empty_store
 
 
@@ -30,13 +31,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 def job(store: Store, name: str = "one") -> Record:
     record = Record(store, "jobs", name)
-    record.create(Manifest(kind="train", name=name, backend="process", body={"a": 1}, labels={"team": "x"}))
+    record.create(train_manifest(name, labels={"team": "x"}))
     return record
 
 
 def test_a_record_is_created_once(store: Store) -> None:
     record = job(store)
-    assert record.manifest().body == {"a": 1}
+    assert record.manifest().body == train_spec()
+    assert record.manifest().labels == {"team": "x"}
     assert record.status().state == "Creating"
     with pytest.raises(NameTakenError) as caught:
         job(store)
@@ -197,7 +199,7 @@ def test_a_run_is_found_by_its_uri() -> None:
 
 def service_log(store: Store) -> Record:
     record = Record(store, "services", "chatty")
-    record.create(Manifest(kind="serve", name="chatty", backend="process", body={"options": {}}))
+    record.create(serve_manifest("chatty"))
     return record
 
 

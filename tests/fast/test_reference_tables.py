@@ -6,7 +6,6 @@ import json
 import math
 import random
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,8 @@ from palate_recipes.specs.reference_table import (
     table_name,
     write_table,
 )
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import LocalFiles, TrainTask
+from tests.support.manifests import train_spec
 
 KEY = "k" * 40
 TENSORS = {"embed": 50_000, "norm": 12, **{f"layers.{number}.weight": 4_000 for number in range(20)}}
@@ -43,11 +43,10 @@ def write_model(folder: Path, *, change: str = "", config: str = "{}") -> Path:
     return folder
 
 
-def spec(model: Path, **hyperparameters: object) -> TrainSpec:
+def task(model: Path, *, precision: str = "float32", method: str = "LoRA_LLM", **hyperparameters: object) -> TrainTask:
     values = {"lora_dim": 32, "load_in_4bit": False, "load_in_8bit": False, "learning_rate": 1e-4, **hyperparameters}
-    return TrainSpec(
-        method="LoRA_LLM", model_dir=str(model), train_file="t", output_dir="o", hyperparameters=values, precision="float32"
-    )  # fmt: skip
+    spec = train_spec(method=method, precision=precision, hyperparameters=values)
+    return TrainTask(spec=spec, files=LocalFiles(model_dir=str(model), train_file="t", output_dir="o"))
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
@@ -78,24 +77,24 @@ def test_broken_weights_have_a_fingerprint_too(tmp_path: Path, content: bytes) -
 
 def test_the_key_covers_the_reference_and_no_training_option(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    base = spec(model)
+    base = task(model)
     same = [
-        spec(model, learning_rate=1.0, dpo_beta=0.5),
-        spec(model, lora_dim=8),
-        replace(base, output_dir="elsewhere", train_file="other"),
+        task(model, learning_rate=1.0, dpo_beta=0.5),
+        task(model, lora_dim=8),
+        base.changed(output_dir="elsewhere", train_file="other"),
     ]
     other = [
-        replace(base, precision="bfloat16"),
-        replace(base, method="Standard_LLM", precision="bfloat16"),
-        spec(model, load_in_4bit=True),
-        spec(model, load_in_8bit=True),
-        spec(write_model(tmp_path / "merged", change="embed")),
+        task(model, precision="bfloat16"),
+        task(model, method="Standard_LLM", precision="bfloat16"),
+        task(model, load_in_4bit=True),
+        task(model, load_in_8bit=True),
+        task(write_model(tmp_path / "merged", change="embed")),
     ]
     assert {reference_key(item) for item in same} == {reference_key(base)}
     adapter = write_model(tmp_path / "adapter")
-    keys = [reference_key(item) for item in [base, *other]] + [reference_key(replace(base, adapter_dir=str(adapter)))]
+    keys = [reference_key(item) for item in [base, *other]] + [reference_key(base.changed(adapter_dir=str(adapter)))]
     assert len(set(keys)) == len(keys)
-    assert reference_key(replace(base, method="Standard_LLM")) == reference_key(base)  # float32 in both
+    assert reference_key(task(model, method="Standard_LLM")) == reference_key(base)  # float32 in both
 
 
 def test_a_digest_tells_rows_apart_by_every_token_and_boundary() -> None:

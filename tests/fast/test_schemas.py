@@ -1,31 +1,44 @@
-"""The schemas of a run's records: they say what the code writes, no more and no less."""
+"""The schemas of a run's records: they are those of the types, and refuse a record that contradicts itself."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from importlib import resources
 
-import pytest
+from msgspec.structs import replace
 
-from palate.runs.lease import LEASE_SCHEMA, Lease
-from palate_recipes.specs.run import MANIFEST_SCHEMA, STATUS_SCHEMA, Manifest, Status
+from palate.runs.lease import lease_here
+from palate_recipes.specs.codec import encode
+from palate_recipes.specs.run import Attempt, Status
+from palate_recipes.specs.schemas import as_text, schemas
+from tests.support.manifests import serve_manifest, train_manifest
 from tests.support.schemas import validator
 
+REMEDY = "python -m palate_recipes.specs.schemas client/palate/schemas"
 
-@pytest.mark.parametrize(
-    ("name", "kind", "version"),
-    [("manifest", Manifest, MANIFEST_SCHEMA), ("status", Status, STATUS_SCHEMA), ("lease", Lease, LEASE_SCHEMA)],
-)
-def test_a_schema_names_every_field_and_the_version(name: str, kind: type, version: int) -> None:
-    properties = validator(name).schema["properties"]
-    assert set(properties) == {item.name for item in fields(kind)}
-    assert properties["schema"] == {"const": version}
+
+def test_the_schemas_are_those_of_the_types() -> None:
+    kept = resources.files("palate").joinpath("schemas")
+    assert {file.name: file.read_text(encoding="utf-8") for file in kept.iterdir() if file.name.endswith(".json")} == {
+        name: as_text(schema) for name, schema in schemas().items()
+    }, f"they are out of date: {REMEDY}"
+
+
+def test_what_is_written_is_valid() -> None:
+    status = Status(state="Failed", finished_at=1.0, updated_at=1.0, attempts=(Attempt(attempt=1, more={"new": 1}),))
+    for name, data in (
+        ("manifest", train_manifest(inputs={}, max_attempts=3).encode()),
+        ("manifest", serve_manifest(options={"port": 1}, more={"new": 1}).encode()),
+        ("status", status.encode()),
+        ("lease", encode(lease_here(holder="h", start_id="s", attempt=1))),
+    ):
+        assert [*validator(name).iter_errors(json.loads(data))] == []
 
 
 def test_a_status_that_contradicts_itself_is_refused() -> None:
     def ok(**changes: object) -> bool:
         status = Status(state="Failed", finished_at=1.0, updated_at=1.0)
-        return bool(validator("status").is_valid(json.loads(json.dumps({**asdict(status), **changes}))))
+        return bool(validator("status").is_valid({**json.loads(status.encode()), **changes}))
 
     assert ok()
     assert ok(from_the_future=1)
@@ -37,16 +50,11 @@ def test_a_status_that_contradicts_itself_is_refused() -> None:
 
 
 def test_a_manifest_needs_what_its_kind_needs() -> None:
-    values = asdict(Manifest(kind="train", name="one", backend="process", body={}))
-    assert not validator("manifest").is_valid(values)
-    source = {"kind": "folder", "location": "/m"}
-    body = {
-        "model": {"name": "m", "source": source},
-        "method": "LoRA_LLM",
-        "hyperparameters": {},
-        "precision": "float32",
-        "inputs": {"train": {"uri": "file:///x", "sha256": "0" * 64}},
-    }
-    assert validator("manifest").is_valid({**values, "body": body})
-    assert not validator("manifest").is_valid({**values, "body": {**body, "max_attempts": 0}})
-    assert not validator("manifest").is_valid({**values, "kind": "serve", "body": {"model": body["model"]}})
+    manifest = train_manifest()
+    values = json.loads(manifest.encode())
+    assert not validator("manifest").is_valid({**values, "body": {}})
+    assert not validator("manifest").is_valid({**values, "kind": "other"})
+    assert not validator("manifest").is_valid(
+        json.loads(replace(manifest, body=replace(manifest.body, max_attempts=0)).encode())
+    )
+    assert not validator("manifest").is_valid({**json.loads(serve_manifest().encode()), "body": {"options": {}}})

@@ -13,7 +13,7 @@ from typing import Any
 
 from palate.checksums import Checksums, read_model_digests
 from palate.errors import PalateError
-from palate.runs.lease import read_lease
+from palate.runs.lease import is_dead_here, read_lease
 from palate.runs.record import Record, events_once
 from palate.store import Store
 from palate_recipes.specs.run import Status
@@ -129,7 +129,7 @@ def check_end(record: Record, findings: Findings, expected: Expected) -> None:
     _check_metrics(record, findings, expected)
     _check_checkpoints(record, findings)
     lease = read_lease(record)
-    if lease is None or (not lease.released and not lease.is_dead_here):
+    if lease is None or (not lease.released and not is_dead_here(lease)):
         findings.lies.append(f"{record.name}: it has ended, and its lease is held")
 
 

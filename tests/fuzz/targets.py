@@ -230,19 +230,21 @@ def _read_prompts(given: tuple[bytes, str], world: World) -> None:
 
 
 def _store(world: World, stack: ExitStack) -> None:
-    from dataclasses import asdict
-
-    from palate.runs.lease import Lease
+    from palate.runs.lease import lease_here
     from palate.runs.record import Record
     from palate.store import open_store
-    from palate_recipes.specs.run import Manifest, Status
+    from palate_recipes.specs.codec import encode
+    from palate_recipes.specs.run import Attempt, Status
+    from tests.support.manifests import train_manifest
 
     digests = {"schema": 1, "files": {"a.safetensors": {"bytes": 3, "sha256": "0" * 64}}}
     world["record"] = Record(open_store(world["folder"] / "store"), "jobs", "a-1")
     world["records"] = {
-        "manifest.json": asdict(Manifest(kind="train", name="a-1", backend="process", body={"model": {"name": "m"}})),
-        "status.json": asdict(Status(state="Failed", reason="r", log_tail=("x",), attempts=({"attempt": 1},))),
-        "lease.json": asdict(Lease(holder="h", start_id="s", attempt=1)),
+        "manifest.json": json.loads(train_manifest("a-1").encode()),
+        "status.json": json.loads(
+            Status(state="Failed", reason="r", log_tail=("x",), attempts=(Attempt(attempt=1),)).encode()
+        ),
+        "lease.json": json.loads(encode(lease_here(holder="h", start_id="s", attempt=1))),
         "model/digests.json": digests,
     }
 
@@ -254,7 +256,7 @@ def _records(rng: Random, world: World) -> tuple[str, bytes]:
 
 def _read_record(given: tuple[str, bytes], world: World) -> None:
     from palate.checksums import Checksums
-    from palate.runs.lease import read_lease
+    from palate.runs.lease import is_dead_here, read_lease
 
     name, content = given
     record = world["record"]
@@ -263,10 +265,15 @@ def _read_record(given: tuple[str, bytes], world: World) -> None:
         _ = record.manifest().model_name
     elif name == "status.json":
         status = record.status()
-        _ = status.is_terminal, status.attempt + 1, status.engine_id.partition(":"), [*map(dict, status.attempts)]
+        _ = (
+            status.is_terminal,
+            status.attempt + 1,
+            status.engine_id.partition(":"),
+            [attempt.attempt + 1 for attempt in status.attempts],
+        )
     elif name == "lease.json":
         lease = read_lease(record)
-        _ = lease is not None and lease.is_dead_here, lease and lease.attempt < 2 and lease.lost_after_s > 1
+        _ = lease is not None and is_dead_here(lease), lease and lease.attempt < 2 and lease.lost_after_s > 1
     else:
         Checksums.parse(content, where=name)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from palate_recipes import device
+from palate_recipes.device import free_gpu_memory
 from palate_recipes.errors import BadSpec, OutOfMemory, ServerError
 from palate_recipes.specs.serve import (
     _NAMES_ONLY,
@@ -70,7 +72,7 @@ def test_values_out_of_bounds_are_refused(tmp_path: Path, fields: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("[]", "no serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "Expecting")],
+    [("[]", "no serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "truncated")],
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "spec.json").write_text(text)
@@ -154,9 +156,9 @@ def test_free_gpu_memory_is_summed_over_gpus(tmp_path: Path, monkeypatch: pytest
     tool.write_text("#!/bin/sh\necho 1000; echo 2000\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert plan._free_gpu_bytes() == 3000 * 1024**2
+    assert free_gpu_memory() == 3000 * 1024**2
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert plan._free_gpu_bytes() is None
+    assert free_gpu_memory() is None
 
 
 @needs_vllm
@@ -171,7 +173,7 @@ def test_the_dtype_follows_the_processor_unless_it_is_given(
         pytest.skip("a GPU build of vLLM decides for itself")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name\t: Some Processor\nflags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(plan, "CPU_INFO", cpuinfo)
+    monkeypatch.setattr(device, "CPU_INFO", cpuinfo)
     assert plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm", **fields)).dtype == dtype
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from msgspec import to_builtins
 
 from palate import ModelTrainingRecipe, Session
 from palate.errors import JobNotReadyError
@@ -30,8 +31,8 @@ def test_a_job_goes_on_from_the_adapter_of_another(
         inputs={"train": prefs, "adapter": first.model_uri}, job_name="dpo", show_logs=False
     )
     body = second.manifest.body
-    assert body["hyperparameters"]["lora_dim"] == 4
-    assert set(body["inputs"]["adapter"]) == {"uri", "sha256", "bytes"}
+    assert body.hyperparameters.lora_dim == 4
+    assert set(to_builtins(body.inputs["adapter"])) == {"uri", "sha256", "bytes"}
     step_0 = second.metrics()[1]
     near = 1e-3 if precision == "float32" else 2e-2  # the reference was scored in other batches
     assert step_0["loss"] == pytest.approx(math.log(2), abs=near)

@@ -20,6 +20,7 @@ from palate.deploy import ServedModel, start_service
 from palate.generate import completion_log_path, generate_pairs, plan_pairs
 from palate.generate.chat_client import Endpoint
 from palate.generate.pairs import PairSettings
+from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.slow.conftest import until
 from tests.support.chat import Answer, ChatServer, chat_server
 
@@ -36,11 +37,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PALATE_HOME", str(tmp_path_factory.mktemp("generate") / "home"))
         patch.setattr(palate.session, "_default", None)
-        source = {"kind": "folder", "location": str(base_model)}
+        source = WeightsSource(kind="folder", location=str(base_model))
         with start_service(
             palate.session.get_default_session(),
             service_name="answers",
-            served=ServedModel(model={"name": "smollm2-135m-instruct", "source": source, "hub_id": ""}),
+            served=ServedModel(model=BaseModel(name="smollm2-135m-instruct", source=source)),
             options={"engine": "transformers", "max_model_len": 1024},
         ) as predictor:
             yield predictor

@@ -136,9 +136,9 @@ def test_a_tutorial_of_pais_runs_byte_for_byte(
     (job,) = TrainingJob.list(session=setup_default_session())
     assert job.is_succeeded()
     assert job.manifest.labels == {"stand_in_for": "qwen2-0.5b-instruct"}
-    assert job.manifest.body["hyperparameters"]["training_strategy"] == "dpo"
-    assert job.manifest.body["inputs"]["train"]["uri"] == f"oss://{tutorial_data}/{KEY}"
-    assert job.manifest.body["inputs"]["train"]["rows"] == len(preference_rows())
+    assert job.manifest.body.hyperparameters.training_strategy == "dpo"
+    assert job.manifest.body.inputs["train"].uri == f"oss://{tutorial_data}/{KEY}"
+    assert job.manifest.body.inputs["train"].rows == len(preference_rows())
     assert Predictor.list() == []
     until(lambda: processes_of(home) == [], timeout_s=30)
 

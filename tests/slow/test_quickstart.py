@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from palate import Predictor, TrainingJob
 from palate.quickstart import PAIRS_PER_TOPIC
@@ -20,8 +21,9 @@ from palate_recipes.demo import demo_rows, disagrees, write_demo
 from palate_recipes.device import local_device
 from palate_recipes.hyperparameters import resolve
 from palate_recipes.recipe_file import read_recipe
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import LocalFiles, TrainTask
 from tests.slow.conftest import processes_of, until
+from tests.support.manifests import train_spec
 from tests.support.models import PACKAGE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -96,15 +98,9 @@ def test_most_of_all_held_out_questions_are_contradicted(precision: str, tmp_pat
     settings = resolve(recipe["hyperparameters"], method=recipe["method"], device=local_device())
     if precision == "bfloat16" and settings.precision != "bfloat16":
         pytest.skip("bfloat16 is emulated on this processor: this training takes more than 20 minutes")
-    spec = TrainSpec(
-        method=recipe["method"],
-        model_dir=str(base_model),
-        train_file=str(data["train"]),
-        output_dir=str(tmp_path / "out"),
-        hyperparameters=settings.values,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    spec.write(tmp_path / "spec.json")
+    spec = train_spec(method=recipe["method"], precision=precision)
+    here = LocalFiles(model_dir=str(base_model), train_file=str(data["train"]), output_dir=str(tmp_path / "out"))
+    TrainTask(spec=replace(spec, hyperparameters=settings.values), files=here).write(tmp_path / "spec.json")
     subprocess.run([sys.executable, "-m", "palate_trainer", str(tmp_path / "spec.json")], check=True)
 
     questions = [row["prompt"] for row in demo_rows("test")]

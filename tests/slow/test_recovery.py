@@ -10,12 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from palate import ModelTrainingRecipe, Session, TrainingJob, setup_default_session
 from palate.errors import DamagedFilesError, ServiceError, TrainingJobError
 from palate.runs.lease import read_lease
 from palate.runs.record import Record
-from palate_recipes.specs.run import Manifest
+from palate_recipes.specs.run import TrainManifest
 from tests.slow.conftest import processes_of, until
 from tests.support.gate import gate_to
 from tests.support.seaweed import SeaweedServer
@@ -70,7 +71,7 @@ def test_a_trainer_that_was_killed_begins_again_by_itself(
     tried.wait(show_logs=False, timeout_s=120)
     status = tried.describe()
     assert (status.state, status.attempt) == ("Succeeded", 2)
-    assert "killed by SIGKILL" in status.attempts[0]["reason"]
+    assert "killed by SIGKILL" in status.attempts[0].reason
     found, expected = losses(tried), losses(whole)
     assert [step for step, _ in found] == [*range(1, STEPS + 1)]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], abs=1e-5)
@@ -116,8 +117,9 @@ def test_a_store_that_is_away_stops_no_training(
 def test_of_two_runners_for_one_job_one_trains(session: Session, home: Path, tiny: Path, prefs: Path) -> None:
     job = train(tiny, prefs, "template", steps=1, wait=True)
     record = Record(session.store, "jobs", "twice")
-    body = {**job.manifest.body, "hyperparameters": {**job.manifest.body["hyperparameters"], "max_steps": 30}}
-    record.create(Manifest(kind="train", name="twice", backend="process", body=body))
+    spec = job.manifest.body
+    spec = replace(spec, hyperparameters=replace(spec.hyperparameters, max_steps=30))
+    record.create(TrainManifest(name="twice", backend="process", body=spec))
     runners = [
         subprocess.Popen([sys.executable, "-m", "palate.runner", record.uri], stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from palate.runner.reference_cache import CACHE_PREFIX, ReferenceCache, publish
 from palate.store import Store, open_store
 from palate_recipes.errors import StoreDeniedError
 from palate_recipes.specs.reference_table import LogProbs, Table, read_table, reference_key, table_name, write_table
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import LocalFiles, TrainTask
+from tests.support.manifests import train_spec
 
 KEY = "k" * 40
 NAME = f"{CACHE_PREFIX}/{table_name(KEY)}"
@@ -29,15 +29,13 @@ def stored(store: Store, name: str = NAME, key: str = KEY) -> Table:
     return Table.decode(store.get(name), key)
 
 
-def spec(folder: Path) -> TrainSpec:
+def task(folder: Path, strategy: str = "dpo") -> TrainTask:
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text("{}")
-    return TrainSpec(
-        method="LoRA_LLM", model_dir=str(model), train_file="t", output_dir="o", precision="float32",
-        hyperparameters={"training_strategy": "dpo", "lora_dim": 8, "load_in_4bit": False, "load_in_8bit": False},
-        cache_dir=str(folder / "cache"),
-    )  # fmt: skip
+    values = {"training_strategy": strategy, "lora_dim": 8, "load_in_4bit": False, "load_in_8bit": False}
+    files = LocalFiles(model_dir=str(model), train_file="t", output_dir="o", cache_dir=str(folder / "cache"))
+    return TrainTask(spec=train_spec(hyperparameters=values), files=files)
 
 
 def test_tables_published_at_the_same_time_all_survive(store: Store) -> None:
@@ -82,7 +80,7 @@ def test_a_damaged_table_in_the_store_is_replaced(store: Store, content: bytes) 
 
 def test_a_job_works_on_a_copy_and_publishes_what_it_adds(store: Store, tmp_path: Path) -> None:
     said: list[str] = []
-    run = spec(tmp_path)
+    run = task(tmp_path)
     key = reference_key(run)
     publish(store, Table(key, rows(1)))
     copy = tmp_path / "cache" / table_name(key)
@@ -97,9 +95,7 @@ def test_a_job_works_on_a_copy_and_publishes_what_it_adds(store: Store, tmp_path
 
 
 def test_sft_needs_no_cache(tmp_path: Path) -> None:
-    run = spec(tmp_path)
-    sft = dataclasses.replace(run, hyperparameters={**run.hyperparameters, "training_strategy": "sft"})
-    with ReferenceCache(open_store(tmp_path / "store"), sft, pytest.fail) as cache:
+    with ReferenceCache(open_store(tmp_path / "store"), task(tmp_path, "sft"), pytest.fail) as cache:
         cache.look()
     assert not (tmp_path / "store").exists()
 
@@ -113,7 +109,7 @@ def test_a_store_that_refuses_costs_one_note(tmp_path: Path, method: str) -> Non
 
     setattr(store, method, refuse)
     said: list[str] = []
-    run = spec(tmp_path)
+    run = task(tmp_path)
     with ReferenceCache(store, run, said.append) as cache:
         key = reference_key(run)
         write_table(tmp_path / "cache" / table_name(key), Table(key, rows(1)))
@@ -125,7 +121,7 @@ def test_a_store_that_refuses_costs_one_note(tmp_path: Path, method: str) -> Non
 
 def test_a_model_folder_that_cannot_be_read_costs_one_note(tmp_path: Path) -> None:
     said: list[str] = []
-    run = dataclasses.replace(spec(tmp_path), model_dir=str(tmp_path / "gone"))
+    run = task(tmp_path).changed(model_dir=str(tmp_path / "gone"))
     with ReferenceCache(open_store(tmp_path / "store"), run, said.append) as cache:
         cache.look()
     assert len(said) == 1

@@ -11,21 +11,14 @@ from palate.checksums import DIGESTS_FILE
 from palate.errors import DamagedFilesError, NameTakenError
 from palate.runs.record import Record
 from palate.store import Store, StoreOptions, open_store
-from palate_recipes.specs.run import Manifest
+from tests.support.manifests import train_manifest
 
 FILES = {"adapter_config.json": b"{}", "deep/er/tokenizer.json": b"{}\n", "adapter_model.safetensors": b"\0w" * 4096}
 
 
 def succeeded(session: Session) -> TrainingJob:
-    body = {
-        "model": {"name": "mine", "hub_id": None, "source": {}},
-        "method": "LoRA_LLM",
-        "precision": "float32",
-        "hyperparameters": {"training_strategy": "dpo"},
-        "inputs": {},
-    }
     record = Record(session.store, "jobs", "one")
-    record.create(Manifest(kind="train", name="one", backend="process", body=body))
+    record.create(train_manifest(model="mine", hyperparameters={"training_strategy": "dpo"}))
     for name, data in FILES.items():
         session.store.put(record.key("model", name), data)
     record.advance("Succeeded", expect={"Creating"})

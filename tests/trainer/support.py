@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from palate_recipes.hyperparameters import DeviceFacts, resolve
-from palate_recipes.specs.train import ERROR_FILE, TrainSpec
+from palate_recipes.specs.train import ERROR_FILE, LocalFiles, TrainTask
+from tests.support.manifests import train_spec
 from tests.support.rows import preference_rows
 
 CPU = DeviceFacts(cuda=False, bf16=False, fp16=False)
@@ -25,7 +28,7 @@ QUICK = {
 }
 
 
-def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12, **fields: Any) -> TrainSpec:
+def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12, **fields: Any) -> TrainTask:
     """A spec over generated rows; hyperparameters by keyword, on top of QUICK.
 
     Args:
@@ -44,41 +47,37 @@ def spec(model: Path, folder: Path, *, method: str = "LoRA_LLM", rows: int = 12,
         held_out.write_text(json.dumps(fields.pop("held_out")))
         validation = str(held_out)
     beside = {name: fields.pop(name) for name in ("resume_from", "adapter_dir", "fast") if name in fields}
-    if fields.get("precision") == "float16":  # no CPU is offered it; the program itself is asked
-        beside["precision"] = fields.pop("precision")
+    # No CPU is offered float16; the program itself is asked.
+    precision = fields.pop("precision") if fields.get("precision") == "float16" else None
     resolved = resolve({**QUICK, **fields}, method=method, device=CPU)
-    return TrainSpec(
-        **{
-            "method": method,
-            "model_dir": str(model),
-            "train_file": str(data),
-            "validation_file": validation,
-            "output_dir": str(folder / "out"),
-            "hyperparameters": dict(resolved.values),
-            "precision": resolved.precision,
-            "model_name": "tiny",
-            **beside,
-        }
+    spec = train_spec("tiny", method=method, precision=precision or resolved.precision)
+    files = LocalFiles(
+        model_dir=str(model),
+        train_file=str(data),
+        validation_file=validation,
+        output_dir=str(folder / "out"),
+        **beside,
     )
+    return TrainTask(spec=replace(spec, hyperparameters=resolved.values), files=files)
 
 
-def train(wanted: TrainSpec) -> list[dict[str, Any]]:
+def train(wanted: TrainTask) -> list[dict[str, Any]]:
     """Runs the program's main path in this process and returns its metrics."""
     from palate_trainer.train import run
 
     code = run(wanted)
-    error = Path(wanted.output_dir) / ERROR_FILE
+    error = Path(wanted.files.output_dir) / ERROR_FILE
     assert code == 0, error.read_text() if error.exists() else code
-    return [json.loads(line) for line in (Path(wanted.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(wanted.files.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def refusal(wanted: TrainSpec) -> str:
+def refusal(wanted: TrainTask) -> str:
     """Runs the program, which must fail without a model, and returns its message."""
     from palate_trainer.train import run
 
     assert run(wanted) == 1
-    assert not (Path(wanted.output_dir) / "model").exists()
-    return (Path(wanted.output_dir) / ERROR_FILE).read_text()
+    assert not (Path(wanted.files.output_dir) / "model").exists()
+    return (Path(wanted.files.output_dir) / ERROR_FILE).read_text()
 
 
 def losses(metrics: list[dict[str, Any]]) -> list[float]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palate_recipes.catalog import models
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from tests.support.architectures import CATALOG, FAMILIES, OTHERS, random_model
 from tests.trainer.support import NEAR, NORM_NEAR, PRECISIONS, spec, train
 
@@ -88,7 +87,7 @@ def test_a_step_is_that_of_stock_trl(
 def test_quantised_weights_train_too(folder_of: Any, tmp_path: Path, kind: str, precision: str) -> None:
     settings = {"rows": 4, "num_train_epochs": 2, "learning_rate": 1e-3, "lora_dim": 4, "precision": precision}
     fast = spec(folder_of(kind), tmp_path / "fast", method="QLoRA_LLM", **settings)
-    plain = replace(spec(folder_of(kind), tmp_path / "plain", method="QLoRA_LLM", **settings), fast=False)
+    plain = spec(folder_of(kind), tmp_path / "plain", method="QLoRA_LLM", **settings).changed(fast=False)
     curves = [[entry["loss"] for entry in train(wanted) if entry["kind"] == "train"] for wanted in (fast, plain)]
     assert curves[0] == pytest.approx(curves[1], abs=NEAR[precision])
     loads(fast)
@@ -100,16 +99,16 @@ def documented() -> dict[str, tuple[bool, bool]]:
     return {kind: (packed == "yes", fused == "yes") for kind, packed, fused in rows}
 
 
-def loads(wanted: TrainSpec) -> None:
+def loads(wanted: TrainTask) -> None:
     """Loads what was saved into the libraries that others would use, and scores a text with it."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    tuned = Path(wanted.output_dir) / "model"
-    if wanted.trains_adapter:
+    tuned = Path(wanted.files.output_dir) / "model"
+    if wanted.spec.trains_adapter:
         assert not (tuned / "model.safetensors").exists()
-        model = AutoModelForCausalLM.from_pretrained(wanted.model_dir, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(wanted.files.model_dir, dtype="float32")
         before = model(torch.tensor([[1, 5, 6, 7]])).logits
         model = PeftModel.from_pretrained(model, tuned)
     else:
@@ -120,7 +119,7 @@ def loads(wanted: TrainSpec) -> None:
     assert before is None or not torch.equal(before, after)
 
 
-def stock(wanted: TrainSpec) -> list[dict[str, Any]]:
+def stock(wanted: TrainTask) -> list[dict[str, Any]]:
     """What TRL's own trainer logs over the same token ids, in one batch a step."""
     import torch
     import trl
@@ -136,17 +135,17 @@ def stock(wanted: TrainSpec) -> list[dict[str, Any]]:
     from palate_trainer.trainers import _dataset
     from palate_trainer.trainers.kto import MismatchedAnswers
 
-    values, strategy = wanted.hyperparameters, wanted.hyperparameters["training_strategy"]
-    tokenizer = load_tokenizer(wanted.model_dir)
+    values, strategy = wanted.spec.hyperparameters, wanted.spec.hyperparameters.training_strategy
+    tokenizer = load_tokenizer(wanted.files.model_dir)
     renderer = Renderer(
         tokenizer=tokenizer,
         apply_chat_template=True,
-        system_prompt=values["system_prompt"],
-        seq_length=values["seq_length"],
-        stop_ids=stop_token_ids(wanted.model_dir),
+        system_prompt=values.system_prompt,
+        seq_length=values.seq_length,
+        stop_ids=stop_token_ids(wanted.files.model_dir),
     )
-    rows, _ = encode_pairs(read_rows(wanted.train_file, strategy=strategy), renderer, name="train")
-    order = RowSampler(len(rows), values["seed"])
+    rows, _ = encode_pairs(read_rows(wanted.files.train_file, strategy=strategy), renderer, name="train")
+    order = RowSampler(len(rows), values.seed)
     in_order = []
     for epoch in range(2):
         order.set_epoch(epoch)
@@ -165,25 +164,25 @@ def stock(wanted: TrainSpec) -> list[dict[str, Any]]:
     collator: Any = {
         "dpo": lambda: DataCollatorForPreference(pad_token_id=pad),
         "sft": lambda: DataCollatorForLanguageModeling(pad_token_id=pad),
-        "kto": lambda: MismatchedAnswers(pad_token_id=pad, seq_length=values["seq_length"]),
+        "kto": lambda: MismatchedAnswers(pad_token_id=pad, seq_length=values.seq_length),
     }[strategy]()
     arguments = getattr(trl, f"{kind}Config")(
-        output_dir=f"{wanted.output_dir}-stock", per_device_train_batch_size=len(rows), num_train_epochs=1, learning_rate=1e-3,
-        logging_steps=1, bf16=wanted.precision == "bfloat16", use_cpu=True, gradient_checkpointing=False, report_to=[],
+        output_dir=f"{wanted.files.output_dir}-stock", per_device_train_batch_size=len(rows), num_train_epochs=1, learning_rate=1e-3,
+        logging_steps=1, bf16=wanted.spec.precision == "bfloat16", use_cpu=True, gradient_checkpointing=False, report_to=[],
         save_strategy="no", seed=42, disable_tqdm=True, weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="linear",
         remove_unused_columns=False, max_length=None,
         **({"dataset_kwargs": {"skip_prepare_dataset": True}} if strategy == "sft" else {"beta": 0.1}),
     )  # fmt: skip
     set_seed(42)
-    dtype = getattr(torch, wanted.precision) if wanted.trains_adapter else torch.float32
+    dtype = getattr(torch, wanted.spec.precision) if wanted.spec.trains_adapter else torch.float32
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear")
     trainer = Stock(
-        model=AutoModelForCausalLM.from_pretrained(wanted.model_dir, dtype=dtype),
+        model=AutoModelForCausalLM.from_pretrained(wanted.files.model_dir, dtype=dtype),
         args=arguments,
         train_dataset=_dataset(wanted, in_order),
         processing_class=tokenizer,
         data_collator=collator,
-        peft_config=config if wanted.trains_adapter else None,
+        peft_config=config if wanted.spec.trains_adapter else None,
     )
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]

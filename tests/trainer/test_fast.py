@@ -480,7 +480,9 @@ def test_a_fast_path_that_fails_gives_way_to_trls_own(
     for one, other in zip(_steps(fallen), _steps(plain), strict=True):
         assert one["loss"] == other["loss"]
         assert one["grad_norm"] == other["grad_norm"]
-    one, other = (load_file(Path(s.output_dir) / "model/adapter_model.safetensors") for s in (fallen_spec, plain_spec))
+    one, other = (
+        load_file(Path(s.files.output_dir) / "model/adapter_model.safetensors") for s in (fallen_spec, plain_spec)
+    )
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 

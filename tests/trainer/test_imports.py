@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from tests.trainer.support import spec
 
 pytestmark = pytest.mark.slow
@@ -38,9 +38,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from palate_trainer.env import lean_imports
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 for path in sys.argv[1:]:
-    with lean_imports(TrainSpec.read(Path(path))):
+    with lean_imports(TrainTask.read(Path(path))):
         print(find_spec("bitsandbytes") is not None)
 """
 
@@ -69,7 +69,7 @@ def test_bitsandbytes_is_there_for_weights_that_become_quantised_or_are(tiny: Pa
     assert output(QUANTISED, *paths) == ["True", "True", "True", "False"]
 
 
-def saved(wanted: TrainSpec, path: Path) -> str:
+def saved(wanted: TrainTask, path: Path) -> str:
     wanted.write(path)
     return str(path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +223,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
 
 @pytest.mark.usefixtures("precision")
 def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
-    wanted = replace(spec(tiny, tmp_path, data=answers(), num_train_epochs=1000, **KTO), processes=1)
+    wanted = spec(tiny, tmp_path, data=answers(), num_train_epochs=1000, **KTO).changed(processes=1)
     program = start(wanted)
     until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     program.send_signal(signal.SIGTERM)

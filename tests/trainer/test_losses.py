@@ -108,9 +108,9 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
 
     given = {"dpo_beta": BETA, "label_smoothing": SMOOTHING, "discopop_tau": TAU, "per_device_train_batch_size": 2}
     wanted = spec(tiny, folder, data=ROWS, **given, **hyperparameters)
-    tokenizer = load_tokenizer(wanted.model_dir)
+    tokenizer = load_tokenizer(wanted.files.model_dir)
     renderer = Renderer(tokenizer, True, "Be brief.", 128)
-    rows, _ = encode_pairs(read_rows(wanted.train_file), renderer, name="train")
+    rows, _ = encode_pairs(read_rows(wanted.files.train_file), renderer, name="train")
     with completion_tokens_only():
         trainer = build_trainer(
             wanted,
@@ -131,7 +131,7 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
         loss.backward()
     grads = [p.grad for p in trainer.model.parameters() if p.requires_grad]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
-    ld_alpha = wanted.hyperparameters["ld_alpha"]
+    ld_alpha = wanted.spec.hyperparameters.ld_alpha
     scores = Scores(trainer.model.eval(), rows, trainer.accelerator.autocast, ld_alpha=ld_alpha)
     assert scores.c.abs().min() > 0.01  # the policy has left the reference
     return float(loss), scores

@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from palate_recipes.specs.train import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainSpec
+from palate_recipes.specs.train import COMPLETE_MARK, ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainTask
 from palate_trainer.distributed import Rounds
 from tests.slow.conftest import until
 from tests.trainer.support import NEAR, NORM_NEAR, losses, spec, train
@@ -41,9 +40,9 @@ if os.environ.get("RANK") == "1":
 """Breaks the first step of the second process: Python runs a `sitecustomize` of the path at its start."""
 
 
-def start(wanted: TrainSpec, **environment: str) -> subprocess.Popen[str]:
+def start(wanted: TrainTask, **environment: str) -> subprocess.Popen[str]:
     """Starts the program on `wanted`, as the runner does."""
-    path = Path(wanted.output_dir).parent / "spec.json"
+    path = Path(wanted.files.output_dir).parent / "spec.json"
     wanted.write(path)
     log = path.with_name("program.log").open("w")
     return subprocess.Popen(
@@ -55,21 +54,21 @@ def start(wanted: TrainSpec, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def log_of(wanted: TrainSpec) -> str:
-    return (Path(wanted.output_dir).parent / "program.log").read_text()
+def log_of(wanted: TrainTask) -> str:
+    return (Path(wanted.files.output_dir).parent / "program.log").read_text()
 
 
-def together(wanted: TrainSpec, processes: int = 2) -> list[dict[str, Any]]:
+def together(wanted: TrainTask, processes: int = 2) -> list[dict[str, Any]]:
     """Runs `wanted` in so many processes and returns its metrics."""
-    wanted = replace(wanted, processes=processes)
+    wanted = wanted.changed(processes=processes)
     code = start(wanted).wait(timeout=240)
     assert code == 0, log_of(wanted)[-3000:]
-    return [json.loads(line) for line in (Path(wanted.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(wanted.files.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def workers_of(wanted: TrainSpec) -> list[psutil.Process]:
+def workers_of(wanted: TrainTask) -> list[psutil.Process]:
     """All live processes of a run, by the spec that their command names."""
-    name = str(Path(wanted.output_dir).parent / "spec.json")
+    name = str(Path(wanted.files.output_dir).parent / "spec.json")
     found = []
     for process in psutil.process_iter():
         try:
@@ -80,8 +79,8 @@ def workers_of(wanted: TrainSpec) -> list[psutil.Process]:
     return found
 
 
-def training(wanted: TrainSpec) -> bool:
-    metrics = Path(wanted.output_dir) / "metrics.jsonl"
+def training(wanted: TrainTask) -> bool:
+    metrics = Path(wanted.files.output_dir) / "metrics.jsonl"
     return metrics.exists() and '"kind": "train"' in metrics.read_text()
 
 
@@ -206,7 +205,7 @@ def test_a_resumed_pair_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path,
 
 @pytest.mark.slow
 def test_sigterm_stops_all_processes_with_one_whole_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    wanted = spec(tiny, tmp_path, num_train_epochs=1000).changed(processes=2)
     program = start(wanted)
     until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     assert len(workers_of(wanted)) == 3, log_of(wanted)[-3000:]
@@ -222,7 +221,7 @@ def test_sigterm_stops_all_processes_with_one_whole_checkpoint(tiny: Path, tmp_p
 
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_stops_all_processes(tiny: Path, tmp_path: Path) -> None:
-    wanted = replace(spec(tiny, tmp_path), processes=2)
+    wanted = spec(tiny, tmp_path).changed(processes=2)
     program = start(wanted)
     until(lambda: len(workers_of(wanted)) == 3)
     program.send_signal(signal.SIGTERM)
@@ -233,7 +232,7 @@ def test_sigterm_before_the_first_step_stops_all_processes(tiny: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_is_named(tiny: Path, tmp_path: Path) -> None:
-    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    wanted = spec(tiny, tmp_path, num_train_epochs=1000).changed(processes=2)
     program = start(wanted)
     until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     (second,) = (worker for worker in workers_of(wanted) if worker.environ().get("RANK") == "1")
@@ -248,7 +247,7 @@ def test_the_message_of_the_process_that_failed_is_kept(tiny: Path, tmp_path: Pa
     """One process alone fails: the other's loss of it is not the cause."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
-    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    wanted = spec(tiny, tmp_path, num_train_epochs=1000).changed(processes=2)
     paths = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
     program = start(wanted, PYTHONPATH=os.pathsep.join(filter(None, paths)))
     assert program.wait(timeout=240) == EXIT_FAILED, log_of(wanted)[-3000:]
@@ -259,7 +258,7 @@ def test_the_message_of_the_process_that_failed_is_kept(tiny: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_no_worker_outlives_a_killed_launcher(tiny: Path, tmp_path: Path) -> None:
-    wanted = replace(spec(tiny, tmp_path, num_train_epochs=1000), processes=2)
+    wanted = spec(tiny, tmp_path, num_train_epochs=1000).changed(processes=2)
     program = start(wanted)
     until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     program.kill()
@@ -291,10 +290,10 @@ def test_two_processes_begin_anew_without_a_fast_path_that_fails(small: Path, tm
     expected = together(spec(small, tmp_path / "plain", fast=False, **settings))
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(BROKEN)
-    wanted = replace(spec(small, tmp_path / "fallen", **settings), processes=2)
+    wanted = spec(small, tmp_path / "fallen", **settings).changed(processes=2)
     assert start(wanted, PYTHONPATH=str(tmp_path / "fault")).wait(timeout=240) == 0, log_of(wanted)[-3000:]
     assert "WARNING: the fast path failed before the first step" in log_of(wanted)
-    output = Path(wanted.output_dir)
+    output = Path(wanted.files.output_dir)
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert losses(found) == losses(expected)
     assert not (output / ERROR_FILE).exists()
@@ -304,7 +303,7 @@ def test_two_processes_begin_anew_without_a_fast_path_that_fails(small: Path, tm
 @pytest.mark.slow
 def test_nothing_listens_to_other_machines(tiny: Path, tmp_path: Path) -> None:
     """torch's TCP stores listen on every interface and unpickle what is written there."""
-    wanted = replace(spec(tiny, tmp_path, num_train_epochs=50), processes=2)
+    wanted = spec(tiny, tmp_path, num_train_epochs=50).changed(processes=2)
     process = start(wanted)
     seen: set[str] = set()
     try:
@@ -314,7 +313,7 @@ def test_nothing_listens_to_other_machines(tiny: Path, tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(timeout=120) == EXIT_STOPPED, log_of(wanted)[-3000:]
     assert seen <= {"127.0.0.1", "::1"}
-    assert not list(Path(wanted.output_dir).glob(".meeting-*"))
+    assert not list(Path(wanted.files.output_dir).glob(".meeting-*"))
 
 
 def listeners(pid: int) -> set[str]:

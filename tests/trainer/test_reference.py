@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palate_recipes.specs.reference_table import Table, read_table, reference_key, table_name, write_table
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from tests.support.rows import preference_rows
 from tests.trainer.support import NEAR, PRECISIONS, losses, spec, train
 
 pytestmark = pytest.mark.slow
 
 
-def cached(wanted: TrainSpec, cache: Path) -> TrainSpec:
-    return replace(wanted, cache_dir=str(cache))
+def cached(wanted: TrainTask, cache: Path) -> TrainTask:
+    return wanted.changed(cache_dir=str(cache))
 
 
 def counts(metrics: list[dict[str, Any]]) -> tuple[int, int]:
@@ -26,9 +25,9 @@ def counts(metrics: list[dict[str, Any]]) -> tuple[int, int]:
     return metrics[0]["reference_cached_rows"], metrics[0]["reference_scored_rows"]
 
 
-def table_of(wanted: TrainSpec) -> tuple[Path, Table]:
+def table_of(wanted: TrainTask) -> tuple[Path, Table]:
     key = reference_key(wanted)
-    path = Path(str(wanted.cache_dir)) / table_name(key)
+    path = Path(str(wanted.files.cache_dir)) / table_name(key)
     return path, read_table(path, key)
 
 
@@ -65,7 +64,7 @@ def test_added_rows_alone_are_scored_and_repeated_ones_once(
     assert "reference train: 12 of 16 pairs from the cache, 4 scored in" in capfd.readouterr().out
     assert len(table_of(grown)[1].rows) == 15
     assert losses(metrics) == pytest.approx(
-        losses(train(replace(grown, cache_dir=None, output_dir=str(tmp_path / "plain")))), abs=NEAR[precision]
+        losses(train(grown.changed(cache_dir=None, output_dir=str(tmp_path / "plain")))), abs=NEAR[precision]
     )
 
 
@@ -111,7 +110,7 @@ def test_values_that_are_off_are_dropped_with_a_note(
     _, right = table_of(wanted)
     write_table(path, Table(right.key, {digest: (c - 10.0, r) for digest, (c, r) in right.rows.items()}))
     capfd.readouterr()
-    again = train(replace(wanted, output_dir=str(tmp_path / "again")))
+    again = train(wanted.changed(output_dir=str(tmp_path / "again")))
     assert "the cache is dropped, all pairs are scored" in capfd.readouterr().out
     assert counts(again) == (0, 12)
     assert losses(again) == losses(first)
@@ -128,9 +127,9 @@ def test_damage_and_a_cache_that_cannot_be_written_cost_no_run(
     path.write_bytes(path.read_bytes()[:-400])  # cut off in the middle of a line
     kept = len(table_of(wanted)[1].rows)
     assert 0 < kept < 12
-    assert counts(train(replace(wanted, output_dir=str(tmp_path / "cut")))) == (kept, 12 - kept)
+    assert counts(train(wanted.changed(output_dir=str(tmp_path / "cut")))) == (kept, 12 - kept)
     (tmp_path / "taken").write_text("a file where the cache folder should be")
-    blocked = replace(wanted, cache_dir=str(tmp_path / "taken"), output_dir=str(tmp_path / "blocked"))
+    blocked = wanted.changed(cache_dir=str(tmp_path / "taken"), output_dir=str(tmp_path / "blocked"))
     assert counts(train(blocked)) == (0, 12)
     assert "reference: no cache in this run" in capfd.readouterr().out
 

@@ -300,8 +300,8 @@ def test_the_end_is_one_at_which_the_engine_stops(tokenizer: Any, base_model: Pa
     unknown, _ = Renderer(tokenizer, True, "", 512).encode(PAIR)
     assert text(tokenizer, unknown.chosen_ids).endswith("<|im_end|>\n<|endoftext|>")
     wanted = spec(base_model, tmp_path)
-    assert turn_end in stop_token_ids(wanted.model_dir)
-    known, _ = Renderer(tokenizer, True, "", 512, stop_token_ids(wanted.model_dir)).encode(PAIR)
+    assert turn_end in stop_token_ids(wanted.files.model_dir)
+    known, _ = Renderer(tokenizer, True, "", 512, stop_token_ids(wanted.files.model_dir)).encode(PAIR)
     assert text(tokenizer, known.chosen_ids).endswith("<|im_end|>\n")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.specs.train import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainSpec
+from palate_recipes.specs.train import COMPLETE_MARK, ERROR_FILE, EXIT_STOPPED, TrainTask
 from tests.support.rows import preference_rows
 from tests.trainer.support import NEAR, losses, spec, train
 
@@ -184,14 +184,14 @@ def test_quantised_training_on_this_processor_works_or_says_why_not(
         base_model, tmp_path, method="QLoRA_LLM", rows=2, max_steps=1, per_device_train_batch_size=1, **{bits: True}
     )
     code = run(wanted)
-    error = Path(wanted.output_dir) / ERROR_FILE
+    error = Path(wanted.files.output_dir) / ERROR_FILE
     if code == 0:
-        assert (Path(wanted.output_dir) / "model" / "adapter_model.safetensors").exists()
+        assert (Path(wanted.files.output_dir) / "model" / "adapter_model.safetensors").exists()
     else:
         assert f"{bits}=false" in error.read_text()
 
 
-def program(wanted: TrainSpec, folder: Path) -> subprocess.Popen[str]:
+def program(wanted: TrainTask, folder: Path) -> subprocess.Popen[str]:
     path = folder / "spec.json"
     wanted.write(path)
     return subprocess.Popen(
@@ -245,10 +245,10 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(tiny: Path, tmp_pat
     model.save_pretrained(broken)
     wanted = spec(broken, tmp_path / "run", max_steps=3)
     assert run(wanted) == 1
-    message = (Path(wanted.output_dir) / ERROR_FILE).read_text()
+    message = (Path(wanted.files.output_dir) / ERROR_FILE).read_text()
     assert "nan at step 1" in message
     assert "learning_rate" in message
-    assert not (Path(wanted.output_dir) / "model").exists()
+    assert not (Path(wanted.files.output_dir) / "model").exists()
 
 
 def test_a_base_without_a_chat_template_is_refused_with_the_remedy(tiny: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_base_without_a_chat_template_is_refused_with_the_remedy(tiny: Path, t
             (bare / path.name).write_bytes(path.read_bytes())
     wanted = spec(bare, tmp_path / "run", max_steps=1)
     assert run(wanted) == 1
-    assert "apply_chat_template=false" in (Path(wanted.output_dir) / ERROR_FILE).read_text()
+    assert "apply_chat_template=false" in (Path(wanted.files.output_dir) / ERROR_FILE).read_text()
     train(spec(bare, tmp_path / "plain", max_steps=1, apply_chat_template=False))
 
 

@@ -65,12 +65,11 @@ def watched(
     model: Path, folder: Path, rows: list[dict[str, str]], held_out: list[dict[str, str]], **settings: Any
 ) -> Any:
     """Trains with a validation file of its own and returns the metrics."""
-    import dataclasses
 
     wanted = spec(model, folder, data=rows, seq_length=64, **settings)
     path = folder / "held-out.json"
     path.write_text(json.dumps(held_out))
-    return train(dataclasses.replace(wanted, validation_file=str(path)))
+    return train(wanted.changed(validation_file=str(path)))
 
 
 def test_a_line_has_rates_memory_and_time_left_and_tensorboard_has_the_same(

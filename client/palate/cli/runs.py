@@ -107,14 +107,16 @@ def _list_runs(kind: Literal["jobs", "services"], wanted: RunFilter, limit: int 
 
 
 def _job(found: RunSummary) -> dict[str, Any]:
+    from palate_recipes.specs.run import TrainManifest
+
     manifest, status = found.manifest, found.status
-    body = manifest.body if manifest else {}
+    spec = manifest.body if isinstance(manifest, TrainManifest) else None
     return {
         "id": found.name,
         "state": status.state if status else None,
         "model": manifest.model_name if manifest else "",
-        "method": body.get("method", ""),
-        "strategy": body.get("hyperparameters", {}).get("training_strategy", ""),
+        "method": spec.method if spec else "",
+        "strategy": spec.hyperparameters.training_strategy if spec else "",
         "labels": manifest.labels if manifest else {},
         "created_at": manifest.created_at if manifest else None,
         "attempt": status.attempt if status else None,

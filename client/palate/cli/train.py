@@ -155,7 +155,7 @@ def chat(
     predictor = Predictor(service)
     client = predictor.openai()
     if system is None:
-        system = predictor.manifest.body.get("system_prompt") or ""
+        system = predictor.manifest.body.system_prompt
     history: list[Any] = [{"role": "system", "content": system}] if system else []
 
     def ask(text: str) -> None:

@@ -111,11 +111,13 @@ class Endpoint:
             RunNotFoundError: No service of that name.
             ServiceError: It is not running.
         """
+        from msgspec import to_builtins
+
         from palate.predictor import Predictor
 
         predictor = Predictor(name, session=session)
         body = predictor.manifest.body
-        weights = json.dumps([body["model"], body.get("tuned_uri")], sort_keys=True)
+        weights = json.dumps([to_builtins(body.model), body.tuned_uri], sort_keys=True)
         return cls(
             f"{predictor.endpoint}/v1",
             predictor.access_token,

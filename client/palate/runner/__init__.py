@@ -29,6 +29,7 @@ from palate.runs.record import LOST, Record, locate
 from palate.session import Session
 from palate_recipes.errors import PalateError, StoreError
 from palate_recipes.specs.run import ACTIVE
+from palate_recipes.specs.train import TrainSpec
 
 logger = logging.getLogger("palate.runner")
 
@@ -171,13 +172,14 @@ def _attempts(context: RunContext) -> Ending:
 def _attempt(context: RunContext, logs: Tail, reserve: Path) -> Ending:
     try:
         reserve.write_bytes(b"\1" * _RESERVE_BYTES)
-        if context.manifest.kind == "train":
+        body = context.manifest.body
+        if isinstance(body, TrainSpec):
             from palate.runner.train import run_training
 
-            return run_training(context, logs)
+            return run_training(context, body, logs)
         from palate.runner.serve import run_service
 
-        return run_service(context)
+        return run_service(context, body)
     except Exception as error:  # the last place where a cause can be saved: the runner has no caller
         logger.exception("the runner failed")
         reserve.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from palate.store import Store
 from palate_recipes.errors import ObjectNotFoundError, PreconditionFailedError
 from palate_recipes.specs.reference_table import Table, read_table, reference_key, table_name
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 
 CACHE_PREFIX = "cache"
 """Folder of a store, beside `jobs` and `services`, that may be deleted at any time."""
@@ -28,11 +28,11 @@ class ReferenceCache:
 
     Args:
         store: The store of the job.
-        spec: The run, with the `cache_dir` that the trainer will use.
+        task: What the trainer is given, with its `cache_dir`.
         say: Takes one line for the log; called from another thread as well.
     """
 
-    def __init__(self, store: Store, spec: TrainSpec, say: Callable[[str], None]) -> None:
+    def __init__(self, store: Store, task: TrainTask, say: Callable[[str], None]) -> None:
         self._store = store
         self._say = say
         self._key: str | None = None
@@ -41,8 +41,8 @@ class ReferenceCache:
         self._failed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-cache")
         self._upload: Future[None] | None = None
-        if spec.cache_dir is not None and spec.hyperparameters["training_strategy"] == "dpo":
-            self._guarded(lambda: self._fetch(spec, Path(spec.cache_dir or "")))
+        if task.files.cache_dir is not None and task.spec.hyperparameters.training_strategy == "dpo":
+            self._guarded(lambda: self._fetch(task, Path(task.files.cache_dir or "")))
 
     def __enter__(self) -> ReferenceCache:
         return self
@@ -56,8 +56,8 @@ class ReferenceCache:
         if not self._failed and (self._upload is None or self._upload.done()):
             self._guarded(self._start)
 
-    def _fetch(self, spec: TrainSpec, folder: Path) -> None:
-        key = reference_key(spec)
+    def _fetch(self, task: TrainTask, folder: Path) -> None:
+        key = reference_key(task)
         path = folder / table_name(key)
         try:
             # A copy even of a file on this machine: other jobs may publish meanwhile.

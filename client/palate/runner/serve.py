@@ -11,33 +11,33 @@ from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
 from palate.runs.record import TOKEN_KEY
 from palate.store import open_parent
-from palate.weights import WeightsSource, fetch_weights
+from palate.weights import fetch_weights
 from palate_recipes.errors import StoreError
+from palate_recipes.specs.run import Deployment
 from palate_recipes.specs.serve import ERROR_FILE, IDLE_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
 STOP_GRACE_S = 20.0
 
 
-def run_service(context: RunContext) -> Ending:
+def run_service(context: RunContext, body: Deployment) -> Ending:
     """Runs a service until it is stopped or dies, and returns how it ended; the run is then still to be told."""
-    record, body, work = context.record, context.manifest.body, context.work
-    options = body["options"]
+    record, work, options = context.record, context.work, body.options
     begun = time.monotonic()
-    tuned_dir = context.retry(lambda: _stage_tuned(context)) if body["tuned_uri"] else None
+    tuned_uri = body.tuned_uri
+    tuned_dir = context.retry(lambda: _stage_tuned(context, tuned_uri, body.tuned_digest)) if tuned_uri else None
     base_dir: Path | None = None
-    if tuned_dir is None or body["adapter"]:  # whole tuned weights need no base
-        source = WeightsSource.from_json(body["model"]["source"])
-        base_dir, _ = context.retry(lambda: fetch_weights(source, context.session, say=context.say))
+    if tuned_dir is None or body.adapter:  # whole tuned weights need no base
+        base_dir, _ = context.retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
     spec = ServeSpec(
         service_name=record.name,
         model_dir=str(tuned_dir or base_dir),
         base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
         work_dir=str(work),
-        idle_after_s=body.get("idle_time_to_live_s"),  # services of earlier versions have none
+        idle_after_s=body.idle_time_to_live_s,
         **{**options, "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
-    context.say(f"starting the engine for {body['model']['name']}")
+    context.say(f"starting the engine for {body.model.name}")
     child = Child(
         [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
         log=context.log,
@@ -52,8 +52,8 @@ def run_service(context: RunContext) -> Ending:
         nonlocal announced, over_at
         if announced or not ready_file.exists():
             return
-        if body["time_to_live_s"] and over_at is None:
-            over_at = time.monotonic() + body["time_to_live_s"]  # its life begins when it answers
+        if body.time_to_live_s and over_at is None:
+            over_at = time.monotonic() + body.time_to_live_s  # its life begins when it answers
         ready = Ready.read(ready_file)
         try:
             context.direct.advance(
@@ -94,15 +94,13 @@ def run_service(context: RunContext) -> Ending:
     )
 
 
-def _stage_tuned(context: RunContext) -> Path:
+def _stage_tuned(context: RunContext, uri: str, digest: str | None) -> Path:
     """Returns a local folder with what was trained, every file compared with the digest that the training wrote."""
-    body = context.manifest.body
-    store, prefix = open_parent(body["tuned_uri"], options=context.session.options_for(body["tuned_uri"]))
+    store, prefix = open_parent(uri, options=context.session.options_for(uri))
     folder = store.local_path(prefix)
     if folder is None:
         folder = context.work / "model"
         store.download_tree(prefix, folder)
-    if body.get("tuned_digest"):
-        digests = read_model_digests(store, prefix, body["tuned_digest"], what=body["tuned_uri"])
-        digests.check_folder(folder, what=body["tuned_uri"])
+    if digest:
+        read_model_digests(store, prefix, digest, what=uri).check_folder(folder, what=uri)
     return folder

@@ -10,9 +10,7 @@ import json
 import shutil
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from palate.adapter_input import fetch_adapter
 from palate.checksums import DIGESTS_FILE, Checksums
@@ -24,7 +22,8 @@ from palate.runner.reference_cache import ReferenceCache
 from palate.runs.record import events_once
 from palate.session import Session
 from palate.store import open_parent
-from palate.weights import WeightsSource, fetch_weights
+from palate.weights import fetch_weights
+from palate_recipes.device import installed_version
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.specs.train import (
     CHECKPOINTS_DIR,
@@ -33,7 +32,9 @@ from palate_recipes.specs.train import (
     METRICS_FILE,
     MODEL_DIR,
     TENSORBOARD_DIR,
+    LocalFiles,
     TrainSpec,
+    TrainTask,
 )
 
 STOP_GRACE_S = 120.0
@@ -44,29 +45,29 @@ _FULL_BYTES = 1 << 20
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "palate")
 
 
-def run_training(context: RunContext, logs: Tail) -> Ending:
+def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
     """Makes one attempt, and returns how it ended; the run is then still to be told."""
-    record, body = context.record, context.manifest.body
-    deadline = time.monotonic() + body["max_run_time_s"] if body.get("max_run_time_s") else None
+    record = context.record
+    deadline = time.monotonic() + spec.max_run_time_s if spec.max_run_time_s else None
     output = context.work / "output"
     shutil.rmtree(output, ignore_errors=True)  # an earlier attempt's; what of it counts is in the store
     output.mkdir()
     record.advance("Running", expect={"Creating"}, attempt=context.heartbeat.attempt, started_at=time.time())
     if record.status().state != "Running":
         return Ending(state="Stopped", reason="stopped before it began")
-    for note in body["notes"]:
+    for note in spec.notes:
         context.say(f"note: {note}")
-    spec, resumed_from = _stage_all(context, output)
+    task, resumed_from = _stage_all(context, spec, output)
     known = _stage_metrics(context, output, resumed_from)
     metrics = context.retry(lambda: Tail(context.direct, "metrics", output / METRICS_FILE, offset=known))
     context.heartbeat.push(logs, metrics)
-    cache = ReferenceCache(context.direct.store, spec, context.say)
-    context.say(f"training {body['model']['name']} with {body['method']} in {body['precision']}")
+    cache = ReferenceCache(context.direct.store, task, context.say)
+    context.say(f"training {spec.model.name} with {spec.method} in {spec.precision}")
     child = Child(
         [sys.executable, "-P", "-m", "palate_trainer", str(context.work / "spec.json")],
         log=context.log,
         env={"HF_HUB_OFFLINE": "1"},  # everything is staged: nothing may be fetched behind the user's back
-        kept=body.get("environment_names", ()),
+        kept=spec.environment_names,
         cwd=context.work,
     )
 
@@ -115,19 +116,18 @@ def run_training(context: RunContext, logs: Tail) -> Ending:
     if outcome == "stopped" or (outcome == "ended" and code == EXIT_STOPPED):
         return Ending(state="Stopped", exit_code=code, reason="stopped on request")
     if outcome == "timed out":
-        reason = f"max_run_time of {body['max_run_time_s']} s was reached; whole checkpoints are kept"
+        reason = f"max_run_time of {spec.max_run_time_s} s was reached; whole checkpoints are kept"
         return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(context.log), again=False)
     return Ending(
         state="Failed", exit_code=code, reason=_cause(output, child, was_full), log_tail=log_tail(context.log)
     )
 
 
-def _stage_all(context: RunContext, output: Path) -> tuple[TrainSpec, Path | None]:
-    """Brings everything here that the trainer reads; returns its spec, and the checkpoint to go on from."""
-    body, retry, work = context.manifest.body, context.retry, context.work
+def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[TrainTask, Path | None]:
+    """Brings everything here that the trainer reads; returns what it is given, and the checkpoint to go on from."""
+    retry, work = context.retry, context.work
     earlier = context.record.status()
-    source = WeightsSource.from_json(body["model"]["source"])
-    model_dir, revision = retry(lambda: fetch_weights(source, context.session, say=context.say))
+    model_dir, revision = retry(lambda: fetch_weights(spec.model.source, context.session, say=context.say))
     resumed_from = None
     if earlier.attempt > 1:
         resumed_from = retry(lambda: stage_last_checkpoint(context.record, output / CHECKPOINTS_DIR, context.say))
@@ -136,22 +136,20 @@ def _stage_all(context: RunContext, output: Path) -> tuple[TrainSpec, Path | Non
     before = earlier.details.get("model_revision", revision)
     if resumed_from and before != revision:
         raise ConfigurationError(
-            f"the weights of {body['model']['name']} are not those that the run began with (revision {revision}, "
+            f"the weights of {spec.model.name} are not those that the run began with (revision {revision}, "
             f"it was {before}): bring those back, or train anew"
         )
     details = {**earlier.details, "model_revision": revision, "versions": _library_versions()}
     context.record.note(attempt=context.heartbeat.attempt, details=details)
-    inputs = {channel: facts["uri"] for channel, facts in body["inputs"].items()}
+    inputs = {channel: facts.uri for channel, facts in spec.inputs.items()}
 
     def stage(channel: str) -> str | None:
         if channel not in inputs:
             return None
         return str(retry(lambda: _stage(inputs[channel], context.session, work / channel)))
 
-    spec = TrainSpec(
-        method=body["method"],
+    files = LocalFiles(
         model_dir=str(model_dir),
-        model_name=body["model"]["name"],
         train_file=stage("train") or "",
         validation_file=stage("validation"),
         adapter_dir=(
@@ -160,14 +158,13 @@ def _stage_all(context: RunContext, output: Path) -> tuple[TrainSpec, Path | Non
             else None
         ),
         output_dir=str(output),
-        hyperparameters=body["hyperparameters"],
-        precision=body["precision"],
         cache_dir=str(work / "cache"),
         resume_from=str(resumed_from) if resumed_from else None,
         attempt=earlier.attempt,
     )
-    spec.write(work / "spec.json")
-    return spec, resumed_from
+    task = TrainTask(spec=spec, files=files)
+    task.write(work / "spec.json")
+    return task, resumed_from
 
 
 def _stage_metrics(context: RunContext, output: Path, resumed_from: Path | None) -> int:
@@ -221,10 +218,4 @@ def _stage(uri: str, session: Session, folder: Path) -> Path:
 
 
 def _library_versions() -> dict[str, str]:
-    found: dict[str, Any] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
+    return {name: found for name in LIBRARIES if (found := installed_version(name)) is not None}

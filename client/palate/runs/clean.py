@@ -21,6 +21,7 @@ from palate.runs.record import Record, locate, names
 from palate.session import Session
 from palate.store import Store, open_store
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
+from palate_recipes.specs.run import ServeManifest
 
 ENDING_S = 30.0
 """A runner may go on for so long after its last word, and a service after its time to live."""
@@ -83,7 +84,8 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
             handle = RunHandle(record, session)
             try:
                 status = record.status()
-                ttl_s = handle.manifest.body.get("time_to_live_s")  # reads the manifest: it may be damaged, too
+                manifest = handle.manifest  # it may be damaged, too
+                ttl_s = manifest.body.time_to_live_s if isinstance(manifest, ServeManifest) else None
                 cause = "" if status.is_terminal else handle.lost(status)
             except DamagedFilesError as error:
                 if not _may_run(record):
@@ -112,7 +114,7 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                     why=cause,
                     remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
                 )
-            elif kind == "services" and status.state == "Running" and ttl_s:
+            elif status.state == "Running" and ttl_s:
                 age_s = silence_s(record, "status.json")  # its last change is that it runs; by the store's clock
                 if age_s is not None and age_s > ttl_s + ENDING_S:
                     yield Leftover(

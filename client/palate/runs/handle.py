@@ -13,14 +13,15 @@ from typing import Any
 
 from palate.backends import Backend, EngineStatus, Launch, backend_names, for_run, get_backend
 from palate.paths import forget_start, remember_start, was_started_here
-from palate.runs.lease import LOST_AFTER_S, START_ID_VARIABLE, read_lease, silence_s
+from palate.runs.lease import LOST_AFTER_S, START_ID_VARIABLE, is_dead_here, read_lease, silence_s
 from palate.runs.record import LONGEST_LINE, LOST, Record
 from palate.session import Session
 from palate.store.uri import normal_uri
 from palate.ui import make_display
 from palate.ui.display import Display
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
-from palate_recipes.specs.run import ACTIVE, TERMINAL, Manifest, State, Status
+from palate_recipes.specs.run import ACTIVE, TERMINAL, Manifest, ServeManifest, State, Status
+from palate_recipes.specs.train import TrainSpec
 
 logger = logging.getLogger("palate.runs.handle")
 
@@ -54,8 +55,8 @@ class RunHandle:
             self._manifest = self.record.manifest()
         return self._manifest
 
-    def replace_manifest(self, known: Manifest, new: Manifest) -> None:
-        """Gives the run another manifest, for its next attempt; raises ConfigurationError unless the known one is there now."""
+    def replace_manifest(self, known: ServeManifest, new: ServeManifest) -> None:
+        """Gives the service another manifest, for its next attempt; raises ConfigurationError unless the known one is there now."""
         self.record.replace_manifest(known, new)
         self._manifest = new
 
@@ -75,7 +76,7 @@ class RunHandle:
             name=self.record.name,
             env={**self.session.environment(), **(environments or {}), START_ID_VARIABLE: start_id},
             folders=self._folders(),
-            placement=self.manifest.body.get("placement") or {},
+            placement=self.manifest.body.placement,
         )
         try:
             engine_id = self.backend.start(launch)
@@ -87,10 +88,9 @@ class RunHandle:
     def _folders(self) -> dict[Path, bool]:
         """The folders of this machine that the run's manifest names, and whether it writes there."""
         body = self.manifest.body
-        source: dict[str, Any] = (body.get("model") or {}).get("source") or {}
-        inputs: dict[str, dict[str, Any]] = body.get("inputs") or {}
-        uris = [facts.get("uri", "") for facts in inputs.values()] + [body.get("tuned_uri") or ""]
-        read = [Path(source["location"])] if source.get("kind") == "folder" else []
+        source = body.model.source
+        uris = [facts.uri for facts in body.inputs.values()] if isinstance(body, TrainSpec) else [body.tuned_uri or ""]
+        read = [Path(source.location)] if source.kind == "folder" else []
         for uri in filter(None, uris):
             scheme, _, path = normal_uri(uri).partition("://")
             if scheme == "file":
@@ -122,7 +122,8 @@ class RunHandle:
         Raises:
             ConfigurationError: One is in neither; their values are never recorded.
         """
-        names: list[str] = self.manifest.body.get("environment_names", [])
+        body = self.manifest.body
+        names = body.environment_names if isinstance(body, TrainSpec) else ()
         known = {**{name: os.environ[name] for name in names if name in os.environ}, **(given or {})}
         if missing := [name for name in names if name not in known]:
             raise ConfigurationError(
@@ -192,7 +193,7 @@ class RunHandle:
         if silent_s is None or silent_s <= lease.fresh_s:
             return ""  # a heartbeat is the runner's own word: nothing that is seen from here counts against it
         # The engine knows the process that it started; the run may be in the hands of another one.
-        if (gone and lease.start_id == status.start_id) or lease.is_dead_here:
+        if (gone and lease.start_id == status.start_id) or is_dead_here(lease):
             return lost
         if silent_s <= lease.lost_after_s:
             return ""

@@ -9,16 +9,16 @@ the object is by the store's own clock, and a runner that wants in watches wheth
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
 from secrets import token_hex
 from typing import Any
+
+from msgspec.structs import replace
 
 from palate.processes import machine_mark, process_state, start_time
 from palate.runs.record import Record
@@ -30,8 +30,9 @@ from palate_recipes.errors import (
     PreconditionFailedError,
     StoreError,
 )
+from palate_recipes.specs.codec import decode, encode
+from palate_recipes.specs.run import LEASE_SCHEMA, Lease
 
-LEASE_SCHEMA = 1
 LEASE_KEY = "lease.json"
 
 LOST_AFTER_S = 120.0
@@ -45,75 +46,25 @@ START_ID_VARIABLE = "PALATE_START_ID"
 _POLL_S = 0.2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lease:
-    """What `lease.json` says.
-
-    Attributes:
-        holder: Random name of the runner.
-        start_id: The start that the runner came from, or "" when it was started by hand.
-        attempt: The attempt that it works for.
-        beat: Goes up with every heartbeat.
-        every_s: Seconds between two heartbeats.
-        lost_after_s: Seconds without one after which the runner counts as lost.
-        host: Where it runs, for people.
-        machine, pid, pid_start: Where it runs, for a process of the same machine.
-        released: It has ended in order.
-    """
-
-    holder: str
-    start_id: str
-    attempt: int
-    beat: int = 0
-    every_s: float = EVERY_S
-    lost_after_s: float = LOST_AFTER_S
-    host: str = field(default_factory=socket.gethostname)
-    machine: str = field(default_factory=machine_mark)
-    pid: int = field(default_factory=os.getpid)
-    pid_start: str = field(default_factory=lambda: start_time(os.getpid()))
-    released: bool = False
-    schema: int = LEASE_SCHEMA
-
-    @classmethod
-    def parse(cls, data: bytes) -> Lease:
-        """Raises ValueError when a field that the schema requires is missing, or one has another type."""
-        values = json.loads(data)
-        if not isinstance(values, dict):
-            raise ValueError(f"it is {type(values).__name__}, not an object")
-        values = {**_UNSAID, **values}
-        for item in fields(cls):
-            kind = _JSON_TYPES[str(item.type)]
-            value: Any = values.get(item.name)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{item.name}={value!r}")
-            # Without a bound a lease of a hostile store would never count as lost.
-            if item.name in ("every_s", "lost_after_s") and not 0 < values[item.name] <= _LONGEST_S:
-                raise ValueError(f"{item.name}={value!r}")
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
-
-    @property
-    def is_dead_here(self) -> bool:
-        """Whether this machine knows the runner to be gone; False where it cannot know."""
-        return self.machine == machine_mark() != "" and process_state(self.pid, self.pid_start) == "dead"
-
-    @property
-    def fresh_s(self) -> float:
-        """Seconds after its last heartbeat for which no other evidence counts against its runner.
-
-        What looks like a dead runner may be another machine's: a copy of a running machine has the mark of the original.
-        """
-        return min(2 * self.every_s, self.lost_after_s)
+def lease_here(**facts: Any) -> Lease:
+    """Returns a lease of this process, with these facts in it."""
+    here = {
+        "beat": 0,
+        "every_s": EVERY_S,
+        "lost_after_s": LOST_AFTER_S,
+        "host": socket.gethostname(),
+        "machine": machine_mark(),
+        "pid": os.getpid(),
+        "pid_start": start_time(os.getpid()),
+        "released": False,
+        "schema": LEASE_SCHEMA,
+    }
+    return Lease(**{**here, **facts})
 
 
-_LONGEST_S = 7 * 24 * 3600.0
-
-_UNSAID = {"start_id": "", "host": "", "machine": "", "pid": 0, "pid_start": ""}
-"""What a lease may leave out: the defaults of `Lease` are facts of this process."""
-
-_JSON_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+def is_dead_here(lease: Lease) -> bool:
+    """Whether this machine knows the lease's runner to be gone; False where it cannot know."""
+    return lease.machine == machine_mark() != "" and process_state(lease.pid, lease.pid_start) == "dead"
 
 
 def read_lease(record: Record) -> Lease | None:
@@ -127,8 +78,8 @@ def read_lease(record: Record) -> Lease | None:
     except ObjectNotFoundError:
         return None
     try:
-        return Lease.parse(data)
-    except (ValueError, RecursionError) as error:
+        return decode(data, Lease)
+    except ValueError as error:
         raise DamagedFilesError(
             f"{record.uri}/{LEASE_KEY} is damaged ({error}): its runner writes it again within seconds; if there is no "
             "runner, delete this file"
@@ -180,7 +131,7 @@ class HeldLease:
 
     def _write(self, lease: Lease) -> bool:
         try:
-            self._etag = self._record.store.put(self._record.key(LEASE_KEY), lease.encode(), if_match=self._etag)
+            self._etag = self._record.store.put(self._record.key(LEASE_KEY), encode(lease), if_match=self._etag)
         except (PreconditionFailedError, ObjectNotFoundError):
             there = self._record.store.stat(
                 self._record.key(LEASE_KEY)
@@ -196,7 +147,7 @@ class HeldLease:
             # An earlier write of our own, whose answer got lost; or damage, which is overwritten.
             self._etag = there.etag
             if found != lease:
-                self._etag = self._record.store.put(self._record.key(LEASE_KEY), lease.encode(), if_match=there.etag)
+                self._etag = self._record.store.put(self._record.key(LEASE_KEY), encode(lease), if_match=there.etag)
         self.lease = lease
         return True
 
@@ -218,7 +169,7 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
         ConfigurationError: PALATE_LEASE_S is no number above 1.
     """
     lost_after_s = _lost_after_s()
-    mine = Lease(
+    mine = lease_here(
         holder=token_hex(8),
         start_id=start_id,
         attempt=attempt,
@@ -243,13 +194,13 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
             seen = (found.holder, found.beat)
             silent_s = time.monotonic() - since
             free = silent_s >= found.lost_after_s
-            if found.is_dead_here:
+            if is_dead_here(found):
                 free = max(silent_s, silence_s(record) or 0.0) > found.fresh_s
         if free:
             try:
                 etag = record.store.put(
                     record.key(LEASE_KEY),
-                    mine.encode(),
+                    encode(mine),
                     if_match=there.etag if there is not None else None,
                     if_none_match=there is None,
                 )

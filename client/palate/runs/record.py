@@ -15,8 +15,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, replace
 from typing import Any, Literal, NoReturn
+
+from msgspec.structs import replace
 
 from palate.common.utils import check_name
 from palate.store import Store
@@ -27,15 +28,19 @@ from palate_recipes.errors import (
     PreconditionFailedError,
     RunNotFoundError,
 )
+from palate_recipes.specs.codec import decode, encode
+from palate_recipes.specs.events import is_event
 from palate_recipes.specs.run import (
     ACTIVE,
     TERMINAL,
+    Attempt,
     LogIndex,
     Manifest,
     MergedLog,
+    ServeManifest,
     State,
     Status,
-    is_kind,
+    TrainManifest,
 )
 
 TOKEN_KEY = "access_token"
@@ -44,8 +49,6 @@ TOKEN_KEY = "access_token"
 LOST = "its runner is gone without a last word: killed, or the machine went down"
 
 _CAS_ATTEMPTS = 20
-
-_MAYBE_NUMBER = (int, float, type(None))
 
 
 class Record:
@@ -80,7 +83,7 @@ class Record:
             NameTakenError: A run of that name is there.
         """
         try:
-            self.store.put(self.key("manifest.json"), _encode_manifest(manifest), if_none_match=True)
+            self.store.put(self.key("manifest.json"), _encode(manifest), if_none_match=True)
         except PreconditionFailedError:
             noun = "job" if self.kind == "jobs" else "service"
             command = "palate jobs" if self.kind == "jobs" else "palate services"
@@ -88,13 +91,23 @@ class Record:
                 f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, "
                 f"or delete it first (`palate delete {self.name}`; `{command}` lists what is there)"
             ) from None
-        status = Status(state="Creating", updated_at=time.time(), last_attempt=manifest.body.get("max_attempts") or 1)
-        self.store.put(self.key("status.json"), _encode(status))
+        attempts = manifest.body.max_attempts if isinstance(manifest, TrainManifest) else 1
+        status = Status(state="Creating", updated_at=time.time(), last_attempt=attempts)
+        self.store.put(self.key("status.json"), status.encode())
 
     def manifest(self) -> Manifest:
         """Raises RunNotFoundError when there is none, DamagedFilesError when it cannot be read."""
+        if self.kind == "services":
+            return self.serve_manifest()
         try:
-            return Manifest.from_json(self.manifest_bytes())
+            return TrainManifest.decode(self.manifest_bytes())
+        except ValueError as error:
+            self._raise_damaged("manifest.json", error)
+
+    def serve_manifest(self) -> ServeManifest:
+        """As `manifest`, of a service."""
+        try:
+            return ServeManifest.decode(self.manifest_bytes())
         except ValueError as error:
             self._raise_damaged("manifest.json", error)
 
@@ -115,8 +128,8 @@ class Record:
             f"{'job' if self.kind == 'jobs' else 'service'} with `palate delete {self.name}`"
         ) from None
 
-    def replace_manifest(self, known: Manifest, new: Manifest) -> None:
-        """Writes another manifest in the place of the known one; a service's next attempt reads it.
+    def replace_manifest(self, known: ServeManifest, new: ServeManifest) -> None:
+        """Writes another manifest in the place of the known one; the service's next attempt reads it.
 
         Raises:
             ConfigurationError: Another one is there: somebody else replaced it.
@@ -127,7 +140,7 @@ class Record:
         try:
             if info is None or self.manifest() != known:
                 raise PreconditionFailedError(key)
-            self.store.put(key, _encode_manifest(new), if_match=info.etag)
+            self.store.put(key, _encode(new), if_match=info.etag)
         except PreconditionFailedError:
             raise ConfigurationError(
                 f"{self.uri} was changed by somebody else just now: look at it, and try again"
@@ -149,7 +162,7 @@ class Record:
 
     def _parse_status(self, data: bytes) -> Status:
         try:
-            return Status.from_json(data)
+            return Status.decode(data)
         except ValueError as error:
             self._raise_damaged("status.json", error)
 
@@ -194,9 +207,9 @@ class Record:
         """
 
         def change(current: Status) -> Status:
-            facts = {name: getattr(current, name) for name in ("reason", "exit_code", "started_at", "finished_at")}
-            entry = {"attempt": current.attempt, **facts, **ended}
-            entry["finished_at"] = entry["finished_at"] or time.time()
+            names = ("attempt", "reason", "exit_code", "started_at", "finished_at")
+            entry = Attempt(**{**{name: getattr(current, name) for name in names}, **ended})
+            entry = replace(entry, finished_at=entry.finished_at or time.time())
             goes_on = state == "Running"
             return replace(
                 current,
@@ -231,7 +244,7 @@ class Record:
             if info is None or current.state not in expect or attempt not in (None, current.attempt):
                 return None
             target = replace(change(current), updated_at=time.time())
-            written = _encode(target)
+            written = target.encode()
             try:
                 self.store.put(self.key("status.json"), written, if_match=info.etag)
             except (PreconditionFailedError, FileNotFoundError):
@@ -305,12 +318,12 @@ class Record:
     def log_index(self) -> LogIndex:
         """Returns what of a service's log was merged or dropped; an index that is none counts as empty."""
         try:
-            return LogIndex.parse(self.store.get(self.key("logs", _INDEX)))
-        except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return decode(self.store.get(self.key("logs", _INDEX)), LogIndex)
+        except (FileNotFoundError, ValueError):
             return LogIndex()
 
     def write_log_index(self, index: LogIndex) -> None:
-        self.store.put(self.key("logs", _INDEX), index.encode())
+        self.store.put(self.key("logs", _INDEX), encode(index))
 
     def write_merged(self, first: int, last: int, content: bytes) -> MergedLog:
         """Writes the content of several parts of a service's log as one; the index has to name it."""
@@ -369,24 +382,8 @@ def events_in(part: bytes) -> Iterator[dict[str, Any]]:
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if _is_event(event):
+        if is_event(event):
             yield event
-
-
-def _is_event(event: object) -> bool:
-    """Whether readers of metrics can calculate with it: a store may hold anything."""
-    if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
-        return False
-    if event["kind"] in ("train", "eval"):
-        figures = [value for name, value in event.items() if name not in ("kind", "step")]
-        if not all(isinstance(value, float) or is_kind(value, _MAYBE_NUMBER) for value in figures):
-            return False
-    reading = event.get("reading", {"verdict": "", "text": ""})
-    return (
-        all(is_kind(event[name], kind) for name, kind in _EVENT_KINDS.items() if name in event)
-        and isinstance(reading, dict)
-        and all(isinstance(reading.get(name), str) for name in ("verdict", "text"))
-    )
 
 
 def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -415,10 +412,6 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 _SUFFIX = {"logs": ".log", "metrics": ".jsonl"}
-_EVENT_KINDS: dict[str, type | tuple[type, ...]] = {
-    "kind": str,
-    **dict.fromkeys(("step", "total_steps", "train_rows", "attempt"), int),
-}
 _INDEX = "index.json"
 _PART = re.compile(r"[0-9]{6,18}")
 LONGEST_LINE = 1024**2
@@ -426,18 +419,14 @@ _TAIL_BYTES = 256 * 1024
 """The last lines of a log are looked for in so many bytes of its end."""
 
 
-def _encode_manifest(manifest: Manifest) -> bytes:
+def _encode(manifest: Manifest) -> bytes:
     try:
-        return json.dumps(asdict(manifest), indent=1, ensure_ascii=False).encode()
+        return manifest.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(
             f"what {manifest.name} is given holds {error.object[error.start : error.end]!r}, which is not valid Unicode: "
             "give labels and settings as UTF-8 text"
         ) from None
-
-
-def _encode(status: Status) -> bytes:
-    return json.dumps(asdict(status), indent=1, ensure_ascii=False).encode()
 
 
 def names(store: Store, kind: Literal["jobs", "services"]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from palate.checksums import file_facts
 from palate_recipes.errors import ConfigurationError, DataError
+from palate_recipes.specs.train import InputFile
 
 if TYPE_CHECKING:
     from palate.runs.record import Record
@@ -103,7 +104,7 @@ class Input:
             lines.append(f"{channel}: … `palate data check` shows all")
         return lines
 
-    def keep(self, record: Record, channel: str) -> dict[str, Any]:
+    def keep(self, record: Record, channel: str) -> InputFile:
         """Puts the data where the run finds it, and returns what the manifest says of it.
 
         One file of an object store stays where it is. One local file is copied into the job's prefix as it is. All else
@@ -116,11 +117,11 @@ class Input:
         if self.skipped and plain:
             facts["skipped_rows"] = list(self.skipped)
         if plain and origin.startswith(("s3://", "oss://")):
-            return {"uri": origin, **file_facts(path), **facts}
+            return InputFile(uri=origin, **file_facts(path), **facts)
         if plain and origin.startswith("file://"):
             key = record.key("inputs", channel, path.name)
             record.store.upload(path, key)
-            return {"uri": record.store.uri(key), **file_facts(path), **facts}
+            return InputFile(uri=record.store.uri(key), **file_facts(path), **facts)
         key = record.key("inputs", channel, f"{channel}.jsonl")
         with tempfile.TemporaryDirectory(prefix="palate-") as folder:
             joined = Path(folder) / f"{channel}.jsonl"
@@ -129,7 +130,7 @@ class Input:
             facts |= {"origin": origin, "files": len(self.fetched.files)}
             if self.fetched.revision:
                 facts["revision"] = self.fetched.revision
-            return {"uri": record.store.uri(key), **file_facts(joined), **facts}
+            return InputFile(uri=record.store.uri(key), **file_facts(joined), **facts)
 
     def _join(self, out: Path) -> None:
         from palate_recipes.preferences.formats import plain_raw

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from palate.env_file import without_credentials
 from palate.preflight import check_trainer
@@ -19,6 +19,7 @@ from palate.weights import fetch_weights, find_weights
 from palate_recipes.errors import DataError
 from palate_recipes.hyperparameters import HYPERPARAMETERS
 from palate_recipes.preferences.report import Location, Report
+from palate_recipes.preferences.row import Strategy
 from palate_recipes.specs.train import Measured, MeasureSpec
 from palate_recipes.text import expand_path, show_path
 
@@ -60,8 +61,8 @@ def measure(
     prompt = HYPERPARAMETERS["system_prompt"].default if system_prompt is None else system_prompt
     spec = MeasureSpec(
         model_dir=str(folder.absolute()),
-        files=[[str(Path(path).absolute()), name] for path, name in files],
-        strategy=strategy,
+        files=[(str(Path(path).absolute()), name) for path, name in files],
+        strategy=cast("Strategy | None", strategy),
         settings=settings,
         seq_length=seq_length or sys.maxsize,
         system_prompt=str(prompt),

@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from palate_recipes.errors import TrainerError
 from palate_recipes.specs.reference_table import LogProbs, row_digest
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 from palate_trainer.distributed import gather_rows, share_of_rank, world_size
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
 from palate_trainer.model import load_adapter, load_model, lora_config
@@ -99,7 +99,7 @@ class PalateSFTTrainer(PalateMixin, SFTTrainer):
 
 
 def build_trainer(
-    spec: TrainSpec,
+    task: TrainTask,
     *,
     model: Any,
     tokenizer: Any,
@@ -109,11 +109,11 @@ def build_trainer(
     reference: ReferenceScores,
     note: Callable[[str], None],
 ) -> PalateDPOTrainer | PalateSFTTrainer | PalateKTOTrainer:
-    """The trainer for `spec`, with adapter, reference log-probabilities and float32 updates in place.
+    """The trainer for `task`, with adapter, reference log-probabilities and float32 updates in place.
 
     Args:
-        spec: The run.
-        model: From `load_model`; the adapter is put on it here, a new one or that of `spec.adapter_dir`.
+        task: The run.
+        model: From `load_model`; the adapter is put on it here, a new one or that of `files.adapter_dir`.
         tokenizer: From `load_tokenizer`.
         train: Rows to train on.
         validation: Rows to evaluate on; may be empty.
@@ -121,30 +121,30 @@ def build_trainer(
         reference: For DPO, where the reference's log-probabilities come from and go to.
         note: Takes one progress line.
     """
-    strategy = spec.hyperparameters["training_strategy"]
-    if spec.adapter_dir is not None:
-        model = load_adapter(spec, model)
+    strategy = task.spec.hyperparameters.training_strategy
+    if task.files.adapter_dir is not None:
+        model = load_adapter(task, model)
     start = {
         name: value.detach().clone()
         for name, value in model.named_parameters()
-        if spec.adapter_dir and value.requires_grad
+        if task.files.adapter_dir and value.requires_grad
     }
     common: dict[str, Any] = {
         "model": model,
-        "train_dataset": _dataset(spec, train),
-        "eval_dataset": _dataset(spec, validation, evaluation=True) if validation else None,
+        "train_dataset": _dataset(task, train),
+        "eval_dataset": _dataset(task, validation, evaluation=True) if validation else None,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "peft_config": lora_config(spec) if spec.trains_adapter and spec.adapter_dir is None else None,
+        "peft_config": lora_config(task) if task.spec.trains_adapter and task.files.adapter_dir is None else None,
     }
-    joined = _joined(spec, model, train) if may_join(spec) else 1
+    joined = _joined(task, model, train) if may_join(task) else 1
     if joined > 1:
-        batches = spec.hyperparameters["gradient_accumulation_steps"]
+        batches = task.spec.hyperparameters.gradient_accumulation_steps
         note(
             f"{joined} of a step's {batches} batches go through the model as one: they are small, and the sums are the same"
         )
     # Before TRL's constructor, which already scores the reference.
-    PalateMixin.note, PalateMixin.allow_fast = staticmethod(note), spec.fast
+    PalateMixin.note, PalateMixin.allow_fast = staticmethod(note), task.files.fast
     try:
         trainer: PalateDPOTrainer | PalateSFTTrainer | PalateKTOTrainer
         if strategy == "dpo":
@@ -153,9 +153,9 @@ def build_trainer(
                 for rows in (common["train_dataset"], common["eval_dataset"])
                 if rows
             )
-            config = dpo_config(spec, len(train), bool(validation), joined=joined, reference_known=known)
+            config = dpo_config(task, len(train), bool(validation), joined=joined, reference_known=known)
             # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
-            frozen = load_model(spec) if is_sharded(spec) and config.precompute_ref_log_probs else None
+            frozen = load_model(task) if is_sharded(task) and config.precompute_ref_log_probs else None
             with reference_by_layers():
                 trainer = PalateDPOTrainer(
                     args=config,
@@ -169,17 +169,17 @@ def build_trainer(
             trainer.ref_model = None  # has scored all rows
         elif strategy == "kto":
             trainer = PalateKTOTrainer(
-                args=kto_config(spec, bool(validation)),
+                args=kto_config(task, bool(validation)),
                 # Without an adapter to switch off, TRL would look for the weights by the name in their config.
-                ref_model=None if spec.trains_adapter else load_model(spec),
+                ref_model=None if task.spec.trains_adapter else load_model(task),
                 data_collator=MismatchedAnswers(
-                    pad_token_id=tokenizer.pad_token_id, seq_length=spec.hyperparameters["seq_length"]
+                    pad_token_id=tokenizer.pad_token_id, seq_length=task.spec.hyperparameters.seq_length
                 ),
                 **common,
             )
         else:
             trainer = PalateSFTTrainer(
-                args=sft_config(spec, bool(validation), joined=joined),
+                args=sft_config(task, bool(validation), joined=joined),
                 data_collator=TreeCollator(
                     DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id), answer_sequences
                 ),
@@ -188,7 +188,7 @@ def build_trainer(
     except ValueError as error:
         if any(words in str(error) for words in ("Target modules", "target_modules", "lm_head")):
             raise TrainerError(
-                f"target_modules={spec.hyperparameters['target_modules']!r} does not fit this model: {error}"
+                f"target_modules={task.spec.hyperparameters.target_modules!r} does not fit this model: {error}"
             ) from error
         raise
     trainer.pack()
@@ -199,17 +199,17 @@ def build_trainer(
     return trainer
 
 
-def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
+def _joined(task: TrainTask, model: Any, rows: list[TokenPair]) -> int:
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     here = batches_at_once(
-        spec.hyperparameters["per_device_train_batch_size"],
-        spec.hyperparameters["gradient_accumulation_steps"],
+        task.spec.hyperparameters.per_device_train_batch_size,
+        task.spec.hyperparameters.gradient_accumulation_steps,
         [len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows],
         device="cuda" if on_gpu else "cpu",
         config=model.config.get_text_config(),
         free_bytes=free,
-        width=4 if spec.precision == "float32" else 2,
+        width=4 if task.spec.precision == "float32" else 2,
     )
     if world_size() == 1:
         return here
@@ -218,11 +218,11 @@ def _joined(spec: TrainSpec, model: Any, rows: list[TokenPair]) -> int:
     return min(gather_rows(here))
 
 
-def _dataset(spec: TrainSpec, rows: list[TokenPair], *, evaluation: bool = False) -> Dataset:
-    if spec.hyperparameters["training_strategy"] == "kto":
-        return label_rows(rows, shuffle_seed=spec.hyperparameters["seed"] if evaluation else None)
-    if spec.hyperparameters["training_strategy"] == "dpo":
-        ld_alpha = spec.hyperparameters["ld_alpha"]
+def _dataset(task: TrainTask, rows: list[TokenPair], *, evaluation: bool = False) -> Dataset:
+    if task.spec.hyperparameters.training_strategy == "kto":
+        return label_rows(rows, shuffle_seed=task.spec.hyperparameters.seed if evaluation else None)
+    if task.spec.hyperparameters.training_strategy == "dpo":
+        ld_alpha = task.spec.hyperparameters.ld_alpha
         return Dataset.from_list(
             [
                 {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from trl import DPOConfig, KTOConfig, SFTConfig
 
-from palate_recipes.specs.train import CHECKPOINTS_DIR, TrainSpec
+from palate_recipes.specs.train import CHECKPOINTS_DIR, TrainTask
 from palate_trainer.distributed import world_size
 from palate_trainer.sharding import fsdp_arguments, is_sharded
 
@@ -16,66 +16,66 @@ _OF_ONE_BATCH = {"sft", "aot", "aot_unpaired"}
 """Losses whose value depends on which rows share a batch."""
 
 
-def may_join(spec: TrainSpec) -> bool:
+def may_join(task: TrainTask) -> bool:
     """Whether batches of one step may go through the model as one without a change of the loss."""
-    strategy = spec.hyperparameters["training_strategy"]
+    strategy = task.spec.hyperparameters.training_strategy
     if strategy == "kto":  # a batch has its own estimate of the KL divergence
         return False
-    return strategy != "dpo" or not _OF_ONE_BATCH.intersection(spec.hyperparameters["loss_type"].split(","))
+    return strategy != "dpo" or not _OF_ONE_BATCH.intersection(task.spec.hyperparameters.loss_type.split(","))
 
 
-def dpo_config(spec: TrainSpec, rows: int, evaluates: bool, *, joined: int, reference_known: bool) -> DPOConfig:
+def dpo_config(task: TrainTask, rows: int, evaluates: bool, *, joined: int, reference_known: bool) -> DPOConfig:
     """Arguments of a DPO run.
 
     Args:
-        spec: The run.
+        task: The run.
         rows: Of the training data.
         evaluates: Whether there is validation data.
         joined: Batches that go through the model as one (see `batches_at_once`).
         reference_known: Whether every row's reference is in the cache.
     """
-    hyperparameters = spec.hyperparameters
-    pairs_a_step = hyperparameters["per_device_train_batch_size"] * hyperparameters["gradient_accumulation_steps"]
+    hyperparameters = task.spec.hyperparameters
+    pairs_a_step = hyperparameters.per_device_train_batch_size * hyperparameters.gradient_accumulation_steps
     pairs_a_step *= world_size()
-    covers_most = not hyperparameters["max_steps"] or hyperparameters["max_steps"] * pairs_a_step >= rows / 2
+    covers_most = not hyperparameters.max_steps or hyperparameters.max_steps * pairs_a_step >= rows / 2
     return DPOConfig(
-        **_common_arguments(spec, evaluates, joined),
-        beta=hyperparameters["dpo_beta"],
-        loss_type=hyperparameters["loss_type"].split(","),
-        loss_weights=hyperparameters["loss_weights"] or None,
-        label_smoothing=hyperparameters["label_smoothing"],
+        **_common_arguments(task, evaluates, joined),
+        beta=hyperparameters.dpo_beta,
+        loss_type=hyperparameters.loss_type.split(","),
+        loss_weights=hyperparameters.loss_weights or None,
+        label_smoothing=hyperparameters.label_smoothing,
         # At 1 every token counts fully, and the plain sum is the cheaper way to the same number.
-        ld_alpha=None if hyperparameters["ld_alpha"] == 1 else hyperparameters["ld_alpha"],
-        discopop_tau=hyperparameters["discopop_tau"],
+        ld_alpha=None if hyperparameters.ld_alpha == 1 else hyperparameters.ld_alpha,
+        discopop_tau=hyperparameters.discopop_tau,
         max_length=None,  # rows are cut already
         disable_dropout=False,  # the base has none left, and LoRA's is to apply
         # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
         # unless the cache has them all.
         # A starting adapter whose base is sharded is its own reference step by step: TRL keeps a frozen copy beside it.
-        precompute_ref_log_probs=(covers_most or not spec.trains_adapter or reference_known)
-        and not (is_sharded(spec) and spec.adapter_dir is not None),
-        precompute_ref_batch_size=2 * joined * hyperparameters["per_device_train_batch_size"],
+        precompute_ref_log_probs=(covers_most or not task.spec.trains_adapter or reference_known)
+        and not (is_sharded(task) and task.files.adapter_dir is not None),
+        precompute_ref_batch_size=2 * joined * hyperparameters.per_device_train_batch_size,
     )
 
 
-def sft_config(spec: TrainSpec, evaluates: bool, *, joined: int) -> SFTConfig:
+def sft_config(task: TrainTask, evaluates: bool, *, joined: int) -> SFTConfig:
     """Arguments of an SFT run; see `dpo_config`."""
     return SFTConfig(
-        **_common_arguments(spec, evaluates, joined),
+        **_common_arguments(task, evaluates, joined),
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 
 
-def kto_config(spec: TrainSpec, evaluates: bool) -> KTOConfig:
+def kto_config(task: TrainTask, evaluates: bool) -> KTOConfig:
     """Arguments of a KTO run; see `dpo_config`."""
-    hyperparameters = spec.hyperparameters
+    hyperparameters = task.spec.hyperparameters
     return KTOConfig(
-        **_common_arguments(spec, evaluates, joined=1),
-        beta=hyperparameters["dpo_beta"],
-        desirable_weight=hyperparameters["desirable_weight"],
-        undesirable_weight=hyperparameters["undesirable_weight"],
+        **_common_arguments(task, evaluates, joined=1),
+        beta=hyperparameters.dpo_beta,
+        desirable_weight=hyperparameters.desirable_weight,
+        undesirable_weight=hyperparameters.undesirable_weight,
         max_length=None,  # rows are cut already
         disable_dropout=False,  # the base has none left, and LoRA's is to apply
         # Of a pass before the first step only half would serve: which prompt meets which answer changes every epoch.
@@ -83,37 +83,37 @@ def kto_config(spec: TrainSpec, evaluates: bool) -> KTOConfig:
     )
 
 
-def _common_arguments(spec: TrainSpec, evaluates: bool, joined: int) -> dict[str, Any]:
-    hyperparameters = spec.hyperparameters
+def _common_arguments(task: TrainTask, evaluates: bool, joined: int) -> dict[str, Any]:
+    hyperparameters = task.spec.hyperparameters
     on_gpu = torch.cuda.is_available()
     return {
-        "output_dir": str(Path(spec.output_dir) / CHECKPOINTS_DIR),
-        "learning_rate": hyperparameters["learning_rate"],
-        "num_train_epochs": hyperparameters["num_train_epochs"],
-        "max_steps": hyperparameters["max_steps"] or -1,
-        "per_device_train_batch_size": joined * hyperparameters["per_device_train_batch_size"],
-        "per_device_eval_batch_size": hyperparameters["per_device_train_batch_size"],
-        "gradient_accumulation_steps": hyperparameters["gradient_accumulation_steps"] // joined,
-        "warmup_steps": hyperparameters["warmup_ratio"],  # transformers 5 reads a number below 1 as a ratio
-        "lr_scheduler_type": hyperparameters["lr_scheduler_type"],
-        "weight_decay": hyperparameters["weight_decay"],
-        "max_grad_norm": hyperparameters["max_grad_norm"],
-        "seed": hyperparameters["seed"],
-        "gradient_checkpointing": hyperparameters["gradient_checkpointing"],
-        "bf16": spec.precision == "bfloat16",
-        "fp16": spec.precision == "float16",
+        "output_dir": str(Path(task.files.output_dir) / CHECKPOINTS_DIR),
+        "learning_rate": hyperparameters.learning_rate,
+        "num_train_epochs": hyperparameters.num_train_epochs,
+        "max_steps": hyperparameters.max_steps or -1,
+        "per_device_train_batch_size": joined * hyperparameters.per_device_train_batch_size,
+        "per_device_eval_batch_size": hyperparameters.per_device_train_batch_size,
+        "gradient_accumulation_steps": hyperparameters.gradient_accumulation_steps // joined,
+        "warmup_steps": hyperparameters.warmup_ratio,  # transformers 5 reads a number below 1 as a ratio
+        "lr_scheduler_type": hyperparameters.lr_scheduler_type,
+        "weight_decay": hyperparameters.weight_decay,
+        "max_grad_norm": hyperparameters.max_grad_norm,
+        "seed": hyperparameters.seed,
+        "gradient_checkpointing": hyperparameters.gradient_checkpointing,
+        "bf16": task.spec.precision == "bfloat16",
+        "fp16": task.spec.precision == "float16",
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
-        "logging_steps": hyperparameters["logging_steps"],
+        "logging_steps": hyperparameters.logging_steps,
         "logging_first_step": True,  # computed before the first update, so it is the loss of step 0
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if hyperparameters["save_steps"] else "no",
-        "save_steps": hyperparameters["save_steps"] or 500,
-        "eval_strategy": ("steps" if hyperparameters["eval_steps"] else "epoch") if evaluates else "no",
-        "eval_steps": hyperparameters["eval_steps"] or None,
+        "save_strategy": "steps" if hyperparameters.save_steps else "no",
+        "save_steps": hyperparameters.save_steps or 500,
+        "eval_strategy": ("steps" if hyperparameters.eval_steps else "epoch") if evaluates else "no",
+        "eval_steps": hyperparameters.eval_steps or None,
         "prediction_loss_only": True,
         "remove_unused_columns": False,  # keeps the length column, which orders the batches
-        **fsdp_arguments(spec),
+        **fsdp_arguments(task),
         "accelerator_config": {"even_batches": False},  # `Rounds` sees to it
         "report_to": ["tensorboard"],
         "disable_tqdm": True,

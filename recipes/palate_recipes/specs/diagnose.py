@@ -81,7 +81,7 @@ def read_run(events: Iterable[Mapping[str, Any]]) -> Reading:
 
 def lower_rate(curves: Curves, by: int) -> str:
     """Advice to lower the learning rate, with the value where the run said its own."""
-    rate = curves.start.get("learning_rate")
+    rate = curves.start.learning_rate
     return f"lower learning_rate from {rate:g} to {_round(rate / by)}" if rate else f"divide learning_rate by {by}"
 
 
@@ -240,7 +240,7 @@ def _displacement(curves: Curves) -> str | None:
     chosen, rejected, margin = mean(points, "chosen"), mean(points, "rejected"), mean(points, "margin")
     if chosen is None or rejected is None or margin is None or chosen > -max(_DISPLACED, margin / 2):
         return None
-    beta = curves.start.get("dpo_beta")
+    beta = curves.start.dpo_beta
     raised = f"raise dpo_beta from {beta:g} to {_round(beta * 3)}" if beta else "raise dpo_beta"
     return (
         f"The chosen answers became much less likely too (reward {chosen:.2f}, rejected {rejected:.2f}; likelihood displacement):"
@@ -262,7 +262,7 @@ def _gap(curves: Curves) -> str | None:
 def _still_falling(curves: Curves) -> str | None:
     end = mean(curves.last(), "loss")
     before = mean([point for point in curves.last(0.5) if point not in curves.last()], "loss")
-    epochs = curves.start.get("num_train_epochs")
+    epochs = curves.start.num_train_epochs
     rising = len(curves.validation) > 1 and _loss(curves.validation[-1]) > _loss(curves.validation[-2])
     if (
         end is None
@@ -310,7 +310,7 @@ def _sure(curves: Curves) -> bool:
     """Whether the accuracy of the later half is above chance by more than two standard errors."""
     points = curves.last(0.5)
     accuracy = mean(points, "accuracy")
-    rows_a_step = curves.start.get("train_rows", 0) * curves.train[-1].epoch / max(1, curves.steps)
+    rows_a_step = curves.start.train_rows * curves.train[-1].epoch / max(1, curves.steps)
     rows = max(1.0, rows_a_step * sum(point.steps for point in points))
     return accuracy is not None and accuracy - 0.5 > 2 * math.sqrt(0.25 / rows)
 
@@ -323,7 +323,7 @@ def _stop_at(curves: Curves, best: Point) -> str:
 
 
 def _raise_rate(curves: Curves, by: int) -> str:
-    rate = curves.start.get("learning_rate")
+    rate = curves.start.learning_rate
     return f"raise learning_rate from {rate:g} to {_round(rate * by)}" if rate else f"multiply learning_rate by {by}"
 
 

@@ -7,6 +7,65 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+from msgspec import Struct
+
+from palate_recipes.specs.codec import Int, convert
+
+
+class _Words(Struct, frozen=True):
+    verdict: str = ""
+    text: str = ""
+
+
+class _Event(Struct):
+    """What every event says, and the fields of some that readers calculate with."""
+
+    kind: str
+    step: Int
+    total_steps: Int = 0
+    attempt: Int = 1
+    reading: _Words = _Words()
+
+
+class Start(Struct, frozen=True, kw_only=True):
+    """What the last `start` event says of a run: its sizes, and the hyperparameters that advice speaks of.
+
+    Attributes:
+        step: Optimizer steps that were done before.
+        train_rows: Rows of the training data.
+        strategy: `sft`, `dpo` or `kto`.
+        loss_type, learning_rate, num_train_epochs, dpo_beta: As of `Hyperparameters`; None where the run did not say.
+    """
+
+    step: Int = 0
+    train_rows: Int = 0
+    strategy: str = "dpo"
+    loss_type: str = "sigmoid"
+    learning_rate: float | None = None
+    num_train_epochs: float | None = None
+    dpo_beta: float | None = None
+
+
+def is_event(values: object) -> bool:
+    """Whether readers of metrics can calculate with it: a store may hold anything."""
+    try:
+        event = convert(values, _Event)
+        if event.kind == "start":
+            convert(values, Start)
+    except msgspec.ValidationError:
+        return False
+    assert isinstance(values, dict)
+    if event.kind not in ("train", "eval"):
+        return True
+    return all(_is_figure(value) for name, value in values.items() if name not in ("kind", "step"))
+
+
+def _is_figure(value: object) -> bool:
+    """NaN and infinity are among the losses of a training that went wrong."""
+    return value is None or isinstance(value, float) or (type(value) is int and -(2**63) <= value < 2**64)
+
+
 _SHOWN = (
     ("loss", "loss {:.3f}"),
     ("rewards/margins", "margin {:.2f}"),
@@ -83,11 +142,11 @@ class Curves:
     """A run as far as its events go.
 
     Attributes:
-        start: The last `start` event: sizes and the hyperparameters that advice speaks of.
+        start: What the last `start` event says.
         train, validation: Points in order of steps. What a resumed run did again is there once.
     """
 
-    start: dict[str, Any] = field(default_factory=dict)
+    start: Start = field(default_factory=Start)
     train: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
 
@@ -103,11 +162,11 @@ class Curves:
         """Takes one more event; kinds other than `start`, `train` and `eval` say nothing here."""
         kind = event["kind"]
         if kind == "start":
-            self.start = dict(event)
+            self.start = convert(dict(event), Start)
             self.train = [point for point in self.train if point.step <= event["step"]]
             self.validation = [point for point in self.validation if point.step <= event["step"]]
         elif kind == "train":
-            before = self.train[-1].step if self.train else self.start.get("step", 0)
+            before = self.train[-1].step if self.train else self.start.step
             self.train.append(_point(event, "", max(1, event["step"] - before)))
         elif kind == "eval":
             self.validation.append(_point(event, "eval_", 0))
@@ -115,12 +174,12 @@ class Curves:
     @property
     def is_dpo(self) -> bool:
         """Whether answers are compared in pairs, so that margins and accuracies exist."""
-        return bool(self.start.get("strategy", "dpo") == "dpo")
+        return self.start.strategy == "dpo"
 
     @property
     def has_reference(self) -> bool:
         """Whether answers are scored against a reference: then rewards exist, and no part of the loss is there to stay."""
-        return self.is_dpo or self.start.get("strategy") == "kto"
+        return self.is_dpo or self.start.strategy == "kto"
 
     @property
     def steps(self) -> int:
@@ -129,8 +188,8 @@ class Curves:
     @property
     def first_loss(self) -> float | None:
         """The training loss before anything was learned."""
-        if self.is_dpo and self.start.get("loss_type", "sigmoid") in _UNDECIDED:
-            return _UNDECIDED[self.start.get("loss_type", "sigmoid")]
+        if self.is_dpo and self.start.loss_type in _UNDECIDED:
+            return _UNDECIDED[self.start.loss_type]
         if self.has_reference:
             return next((point.loss for point in self.train if point.loss is not None), None)
         # One batch of answers says little about the level: SFT begins with what the first tenth shows.

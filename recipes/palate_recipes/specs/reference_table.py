@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.train import TrainTask
 
 FORMAT = 1
 """Goes up when the numbers get another meaning, or the file another shape: older tables are then never found."""
@@ -77,7 +77,7 @@ def model_fingerprint(model_dir: str | Path) -> str:
     return digest.hexdigest()
 
 
-def reference_key(spec: TrainSpec) -> str:
+def reference_key(task: TrainTask) -> str:
     """Names the table for a run's reference: weights, starting adapter, arithmetic, quantisation. Training options do not enter.
 
     Raises:
@@ -85,13 +85,13 @@ def reference_key(spec: TrainSpec) -> str:
     """
     return _digest(
         FORMAT,
-        model_fingerprint(spec.model_dir),
-        model_fingerprint(spec.adapter_dir) if spec.adapter_dir else None,
-        spec.precision,
+        model_fingerprint(task.files.model_dir),
+        model_fingerprint(task.files.adapter_dir) if task.files.adapter_dir else None,
+        task.spec.precision,
         # Weights that are trained themselves are held in float32, whatever the arithmetic.
-        spec.precision if spec.trains_adapter else "float32",
-        bool(spec.hyperparameters["load_in_4bit"]),
-        bool(spec.hyperparameters["load_in_8bit"]),
+        task.spec.precision if task.spec.trains_adapter else "float32",
+        task.spec.hyperparameters.load_in_4bit,
+        task.spec.hyperparameters.load_in_8bit,
     )
 
 

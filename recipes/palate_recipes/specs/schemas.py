@@ -1,0 +1,62 @@
+"""JSON schemas of a run's records, made from their types: `python -m palate_recipes.specs.schemas FOLDER` writes them.
+
+They say what a reader may count on. What Python checks in no type (an ended run has the time of its end) is added here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from palate_recipes.specs.run import (
+    LEASE_SCHEMA,
+    MANIFEST_SCHEMA,
+    STATUS_SCHEMA,
+    TERMINAL,
+    Lease,
+    Manifest,
+    Status,
+)
+
+_ENDED = {
+    "if": {"properties": {"state": {"enum": sorted(TERMINAL)}}},
+    "then": {"properties": {"finished_at": {"type": "number"}}, "required": ["finished_at"]},
+    "else": {"properties": {"finished_at": {"type": "null"}}},
+}
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """Returns the schema of each kind of record, by the name of its file."""
+    status = _schema(Status, "status.json", STATUS_SCHEMA)
+    status["$defs"]["Status"] |= _ENDED
+    return {
+        f"manifest-{MANIFEST_SCHEMA}.json": _schema(Manifest, "manifest.json", MANIFEST_SCHEMA),
+        f"status-{STATUS_SCHEMA}.json": status,
+        f"lease-{LEASE_SCHEMA}.json": _schema(Lease, "lease.json", LEASE_SCHEMA),
+    }
+
+
+def _schema(kind: Any, title: str, version: int) -> dict[str, Any]:
+    made = msgspec.json.schema(kind)
+    for definition in made["$defs"].values():
+        if "description" in definition:
+            definition["description"] = definition["description"].split("\n\n")[0].replace("\n", " ")
+        properties = definition.get("properties", {})
+        properties.pop("more", None)  # stands for fields that are not known here
+        if "schema" in properties:
+            properties["schema"] = {"const": version}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **made}
+
+
+def as_text(schema: dict[str, Any]) -> str:
+    """Returns a schema as its file holds it."""
+    return json.dumps(schema, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    for name, schema in schemas().items():
+        Path(sys.argv[1], name).write_text(as_text(schema), encoding="utf-8")
