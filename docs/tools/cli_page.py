@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 
@@ -19,8 +19,8 @@ PAGE = Path(__file__).resolve().parents[1] / "reference" / "cli.md"
 
 _HEAD = """# Command line
 
-`palate COMMAND --help` prints the same text. Results go to stdout, progress to stderr. The exit code is 0 on success, 1 on an error, which is
-one message on stderr, and 2 when the command line itself is wrong. Commands that list something take `--json`.
+`palate COMMAND --help` prints the same text. Results go to stdout, progress to stderr. The exit code is 0 on success, 1 on an
+error, which is one message on stderr, and 2 when the command line itself is wrong. Most commands that list something take `--json`.
 
 This page is generated from the commands by `python docs/tools/cli_page.py`.
 """
@@ -51,18 +51,22 @@ def _section(name: str, command: Any) -> str:
     arguments = [item for item in command.params if item.param_type_name == "argument"]
     options = [item for item in command.params if item.param_type_name == "option" and item.name != "help"]
     usage = [name, *(_usage(item) for item in arguments), *(["[OPTIONS]"] if options else [])]
-    lines += ["```text", " ".join(usage), "```", ""]
+    lines += [f"`{' '.join(usage)}`", ""]
     if arguments or options:
         lines += ["| | value | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [_row(item.human_readable_name, item) for item in arguments]
+        lines += [_row(_name(item), item) for item in arguments]
         lines += [_row(", ".join([*item.opts, *item.secondary_opts]), item) for item in options]
         lines.append("")
     return "\n".join(lines)
 
 
 def _usage(argument: Any) -> str:
-    name = argument.human_readable_name + ("..." if argument.nargs == -1 else "")
+    name = _name(argument) + ("..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
+
+
+def _name(argument: Any) -> str:
+    return str(argument.metavar or argument.name).upper().rstrip("_")
 
 
 def _row(name: str, item: Any) -> str:
@@ -74,11 +78,12 @@ def _row(name: str, item: Any) -> str:
 
 
 def _value(item: Any) -> str:
-    choices = getattr(item.type, "choices", None)
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
-    name = item.metavar or {"integer": "integer", "float": "number", "path": "path"}.get(item.type.name, "text")
-    return f"`{name}`" if item.metavar else name
+    if item.metavar:
+        return f"`{item.metavar}`"
+    annotation = item.type_descriptor.annotation
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    return {int: "integer", float: "number", Path: "path"}.get(annotation, "text")
 
 
 if __name__ == "__main__":

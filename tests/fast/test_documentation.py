@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import palate
+import palate.errors
 from palate_recipes.demo import write_demo
 from palate_recipes.recipe_file import read_recipe
 from tests.support.command_lines import parse
@@ -179,6 +182,27 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
         elif anchor and anchor not in anchors(found):
             broken.append(f"{name_of(page)}:{number}: {target}: no such heading")
     assert broken == []
+
+
+def test_what_the_python_reference_names_exists_and_every_error_is_there() -> None:
+    for page in PAGES:
+        for name in re.findall(r"^::: ([\w.]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+    text = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
+    assert [name for name in palate.errors.__all__ if f"::: palate_recipes.errors.{name}\n" not in text] == []
+    text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    public = set(palate.__all__) - {"PalateError", "__version__"}
+    assert [name for name in public if not re.search(rf"^::: palate\.[\w.]*\b{name}$", text, re.MULTILINE)] == []
+
+
+def test_the_command_line_page_is_what_its_generator_writes() -> None:
+    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "docs/tools/cli_page.py")
+    assert spec
+    assert spec.loader
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.render(), "run python docs/tools/cli_page.py"
 
 
 def test_pages_that_messages_and_docstrings_name_exist() -> None:
