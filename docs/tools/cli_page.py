@@ -74,13 +74,18 @@ def _row(name: str, item: Any) -> str:
     default = "" if item.default is None or item.required or callable(item.default) else item.default
     shown = {True: "on", False: "off"}.get(default, str(default)) if flag else str(default)
     value = "" if flag else _value(item)
-    return f"| `{name}` | {value} | {f'`{shown}`' if shown else ''} | {(item.help or '').replace('|', chr(92) + '|')} |"
+    cell = "required" if item.required and item.param_type_name == "option" else f"`{shown}`" if shown else ""
+    return f"| `{name}` | {value} | {cell} | {(item.help or '').replace('|', chr(92) + '|')} |"
 
 
 def _value(item: Any) -> str:
     if item.metavar:
         return f"`{item.metavar}`"
     annotation = item.type_descriptor.annotation
+    while (inner := [one for one in get_args(annotation) if one is not type(None)]) and get_origin(
+        annotation
+    ) is not Literal:
+        annotation = inner[0]  # float in list[float] | None
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     return {int: "integer", float: "number", Path: "path"}.get(annotation, "text")
