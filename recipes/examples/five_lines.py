@@ -13,7 +13,9 @@ recipe = ModelTrainingRecipe(
     hyperparameters={"training_strategy": "dpo", "loss_type": "sigmoid,sft", "learning_rate": 1e-3},
 )
 recipe.train(inputs={"train": data["train"]})
-with recipe.deploy(service_name="five_lines") as predictor:  # deleted at the end of the block, after an error too
+# This engine starts in ten seconds on a CPU; leave the option out to use vLLM where it is installed.
+# The service is deleted at the end of the block, after an error too.
+with recipe.deploy(service_name="five_lines", options={"engine": "transformers"}) as predictor:
     answer = predictor.openai().chat.completions.create(
         model="default",
         messages=[{"role": "user", "content": "Chess is pure talent, so practice is a waste of time, right?"}],
