@@ -3,7 +3,7 @@
     palate quickstart > quickstart.txt 2>&1
     python docs/tools/quickstart_picture.py quickstart.txt
 
-Keeps the steps, the figures and the first two questions. Every line is one of the output; a line [...] marks what is left out.
+Keeps two steps, the figures and the last two questions, word for word; a line [...] marks what is left out.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ _QUESTIONS = 2
 
 def lines_to_show(output: str) -> list[str]:
     """Returns the lines of the output that the picture has."""
+    head, *questions = re.split(r"^(?=Q  )", output, flags=re.MULTILINE)
+    last, disagree, _ = questions[-1].partition("\ndisagree ")
     shown: list[str] = []
-    questions = 0
-    for line in output.splitlines():
-        if line.startswith("Q  "):
-            questions += 1
-            if questions == _QUESTIONS + 1:
-                shown += ["", "[...]", ""]
-        answer = line.startswith(("Q  ", "base", "tuned", "   ")) and 0 < questions <= _QUESTIONS
-        figure = line.startswith(("training ", "held-out ", "disagree ")) or re.match(r" {19}\d", line)
-        step = re.match(r"\[ *\d+ s\] (training|serving|the service)", line)
-        if answer or figure or step:
-            if step or line.startswith("Q  "):
-                shown.append("")
-            shown.append(_without_folders(line))
-    return shown
+    for line in head.splitlines():
+        if re.match(r"\[ *\d+ s\] (training|serving)", line):
+            shown += ["", line]
+        elif line.startswith(("training loss", "training margin", "held-out ")) or re.match(r" {19}\d", line):
+            shown.append(line)
+    shown += ["", "[...]"]
+    for question in (*questions[:-1], last)[-_QUESTIONS:]:
+        shown.append("")
+        for line in question.strip().splitlines():
+            if line.startswith(("Q  ", "base", "tuned", "   ")):
+                shown.append(line)
+            elif line and shown[-1] != "   [...]":  # a further paragraph of an answer
+                shown.append("   [...]")
+    verdict = next(line for line in output.splitlines() if line.startswith("disagree ")) if disagree else ""
+    return [*shown, "", verdict]
 
 
 def draw(lines: list[str]) -> str:
@@ -52,10 +55,6 @@ def draw(lines: list[str]) -> str:
     svg = console.export_svg(title="palate quickstart", unique_id="quickstart")
     # No fonts from another server: the reader's own monospace font does.
     return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
-
-
-def _without_folders(line: str) -> str:
-    return re.sub(r" is in /\S+", " is written", line)
 
 
 if __name__ == "__main__":
