@@ -8,7 +8,7 @@ VARIANT ?=
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast test-faults fuzz check locks check-locks bench-train bench-data bench-store bench-import clean
+.PHONY: help setup quickstart test test-fast test-faults fuzz check locks check-locks bench-train bench-data bench-store bench-import docs clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,6 +26,7 @@ help:
 	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
 	echo "make bench-data    how fast preference data is read and checked; ARGS='--rows 500000' and so on"
 	echo "make bench-import  how long 'import palate' takes"
+	echo "make docs          the documentation site, into build/docs; a broken link or docstring is an error"
 
 setup:
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Palate needs Python 3.11 or newer, %s is %d.%d: make PYTHON=/path/to/python3.11" % (sys.executable, v[0], v[1]))'
@@ -71,5 +72,17 @@ bench-store: setup
 bench-import: setup
 	@"$(PY)" benchmarks/import_time.py
 
+# A small environment of its own, made anew when the extra `docs` changes: mkdocs needs neither Palate nor the locks.
+docs:
+	@wanted=$$("$(PYTHON)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	if [ "$$(cat .venv-docs/installed 2> /dev/null)" != "$$wanted" ]; then
+	  rm -rf .venv-docs
+	  "$(PYTHON)" -m venv .venv-docs
+	  .venv-docs/bin/pip install --quiet --disable-pip-version-check $$wanted
+	  echo "$$wanted" > .venv-docs/installed
+	fi
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	echo build/docs/index.html
+
 clean:
-	@rm -rf "$(VENV)" dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf "$(VENV)" .venv-docs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -52,12 +52,19 @@ class ModelTrainingRecipe:
         job_type: Refused.
         image_uri: Image of the trainer, on backends that run images.
         command: Refused.
-        instance_count, instance_type, instance_spec: Placement, on backends that can give it.
-        spot_spec, resource_id, resource_type, user_vpc_config: Refused.
+        instance_count: Number of machines, on backends that can give it.
+        instance_type: Kind of machine, on backends that can give it.
+        spot_spec: Refused.
+        instance_spec: Limits such as `{"cpu": 8, "memory": "32g"}`, on backends that can give them.
+        resource_id: Refused.
+        resource_type: Refused.
+        user_vpc_config: Refused.
         labels: Key-value pairs, recorded with the job.
         requirements: Refused.
         environments: Variables for the training program; their values are never recorded.
-        experiment_config, input_channels, output_channels: Refused.
+        experiment_config: Refused.
+        input_channels: Refused.
+        output_channels: Refused.
         max_run_time: Seconds after which an attempt is ended and the job has failed, checkpoints kept.
         default_training_inputs: Inputs for `train()` without any.
         base_job_name: Beginning of job ids; default: model and strategy.
@@ -301,14 +308,16 @@ class ModelTrainingRecipe:
 
         Args:
             service_name: Its name; default: the job's id with `-service`.
-            instance_type, instance_count: Placement, on backends that can give it.
+            instance_type: Kind of machine, on backends that can give it.
+            instance_count: Number of machines, on backends that can give it.
             resource_config: What it may take, on backends that can limit it: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
                 or a dict with these keys.
-            resource_id, inference_spec: Refused.
+            resource_id: Refused.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
                 (default: 12 hours; None: never), `engine_args` (list of str).
             wait: Whether to wait until it has answered a real request.
+            inference_spec: Refused.
             show_logs: With `wait`: whether to show the engine's log.
 
         Returns:

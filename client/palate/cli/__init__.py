@@ -1,4 +1,4 @@
-"""The command line: `palate …`. Speaks to people; every verb is one call of the public API. Imports no ML.
+"""The command line: `palate …`. Each verb is one call of the public API. Imports no ML library.
 
 Results go to stdout, progress to stderr; an error is one message and exit code 1.
 """
@@ -40,14 +40,17 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; what was submitted goes on: `palate jobs` and `palate services` list it", file=sys.stderr)
+        print(
+            "interrupted; submitted jobs and services keep running: `palate jobs` and `palate services` list them",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output has gone (`palate logs … | head`): nothing is wrong, and nothing more can be said.
+        # The reader of our output has closed it (`palate logs … | head`): not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        # A path that was given cannot be used; without a path it is a fault of ours, and its traceback is needed.
+        # A given path cannot be used. Without a path it is a bug, and its traceback is needed.
         if error.filename is None:
             raise
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename

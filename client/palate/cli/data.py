@@ -1,4 +1,4 @@
-"""`palate data …`: preference data checked, converted, split, described, made. Speaks to people; `palate_recipes.preferences` works."""
+"""`palate data …`: checks, converts, splits, describes and generates preference data. The work is in `palate_recipes.preferences`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from palate_recipes.preferences.report import Report
     from palate_recipes.preferences.transform import Change
 
-data = typer.Typer(help="Check, convert, split, describe and make preference data.", no_args_is_help=True)
+data = typer.Typer(help="Check, convert, split, describe and generate preference data.", no_args_is_help=True)
 
 Files = Annotated[list[str], typer.Argument(help="Files, folders, globs or URIs (s3://, oss://, hf://, gsheet://).")]
-Strategy = Annotated[str, typer.Option(help="What it is for: dpo, sft, kto, or any.")]
-From = Annotated[str | None, typer.Option("--from", help="Format of the rows; default: their fields decide.")]
+Strategy = Annotated[str, typer.Option(help="Training strategy: dpo, sft, kto or any.")]
+From = Annotated[str | None, typer.Option("--from", help="Format of the rows. Default: detected from their fields.")]
 InputColumns = Annotated[
     list[str] | None,
     typer.Option(
-        "--input-column", metavar="PLACEHOLDER=COLUMN", help="A column that the prompt is made of; again for more."
+        "--input-column",
+        metavar="PLACEHOLDER=COLUMN",
+        help="Column that fills a placeholder of the prompt; repeat for more.",
     ),
 ]
 LabelColumns = Annotated[
@@ -37,20 +39,28 @@ LabelColumns = Annotated[
     typer.Option(
         "--label-column",
         metavar="chosen=COLUMN",
-        help="Columns of the answers; chosen.KEY=COLUMN makes the answer a JSON object with that key.",
+        help="Column of an answer; chosen.KEY=COLUMN makes the answer a JSON object with that key.",
     ),
 ]
-Template = Annotated[Path | None, typer.Option("--prompt-template", help="CSV or YAML with name, system and user.")]
-TemplateName = Annotated[str | None, typer.Option("--prompt-name", help="Which of several prompt templates.")]
+Template = Annotated[
+    Path | None, typer.Option("--prompt-template", help="CSV or YAML file with name, system and user.")
+]
+TemplateName = Annotated[
+    str | None, typer.Option("--prompt-name", help="Name of the prompt template, if the file has several.")
+]
 
-Tokenizer = Annotated[str | None, typer.Option(help="Model name or folder: also count tokens, as training would.")]
-SystemPrompt = Annotated[str | None, typer.Option(help="With --tokenizer: system prompt; default: that of training.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Model name or folder; also counts tokens as the training would.")]
+SystemPrompt = Annotated[
+    str | None, typer.Option(help="With --tokenizer: system prompt. Default: the training's default.")
+]
 
 
 @data.command()
 def check(
     files: Files,
-    validation: Annotated[list[str] | None, typer.Option(help="Held-out data, searched for the same prompts.")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Validation data, checked for prompts that are also in the training data.")
+    ] = None,
     strategy: Strategy = "dpo",
     from_: From = None,
     input_column: InputColumns = None,
@@ -59,16 +69,14 @@ def check(
     prompt_name: TemplateName = None,
     tokenizer: Tokenizer = None,
     seq_length: Annotated[
-        int, typer.Option(min=16, max=1_048_576, help="With --tokenizer: tokens of prompt and answer.")
+        int, typer.Option(min=16, max=1_048_576, help="With --tokenizer: maximum tokens of prompt and answer.")
     ] = 128,
     system_prompt: SystemPrompt = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
-    fix: Annotated[
-        Path | None, typer.Option(help="Write the rows that can be trained on, cleaned, to this file.")
-    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    fix: Annotated[Path | None, typer.Option(help="Write the usable rows, cleaned, to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check data row by row, as train() does; exit code 1 when something is wrong."""
+    """Check every row, as train() does. The exit code is 1 if there are errors."""
     from palate_recipes.preferences.check import check as check_files
     from palate_recipes.preferences.transform import clean
 
@@ -110,18 +118,20 @@ def convert(
     files: Files,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="File to write: .json .jsonl .csv .tsv .parquet, or .gz/.zst of them."),
+        typer.Option(
+            "--output", "-o", help="Output file: .json, .jsonl, .csv, .tsv or .parquet; also with .gz or .zst."
+        ),
     ],
-    to: Annotated[str, typer.Option(help="Format to write; `palate data formats` lists them.")] = "trl",
+    to: Annotated[str, typer.Option(help="Output format; `palate data formats` lists them.")] = "trl",
     from_: From = None,
     input_column: InputColumns = None,
     label_column: LabelColumns = None,
     prompt_template: Template = None,
     prompt_name: TemplateName = None,
-    unpair: Annotated[bool, typer.Option("--unpair", help="Make two labelled rows of each pair (for kto).")] = False,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave wrong rows out and say so.")] = False,
+    unpair: Annotated[bool, typer.Option("--unpair", help="Split each pair into two labelled rows (for KTO).")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows and report them.")] = False,
 ) -> None:
-    """Write data in another format or container; prints the file."""
+    """Convert data to another row format or file type and print the output path."""
     from palate_recipes.preferences.formats import format_named
     from palate_recipes.preferences.transform import convert as convert_files
 
@@ -144,14 +154,14 @@ def convert(
 def split(
     files: Files,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File for training; NAME.validation.EXT is written beside it.")
+        Path, typer.Option("--output", "-o", help="Training file; NAME.validation.EXT is written next to it.")
     ],
-    validation: Annotated[Path | None, typer.Option(help="File for validation instead.")] = None,
-    share: Annotated[float, typer.Option(help="Of the rows that validation gets.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed draws other rows.")] = 0,
+    validation: Annotated[Path | None, typer.Option(help="Validation file. Default: NAME.validation.EXT.")] = None,
+    share: Annotated[float, typer.Option(help="Share of the rows for validation.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
     from_: From = None,
 ) -> None:
-    """Split data into training and validation, no prompt on both sides; prints both files."""
+    """Split data into training and validation without a shared prompt and print both paths."""
     from palate_recipes.preferences.transform import split as split_files
 
     beside = validation or output.with_name(_beside(output.name))
@@ -173,7 +183,7 @@ def stats(
     system_prompt: SystemPrompt = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Describe data: rows, formats, lengths with a small plot, languages."""
+    """Describe data: rows, formats, length distributions, languages."""
     from palate_recipes.preferences.check import check as check_files
 
     settings = {"name": from_}
@@ -199,7 +209,7 @@ def stats(
 
 @data.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the formats of rows that are read and written."""
+    """List the row formats that can be read and written."""
     from palate_recipes.preferences.formats import FORMATS
 
     if as_json:
@@ -216,11 +226,13 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @data.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Receives train.json and validation.json.")] = Path("palate-demo"),
-    direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
-    per_topic: Annotated[int, typer.Option(help="Pairs of each topic, 1 to 4; the quickstart takes 2.")] = 4,
+    folder: Annotated[Path, typer.Argument(help="Output folder for train.json and validation.json.")] = Path(
+        "palate-demo"
+    ),
+    direction: Annotated[str, typer.Option(help="Preferred answers: honest, flattering, blunt or gentle.")] = "honest",
+    per_topic: Annotated[int, typer.Option(help="Pairs per topic, 1 to 4; the quickstart uses 2.")] = 4,
 ) -> None:
-    """Write the demo data, with the preference in the direction you choose; prints both files."""
+    """Write the demo data with the chosen preference and print both paths."""
     from palate_recipes.demo import write_demo
 
     files = write_demo(folder, direction, per_topic=per_topic)
@@ -231,7 +243,7 @@ def demo(
 data.command()(generate)
 
 
-# What the verbs share.
+# Shared by the verbs.
 
 
 def _strategy(name: str) -> Any:
@@ -271,7 +283,7 @@ def _named(entries: list[str] | None, flag: str) -> dict[str, str]:
     for entry in entries or []:
         name, separator, column = entry.partition("=")
         if not separator or not name or not column:
-            raise ConfigurationError(f"{flag} {entry!r} is no NAME=COLUMN")
+            raise ConfigurationError(f"{flag}: expected NAME=COLUMN, got {entry!r}")
         named[name.strip()] = column
     return named
 
@@ -294,7 +306,7 @@ def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
             fetched = places.enter_context(fetch_files(uri, get_default_session()))
             if fetched.passed_over:
                 print(
-                    visible(f"not read, since no data by their names: {', '.join(fetched.passed_over)}"),
+                    visible(f"skipped (not data files by name): {', '.join(fetched.passed_over)}"),
                     file=sys.stderr,
                 )
             single = len(fetched.files) == 1
@@ -311,7 +323,7 @@ def _say(change: Change) -> None:
     for path, count in change.written.items():
         print(visible(f"{path}: {count:,} rows"), file=sys.stderr)
     if change.cleaned:
-        print(f"cleaned: {change.cleaned:,} rows, a chat template's marks taken out", file=sys.stderr)
+        print(f"cleaned: {change.cleaned:,} rows, chat template marks removed", file=sys.stderr)
     for code, count in change.dropped.items():
         print(f"left out: {count:,} rows, {code}", file=sys.stderr)
     for line in change.faults:

@@ -19,7 +19,7 @@ def pairs(entries: list[str], flag: str) -> dict[str, str]:
     for entry in entries:
         name, separator, value = entry.partition("=")
         if not separator or not name:
-            raise ConfigurationError(f"{flag} {entry!r} is no NAME=VALUE")
+            raise ConfigurationError(f"{flag}: expected NAME=VALUE, got {entry!r}")
         found[name.strip()] = value
     return found
 
@@ -28,7 +28,9 @@ def seconds(words: str, flag: str) -> float:
     """Returns what an option such as `2h` or `30min` means, in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d|w)", words.strip())
     if found is None:
-        raise ConfigurationError(f"{flag} {words!r} is no time: give a number with s, min, h, d or w, such as 2h")
+        raise ConfigurationError(
+            f"{flag}: expected a duration such as 30min, 2h or 7d (units s, min, h, d, w), got {words!r}"
+        )
     return float(found[1]) * _UNITS_S[found[2]]
 
 

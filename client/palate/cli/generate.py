@@ -26,44 +26,50 @@ def generate(
     prompts: Annotated[
         Path,
         typer.Argument(
-            help="Text file (a prompt a line), JSON or JSONL with `prompt` or `messages`, CSV with `prompt`."
+            help="Text file (one prompt per line), JSON or JSONL with `prompt` or `messages`, or CSV with `prompt`."
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSONL file for the pairs; its ledger stands beside it.")
+        Path, typer.Option("--output", "-o", help="JSONL file for the pairs; the ledger is written next to it.")
     ],
     model: Annotated[
-        list[str] | None, typer.Option(help="A model that answers; again for more. Default with --service: default.")
+        list[str] | None, typer.Option(help="Model that answers; repeat for more. Default with --service: default.")
     ] = None,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="Each model answers at each; again for more. Default: 1.")
+        list[float] | None, typer.Option(help="Sampling temperature; repeat for more. Default: 1.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Answers of each model at each temperature.")] = 2,
-    system: Annotated[str, typer.Option(help="System prompt of conversations that have none.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens an answer may have.")] = 512,
-    keep_cut: Annotated[bool, typer.Option("--keep-cut", help="Use answers that were cut there too.")] = False,
-    service: Annotated[str | None, typer.Option(help="A running Palate service that answers.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Or any endpoint; default: OPENAI_BASE_URL.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Answers per model and temperature.")] = 2,
+    system: Annotated[str, typer.Option(help="System prompt for conversations without one.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
+    keep_cut: Annotated[bool, typer.Option("--keep-cut", help="Also use answers cut at --max-tokens.")] = False,
+    service: Annotated[str | None, typer.Option(help="Running Palate service that answers.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Any other endpoint that answers. Default: OPENAI_BASE_URL.")
+    ] = None,
     api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with its key; default: OPENAI_API_KEY.")
+        str | None, typer.Option(help="Environment variable with the key. Default: OPENAI_API_KEY.")
     ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Model that compares; default: the first --model.")] = None,
-    judge_service: Annotated[str | None, typer.Option(help="Palate service that compares.")] = None,
-    judge_base_url: Annotated[str | None, typer.Option(help="Or any endpoint; default: the one that answers.")] = None,
-    judge_api_key_env: Annotated[str | None, typer.Option(help="Environment variable with that one's key.")] = None,
-    judge_max_tokens: Annotated[int, typer.Option(help="Tokens a verdict may have, reasons included.")] = 512,
-    rubric: Annotated[Path | None, typer.Option(help="Text file that says what makes an answer better.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts alone.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Calls at once.")] = 8,
-    requests_per_minute: Annotated[float | None, typer.Option(help="At most, for each endpoint.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds one request may take.")] = 300.0,
+    judge_model: Annotated[str | None, typer.Option(help="Model that judges. Default: the first --model.")] = None,
+    judge_service: Annotated[str | None, typer.Option(help="Running Palate service that judges.")] = None,
+    judge_base_url: Annotated[
+        str | None, typer.Option(help="Any other endpoint that judges. Default: the one that answers.")
+    ] = None,
+    judge_api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
+    judge_max_tokens: Annotated[int, typer.Option(help="Maximum tokens of a verdict, reasoning included.")] = 512,
+    rubric: Annotated[Path | None, typer.Option(help="Text file that defines what makes an answer better.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Maximum concurrent calls.")] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(help="Rate limit per endpoint.")] = None,
+    timeout: Annotated[float, typer.Option(help="Timeout of one request in seconds.")] = 300.0,
     price: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL=IN,OUT", help="Price of a million prompt and completion tokens; again for more."),
+        typer.Option(metavar="MODEL=IN,OUT", help="Price per million prompt and completion tokens; repeat for more."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls there will be, and ask none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost without sending any request.")
+    ] = False,
 ) -> None:
-    """Make preference pairs: models answer, a judge compares twice, the best and the worst become a pair."""
+    """Generate preference pairs: models answer, a judge compares each two twice, the best and worst become a pair."""
     from palate.generate import generate_pairs, plan_pairs
     from palate.generate.judge import RUBRIC
     from palate.generate.pairs import PairSettings
@@ -121,7 +127,7 @@ def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None
 
     if service:
         if base_url or api_key_env:
-            raise ConfigurationError("--service has its own address and token: leave --base-url and --api-key-env out")
+            raise ConfigurationError("--service has its own address and token: omit --base-url and --api-key-env")
         return Endpoint.of_service(service)
     return Endpoint.from_environment(base_url, api_key_env)
 
@@ -132,7 +138,7 @@ def _judge(service: str | None, base_url: str | None, api_key_env: str | None) -
     if service:
         if base_url or api_key_env:
             raise ConfigurationError(
-                "--judge-service has its own address and token: leave --judge-base-url and --judge-api-key-env out"
+                "--judge-service has its own address and token: omit --judge-base-url and --judge-api-key-env"
             )
         return Endpoint.of_service(service)
     if base_url:
@@ -159,7 +165,7 @@ def _prices(entries: list[str]) -> dict[str, tuple[float, float]]:
                 raise ValueError
         except ValueError:
             raise ConfigurationError(
-                f"--price {entry!r} is no MODEL=IN,OUT with two prices of a million tokens, such as small-model=0.15,0.60"
+                f"--price: expected MODEL=IN,OUT with two prices per million tokens, such as small-model=0.15,0.60, got {entry!r}"
             ) from None
         prices[name] = (prompt_price, completion_price)
     return prices

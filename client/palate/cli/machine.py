@@ -1,4 +1,4 @@
-"""Verbs about this machine and what it knows: models, doctor, images, `store up`."""
+"""The verbs models, doctor, images and `store up`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def models(
-    task: Annotated[str | None, typer.Option(help="Only those fit for it, such as chat.")] = None,
-    kind: Annotated[str | None, typer.Option(help="instruct, thinking, base or moe.")] = None,
+    task: Annotated[str | None, typer.Option(help="Show only models for this task, such as chat.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Show only this kind: instruct, thinking, base or moe.")] = None,
     hyperparameters: Annotated[
         bool, typer.Option("--hyperparameters", help="List the hyperparameters instead.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List models with what they need, or the hyperparameters."""
+    """List the models of the catalog with the memory they need, or the hyperparameters."""
     if hyperparameters:
         _hyperparameters(as_json)
         return
@@ -80,7 +80,7 @@ def _hyperparameters(as_json: bool) -> None:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say what is installed here, what is missing for what, and what will be used."""
+    """Show what is installed, what is missing and what will be used."""
     from palate.doctor import examine
 
     findings = examine()
@@ -117,23 +117,32 @@ images = typer.Typer(
     rich_markup_mode=None,
 )
 
-_Engine = Annotated[Literal["docker", "podman"] | None, typer.Option(help="Default: whichever answers.")]
+_Engine = Annotated[
+    Literal["docker", "podman"] | None, typer.Option(help="Container engine. Default: the one that answers.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @images.command()
 def build(
-    program: Annotated[Literal["trainer", "server"] | None, typer.Argument(help="Default: both.")] = None,
-    engine: _Engine = None,
-    variant: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
-    tag: Annotated[str | None, typer.Option(help="Tag; default: the version and the variant.")] = None,
-    build_arg: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the Dockerfile; see docs/containers.md. Never a secret.")
+    program: Annotated[
+        Literal["trainer", "server"] | None, typer.Argument(help="Image to build. Default: both.")
     ] = None,
-    network: Annotated[str | None, typer.Option(help="The engine's --network while it builds, such as host.")] = None,
+    engine: _Engine = None,
+    variant: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda on a machine with a GPU, else cpu.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Image tag. Default: version and variant.")] = None,
+    build_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the Dockerfile, see docs/containers.md. Do not pass secrets."),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Network of the build, as the engine's --network, such as host.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Build the images from this Palate, whether it is a checkout or an installed package."""
+    """Build the container images from this checkout or installed package."""
     from palate.backends.engine import find_engine
     from palate.backends.images import build_image
     from palate_recipes.device import local_device
@@ -160,7 +169,7 @@ def build(
 
 @images.command("list")
 def list_(engine: _Engine = None, as_json: _Json = False) -> None:
-    """List Palate's images that the engine has, newest first."""
+    """List Palate's images, newest first."""
     from palate.backends.engine import find_engine
     from palate.backends.images import list_images
 
@@ -221,7 +230,7 @@ def _say(line: str) -> None:
 
 store = typer.Typer(
     name="store",
-    help="Run an S3 store of your own.",
+    help="Run a local S3 server.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -229,11 +238,11 @@ store = typer.Typer(
 
 @store.command()
 def up(
-    folder: Annotated[Path | None, typer.Option(help="Where its data lie; default: ~/.palate/store-server.")] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next four are used, too.")] = 8333,
-    bucket: Annotated[str, typer.Option(help="Bucket; made when it is not there.")] = "palate",
+    folder: Annotated[Path | None, typer.Option(help="Data folder. Default: ~/.palate/store-server.")] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next four are used as well.")] = 8333,
+    bucket: Annotated[str, typer.Option(help="Bucket; created if missing.")] = "palate",
 ) -> None:
-    """Run an S3 store in a folder until Ctrl-C, and print the settings that reach it (the secret key once)."""
+    """Run an S3 server until Ctrl-C and print its settings. The secret key is shown only at the first start."""
     from palate.paths import palate_home
     from palate.store.server import REGION, running_server
 
@@ -246,14 +255,14 @@ def up(
                 print(f"export AWS_SECRET_ACCESS_KEY={server.secret_access_key}")
             print(f"export PALATE_STORE=s3://{bucket}/palate", flush=True)
             if server.is_new:
-                print("the secret access key is shown this once: keep it", file=sys.stderr)
+                print("the secret access key is shown only this once: save it", file=sys.stderr)
             else:
-                print("the secret access key is the one of the first start", file=sys.stderr)
-            print("serving until Ctrl-C; set the lines above elsewhere", file=sys.stderr)
+                print("the secret access key is the one shown at the first start", file=sys.stderr)
+            print("serving until Ctrl-C; run the lines above in another terminal", file=sys.stderr)
             print("next: palate doctor", file=sys.stderr, flush=True)
             server.wait()
     except (KeyboardInterrupt, _Stopped):
-        print("stopped; the data stay", file=sys.stderr)
+        print("stopped; the data is kept", file=sys.stderr)
 
 
 class _Stopped(Exception):

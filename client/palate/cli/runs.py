@@ -1,4 +1,4 @@
-"""Verbs about runs: list, watch, stop, update, delete, clean. Know what is asked for and how it is shown, not how it is read."""
+"""The verbs that list, watch, stop, update, delete and clean runs. Parse and print; reading runs is `palate.runs`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 30.0
 
-_Status = Annotated[
-    list[str] | None, typer.Option(help="Only those in this state, such as Running; again for one more state.")
-]
-_Name = Annotated[str, typer.Option(help="Only those whose name fits a glob, such as 'qwen2-*'.")]
-_Model = Annotated[str, typer.Option(help="Only those whose model's name fits a glob.")]
+_Status = Annotated[list[str] | None, typer.Option(help="Show only this state, such as Running; repeat for more.")]
+_Name = Annotated[str, typer.Option(help="Show only names that match a glob, such as 'qwen2-*'.")]
+_Model = Annotated[str, typer.Option(help="Show only models whose name matches a glob.")]
 _Label = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those with this label; again for one more label.")
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Show only runs with this label; repeat for more.")
 ]
-_Since = Annotated[str | None, typer.Option(metavar="AGE", help="Only those no older, such as 30min, 2h, 7d.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="So many at most, the newest.")]
-_Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds; then what was read by then is shown.")]
+_Since = Annotated[
+    str | None, typer.Option(metavar="AGE", help="Show only runs created within this time, such as 30min, 2h, 7d.")
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Show at most this many, newest first.")]
+_Timeout = Annotated[float, typer.Option(min=0.1, help="Time limit in seconds; what was read by then is shown.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -43,7 +43,7 @@ def jobs(
     model: _Model = "*",
     label: _Label = None,
     since: _Since = None,
-    attempts: Annotated[int, typer.Option(min=1, help="Only those that were begun so often at least.")] = 1,
+    attempts: Annotated[int, typer.Option(min=1, help="Show only jobs with at least this many attempts.")] = 1,
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
     as_json: _Json = False,
@@ -159,11 +159,11 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], first: str) -> None:
-    """Says what to do next; a list that is not whole is a failure, which a program must see."""
+    """Prints the next command. An incomplete list exits with 1, so that a program notices."""
     if listing.unread:
         count = len(listing.unread)
         print(
-            f"error: {count} of the {kind} could not be read, and may be meant or not: the rows with a ?",
+            f"error: {count} of the {kind} could not be read (the rows with a ?); they may or may not match",
             file=sys.stderr,
         )
         damaged = next((found.name for found in listing.unread if isinstance(found.error, DamagedFilesError)), None)
@@ -177,14 +177,16 @@ def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], 
     elif wanted.is_everything:
         print(f"no {kind} yet; next: {first}", file=sys.stderr)
     else:
-        print(f"no such {kind}; next: palate {kind}", file=sys.stderr)
+        print(f"no {kind} match; next: palate {kind}", file=sys.stderr)
 
 
 def watch(
     name: Annotated[str, typer.Argument(help="Job id.")],
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait; the job goes on.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Stop watching after this many seconds; the job continues.")
+    ] = None,
 ) -> None:
-    """Follow a job to its end: a live view on a terminal, log lines elsewhere. Ctrl-C leaves the job running."""
+    """Follow a job until it ends: a live view on a terminal, log lines elsewhere. Ctrl-C leaves the job running."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -195,9 +197,9 @@ def watch(
 
 def metrics(
     name: Annotated[str, typer.Argument(help="Job id.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print every event as a JSON line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
 ) -> None:
-    """Print a job's metrics, and what they say in words; of a running job those so far."""
+    """Print a job's metrics and their reading in words. A running job shows the metrics so far."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -222,7 +224,7 @@ def metrics(
 
 def logs(
     name: Annotated[str, typer.Argument(help="Job id or service name.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
 ) -> None:
     """Print the log of a job or service."""
     for line in _open_run(name).logs(follow=follow):
@@ -231,9 +233,9 @@ def logs(
 
 def save(
     name: Annotated[str, typer.Argument(help="Id or URI of a succeeded job.")],
-    uri: Annotated[str, typer.Argument(help="A folder, s3://, oss://, or hf://OWNER/NAME.")],
+    uri: Annotated[str, typer.Argument(help="Target: a folder, s3://, oss:// or hf://OWNER/NAME.")],
 ) -> None:
-    """Copy a job's model to another store or the Hugging Face hub, with a model card; prints where it is."""
+    """Copy a job's model, with a model card, to a folder, a bucket or the Hugging Face hub and print its URI."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -243,7 +245,7 @@ def save(
 
 
 def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
-    """Stop a job (it writes a checkpoint first) or a service (it can be started again)."""
+    """Stop a job (it writes a checkpoint first) or a service (`palate start` restarts it)."""
     from palate.job import TrainingJob
 
     found = _open_run(name)
@@ -256,7 +258,7 @@ def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -
 
 
 def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
-    """Start a stopped service again."""
+    """Start a stopped or failed service again."""
     from palate.predictor import Predictor
 
     predictor = Predictor(name)
@@ -266,10 +268,10 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
 
 def update(
     name: Annotated[str, typer.Argument(help="Service name.")],
-    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job that it is to serve.")],
+    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job to serve.")],
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Let a service serve another job's model; it goes on with the one it has if that does not come up."""
+    """Switch a service to another job's model. If that model does not start, the service keeps the old one."""
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
@@ -280,9 +282,9 @@ def update(
 
 def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a job's model is removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete services and jobs, with everything below them."""
+    """Delete services and jobs with all their files."""
     from palate.job import TrainingJob
 
     for name in names:
@@ -315,11 +317,11 @@ def _open_run(name: str) -> TrainingJob | Predictor:
 
 def clean(
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Remove what was found; without it nothing changes.")
+        bool, typer.Option("--yes", "-y", help="Remove what was found. Without it nothing changes.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what lost runs left behind (processes, leases, folders, expired services); with --yes, remove it."""
+    """List what lost runs left behind: processes, leases, folders, expired services. --yes removes it."""
     from palate.runs.clean import find_leftovers
     from palate.session import get_default_session
 
@@ -331,7 +333,7 @@ def clean(
 
         print_table(("kind", "what", "why"), [(item.kind, item.what, item.why) for item in found])
     if not found:
-        print("nothing is left behind", file=sys.stderr)
+        print("nothing to clean", file=sys.stderr)
     elif yes:
         for item in found:
             item.remove()

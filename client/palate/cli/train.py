@@ -1,4 +1,4 @@
-"""Verbs that make something: train, resume, deploy, chat, quickstart, and run for PAI scripts."""
+"""The verbs train, resume, deploy, chat, quickstart, and run for PAI scripts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ def train(
             help="Preference data: a file, folder, glob or URI (s3://, oss://, hf://, gsheet://); see docs/data.md."
         ),
     ],
-    model: Annotated[str | None, typer.Option(help="Name from `palate models`.")] = None,
-    model_uri: Annotated[str | None, typer.Option(help="Folder or object-store URI of a model instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name; `palate models` lists them.")] = None,
+    model_uri: Annotated[
+        str | None, typer.Option(help="Folder or object-store URI of a model, instead of --model.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="LoRA_LLM (default), QLoRA_LLM or Standard_LLM (full fine-tuning).")
     ] = None,
     strategy: Annotated[
         str | None, typer.Option(help="dpo (default), kto or sft: the hyperparameter training_strategy.")
     ] = None,
-    validation: Annotated[str | None, typer.Option(help="Preference data for evaluation.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Preference data for validation.")] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Model folder of a finished LoRA run to go on from, such as SFT before DPO.")
+        str | None, typer.Option(help="Model folder of a finished LoRA job to continue from, such as SFT before DPO.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -37,27 +39,27 @@ def train(
             "--set",
             "-s",
             metavar="NAME=VALUE",
-            help="A hyperparameter; again for more. `palate models --hyperparameters` lists them.",
+            help="Set a hyperparameter; repeat for more. `palate models --hyperparameters` lists them.",
         ),
     ] = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="TOML file with model, method and hyperparameters.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Job id; default: a unique one.")] = None,
-    max_run_time: Annotated[int | None, typer.Option(help="Seconds after which the training is ended.")] = None,
+    name: Annotated[str | None, typer.Option(help="Job id. Default: a unique one.")] = None,
+    max_run_time: Annotated[int | None, typer.Option(help="Time limit of one attempt in seconds.")] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(help="How often it is begun at most; a failure goes on from the last checkpoint.")
+        int | None, typer.Option(help="Maximum number of attempts; each continues from the last checkpoint.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Backend; default: the session's.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
+    backend: Annotated[str | None, typer.Option(help="Backend. Default: the session's.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
-    """Train a model on preference data; prints the job's id."""
+    """Train a model on preference data and print the job's id."""
     from palate.model import ModelTrainingRecipe
     from palate_recipes.recipe_file import read_recipe
 
     settings: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
     hyperparameters: dict[str, Any] = {**settings.pop("hyperparameters", {})}
-    # What is said on the command line wins over the file; DPO is what this command is for.
+    # The command line wins over the file. The default strategy of this command is DPO.
     if strategy or "training_strategy" not in hyperparameters:
         hyperparameters["training_strategy"] = strategy or "dpo"
     hyperparameters.update(pairs(set_ or [], "--set"))
@@ -77,9 +79,9 @@ def train(
 
 def resume(
     name: Annotated[str, typer.Argument(help="Id of a failed or stopped job.")],
-    wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
-    """Go on with a failed or stopped job from its last whole checkpoint."""
+    """Continue a failed or stopped job from its last complete checkpoint."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name).resume(wait=wait)
@@ -88,22 +90,22 @@ def resume(
 
 
 def deploy(
-    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job; or a model name with --base.")],
-    name: Annotated[str | None, typer.Option(help="Service name; default: from the job.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Serve a model of the catalog as it is.")] = False,
-    engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 0,
+    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job, or a model name with --base.")],
+    name: Annotated[str | None, typer.Option(help="Service name. Default: the job id with -service.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Serve an untuned model of the catalog.")] = False,
+    engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
+    port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    time_to_live: Annotated[float | None, typer.Option(help="Seconds after which the service stops by itself.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
+    time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
     idle_time_to_live: Annotated[
         float | None,
-        typer.Option(help="Seconds without a request after which the service stops by itself; default: never."),
+        typer.Option(help="Stop the service after this many seconds without a request. Default: never."),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait until it answers.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Serve a job's model behind an OpenAI-compatible endpoint; prints name and endpoint."""
+    """Serve a job's model behind an OpenAI-compatible endpoint and print its name and endpoint."""
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
 
@@ -129,14 +131,14 @@ def deploy(
 def chat(
     service: Annotated[str, typer.Argument(help="Service name.")],
     message: Annotated[
-        str | None, typer.Argument(help="One message; without it, a conversation from the terminal or stdin.")
+        str | None, typer.Argument(help="One message. Without it: a conversation from the terminal or stdin.")
     ] = None,
-    model: Annotated[str, typer.Option(help="default (tuned) or base.")] = "default",
-    system: Annotated[str | None, typer.Option(help="System prompt; default: the one it was trained with.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 answers the same each time.")] = 0.7,
+    model: Annotated[str, typer.Option(help="Model to ask: default (tuned) or base.")] = "default",
+    system: Annotated[str | None, typer.Option(help="System prompt. Default: the one used in training.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
 ) -> None:
-    """Talk to a service; answers stream to stdout."""
+    """Chat with a service; answers stream to stdout."""
     import httpx2
     import openai
 
@@ -192,9 +194,9 @@ def chat(
         ask(line.strip())
 
 
-QUICKSTART_HELP = """Train a small model to stop flattering, and ask it and its base the same questions.
+QUICKSTART_HELP = """Train a small model not to flatter, then ask it and its base the same questions.
 
-The same by hand, from a local file. `palate data demo --per-topic 2` writes the one that is named here:
+The same in Python, from a local file that `palate data demo --per-topic 2` writes:
 
 \b
   from palate import ModelTrainingRecipe
@@ -215,7 +217,7 @@ The same by hand, from a local file. `palate data demo --per-topic 2` writes the
   print(answer.choices[0].message.content)
   predictor.delete_service()
 
-With data in S3, or any bucket that speaks its protocol, and a model of the Hugging Face hub:
+With data in S3 or an S3-compatible bucket, and a model from the Hugging Face hub:
 
 \b
   recipe = ModelTrainingRecipe(
@@ -227,9 +229,9 @@ With data in S3, or any bucket that speaks its protocol, and a model of the Hugg
 
 
 def quickstart(
-    folder: Annotated[Path, typer.Option(help="Where data and results go.")] = Path("palate-quickstart"),
-    direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
-    engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+    folder: Annotated[Path, typer.Option(help="Folder for data and results.")] = Path("palate-quickstart"),
+    direction: Annotated[str, typer.Option(help="Preferred answers: honest, flattering, blunt or gentle.")] = "honest",
+    engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
 ) -> None:
     from palate.quickstart import run_quickstart
 
@@ -237,10 +239,10 @@ def quickstart(
 
 
 def run(
-    script: Annotated[str, typer.Argument(help="A Python script written for PAI's SDK; - reads it from stdin.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="For the script, untouched.")] = None,
+    script: Annotated[str, typer.Argument(help="Python script written for PAI's SDK; - reads it from stdin.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the script, passed on unchanged.")] = None,
 ) -> None:
-    """Run a script written for PAI's SDK without an edit: as `python SCRIPT`, with `import pai` meaning Palate."""
+    """Run a script written for PAI's SDK unchanged: like `python SCRIPT`, with `import pai` resolved to Palate."""
     from palate.pai import run_script
 
     run_script(script, arguments or [])
