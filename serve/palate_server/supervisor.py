@@ -8,7 +8,6 @@ to stop, then to whatever is left, then SIGKILL. The keeper adopts orphans (Linu
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,8 +19,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+from palate_recipes.prctl import adopt_orphans, die_with_parent
+
 _KEEPER_MARGIN_S = 5.0
 """What the keeper may take beyond the command's grace before the holder kills the group itself."""
 _LEAVE_S = 3.0
@@ -108,13 +107,11 @@ class Supervised:
 def keep(leash_fd: int, grace_s: float, command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
     """Runs the command until it ends or the leash is let go; returns its exit code once nothing of it is left."""
     events: SimpleQueue[str] = SimpleQueue()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda *_: events.put("let go"))
     # Dies with the keeper too. Set between fork and exec of the only thread that there is at this point.
-    child = subprocess.Popen(
-        command, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL), pass_fds=tuple(pass_fds)
-    )
+    child = subprocess.Popen(command, preexec_fn=die_with_parent, pass_fds=tuple(pass_fds))
     for number in pass_fds:
         os.close(number)
     threading.Thread(target=_report, args=(lambda: os.read(leash_fd, 1), "let go", events), daemon=True).start()
@@ -190,11 +187,6 @@ def _descendants(root: int) -> set[int]:
         found.update(below)
         todo.extend(below)
     return found
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 if __name__ == "__main__":
