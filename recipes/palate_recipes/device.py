@@ -37,11 +37,12 @@ def local_device() -> DeviceFacts:
 
 
 def available_memory() -> int:
-    """Returns the bytes that a new process may take: free memory, or what the cgroup still allows if that is less."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    """Returns the bytes that new processes may take: free memory, or what the cgroup still allows if that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # no Linux
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     limit, used = _cgroup_memory()
     return free if limit is None else min(free, max(limit - used, 0))
 

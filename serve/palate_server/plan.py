@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from palate_recipes.device import available_memory
 from palate_recipes.errors import BadSpec, EngineMissing, OutOfMemory
 from palate_recipes.specs.serve import (
     BASE_MODEL,
@@ -227,22 +228,6 @@ def _cache_gib(config: dict[str, Any], max_model_len: int | None, width: int) ->
     )
     tokens = max_model_len or config.get("max_position_embeddings") or 0
     return max(1, math.ceil(per_token * tokens / GIB))
-
-
-def available_memory() -> int:
-    """Returns the bytes that new processes may take: free memory, or what the cgroup still allows if that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # no Linux
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    cgroup = Path("/sys/fs/cgroup")
-    try:
-        limit = int((cgroup / "memory.max").read_text())  # "max" without a limit
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(limit - used, 0))
 
 
 def _free_gpu_bytes() -> int | None:
