@@ -5,7 +5,6 @@ Knows processes, signals and exit codes, no training: every worker is this same 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from palate_recipes.errors import TrainerError
+from palate_recipes.prctl import die_with_parent
 from palate_recipes.specs.train import (
     ERROR_FILE,
     EXIT_FAILED,
@@ -36,7 +36,6 @@ _SAME_MOMENT_S = 5
 """A worker that is killed takes the others' connections with it: their errors come seconds later, and are not the cause."""
 
 _LAUNCHER = "PALATE_LAUNCHER_PID"
-_PR_SET_PDEATHSIG = 1
 
 
 def is_worker() -> bool:
@@ -165,7 +164,7 @@ def die_with_launcher() -> None:
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != int(launcher):  # it went before the line above
         os._exit(EXIT_FAILED)
 

@@ -43,7 +43,7 @@ def available_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # no Linux
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     cgroup = Path("/sys/fs/cgroup")
     try:
         limit = int((cgroup / "memory.max").read_text())  # "max" without a limit

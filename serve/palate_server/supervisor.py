@@ -8,7 +8,6 @@ to stop, then to whatever is left, then SIGKILL. The keeper adopts orphans (Linu
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,12 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+import psutil
+
+from palate_recipes.prctl import adopt_orphans, die_with_parent
+
 _KEEPER_MARGIN_S = 5.0
 """What the keeper may take beyond the command's grace before the holder kills the group itself."""
 _LEAVE_S = 3.0
@@ -108,13 +110,11 @@ class Supervised:
 def keep(leash_fd: int, grace_s: float, command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
     """Runs the command until it ends or the leash is let go; returns its exit code once nothing of it is left."""
     events: SimpleQueue[str] = SimpleQueue()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda *_: events.put("let go"))
     # Dies with the keeper too. Set between fork and exec of the only thread that there is at this point.
-    child = subprocess.Popen(
-        command, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL), pass_fds=tuple(pass_fds)
-    )
+    child = subprocess.Popen(command, preexec_fn=die_with_parent, pass_fds=tuple(pass_fds))
     for number in pass_fds:
         os.close(number)
     threading.Thread(target=_report, args=(lambda: os.read(leash_fd, 1), "let go", events), daemon=True).start()
@@ -143,24 +143,20 @@ def _wait_for(event: str, events: SimpleQueue[str], *, timeout_s: float) -> None
 
 def _end_descendants() -> None:
     """Ends whatever is left. SIGTERM first: Python's resource tracker outlives that, and removes shared memory at the end."""
-    _signal_descendants(signal.SIGTERM)
+    _signal(_descendants(), signal.SIGTERM)
     deadline = time.monotonic() + _LEAVE_S
-    while time.monotonic() < deadline and _descendants(os.getpid()):
+    while time.monotonic() < deadline and _descendants():
         time.sleep(_LOOK_EVERY_S)
     # A process that forks while it is being killed is found in the next round.
-    while _signal_descendants(signal.SIGKILL):
+    while found := _descendants():
+        _signal(found, signal.SIGKILL)
         time.sleep(_LOOK_EVERY_S)
 
 
-def _signal_descendants(signum: int) -> bool:
-    """Returns whether there was any."""
-    found = _descendants(os.getpid())
-    for pid in found:
-        try:
-            os.kill(pid, signum)
-        except ProcessLookupError:
-            pass
-    return bool(found)
+def _signal(processes: list[psutil.Process], signum: int) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signum)
 
 
 def _reap() -> None:
@@ -172,29 +168,14 @@ def _reap() -> None:
         pass
 
 
-def _descendants(root: int) -> set[int]:
-    """Returns the living processes below root, without zombies; empty where there is no /proc (there the holder kills the group)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # pid (name) state ppid …; the name may hold spaces and brackets
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if state not in "ZX":
-            children.setdefault(int(parent), []).append(int(stat.parent.name))
-    found: set[int] = set()
-    todo = [root]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found.update(below)
-        todo.extend(below)
+def _descendants() -> list[psutil.Process]:
+    """Returns the living processes below this one, without zombies."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                found.append(process)
     return found
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 if __name__ == "__main__":

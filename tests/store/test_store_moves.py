@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from palate.store import Store, StoreOptions, TransferProgress, open_store
-from palate.store.local import crc32_of, joined, spelled
+from palate.store.local import crc32_of, spelled
 from palate_recipes.errors import ObjectNotFoundError, StoreError, StoreUsageError
 from tests.support.stores import empty_store
 
@@ -196,11 +196,3 @@ def test_a_download_that_finds_no_room(store: Store, large: Path, tmp_path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not isinstance(caught.value, FileNotFoundError)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
-
-
-def test_joined_checksums_are_those_of_the_whole() -> None:
-    source = random.Random(7)
-    for _ in range(60):
-        first, second = (source.randbytes(source.randrange(5000)) for _ in range(2))
-        assert joined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
-    assert joined(5, 0, 0) == 5

@@ -1,4 +1,4 @@
-"""What verbs read and write in words: NAME=VALUE, ages, sizes, the next command. Knows no verb."""
+"""What verbs read and write in words: NAME=VALUE, ages, the next command. Knows no verb."""
 
 from __future__ import annotations
 
@@ -41,14 +41,6 @@ def age(since: float) -> str:
         if passed >= size:
             return f"{passed // size} {unit}"
     return f"{passed} s"
-
-
-def size(count: int) -> str:
-    """Returns a number of bytes as people say it."""
-    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= step:
-            return f"{count / step:.3g} {unit}"
-    return f"{count} bytes"
 
 
 def say_next(*words: object) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -15,6 +13,7 @@ from typing import Literal
 
 from palate.env_file import without_credentials
 from palate.runner.heartbeat import LAST_BYTES, TICK_S, Heartbeat, last_file
+from palate_recipes.prctl import die_with_parent
 
 _ROOT = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # the first kind of cgroup says a huge number
@@ -79,8 +78,6 @@ def _lines(path: Path) -> list[str]:
 
 
 LOG_TAIL_LINES = 25
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # opened here: between fork and exec as little as possible may happen
 
 
 class Child:
@@ -114,7 +111,7 @@ class Child:
                     **env,
                 },
                 cwd=cwd,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,  # a runner that is killed must not leave a program behind
             )
 
     def __enter__(self) -> Child:
@@ -216,9 +213,3 @@ def _describe_exit(code: int) -> str:
     if -code == signal.SIGKILL:
         return f"killed by {name}: most often the kernel ending a process that took too much memory"
     return f"killed by {name}"
-
-
-def _die_with_parent() -> None:
-    # A runner that is killed must not leave a program behind: the kernel signals the child instead.
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

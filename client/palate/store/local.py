@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,9 +65,6 @@ def in_parallel(function: Callable[[_Item], object], items: Iterable[_Item], *, 
             raise
 
 
-_POLYNOMIAL = 0xEDB88320  # of CRC-32 as zlib, gzip and S3 have it; bit 31 stands for x**0
-_ONE = 1 << 31
-_X_TO_8 = 1 << 23
 _BLOCK = 1 << 20
 
 
@@ -88,32 +84,3 @@ def crc32_of(path: str | os.PathLike[str]) -> str:
 def spelled(crc: int) -> str:
     """Returns a CRC-32 as eight hex digits."""
     return f"{crc:08x}"
-
-
-def joined(first: int, second: int, second_bytes: int) -> int:
-    """Returns the CRC-32 of two pieces in a row from the CRC-32 of each; `second_bytes` is the second one's length."""
-    return _product(_x_to_bytes(second_bytes), first) ^ second
-
-
-@lru_cache(maxsize=64)
-def _x_to_bytes(count: int) -> int:
-    """Returns x ** (8 * count) modulo the polynomial: what `count` zero bytes at the end multiply a CRC with."""
-    result, power = _ONE, _X_TO_8
-    while count:
-        if count & 1:
-            result = _product(result, power)
-        power = _product(power, power)
-        count >>= 1
-    return result
-
-
-def _product(a: int, b: int) -> int:
-    """Multiplies two polynomials over GF(2) modulo CRC-32's."""
-    result, bit = 0, _ONE
-    while a:
-        if a & bit:
-            result ^= b
-            a ^= bit
-        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
-        bit >>= 1
-    return result

@@ -26,16 +26,16 @@ try:
     import boto3.exceptions
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
+
+    from palate.store.s3_client import connect
+    from palate.store.s3_errors import code_of, explain
+    from palate.store.s3_transfer import CRC, Transfer, etag_of, understood
 except ImportError as missing:
     from palate_recipes.errors import MissingDependencyError
 
     raise MissingDependencyError(
-        f"s3:// and oss:// stores need boto3 ({missing}): pip install 'palate[s3]'"
+        f"s3:// and oss:// stores need boto3 and zlib-ng ({missing}): pip install 'palate[s3]'"
     ) from missing
-
-from palate.store.s3_client import connect
-from palate.store.s3_errors import code_of, explain
-from palate.store.s3_transfer import CRC, Transfer, etag_of, understood
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +28,9 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 from urllib3.exceptions import HTTPError
+from zlib_ng.zlib_ng import crc32, crc32_combine
 
-from palate.store.local import in_parallel, joined, spelled
+from palate.store.local import in_parallel, spelled
 from palate.store.s3_errors import MalformedAnswerError, code_of
 from palate_recipes.errors import DigestMismatchError, StoreError
 
@@ -166,7 +166,7 @@ class Transfer:
             first = self.read(full, 0, PART)
             with target.open("wb") as file:
                 file.write(first.data)
-            got, crc = len(first.data), zlib.crc32(first.data)
+            got, crc = len(first.data), crc32(first.data)
             total, etag, recorded = first.total, first.etag, first.crc
             del first
         moved(got)
@@ -179,7 +179,7 @@ class Transfer:
                 with self._room:
                     data = self.read(full, start, min(PART, total - start), etag=etag).data
                     _write_at(descriptor, data, start)
-                    sums[start] = zlib.crc32(data), len(data)
+                    sums[start] = crc32(data), len(data)
                 moved(sums[start][1])
 
             if starts:
@@ -187,14 +187,14 @@ class Transfer:
         finally:
             os.close(descriptor)
         for start in starts:
-            crc = joined(crc, *sums[start])
+            crc = crc32_combine(crc, *sums[start])
         return crc, recorded
 
     # ── up ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def write(self, full: str, data: bytes, **conditions: str) -> str:
         """Puts an object in one request, and returns its etag, in quotes."""
-        crc = zlib.crc32(data)
+        crc = crc32(data)
         with understood():
             answer = self._client.put_object(
                 Bucket=self._bucket,
@@ -234,12 +234,12 @@ class Transfer:
 
         def weigh(start: int) -> None:  # before the upload: S3 takes metadata at its beginning only
             with self._room:
-                sums[start] = zlib.crc32(_read_at(descriptor, start, min(part, size - start), path))
+                sums[start] = crc32(_read_at(descriptor, start, min(part, size - start), path))
 
         in_parallel(weigh, starts, threads=_PARTS_AT_A_TIME)
         whole = 0
         for start in starts:
-            whole = joined(whole, sums[start], min(part, size - start))
+            whole = crc32_combine(whole, sums[start], min(part, size - start))
         asked: dict[str, Any] = {"ChecksumAlgorithm": "CRC32"} if self._checksums else {}
         with understood():
             upload = self._client.create_multipart_upload(
@@ -250,7 +250,7 @@ class Transfer:
         def send(start: int) -> None:
             with self._room:
                 data = _read_at(descriptor, start, min(part, size - start), path)
-                if zlib.crc32(data) != sums[start]:
+                if crc32(data) != sums[start]:
                     raise _changed(path)
                 number, checksum = start // part + 1, self._checksum(sums[start])
                 with understood():

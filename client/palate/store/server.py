@@ -9,13 +9,11 @@ SSH tunnel or a proxy that speaks TLS. Without keys no port gives out or takes d
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -31,6 +29,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from palate_recipes.errors import MissingDependencyError, StoreError, StoreUsageError
+from palate_recipes.prctl import die_with_parent
 
 _FILES = ("inner.crt", "inner.key")
 _SETTINGS = "security.toml"  # SeaweedFS looks for it in its working folder first
@@ -127,7 +126,6 @@ _KEPT_BACK = ("AWS_", "OSS_", "S3_", "WEED_")  # the last would overrule securit
 _NO_ORIGIN = "https://none.invalid"  # an empty list of origins means all
 _READY_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
-_PR_SET_PDEATHSIG = 1
 _KEYS = "access.json"
 _LOG = "server.log"
 _LOCK = "server.lock"
@@ -223,7 +221,7 @@ def _running(weed: str, home: Path, ports: Sequence[int], bucket: str) -> Iterat
             cwd=home,
             start_new_session=True,  # Ctrl-C is ours to answer
             umask=0o077,  # its sockets are in /tmp
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     server = StoreServer(
         endpoint=f"http://127.0.0.1:{ports[0]}",
@@ -369,7 +367,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()[-10:]
     return "\n".join([f"The last lines of {log}:", *(f"  {line}" for line in lines)])
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
