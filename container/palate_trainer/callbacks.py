@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from palate_recipes.specs.diagnose import DivergenceWatch, read_run
+from palate_recipes.specs.diagnose import read_run
+from palate_recipes.specs.divergence import DivergenceWatch
 from palate_recipes.specs.events import progress_line
 from palate_recipes.specs.train import COMPLETE_MARK, METRICS_FILE
 from palate_trainer.checkpoint_marker import mark_complete
