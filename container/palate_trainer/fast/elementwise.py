@@ -1,7 +1,8 @@
-"""RMSNorm and the gated SiLU with fewer values kept for the backward pass. Knows two common forms of module, no model.
+"""RMSNorm and gated SiLU that keep fewer activations for the backward pass. Knows two common module layouts, no model.
 
-Autograd keeps every intermediate of `weight * (x * rsqrt(mean(x**2) + eps))` and of `silu(gate) * up`; here the inputs are kept and
-the rest is made anew, which costs less than reading it back. A module is taken only if it gives the same numbers this way.
+Autograd keeps every intermediate of `weight * (x * rsqrt(mean(x**2) + eps))` and of `silu(gate) * up`. Here only the inputs
+are kept and the rest is recomputed, which is faster than reading it back. A module is replaced only if a test input gives
+the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With a frozen weight; sums in float32, whatever x is."""
+    """RMSNorm with a frozen weight. Sums are float32 for any dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,9 +51,9 @@ class _GatedSilu(torch.autograd.Function):
 
 
 def fuse_elementwise(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Gives modules of the two forms their leaner computation, and returns those that took it."""
+    """Replaces the forward of matching modules, and returns the modules."""
     fused: list[torch.nn.Module] = []
-    verdicts: dict[type, bool] = {}  # modules of one class compute alike
+    verdicts: dict[type, bool] = {}  # one test per class: its modules compute the same function
     for module in model.modules():
         form = _form(module)
         if form is None:
@@ -66,7 +67,7 @@ def fuse_elementwise(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _form(module: Any) -> tuple[Callable[..., Any], int] | None:
-    """The function that may stand for the module's forward, and the width of its input."""
+    """The replacement for a module's forward and the width of its input, or None if the layout is unknown."""
     children = {name for name, _ in module.named_children()}
     if not children and hasattr(module, "variance_epsilon") and [n for n, _ in module.named_parameters()] == ["weight"]:
         return _norm, len(module.weight)
@@ -76,7 +77,7 @@ def _form(module: Any) -> tuple[Callable[..., Any], int] | None:
 
 
 def _norm(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    # Further arguments are those of another computation: the norms of Mamba-2 layers take a gate when they have one.
+    # More arguments mean another computation: the norms of Mamba-2 layers take a gate.
     if args or kwargs or self.weight.requires_grad or self.weight.dtype != x.dtype:
         normed: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return normed
@@ -98,7 +99,7 @@ def _same(module: Any, forward: Callable[..., Any], width: int) -> bool:
     x = torch.linspace(-2, 3, 3 * width, device=weight.device).view(1, 3, width)
     x = x.to(weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else torch.float32)
     was_training = module.training
-    module.eval()  # dropout would tell two runs apart
+    module.eval()  # dropout would make the two results differ
     try:
         expected, found = module(x), forward(module, x)
     except (RuntimeError, TypeError, ValueError, AttributeError):
