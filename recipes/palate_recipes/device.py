@@ -1,4 +1,4 @@
-"""What this machine can compute with, read from the system in milliseconds. Imports no torch and starts no CUDA context."""
+"""Detects this machine's GPUs, CPU features and memory in milliseconds, without torch and without a CUDA context."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from palate_recipes.hyperparameters import DeviceFacts
 
 _GIB = 1024**3
 _FIRST_BF16_CAPABILITY = 8.0
-"""CUDA compute capability from which bf16 is native (Ampere); T4 is 7.5, V100 7.0."""
+"""First CUDA compute capability with native bf16 (Ampere). T4 has 7.5, V100 7.0."""
 
 
 @lru_cache(maxsize=1)
 def local_device() -> DeviceFacts:
-    """Returns the facts of this machine: its GPUs by the first one, if there is one, else the processor."""
+    """Returns the facts of this machine: of its first GPU if there is one, else of its CPU."""
     gpu = _gpus()
     memory_gib = available_memory() / _GIB
     if gpu is not None:
@@ -37,7 +37,7 @@ def local_device() -> DeviceFacts:
 
 
 def available_memory() -> int:
-    """Returns the bytes that a new process may take: free memory, or what the cgroup still allows if that is less."""
+    """Returns the bytes that a new process can use: available memory, or the rest of the cgroup's limit if that is less."""
     free = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -66,7 +66,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _gpus() -> tuple[str, float, float, int] | None:
-    """Returns (name, memory in GiB, compute capability) of the first GPU as nvidia-smi says, and how many are to be used."""
+    """Returns (name, memory in GiB, compute capability) of the first GPU from nvidia-smi, and the number of visible GPUs."""
     tool = shutil.which("nvidia-smi")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if tool is None or visible in {"", "-1"}:
