@@ -37,6 +37,7 @@ class Group:
     queries: slice
     ancestors: list[slice]
     seen: torch.Tensor  # bool (queries, keys)
+    # Cached, because all layers use the same plan.
     _bias: torch.Tensor | None = None
 
     def bias(self, copies: int) -> torch.Tensor:
@@ -95,6 +96,7 @@ class _GroupedAttention(torch.autograd.Function):
         for group in plan:
             p = _probabilities(q, k, group).to(v.dtype)
             out[:, group.queries] = _merge(p @ _rows(v, group), q)
+        # q is saved scaled, so the backward pass uses it as it is and scales only dq.
         ctx.save_for_backward(q, k, v)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -102,6 +104,7 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v = ctx.saved_tensors
+        # Each query is in exactly one group, so dq is written once. Ancestor keys are in many groups, so dk and dv accumulate.
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for group in ctx.plan:
             p = _probabilities(q, k, group)
@@ -201,5 +204,6 @@ def _kept(mask: torch.Tensor, name: str, make: Callable[[torch.Tensor], Any]) ->
     return getattr(mask, name)
 
 
+# SDPA's masks for ordinary batches: they go to SDPA.
 AttentionInterface.register(NAME, tree_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

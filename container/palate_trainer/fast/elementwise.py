@@ -20,6 +20,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        # In float32, as the modules compute it: a sum of squares in 16 bits loses precision with the hidden size.
         wide = x.float()
         scale = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
@@ -47,6 +48,7 @@ class _GatedSilu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         activated = functional.silu(gate)
         up_grad = grad * activated
+        # `activated` is reused as a buffer: this layer's activations are the largest of the network.
         return torch.ops.aten.silu_backward(activated.copy_(grad).mul_(up), gate), up_grad
 
 
@@ -58,6 +60,7 @@ def fuse_elementwise(model: torch.nn.Module) -> list[torch.nn.Module]:
         form = _form(module)
         if form is None:
             continue
+        # Same layout does not mean same function: some RMSNorms add 1 to the weight (Gemma), some gates use GELU.
         if type(module) not in verdicts:
             verdicts[type(module)] = _same(module, *form)
         if verdicts[type(module)]:
@@ -96,6 +99,7 @@ def _gated(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tenso
 @torch.no_grad()
 def _same(module: Any, forward: Callable[..., Any], width: int) -> bool:
     weight = next(module.parameters())
+    # Not random: the test must not change the random state of the run. Asymmetric, so that sign errors show.
     x = torch.linspace(-2, 3, 3 * width, device=weight.device).view(1, 3, width)
     x = x.to(weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else torch.float32)
     was_training = module.training

@@ -61,6 +61,7 @@ def add_tree_forward(model: Any) -> Callable[[], None]:
     model.set_attn_implementation(attention.NAME)
 
     def forward(self: Any, *args: Any, tree: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
+        # Generation, the save probe and unpacked batches have no tree.
         if tree is None or not kwargs.get("fused_lm_head"):
             return stock(*args, **kwargs)
         config = self.config.get_text_config()
@@ -88,9 +89,11 @@ def _tree_forward(
         use_cache=False,
         **({"output_router_logits": True} if routers else {}),
     )
+    # Only rows that are scored: most tokens of a prompt need no pass over the vocabulary.
     hidden = output.last_hidden_state[0, tree.score_rows]  # (rows, hidden)
     scores = _score(model.get_output_embeddings(), hidden, tree)
     scored = labels[:, 1:] != -100  # (sequences, length - 1)
+    # Back to TRL's layout, one row per sequence. masked_scatter fills in row order, which is the order of `slots`.
     fields = {
         name: values.new_zeros(scored.shape).masked_scatter(scored, values[tree.slots])
         for name, values in scores._asdict().items()
@@ -117,6 +120,7 @@ def _score(head: Any, hidden: torch.Tensor, tree: PrefixTree) -> Scores:
     weight, bias = head.weight, head.bias
     if isinstance(weight, DTensor):  # FSDP: gather once, not once per vocabulary block
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    # score_edges gives the head no gradient, so a trained head (full fine-tuning) takes TRL's function.
     if not weight.requires_grad:
         return score_edges(hidden, weight, bias, tree.edge_rows, tree.edge_targets)
     log_probs, entropy, _, mean_logits, is_top1 = utils._ChunkedLogProbFunction.apply(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+# Many rows get smaller blocks, to bound memory. Below the minimum, small matrix products would waste the device.
 _VOCABULARY_BLOCK, _SMALLEST_BLOCK = 8192, 1024
 _LOGITS_AT_ONCE = 2**24  # elements of one block
 
@@ -68,6 +69,7 @@ class _OnePass(torch.autograd.Function):
         )
         if expected is not None:
             ctx.save_for_backward(expected, weight[edge_targets], edge_rows)
+        # The mean over the vocabulary commutes with the product, so it needs no logits.
         mean_logits = hidden.float() @ weight.mean(0, dtype=torch.float32)
         if bias is not None:
             mean_logits += bias.float().mean()
@@ -78,6 +80,7 @@ class _OnePass(torch.autograd.Function):
             mean_logits[edge_rows],
             target_logits >= top[edge_rows],
         )
+        # Only for metrics. Marked, so that autograd does not expect gradients for them.
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -118,6 +121,8 @@ def _fold(
         inside = (place >= 0) & (place < len(part))
         picked = logits[edge_rows, place.clamp(0, len(part) - 1)]
         target_logits = torch.where(inside, picked, target_logits)
+        # All sums are relative to the running maximum. If it grows, the old sums are rescaled, so exp never overflows.
+        # `shift` is 0 in the first block, where top is -inf and -inf * 0 would be NaN.
         higher = torch.maximum(top, logits.amax(-1, keepdim=True))
         shrink, shift = torch.exp(top - higher), torch.where(total > 0, top - higher, 0.0)
         logits -= higher

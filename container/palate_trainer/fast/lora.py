@@ -32,6 +32,7 @@ class _FrozenWithLowRank(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        # A and B are float32 for the optimizer, but the product runs in the base's dtype, as under PEFT with autocast.
         small = flat @ a.to(x.dtype).T  # (tokens, rank)
         out = functional.linear(flat, weight, bias).addmm_(small, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, small)
@@ -43,6 +44,7 @@ class _FrozenWithLowRank(torch.autograd.Function):
         flat, weight, a, b, small = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         a_grad, b_grad, small_grad = _low_rank_gradients(grad, flat, a, b, small, ctx.scaling)
+        # The first layers have an input without gradient: the embeddings are frozen.
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = (grad @ weight).addmm_(small_grad, a.to(grad.dtype)).view(ctx.shape)
@@ -106,6 +108,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         or self.lora_B[adapter].bias is not None
     ):
         return type(self).forward(self, x, *args, **kwargs)
+    # Decided per call, not at installation: TRL disables the adapter for the reference and switches between adapters.
     base, dropout = self.base_layer, self.lora_dropout[adapter]
     a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
     if torch.is_autocast_enabled(x.device.type):

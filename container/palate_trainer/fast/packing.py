@@ -116,6 +116,7 @@ def try_fast_path(
         undo = [add_tree_forward(network) for network in networks]
         packed = collate(True)
         found = problem(packed)
+        # FlexAttention needs a compiler at run time. Grouped attention does not, so try it before giving up packing.
         if found is not None and packed["input_ids"].is_cuda:
             attention.allow_flex(False)
             found = problem(packed)
@@ -125,6 +126,7 @@ def try_fast_path(
             one()
         failures.append(f"packed batches: {found}")
         reason = found
+    # Without packing the fused layers can still help, so they get their own trial on the plain batch.
     found = problem(plain)
     if found is not None:
         unfuse()
@@ -249,6 +251,7 @@ def _gradients(model: torch.nn.Module) -> torch.Tensor:
     for name, parameter in model.named_parameters():
         if parameter.grad is None or "embed" in name:
             continue
+        # At least one parameter, even if it is larger than the limit: an empty comparison would pass anything.
         if picked and parameter.numel() > room:
             break
         picked.append(parameter.grad.float().flatten())

@@ -67,6 +67,8 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
     edges: dict[int, int] = {}  # packed index of the token an edge leads to -> edge
     edge_parents: list[int] = []
     paths: list[list[int]] = [[] for _ in sequences]
+    # Sorted, so that sequences with a common prefix are neighbours: comparing each with the previous one then finds every
+    # shared token, and each subtree is complete before the next begins.
     for turn, number in enumerate(sorted(range(len(sequences)), key=sequences.__getitem__)):
         sequence = sequences[number]
         shared = _common(previous, sequence)
@@ -84,6 +86,7 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
     for left in path:
         ends[left] = len(ids)
         counts[left] += len(sequences)
+    # In the order of the input, not of the tree: TRL's labels and masks have the order of the input.
     slots = []
     for number, path in enumerate(paths):
         for depth in range(scored_from[number], len(path)):
@@ -114,6 +117,7 @@ def visible(ends: torch.Tensor, queries: slice, keys: torch.Tensor | slice) -> t
 
 
 def _common(one: list[int], other: list[int]) -> int:
+    # Bisection over slices: list comparison runs in C, which beats a Python loop over thousands of tokens.
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
