@@ -60,7 +60,7 @@ def hanging_runner(home: Path, record: Record) -> subprocess.Popen[bytes]:
 
 
 def test_nothing_is_found_where_nothing_is(home: Path) -> None:
-    assert clean(home) == (set(), "nothing is left behind\n")
+    assert clean(home) == (set(), "nothing to clean\n")
 
 
 def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: Session, home: Path) -> None:

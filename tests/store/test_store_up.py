@@ -85,7 +85,7 @@ def test_a_store_keeps_its_data_and_shows_its_secret_once(tmp_path: Path) -> Non
         assert process.wait(30) == 0
         assert not [server for server in servers if server.is_running() and server.status() != psutil.STATUS_ZOMBIE]
     said = (tmp_path / "stderr").read_text()
-    assert said.splitlines()[-1] == "stopped; the data stay"
+    assert said.splitlines()[-1] == "stopped; the data is kept"
     assert "next: palate doctor" in said
     assert secret not in said
     assert folder.stat().st_mode & 0o777 == 0o700

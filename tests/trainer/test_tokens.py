@@ -160,14 +160,14 @@ def test_a_template_that_drops_the_answer_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}{{ messages | length }}"
     )
-    with pytest.raises(TrainerError, match=r"row 1: .* leaves out or rewrites the answer"):
+    with pytest.raises(TrainerError, match=r"row 1: .* drops or rewrites the answer"):
         renderer(tokenizer).encode(PAIR)
 
 
 @pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ messages[99]['content'] + 1 }}", "{{ ''.__class__.__mro__ }}"])
 def test_a_template_that_fails_of_its_own_is_named(tokenizer: Any, code: str) -> None:
     tokenizer.chat_template = code
-    with pytest.raises(TrainerError, match=r"chat template (fails on|refuses) the conversation"):
+    with pytest.raises(TrainerError, match=r"chat template (fails on|rejects) the conversation"):
         renderer(tokenizer).encode(PAIR)
 
 
@@ -347,7 +347,7 @@ def test_a_file_of_spoilt_rows_is_refused(tokenizer: Any) -> None:
     from palate_trainer.tokenize import encode_pairs
 
     pairs = [plain_row("word " * 99, "yes", "no", row) for row in (1, 2)]
-    with pytest.raises(DataError, match=r"No row of train is left.*\n.*rows 1, 2"):
+    with pytest.raises(DataError, match=r"train has no row left.*\n.*rows 1, 2"):
         encode_pairs(pairs, renderer(tokenizer, seq_length=32), name="train")
 
 

@@ -1,4 +1,4 @@
-"""`palate data …`: preference data checked, converted, split, described, made. Speaks to people; `palate_recipes.preferences` works."""
+"""`palate data …`: check, convert, split, describe and generate preference data. `palate_recipes.preferences` does the work."""
 
 from __future__ import annotations
 
@@ -21,36 +21,40 @@ if TYPE_CHECKING:
     from palate_recipes.preferences.report import Report
     from palate_recipes.preferences.transform import Change
 
-data = typer.Typer(help="Check, convert, split, describe and make preference data.", no_args_is_help=True)
+data = typer.Typer(help="Check, convert, split, describe and generate preference data.", no_args_is_help=True)
 
 Files = Annotated[list[str], typer.Argument(help="Files, folders, globs or URIs (s3://, oss://, hf://, gsheet://).")]
-Strategy = Annotated[str, typer.Option(help="What it is for: dpo, sft, kto, or any.")]
-From = Annotated[str | None, typer.Option("--from", help="Format of the rows; default: their fields decide.")]
+Strategy = Annotated[str, typer.Option(help="Training strategy that the data is for: dpo, sft, kto, or any.")]
+From = Annotated[str | None, typer.Option("--from", help="Row format; default: detected from the fields.")]
 InputColumns = Annotated[
     list[str] | None,
-    typer.Option(
-        "--input-column", metavar="PLACEHOLDER=COLUMN", help="A column that the prompt is made of; again for more."
-    ),
+    typer.Option("--input-column", metavar="PLACEHOLDER=COLUMN", help="A column for the prompt; can be repeated."),
 ]
 LabelColumns = Annotated[
     list[str] | None,
     typer.Option(
         "--label-column",
         metavar="chosen=COLUMN",
-        help="Columns of the answers; chosen.KEY=COLUMN makes the answer a JSON object with that key.",
+        help="Columns of the answers; with chosen.KEY=COLUMN the answer is a JSON object with this key.",
     ),
 ]
 Template = Annotated[Path | None, typer.Option("--prompt-template", help="CSV or YAML with name, system and user.")]
-TemplateName = Annotated[str | None, typer.Option("--prompt-name", help="Which of several prompt templates.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--prompt-name", help="Name of the prompt template, if there are several.")
+]
 
-Tokenizer = Annotated[str | None, typer.Option(help="Model name or folder: also count tokens, as training would.")]
-SystemPrompt = Annotated[str | None, typer.Option(help="With --tokenizer: system prompt; default: that of training.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Model name or folder: also count tokens, as training does.")]
+SystemPrompt = Annotated[
+    str | None, typer.Option(help="With --tokenizer: system prompt; default: the default of training.")
+]
 
 
 @data.command()
 def check(
     files: Files,
-    validation: Annotated[list[str] | None, typer.Option(help="Held-out data, searched for the same prompts.")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Validation data, also searched for prompts of the training data.")
+    ] = None,
     strategy: Strategy = "dpo",
     from_: From = None,
     input_column: InputColumns = None,
@@ -59,16 +63,14 @@ def check(
     prompt_name: TemplateName = None,
     tokenizer: Tokenizer = None,
     seq_length: Annotated[
-        int, typer.Option(min=16, max=1_048_576, help="With --tokenizer: tokens of prompt and answer.")
+        int, typer.Option(min=16, max=1_048_576, help="With --tokenizer: maximum tokens of prompt and answer.")
     ] = 128,
     system_prompt: SystemPrompt = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
-    fix: Annotated[
-        Path | None, typer.Option(help="Write the rows that can be trained on, cleaned, to this file.")
-    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    fix: Annotated[Path | None, typer.Option(help="Write the usable rows, cleaned, to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check data row by row, as train() does; exit code 1 when something is wrong."""
+    """Check data row by row, as train() does; exit code 1 if there are errors."""
     from palate_recipes.preferences.check import check as check_files
     from palate_recipes.preferences.transform import clean
 
@@ -118,10 +120,10 @@ def convert(
     label_column: LabelColumns = None,
     prompt_template: Template = None,
     prompt_name: TemplateName = None,
-    unpair: Annotated[bool, typer.Option("--unpair", help="Make two labelled rows of each pair (for kto).")] = False,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave wrong rows out and say so.")] = False,
+    unpair: Annotated[bool, typer.Option("--unpair", help="Write each pair as two labelled rows (for kto).")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip invalid rows and report them.")] = False,
 ) -> None:
-    """Write data in another format or container; prints the file."""
+    """Convert data to another format or file type; prints the file."""
     from palate_recipes.preferences.formats import format_named
     from palate_recipes.preferences.transform import convert as convert_files
 
@@ -144,14 +146,14 @@ def convert(
 def split(
     files: Files,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File for training; NAME.validation.EXT is written beside it.")
+        Path, typer.Option("--output", "-o", help="Training file; NAME.validation.EXT is written next to it.")
     ],
-    validation: Annotated[Path | None, typer.Option(help="File for validation instead.")] = None,
-    share: Annotated[float, typer.Option(help="Of the rows that validation gets.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed draws other rows.")] = 0,
+    validation: Annotated[Path | None, typer.Option(help="Validation file, instead of NAME.validation.EXT.")] = None,
+    share: Annotated[float, typer.Option(help="Share of rows for validation.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
     from_: From = None,
 ) -> None:
-    """Split data into training and validation, no prompt on both sides; prints both files."""
+    """Split data into training and validation without a common prompt; prints both files."""
     from palate_recipes.preferences.transform import split as split_files
 
     beside = validation or output.with_name(_beside(output.name))
@@ -199,7 +201,7 @@ def stats(
 
 @data.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the formats of rows that are read and written."""
+    """List the row formats that can be read and written."""
     from palate_recipes.preferences.formats import FORMATS
 
     if as_json:
@@ -216,11 +218,11 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @data.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Receives train.json and validation.json.")] = Path("palate-demo"),
-    direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
-    per_topic: Annotated[int, typer.Option(help="Pairs of each topic, 1 to 4; the quickstart takes 2.")] = 4,
+    folder: Annotated[Path, typer.Argument(help="Folder for train.json and validation.json.")] = Path("palate-demo"),
+    direction: Annotated[str, typer.Option(help="Preferred answers: honest, flattering, blunt or gentle.")] = "honest",
+    per_topic: Annotated[int, typer.Option(help="Pairs per topic, 1 to 4; the quickstart uses 2.")] = 4,
 ) -> None:
-    """Write the demo data, with the preference in the direction you choose; prints both files."""
+    """Write the demo data with the chosen direction of preference; prints both files."""
     from palate_recipes.demo import write_demo
 
     files = write_demo(folder, direction, per_topic=per_topic)
@@ -231,12 +233,12 @@ def demo(
 data.command()(generate)
 
 
-# What the verbs share.
+# Helpers.
 
 
 def _strategy(name: str) -> Any:
     if name not in ("dpo", "sft", "kto", "any"):
-        raise ConfigurationError(f"--strategy {name!r} is not known: use dpo, sft, kto or any")
+        raise ConfigurationError(f"--strategy {name!r} is unknown: use dpo, sft, kto or any")
     return None if name == "any" else name
 
 
@@ -247,7 +249,7 @@ def _settings(
     template: Path | None,
     template_name: str | None,
 ) -> dict[str, Any]:
-    """Arguments of `format_for`, in types that JSON has."""
+    """Arguments of `format_for`, as JSON types."""
     answers: dict[str, Any] = {}
     for label, column in _named(labels, "--label-column").items():
         answer, dot, key = label.partition(".")
@@ -256,7 +258,9 @@ def _settings(
         elif isinstance(answers.setdefault(answer, {}), dict):
             answers[answer][key] = column
         else:
-            raise ConfigurationError(f"--label-column {label}={column}: {answer} is one column already")
+            raise ConfigurationError(
+                f"--label-column {label}={column}: {answer} is already a single column; use {answer}.KEY=COLUMN for both"
+            )
     return {
         "name": name,
         "input_columns": _named(inputs, "--input-column") or None,
@@ -271,7 +275,7 @@ def _named(entries: list[str] | None, flag: str) -> dict[str, str]:
     for entry in entries or []:
         name, separator, column = entry.partition("=")
         if not separator or not name or not column:
-            raise ConfigurationError(f"{flag} {entry!r} is no NAME=COLUMN")
+            raise ConfigurationError(f"{flag}: expected NAME=COLUMN, got {entry!r}")
         named[name.strip()] = column
     return named
 
@@ -284,7 +288,7 @@ def _format(settings: dict[str, Any]) -> Format | None:
 
 @contextmanager
 def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
-    """Files on this machine, each with the name that messages call it by."""
+    """Fetches files to this machine. Yields each path with its name for messages."""
     from palate.session import get_default_session
     from palate.sources.resolve import fetch_files
 
@@ -294,7 +298,7 @@ def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
             fetched = places.enter_context(fetch_files(uri, get_default_session()))
             if fetched.passed_over:
                 print(
-                    visible(f"not read, since no data by their names: {', '.join(fetched.passed_over)}"),
+                    visible(f"skipped, not data files by name: {', '.join(fetched.passed_over)}"),
                     file=sys.stderr,
                 )
             single = len(fetched.files) == 1
@@ -311,9 +315,9 @@ def _say(change: Change) -> None:
     for path, count in change.written.items():
         print(visible(f"{path}: {count:,} rows"), file=sys.stderr)
     if change.cleaned:
-        print(f"cleaned: {change.cleaned:,} rows, a chat template's marks taken out", file=sys.stderr)
+        print(f"cleaned: {change.cleaned:,} rows, chat template tokens removed", file=sys.stderr)
     for code, count in change.dropped.items():
-        print(f"left out: {count:,} rows, {code}", file=sys.stderr)
+        print(f"dropped: {count:,} rows, {code}", file=sys.stderr)
     for line in change.faults:
         print(visible(f"  {line}"), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What verbs read and write in words: NAME=VALUE, ages, sizes, the next command. Knows no verb."""
+"""Parses and formats values: NAME=VALUE, ages, sizes, the next command. Knows no command."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def pairs(entries: list[str], flag: str) -> dict[str, str]:
-    """Returns what a repeated option NAME=VALUE gave."""
+    """Parses a repeated option NAME=VALUE."""
     found = {}
     for entry in entries:
         name, separator, value = entry.partition("=")
         if not separator or not name:
-            raise ConfigurationError(f"{flag} {entry!r} is no NAME=VALUE")
+            raise ConfigurationError(f"{flag}: expected NAME=VALUE, got {entry!r}")
         found[name.strip()] = value
     return found
 
 
 def seconds(words: str, flag: str) -> float:
-    """Returns what an option such as `2h` or `30min` means, in seconds."""
+    """Parses a duration such as `2h` or `30min` to seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d|w)", words.strip())
     if found is None:
-        raise ConfigurationError(f"{flag} {words!r} is no time: give a number with s, min, h, d or w, such as 2h")
+        raise ConfigurationError(f"{flag}: expected a number with s, min, h, d or w, such as 2h, got {words!r}")
     return float(found[1]) * _UNITS_S[found[2]]
 
 
 def age(since: float) -> str:
-    """Returns how long ago a time (seconds since the epoch) was, in its largest unit."""
+    """Formats the time since `since` (seconds since the epoch) in its largest unit."""
     passed = max(0, int(time.time() - since))
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if passed >= size:
@@ -42,7 +42,7 @@ def age(since: float) -> str:
 
 
 def size(count: int) -> str:
-    """Returns a number of bytes as people say it."""
+    """Formats a number of bytes."""
     for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= step:
             return f"{count / step:.3g} {unit}"
@@ -50,9 +50,9 @@ def size(count: int) -> str:
 
 
 def say_next(*words: object) -> None:
-    """Prints a command that can be pasted into a shell as the next one, on stderr.
+    """Prints the next command, quoted for a shell, on stderr.
 
     Args:
-        words: What follows `palate`.
+        words: The arguments of `palate`.
     """
     print(visible(f"next: {shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)

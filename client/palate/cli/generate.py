@@ -1,4 +1,4 @@
-"""`palate data generate`: from prompts to preference pairs with any OpenAI-compatible endpoint. `palate.generate` does the work."""
+"""`palate data generate`: preference pairs from prompts with any OpenAI-compatible endpoint. `palate.generate` does the work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from palate.generate.pairs import PairSettings
 
 _NEWS_S = 5.0
-"""Seconds between lines about the progress; on a terminal one line is kept up to date instead."""
+"""Seconds between progress lines. On a terminal one line is updated instead."""
 
 
 def generate(
@@ -30,40 +30,44 @@ def generate(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSONL file for the pairs; its ledger stands beside it.")
+        Path, typer.Option("--output", "-o", help="JSONL file for the pairs; the ledger is written next to it.")
     ],
     model: Annotated[
-        list[str] | None, typer.Option(help="A model that answers; again for more. Default with --service: default.")
+        list[str] | None, typer.Option(help="A model that answers; can be repeated. Default with --service: default.")
     ] = None,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="Each model answers at each; again for more. Default: 1.")
+        list[float] | None, typer.Option(help="Sampling temperature of each model; can be repeated. Default: 1.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Answers of each model at each temperature.")] = 2,
-    system: Annotated[str, typer.Option(help="System prompt of conversations that have none.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens an answer may have.")] = 512,
-    keep_cut: Annotated[bool, typer.Option("--keep-cut", help="Use answers that were cut there too.")] = False,
+    n: Annotated[int, typer.Option("-n", help="Answers per model and temperature.")] = 2,
+    system: Annotated[str, typer.Option(help="System prompt for conversations without one.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 512,
+    keep_cut: Annotated[
+        bool, typer.Option("--keep-cut", help="Also use answers that were cut at --max-tokens.")
+    ] = False,
     service: Annotated[str | None, typer.Option(help="A running Palate service that answers.")] = None,
     base_url: Annotated[str | None, typer.Option(help="Or any endpoint; default: OPENAI_BASE_URL.")] = None,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with its key; default: OPENAI_API_KEY.")
     ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Model that compares; default: the first --model.")] = None,
-    judge_service: Annotated[str | None, typer.Option(help="Palate service that compares.")] = None,
-    judge_base_url: Annotated[str | None, typer.Option(help="Or any endpoint; default: the one that answers.")] = None,
-    judge_api_key_env: Annotated[str | None, typer.Option(help="Environment variable with that one's key.")] = None,
-    judge_max_tokens: Annotated[int, typer.Option(help="Tokens a verdict may have, reasons included.")] = 512,
-    rubric: Annotated[Path | None, typer.Option(help="Text file that says what makes an answer better.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts alone.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Calls at once.")] = 8,
-    requests_per_minute: Annotated[float | None, typer.Option(help="At most, for each endpoint.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds one request may take.")] = 300.0,
+    judge_model: Annotated[str | None, typer.Option(help="Judge model; default: the first --model.")] = None,
+    judge_service: Annotated[str | None, typer.Option(help="Palate service of the judge.")] = None,
+    judge_base_url: Annotated[
+        str | None, typer.Option(help="Or any endpoint of the judge; default: that of the answers.")
+    ] = None,
+    judge_api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
+    judge_max_tokens: Annotated[int, typer.Option(help="Maximum tokens per verdict, including reasons.")] = 512,
+    rubric: Annotated[Path | None, typer.Option(help="Text file with the judge's criteria.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Number of parallel calls.")] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(help="Rate limit per endpoint.")] = None,
+    timeout: Annotated[float, typer.Option(help="Time limit per request in seconds.")] = 300.0,
     price: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL=IN,OUT", help="Price of a million prompt and completion tokens; again for more."),
+        typer.Option(metavar="MODEL=IN,OUT", help="Price per million prompt and completion tokens; can be repeated."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many calls there will be, and ask none.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the number of calls without making them.")] = False,
 ) -> None:
-    """Make preference pairs: models answer, a judge compares twice, the best and the worst become a pair."""
+    """Generate preference pairs: models answer, a judge compares twice, the best and the worst answer form a pair."""
     from palate.generate import generate_pairs, plan_pairs
     from palate.generate.judge import RUBRIC
     from palate.generate.pairs import PairSettings
@@ -94,8 +98,8 @@ def generate(
         print(f"next: {command.replace(' --dry-run', '')}", file=sys.stderr)
         return
     print(
-        f"{plan.prompts} prompts: {plan.calls} calls at most ({plan.finished} finished before), "
-        f"{plan.prompt_tokens + plan.completion_tokens:,} tokens at the very most{_money(plan.cost)}",
+        f"{plan.prompts} prompts: at most {plan.calls} calls ({plan.finished} already finished), "
+        f"at most {plan.prompt_tokens + plan.completion_tokens:,} tokens{_money(plan.cost)}",
         file=sys.stderr,
     )
     news = _News()
@@ -107,7 +111,7 @@ def generate(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         news.end()
-        print(f"interrupted; every finished call is kept\nnext: {command}", file=sys.stderr)
+        print(f"interrupted; finished calls are kept\nnext: {command}", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         news.end()
@@ -121,7 +125,7 @@ def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None
 
     if service:
         if base_url or api_key_env:
-            raise ConfigurationError("--service has its own address and token: leave --base-url and --api-key-env out")
+            raise ConfigurationError("--service has its own address and token: omit --base-url and --api-key-env")
         return Endpoint.of_service(service)
     return Endpoint.from_environment(base_url, api_key_env)
 
@@ -132,13 +136,13 @@ def _judge(service: str | None, base_url: str | None, api_key_env: str | None) -
     if service:
         if base_url or api_key_env:
             raise ConfigurationError(
-                "--judge-service has its own address and token: leave --judge-base-url and --judge-api-key-env out"
+                "--judge-service has its own address and token: omit --judge-base-url and --judge-api-key-env"
             )
         return Endpoint.of_service(service)
     if base_url:
         return Endpoint.other(base_url, api_key_env)
     if api_key_env:
-        raise ConfigurationError(f"--judge-api-key-env {api_key_env} needs --judge-base-url: which endpoint is it for?")
+        raise ConfigurationError(f"--judge-api-key-env {api_key_env} needs --judge-base-url: give the judge's endpoint")
     return None
 
 
@@ -146,7 +150,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"rubric {path} cannot be read: {error}. Give a UTF-8 text file") from None
+        raise ConfigurationError(f"--rubric {path} cannot be read: {error}. Give a UTF-8 text file") from None
 
 
 def _prices(entries: list[str]) -> dict[str, tuple[float, float]]:
@@ -159,7 +163,7 @@ def _prices(entries: list[str]) -> dict[str, tuple[float, float]]:
                 raise ValueError
         except ValueError:
             raise ConfigurationError(
-                f"--price {entry!r} is no MODEL=IN,OUT with two prices of a million tokens, such as small-model=0.15,0.60"
+                f"--price: expected MODEL=IN,OUT with two prices per million tokens, such as small-model=0.15,0.60, got {entry!r}"
             ) from None
         prices[name] = (prompt_price, completion_price)
     return prices
@@ -174,28 +178,28 @@ def _print_plan(plan: GenerationPlan, settings: PairSettings) -> None:
 
     rows: list[tuple[str, object]] = [
         ("prompts", plan.prompts),
-        (f"calls for answers, {settings.answers} a prompt", plan.answers),
-        (f"calls for verdicts, at most {plan.verdicts // plan.prompts} a prompt", plan.verdicts),
-        ("calls that are finished", plan.finished),
-        ("calls that are left, at most", plan.calls),
-        ("prompt tokens, at the very most", plan.prompt_tokens),
-        ("completion tokens, at the very most", plan.completion_tokens),
+        (f"calls for answers, {settings.answers} per prompt", plan.answers),
+        (f"calls for verdicts, at most {plan.verdicts // plan.prompts} per prompt", plan.verdicts),
+        ("finished calls", plan.finished),
+        ("remaining calls, at most", plan.calls),
+        ("prompt tokens, at most", plan.prompt_tokens),
+        ("completion tokens, at most", plan.completion_tokens),
     ]
     if plan.cost is not None:
-        rows.append(("cost, at the very most", f"{plan.cost:.4f}"))
+        rows.append(("cost, at most", f"{plan.cost:.4f}"))
     print_table(("what", "number"), rows)
-    print("a verdict that cannot be read costs one more call; the tokens allow for that in every case", file=sys.stderr)
+    print("an unreadable verdict costs one more call; the token limits include that for every verdict", file=sys.stderr)
 
 
 def _print_result(result: Generated) -> None:
     say = [
         f"{result.pairs} pairs from {result.prompts} prompts",
         f"no pair: {result.ties} tied, {result.same} with identical answers, {result.cut} cut or empty, {result.failed} failed",
-        f"verdicts: {result.disagreements} comparisons changed with the places, {result.unreadable} could not be read",
-        f"calls: {result.asked} asked, {result.reused} taken from {result.ledger}",
+        f"verdicts: {result.disagreements} comparisons depended on the order, {result.unreadable} could not be read",
+        f"calls: {result.asked} made, {result.reused} reused from {result.ledger}",
     ]
     if result.repeated_prompts:
-        say.append(f"{result.repeated_prompts} prompts stood there twice and were asked once")
+        say.append(f"{result.repeated_prompts} duplicate prompts were used once")
     for row in result.usage:
         unknown = f" ({row.without_usage} calls reported none)" if row.without_usage else ""
         say.append(
@@ -206,12 +210,12 @@ def _print_result(result: Generated) -> None:
         say.append(f"cost of all calls: {result.cost:.4f}")
     say += [f"failed: {failure}" for failure in result.failures]
     if result.failed:
-        say.append("the same command asks what failed once more")
+        say.append("run the same command again to retry the failed calls")
     print("\n".join(say), file=sys.stderr)
 
 
 class _News:
-    """Says on stderr where the run stands: one line kept up to date on a terminal, a line now and then elsewhere."""
+    """Shows progress on stderr: one updated line on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -237,7 +241,7 @@ class _News:
             print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Ends the line that is kept up to date."""
+        """Ends the updated line."""
         if self._open:
             print(file=sys.stderr)
             self._open = False

@@ -1,4 +1,4 @@
-"""Verbs about this machine and what it knows: models, doctor, images, `store up`."""
+"""Commands for this machine: models, doctor, images, `store up`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def models(
-    task: Annotated[str | None, typer.Option(help="Only those fit for it, such as chat.")] = None,
+    task: Annotated[str | None, typer.Option(help="Show only models for this task, such as chat.")] = None,
     kind: Annotated[str | None, typer.Option(help="instruct, thinking, base or moe.")] = None,
     hyperparameters: Annotated[
         bool, typer.Option("--hyperparameters", help="List the hyperparameters instead.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List models with what they need, or the hyperparameters."""
+    """List models with their requirements, or the hyperparameters."""
     if hyperparameters:
         _hyperparameters(as_json)
         return
@@ -60,7 +60,7 @@ def models(
             for row in rows
         ],
     )
-    print("GiB: least GPU memory at batch size 1. Any other model: --model-uri FOLDER", file=sys.stderr)
+    print("GiB: minimum GPU memory at batch size 1. For any other model: --model-uri FOLDER", file=sys.stderr)
     print("next: palate train DATA --model NAME", file=sys.stderr)
 
 
@@ -80,7 +80,7 @@ def _hyperparameters(as_json: bool) -> None:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say what is installed here, what is missing for what, and what will be used."""
+    """Check this machine: what is installed, what is missing, and what will be used."""
     from palate.doctor import examine
 
     findings = examine()
@@ -105,7 +105,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these verbs to the command line."""
+    """Adds these commands to the command line."""
     for verb in (models, doctor):
         app.command()(verb)
 
@@ -117,7 +117,7 @@ images = typer.Typer(
     rich_markup_mode=None,
 )
 
-_Engine = Annotated[Literal["docker", "podman"] | None, typer.Option(help="Default: whichever answers.")]
+_Engine = Annotated[Literal["docker", "podman"] | None, typer.Option(help="Default: the first that answers.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -125,15 +125,15 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def build(
     program: Annotated[Literal["trainer", "server"] | None, typer.Argument(help="Default: both.")] = None,
     engine: _Engine = None,
-    variant: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
+    variant: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda if there is a GPU.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag; default: the version and the variant.")] = None,
     build_arg: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the Dockerfile; see docs/containers.md. Never a secret.")
     ] = None,
-    network: Annotated[str | None, typer.Option(help="The engine's --network while it builds, such as host.")] = None,
+    network: Annotated[str | None, typer.Option(help="The engine's --network for the build, such as host.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Build the images from this Palate, whether it is a checkout or an installed package."""
+    """Build the images from this Palate (checkout or installed package)."""
     from palate.backends.engine import find_engine
     from palate.backends.images import build_image
     from palate_recipes.device import local_device
@@ -160,7 +160,7 @@ def build(
 
 @images.command("list")
 def list_(engine: _Engine = None, as_json: _Json = False) -> None:
-    """List Palate's images that the engine has, newest first."""
+    """List Palate's images in the engine, newest first."""
     from palate.backends.engine import find_engine
     from palate.backends.images import list_images
 
@@ -211,7 +211,7 @@ def _show(found: list[ImageFacts], as_json: bool) -> None:
 def _pair(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not equals or not name.isidentifier():
-        raise ConfigurationError(f"--build-arg {given!r} must be NAME=VALUE, such as TORCH_INDEX_URL=https://…")
+        raise ConfigurationError(f"--build-arg: expected NAME=VALUE, such as TORCH_INDEX_URL=https://…, got {given!r}")
     return name, value
 
 
@@ -221,7 +221,7 @@ def _say(line: str) -> None:
 
 store = typer.Typer(
     name="store",
-    help="Run an S3 store of your own.",
+    help="Run a local S3 store.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -229,11 +229,11 @@ store = typer.Typer(
 
 @store.command()
 def up(
-    folder: Annotated[Path | None, typer.Option(help="Where its data lie; default: ~/.palate/store-server.")] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next four are used, too.")] = 8333,
-    bucket: Annotated[str, typer.Option(help="Bucket; made when it is not there.")] = "palate",
+    folder: Annotated[Path | None, typer.Option(help="Data folder; default: ~/.palate/store-server.")] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next four ports are used too.")] = 8333,
+    bucket: Annotated[str, typer.Option(help="Bucket; created if it does not exist.")] = "palate",
 ) -> None:
-    """Run an S3 store in a folder until Ctrl-C, and print the settings that reach it (the secret key once)."""
+    """Run an S3 store in a folder until Ctrl-C, and print its settings (the secret key only once)."""
     from palate.paths import palate_home
     from palate.store.server import REGION, running_server
 
@@ -246,18 +246,18 @@ def up(
                 print(f"export AWS_SECRET_ACCESS_KEY={server.secret_access_key}")
             print(f"export PALATE_STORE=s3://{bucket}/palate", flush=True)
             if server.is_new:
-                print("the secret access key is shown this once: keep it", file=sys.stderr)
+                print("the secret access key is shown only once: save it", file=sys.stderr)
             else:
-                print("the secret access key is the one of the first start", file=sys.stderr)
-            print("serving until Ctrl-C; set the lines above elsewhere", file=sys.stderr)
+                print("the secret access key is that of the first start", file=sys.stderr)
+            print("serving until Ctrl-C; run the lines above in another shell", file=sys.stderr)
             print("next: palate doctor", file=sys.stderr, flush=True)
             server.wait()
     except (KeyboardInterrupt, _Stopped):
-        print("stopped; the data stay", file=sys.stderr)
+        print("stopped; the data is kept", file=sys.stderr)
 
 
 class _Stopped(Exception):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 def _stop(*_: object) -> NoReturn:

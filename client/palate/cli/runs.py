@@ -1,4 +1,4 @@
-"""Verbs about runs: list, watch, stop, update, delete, clean. Know what is asked for and how it is shown, not how it is read."""
+"""Commands for runs: list, watch, stop, update, delete, clean. Know arguments and output, not how runs are read."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 30.0
 
-_Status = Annotated[
-    list[str] | None, typer.Option(help="Only those in this state, such as Running; again for one more state.")
-]
-_Name = Annotated[str, typer.Option(help="Only those whose name fits a glob, such as 'qwen2-*'.")]
-_Model = Annotated[str, typer.Option(help="Only those whose model's name fits a glob.")]
+_Status = Annotated[list[str] | None, typer.Option(help="Show only this state, such as Running; can be repeated.")]
+_Name = Annotated[str, typer.Option(help="Show only names that match a glob, such as 'qwen2-*'.")]
+_Model = Annotated[str, typer.Option(help="Show only models whose name matches a glob.")]
 _Label = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those with this label; again for one more label.")
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Show only runs with this label; can be repeated.")
 ]
-_Since = Annotated[str | None, typer.Option(metavar="AGE", help="Only those no older, such as 30min, 2h, 7d.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="So many at most, the newest.")]
-_Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds; then what was read by then is shown.")]
+_Since = Annotated[
+    str | None, typer.Option(metavar="AGE", help="Show only runs up to this age, such as 30min, 2h, 7d.")
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Show at most N, newest first.")]
+_Timeout = Annotated[float, typer.Option(min=0.1, help="Time limit in seconds; then show what was read so far.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -43,7 +43,7 @@ def jobs(
     model: _Model = "*",
     label: _Label = None,
     since: _Since = None,
-    attempts: Annotated[int, typer.Option(min=1, help="Only those that were begun so often at least.")] = 1,
+    attempts: Annotated[int, typer.Option(min=1, help="Show only jobs with at least N attempts.")] = 1,
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
     as_json: _Json = False,
@@ -157,11 +157,11 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], first: str) -> None:
-    """Says what to do next; a list that is not whole is a failure, which a program must see."""
+    """Prints the next command. Exits with 1 if the list is incomplete, so that scripts notice."""
     if listing.unread:
         count = len(listing.unread)
         print(
-            f"error: {count} of the {kind} could not be read, and may be meant or not: the rows with a ?",
+            f"error: {count} of the {kind} could not be read and may or may not match (rows with ?)",
             file=sys.stderr,
         )
         damaged = next((found.name for found in listing.unread if isinstance(found.error, DamagedFilesError)), None)
@@ -180,9 +180,9 @@ def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], 
 
 def watch(
     name: Annotated[str, typer.Argument(help="Job id.")],
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait; the job goes on.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Time limit in seconds; the job continues.")] = None,
 ) -> None:
-    """Follow a job to its end: a live view on a terminal, log lines elsewhere. Ctrl-C leaves the job running."""
+    """Follow a job until it ends: a live view on a terminal, log lines elsewhere. Ctrl-C leaves the job running."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -195,7 +195,7 @@ def metrics(
     name: Annotated[str, typer.Argument(help="Job id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print every event as a JSON line.")] = False,
 ) -> None:
-    """Print a job's metrics, and what they say in words; of a running job those so far."""
+    """Print a job's metrics and their interpretation; for a running job those so far."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -220,7 +220,7 @@ def metrics(
 
 def logs(
     name: Annotated[str, typer.Argument(help="Job id or service name.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until it has ended.")] = False,
 ) -> None:
     """Print the log of a job or service."""
     for line in _open_run(name).logs(follow=follow):
@@ -231,7 +231,7 @@ def save(
     name: Annotated[str, typer.Argument(help="Id or URI of a succeeded job.")],
     uri: Annotated[str, typer.Argument(help="A folder, s3://, oss://, or hf://OWNER/NAME.")],
 ) -> None:
-    """Copy a job's model to another store or the Hugging Face hub, with a model card; prints where it is."""
+    """Copy a job's model to another store or the Hugging Face Hub, with a model card; prints its URI."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -241,7 +241,7 @@ def save(
 
 
 def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
-    """Stop a job (it writes a checkpoint first) or a service (it can be started again)."""
+    """Stop a job (after it has written a checkpoint) or a service (it can be started again)."""
     from palate.job import TrainingJob
 
     found = _open_run(name)
@@ -264,10 +264,10 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
 
 def update(
     name: Annotated[str, typer.Argument(help="Service name.")],
-    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job that it is to serve.")],
+    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job to serve.")],
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Let a service serve another job's model; it goes on with the one it has if that does not come up."""
+    """Switch a service to another job's model. If the new model does not start, it returns to the previous one."""
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
@@ -278,16 +278,16 @@ def update(
 
 def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a job's model is removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete services and jobs, with everything below them."""
+    """Delete services and jobs with all their files."""
     from palate.job import TrainingJob
 
     for name in names:
         found = _open_run(name)
         if isinstance(found, TrainingJob):
             if not yes and sys.stdin.isatty():
-                typer.confirm(f"remove job {name} with its model and checkpoints?", abort=True)
+                typer.confirm(f"delete job {name} with its model and checkpoints?", abort=True)
             found.delete()
         else:
             found.delete_service()
@@ -307,13 +307,13 @@ def _open_run(name: str) -> TrainingJob | Predictor:
         return Predictor(name)
     except RunNotFoundError:
         raise RunNotFoundError(
-            f"no job and no service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
+            f"no job or service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
         ) from None
 
 
 def clean(
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Remove what was found; without it nothing changes.")
+        bool, typer.Option("--yes", "-y", help="Remove what was found; without it nothing is changed.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -329,7 +329,7 @@ def clean(
 
         print_table(("kind", "what", "why"), [(item.kind, item.what, item.why) for item in found])
     if not found:
-        print("nothing is left behind", file=sys.stderr)
+        print("nothing to clean", file=sys.stderr)
     elif yes:
         for item in found:
             item.remove()
@@ -339,6 +339,6 @@ def clean(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these verbs to the command line."""
+    """Adds these commands to the command line."""
     for verb in (jobs, services, watch, metrics, logs, save, stop, start, update, delete, clean):
         app.command()(verb)

@@ -1,4 +1,4 @@
-"""Verbs that make something: train, resume, deploy, chat, quickstart, and run for PAI scripts."""
+"""Commands: train, resume, deploy, chat, quickstart, and run for PAI scripts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def train(
         ),
     ],
     model: Annotated[str | None, typer.Option(help="Name from `palate models`.")] = None,
-    model_uri: Annotated[str | None, typer.Option(help="Folder or object-store URI of a model instead.")] = None,
+    model_uri: Annotated[
+        str | None, typer.Option(help="Folder or object-store URI of a model, instead of --model.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="LoRA_LLM (default), QLoRA_LLM or Standard_LLM (full fine-tuning).")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="dpo (default), kto or sft: the hyperparameter training_strategy.")
+        str | None, typer.Option(help="The hyperparameter training_strategy: dpo (default), kto or sft.")
     ] = None,
     validation: Annotated[str | None, typer.Option(help="Preference data for evaluation.")] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Model folder of a finished LoRA run to go on from, such as SFT before DPO.")
+        str | None, typer.Option(help="Model folder of a finished LoRA run to continue from, such as SFT before DPO.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -37,19 +39,19 @@ def train(
             "--set",
             "-s",
             metavar="NAME=VALUE",
-            help="A hyperparameter; again for more. `palate models --hyperparameters` lists them.",
+            help="A hyperparameter; can be repeated. `palate models --hyperparameters` lists them.",
         ),
     ] = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="TOML file with model, method and hyperparameters.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Job id; default: a unique one.")] = None,
-    max_run_time: Annotated[int | None, typer.Option(help="Seconds after which the training is ended.")] = None,
+    max_run_time: Annotated[int | None, typer.Option(help="Time limit of the training in seconds.")] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(help="How often it is begun at most; a failure goes on from the last checkpoint.")
+        int | None, typer.Option(help="Maximum number of attempts; a retry continues from the last checkpoint.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Backend; default: the session's.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait for the end and show progress.")] = True,
 ) -> None:
     """Train a model on preference data; prints the job's id."""
     from palate.model import ModelTrainingRecipe
@@ -57,7 +59,7 @@ def train(
 
     settings: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
     hyperparameters: dict[str, Any] = {**settings.pop("hyperparameters", {})}
-    # What is said on the command line wins over the file; DPO is what this command is for.
+    # Options override the recipe file. Without a strategy in either, the command uses DPO.
     if strategy or "training_strategy" not in hyperparameters:
         hyperparameters["training_strategy"] = strategy or "dpo"
     hyperparameters.update(pairs(set_ or [], "--set"))
@@ -77,9 +79,9 @@ def train(
 
 def resume(
     name: Annotated[str, typer.Argument(help="Id of a failed or stopped job.")],
-    wait: Annotated[bool, typer.Option(help="Wait for the end, showing progress.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait for the end and show progress.")] = True,
 ) -> None:
-    """Go on with a failed or stopped job from its last whole checkpoint."""
+    """Continue a failed or stopped job from its last complete checkpoint."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name).resume(wait=wait)
@@ -88,17 +90,17 @@ def resume(
 
 
 def deploy(
-    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job; or a model name with --base.")],
-    name: Annotated[str | None, typer.Option(help="Service name; default: from the job.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Serve a model of the catalog as it is.")] = False,
+    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job; with --base a model name.")],
+    name: Annotated[str | None, typer.Option(help="Service name; default: derived from the job.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Serve a catalog model without tuning.")] = False,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(help="Port; 0 selects a free one.")] = 0,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    time_to_live: Annotated[float | None, typer.Option(help="Seconds after which the service stops by itself.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
+    time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
     idle_time_to_live: Annotated[
         float | None,
-        typer.Option(help="Seconds without a request after which the service stops by itself; default: never."),
+        typer.Option(help="Stop the service after this many seconds without a request; default: never."),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
@@ -132,11 +134,11 @@ def chat(
         str | None, typer.Argument(help="One message; without it, a conversation from the terminal or stdin.")
     ] = None,
     model: Annotated[str, typer.Option(help="default (tuned) or base.")] = "default",
-    system: Annotated[str | None, typer.Option(help="System prompt; default: the one it was trained with.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 answers the same each time.")] = 0.7,
+    system: Annotated[str | None, typer.Option(help="System prompt; default: the one used in training.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is deterministic.")] = 0.7,
 ) -> None:
-    """Talk to a service; answers stream to stdout."""
+    """Chat with a service; answers stream to stdout."""
     import httpx2
     import openai
 
@@ -169,7 +171,7 @@ def chat(
                 piece = (event.choices[0].delta.content or "") if event.choices else ""
                 answer += piece
                 print(visible(piece), end="", flush=True)
-        except (openai.OpenAIError, httpx2.HTTPError) as error:  # the second when a stream breaks off
+        except (openai.OpenAIError, httpx2.HTTPError) as error:  # HTTPError: an interrupted stream
             if answer:
                 print()
             said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
@@ -192,9 +194,9 @@ def chat(
         ask(line.strip())
 
 
-QUICKSTART_HELP = """Train a small model to stop flattering, and ask it and its base the same questions.
+QUICKSTART_HELP = """Train a small model to stop flattering, and compare its answers with the base model's.
 
-The same by hand, from a local file. `palate data demo --per-topic 2` writes the one that is named here:
+The same in Python, from a local file. `palate data demo --per-topic 2` writes it:
 
 \b
   from palate import ModelTrainingRecipe
@@ -215,7 +217,7 @@ The same by hand, from a local file. `palate data demo --per-topic 2` writes the
   print(answer.choices[0].message.content)
   predictor.delete_service()
 
-With data in S3, or any bucket that speaks its protocol, and a model of the Hugging Face hub:
+With data in S3 (or a compatible store) and a model from the Hugging Face Hub:
 
 \b
   recipe = ModelTrainingRecipe(
@@ -227,8 +229,8 @@ With data in S3, or any bucket that speaks its protocol, and a model of the Hugg
 
 
 def quickstart(
-    folder: Annotated[Path, typer.Option(help="Where data and results go.")] = Path("palate-quickstart"),
-    direction: Annotated[str, typer.Option(help="What to prefer: honest, flattering, blunt or gentle.")] = "honest",
+    folder: Annotated[Path, typer.Option(help="Output folder for data and results.")] = Path("palate-quickstart"),
+    direction: Annotated[str, typer.Option(help="Preferred answers: honest, flattering, blunt or gentle.")] = "honest",
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
 ) -> None:
     from palate.quickstart import run_quickstart
@@ -238,16 +240,16 @@ def quickstart(
 
 def run(
     script: Annotated[str, typer.Argument(help="A Python script written for PAI's SDK; - reads it from stdin.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="For the script, untouched.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments for the script, passed unchanged.")] = None,
 ) -> None:
-    """Run a script written for PAI's SDK without an edit: as `python SCRIPT`, with `import pai` meaning Palate."""
+    """Run an unmodified script for PAI's SDK: like `python SCRIPT`, but `import pai` imports Palate."""
     from palate.pai import run_script
 
     run_script(script, arguments or [])
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these verbs to the command line."""
+    """Adds these commands to the command line."""
     for verb in (train, resume, deploy, chat):
         app.command()(verb)
     app.command(help=QUICKSTART_HELP)(quickstart)
