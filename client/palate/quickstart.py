@@ -1,4 +1,4 @@
-"""The main job on the demo data, start to end, through the public API alone: what a first user would write."""
+"""Trains and serves the demo data end to end through the public API, as a first user would."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from palate_recipes.specs.serve import EngineName
 
 MAX_TOKENS = 80
 PAIRS_PER_TOPIC = 2
-"""Half the demo's pairs, 68 of 34 topics, are enough for the small model; all 136 take twice the time."""
+"""Half of the demo's pairs (68 from 34 topics) are enough for the small model; all 136 take twice the time."""
 
 
 def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "auto") -> TrainingJob:
-    """Writes demo data, trains on it, serves the result, asks base and tuned model the same questions, and cleans up.
+    """Writes demo data, trains on it, serves the result, compares answers of base and tuned model, and cleans up.
 
     Args:
-        folder: Receives data and answers.
-        direction: What the data prefers (`palate_recipes.demo.DIRECTIONS`).
+        folder: Output folder for data and answers.
+        direction: Which answers are preferred (`palate_recipes.demo.DIRECTIONS`).
         engine: Serving engine: auto, vllm or transformers.
 
     Returns:
-        The job, which is kept.
+        The job, which is not deleted.
 
     Raises:
-        ConfigurationError: No demo direction or engine has that name.
+        ConfigurationError: Unknown direction or engine.
     """
     if engine not in get_args(EngineName):  # before the training, which takes minutes
-        raise ConfigurationError(f"engine is {engine!r}: choose one of {', '.join(get_args(EngineName))}")
+        raise ConfigurationError(f"engine={engine!r} is unknown: choose one of {', '.join(get_args(EngineName))}")
     begun = time.monotonic()
 
     def step(text: str) -> None:
@@ -68,7 +68,7 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
             reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS)
             return _whole_sentences((reply.choices[0].message.content or "").strip())
 
-        with ThreadPoolExecutor() as pool:  # all at once: the engine answers them as one batch
+        with ThreadPoolExecutor() as pool:  # in parallel, so that the engine answers them as one batch
             asked = [
                 (question, pool.submit(ask, question, "base"), pool.submit(ask, question, "default"))
                 for question in demo_questions()
@@ -79,10 +79,10 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
     stands = {name: sum(disagrees(answer[name]) for answer in answers) for name in ("base", "default")}
     print(
         f"\ndisagree with the claim: base {stands['base']} of {len(answers)}, tuned {stands['default']} of {len(answers)}"
-        " (greedy answers, topics that no training pair touches)"
+        " (greedy decoding, topics that are not in the training data)"
     )
     (folder / "answers.json").write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    step("the service is deleted; what stays:")
+    step("the service is deleted; results:")
     for name, value in (
         ("adapter", job.output_path("model")),
         ("job", job.id),
@@ -95,7 +95,7 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
 
 
 def _whole_sentences(answer: str) -> str:
-    """Returns the answer up to its last sentence end: the token limit may have cut it within a sentence."""
+    """Returns the answer up to the last end of a sentence, because the token limit may cut one."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)", answer)]
     return answer[: ends[-1]] if ends else answer
 

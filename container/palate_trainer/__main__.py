@@ -1,4 +1,4 @@
-"""`python -m palate_trainer SPEC.json`: reads the task, runs it in one process or several, exits with its code."""
+"""`python -m palate_trainer SPEC.json`: reads the task, trains in one or several processes, returns the exit code."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m palate_trainer", description="Runs one training spec.")
     parser.add_argument("spec", type=Path, help="a TrainTask as JSON")
     path = parser.parse_args(argv).spec
-    # Until the run has its own: a stop before it has the same exit code as any.
+    # The run installs its own handler later. A stop before that must return the same exit code.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     die_with_launcher()
     try:
         task = TrainTask.read(path)
     except (OSError, ValueError) as error:
-        print(f"{path} is no train spec: {error}", file=sys.stderr)
+        print(f"{path} is not a valid train task: {error}", file=sys.stderr)
         return EXIT_FAILED
     from palate_trainer.train import run, write_error
 

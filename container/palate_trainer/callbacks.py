@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, plain progress lines, the marks of whole checkpoints, and the stop on SIGTERM.
+"""A run's output while it trains: metrics.jsonl, progress lines, checkpoint markers, and the stop on SIGTERM.
 
 Knows transformers' callbacks and one output folder, no model.
 """
@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from palate_recipes.specs.diagnose import DivergenceWatch, read_run
+from palate_recipes.specs.diagnose import read_run
+from palate_recipes.specs.divergence import DivergenceWatch
 from palate_recipes.specs.events import progress_line
 from palate_recipes.specs.train import COMPLETE_MARK, METRICS_FILE
 from palate_trainer.checkpoint_marker import mark_complete
@@ -24,20 +25,20 @@ from palate_trainer.distributed import any_process, is_main, sum_over_processes,
 from palate_trainer.throughput import StartupTimes, Throughput, peak_memory_gb
 
 _NOT_SCALARS = ("step", "total_steps", "seconds", "kind")
-"""Values that TensorBoard has on its axes already."""
+"""Values that TensorBoard shows on its axes already."""
 
 
 def log(line: str) -> None:
-    """One progress line on stdout, at once; of several processes the first one speaks."""
+    """Prints a progress line on stdout, unbuffered. Only rank 0 prints."""
     if is_main():
         print(line, flush=True)
 
 
 class Metrics:
-    """Appends events to metrics.jsonl: `start`, `train`, `eval`, `end`, one JSON object a line; and reads them back.
+    """Appends events (`start`, `train`, `eval`, `end`) to metrics.jsonl, one JSON object per line, and reads them back.
 
-    Of several processes the first alone writes. Events of a later attempt carry its number: a runner that was given up for lost
-    may push its last ones after those of the next attempt.
+    Only rank 0 writes. Events of a later attempt have its number: a runner that was considered lost may still push its last events
+    after those of the next attempt.
     """
 
     def __init__(self, output_dir: Path, *, attempt: int = 1) -> None:
@@ -47,25 +48,25 @@ class Metrics:
     def write(self, kind: str, values: dict[str, Any]) -> None:
         if not is_main():
             return
-        # A reader may stop at any line: each is written whole, by one call. NaN is no JSON, so it becomes null.
+        # One write call per line, so that a reader never sees half a line. JSON has no NaN, so it becomes null.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **self._mark, **_without_nan(values)}, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Every event so far, those of an earlier process that was resumed included."""
+        """All events so far, including those before a resume."""
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
 class StopRequested(BaseException):
-    """There is no step to finish: SIGTERM came elsewhere, or all are done. Not an Exception, so no library swallows it."""
+    """A stop outside of a step: SIGTERM between steps, or no step is left. A BaseException, so that no library catches it."""
 
 
 class StopSignal:
-    """Remembers SIGTERM while it is `deferred`, and raises StopRequested at once while it is not.
+    """Handles SIGTERM: records it while `deferred`, otherwise raises StopRequested at once.
 
     Attributes:
-        requested: It came to this process.
-        agreed: Every process of the training knows of it: what they do about it, they do in the same step.
+        requested: This process received SIGTERM.
+        agreed: All processes know of the stop, so all act on it in the same step.
     """
 
     def __init__(self) -> None:
@@ -79,18 +80,18 @@ class StopSignal:
         if first and not self.deferred:
             raise StopRequested
         if first:
-            log("stop requested: finishing what is under way")
+            log("stop requested: finishing the current step")
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes events and lines as transformers reports them, and turns a stop request into a last checkpoint.
+    """Writes events and log lines, and turns a stop request into a last checkpoint.
 
     Args:
-        metrics: Where events go.
-        stop: Whether SIGTERM came.
-        rows: Rows of one epoch, of all processes.
-        startup: Clock of the stages before the first step.
-        start_event: What `start` says besides steps and seconds.
+        metrics: Where events are written.
+        stop: The SIGTERM state.
+        rows: Rows per epoch over all processes.
+        startup: Timer of the stages before the first step.
+        start_event: Fields of the `start` event besides steps and seconds.
     """
 
     def __init__(
@@ -108,12 +109,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._epoch_mark = 0.0
 
     def attach(self, trainer: Any) -> None:
-        """Takes the trainer whose steps these are, and its printer of raw dicts out."""
+        """Connects to the trainer, and removes its callback that prints raw dicts."""
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         tensorboard = trainer.pop_callback(TensorBoardCallback)
         if tensorboard is not None:
-            trainer.add_callback(tensorboard)  # after this one, so that it writes what this one adds to the logs
+            trainer.add_callback(tensorboard)  # must run after this callback, to write the values that it adds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop.deferred = True
@@ -137,10 +138,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step:
             log(f"resumed after step {state.global_step}")
         if state.global_step >= state.max_steps:
-            raise StopRequested  # resumed from the last step's checkpoint: transformers would take a step too many
+            raise StopRequested  # resumed after the last step: transformers would run one step too many
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # accelerate's wrappers do not always pass the epoch on to a sampler, and a resumed run depends on it
+        # accelerate's wrappers do not always pass the epoch on to the sampler, and the row order of a resumed run needs it.
         self.trainer.order.set_epoch(int(state.epoch or 0))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,13 +154,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.step_losses.append(loss / args.world_size)
         self.trainer.step_loss = 0.0
         if state.global_step >= state.max_steps:
-            control.should_log = True  # or the steps after the last full window would never be seen
+            control.should_log = True  # otherwise the steps after the last full window are never logged
         return self._maybe_stop(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.stop.agreed:
             control.should_evaluate = False
-            control.should_save = False  # the step's own save has done it
+            control.should_save = False  # on_step_end has already requested it
         return control
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -168,9 +169,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             raise StopRequested
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shared = {} if logs is None else logs  # what the callbacks after this one see
+        shared = {} if logs is None else logs  # later callbacks see changes to this dict
         logs = dict(shared)
-        if "train_runtime" in logs:  # transformers' own summary; the `end` event says it in Palate's names
+        if "train_runtime" in logs:  # transformers' summary; the `end` event replaces it
             return
         kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
         values: dict[str, Any] = {
@@ -200,7 +201,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        wait_for_all()  # each writes the state of its own random numbers
+        wait_for_all()  # every process writes its own random state, and the marker must be last
         if is_main():
             mark_complete(folder)
         self._pace.checkpoint()
@@ -208,11 +209,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def all_steps_done(self) -> bool:
-        """Whether the last planned step has been taken."""
+        """Whether the last planned step is done."""
         return bool(self.trainer.state.global_step >= self.trainer.state.max_steps)
 
     def checkpoint_now(self) -> None:
-        """Writes a whole checkpoint of the last finished step, unless it is there or training is over."""
+        """Writes a checkpoint of the last finished step, unless it exists or training is over."""
         trainer = self.trainer
         if (
             not self.all_steps_done
@@ -222,7 +223,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.on_save(trainer.args, trainer.state, trainer.control)
 
     def finish(self, *, seconds: float) -> dict[str, Any]:
-        """Writes the `end` event, with the reading of the whole run, and returns it.
+        """Writes the `end` event with the reading of the run, and returns it.
 
         Args:
             seconds: Wall time of the whole run.
@@ -248,7 +249,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         return event
 
     def _to_come(self, args: Any, state: Any) -> dict[str, int]:
-        """What is left to do after the step that is being logged; its own evaluation and checkpoint are to come."""
+        """Counts the remaining work. The evaluation and checkpoint of the step being logged are still to come."""
         step, total = state.global_step, state.max_steps
         evaluations = 0
         if args.eval_strategy == "epoch":
@@ -275,7 +276,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _multiples(first: int, last: int, every: int) -> int:
-    """Steps from `first` to `last` at which something happens: the multiples of `every`, and the last one."""
+    """Counts the steps from `first` to `last` that are a multiple of `every` or the last one."""
     return last // every - (first - 1) // every + (last % every != 0)
 
 

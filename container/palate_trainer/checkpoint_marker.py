@@ -1,4 +1,4 @@
-"""The mark of a whole checkpoint: what it holds, and whether that is still so. Knows folders, no training."""
+"""Marks a checkpoint as complete, and checks that it still is. Knows folders, no training."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from palate_recipes.specs.train import COMPLETE_MARK
 
 
 def mark_complete(folder: Path) -> None:
-    """Writes the mark, last: every file that is there, with its size in bytes."""
+    """Writes the marker: the name and size in bytes of every file. Call it after the last file is written."""
     (folder / COMPLETE_MARK).write_text(json.dumps(_sizes(folder)) + "\n", encoding="utf-8")
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the mark is there, and every file that it lists has its size.
+    """Whether the marker exists and every file in it has the recorded size.
 
-    Who copies a folder while it grows (a platform that syncs checkpoints) may bring the mark and not yet what it promises.
+    A platform that syncs a checkpoint while it is being written may copy the marker before the files that it lists.
     """
     try:
         text = (folder / COMPLETE_MARK).read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
     try:
-        listed = json.loads(text or "{}")  # an empty one is the runner's, which compares digests instead
+        listed = json.loads(text or "{}")  # the runner's marker is empty: the runner compares digests instead
     except ValueError:
         return False
     there = _sizes(folder)
@@ -31,7 +31,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def last_whole(checkpoints: Path) -> Path | None:
-    """Returns the newest whole `checkpoint-N` of a folder, or None."""
+    """Returns the newest complete `checkpoint-N` in a folder, or None."""
     found = (folder for folder in checkpoints.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit())
     newest_first = sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
     return next(filter(is_whole, newest_first), None)

@@ -1,6 +1,6 @@
-"""Turns a GGUF file into an ordinary model folder: `python -m palate_trainer.convert_gguf FILE OUT_DIR`.
+"""Converts a GGUF file to a Hugging Face model folder: `python -m palate_trainer.convert_gguf FILE OUT_DIR`.
 
-Knows one file and one folder. The folder appears whole or not at all, so that two processes may convert at once.
+Knows one file and one folder. The folder appears complete or not at all, so two processes can convert at once.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from palate_trainer.env import prepare_environment
 def convert(gguf_file: Path, out_dir: Path) -> None:
     """Writes config, weights (bfloat16), tokenizer and chat template of `gguf_file` to the new folder `out_dir`.
 
-    An existing `out_dir` with a config.json counts as done and is left alone.
+    An existing `out_dir` with a config.json counts as done and is not changed.
 
     Raises:
-        ConversionError: The file is missing or not GGUF, `out_dir` is taken, or the architecture is unknown.
+        ConversionError: The file is missing or not GGUF, `out_dir` is something else, or the architecture is unknown.
     """
     if (out_dir / "config.json").is_file():
         return
     if out_dir.exists():
-        raise ConversionError(f"{out_dir} exists and is no model folder. Remove it or name another folder.")
+        raise ConversionError(f"{out_dir} exists and is not a model folder. Remove it or choose another out_dir.")
     if not gguf_file.is_file():
-        raise ConversionError(f"{gguf_file}: no such file.")
+        raise ConversionError(f"gguf_file {gguf_file} does not exist.")
     with gguf_file.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ConversionError(f"{gguf_file} is not a GGUF file.")
@@ -39,7 +39,7 @@ def convert(gguf_file: Path, out_dir: Path) -> None:
         draft.chmod(0o755)
         draft.rename(out_dir)
     except OSError:
-        # Another process may have finished the same conversion first: its folder is as good as ours.
+        # Another process may have finished the same conversion first: its folder is the same as ours.
         if not (out_dir / "config.json").is_file():
             raise
     finally:

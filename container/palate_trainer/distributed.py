@@ -1,6 +1,6 @@
-"""The processes of one training: which one this is, its share of the batches, and what all of them agree on.
+"""The processes of one training: ranks, shares of the batches, and collective operations.
 
-Knows torch.distributed and batch samplers, no trainer and no files. Torch is imported only where a function needs it.
+Knows torch.distributed and batch samplers, no trainer and no files. Torch is imported only in functions that need it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MEETING = "PALATE_MEETING_FILE"
-"""Environment variable in which the launcher names the file by which its workers find each other."""
+"""Environment variable: the rendezvous file through which the launcher's workers find each other."""
 
 
 def rank() -> int:
-    """This process among all of the training, from 0; the launcher says it in the environment."""
+    """The global rank of this process, from 0, as the launcher sets it in the environment."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes of this training; 1 without a launcher."""
+    """The number of processes of this training; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -33,17 +33,17 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """The index of this process on its machine, which is that of its GPU."""
+    """The rank of this process on its machine, which is also its GPU index."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def join_group(*, sharded: bool) -> None:
-    """Makes this worker one of its launcher's group, over a file: torch's own way is a TCP port open to every machine.
+    """Joins the launcher's process group through a file. torch's default is a TCP port that any machine can reach.
 
-    Does nothing in a process alone, or under another launcher. Collective.
+    Does nothing in a single process or under another launcher. Collective.
 
     Args:
-        sharded: Whether weights are split over the processes: then what is on the CPU is exchanged as well.
+        sharded: Whether weights are sharded. Then tensors on the CPU are exchanged too.
     """
     meeting = os.environ.get(MEETING)
     if meeting is None or world_size() == 1:
@@ -64,21 +64,21 @@ def join_group(*, sharded: bool) -> None:
 def _control_group() -> Any:
     import torch.distributed as dist
 
-    # Over gloo also beside NCCL: what is agreed on lies on the CPU, and no GPU has to finish its queue for it. A process
-    # that is lost ends the others through the launcher, so waiting for a slow one (who saves) needs no short limit.
+    # gloo even with NCCL: these values are on the CPU, and an NCCL operation would wait for the GPU's queue. The long timeout
+    # is safe, because the launcher ends all processes if one dies. Waiting for one that saves can take long.
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true on one process at least; the same answer on all. Collective."""
+    """Whether `flag` is true on any process. All get the same answer. Collective."""
     return sum_over_processes([float(flag)])[0] > 0
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:
-    """The sums of a row of numbers, one row a process. Collective.
+    """Element-wise sums over all processes. Collective.
 
     Args:
-        values: As many numbers on every process.
+        values: The same number of values on every process.
     """
     if world_size() == 1:
         return list(values)
@@ -91,10 +91,10 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
 
 
 def gather_rows(mine: T) -> list[T]:
-    """What every process hands in, in the order of their ranks; the same list on all. Collective.
+    """Gathers one object per process in rank order, on all processes. Collective.
 
     Args:
-        mine: Anything that pickles and is small: row numbers with their log-probabilities, metrics.
+        mine: A small picklable object, such as row numbers with their log-probabilities, or metrics.
     """
     if world_size() == 1:
         return [mine]
@@ -106,7 +106,7 @@ def gather_rows(mine: T) -> list[T]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here. Collective."""
+    """A barrier. Collective."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -114,10 +114,10 @@ def wait_for_all() -> None:
 
 
 def share_of_rank(batches: Sequence[T]) -> list[T]:
-    """The batches that fall to this process, dealt in turn; as many on every process.
+    """This process's batches, dealt round-robin, the same number on every process.
 
-    What is missing to a whole round is filled with the last batch again: processes that share one model's weights must
-    take the same number of forward passes. So results have to be gathered by row, not counted.
+    The last round is filled up with copies of the last batch, because processes that share a sharded model must run the same
+    number of forward passes. So gather results by row and do not count them.
     """
     processes = world_size()
     missing = -len(batches) % processes
@@ -126,21 +126,21 @@ def share_of_rank(batches: Sequence[T]) -> list[T]:
 
 
 class Rounds:
-    """The batches of one epoch, filled up to whole rounds: in a round every process takes one batch.
+    """The batches of one epoch in full rounds: in each round every process takes one batch.
 
-    N processes are then one process with N times the accumulation, to the last step of an epoch. There batches may be
-    missing to a whole round: the processes without one take a stand-in, a row seen before with weight 0, and the
-    batches that are there weigh more, so that each counts as it would in one process. (accelerate's own filling trains
-    rows of the epoch's beginning twice.)
+    Invariant: N processes train like one process with N times the accumulation, up to the last step of an epoch. In an
+    incomplete last round, the processes without a batch take a stand-in, one earlier row with weight 0, and the real batches
+    get a higher weight, so that each counts as it would in one process. (accelerate instead repeats rows from the start of the
+    epoch, which trains them twice.)
 
-    A step's loss is the mean over its rows, however they were cut into batches: the epoch's last batch, which may be
-    short, weighs as much as it has rows.
+    A step's loss is the mean over its rows, regardless of how they are batched. The epoch's last batch may be short and is
+    weighted by its number of rows.
 
     Args:
-        batches: A batch sampler; each batch is a list of row numbers. The same on every process.
-        processes: How many take part.
-        accumulation: Rounds of one optimizer step.
-        last: Rows of the last batch, as a share of the others'.
+        batches: A batch sampler that yields lists of row numbers. The same on every process.
+        processes: Number of processes.
+        accumulation: Rounds per optimizer step.
+        last: Size of the last batch as a share of the others' size.
     """
 
     def __init__(self, batches: Any, processes: int, accumulation: int = 1, *, last: float = 1.0) -> None:
@@ -172,7 +172,7 @@ class Rounds:
         return -(-self.rounds // self.accumulation)
 
     def weight(self, step: int, micro: int, process: int) -> float:
-        """What the batch of `process` counts in its step: 1, more where others are missing or short, 0 for a stand-in.
+        """The weight of `process`'s batch in its step: 1, more if others are missing or short, 0 for a stand-in.
 
         Args:
             step: Optimizer step, from 0, over all epochs.

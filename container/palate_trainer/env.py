@@ -1,4 +1,4 @@
-"""What must be set in the process before the ML libraries are imported, and what their import leaves out."""
+"""Prepares the process before the ML libraries are imported: environment, threads, modules that imports can skip."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _QUIET_AND_OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "true",  # said outright: left open, a fork later on would print a warning
+    "TOKENIZERS_PARALLELISM": "true",  # explicit, because an unset value prints a warning after a fork
     "TQDM_DISABLE": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "BITSANDBYTES_NOWELCOME": "1",
 }
-"""A program that sees only files needs no hub; bars and notices would bury its own lines."""
+"""The trainer reads files only, so it never needs the Hub. Progress bars and notices would hide its own log lines."""
 
 
 def prepare_environment() -> None:
-    """Offline and quiet. Call before importing torch or transformers."""
+    """Makes libraries offline and quiet. Call it before importing torch or transformers."""
     os.environ.update(_QUIET_AND_OFFLINE)
-    # Threads that spin at a barrier stall each other as soon as another process wants a core: seen 3 to 4 times slower.
+    # Threads that spin at a barrier stall each other when another process needs a core: measured 3 to 4 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -41,19 +41,19 @@ def prepare_environment() -> None:
 
 
 def keep_one_gpu() -> None:
-    """Hides all GPUs but the first from a process that has no launcher: TRL refuses several in one process.
+    """Hides all GPUs but the first if there is no launcher: TRL does not support several GPUs in one process.
 
-    Call before CUDA is first used; a launcher's worker sees all, and takes the one of its local rank.
+    Call it before CUDA is first used. A launcher's worker sees all GPUs and uses that of its local rank.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def use_available_cores() -> int:
-    """Gives torch as many threads as this process may run on, and returns that number.
+    """Sets torch's thread count to the cores that this process may use, and returns it.
 
-    torch counts the machine's cores; in a container with a CPU quota that makes threads wait for each other.
-    An OMP_NUM_THREADS in the environment wins.
+    torch counts the machine's cores. Under a container's CPU quota that is too many, and threads wait for each other.
+    OMP_NUM_THREADS in the environment takes precedence.
     """
     import torch
 
@@ -64,7 +64,7 @@ def use_available_cores() -> int:
 
 
 def _quota_cores() -> int | None:
-    """Cores that the control group (v2) allows, rounded up, or None without a limit."""
+    """CPU quota of the cgroup (v2) in cores, rounded up, or None if there is no limit."""
     limit = Path("/sys/fs/cgroup/cpu.max")
     if not limit.is_file():
         return None
@@ -73,18 +73,17 @@ def _quota_cores() -> int | None:
 
 
 _NEVER_USED = ("boto3", "botocore", "sklearn", "tensorflow")
-"""Imported where a library finds it installed, for what no run does: accelerate's and TensorBoard's dealings with AWS,
-transformers' assisted generation, and files on TensorFlow's terms, which TensorBoard also writes without."""
+"""Libraries import these if they are installed, for features that no run uses: AWS support in accelerate and TensorBoard,
+assisted generation in transformers, TensorFlow's file layer in TensorBoard (which has its own)."""
 
 
 @contextmanager
 def lean_imports(task: TrainTask) -> Iterator[None]:
-    """Within it, the ML libraries are imported without what `task` has no use for, and without the garbage collector.
+    """Imports inside this context skip modules that `task` does not need, and run without the garbage collector.
 
-    For a process that does nothing but this run: what is left out stays out until it ends, because the libraries look once
-    for what is installed. Together that is 30% of the processor time of a run of one step. The collector would go
-    through all that was imported so far, over and over, and find nothing to free; what stands here at the end it never
-    looks at again.
+    Only for a process that does nothing but this run: libraries check once what is installed, so a skipped module stays
+    skipped. This saves 30% of the CPU time of a one-step run. The collector would repeatedly scan the imported modules and
+    find nothing to free. They are frozen at the end, so later collections skip them.
     """
     gc.disable()
     try:
@@ -93,10 +92,10 @@ def lean_imports(task: TrainTask) -> Iterator[None]:
         import torch
 
         if torch.accelerator.is_available():
-            # Before the process ends, or the objects of Triton that no collection has seen are reported as leaks.
+            # Without this, Triton reports its frozen objects as leaks at exit.
             atexit.register(gc.unfreeze)
         else:
-            _leave_out("triton")  # compiles for GPUs alone
+            _leave_out("triton")  # compiles for GPUs only
         yield
     finally:
         gc.freeze()
@@ -104,12 +103,12 @@ def lean_imports(task: TrainTask) -> Iterator[None]:
 
 
 def _leave_out(name: str) -> None:
-    """Makes every further import of `name` fail, as if it were not installed (Python reference, 5.3.1)."""
+    """Makes later imports of `name` fail as if it were not installed (Python reference, 5.3.1)."""
     sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _quantised(task: TrainTask) -> bool:
-    """Whether the weights become quantised, or are so on disk already."""
+    """Whether the weights are quantised on loading or on disk."""
     config = Path(task.files.model_dir) / "config.json"
     return (
         task.spec.hyperparameters.load_in_4bit

@@ -1,6 +1,6 @@
-"""Starts one worker process a GPU through torch's own launcher, and gives their end as one exit code.
+"""Starts one worker process per GPU with torch's launcher, and returns one exit code for all.
 
-Knows processes, signals and exit codes, no training: every worker is this same program on the same spec.
+Knows processes, signals and exit codes, no training: every worker runs this same program on the same spec.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from palate_trainer.env import prepare_environment
 from palate_trainer.failures import explain_signal
 
 _STOP_GRACE_S = 110
-"""Time of the workers to finish their step and write a checkpoint; below what the runner grants this process."""
+"""Time for workers to finish their step and write a checkpoint. Must be shorter than the runner's grace for this process."""
 
 _SAME_MOMENT_S = 5
-"""A worker that is killed takes the others' connections with it: their errors come seconds later, and are not the cause."""
+"""A killed worker breaks the others' connections. Their errors follow within seconds and are not the cause."""
 
 _LAUNCHER = "PALATE_LAUNCHER_PID"
 
 
 def is_worker() -> bool:
-    """Whether a launcher (this one, torchrun, `accelerate launch`) has started this process."""
+    """Whether a launcher (this one, torchrun, `accelerate launch`) started this process."""
     return "LOCAL_RANK" in os.environ
 
 
 def process_count(task: TrainTask) -> int:
-    """How many processes `task` asks for on this machine.
+    """The number of processes that `task` needs on this machine.
 
     Raises:
-        TrainerError: More than the visible GPUs.
+        TrainerError: It is higher than the number of visible GPUs.
     """
     if task.files.processes == 1:
         return 1
     gpus = visible_gpus()
     if gpus and task.files.processes > gpus:
         raise TrainerError(
-            f"processes={task.files.processes}, but {gpus} GPUs are visible: a process needs one of its own."
-            " Ask for fewer, or make more visible in CUDA_VISIBLE_DEVICES; 0 takes all there are."
+            f"processes={task.files.processes}, but only {gpus} GPUs are visible, and each process needs its own."
+            " Set processes to a lower value or to 0 (all visible GPUs), or make more visible in CUDA_VISIBLE_DEVICES."
         )
     return task.files.processes or max(1, gpus)
 
 
 def visible_gpus() -> int:
-    """CUDA devices that this process may use. Torch counts them, and is imported only where there is a device at all."""
+    """The number of CUDA devices that this process may use. Imports torch only if the machine has an NVIDIA device."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} or not any(Path("/dev").glob("nvidia*")):
         return 0
     prepare_environment()
@@ -71,22 +71,22 @@ def visible_gpus() -> int:
 
 
 def launch(spec_file: Path, task: TrainTask, processes: int) -> int:
-    """Runs `processes` workers to their end; a second time TRL's own way where the fast path failed in the first step.
+    """Runs `processes` workers to completion. If the fast path fails in the first step, runs them again without it.
 
     Args:
-        spec_file: What each of them reads.
-        task: The same, read.
-        processes: Workers, each with a GPU of its own, or on the processor.
+        spec_file: The spec file that each worker reads.
+        task: Its content.
+        processes: Number of workers, each with its own GPU, or all on the CPU.
 
     Returns:
-        0 when all ended well; EXIT_STOPPED after a SIGTERM, with the workers ended; EXIT_FAILED with error.txt written.
+        0 if all succeeded; EXIT_STOPPED after a SIGTERM, when all workers have ended; EXIT_FAILED with error.txt written.
     """
     prepare_environment()
-    import torch.distributed.launcher.api  # noqa: F401  # makes the loggers below
+    import torch.distributed.launcher.api  # noqa: F401  # creates the loggers below
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # its account of a failure would bury the worker's own
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # its failure report would hide the worker's own error
     output = Path(task.files.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for left in (ERROR_FILE, FAST_PATH_FAILED_FILE):
@@ -94,11 +94,11 @@ def launch(spec_file: Path, task: TrainTask, processes: int) -> int:
     before = _identity(output / MODEL_DIR)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # One machine: nothing of it listens to others, and its host name need not resolve.
+    # All workers are on this machine: accept no connections from others, and do not require a resolvable host name.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", _loopback())
     os.environ[_LAUNCHER] = str(os.getpid())
-    # Private to this user, and in the work folder, which goes even where this process is killed.
+    # Private to this user. In the work folder, because that is removed even if this process is killed.
     with tempfile.TemporaryDirectory(prefix=".meeting-", dir=output) as meeting:
         code = _launch_once(spec_file, output, processes, before, meeting)
     cause = output / FAST_PATH_FAILED_FILE
@@ -107,8 +107,8 @@ def launch(spec_file: Path, task: TrainTask, processes: int) -> int:
     said = cause.read_text(encoding="utf-8")
     cause.unlink()
     print(
-        "WARNING: the fast path failed before the first step was done, and the run begins anew TRL's own way: the same losses,"
-        f" more time. {said}",
+        "WARNING: the fast path failed in the first step. The run starts again without it: same losses, more time."
+        f" {said}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix=".spec-", dir=output) as folder:
@@ -125,14 +125,14 @@ def _launch_once(spec_file: Path, output: Path, processes: int, before: tuple[in
     """See `launch`.
 
     Args:
-        before: Identity of the model folder that was there before.
-        meeting: A folder of this user alone, for the file by which the workers find each other.
+        before: Identity of the model folder before the launch.
+        meeting: A folder private to this user, for the rendezvous files.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # torch's TCP stores listen on every interface, and whoever reaches one may write there what is unpickled here.
+    # torch's TCP store listens on all interfaces and unpickles what it receives, so anyone who reaches it could run code.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[MEETING] = str(Path(meeting) / "workers")
     config = LaunchConfig(
@@ -145,14 +145,14 @@ def _launch_once(spec_file: Path, output: Path, processes: int, before: tuple[in
         rdzv_configs={"store_type": "file"},
         local_addr="localhost",
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers write to this process's own output
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # workers inherit this process's stdout and stderr
         shutdown_timeout=_STOP_GRACE_S,
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-P", "-m", "palate_trainer", str(spec_file))
     except SignalException:
         finished = _identity(output / MODEL_DIR)
-        # A stop that came after the last step: the model was saved all the same.
+        # A stop after the last step: the model was saved, so the run succeeded.
         return 0 if finished and finished != before else EXIT_STOPPED
     except ChildFailedError as error:
         return _failed(output, error.failures, processes)
@@ -160,19 +160,19 @@ def _launch_once(spec_file: Path, output: Path, processes: int, before: tuple[in
 
 
 def die_with_launcher() -> None:
-    """Ties a worker's life to the launcher's: killed, it could stop nobody, and workers lead sessions of their own."""
+    """Makes the kernel kill this worker if the launcher dies. Workers have their own sessions, so nothing else would."""
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or sys.platform != "linux":
         return
     die_with_parent()
-    if os.getppid() != int(launcher):  # it went before the line above
+    if os.getppid() != int(launcher):  # the launcher died before prctl took effect
         os._exit(EXIT_FAILED)
 
 
 def leave(code: int) -> int:
-    """Ends a worker's part in the group; with a bad `code` it does not return.
+    """Leaves the process group. Exits the process at once if `code` is not 0.
 
-    A worker that failed is out of step with the others, and to take leave in order would be to wait for them.
+    An orderly shutdown waits for all workers, and a failed one is out of step with the others: it would hang.
     """
     if world_size() > 1:
         import torch.distributed as dist
@@ -203,16 +203,18 @@ def _failed(output: Path, failures: dict[int, Any], processes: int) -> int:
     if killed:
         rank, number = killed
         message = f"Process {rank + 1} of {processes} was {explain_signal(number)}"
-        (output / ERROR_FILE).unlink(missing_ok=True)  # at most the others' loss of their connection to it
+        (output / ERROR_FILE).unlink(missing_ok=True)  # can only hold another worker's lost connection
         print(message, file=sys.stderr, flush=True)
         write_error(output, message)
     elif not (output / ERROR_FILE).exists():
-        write_error(output, f"A process of {processes} ended with exit code {first.exitcode}; its last lines say more.")
+        write_error(
+            output, f"One of {processes} processes exited with code {first.exitcode}. See the last lines of the log."
+        )
     return EXIT_FAILED
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one of the same name, or None where there is none."""
+    """Distinguishes a folder from a later one at the same path; None if it does not exist."""
     if not folder.is_dir():
         return None
     facts = folder.stat()

@@ -1,4 +1,4 @@
-"""The base model from a folder, and the adapter's shape. Knows transformers and PEFT, no data and no training loop."""
+"""Loads the base model and the adapter from folders. Knows transformers and PEFT, no data and no training loop."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def check_model_dir(task: TrainTask) -> None:
-    """Raises TrainerError when the folder lacks what a model needs, or the settings cannot go together."""
+    """Raises TrainerError if the model folder is incomplete or settings contradict each other."""
     folder = Path(task.files.model_dir)
     if not folder.is_dir():
-        raise TrainerError(f"{folder}: no such model folder. Name a folder with config.json, weights and tokenizer.")
+        raise TrainerError(
+            f"Model folder {folder} does not exist. Give a folder with config.json, weights and tokenizer."
+        )
     if not (folder / "config.json").is_file():
-        raise TrainerError(f"{folder} has no config.json, so it is no model folder.")
+        raise TrainerError(f"{folder} is not a model folder: it has no config.json.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise TrainerError(
             f"{folder} has no weights (*.safetensors). The download may be incomplete: fetch the model again."
@@ -39,22 +41,22 @@ def check_model_dir(task: TrainTask) -> None:
         raise TrainerError("load_in_4bit and load_in_8bit are both true. Choose one.")
     if (four or eight) and not task.spec.trains_adapter:
         raise TrainerError(
-            "Quantised weights cannot be trained. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
+            "Quantised weights cannot be trained directly. Set load_in_4bit=false and load_in_8bit=false, or use QLoRA_LLM."
         )
     if (four or eight) and is_sharded(task):
         raise TrainerError(
-            "fsdp=full_shard cannot split quantised weights. Set load_in_4bit=false and load_in_8bit=false, or fsdp=off."
+            "fsdp=full_shard does not support quantised weights. Set load_in_4bit=false and load_in_8bit=false, or fsdp=off."
         )
     if task.files.adapter_dir is not None:
         _check_adapter(task, Path(task.files.adapter_dir))
     if task.spec.precision == "float16" and not torch.cuda.is_available():
-        raise TrainerError("precision float16 needs a GPU: on a CPU use float32, or bfloat16 where the CPU has it.")
+        raise TrainerError("precision float16 needs a GPU. On a CPU use float32, or bfloat16 if the CPU supports it.")
 
 
 def check_target_modules(task: TrainTask) -> None:
-    """Raises TrainerError when a name in `target_modules` fits no layer that can carry an adapter.
+    """Raises TrainerError if a name in `target_modules` matches no layer that can have an adapter.
 
-    The model is built from its config alone, without weights.
+    Builds the model from its config only, without weights.
     """
     targets = task.spec.hyperparameters.target_modules
     if not task.spec.trains_adapter or task.files.adapter_dir is not None or isinstance(targets, str):
@@ -69,21 +71,21 @@ def check_target_modules(task: TrainTask) -> None:
         reason = why_not_served(target)
         if not fitting:
             near = get_close_matches(target, known, n=2, cutoff=0.5)
-            reason = "fits no layer of this model" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            reason = "matches no layer of this model" + (f"; did you mean {' or '.join(near)}?" if near else "")
         elif not any(isinstance(module, torch.nn.Linear | Conv1D) for module in fitting):
-            reason = f"is no linear layer but {type(fitting[0]).__name__}, which takes no adapter that can be served"
+            reason = f"is a {type(fitting[0]).__name__}, not a linear layer: engines cannot serve adapters on it"
         if reason is not None:
             raise TrainerError(
                 f"target_modules: {target} {reason.rstrip('.')}{'' if reason.endswith('?') else '.'}"
-                f" Layers that can carry an adapter here: {', '.join(known)}; or all-linear for all of them."
+                f" Layers that can have an adapter: {', '.join(known)}; all-linear selects all of them."
             )
 
 
 def load_model(task: TrainTask) -> Any:
-    """The base model as a causal language model, quantised when the hyperparameters ask for it.
+    """Loads the base as a causal language model, quantised if the hyperparameters say so.
 
-    A frozen base is loaded in `precision`. Weights that are trained themselves stay float32: an update of a 16-bit
-    weight is mostly rounded away; arithmetic still runs in `precision`.
+    A frozen base is loaded in `precision`. In full fine-tuning the weights stay float32, because most updates of a 16-bit
+    weight would be rounded away. Arithmetic still runs in `precision`.
     """
     hyperparameters = task.spec.hyperparameters
     dtype = DTYPES[task.spec.precision] if task.spec.trains_adapter else torch.float32
@@ -103,15 +105,15 @@ def load_model(task: TrainTask) -> Any:
             raise
         bits = 4 if hyperparameters.load_in_4bit else 8
         raise TrainerError(
-            f"The model could not be loaded in {bits} bit on {'CUDA' if torch.cuda.is_available() else 'this CPU'}: {error}."
-            f" Set load_in_{bits}bit=false (LoRA on {task.spec.precision} weights)."
+            f"The model cannot be loaded in {bits} bit on {'CUDA' if torch.cuda.is_available() else 'this CPU'}: {error}."
+            f" Set load_in_{bits}bit=false to train LoRA on {task.spec.precision} weights."
         ) from error
     for module in model.modules():
-        # On CPUs with avx512_bf16 bitsandbytes repacks 4-bit weights at the first pass without gradients, and its kernel for
-        # them has no backward pass: layers below would train on wrong gradients, with no more than a warning by torch.
+        # On CPUs with avx512_bf16, bitsandbytes repacks 4-bit weights in the first pass without gradients, and the kernel for
+        # repacked weights has no backward pass. Earlier layers would get wrong gradients, with only a warning from torch.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # TRL's disable_dropout would silence LoRA's dropout as well: the base is silenced here, before the adapter exists.
+    # TRL's disable_dropout would also turn off LoRA's dropout. So turn off the base's here, before the adapter exists.
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -120,7 +122,7 @@ def load_model(task: TrainTask) -> Any:
 
 
 def lora_config(task: TrainTask) -> LoraConfig:
-    """The adapter's shape, from PAI's names."""
+    """The adapter's configuration from PAI's hyperparameter names."""
     hyperparameters = task.spec.hyperparameters
     targets = hyperparameters.target_modules
     return LoraConfig(
@@ -133,28 +135,28 @@ def lora_config(task: TrainTask) -> LoraConfig:
 
 
 def load_adapter(task: TrainTask, model: Any) -> Any:
-    """The model with the adapter of `files.adapter_dir` on it, to be trained further.
+    """Puts the adapter of `files.adapter_dir` on the model, trainable.
 
     Raises:
-        TrainerError: The adapter's weights are not those of this model's layers.
+        TrainerError: The adapter's weights do not match this model's layers.
     """
     config = LoraConfig.from_pretrained(task.files.adapter_dir)
     config.lora_dropout = task.spec.hyperparameters.lora_dropout
     misfit = TrainerError(
         f"The adapter in {task.files.adapter_dir} does not fit {task.spec.model.name or task.files.model_dir}: its base is"
-        f" {config.base_model_name_or_path or 'unnamed'}. Train the model that it belongs to."
+        f" {config.base_model_name_or_path or 'unnamed'}. Train the base model that it was made for."
     )
-    config.base_model_name_or_path = task.files.model_dir  # PEFT looks there when it saves
+    config.base_model_name_or_path = task.files.model_dir  # PEFT reads the base's config when it saves
     try:
         model = PeftModel.from_pretrained(model, task.files.adapter_dir, config=config, is_trainable=True)
-    except (ValueError, RuntimeError) as error:  # no such layer; another size
+    except (ValueError, RuntimeError) as error:  # unknown layer; size mismatch
         raise misfit from error
     with safe_open(Path(str(task.files.adapter_dir)) / ADAPTER_FILES[1], framework="pt") as file:
-        # PEFT only warns of weights that found no place, and of places that got none.
+        # PEFT only warns about unexpected and missing keys.
         if set(file.keys()) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
             raise misfit
-    # TRL adds a frozen copy, "ref", as DPO's reference. It is the run's input, no part of what it makes; and a checkpoint
-    # with it would be resumed without the trained adapter.
+    # TRL adds a frozen copy, "ref", as DPO's reference. It is not part of the result, and resuming from a checkpoint that
+    # contains it would lose the trained adapter.
     model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"])
     return model
 
@@ -162,12 +164,16 @@ def load_adapter(task: TrainTask, model: Any) -> Any:
 def _check_adapter(task: TrainTask, folder: Path) -> None:
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
-        raise TrainerError(f"{folder} lacks {' and '.join(missing)}: name the model folder of a finished LoRA run.")
+        raise TrainerError(
+            f"{folder} has no {' and no '.join(missing)}. Give the model folder of a finished LoRA run as the adapter."
+        )
     if not task.spec.trains_adapter:
-        raise TrainerError(f"{task.spec.method} trains every weight and cannot go on from the adapter in {folder}.")
+        raise TrainerError(
+            f"{task.spec.method} trains all weights and cannot continue from the adapter in {folder}. Use LoRA_LLM or QLoRA_LLM."
+        )
     shape = AdapterShape.parse((folder / ADAPTER_CONFIG).read_bytes(), where=str(folder))
     if problems := shape.contradictions(asdict(task.spec.hyperparameters)):
-        raise TrainerError(f"The adapter in {folder} has its shape already:\n  " + "\n  ".join(problems))
+        raise TrainerError(f"The hyperparameters contradict the adapter in {folder}:\n  " + "\n  ".join(problems))
 
 
 def _quantisation(task: TrainTask) -> BitsAndBytesConfig:

@@ -1,13 +1,13 @@
-"""`python -m palate_trainer.platforms`: one training by the file contract of managed platforms. Knows their folders, no cloud.
+"""`python -m palate_trainer.platforms`: training by the file contract of managed platforms. Knows their folders, no cloud API.
 
 Amazon SageMaker  /opt/ml    docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo.html
-Alibaba PAI       /ml        the folders that PAI's SDK names: input/data, input/config, output/model, output/checkpoints
+Alibaba PAI       /ml        the folders of PAI's SDK: input/data, input/config, output/model, output/checkpoints
 
-<ml>/input/data/<channel>/               train, model; validation and adapter if wanted
-<ml>/input/config/hyperparameters.json   names to values, as strings or in their own types; `method`, `model_name` as well
-<ml>/model or <ml>/output/model          what was trained
-<ml>/checkpoints or <ml>/output/checkpoints   whole checkpoints; a training goes on from the newest one there
-<ml>/output/failure                      why it failed, in one message
+<ml>/input/data/<channel>/               train, model; optional: validation, adapter
+<ml>/input/config/hyperparameters.json   values by name, as strings or typed; also `method` and `model_name`
+<ml>/model or <ml>/output/model          the tuned model
+<ml>/checkpoints or <ml>/output/checkpoints   complete checkpoints; training resumes from the newest one
+<ml>/output/failure                      the error message of a failed training
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CHANNELS = {
     "model": ("model",),
     "adapter": ("adapter",),
 }
-"""Our channels, and the folders that may stand for each: `training` is what SageMaker's SDK calls a single input."""
+"""Our channels and the folder names accepted for each. SageMaker's SDK calls a single input `training`."""
 
 _OWN_NAMES = ("method", "model_name")
 _PLATFORM_PREFIX = "sagemaker_"
@@ -56,7 +56,7 @@ _PLATFORM_PREFIX = "sagemaker_"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a platform puts things, and where it looks for them."""
+    """The folders of a platform."""
 
     root: Path
     model: Path
@@ -66,7 +66,7 @@ class Layout:
 
     @classmethod
     def find(cls, root: Path) -> Layout:
-        """Returns the layout whose inputs are there; raises TrainerError where none are."""
+        """Returns the layout whose input folder exists. Raises TrainerError if there is none."""
         sagemaker, pai = root / "opt/ml", root / "ml"
         if (sagemaker / "input").is_dir():
             output = sagemaker / "output"
@@ -75,7 +75,7 @@ class Layout:
                 model=sagemaker / "model",
                 checkpoints=sagemaker / "checkpoints",
                 output=output,
-                results=output / "data",  # what SageMaker keeps besides the model
+                results=output / "data",  # SageMaker stores this folder next to the model
             )
         if (pai / "input").is_dir():
             output = pai / "output"
@@ -83,12 +83,12 @@ class Layout:
                 root=pai, model=output / "model", checkpoints=output / "checkpoints", output=output, results=output
             )
         raise TrainerError(
-            f"neither {sagemaker / 'input'} nor {pai / 'input'} is there: `train` is for a platform that puts data there,"
-            " or mount a folder with data/train, data/model and config/hyperparameters.json. A job in a store is run by its URI"
+            f"neither {sagemaker / 'input'} nor {pai / 'input'} exists. `train` expects the folders of a managed platform:"
+            " mount one with data/train, data/model and config/hyperparameters.json. To run a job in a store, pass its URI"
         )
 
     def failed(self, message: str) -> None:
-        """Leaves the message where the platform looks for it; it stands on stderr too."""
+        """Writes the message to the platform's failure file. The caller also prints it."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "failure").write_text(message.rstrip() + "\n", encoding="utf-8")
@@ -97,9 +97,11 @@ class Layout:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as the platform's folders say; returns the trainer's exit code: 0, EXIT_FAILED, or EXIT_STOPPED after SIGTERM."""
-    parser = argparse.ArgumentParser(prog="palate-run train", description="Trains as a managed platform's folders say.")
-    parser.add_argument("--root", type=Path, default=Path("/"), help="folder that opt/ml or ml is in")
+    """Trains from the platform's folders. Returns the trainer's exit code: 0, EXIT_FAILED, or EXIT_STOPPED after SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog="palate-run train", description="Train with the folder layout of a managed platform."
+    )
+    parser.add_argument("--root", type=Path, default=Path("/"), help="folder that contains opt/ml or ml")
     given = parser.parse_args(argv)
     try:
         layout = Layout.find(given.root)
@@ -130,13 +132,13 @@ def main(argv: list[str] | None = None) -> int:
         if code == EXIT_FAILED:
             error_file = output / ERROR_FILE
             layout.failed(
-                error_file.read_text(encoding="utf-8") if error_file.exists() else "the trainer left no message"
+                error_file.read_text(encoding="utf-8") if error_file.exists() else "the trainer wrote no error message"
             )
         return code
 
 
 def _read(layout: Layout, output: Path) -> TrainTask:
-    """Reads everything that the platform says into a task, and makes the folders that the trainer writes to."""
+    """Builds the task from the platform's folders, and creates the folders that the trainer writes to."""
     _one_machine(layout)
     values = _hyperparameters(layout.root / "input/config/hyperparameters.json")
     method = str(values.pop("method", "LoRA_LLM"))
@@ -149,14 +151,14 @@ def _read(layout: Layout, output: Path) -> TrainTask:
     output.mkdir(parents=True)
     for folder in (layout.model, layout.checkpoints, layout.results, layout.output / TENSORBOARD_DIR):
         _writable(folder)
-    # The platform takes these away while the training runs; the model is handed over when it is whole.
+    # Symlinks, because the platform uploads these while training runs. The model is copied only when it is complete.
     (output / CHECKPOINTS_DIR).symlink_to(layout.checkpoints)
     (output / TENSORBOARD_DIR).symlink_to(layout.output / TENSORBOARD_DIR)
     (output / METRICS_FILE).symlink_to(layout.checkpoints / METRICS_FILE)
     resume_from = last_whole(layout.checkpoints)
     _keep_metrics(layout.checkpoints / METRICS_FILE, resume_from)
     if resume_from:
-        print(f"going on from {resume_from}", flush=True)
+        print(f"resuming from {resume_from}", flush=True)
     spec = TrainSpec(
         model=BaseModel(name=name, source=WeightsSource(kind="folder", location=str(model))),
         method=check_method(method),
@@ -180,7 +182,7 @@ def _one_machine(layout: Layout) -> None:
     hosts = json.loads(file.read_text(encoding="utf-8")).get("hosts", []) if file.is_file() else []
     if len(hosts) > 1:
         raise TrainerError(
-            f"{len(hosts)} machines were given: a training runs on the GPUs of one. Ask for one instance"
+            f"resourceconfig.json lists {len(hosts)} machines, but training runs on one. Set the instance count to 1"
         )
 
 
@@ -192,12 +194,12 @@ def _hyperparameters(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TrainerError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise TrainerError(f"{file} holds a {type(values).__name__}: it must be an object of names and values")
+        raise TrainerError(f"{file}: expected a JSON object of names and values, got {type(values).__name__}")
     return {name: _plain(value) for name, value in values.items() if not name.startswith(_PLATFORM_PREFIX)}
 
 
 def _plain(value: object) -> object:
-    """Takes the second pair of quotes off that SageMaker's SDK puts round a string."""
+    """Removes the second pair of quotes that SageMaker's SDK puts around a string."""
     if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] == '"':
         try:
             return json.loads(value)
@@ -218,7 +220,7 @@ def _data_file(layout: Layout, name: str, *, wanted: bool = False) -> str | None
         if wanted:
             there = ", ".join(sorted(entry.name for entry in data.iterdir())) if data.is_dir() else ""
             raise TrainerError(
-                f"the channel {name!r} is not in {data} (there: {there or 'nothing'}): give it the preference data"
+                f"channel {name!r} is missing in {data} (found: {there or 'nothing'}). Add it with the preference data"
             )
         return None
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
@@ -228,7 +230,7 @@ def _data_file(layout: Layout, name: str, *, wanted: bool = False) -> str | None
     if len(data_files) != 1:
         names = ", ".join(path.name for path in data_files[:5])
         raise TrainerError(
-            f"the channel {folder} holds {len(data_files)} data files ({names}), one is expected: join them"
+            f"channel {folder}: expected one data file, found {len(data_files)} ({names}). Merge them into one"
         )
     return str(data_files[0])
 
@@ -237,12 +239,12 @@ def _model_folder(layout: Layout) -> Path:
     folder = _channel(layout, "model")
     if folder is None:
         raise TrainerError(
-            f"the channel 'model' is not in {layout.root / 'input/data'}: give it the base model's folder (config, weights, tokenizer);"
-            " nothing is downloaded here"
+            f"channel 'model' is missing in {layout.root / 'input/data'}. Add it with the base model's folder (config, weights,"
+            " tokenizer); the container downloads nothing"
         )
     configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
     if not configs:
-        raise TrainerError(f"{folder} holds no config.json: give the channel a whole model folder, unpacked")
+        raise TrainerError(f"channel 'model': {folder} has no config.json. Give it a complete, unpacked model folder")
     return configs[0].parent
 
 
@@ -254,13 +256,13 @@ def _writable(folder: Path) -> None:
         refused = True
     if refused:
         raise TrainerError(
-            f"user {os.geteuid()} may not write to {folder}: start the container as a user who may (root, where the platform"
-            " mounts its folders for root alone: build the image with RUN_AS=root)"
+            f"user {os.geteuid()} cannot write to {folder}. Start the container as a user who can. If the platform mounts its"
+            " folders for root only, build the image with RUN_AS=root"
         )
 
 
 def _keep_metrics(file: Path, resume_from: Path | None) -> None:
-    """Leaves the events up to the checkpoint: the trainer goes on writing after them."""
+    """Drops the events after the checkpoint, because the trainer will write them again."""
     events = file.read_text(encoding="utf-8").splitlines() if resume_from and file.exists() else []
     step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
     kept = [line for line in events if _step(line) <= step]
@@ -270,13 +272,13 @@ def _keep_metrics(file: Path, resume_from: Path | None) -> None:
 def _step(line: str) -> float:
     try:
         event = json.loads(line)
-    except ValueError:  # cut short when the machine went
+    except ValueError:  # truncated when the machine died
         return float("inf")
     return float("inf") if event["kind"] == "end" else float(event["step"])
 
 
 def _hand_over(model: Path, target: Path) -> None:
-    """Copies the model into a folder that may be a mount, and another user's: nothing can be renamed there, or given a mode."""
+    """Copies the model. The target may be a mount owned by another user, so files are neither renamed nor chmodded there."""
     for path in sorted(model.rglob("*")):
         place = target / path.relative_to(model)
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Reference log-probabilities of a data set: looked up, checked, scored where missing, kept for later runs. Knows files, no model."""
+"""Reference log-probabilities of a data set, cached in a file across runs. Knows files, no model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SAVE_EVERY_S = 60.0
 _CHECKED_ROWS = 4
 
 _TOLERANCES = {"float32": (1e-3, 2e-4), "bfloat16": (0.5, 0.005), "float16": (0.1, 0.001)}
-"""Nats, and share of the value, by which one row's log-probability may differ between two batches or two machines."""
+"""Absolute (nats) and relative tolerance of a row's log-probability between two batches or two machines."""
 
 
 class ReferenceScores:
-    """The reference's log-probabilities for one run, from the run's cache folder as far as they are there.
+    """The reference's log-probabilities for one run: from the run's cache folder if present, else scored.
 
-    A table that cannot be read or written costs a note, never the run.
+    A table that cannot be read or written is reported in a note and does not fail the run.
 
     Args:
-        task: The run; without a `cache_dir` every row is scored.
-        note: Takes one progress line.
+        task: The run. Without a `cache_dir` every row is scored.
+        note: Called with a progress line.
 
     Attributes:
         cached_rows: Rows found in the table so far.
@@ -53,11 +53,11 @@ class ReferenceScores:
                 self._give_up(error)
 
     def knows(self, digests: Sequence[str]) -> bool:
-        """Whether every one of these rows is in the table."""
+        """Whether all these rows are in the table."""
         return all(digest in self._table.rows for digest in digests)
 
     def report(self) -> dict[str, int]:
-        """What the `start` event says of it."""
+        """The row counts for the `start` event."""
         return {
             "reference_cached_rows": self.cached_rows,
             "reference_scored_rows": self.scored_rows,
@@ -72,23 +72,23 @@ class ReferenceScores:
         name: str,
         batch_size: int,
     ) -> list[LogProbs]:
-        """Returns the log-probabilities of a data set's rows, in its order, and saves what was scored.
+        """Returns the log-probabilities of a data set's rows in order, and saves those it had to score.
 
         Args:
-            digests: Of the rows (see `row_digest`).
-            lengths: Of the rows, in tokens: rows of one length share a batch.
+            digests: Digest of each row (see `row_digest`).
+            lengths: Tokens of each row. Rows of similar length share a batch.
             score: Scores one batch, given as row indices.
-            name: What the data set is called in messages.
-            batch_size: Rows a batch.
+            name: Name of the data set in messages.
+            batch_size: Rows per batch.
         """
         began = time.monotonic()
-        first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # a repeated row is scored once
+        first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # score a repeated row once
         found = {digest: self._table.rows[digest] for digest in first if digest in self._table.rows}
         kept = sorted(self._kept.intersection(found))
         if kept and not self._checked and not self._holds(kept, first, lengths, score, batch_size):
             found = {}
         missing = sorted((row for digest, row in first.items() if digest not in found), key=lambda row: -lengths[row])
-        self._table.add(found.items())  # used last
+        self._table.add(found.items())  # marks them as recently used: a full table drops the oldest rows
         scored = self._score(missing, digests, score, name=name, batch_size=batch_size)
 
         cached = sum(digest in self._kept for digest in digests)
@@ -125,7 +125,7 @@ class ReferenceScores:
                     self._save()
                     saved = time.monotonic()
         finally:
-            # Also when a stop ends the pass: the next run goes on from here.
+            # Save after a stop too, so that the next run continues from here.
             if scored:
                 self._save()
         return scored
@@ -138,18 +138,18 @@ class ReferenceScores:
         score: Callable[[list[int]], list[LogProbs]],
         batch_size: int,
     ) -> bool:
-        """Scores a few of the kept rows again; drops the table when one is off."""
+        """Scores a few cached rows again. Drops the table if one of them differs."""
         self._checked = True
-        # Picked by chance, the same ones in every run; of these the shorter ones, so that the check stays cheap.
+        # A random sample with a fixed seed: every process must check the same rows. Short rows keep the check cheap.
         picked = random.Random(self._table.key).sample(kept, min(4 * _CHECKED_ROWS, len(kept)))
         picked = sorted(picked, key=lambda digest: lengths[first[digest]])[: min(_CHECKED_ROWS, batch_size)]
         for digest, values in zip(picked, score([first[digest] for digest in picked]), strict=True):
             for now, before in zip(values, self._table.rows[digest], strict=True):
-                # Not `>`: a value that is no number compares False both ways.
+                # `not <=` instead of `>`: NaN compares False both ways and must count as a difference.
                 if not abs(now - before) <= self._tolerance(before):
                     self.note(
-                        f"reference: the cache says {before:.4f} for an answer that scores {now:.4f} now:"
-                        " the cache is dropped, all pairs are scored"
+                        f"reference: the cached log-probability of an answer is {before:.4f}, but it scores {now:.4f} now:"
+                        " the cache is dropped and all pairs are scored"
                     )
                     self._table = Table(self._table.key, generation=self._table.generation + 1)
                     self._kept = frozenset()
@@ -164,11 +164,11 @@ class ReferenceScores:
         if self._path is None or not is_main():
             return
         try:
-            # Another run may have written to the same folder meanwhile.
+            # Merge, because another run may have written to the same folder since.
             write_table(self._path, read_table(self._path, self._table.key).merge(self._table))
         except OSError as error:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
         self._path = None
-        self.note(f"reference: no cache in this run: {error}")
+        self.note(f"reference: this run does not use the cache: {error}")

@@ -1,4 +1,4 @@
-"""Which rows an optimizer step takes, and how many of them go through the model at once. Knows row lengths, no model."""
+"""The order of rows, and how many batches run as one forward pass. Knows row lengths, no model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from torch.utils.data import Sampler
 
 _WANTED_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens in a batch from which on more of them make the matrix products no faster."""
+"""Tokens per batch beyond which matrix products get no faster."""
 _MEMORY_SHARE = 0.2
-"""Of the free memory, for the activations of a batch that was not asked for by size."""
+"""Share of free memory for the activations of a joined batch. The user did not choose its size, so keep it small."""
 _ACTIVATION_FACTOR = 17
-"""Values kept a token and layer, in hidden sizes, without recomputation (arXiv 2205.05198, table 2: 34 bytes in 16 bits)."""
+"""Values kept per token and layer, in units of the hidden size, without recomputation (arXiv 2205.05198, table 2: 34 bytes
+in 16 bits)."""
 
 
 class RowSampler(Sampler[int]):
-    """Row indices of one epoch, shuffled. The order depends on seed and epoch alone: a resumed run sees the same one."""
+    """Shuffled row indices of one epoch. The order depends on seed and epoch only, so a resumed run sees the same order."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed, self.epoch = rows, seed, 0
@@ -38,7 +39,7 @@ class RowSampler(Sampler[int]):
 
 
 class SimilarLengths(RowSampler):
-    """Shuffled, but rows of similar length share a batch, so that little of it is padding: for batches that have any."""
+    """Shuffled batches of rows with similar lengths, to reduce padding. Not needed for packed batches, which have none."""
 
     _BATCHES_A_POOL = 8
 
@@ -55,31 +56,31 @@ class SimilarLengths(RowSampler):
             batches += [pool[i : i + size] for i in range(0, len(pool), size)]
             short = batches.pop() if len(batches[-1]) < size else []
         random.Random(f"{self.seed}/{self.epoch}/batches").shuffle(batches)
-        # The short batch stays last, or every batch after it would be cut out of two.
+        # The short batch must stay last: the batch sampler cuts every `size` rows and would split all batches after it.
         return (row for batch in [*batches, short] for row in batch)
 
 
 def batches_at_once(
     batch_size: int, accumulation: int, tokens: Sequence[int], *, device: str, config: Any, free_bytes: int, width: int
 ) -> int:
-    """How many of a step's batches can go through the model as one, which changes their speed and no result.
+    """How many of a step's micro-batches to run as one forward pass. Changes the speed, not the result.
 
-    A batch of few tokens leaves the processor waiting for memory. As many batches are joined as the device computes
-    better together, and as fit a part of the free memory; never more than one step has.
+    Small batches are bound by memory bandwidth. Batches are joined up to the size at which the device computes efficiently,
+    within a share of the free memory, and never across optimizer steps.
 
     Args:
-        batch_size: Rows of a batch, as asked for.
-        accumulation: Batches of a step.
-        tokens: Of every row, as packed.
+        batch_size: Rows per micro-batch, as configured.
+        accumulation: Micro-batches per optimizer step.
+        tokens: Tokens of each row, as packed.
         device: `cpu` or `cuda`.
         config: The model's text config.
         free_bytes: Free memory of the device.
-        width: Bytes of a value.
+        width: Bytes per value.
 
     Returns:
-        A divisor of `accumulation`, 1 when nothing is to be joined.
+        A divisor of `accumulation`; 1 to join nothing.
     """
-    long = sorted(tokens)[int(0.9 * len(tokens))]  # of ten rows one is longer
+    long = sorted(tokens)[int(0.9 * len(tokens))]  # 90th percentile
     a_token = _ACTIVATION_FACTOR * width * config.num_hidden_layers * config.hidden_size
     most = min(_WANTED_TOKENS[device], _MEMORY_SHARE * free_bytes / a_token)
     fitting = [n for n in range(1, accumulation + 1) if accumulation % n == 0 and n * batch_size * long <= most]

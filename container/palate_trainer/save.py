@@ -1,4 +1,4 @@
-"""The tuned model's folder: adapter or weights, tokenizer, probe; whole or not at all. Knows the output folder, no training loop."""
+"""Writes the tuned model's folder: adapter or weights, tokenizer, probe. Knows the output folder, no training loop."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ PROBE_ROWS = 8
 
 
 def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
-    """Writes `<output_dir>/model`: what a server needs, and a probe of what it must answer. Rank 0 alone writes.
+    """Writes `<output_dir>/model`: what a server needs, and a probe to check the server with. Only rank 0 writes.
 
     Args:
         task: The run.
-        trainer: After its last step; its model is a PeftModel or the whole network.
-        tokenizer: With the chat template that training used.
-        probe_rows: Rows to score into probe.json; the first eight are taken.
+        trainer: After its last step. Its model is a PeftModel or the full network.
+        tokenizer: With the chat template used in training.
+        probe_rows: Rows to score into probe.json. The first eight are used.
 
     Returns:
-        The folder. It is renamed into place last: its presence means that it is whole.
+        The folder. It is renamed into place last, so if it exists it is complete.
     """
     folder = Path(task.files.output_dir) / MODEL_DIR
     model = trainer.model
@@ -44,11 +44,11 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     if isinstance(model, PeftModel):
-        # A path of this machine means nothing to a reader elsewhere.
+        # A local path means nothing on another machine.
         model.peft_config["default"].base_model_name_or_path = task.spec.model.name or Path(task.files.model_dir).name
-        # Adapters on linear layers leave the vocabulary alone; PEFT would look for the base's config to find that out.
+        # Adapters on linear layers never resize embeddings. Without this flag PEFT looks up the base config to check.
         model.save_pretrained(draft, state_dict=weights, save_embedding_layers=False)
-        (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
     else:
         model.config.use_cache = True
         if not sharded:

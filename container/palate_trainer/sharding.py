@@ -1,6 +1,6 @@
-"""One model over several processes (FSDP2): how it is asked for, how a reference is sharded, how whole weights come back.
+"""FSDP2: configures it, shards the reference model, gathers full weights. Knows accelerate's and TRL's FSDP, no files.
 
-Knows accelerate's and TRL's FSDP, no files. Every function that touches weights is collective.
+Every function that touches weights is collective: all processes must call it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _ARITHMETIC = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_sharded(task: TrainTask) -> bool:
-    """Whether the weights are split over the processes; one alone has them whole whatever is asked."""
+    """Whether the weights are sharded. A single process never shards."""
     return world_size() > 1 and bool(task.spec.hyperparameters.fsdp == "full_shard")
 
 
 def fsdp_arguments(task: TrainTask) -> dict[str, Any]:
-    """Transformers' arguments for it: weights gathered layer by layer, whole in a checkpoint."""
+    """FSDP arguments of transformers: weights are gathered layer by layer, and checkpoints hold the full state."""
     if not is_sharded(task):
         return {}
     return {
@@ -38,11 +38,11 @@ def fsdp_arguments(task: TrainTask) -> dict[str, Any]:
 
 
 def enter_fsdp(trainer: Any) -> None:
-    """Finishes what accelerate begins: the precision of what is exchanged, and FSDP on the processor too.
+    """Completes accelerate's FSDP setup: enables it on CPU and keeps reductions in float32.
 
-    accelerate 1.15 takes an FSDP plugin from GPU processes only (`AcceleratorState.__init__`) and forgets it without a
-    word elsewhere; torch's FSDP2 itself runs on gloo. Under mixed precision it would round what the model returns to 16
-    bit, and DPO sums hundreds of those log-probabilities, and the gradients where they are added.
+    accelerate 1.15 accepts an FSDP plugin on GPUs only (`AcceleratorState.__init__`) and silently drops it elsewhere,
+    although torch's FSDP2 runs on gloo. Its default mixed precision rounds model outputs and gradient sums to 16 bits.
+    DPO sums hundreds of log-probabilities, so that error would be large.
     """
     if trainer.args.fsdp_plugin_args is None:
         return
@@ -50,7 +50,7 @@ def enter_fsdp(trainer: Any) -> None:
     if getattr(state, "fsdp_plugin", None) is None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
         state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every new view of the state copies it
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # later instances copy the shared state
         trainer.is_fsdp_enabled = True
     arithmetic = _ARITHMETIC.get(trainer.accelerator.mixed_precision)
     if arithmetic is not None:
@@ -61,7 +61,7 @@ def enter_fsdp(trainer: Any) -> None:
 
 @contextmanager
 def reference_by_layers() -> Iterator[None]:
-    """Within it, TRL shards a reference model layer by layer; by itself it would gather all of it for a forward pass."""
+    """Makes TRL shard the reference model layer by layer. By default TRL gathers the full model for a forward pass."""
     stock = dpo_trainer.prepare_fsdp
 
     def prepare(model: Any, accelerator: Any) -> Any:
@@ -75,22 +75,22 @@ def reference_by_layers() -> Iterator[None]:
 
 
 def whole_weights(model: Any, *, trainable_only: bool, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The weights of a sharded model, on the CPU of rank 0; an empty dict on the others.
+    """Gathers the weights of a sharded model on the CPU of rank 0. Other ranks get an empty dict.
 
     Args:
         model: After `accelerator.prepare`.
-        trainable_only: Leave out what was frozen: a base model is on disk already.
-        dtype: What they are cast to, or None for as they are.
+        trainable_only: Skip frozen weights: the base model is on disk already.
+        dtype: Target dtype, or None to keep each weight's own.
     """
     weights: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()  # a tied output head is the embedding under a second name
+    seen: set[int] = set()  # a tied LM head is the embedding under a second name
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in seen or (trainable_only and not value.requires_grad):
             continue
         seen.add(id(value))
         whole = value.detach()
         if isinstance(whole, DTensor):
-            whole = whole.full_tensor()  # one at a time: the GPU holds no second model
+            whole = whole.full_tensor()  # one weight at a time, so the GPU never holds a second copy of the model
         if is_main():
             weights[name] = whole.to(device="cpu", dtype=dtype if whole.is_floating_point() else None)
     return weights

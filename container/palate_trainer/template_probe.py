@@ -1,11 +1,12 @@
-"""What a chat template does: its own system prompt, and whether it renders an answer verbatim. Knows templates, no rows.
+"""Probes a chat template: its default system prompt, and whether it renders answers verbatim. Knows templates, no rows.
 
-A template can change an answer only by a filter on all of it (`trim`), or by looking for a text that stands in the template itself
-(`</think>`). The first shows on probes; of the second, answers that hold such a text are rendered one by one.
+A template can change an answer in two ways: with a filter on the whole answer (`trim`), or by searching for a text that is
+written in the template (`</think>`). Probes detect the first. For the second, answers that contain such a text are rendered
+one by one.
 
-Some templates open a conversation without a system turn with a default of their own (SmolLM2, Qwen2). With an empty
-`system_prompt` that text is taken out of the template itself: the tuned model's folder carries the changed template, so that
-a request without a system turn renders in serving as its row did in training.
+Some templates add a default system prompt to conversations without a system turn (SmolLM2, Qwen2). If `system_prompt` is empty,
+that text is removed from the template, and the tuned model's folder gets the changed template. So a request without a
+system turn renders in serving as its row did in training.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ _ROLES = frozenset(("system", "user", "assistant"))
 
 @dataclass(frozen=True)
 class VerbatimTemplate:
-    """What surrounds an answer.
+    """How a template renders answers.
 
     Attributes:
-        tail: What the template writes behind an answer.
-        literals: Finds texts by which the template may treat an answer in its own way; None when it has none.
+        tail: What the template writes after an answer.
+        literals: Matches texts that may make the template change an answer; None if it has none.
     """
 
     tail: str
     literals: re.Pattern[str] | None
 
     def covers(self, turns: Turns, answer: str) -> bool:
-        """Whether prompt, answer and tail, one behind the other, are what the template renders."""
+        """Whether the template renders exactly prompt + answer + tail."""
         return (self.literals is None or not self.literals.search(answer)) and all(
             turn["role"] in _ROLES for turn in turns
         )
 
 
 def find_verbatim(render: Callable[[Turns, str | None], str], template: str) -> VerbatimTemplate | None:
-    """Returns what surrounds answers, or None where they are changed, or where the prompt changes with them.
+    """Returns how answers are rendered, or None if the template changes them or the prompt depends on them.
 
     Args:
-        render: Renders turns with an answer, or (None) with the beginning of one; may refuse with any exception.
+        render: Renders turns with an answer, or with the generation prompt (None). May raise any exception.
         template: The template's source.
     """
     tails = set()
@@ -71,7 +72,7 @@ def find_verbatim(render: Callable[[Turns, str | None], str], template: str) -> 
                 if not whole.startswith(before + answer):
                     return None
                 tails.add(whole[len(before + answer) :])
-    except Exception:  # a template that refuses system turns, say: then each row is rendered as it comes
+    except Exception:  # e.g. a template that rejects system turns: then each row is rendered separately
         return None
     if len(tails) != 1:
         return None
@@ -81,24 +82,24 @@ def find_verbatim(render: Callable[[Turns, str | None], str], template: str) -> 
         for text in match.groups()
         if text
     }
-    # Names of roles and fields are compared with roles, and a blank or a letter is no sign of anything.
+    # Words are names of roles and fields, which are compared with roles. Blanks and single letters occur in any answer.
     signs = sorted(
         {text.strip() for text in found if len(text.strip()) > 2 and not text.strip().isalnum()}, key=len, reverse=True
     )
     return VerbatimTemplate(tails.pop(), re.compile("|".join(map(re.escape, signs))) if signs else None)
 
 
-# Words that no template holds, so that what stands around them is the template's own.
+# Texts that no template contains, so everything around them was written by the template.
 _USER, _ANSWER, _SYSTEM = "palate-user-turn", "palate-answer-turn", "palate-system-turn"
 
 
 @dataclass(frozen=True)
 class SystemDefault:
-    """A system prompt that a template puts in by itself.
+    """A template's default system prompt.
 
     Attributes:
         text: The prompt's text.
-        without: The same template without it, or None where it cannot be told apart from the turn that follows.
+        without: The template without it, or None if it cannot be separated from the following turn.
     """
 
     text: str
@@ -106,40 +107,40 @@ class SystemDefault:
 
 
 def take_out_system_default(tokenizer: Any) -> str | None:
-    """Changes the tokenizer's template so that it puts in no system prompt of its own.
+    """Removes the default system prompt from the tokenizer's template.
 
     Returns:
-        A note for people, or None when there was nothing to change.
+        A note for the log, or None if there is no default.
     """
     default = find_system_default(tokenizer)
     if default is None:
         return None
     if default.without is None:
         return (
-            f"the chat template puts in a system prompt of its own that cannot be taken out: {default.text[:80]!r};"
-            " training and serving both have it. Give a system_prompt to replace it."
+            f"the chat template adds a default system prompt that cannot be removed: {default.text[:80]!r}."
+            " Training and serving both use it. Set system_prompt to replace it."
         )
     tokenizer.chat_template = default.without
     return (
-        f"system_prompt is empty: the chat template's own, {default.text[:80]!r}, is taken out, in the model's folder too,"
-        " so that serving has none either."
+        f"system_prompt is empty: the chat template's default, {default.text[:80]!r}, is removed, also in the model's folder,"
+        " so serving has none either."
     )
 
 
 def find_system_default(tokenizer: Any) -> SystemDefault | None:
-    """Returns what the template puts before a conversation without a system turn, or None when it puts nothing there.
+    """Returns the system prompt that the template adds to a conversation without one, or None.
 
-    A header that the template writes with and without a system turn (Llama 3.2's dates) is none.
+    A header that the template always writes (Llama 3.2's dates) is not a system prompt.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: A tokenizer with a chat template.
     """
     template = tokenizer.get_chat_template()
     user = [{"role": "user", "content": _USER}]
     try:
         alone = _render(tokenizer, template, user)
     except TemplateError:
-        return None  # a template that wants a system turn has no default for it
+        return None  # a template that requires a system turn has no default
     try:
         given = _render(tokenizer, template, [{"role": "system", "content": _SYSTEM}, *user])
     except TemplateError:
@@ -151,10 +152,10 @@ def find_system_default(tokenizer: Any) -> SystemDefault | None:
         return None
     text = alone[head : len(alone) - tail]
     opening = _opening(tokenizer, template, user, alone)
-    if opening is None or "strftime_now" in template:  # a text that changes by the day cannot be looked for
+    if opening is None or "strftime_now" in template:  # a text with the current date cannot be matched later
         return SystemDefault(text, None)
     bos = tokenizer.bos_token or ""
-    # A first token that every turn begins with (ChatML's) belongs to the turn.
+    # Keep BOS, unless every turn starts with it (ChatML): then it belongs to the turn.
     kept = bos if bos and opening.startswith(bos) and not alone[len(opening) :].startswith(bos) else ""
     without = _cut(template, opening, kept)
     conversation = [*user, {"role": "assistant", "content": _ANSWER}, *user]
@@ -169,9 +170,9 @@ def find_system_default(tokenizer: Any) -> SystemDefault | None:
 
 
 def _opening(tokenizer: Any, template: str, user: list[dict[str, str]], alone: str) -> str | None:
-    """Returns what stands before the first user turn, or None when that turn cannot be told apart.
+    """Returns the text before the first user turn, or None if the turn cannot be located.
 
-    A later user turn shows how one renders by itself.
+    A later user turn shows how a user turn renders on its own.
     """
     before = [*user, {"role": "assistant", "content": _ANSWER}]
     try:
@@ -186,9 +187,9 @@ def _opening(tokenizer: Any, template: str, user: list[dict[str, str]], alone: s
 
 
 def _cut(template: str, opening: str, kept: str) -> str:
-    """Returns a template that renders like `template`, but without `opening` where no system turn is given."""
-    body = template[:-1] if template.endswith("\n") else template  # Jinja drops a template's last line break, too
-    then = "\n" if body.startswith("\n") else ""  # and the one after a block's opening
+    """Returns a template that renders like `template`, but without `opening` if there is no system turn."""
+    body = template[:-1] if template.endswith("\n") else template  # Jinja drops a template's last line break
+    then = "\n" if body.startswith("\n") else ""  # Jinja also drops the line break after a block's opening tag
     return (
         f"{{% set rendered %}}{then}{body}{{% endset %}}"
         f"{{% set opening = {_literal(opening)} %}}"
@@ -199,7 +200,7 @@ def _cut(template: str, opening: str, kept: str) -> str:
 
 
 def _shared(text: str, other: str) -> int:
-    """Returns how many characters both begin with."""
+    """Returns the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
 
 

@@ -1,7 +1,7 @@
-"""How fast a run goes, how long it will still take, its peak memory, and where the seconds before the first step went.
+"""Throughput, time left, peak memory, and the stages of startup.
 
-Training time is counted without evaluations and checkpoints. Who trains says what has just been done; the time since the last
-such word belongs to it.
+Training time excludes evaluations and checkpoints. The caller reports each finished activity; the time since the previous
+report is counted for it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable
 
 RECENT_WINDOWS = 5
-"""Log lines whose steps the rate rests on: a run slows down and speeds up with the machine and the lengths of its rows."""
+"""Log lines over which the rate is averaged. It varies with the machine's load and the row lengths."""
 
 _EVALUATION_SHARE = 1 / 3
-"""What scoring a row takes of training on it, until an evaluation was timed: one forward pass of about three."""
+"""Cost of evaluating a row relative to training on it, until an evaluation is timed: training is about three forward passes."""
 
 
 class Throughput:
-    """Times a run as it goes.
+    """Times a run.
 
     Args:
         clock: Seconds from any origin.
@@ -28,14 +28,14 @@ class Throughput:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.steps = 0.0
-        """Optimizer steps of this process; a part of one is counted within the first."""
+        """Optimizer steps of this process; fractional within the first step."""
         self.train_s = 0.0
         self.rows = 0.0
         self.tokens = 0
         self.start()
 
     def start(self) -> None:
-        """Begins to count: the next word is about what comes now."""
+        """Starts the clock: the next report covers the time from here."""
         self._began = self._mark = self._clock()
         self._evaluation_s: float | None = None
         self._checkpoint_s = 0.0
@@ -45,20 +45,18 @@ class Throughput:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start, evaluations and checkpoints included."""
+        """Seconds since the start, including evaluations and checkpoints."""
         return self._clock() - self._began
 
     def micro_batch(self, share: float) -> None:
-        """A micro-batch that did not end its step is done; `share` of the step lies behind."""
+        """Reports a micro-batch that did not end its step; `share` of the step is done."""
         self._trained()
-        if self.steps == 0 and self._marks[0] == (
-            0.0,
-            0.0,
-        ):  # the first one also warms up: what comes after it says more about the rest
+        # The first micro-batch includes warm-up, so the rate is measured from its end.
+        if self.steps == 0 and self._marks[0] == (0.0, 0.0):
             self._marks[0] = (share, self.train_s)
 
     def step(self) -> None:
-        """An optimizer step is done."""
+        """Reports an optimizer step."""
         self._trained()
         if self.steps == 1 and self._marks[0] == (0.0, 0.0):
             self._marks[0] = self._after_first
@@ -67,26 +65,27 @@ class Throughput:
             self._after_first = (1.0, self.train_s)
 
     def evaluation(self) -> None:
-        """An evaluation is done."""
+        """Reports an evaluation."""
         self._evaluation_s = self._since_mark()
 
     def checkpoint(self) -> None:
-        """A checkpoint is written."""
+        """Reports a checkpoint."""
         self._checkpoint_s = self._since_mark()
 
     def window(self, rows: float, tokens: int | None) -> dict[str, float]:
-        """Closes the window since the line before and returns its rates.
+        """Closes the window since the previous log line and returns its rates.
 
         Args:
-            rows: Rows trained on in it.
-            tokens: Tokens in them, or None when nobody counted.
+            rows: Rows trained in the window.
+            tokens: Their tokens, or None if not counted.
 
         Returns:
-            `pairs_per_s`, and `tokens_per_s` where tokens were counted.
+            `pairs_per_s`, and `tokens_per_s` if tokens were counted.
         """
         self._trained()
         if self.steps == 1 and self._marks[0] == (0.0, 0.0):
-            self._after_first = (1.0, self.train_s)  # the line waited for the device: now the first step is really over
+            # Steps are asynchronous on a GPU. Logging waited for the device, so only now has the first step really ended.
+            self._after_first = (1.0, self.train_s)
         seconds = max(self._window_s, 1e-9)
         self._window_s = 0.0
         self.rows += rows
@@ -99,13 +98,13 @@ class Throughput:
     def seconds_left(
         self, *, steps: int, evaluations: int = 0, checkpoints: int = 0, evaluation_rows: int = 0
     ) -> float | None:
-        """Seconds until the last step and what follows it, from the recent rate; call once a window, after it was closed.
+        """Estimates the seconds left from the recent rate. Call it once per window, after `window`.
 
         Args:
-            steps: Optimizer steps to come.
-            evaluations: Evaluations to come.
-            checkpoints: Checkpoints to come.
-            evaluation_rows: Rows of one evaluation.
+            steps: Remaining optimizer steps.
+            evaluations: Remaining evaluations.
+            checkpoints: Remaining checkpoints.
+            evaluation_rows: Rows per evaluation.
 
         Returns:
             None before the first micro-batch.
@@ -123,7 +122,7 @@ class Throughput:
         return round(steps * step_s + evaluations * evaluation_s + checkpoints * self._checkpoint_s, 1)
 
     def totals(self) -> dict[str, float]:
-        """Returns `train_seconds`, `pairs_per_s` and `tokens_per_s` of all that this process trained."""
+        """Returns `train_seconds`, `pairs_per_s` and `tokens_per_s` over the whole run of this process."""
         seconds = max(self.train_s, 1e-9)
         totals = {"train_seconds": round(self.train_s, 2), "pairs_per_s": round(self.rows / seconds, 3)}
         if self.tokens:
@@ -142,16 +141,16 @@ class Throughput:
 
 
 def peak_memory_gb() -> float | None:
-    """The most memory that this process held so far: of the CUDA device where there is one, else of the machine.
+    """Peak memory of this process so far: on the CUDA device if there is one, else in RAM.
 
     Returns:
-        GB (10^9 bytes): torch's allocations on CUDA, resident memory elsewhere; None where the system does not say.
+        GB (10^9 bytes): torch's allocations on CUDA, resident memory elsewhere; None if the system does not report it.
     """
-    torch = sys.modules.get("torch")  # not worth an import: without it nothing lies on a device
+    torch = sys.modules.get("torch")  # if torch is not imported, nothing is on a device
     if torch is not None and torch.cuda.is_available():
         return round(float(torch.cuda.max_memory_allocated()) / 1e9, 3)
     try:
-        # Not getrusage: its peak survives exec, so a child would report what its parent once held.
+        # Not getrusage: its peak survives exec, so a child would report its parent's.
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -160,7 +159,7 @@ def peak_memory_gb() -> float | None:
 
 
 class StartupTimes:
-    """Seconds of each stage between the program's start and the first step, in order."""
+    """Seconds of each stage from program start to the first step, in order."""
 
     def __init__(self) -> None:
         self._began = self._mark = time.monotonic()
@@ -168,26 +167,26 @@ class StartupTimes:
 
     @property
     def seconds(self) -> float:
-        """Since the program's start."""
+        """Seconds since program start."""
         return time.monotonic() - self._began
 
     def done(self, stage: str, **within: float) -> None:
-        """Ends a stage, which began where the one before ended.
+        """Ends a stage, which began when the previous one ended.
 
         Args:
-            stage: Its name.
-            within: Seconds of it that count as stages of their own.
+            stage: Name of the stage.
+            within: Seconds of it to report as separate stages.
         """
         now = time.monotonic()
         self._stages |= within | {stage: now - self._mark - sum(within.values())}
         self._mark = now
 
     def report(self) -> dict[str, float]:
-        """What the `start` event says: seconds up to now, and of each stage."""
+        """The figures of the `start` event: total seconds so far, and those of each stage."""
         total = {"seconds_to_first_step": round(self.seconds, 2)}
         return total | {f"{stage}_seconds": round(seconds, 2) for stage, seconds in self._stages.items()}
 
     def line(self) -> str:
-        """The same for people."""
+        """The same as a log line."""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self._stages.items())
         return f"ready after {self.seconds:.1f} s: {stages}"

@@ -1,4 +1,4 @@
-"""`python -m palate_trainer.token_stats SPEC.json`: tokens of data files as a training would cut them. Knows no weights."""
+"""`python -m palate_trainer.token_stats SPEC.json`: token counts of data files, as training would truncate them. No weights."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 def measured(
     files: Iterable[tuple[Path, str]], renderer: Renderer, *, strategy: Strategy | None, format: Format | None
 ) -> Measured:
-    """Counts tokens; rows that cannot be read are passed over, their faults are the check's.
+    """Counts tokens. Skips rows that cannot be read: the data check reports them.
 
     Args:
-        files: Path and name of each.
-        renderer: How rows become tokens.
-        strategy: What the rows are for; None takes any.
-        format: Of the rows; each row's own fields decide when None.
+        files: Path and display name of each file.
+        renderer: Renders and tokenizes rows.
+        strategy: Training strategy; None accepts rows of any.
+        format: Row format; None detects it per row.
 
     Raises:
         DataError: A file cannot be read at all.
-        TrainerError: The chat template refuses a conversation.
+        TrainerError: The chat template rejects a conversation.
     """
     found: Measured = {"counts": {}, "places": {}, "lengths": {}, "histogram": []}
     lengths = array("I")
@@ -74,7 +74,7 @@ def _rows(raw: Iterable[tuple[int, object]], strategy: Strategy | None, format: 
 
 
 def _judge(whole: TokenPair, seq_length: int) -> tuple[str, str]:
-    """What a training would make of a row: a code of `palate_recipes.preferences.report`, empty when it fits."""
+    """What training would do with a row: a code of `palate_recipes.preferences.report` (empty if it fits), and the details."""
     room = seq_length - len(whole.prompt_ids)
     if whole.chosen_ids == whole.rejected_ids:
         return "same-tokens", "`chosen` and `rejected` are the same tokens"
@@ -91,7 +91,7 @@ def _judge(whole: TokenPair, seq_length: int) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures what the spec names and prints it."""
+    """Measures the files of the spec and prints the result as JSON."""
     (path,) = argv or sys.argv[1:]
     spec = MeasureSpec.read(Path(path))
     try:

@@ -1,9 +1,9 @@
-"""A folder's tokenizer, and rows to token ids: prompts as serving renders them, answers cut to length. Knows no weights, no torch.
+"""Turns rows into token ids: prompts as serving renders them, answers truncated to length. Knows no weights, no torch.
 
-A prompt's ids are those of its rendering alone, with the generation prompt: what an engine is given. An answer's ids are the
-rest of the rendering with it. Where no token merges across the boundary that is what TRL 1.16's own preparation gives (a test
-compares them); where one does, TRL drops the end of the prompt, and here the answer begins with a token of its own. All is
-made before a weight is loaded, so that every row that truncation would spoil is known by its number.
+A prompt's ids come from rendering it alone with the generation prompt, which is what an engine receives. An answer's ids are
+the rest of the rendering with the answer. If no token merges across the boundary, this equals TRL 1.16's preparation (a test
+compares them). If one does, TRL drops the end of the prompt; here the answer starts with its own token. All rows are tokenized
+before weights are loaded, so that every row that truncation makes useless is reported by number.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _Batch = tuple[list[Row], list[list[str]], "Future[list[list[int]]]"]
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One row as the trainer sees it: `prompt + chosen` and `prompt + rejected` are at most `seq_length` tokens.
+    """One tokenized row: `prompt + chosen` and `prompt + rejected` have at most `seq_length` tokens.
 
     Attributes:
         row: The row number in the preference file.
-        prompt_ids: Tokens both answers follow.
-        chosen_ids: Tokens of the chosen answer, scored; empty where KTO has a bad answer.
-        rejected_ids: Tokens of the rejected answer, scored; empty for SFT, and where KTO has a good answer.
+        prompt_ids: Tokens before both answers.
+        chosen_ids: Tokens of the chosen answer, scored; empty for a bad answer in KTO.
+        rejected_ids: Tokens of the rejected answer, scored; empty in SFT, and for a good answer in KTO.
     """
 
     row: int
@@ -52,22 +52,22 @@ class TokenPair:
 
     @property
     def answer_ids(self) -> list[int]:
-        """Tokens of the chosen answer, or of the only one."""
+        """Tokens of the chosen answer, or of the only answer."""
         return self.chosen_ids or self.rejected_ids
 
 
 @dataclass
 class LengthReport:
-    """What became of one file's rows: those cut, those left out and why, the longest in tokens.
+    """The effect of `seq_length` on one file's rows. All lists hold row numbers.
 
     Attributes:
-        rows: How many there were.
-        longest: Tokens of the longest.
-        cut: Rows that lost the end of an answer.
-        no_room: Left out: the prompt alone fills `seq_length`.
-        same_after_cut: Left out: both answers are the same once cut.
-        same_tokens: Left out: both answers are the same once rendered, uncut.
-        own_boundary: Rows whose answer would otherwise merge into the end of the prompt.
+        rows: Number of rows.
+        longest: Tokens of the longest row.
+        cut: Truncated: the end of an answer is lost.
+        no_room: Dropped: the prompt alone fills `seq_length`.
+        same_after_cut: Dropped: truncation makes both answers equal.
+        same_tokens: Dropped: both answers have the same tokens.
+        own_boundary: The answer's first token would merge with the end of the prompt.
     """
 
     rows: int = 0
@@ -84,7 +84,7 @@ class LengthReport:
         return sorted({*self.no_room, *self.same_after_cut, *self.same_tokens})
 
     def notes(self, name: str, seq_length: int) -> list[str]:
-        """One line for people per finding, none when every row fits."""
+        """One log line per finding; none if every row fits."""
         lines = []
         fits = f"the longest of {self.rows} rows has {self.longest} tokens: seq_length={self.longest} keeps all"
         if self.cut:
@@ -93,36 +93,34 @@ class LengthReport:
             )
         if self.no_room:
             lines.append(
-                f"{name}: left out, the prompt alone fills seq_length={seq_length} ({_numbers(self.no_room)}); {fits}"
+                f"{name}: dropped, the prompt alone fills seq_length={seq_length} ({_numbers(self.no_room)}); {fits}"
             )
         if self.same_after_cut:
             lines.append(
-                f"{name}: left out, chosen and rejected are the same once cut to seq_length={seq_length}"
+                f"{name}: dropped, chosen and rejected are the same when truncated to seq_length={seq_length}"
                 f" ({_numbers(self.same_after_cut)}); {fits}"
             )
         if self.same_tokens:
-            lines.append(
-                f"{name}: left out, chosen and rejected are the same tokens once rendered ({_numbers(self.same_tokens)})"
-            )
+            lines.append(f"{name}: dropped, chosen and rejected have the same tokens ({_numbers(self.same_tokens)})")
         if self.own_boundary:
             lines.append(
-                f"{name}: the prompt renders differently with an answer behind it ({_numbers(self.own_boundary)});"
-                " trained on as serving renders it, and the answer begins with a token of its own"
+                f"{name}: the prompt renders differently when an answer follows ({_numbers(self.own_boundary)});"
+                " the prompt is used as serving renders it, and the answer starts with its own token"
             )
         return lines
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """How a row becomes tokens, the same for prompt and answers.
+    """Renders and tokenizes rows.
 
     Attributes:
         tokenizer: A Hugging Face tokenizer.
-        apply_chat_template: Render through the model's chat template; else plain text.
-        system_prompt: The system turn of rows that bring none; empty leaves it out.
-        seq_length: Most tokens of prompt and answer together.
-        stop_ids: Tokens at which an engine ends an answer, beside the tokenizer's EOS. An answer that ends with none of them
-            gets EOS.
+        apply_chat_template: Render with the model's chat template; otherwise plain text.
+        system_prompt: System turn for rows without one; empty adds none.
+        seq_length: Maximum tokens of prompt and answer together.
+        stop_ids: Tokens at which an engine ends an answer, besides the tokenizer's EOS. An answer that ends with none of
+            them gets EOS.
     """
 
     tokenizer: Any
@@ -132,37 +130,37 @@ class Renderer:
     stop_ids: frozenset[int] = frozenset()
 
     def check(self) -> None:
-        """Raises TrainerError when the tokenizer cannot render rows this way."""
+        """Raises TrainerError if the tokenizer cannot render rows with these settings."""
         if self.tokenizer.eos_token is None:
-            raise TrainerError("The tokenizer has no end-of-text token, so answers cannot end. Use another base model.")
+            raise TrainerError("The tokenizer has no EOS token, so answers cannot end. Use another base model.")
         if not self.apply_chat_template:
             return
         if not self.tokenizer.chat_template:
             raise TrainerError(
-                "apply_chat_template=true, but this base model has no chat template: it is not a chat model. Use the instruct"
+                "apply_chat_template=true, but the base model has no chat template, so it is not a chat model. Use the instruct"
                 " version of the model, add a chat_template.jinja to its folder, or set apply_chat_template=false."
             )
         self._text((Message("user", "Hello"),), answer=None)
 
     def messages(self, prompt: tuple[Message, ...]) -> list[dict[str, str]]:
-        """The conversation up to the answer: at most one system turn, the row's own or `system_prompt`, then the others."""
+        """The conversation up to the answer. Its system turn is the row's own, else `system_prompt`."""
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
         if prompt[0].role == "system" or not self.system_prompt.strip():
             return turns
         return [{"role": "system", "content": self.system_prompt}, *turns]
 
     def encode(self, row: Row) -> tuple[TokenPair, bool]:
-        """Token ids of one row, uncut, and whether an answer had to be parted from the end of its prompt.
+        """Token ids of one row, not truncated, and whether an answer had to be separated from the end of its prompt.
 
         Raises:
-            TrainerError: The chat template refuses the conversation, or leaves the answer out of it.
+            TrainerError: The chat template rejects the conversation or drops the answer.
         """
         return next(self.encode_all([row]))
 
     def encode_all(self, rows: Iterable[Row]) -> Iterator[tuple[TokenPair, bool]]:
-        """Yields what `encode` gives for each row, many at a time: a fast tokenizer works on them with all cores.
+        """Yields the result of `encode` for each row. Works in batches, because a fast tokenizer uses all cores on a batch.
 
-        While it does, the next ones are rendered: a template is Python's work, the tokenizer's needs no Python.
+        The next batch is rendered at the same time: templates hold the GIL, and the tokenizer releases it.
         """
         remaining = iter(rows)
         with ThreadPoolExecutor(1) as pool:
@@ -183,11 +181,11 @@ class Renderer:
             yield self._split(row, texts, list(islice(ids, len(texts))))
 
     def _texts(self, row: Row) -> list[str]:
-        """What is tokenised for a row: the prompt as it is served, then the whole with each answer."""
+        """The texts to tokenize for a row: the prompt as served, then the full text with each answer."""
         if not self.apply_chat_template and row.text is None:
             raise TrainerError(
-                f"row {row.number} is a conversation of {len(row.prompt)} turns, and with apply_chat_template=false a prompt is"
-                " one text. Set apply_chat_template=true, or write the conversation as one text."
+                f"Row {row.number} is a conversation of {len(row.prompt)} turns, but apply_chat_template=false needs prompts"
+                " of plain text. Set apply_chat_template=true, or write the conversation as one text."
             )
         turns = self.messages(row.prompt)
         before = self._rendered(turns, None)
@@ -200,7 +198,7 @@ class Renderer:
         return texts
 
     def _split(self, row: Row, texts: list[str], ids: list[list[int]]) -> tuple[TokenPair, bool]:
-        """Cuts the answers off the whole renderings."""
+        """Splits the tokens of the full texts into prompt and answers."""
         prompt = ids[0]
         completions, parted = [], False
         for answer, text, whole in zip(_answers(row), texts[1:], ids[1:], strict=True):
@@ -218,7 +216,7 @@ class Renderer:
         return self._rendered(self.messages(prompt), None if answer is None else self._unended(answer))
 
     def _unended(self, answer: str) -> str:
-        """The answer without an end of its own: there is one, and it is put there in one place."""
+        """The answer without a trailing EOS, because `_ended` adds exactly one."""
         eos = self.tokenizer.eos_token
         return answer.rstrip().removesuffix(eos) if answer.rstrip().endswith(eos) else answer
 
@@ -231,10 +229,9 @@ class Renderer:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
         except TemplateError as error:
             remedy = " Try system_prompt='': some templates have no system turn." if self.system_prompt.strip() else ""
-            raise TrainerError(f"The model's chat template refuses the conversation: {error}.{remedy}") from error
-        except (
-            Exception
-        ) as error:  # of the template's own code, which runs in Jinja's sandbox: a division by zero, a missing key
+            raise TrainerError(f"The model's chat template rejects the conversation: {error}.{remedy}") from error
+        except Exception as error:
+            # The template's own code runs in Jinja's sandbox and can raise anything: a division by zero, a missing key.
             raise TrainerError(
                 f"The model's chat template fails on the conversation: {type(error).__name__}: {error}. "
                 "Correct chat_template in the model's folder, or set apply_chat_template=false."
@@ -245,7 +242,7 @@ class Renderer:
         return find_verbatim(self._rendered, self.tokenizer.get_chat_template()) if self.apply_chat_template else None
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # A template writes its own first token; before plain text the tokenizer puts it, unless the text brings it.
+        # A template writes BOS itself. For plain text the tokenizer adds it, unless the text starts with it.
         encoded = self._bare_ids(texts)
         if self.apply_chat_template:
             return encoded
@@ -257,12 +254,12 @@ class Renderer:
 
     @cached_property
     def _front(self) -> list[int]:
-        """Ids that the tokenizer itself puts before plain text (what it puts behind is left out: EOS has its own place)."""
+        """Ids that the tokenizer adds before plain text. Those that it adds after it are ignored: `_ended` adds EOS."""
         bare, dressed = self._bare("a"), list(self.tokenizer(text="a")["input_ids"])
         return next((dressed[:at] for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), [])
 
     def _bare_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids without any that the tokenizer puts around; without offsets and masks it has a fifth less to do."""
+        """Ids without special tokens. Skipping offsets and masks saves a fifth of the time."""
         core = getattr(self.tokenizer, "backend_tokenizer", None)
         if core is None or core.truncation is not None or core.padding is not None:
             encoded = self.tokenizer(text=texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -273,7 +270,7 @@ class Renderer:
         return list(self.tokenizer(text=text, add_special_tokens=False)["input_ids"])
 
     def _continuation(self, prompt: list[int], text: str, rest: str) -> list[int]:
-        """Ids of `rest` that read on after `prompt`: some tokenizers put a space before what stands alone."""
+        """Ids of `rest` as a continuation of `prompt`. Some tokenizers add a space before a text that stands alone."""
         wanted = self._decode(self._ids([text + rest])[0])
         for lead in ("", "\n"):
             before, ids = self._bare(lead), self._bare(lead + rest)
@@ -282,7 +279,7 @@ class Renderer:
         return self._bare(rest)
 
     def _ended(self, completion: list[int]) -> list[int]:
-        """The completion with EOS behind it, unless it ends with a stop token (a line break after it is the template's)."""
+        """The completion with EOS, unless it ends with a stop token. Blank tokens after that come from the template."""
         last = next((token for token in reversed(completion) if not self._is_blank(token)), None)
         eos: int = self.tokenizer.eos_token_id
         return completion if last == eos or last in self.stop_ids else [*completion, eos]
@@ -306,28 +303,28 @@ def _answers(row: Row) -> list[str]:
 
 
 def _after(prompt: str, whole: str, answer: str, row: int) -> str:
-    """What follows the prompt in the rendering with the answer, or from the answer on where a template renders both anew."""
+    """The text after the prompt. If the full text does not start with the prompt, the text from the answer on."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     at = whole.rfind(answer.strip())
     if at < 0:
         raise TrainerError(
-            f"row {row}: the model's chat template leaves out or rewrites the answer {answer[:40]!r}. Give a model folder with"
+            f"row {row}: the model's chat template drops or rewrites the answer {answer[:40]!r}. Use a model folder with"
             " another chat_template.jinja, or set apply_chat_template=false."
         )
     return whole[at:]
 
 
 def encode_pairs(rows: Iterable[Row], renderer: Renderer, *, name: str) -> tuple[list[TokenPair], LengthReport]:
-    """Token ids of all rows, cut to `seq_length`, without those that the cut makes useless.
+    """Tokenizes all rows, truncates them to `seq_length`, and drops those that truncation makes useless.
 
     Args:
         rows: From `read_rows`.
-        renderer: How rows become tokens.
-        name: What the file is called in messages.
+        renderer: Renders and tokenizes rows.
+        name: Name of the file in messages.
 
     Raises:
-        DataError: Not one row is left.
+        DataError: No row is left.
     """
     report = LengthReport()
     kept = []
@@ -356,14 +353,14 @@ def encode_pairs(rows: Iterable[Row], renderer: Renderer, *, name: str) -> tuple
         (report.same_after_cut if row in report.cut else report.same_tokens).append(row)
     report.cut = [row for row in report.cut if row not in told_both_ways]
     for rows_named in (report.cut, report.no_room, report.own_boundary):
-        rows_named[:] = dict.fromkeys(rows_named)  # a row with several answers is one row of the file
+        rows_named[:] = dict.fromkeys(rows_named)  # a row with several answers appears several times
     if not kept:
-        raise DataError(f"No row of {name} is left to train on.\n" + "\n".join(report.notes(name, renderer.seq_length)))
+        raise DataError(f"{name} has no row left to train on.\n" + "\n".join(report.notes(name, renderer.seq_length)))
     return kept, report
 
 
 def _told_both_ways(kept: list[TokenPair]) -> list[int]:
-    """Rows that came apart into a good and a bad answer, and whose answers are the same tokens."""
+    """Rows that were split into a good and a bad answer with the same tokens."""
     labels: dict[tuple[int, tuple[int, ...]], set[bool]] = {}
     for one in kept:
         if not (one.chosen_ids and one.rejected_ids):
@@ -378,7 +375,7 @@ def _numbers(rows: list[int]) -> str:
 
 
 def load_tokenizer(model_dir: str) -> Any:
-    """The tokenizer, with a padding token (batches are masked, so the end-of-text token may stand in)."""
+    """Loads the tokenizer. If it has no padding token, EOS is used: padding is masked, so any token works."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError, KeyError) as error:
@@ -389,7 +386,7 @@ def load_tokenizer(model_dir: str) -> Any:
 
 
 def stop_token_ids(model_dir: str) -> frozenset[int]:
-    """Tokens at which engines end an answer by the model's generation_config.json, which may be missing."""
+    """EOS tokens of the model's generation_config.json, at which engines end an answer. Empty if the file is missing."""
     path = Path(model_dir) / "generation_config.json"
     if not path.is_file():
         return frozenset()

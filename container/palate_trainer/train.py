@@ -32,19 +32,19 @@ from palate_trainer.throughput import StartupTimes
 
 
 def run(task: TrainTask, *, own_process: bool = False) -> int:
-    """Trains, and says in the exit code how it ended.
+    """Trains and returns the exit code.
 
     Args:
         task: The run.
-        own_process: This process does nothing but this run, so libraries that it has no use for are kept out of it.
+        own_process: This process does nothing else, so imports may skip libraries that the run does not need.
 
     Returns:
-        0 when `model/` is whole; EXIT_STOPPED after a SIGTERM; EXIT_FAILED with error.txt written.
+        0 if `model/` is complete; EXIT_STOPPED after a SIGTERM; EXIT_FAILED with error.txt written.
     """
-    # Until StopSignal takes over: the imports alone take seconds, and a stop in them has the same exit code.
+    # Until StopSignal takes over: the imports take seconds, and a stop during them must return the same exit code.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     output = Path(task.files.output_dir)
-    if world_size() == 1:  # the launcher of several has done it, and one of them may already have failed
+    if world_size() == 1:  # with several workers the launcher removes it: here another worker may have failed already
         (output / ERROR_FILE).unlink(missing_ok=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -55,18 +55,18 @@ def run(task: TrainTask, *, own_process: bool = False) -> int:
         message = explain(error.__cause__ if failed_fast and error.__cause__ else error)
         print(message, file=sys.stderr, flush=True)
         if write_error(output, message) and failed_fast:
-            # The launcher begins anew without the fast path: alone this process cannot, the others wait for it.
+            # Tells the launcher to restart all workers without the fast path. One worker cannot: the others wait for it.
             (output / FAST_PATH_FAILED_FILE).write_text(message, encoding="utf-8")
         return EXIT_FAILED
 
 
 def write_error(output_dir: Path, message: str) -> bool:
-    """Leaves error.txt, or gives up quietly where not even that can be written: the message stands on stderr too.
+    """Writes error.txt. If that fails it only prints a warning, because the caller prints the message too.
 
-    Of several processes the first one's message stays: when one ends, the others fail for the loss of it.
+    The first message wins: when one process fails, the others then fail because they lost it.
 
     Returns:
-        Whether this message is the one that stays.
+        Whether this message was written.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
     hyperparameters = task.spec.hyperparameters
     strategy = hyperparameters.training_strategy
 
-    # Everything that can be refused without ML libraries or weights comes first.
+    # All checks that need no ML libraries and no weights come first, so that bad input fails within seconds.
     train_data, skipped = _read_rows(task, task.files.train_file)
     validation_data, skipped_validation = _read_rows(task, task.files.validation_file)
     resume_from = _resume_folder(task)
@@ -102,7 +102,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         from palate_trainer.save import save_model
         from palate_trainer.template_probe import take_out_system_default
         from palate_trainer.tokenize import Renderer, encode_pairs, load_tokenizer, stop_token_ids
-        from palate_trainer.trainers import build_trainer  # noqa: F401  # what a run needs is imported by here
+        from palate_trainer.trainers import build_trainer  # noqa: F401  # imported here to count as import time
         from palate_trainer.trainers.kto import balance_note
 
     startup.done("imports")
@@ -169,17 +169,17 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
                 raise
             traceback.print_exception(error.__cause__, file=sys.stderr)
             warning = (
-                "WARNING: the fast path failed before the first step was done, and the run begins anew TRL's own way: the same"
-                f" losses, more time. {error}"
+                "WARNING: the fast path failed in the first step. The run starts again without it: same losses, more time."
+                f" {error}"
             )
-        if warning:  # out of the block above, whose exception keeps the model in memory
+        if warning:  # outside the except block, because its exception keeps the model in memory
             log(warning)
             notes.append(warning)
             _free_memory()
             trainer, callback = fit(task.changed(fast=False))
         if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
-        stop.deferred = True  # nothing is left but to save: that is done before a stop is obeyed
+        stop.deferred = True  # only saving is left, so a stop must not interrupt it
         folder = save_model(task, trainer, tokenizer, validation_rows or train_rows)
         summary = callback.finish(seconds=startup.seconds)
         wait_for_all()
@@ -188,7 +188,8 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         return EXIT_STOPPED
     except Exception:
         if world_size() > 1 and stop.requested:
-            # Told to end, as all are when one fails or a stop is asked for; what fails then is the tie to one that is gone.
+            # SIGTERM reaches all workers when one fails or a stop is requested. An error after it is a lost connection to a
+            # worker that has ended, not a cause.
             traceback.print_exc(file=sys.stderr)
             return EXIT_STOPPED
         raise
@@ -198,7 +199,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
 
 
 class _FastPathError(TrainerError):
-    """A run with the fast path failed before its first step was done; its cause says how."""
+    """A run with the fast path failed before its first step was complete; `__cause__` has the error."""
 
 
 def _fit(
@@ -212,13 +213,13 @@ def _fit(
     startup: StartupTimes,
     resume_from: str | None,
 ) -> tuple[Any, Any]:
-    """Loads the model and trains it, from the seed on.
+    """Sets the seed, loads the model and trains it.
 
     Returns:
-        The trainer and its RunCallback, after the last step or the one at which a stop came.
+        The trainer and its RunCallback, after the last step or the step of a stop.
 
     Raises:
-        _FastPathError: It failed before the first step was done, and `files.fast` allowed what may be the cause.
+        _FastPathError: It failed before the first step was complete, and the fast path may be the cause.
     """
     from transformers import set_seed
 
@@ -236,7 +237,7 @@ def _fit(
         if line.startswith("WARNING: "):
             notes.append(line)
 
-    set_seed(hyperparameters.seed)  # here: a run that begins anew begins alike
+    set_seed(hyperparameters.seed)  # here, so that a second attempt without the fast path gets the same random state
     threads = use_available_cores()
     log(f"loading {task.spec.model.name or task.files.model_dir} in {task.spec.precision} ({threads} threads)")
     model = load_model(task)
@@ -282,7 +283,7 @@ def _fit(
             callback.attach(trainer)
             try:
                 trainer.train(resume_from_checkpoint=resume_from)
-            except StopRequested:  # in an evaluation, or nothing was left to train
+            except StopRequested:  # during an evaluation, or no step was left
                 callback.checkpoint_now()
     except Exception as error:
         in_use = task.files.fast and (trainer is None or (trainer.trial is not None and trainer.trial.fast))
@@ -293,7 +294,7 @@ def _fit(
 
 
 def _may_be_of_the_fast_path(error: Exception) -> bool:
-    """Not what says its own cause: our errors, files, too little memory (TRL's way takes more)."""
+    """Excludes errors with a known cause: our own, files, and out of memory (TRL's path needs more)."""
     if isinstance(error, PalateError):
         return isinstance(error, NotFiniteError)
     return not isinstance(error, OSError) and not is_out_of_memory(error)
@@ -312,14 +313,14 @@ def _free_memory() -> None:
 def _batch_note(hyperparameters: Hyperparameters) -> str:
     rows, batches = hyperparameters.per_device_train_batch_size, hyperparameters.gradient_accumulation_steps
     return (
-        f"{world_size()} processes x {rows} rows x {batches} batches: a step takes {world_size() * rows * batches} rows,"
-        f" {world_size()} times those of one process. To keep its steps, divide gradient_accumulation_steps={batches}"
+        f"{world_size()} processes x {rows} rows x {batches} batches: a step has {world_size() * rows * batches} rows,"
+        f" {world_size()} times as many as with one process. For the same steps, divide gradient_accumulation_steps={batches}"
         f" or per_device_train_batch_size={rows} by {world_size()}."
     )
 
 
 def _read_rows(task: TrainTask, path: str | None) -> tuple[list[Row], dict[int, str]]:
-    """Rows of one file, and the wrong rows that `bad_rows` lets be left out, by number."""
+    """Reads one file. Also returns the invalid rows that `bad_rows` skips: row number to fault."""
     skipped: dict[int, str] = {}
     if path is None:
         return [], skipped
@@ -338,6 +339,6 @@ def _resume_folder(task: TrainTask) -> str | None:
     folder = Path(task.files.resume_from)
     if not (folder / COMPLETE_MARK).is_file():
         raise TrainerError(
-            f"{folder} is no whole checkpoint: {COMPLETE_MARK} is missing. Resume from an earlier one, or start anew."
+            f"Checkpoint {folder} is incomplete: {COMPLETE_MARK} is missing. Resume from an earlier one, or start a new job."
         )
     return str(folder)

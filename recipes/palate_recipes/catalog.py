@@ -1,5 +1,5 @@
-"""The model catalog: typed rows over `catalog.toml`, found by name, alias or hub id.
-Knows what models are, never where weights lie on this machine or how to fetch them.
+"""The model catalog: typed rows of `catalog.toml`, found by name, alias or hub id.
+Knows models, not where weights are on this machine or how to fetch them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from palate_recipes.hyperparameters import METHODS, check_method
 KINDS = ("instruct", "thinking", "base", "moe")
 TASKS = ("text-generation", "chat")
 
-# What PAI scripts pass for "wherever it comes from": every row answers to them.
+# PAI scripts pass these for "any provider", so they match every row.
 _ANY_PROVIDER = frozenset({"pai", "huggingface"})
 
-# Bytes that one weight takes. 16 bits: 2. 8 and 4 bits: the weight, its scales, and a part for embeddings
-# and head, which bitsandbytes leaves in 16 bits. Full: fp32 weight, gradient and two AdamW moments (16), and
-# the reference model of DPO in 16 bits (2).
+# Bytes per weight. 16 bits: 2. 8 and 4 bits: the weight, its scales, and a share for embeddings and head, which
+# bitsandbytes keeps in 16 bits. Full: fp32 weight, gradient and two AdamW moments (16), and DPO's reference model
+# in 16 bits (2).
 _BYTES = {16: 2.0, 8: 1.2, 4: 0.7}
 _BYTES_FULL = 18.0
-_WORKING_SHARE = 1.1  # fragmentation, the adapter with its optimizer state, and activations that grow with the model
+_WORKING_SHARE = 1.1  # fragmentation, the adapter with its optimizer state, and activations, which grow with the model
 _WORKING_GIB = 1.5  # CUDA context, kernels' workspace, logits
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the catalog. `catalog.toml` says what each field means and in which unit."""
+    """One model of the catalog. `catalog.toml` documents each field and its unit."""
 
     name: str
     aliases: tuple[str, ...]
@@ -54,31 +54,31 @@ class Model:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The parts of `kind`: `("moe", "instruct")` for a mixture of experts that follows instructions."""
+        """The parts of `kind`, such as `("moe", "instruct")`."""
         return tuple(self.kind.split("+"))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What it can be deployed for: every model generates text, all but base models chat."""
+        """Supported tasks: all models generate text, all except base models chat."""
         return TASKS[:1] if "base" in self.kinds else TASKS
 
     def min_gpu_memory(self, method: str, *, bits: int | None = None) -> float:
-        """The least GPU memory, in GiB, that a training needs at batch size 1 and seq_length 128.
+        """The minimum GPU memory, in GiB, for training at batch size 1 and seq_length 128.
 
-        An estimate: weights x bytes a weight x 1.1 + 1.5 GiB, rounded up to 0.1 (this module's constants
-        name the parts), unless the row has a measured value.
+        The row's measured value if it has one. Otherwise an estimate: weights x bytes per weight x 1.1 + 1.5 GiB, rounded up to
+        0.1 (see this module's constants).
 
         Args:
-            method: one of `METHODS`. LoRA_LLM counts 16-bit weights, QLoRA_LLM 4-bit ones.
-            bits: 16, 8 or 4, where the resolved hyperparameters hold the frozen weights otherwise: LoRA_LLM
-                at its default load_in_4bit=true needs what 4 bits need. Without effect on Standard_LLM.
+            method: One of `METHODS`. LoRA_LLM counts 16-bit weights, QLoRA_LLM 4-bit weights.
+            bits: 16, 8 or 4, if the resolved hyperparameters store the frozen weights differently: LoRA_LLM with its default
+                load_in_4bit=true needs as much as 4 bits. No effect on Standard_LLM.
 
         Raises:
-            HyperparameterError: unknown method or number of bits.
+            HyperparameterError: Unknown method or number of bits.
         """
         check_method(method)
         if bits is not None and bits not in _BYTES:
-            raise HyperparameterError(f"bits = {bits!r}: must be one of 16, 8, 4")
+            raise HyperparameterError(f"bits = {bits!r}: expected 16, 8 or 4")
         usual = {"LoRA_LLM": 16, "QLoRA_LLM": 4}.get(method)
         if bits is None or usual is None or bits == usual:
             return self.min_gpu_memory_gib[method]
@@ -86,14 +86,14 @@ class Model:
 
 
 def models(task: str | None = None, kind: str | None = None) -> tuple[Model, ...]:
-    """The catalog in its own order: families by name, models by size.
+    """Returns the models of the catalog: families by name, models by size.
 
     Args:
-        task: "text-generation" (every model) or "chat" (all but base models); None is every model.
-        kind: "instruct", "thinking", "base" or "moe"; "moe" includes mixtures of experts of every other kind.
+        task: "text-generation" (all models) or "chat" (all except base models); None: all.
+        kind: "instruct", "thinking", "base" or "moe"; "moe" includes mixtures of experts of the other kinds.
 
     Raises:
-        UnknownModelError: unknown task or kind.
+        UnknownModelError: Unknown task or kind.
     """
     if task is not None and task not in TASKS:
         raise UnknownModelError(f"task = {task!r}: must be one of {', '.join(TASKS)}")
@@ -105,31 +105,31 @@ def models(task: str | None = None, kind: str | None = None) -> tuple[Model, ...
 
 
 def find_model(name: str, *, provider: str | None = None) -> Model:
-    """The row with this name, alias or hub id; upper and lower case are one.
+    """Returns the row with this name, alias or hub id, ignoring case.
 
     Args:
-        name: such as "qwen2-0.5b-instruct" or "Qwen/Qwen2-0.5B-Instruct".
-        provider: the publisher it must be from; "pai" and "huggingface", which PAI scripts pass, are any.
+        name: Such as "qwen2-0.5b-instruct" or "Qwen/Qwen2-0.5B-Instruct".
+        provider: Required publisher. "pai" and "huggingface", which PAI scripts pass, match any.
 
     Raises:
-        UnknownModelError: no such row, or one of another provider; names the nearest rows and what to do.
+        UnknownModelError: No such row, or its provider differs. The message suggests similar names.
     """
     model = _index().get(str(name).strip().casefold())
     if model is None:
         raise UnknownModelError(
-            f"model {str(name)[:200]!r} is not in the catalog; the nearest names are {', '.join(_nearest(str(name)))}. "
-            "`palate models` lists them all; for any other model, give its folder as model_uri=."
+            f"model {str(name)[:200]!r} is not in the catalog; the most similar names are {', '.join(_nearest(str(name)))}. "
+            "`palate models` lists all. For any other model, give its folder as model_uri."
         )
     if provider is not None and provider.strip().casefold() not in _ANY_PROVIDER | {model.provider}:
         raise UnknownModelError(
-            f"model {name!r} is not from provider {provider!r} but from {model.provider!r}; "
-            f'give model_provider="{model.provider}" or leave it out.'
+            f"model {name!r} is from provider {model.provider!r}, not {provider!r}: "
+            f'set model_provider="{model.provider}" or omit it.'
         )
     return model
 
 
 def describe() -> str:
-    """The catalog in Markdown: a line for each kind, then a row for each model; docs/models.md holds it."""
+    """Returns the catalog in Markdown, as in docs/models.md: a line per kind, then a row per model."""
     lines = [
         *(f"- **{kind}**: {line}" for kind, line in _kinds().items()),
         "",
@@ -169,14 +169,14 @@ def _remarks(model: Model) -> str:
 
 @cache
 def _toml() -> dict[str, Any]:
-    import tomllib  # with importlib.resources some milliseconds that only a reader of the catalog should pay
+    import tomllib  # imported here to keep `import palate` fast
     from importlib.resources import files
 
     return tomllib.loads(files("palate_recipes").joinpath("catalog.toml").read_text("utf-8"))
 
 
 def _kinds() -> dict[str, str]:
-    """The line of guidance of each kind."""
+    """The guidance line of each kind."""
     return dict(_toml()["kinds"])
 
 
@@ -191,9 +191,9 @@ def _load() -> tuple[Model, ...]:
 
 
 def _model(family: str, row: dict[str, Any]) -> Model:
-    """One row as `Model`; a key that no field has fails here."""
+    """Builds a `Model`. A key without a field raises TypeError."""
     kinds = row["kind"].split("+")
-    if "base" in kinds:  # never trained on the family's markup
+    if "base" in kinds:  # base models are not trained on the family's chat template
         row.update(chat_template="", default_system_prompt="", dated=False, system_role=True, guidance="")
     moe = "moe" in kinds
     memory = {
@@ -223,9 +223,9 @@ def _model(family: str, row: dict[str, Any]) -> Model:
 
 
 def _memory_gib(parameters_b: float, bits: int | None, *, moe: bool) -> float:
-    """GiB by the formula of `Model.min_gpu_memory`; `bits` None trains every weight."""
+    """GiB by the formula of `Model.min_gpu_memory`. `bits` None: full fine-tuning."""
     if moe and bits is not None:
-        bits = 16  # bitsandbytes quantises linear layers; transformers 5 keeps experts in tensors of their own
+        bits = 16  # bitsandbytes quantises linear layers, but transformers 5 stores experts in plain tensors
     per_weight = _BYTES_FULL if bits is None else _BYTES[bits]
     gib = per_weight * parameters_b * 1e9 / 2**30 * _WORKING_SHARE + _WORKING_GIB
     return math.ceil(gib * 10) / 10
@@ -241,8 +241,8 @@ def _index() -> Mapping[str, Model]:
 
 
 def _nearest(name: str) -> list[str]:
-    import difflib  # only a mistake needs it
+    import difflib  # imported here, because only error messages need it
 
-    wanted = name.strip().casefold().split("/")[-1][:100]  # of a long text every place would be compared
+    wanted = name.strip().casefold().split("/")[-1][:100]  # cut to bound the time: the comparison is quadratic
     found = difflib.get_close_matches(wanted, [key for key in _index() if "/" not in key], n=6, cutoff=0.0)
     return list(dict.fromkeys(_index()[key].name for key in found))[:3]

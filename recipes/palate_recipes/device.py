@@ -1,5 +1,4 @@
-"""What this machine can compute with and what is installed, read from the system in milliseconds. Imports no torch, starts no
-CUDA context."""
+"""Detects this machine's GPUs, CPU features, memory and installed packages in milliseconds, without torch and a CUDA context."""
 
 from __future__ import annotations
 
@@ -15,12 +14,12 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 _GIB = 1024**3
 _FIRST_BF16_CAPABILITY = 8.0
-"""CUDA compute capability from which bf16 is native (Ampere); T4 is 7.5, V100 7.0."""
+"""First CUDA compute capability with native bf16 (Ampere). T4 has 7.5, V100 7.0."""
 
 
 @lru_cache(maxsize=1)
 def local_device() -> DeviceFacts:
-    """Returns the facts of this machine: its GPUs by the first one, if there is one, else the processor."""
+    """Returns the facts of this machine: of its first GPU if there is one, else of its CPU."""
     gpu = _gpus()
     memory_gib = available_memory() / _GIB
     if gpu is not None:
@@ -38,15 +37,15 @@ def local_device() -> DeviceFacts:
 
 
 def available_memory() -> int:
-    """Returns the bytes that new processes may take: free memory, or what the cgroup still allows if that is less."""
+    """Returns the bytes that new processes can use: available memory, or the rest of the cgroup's limit if that is less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     cgroup = Path("/sys/fs/cgroup")
     try:
-        limit = int((cgroup / "memory.max").read_text())  # "max" without a limit
+        limit = int((cgroup / "memory.max").read_text())  # "max" means no limit and raises ValueError
         used = int((cgroup / "memory.current").read_text())
     except (OSError, ValueError):
         return free
@@ -54,7 +53,7 @@ def available_memory() -> int:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 natively."""
+    """Whether the CPU has bfloat16 instructions."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:
@@ -64,7 +63,7 @@ def cpu_has_bf16() -> bool:
 
 
 def free_gpu_memory() -> int | None:
-    """Returns the free bytes over all GPUs; None when nvidia-smi says nothing."""
+    """Returns the free bytes of all GPUs together, or None if nvidia-smi fails."""
     try:
         lines = _ask_gpus("memory.free")
         return None if lines is None else sum(int(line) for line in lines) * 1024**2
@@ -73,13 +72,13 @@ def free_gpu_memory() -> int | None:
 
 
 def has_gpu_tool() -> bool:
-    """Whether nvidia-smi is here, as it is wherever NVIDIA's driver is."""
+    """Whether nvidia-smi is installed, which comes with NVIDIA's driver."""
     return shutil.which("nvidia-smi") is not None
 
 
 def installed_version(distribution: str) -> str | None:
     """Returns the version of an installed package, or None. Reads its metadata only."""
-    from importlib.metadata import PackageNotFoundError, version  # slow, and every start of the client comes by here
+    from importlib.metadata import PackageNotFoundError, version  # slow, and the client imports this module
 
     try:
         return version(distribution)
@@ -88,7 +87,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _gpus() -> tuple[str, float, float, int] | None:
-    """Returns (name, memory in GiB, compute capability) of the first GPU as nvidia-smi says, and how many are to be used."""
+    """Returns (name, memory in GiB, compute capability) of the first GPU from nvidia-smi, and the number of visible GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in {"", "-1"}:
         return None
@@ -104,7 +103,7 @@ def _gpus() -> tuple[str, float, float, int] | None:
 
 
 def _ask_gpus(query: str) -> list[str] | None:
-    """Returns what nvidia-smi says, a line a GPU; None where it is missing or fails."""
+    """Returns the output of nvidia-smi, one line per GPU, or None if it is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

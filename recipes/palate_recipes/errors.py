@@ -1,44 +1,44 @@
-"""Every error that Palate raises on purpose, in one tree for client, trainer and server. Knows no job, store or engine.
+"""All errors that Palate raises, in one tree for client, trainer and server. Knows no job, store or engine.
 
 PalateError
 ├── HyperparameterError (ValueError)            unknown, wrong type, out of bounds, contradictory
 ├── UnknownModelError (LookupError)             not in the catalog
 ├── DataError (ValueError)                      a preference file cannot be used
-├── ConfigurationError (ValueError)             an argument or setting cannot work
+├── ConfigurationError (ValueError)             an invalid argument or setting
 │   └── UnsupportedParameterError               a parameter of PAI's SDK has no meaning here
 ├── MissingDependencyError (ImportError)        an optional package is not installed
-├── NotEnoughMemoryError (MemoryError)          the model does not fit; found before anything starts
-├── NameTakenError (FileExistsError)            a job or service of that name exists
-├── RunNotFoundError (LookupError)              no job or service of that name in this store
-├── JobNotReadyError (RuntimeError)             the state of the job does not allow it: deploy before success, resume while running
+├── NotEnoughMemoryError (MemoryError)          the model does not fit; checked before anything starts
+├── NameTakenError (FileExistsError)            a job or service with this name exists
+├── RunNotFoundError (LookupError)              no job or service with this name in this store
+├── JobNotReadyError (RuntimeError)             the job's state does not allow it: deploy before success, resume while running
 ├── DamagedFilesError (RuntimeError)            a model, checkpoint or record is not what was written
 ├── WaitTimeoutError (TimeoutError)             a wait reached its time limit
 ├── TrainingJobError (RuntimeError)             a job failed or was stopped; has reason and last log lines
 ├── ServiceError (RuntimeError)                 a service failed to start, or died; has reason and last log lines
-├── EndpointError (RuntimeError)                an OpenAI-compatible endpoint refuses, or stopped answering
+├── EndpointError (RuntimeError)                an OpenAI-compatible endpoint rejects a call, or stopped answering
 ├── WeightsError (RuntimeError)                 a model's weights cannot be fetched
 ├── EngineError (RuntimeError)                  no container engine, or it does not answer
-│   └── ImageBuildError                         a build failed; has its last lines
+│   └── ImageBuildError                         a build failed; has its last log lines
 ├── ImageMissingError (LookupError)             an image is not on this machine
 ├── PaiNameError (ImportError)                  a name of PAI's SDK that Palate does not have
 ├── PaiAttributeError (AttributeError)          an attribute of PAI's classes that Palate does not have
-├── StoreError (OSError)                        a store could not do what it was asked
-│   ├── ObjectNotFoundError (FileNotFoundError) no object under that key
-│   ├── BucketNotFoundError (LookupError)       the bucket or root folder itself is missing
-│   ├── StoreDeniedError (PermissionError)      no, wrong or insufficient credentials or file permissions
-│   ├── StoreUnreachableError (ConnectionError) the endpoint does not answer, or answers with its own failure
-│   ├── DigestMismatchError                     bytes that arrived are not those that were uploaded
-│   ├── PreconditionFailedError                 a conditional put lost: somebody else wrote first
-│   └── StoreUsageError (ValueError)            a URI, key or option cannot work
+├── StoreError (OSError)                        a store operation failed
+│   ├── ObjectNotFoundError (FileNotFoundError) no object with this key
+│   ├── BucketNotFoundError (LookupError)       the bucket or root folder is missing
+│   ├── StoreDeniedError (PermissionError)      missing, wrong or insufficient credentials or file permissions
+│   ├── StoreUnreachableError (ConnectionError) the endpoint does not answer, or answers with a server error
+│   ├── DigestMismatchError                     the received bytes differ from those uploaded
+│   ├── PreconditionFailedError                 a conditional put lost: another writer was first
+│   └── StoreUsageError (ValueError)            an invalid URI, key or option
 ├── TrainerError (RuntimeError)                 a training cannot start or continue
 │   └── NotFiniteError                          the loss became NaN or infinite
 ├── ConversionError (RuntimeError)              a GGUF file cannot be converted
 └── ServerError                                 the server program cannot serve; its message is in error.txt
-    ├── BadSpec (ValueError)                    the spec, or a folder that it names, cannot be served
+    ├── BadSpec (ValueError)                    the spec, or a folder in it, cannot be served
     ├── PortTaken (OSError)                     the port is in use
     ├── EngineMissing (ModuleNotFoundError)     the engine is not installed
     ├── OutOfMemory (MemoryError)               the weights do not fit
-    ├── EngineFailed (RuntimeError)             the engine ended, or answered its first request with an error
+    ├── EngineFailed (RuntimeError)             the engine exited, or answered its first request with an error
     ├── EngineHung (TimeoutError)               the engine no longer answers
     └── StartTimeout (TimeoutError)             the engine did not answer in time
 """
@@ -49,9 +49,9 @@ from palate_recipes.text import visible
 
 
 class PalateError(Exception):
-    """Root of every error that Palate raises on purpose. The message says what, the value, and the remedy.
+    """Root of all errors that Palate raises. The message says what is wrong, the value, and the remedy.
 
-    A message can quote a log, a name or a value from elsewhere, so its control characters are written out.
+    A message can quote logs, names and values from untrusted sources, so control characters are escaped.
     """
 
     def __str__(self) -> str:
@@ -71,11 +71,11 @@ class DataError(PalateError, ValueError):
 
 
 class ConfigurationError(PalateError, ValueError):
-    """An argument or setting cannot work."""
+    """An argument or setting is invalid."""
 
 
 class UnsupportedParameterError(ConfigurationError):
-    """A parameter of PAI's SDK has no meaning here and is refused instead of ignored."""
+    """A parameter of PAI's SDK has no meaning here. It is rejected, not ignored."""
 
 
 class MissingDependencyError(PalateError, ImportError):
@@ -83,27 +83,27 @@ class MissingDependencyError(PalateError, ImportError):
 
 
 class NotEnoughMemoryError(PalateError, MemoryError):
-    """The model does not fit into the memory of the machine; found before anything starts."""
+    """The model does not fit into the machine's memory. Checked before anything starts."""
 
 
 class NameTakenError(PalateError, FileExistsError):
-    """A job or service of that name is there already."""
+    """A job or service with this name exists."""
 
 
 class RunNotFoundError(PalateError, LookupError):
-    """No job or service of that name is in this store."""
+    """No job or service in this store has this name."""
 
 
 class JobNotReadyError(PalateError, RuntimeError):
-    """Something was asked of a job that its state does not allow: a model before it has succeeded, a resume while it runs."""
+    """The job's state does not allow the operation, such as deploy before success or resume while running."""
 
 
 class DamagedFilesError(PalateError, RuntimeError):
-    """Files are missing, cut short or changed: what they hold is not used."""
+    """Files are missing, truncated or changed, and are not used."""
 
 
 class WaitTimeoutError(PalateError, TimeoutError):
-    """What was waited for did not come in time."""
+    """A wait reached its time limit."""
 
 
 class _RunError(PalateError, RuntimeError):
@@ -120,8 +120,8 @@ class TrainingJobError(_RunError):
     """A job failed or was stopped.
 
     Attributes:
-        reason: The cause in one message.
-        log_tail: The last lines that the job logged.
+        reason: The cause.
+        log_tail: The last lines of the job's log.
     """
 
 
@@ -129,18 +129,18 @@ class ServiceError(_RunError):
     """A service failed to start, or died.
 
     Attributes:
-        reason: The cause in one message.
-        log_tail: The last lines that the engine logged.
+        reason: The cause.
+        log_tail: The last lines of the engine's log.
     """
 
 
 class EndpointError(PalateError, RuntimeError):
-    """An endpoint refused a call that no retry can mend, or is gone.
+    """An endpoint rejected a call permanently, or stopped answering.
 
     Attributes:
-        endpoint: Its base URL.
-        model: The model that was asked.
-        status: The HTTP status of the last answer; None when there was none.
+        endpoint: Base URL.
+        model: Name of the requested model.
+        status: HTTP status of the last answer; None if there was none.
     """
 
     def __init__(self, message: str, *, endpoint: str, model: str, status: int | None = None) -> None:
@@ -151,18 +151,18 @@ class EndpointError(PalateError, RuntimeError):
 
 
 class WeightsError(PalateError, RuntimeError):
-    """Weights could not be fetched."""
+    """A model's weights cannot be fetched."""
 
 
 class EngineError(PalateError, RuntimeError):
-    """There is no container engine, it does not answer, or it refuses what it was asked for."""
+    """There is no container engine, it does not answer, or it rejects a command."""
 
 
 class ImageBuildError(EngineError):
-    """An image could not be built.
+    """An image build failed.
 
     Attributes:
-        log_tail: The last lines of the build.
+        log_tail: The last lines of the build's log.
     """
 
     def __init__(self, message: str, log_tail: list[str]) -> None:
@@ -171,87 +171,87 @@ class ImageBuildError(EngineError):
 
 
 class ImageMissingError(PalateError, LookupError):
-    """An image is not there."""
+    """An image does not exist."""
 
 
 class PaiNameError(PalateError, ImportError):
-    """A module of PAI's SDK has this name and Palate has not."""
+    """PAI's SDK has this name and Palate does not."""
 
 
 class PaiAttributeError(PalateError, AttributeError):
-    """A class of PAI's SDK has this attribute and Palate's has not."""
+    """PAI's class has this attribute and Palate's does not."""
 
 
 class StoreError(PalateError, OSError):
-    """A store could not do what it was asked."""
+    """A store operation failed."""
 
 
 class ObjectNotFoundError(StoreError, FileNotFoundError):
-    """No object has this key, or none stands under this prefix."""
+    """No object has this key or prefix."""
 
 
 class BucketNotFoundError(StoreError, LookupError):
-    """The bucket or root folder itself is missing. No FileNotFoundError: nobody should wait for an object."""
+    """The bucket or root folder is missing. Not a FileNotFoundError: a reader that waits for an object must not wait for this."""
 
 
 class StoreDeniedError(StoreError, PermissionError):
-    """The store refuses: no credentials, wrong ones, or ones that do not allow this."""
+    """The store denies access: credentials are missing, wrong or insufficient."""
 
 
 class StoreUnreachableError(StoreError, ConnectionError):
-    """The endpoint did not answer, or kept answering with a failure of its own."""
+    """The endpoint did not answer, or kept answering with server errors."""
 
 
 class DigestMismatchError(StoreError):
-    """Bytes that arrived are not those that were uploaded, also when they were asked for again."""
+    """The received bytes differ from those uploaded, after a retry too."""
 
 
 class PreconditionFailedError(StoreError):
-    """A conditional put lost: the object is there already, or is not the one that was read."""
+    """A conditional put lost: the object exists, or has changed since it was read."""
 
 
 class StoreUsageError(StoreError, ValueError):
-    """A URI, a key or an option cannot be used as given."""
+    """A URI, key or option is invalid."""
 
 
 class TrainerError(PalateError, RuntimeError):
-    """A training cannot start or go on; the message names the cause and the remedy."""
+    """Training cannot start or continue. The message has the cause and the remedy."""
 
 
 class NotFiniteError(TrainerError):
-    """The loss became infinite or no number."""
+    """The loss became NaN or infinite."""
 
 
 class ConversionError(PalateError, RuntimeError):
-    """A GGUF file cannot be turned into a model folder."""
+    """A GGUF file cannot be converted to a model folder."""
 
 
 class ServerError(PalateError):
-    """Root of the server's errors. The message says what, the value, and the remedy."""
+    """Root of the server program's errors."""
 
 
 class BadSpec(ServerError, ValueError):
-    """The spec, or a folder that it names, cannot be served."""
+    """The spec, or a folder in it, cannot be served."""
 
 
 class PortTaken(ServerError, OSError):
-    """Something else listens on the wanted port."""
+    """The port is in use."""
 
 
 class EngineMissing(ServerError, ModuleNotFoundError):
-    """The wanted engine is not installed."""
+    """The engine is not installed."""
 
 
 class OutOfMemory(ServerError, MemoryError):
-    """The model does not fit into the memory that is free."""
+    """The model does not fit into free memory."""
 
 
 class EngineFailed(ServerError, RuntimeError):
-    """The engine ended by itself, or answered its first request with an error."""
+    """The engine exited, or answered its first request with an error."""
 
 
 class EngineHung(ServerError, TimeoutError):
-    """The engine runs and has answered, but answers no more."""
+    """The engine is running but no longer answers."""
 
 
 class StartTimeout(ServerError, TimeoutError):

@@ -1,8 +1,8 @@
-"""What hyperparameters mean together: validation of what a user gives, and resolution on a machine.
-Knows no trainer and no ML library; one value at a time is `palate_recipes.schema`.
+"""Validates hyperparameters together, and resolves them for a machine.
+Knows no trainer and no ML library. Single values are `palate_recipes.schema`.
 
-    validate(values, method="LoRA_LLM")               only the given names, in their own types
-    resolve(values, method="LoRA_LLM", device=facts)  every name, the precision, a note for each silent change
+    validate(values, method="LoRA_LLM")               the given names, typed
+    resolve(values, method="LoRA_LLM", device=facts)  all names, the precision, a note for each automatic change
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 Precision = Literal["bfloat16", "float16", "float32"]
 
-# What users of other toolkits type. Hinted at, never accepted: one name a thing keeps manifests comparable.
+# Names from other toolkits, for suggestions only. They are not accepted, because one name per setting keeps manifests comparable.
 _HINTS: Mapping[str, tuple[str, ...]] = {
     "training_strategy": ("training_method", "training_type", "strategy", "stage", "rlhf_type"),
     "learning_rate": ("lr", "base_lr", "peak_lr"),
@@ -86,10 +86,10 @@ _PAIR_NAMES = ("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "disc
 _DPO_NAMES = ("dpo_beta", *_PAIR_NAMES)
 _KTO_NAMES = ("desirable_weight", "undesirable_weight")
 _KTO_BATCH = 4
-"""Answers of a batch where none are asked for: TRL's advice for its estimate of the KL divergence is 4 or more."""
+"""Default batch size for KTO: TRL recommends 4 or more answers for its estimate of the KL divergence."""
 _SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
-# Objectives that TRL 1.16 keeps in trl.experimental only, and what comes nearest among its stable ones.
+# Objectives that TRL 1.16 has only in trl.experimental, and the closest stable alternative.
 _NOT_OFFERED: Mapping[str, str] = {
     "simpo": "training_strategy=dpo with loss_type=sigmoid_norm compares length-normalised log-probabilities, with a reference",
     "cpo": 'training_strategy=dpo with loss_type="sigmoid,sft" adds its likelihood term to DPO',
@@ -99,10 +99,16 @@ _NOT_OFFERED: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What training needs to know of a machine. `bf16` and `fp16` are what its GPU, or without CUDA its CPU,
-    computes fast; a CPU has bf16 with avx512_bf16 or amx. `gpu_name` and `gpu_memory_gib` are those of the first GPU,
-    `gpu_count` says how many a run may use (0: not known); `memory_is_limited` says that `memory_gib` is a limit that
-    the run was given, and not what the machine has."""
+    """What training needs to know of a machine.
+
+    Attributes:
+        cuda: Whether there is a CUDA device.
+        bf16, fp16: Whether the GPU, or without CUDA the CPU, computes in it natively. For a CPU: avx512_bf16 or amx.
+        gpu_name, gpu_memory_gib: Of the first GPU.
+        memory_gib: Host memory.
+        gpu_count: Number of GPUs that a run may use; 0 if unknown.
+        memory_is_limited: Whether `memory_gib` is a limit of the run rather than the machine's memory.
+    """
 
     cuda: bool
     bf16: bool
@@ -116,9 +122,13 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The hyperparameters of one run with every default written out, the precision it computes in (also under
-    `precision` in `values`, in place of `auto`), and one sentence for each default that gave way and each given value
-    that has no effect."""
+    """The hyperparameters of one run.
+
+    Attributes:
+        values: All hyperparameters with defaults filled in. `precision` replaces `auto`.
+        precision: The precision of the run.
+        notes: One sentence for each default that was changed and each given value that has no effect.
+    """
 
     values: Hyperparameters
     precision: Precision
@@ -126,22 +136,22 @@ class Resolved:
 
 
 def validate(values: Mapping[str, object] | Hyperparameters | None, *, method: str) -> dict[str, Any]:
-    """Check the given hyperparameters and return them in their own types; defaults are not filled in.
+    """Checks the given hyperparameters and returns them typed, without defaults.
 
     Args:
-        values: names to values; strings are read as PAI sends them (`"5e-5"`, `"true"`). None is no values. Resolved ones
-            may be given again: each counts as given.
-        method: one of `METHODS`.
+        values: Values by name. Strings are parsed, as PAI sends them (`"5e-5"`, `"true"`). None is an empty dict. Of resolved
+            `Hyperparameters` every value counts as given.
+        method: One of `METHODS`.
 
     Raises:
-        HyperparameterError: lists every problem at once, each with name, value and what it must be.
+        HyperparameterError: Lists all problems at once, each with name, value and what is expected.
     """
     check_method(method)
     if isinstance(values, Hyperparameters):
         values = asdict(values)
     if values is not None and not isinstance(values, Mapping):
         raise HyperparameterError(
-            f"hyperparameters is a {type(values).__name__}; give a dict of names to values, such as "
+            f"hyperparameters is a {type(values).__name__}: expected a dict of names and values, such as "
             '{"training_strategy": "dpo"}'
         )
     given: dict[str, Any] = {}
@@ -165,15 +175,15 @@ def validate(values: Mapping[str, object] | Hyperparameters | None, *, method: s
 
 
 def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: str, device: DeviceFacts) -> Resolved:
-    """Check the given hyperparameters, fill in every default, and settle what depends on method and machine.
+    """Checks the given hyperparameters, fills in defaults, and resolves what depends on method and machine.
 
-    Under kto a batch has 4 answers unless a size is given: PAI's default of 1 cannot work there.
-    The 4-bit rule is PAI's (an adapter, load_in_4bit and not load_in_8bit hold the weights in 4 bits), except
-    that the default of load_in_4bit gives way where it cannot work: without CUDA, with load_in_8bit, and in
-    Standard_LLM. QLoRA_LLM asks for 4 bits by its name, so there the default holds without CUDA too.
+    With kto the default batch size is 4, because PAI's default of 1 cannot work there. The 4-bit rule is PAI's: an adapter with
+    load_in_4bit and without load_in_8bit has 4-bit weights. But the default of load_in_4bit becomes false where it cannot work:
+    without CUDA, with load_in_8bit, and in Standard_LLM. QLoRA_LLM requests 4 bits by its name, so its default stays true
+    without CUDA too.
 
     Raises:
-        HyperparameterError: as `validate`, or the machine cannot compute in the given `precision`.
+        HyperparameterError: As `validate`, or the machine does not support the given `precision`.
     """
     given = validate(values, method=method)
     resolved = Hyperparameters(**given)
@@ -189,7 +199,7 @@ def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: st
         resolved = replace(resolved, per_device_train_batch_size=_KTO_BATCH)
         notes.append(
             f"per_device_train_batch_size is {_KTO_BATCH}: kto estimates the KL divergence from the answers of one batch, "
-            "and the default of 1 has none to compare."
+            "which is impossible with the default of 1."
         )
     if "load_in_4bit" not in given and (reason := _why_not_4bit(resolved, method, device, precision)):
         resolved = replace(resolved, load_in_4bit=False)
@@ -197,40 +207,38 @@ def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: st
     quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(resolved, name)]
     if quantised and not device.cuda:
         notes.append(
-            f"{quantised[0]} stays true without CUDA, as asked: "
-            f"it needs bitsandbytes' CPU kernels and is slower than {precision} weights."
+            f"{quantised[0]} stays true without CUDA, as requested: "
+            f"it uses bitsandbytes' CPU kernels and is slower than {precision} weights."
         )
     if no_bfloat16:
-        notes.append(f"{device.gpu_name or 'This GPU'} has no bfloat16: training computes in float16.")
+        notes.append(f"{device.gpu_name or 'This GPU'} does not support bfloat16: training uses float16.")
     if emulated:
         notes.append(
-            "precision=bfloat16 is emulated: this processor has neither avx512_bf16 nor amx, so training is slower than in float32."
+            "precision=bfloat16 is emulated: this CPU has neither avx512_bf16 nor amx, so training is slower than in float32."
         )
     if resolved.fsdp == "full_shard" and (not device.cuda or device.gpu_count == 1):
-        notes.append(
-            f"fsdp has no effect: {'there is one GPU' if device.cuda else 'there is no CUDA'} to hold the weights."
-        )
+        notes.append(f"fsdp has no effect: {'there is only one GPU' if device.cuda else 'there is no CUDA device'}.")
     notes.extend(_without_effect(given, resolved, method))
     return Resolved(values=resolved, precision=precision, notes=tuple(notes))
 
 
 def _why_not_4bit(resolved: Hyperparameters, method: str, device: DeviceFacts, precision: Precision) -> str | None:
     if method == "Standard_LLM":
-        return "Standard_LLM trains every weight, and 4-bit weights cannot be trained"
+        return "Standard_LLM trains all weights, and 4-bit weights cannot be trained"
     if resolved.load_in_8bit:
-        return "load_in_8bit=true was given, and weights are held in one of the two"
+        return "load_in_8bit=true was given, and only one of the two can be used"
     if resolved.fsdp == "full_shard" and device.cuda and device.gpu_count != 1:
-        return f"fsdp=full_shard was given, and 4-bit weights cannot be split, so they are held in {precision}"
+        return f"fsdp=full_shard was given, and 4-bit weights cannot be sharded, so the weights are in {precision}"
     if not device.cuda and method != "QLoRA_LLM":
-        return f"its default is for CUDA, which this machine lacks, so the weights are held in {precision}"
+        return f"its default needs CUDA, which this machine does not have, so the weights are in {precision}"
     return None
 
 
 def check_method(method: str) -> Method:
-    """The method's name if it is one of `METHODS`.
+    """Returns `method` if it is one of `METHODS`.
 
     Raises:
-        HyperparameterError: it is not; the message names the nearest one and all of them.
+        HyperparameterError: The method is unknown. The message suggests the most similar one and lists all.
     """
     if isinstance(method, str) and method in METHODS:
         return cast(Method, method)
@@ -247,27 +255,27 @@ def _contradictions(given: Mapping[str, Any], method: str) -> Iterable[str]:
     if method == "Standard_LLM":
         for name in ("load_in_4bit", "load_in_8bit"):
             if given.get(name):
-                yield f"{name} = true: Standard_LLM trains full weights; drop it, or use method QLoRA_LLM"
+                yield f"{name} = true: Standard_LLM trains full weights; omit it, or use method QLoRA_LLM"
         return
     if given.get("fsdp") == "full_shard":
         if method == "QLoRA_LLM":
-            yield 'fsdp = "full_shard": it cannot split 4-bit or 8-bit weights; drop it, or use method LoRA_LLM'
+            yield 'fsdp = "full_shard": 4-bit and 8-bit weights cannot be sharded; omit it, or use method LoRA_LLM'
         for name in ("load_in_4bit", "load_in_8bit"):
             if given.get(name) and method != "QLoRA_LLM":
-                yield f'fsdp = "full_shard", {name} = true: quantised weights cannot be split; give only one'
+                yield f'fsdp = "full_shard", {name} = true: quantised weights cannot be sharded; set only one'
     if four and eight:
-        yield "load_in_4bit = true, load_in_8bit = true: weights are held in one of the two; give only one"
+        yield "load_in_4bit = true, load_in_8bit = true: set only one"
     if method == "QLoRA_LLM" and four is False and not eight:
         yield (
-            "load_in_4bit = false, load_in_8bit = false: QLoRA_LLM holds the weights in 4 or 8 bits; "
+            "load_in_4bit = false, load_in_8bit = false: QLoRA_LLM needs 4-bit or 8-bit weights; "
             "set one to true, or use method LoRA_LLM"
         )
     if given.get("lora_dim") == 0:
-        yield f"lora_dim = 0: {method} needs an adapter; give at least 1, or use method Standard_LLM"
+        yield f"lora_dim = 0: {method} needs an adapter; set it to 1 or more, or use method Standard_LLM"
     modules = given.get("target_modules", [])
     for module in modules if isinstance(modules, list) else []:
         if reason := why_not_served(module):
-            yield f"target_modules = {show(modules)}: {module} {reason}; leave it out"
+            yield f"target_modules = {show(modules)}: {module} {reason}; remove it from the list"
 
 
 def _loss_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
@@ -275,64 +283,64 @@ def _loss_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
     weights, smoothing = given.get("loss_weights"), given.get("label_smoothing", 0.0)
     if weights and len(weights) != len(losses):
         yield (
-            f"loss_weights = {show(weights)}: {len(weights)} for {len(losses)} losses ({', '.join(losses)}); "
-            "give one for each, or none"
+            f"loss_weights = {show(weights)}: {len(weights)} weights for {len(losses)} losses ({', '.join(losses)}); "
+            "give one weight per loss, or none"
         )
     elif weights and not any(weights):
-        yield f"loss_weights = {show(weights)}: nothing would be trained; give at least one above 0"
+        yield f"loss_weights = {show(weights)}: the loss would always be 0; set at least one above 0"
     if given.get("training_strategy") == "dpo" and "exo_pair" in losses and not smoothing:
-        yield "loss_type = exo_pair needs label_smoothing above 0 (its paper takes 1e-3): give label_smoothing"
+        yield "loss_type = exo_pair needs label_smoothing above 0 (its paper uses 1e-3): set label_smoothing"
 
 
 def _kto_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
     strategy = given.get("training_strategy")
-    # A value that is the default is no wish: resolved values hold every name, and are given again to repeat a run.
+    # A value equal to the default is not a request: repeating a run passes its resolved values, which have every name.
     wished = {name for name, value in given.items() if value != HYPERPARAMETERS[name].default}
     if strategy == "kto":
         for name in _PAIR_NAMES:
             if name in wished:
                 yield (
-                    f"{name} = {show(given[name])}: it is part of a loss over pairs, and kto has its own loss over single "
-                    "answers; drop it, or use training_strategy=dpo"
+                    f"{name} = {show(given[name])}: it belongs to losses over pairs, but kto has its own loss over single "
+                    "answers; omit it, or use training_strategy=dpo"
                 )
         size = given.get("per_device_train_batch_size", _KTO_BATCH)
         if size < 2:
             yield (
                 f"per_device_train_batch_size = {size}: kto estimates the KL divergence from the other answers of a batch; "
-                f"give at least 2, better {_KTO_BATCH} or more"
+                f"set at least 2, preferably {_KTO_BATCH} or more"
             )
         if given.get("fsdp") == "full_shard":
-            yield 'fsdp = "full_shard": kto trains on whole weights; drop it, or use training_strategy=dpo'
+            yield 'fsdp = "full_shard": kto does not support sharded weights; omit it, or use training_strategy=dpo'
     elif strategy is not None:
         for name in _KTO_NAMES:
             if name in wished:
-                yield f'{name} = {show(given[name])}: only kto weighs answers, and training_strategy is "{strategy}"; drop it'
+                yield f'{name} = {show(given[name])}: only kto uses it, but training_strategy is "{strategy}"; omit it'
     weights = [given.get(name, HYPERPARAMETERS[name].default) for name in _KTO_NAMES]
     if not any(weights):
-        yield "desirable_weight = 0, undesirable_weight = 0: nothing would be trained; give at least one above 0"
+        yield "desirable_weight = 0, undesirable_weight = 0: the loss would always be 0; set at least one above 0"
 
 
 def _without_effect(given: Mapping[str, Any], resolved: Hyperparameters, method: str) -> Iterable[str]:
     if resolved.training_strategy == "sft":
         for name in _DPO_NAMES:
             if name in given:
-                yield f'{name} has no effect: training_strategy is "sft"; "dpo" trains on preferences.'
+                yield f'{name} has no effect: training_strategy is "sft"; use "dpo" to train on preferences.'
     elif resolved.training_strategy == "dpo":
         yield from _loss_notes(given, resolved)
     if resolved.training_strategy != "kto":
         for name in _KTO_NAMES:
             if getattr(resolved, name) != HYPERPARAMETERS[name].default:
-                yield f'{name} has no effect: training_strategy is "{resolved.training_strategy}"; "kto" has it.'
+                yield f'{name} has no effect: training_strategy is "{resolved.training_strategy}"; only "kto" uses it.'
     if method == "Standard_LLM":
         for name in _LORA_NAMES:
             if name in given:
-                yield f"{name} has no effect: Standard_LLM trains every weight, without an adapter."
+                yield f"{name} has no effect: Standard_LLM trains all weights, without an adapter."
     if given.get("system_prompt") and not resolved.apply_chat_template:
         yield "system_prompt has no effect: apply_chat_template is false."
     if given.get("warmup_ratio") and resolved.lr_scheduler_type == "constant":
         yield "warmup_ratio has no effect: lr_scheduler_type is constant; use constant_with_warmup."
     if "num_train_epochs" in given and resolved.max_steps:
-        yield f"num_train_epochs has no effect: max_steps={resolved.max_steps} decides when to stop."
+        yield f"num_train_epochs has no effect: max_steps={resolved.max_steps} takes precedence."
 
 
 def _loss_notes(given: Mapping[str, Any], resolved: Hyperparameters) -> Iterable[str]:
@@ -340,15 +348,15 @@ def _loss_notes(given: Mapping[str, Any], resolved: Hyperparameters) -> Iterable
     if losses & {"aot", "aot_unpaired"} and resolved.per_device_train_batch_size == 1:
         yield (
             f"loss_type={resolved.loss_type} compares pairs within a batch, "
-            "and per_device_train_batch_size is 1: give more pairs."
+            "but per_device_train_batch_size is 1: set it to 2 or more."
         )
     if "sft" in losses and resolved.gradient_accumulation_steps > 1:
         yield (
-            "the loss sft is a mean over the tokens of one batch: with gradient_accumulation_steps="
-            f"{resolved.gradient_accumulation_steps} a token in a batch of short answers weighs more."
+            "loss_type sft is a mean over the tokens of one batch: with gradient_accumulation_steps="
+            f"{resolved.gradient_accumulation_steps} a token in a batch of short answers has a higher weight."
         )
     if given.get("label_smoothing") and not losses & _SMOOTHED:
-        yield f"label_smoothing has no effect on {resolved.loss_type}: {', '.join(sorted(_SMOOTHED))} have it."
+        yield f"label_smoothing has no effect on {resolved.loss_type}: only {', '.join(sorted(_SMOOTHED))} use it."
     if "discopop_tau" in given and "discopop" not in losses:
         yield f"discopop_tau has no effect: loss_type is {resolved.loss_type}."
 
@@ -356,23 +364,23 @@ def _loss_notes(given: Mapping[str, Any], resolved: Hyperparameters) -> Iterable
 def _not_offered(value: object) -> str:
     name = value.strip().casefold() if isinstance(value, str) else ""
     if name == "kto":
-        return ". KTO is no loss over pairs: training_strategy=kto trains on good and bad answers, those of pairs too"
+        return ". KTO is not a loss over pairs: training_strategy=kto trains on good and bad answers, including those of pairs"
     if name not in _NOT_OFFERED:
         return ""
-    return f". TRL has {name} among its experiments only, so it is not offered: {_NOT_OFFERED[name]}"
+    return f". {name} is experimental in TRL and not supported here: {_NOT_OFFERED[name]}"
 
 
 def _impossible_precision(wanted: str, device: DeviceFacts) -> str | None:
-    """Why the machine cannot compute in the given precision, with the remedy; None when it can."""
+    """Why the machine does not support the precision, with the remedy; None if it does."""
     if wanted == "float16" and not device.cuda:
         return (
-            'precision = "float16": a CPU cannot train in float16; use "float32", or "bfloat16" where the processor '
-            'has avx512_bf16 or amx, or leave it at "auto"'
+            'precision = "float16": a CPU cannot train in float16; use "float32", or "bfloat16" if the CPU '
+            'has avx512_bf16 or amx, or "auto"'
         )
     if wanted == "bfloat16" and device.cuda and not device.bf16:
         return (
-            f'precision = "bfloat16": {device.gpu_name or "this GPU"} computes bfloat16 only from compute capability 8.0 on; '
-            'use "float16" or "float32", or leave it at "auto"'
+            f'precision = "bfloat16": {device.gpu_name or "this GPU"} does not support it (it needs compute capability 8.0); '
+            'use "float16", "float32" or "auto"'
         )
     return None
 
@@ -390,10 +398,10 @@ def _hint(name: object) -> str:
     alias = next((known for known, others in _HINTS.items() if key in others), None)
     if meant := alias or nearest(key, HYPERPARAMETERS):
         return f"did you mean {meant}?"
-    return "recipe.hyperparameter_definitions lists the known names"
+    return "recipe.hyperparameter_definitions lists the valid names"
 
 
 def shorten(value: object) -> str:
-    """Returns a value as a message shows it, 60 characters at most."""
+    """Returns a value for a message, cut to 60 characters."""
     text = show(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,8 +1,8 @@
-"""LoRA adapters by their settings: which layers may carry one, and what an adapter_config.json says. Knows no weights.
+"""LoRA settings: which layers can have an adapter, and how to read adapter_config.json. Knows no weights.
 
-vLLM 0.32 serves LoRA on linear layers; on embeddings and the output head for some architectures only, on norms never.
+vLLM 0.32 serves LoRA on linear layers; on embeddings and the LM head only for some architectures, on norms never.
 
-The client reads an adapter_config.json before it submits, the trainer before it loads: both see the same contradictions.
+The client reads adapter_config.json before it submits and the trainer before it loads, so both report the same contradictions.
 """
 
 from __future__ import annotations
@@ -20,29 +20,27 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def why_not_served(module: str) -> str | None:
-    """Returns why an adapter on the layers of that name would not be served, or None when nothing speaks against it.
+    """Returns why an adapter on these layers cannot be served, or None if it can.
 
     Args:
-        module: As in `target_modules`: `q_proj`, or a path that ends with such a name.
+        module: An entry of `target_modules`: a name such as `q_proj`, or a path that ends with one.
     """
     name = module.rpartition(".")[2].casefold()
     if name in _HEADS:
-        # TRL's DPO computes log-probabilities from the head's weight itself, and refuses an adapter there, too.
-        return "is the output head, where vLLM serves an adapter for some architectures only, and DPO trains none"
+        # TRL's DPO computes log-probabilities from the head's weight directly, so it rejects an adapter there too.
+        return "is the LM head: vLLM serves adapters on it only for some architectures, and DPO cannot train one"
     if name in _EMBEDDINGS:
-        return "is an embedding, where vLLM serves an adapter for some architectures only"
+        return "is an embedding: vLLM serves adapters on it only for some architectures"
     if "norm" in name or name in ("ln_1", "ln_2", "ln_f"):
-        return "is a normalisation, which has no matrix that an adapter could be added to"
+        return "is a normalisation layer: it has no matrix to which an adapter could be added"
     if name in _ROUTERS:
-        return (
-            "chooses between experts: an adapter there changes which weights answer, and engines do not serve it alike"
-        )
+        return "is a router of experts: engines differ in how they serve an adapter on it"
     return None
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
-"""What a folder must hold for a training to go on from it."""
+"""Files that an adapter folder must have to continue training from it."""
 
 _BEYOND_SERVING = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "rank_pattern", "alpha_pattern")
 _NAMES = ("lora_dim", "lora_alpha", "target_modules")
@@ -50,13 +48,13 @@ _NAMES = ("lora_dim", "lora_alpha", "target_modules")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """What an adapter decides for a training that goes on from it.
+    """The hyperparameters that an existing adapter fixes.
 
     Attributes:
         rank: `lora_dim`.
         alpha: `lora_alpha`.
-        target_modules: Names of the layers with an adapter, or PEFT's regular expression over them.
-        base_model: Name of the model it was trained on, or "".
+        target_modules: Names of the adapted layers, or PEFT's regular expression.
+        base_model: Name of the base model, or "".
     """
 
     rank: int
@@ -69,13 +67,13 @@ class AdapterShape:
         """Reads an adapter_config.json.
 
         Args:
-            text: Its content.
-            where: What the folder is called in messages.
+            text: Content of the file.
+            where: Name of the folder in messages.
 
         Raises:
-            DataError: It is no LoRA adapter, or one of a kind that Palate neither trains nor serves.
+            DataError: It is not a LoRA adapter, or has features that Palate does not support.
         """
-        import json  # the client reads this module at every start, and an adapter rarely
+        import json  # imported here, because the client imports this module at every start
 
         try:
             config = json.loads(text)
@@ -88,8 +86,8 @@ class AdapterShape:
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{where}/{ADAPTER_CONFIG} describes no LoRA adapter ({type(error).__name__}: {error})."
-                " Name the model folder of a finished LoRA run."
+                f"{where}/{ADAPTER_CONFIG} does not describe a LoRA adapter ({type(error).__name__}: {error})."
+                " Give the model folder of a finished LoRA run."
             ) from None
         odd = [f"{name}={config[name]}" for name in _BEYOND_SERVING if config.get(name)]
         if kind != "LORA":
@@ -102,28 +100,28 @@ class AdapterShape:
             except ValueError:
                 odd.append(f"{key}={value}")
         if isinstance(shape.target_modules, list):
-            odd += [f"{name} among its layers" for name in shape.target_modules if why_not_served(name)]
+            odd += [f"target module {name}" for name in shape.target_modules if why_not_served(name)]
         if odd:
             raise DataError(
-                f"{where} holds an adapter with {', '.join(odd)}: Palate goes on from plain LoRA adapters only."
-                " Merge it into its base model and give that as model_uri."
+                f"The adapter in {where} has {', '.join(odd)}, but Palate continues only from plain LoRA adapters."
+                " Merge it into its base model and give the result as model_uri."
             )
         return shape
 
     def contradictions(self, values: Mapping[str, Any]) -> list[str]:
-        """Returns a sentence for each of `lora_dim`, `lora_alpha` and `target_modules` in `values` that is not the adapter's.
+        """Returns a sentence for each of `lora_dim`, `lora_alpha` and `target_modules` that differs from the adapter's.
 
-        `all-linear` contradicts no list of names: which layers it means, the adapter's own training has settled.
+        `all-linear` never contradicts: the adapter's own training has resolved it to layer names.
         """
         own = self.values()
         return [
-            f"{name} = {values[name]!r}: the adapter has {own[name]!r}; leave {name} out"
+            f"{name} = {values[name]!r}, but the adapter has {own[name]!r}: omit {name}"
             for name in _NAMES
             if name in values and _comparable(values[name]) not in ("all-linear", _comparable(own[name]))
         ]
 
     def values(self) -> dict[str, Any]:
-        """The hyperparameters that the adapter decides."""
+        """The hyperparameters that the adapter fixes."""
         return {"lora_dim": self.rank, "lora_alpha": self.alpha, "target_modules": self.target_modules}
 
 

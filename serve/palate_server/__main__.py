@@ -1,4 +1,4 @@
-"""`python -m palate_server SPEC.json`: logging to stderr, then the program."""
+"""`python -m palate_server SPEC.json`: sets up logging to stderr and runs the server."""
 
 import logging
 import sys

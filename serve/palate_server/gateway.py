@@ -1,10 +1,9 @@
-"""The same front for every engine: token, limits, model names and list, form of errors. A plain ASGI middleware; knows no engine.
+"""ASGI middleware in front of every engine: token, limits, model names and list, error format. Knows no engine.
 
-An engine constructs it as `Gateway(app)` in its own process; what to serve then comes from the spec file that the environment
-variable `PALATE_SERVE_SPEC` names, the token from `PALATE_ACCESS_TOKEN`. Everything but `GET /health` needs the token.
-Each JSON request is made to name one of the service's models: aliases become the engine's names, a missing name becomes the
-tuned model (vLLM would take the base model), an unknown one is answered with 404. Answers pass through untouched; errors
-that lack OpenAI's form are given it.
+An engine constructs it as `Gateway(app)` in its own process. The environment then names the spec file (`PALATE_SERVE_SPEC`) and
+the token (`PALATE_ACCESS_TOKEN`). Every request except `GET /health` needs the token. In JSON requests the gateway resolves
+the model: an alias becomes the engine's name, a missing name becomes the tuned model (vLLM would use the base model), an unknown
+name is answered with 404. Answers pass through unchanged. Errors in another format are converted to OpenAI's.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from palate_recipes.specs.serve import (
 SPEC_VARIABLE = "PALATE_SERVE_SPEC"
 
 BODIES_LIMIT_BYTES = 8 * BODY_LIMIT_BYTES
-"""Of all requests that are being answered at one time."""
+"""Limit of all bodies in memory together."""
 
 _ERROR_LIMIT_BYTES = 64 * 1024
-"""What is read of an error that lacks OpenAI's form; a longer one passes as it is."""
+"""Errors up to this size are converted to OpenAI's format. Longer ones pass through."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -48,29 +47,32 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Activity:
-    """What the engine has been asked for lately. One per process: a model's own hooks report to it as well."""
+    """Tracks requests and progress. One per process, because a model's hooks report to it too.
+
+    The server program polls it for two decisions: idle (stop the service) and still (the engine may hang).
+    """
 
     def __init__(self) -> None:
         self._answering = 0
         self._asked_at = self._moved_at = time.monotonic()
 
     def begin(self) -> None:
-        """A request for an answer has begun."""
+        """Reports that a request has begun."""
         self._answering += 1
         self.moved()
 
     def end(self) -> None:
-        """A request for an answer is over."""
+        """Reports that a request has ended."""
         self._answering -= 1
         self._asked_at = time.monotonic()
         self.moved()
 
     def moved(self) -> None:
-        """The engine has made a token, sent a piece of an answer, or finished one."""
+        """Reports progress: the engine generated a token, or sent a part of an answer."""
         self._moved_at = time.monotonic()
 
     def facts(self) -> dict[str, float]:
-        """Returns requests being answered, seconds without a request, and seconds in which none of them has moved."""
+        """Returns the number of open requests, the seconds without any, and the seconds without progress on the open ones."""
         now = time.monotonic()
         return {
             "answering": self._answering,
@@ -83,12 +85,12 @@ ACTIVITY = Activity()
 
 
 class Gateway:
-    """ASGI middleware around an OpenAI-compatible app that knows the models `default` and maybe `base`."""
+    """ASGI middleware around an OpenAI-compatible app that serves the models `default` and, for adapters, `base`."""
 
     def __init__(
         self, app: App, *, spec: ServeSpec | None = None, token: str | None = None, activity: Activity = ACTIVITY
     ) -> None:
-        """Wraps the app; spec and token come from the environment unless they are given."""
+        """Wraps the app. Spec and token default to those named in the environment."""
         self._app = app
         spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
         self._token = (token or os.environ[TOKEN_VARIABLE]).encode()
@@ -111,6 +113,7 @@ class Gateway:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path, headers = scope["method"], scope["path"], scope["headers"]
+        # Health is public: container engines and load balancers have no token.
         if method == "GET" and path == HEALTH_PATH:
             if challenge := _header(headers, CHALLENGE_HEADER.encode()):
                 await self._prove(scope, challenge.decode("latin-1"), send)
@@ -118,6 +121,7 @@ class Gateway:
                 await self._pass_on(scope, receive, send)
         elif not self._has_token(headers):
             await _refuse(send)
+        # Answered here, not by the engine: it does not know the aliases.
         elif path == "/v1/models" or path.startswith("/v1/models/"):
             await self._models(method, path, send)
         elif path == ACTIVITY_PATH:
@@ -129,12 +133,16 @@ class Gateway:
 
     def _has_token(self, headers: Headers) -> bool:
         scheme, _, given = _header(headers, b"authorization").partition(b" ")
+        # Constant-time comparison, so that response times do not reveal a prefix of the token.
         return scheme.lower() == b"bearer" and secrets.compare_digest(given.strip(), self._token)
 
     async def _prove(self, scope: Scope, challenge: str, send: Send) -> None:
-        """Answers a client that wants to know, before it sends the token, whether the service knows it."""
+        """Proves to a client that this service knows the token, before the client sends it.
+
+        The proof covers the port, so that another process cannot relay the challenge to the real service.
+        """
         if not re.fullmatch(r"[0-9a-f]{32,128}", challenge):
-            await _complain(send, 400, f"The header {CHALLENGE_HEADER} must have 32 to 128 hexadecimal digits.")
+            await _complain(send, 400, f"Header {CHALLENGE_HEADER}: expected 32 to 128 hexadecimal digits.")
             return
         port = (scope.get("server") or ("", 0))[1]
         await _answer(send, 200, {"proof": token_proof(self._token, challenge, port=port)})
@@ -142,7 +150,7 @@ class Gateway:
     async def _models(self, method: str, path: str, send: Send) -> None:
         name = path.removeprefix("/v1/models").removeprefix("/")
         if method not in {"GET", "HEAD"}:
-            message = f"{path} does not allow {method}: it allows GET."
+            message = f"Method {method} is not allowed for {path}. Use GET."
             await _complain(send, 405, message, headers=[(b"allow", b"GET, HEAD"), _CLOSE])
         elif not name:
             await _answer(send, 200, {"object": "list", "data": list(self._cards.values())})
@@ -152,7 +160,7 @@ class Gateway:
             await self._unknown(send, name)
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request with a body on, a JSON one with the engine's name for the model that it asks for."""
+        """Forwards a request with a body. In a JSON body, replaces the model by the engine's name for it."""
         body = _Body(receive, self)
         try:
             content = await body.whole(claimed=_header(scope["headers"], b"content-length"))
@@ -167,29 +175,30 @@ class Gateway:
         except _Refused as refused:
             await _complain(send, refused.status, str(refused), headers=[_CLOSE])
         finally:
+            # Also after a refusal or a disconnect: the sum must return to 0, or the service would refuse all requests.
             self._held_bytes -= body.size
 
     async def _named(self, scope: Scope, content: bytes, send: Send) -> tuple[Scope, bytes] | None:
-        """Returns the request as the engine is to see it; None when its model is unknown, which has been answered then."""
+        """Returns the request to forward, or None if the model is unknown (then the 404 is already sent)."""
         try:
             request = json.loads(content)
         except (ValueError, RecursionError):
-            request = None  # the engine words its own complaint
+            request = None  # forward invalid JSON, so that the engine reports it
         if isinstance(request, dict):
             wanted = request.get("model") or TUNED_MODEL
             target = self._engine_names.get(wanted) if isinstance(wanted, str) else None
             if target is None:
                 await self._unknown(send, wanted)
                 return None
-            if request.get("model") != target:
+            if request.get("model") != target:  # an unchanged body is forwarded byte for byte
                 content = json.dumps({**request, "model": target}).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(content))}
         return scope, content
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on a request for an answer, and notes that it was made."""
+        """Forwards a request and records it as activity."""
         if _header(scope["headers"], PROBE_HEADER.encode()):
-            # An answer counts as movement; a probe whose sender gave up does not.
+            # The server program's own probe must not keep an idle service alive. Its answer still counts as progress.
             await self._pass_on(scope, receive, send)
             return
         self._activity.begin()
@@ -204,8 +213,8 @@ class Gateway:
             await self._app(scope, receive, answer.send)
         except Exception:
             if not answer.started:
-                await _complain(send, 500, "The engine failed with an error of its own; its log has it.")
-            raise  # the server around logs it
+                await _complain(send, 500, "Internal error of the engine. See the service's log.")
+            raise  # uvicorn logs the traceback
         await answer.finish()
 
     async def _unknown(self, send: Send, wanted: object) -> None:
@@ -213,21 +222,19 @@ class Gateway:
         await _complain(send, 404, message, param="model")
 
     def hold(self, size: int) -> None:
-        """Counts bytes of a body that a request holds; raises _Refused when all together hold too many."""
+        """Adds to the bytes held by all bodies. Raises _Refused if the total is over the limit."""
         self._held_bytes += size
         if self._held_bytes > BODIES_LIMIT_BYTES:
-            raise _Refused(
-                503, f"The requests being answered hold more than {BODIES_LIMIT_BYTES} bytes. Try again later."
-            )
+            raise _Refused(503, f"The bodies of all open requests exceed {BODIES_LIMIT_BYTES} bytes. Try again later.")
 
 
 def error_body(message: str, *, kind: str, param: str | None, code: int | str) -> dict[str, Any]:
-    """Returns an error as OpenAI clients and vLLM word it."""
+    """Returns an error in the format of OpenAI and vLLM."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_kind(status: int) -> str:
-    """Returns what vLLM calls errors of an HTTP status, such as `NotFoundError`."""
+    """Returns vLLM's error type for an HTTP status, such as `NotFoundError`."""
     if status in _KINDS:
         return _KINDS[status]
     try:
@@ -245,11 +252,11 @@ _KINDS = {
     503: "ServiceUnavailableError",
 }
 _CLOSE = (b"connection", b"close")
-"""With an answer to a request whose body was not read: the rest of it would be taken for the next request."""
+"""Sent if the body was not read to the end: the server would parse the rest as the next request."""
 
 
 class _Refused(Exception):
-    """A request that goes no further, with the HTTP status of its answer."""
+    """Rejects a request with an HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -257,7 +264,7 @@ class _Refused(Exception):
 
 
 class _Body:
-    """A request's body, held to its limits of size."""
+    """Reads a request's body within the size limits."""
 
     def __init__(self, receive: Receive, front: Gateway) -> None:
         self._receive = receive
@@ -265,14 +272,15 @@ class _Body:
         self.size = 0
 
     async def whole(self, *, claimed: bytes) -> bytes | None:
-        """Returns all of it, or None when the client left before its end.
+        """Returns the full body, or None if the client disconnected first.
 
         Args:
-            claimed: Its length as the headers have it; too large a one is refused before any of it is read.
+            claimed: The Content-Length header. A value over the limit is rejected before reading.
 
         Raises:
-            _Refused: It is too large, alone or with those of other requests.
+            _Refused: The body is too large, alone or together with those of other requests.
         """
+        # 20 digits are enough to exceed the limit. Python refuses to parse numbers of several thousand digits.
         if claimed.isdigit() and int(claimed[:20]) > BODY_LIMIT_BYTES:
             raise _too_large()
         parts: list[bytes] = []
@@ -291,11 +299,11 @@ class _Body:
 
 
 def _too_large() -> _Refused:
-    return _Refused(413, f"The request's body is larger than {BODY_LIMIT_BYTES} bytes. Send less at a time.")
+    return _Refused(413, f"The request's body is larger than {BODY_LIMIT_BYTES} bytes. Send a smaller request.")
 
 
 class _Answer:
-    """Passes an app's answer on as it comes; an error without OpenAI's form is held back until it is whole, and given it."""
+    """Forwards an app's answer as it arrives. Buffers an error until it is complete, to convert it to OpenAI's format."""
 
     def __init__(self, send: Send, activity: Activity, *, has_body: bool) -> None:
         self._send = send
@@ -307,7 +315,7 @@ class _Answer:
 
     def send(self, message: Message) -> Awaitable[None]:
         self._activity.moved()
-        # No coroutine of its own for each piece of a stream: it would cost as much as the piece.
+        # Returns the app's awaitable instead of awaiting it: a coroutine per streamed chunk costs as much as the chunk.
         return self._send(message) if self.started else self._begin(message)
 
     async def _begin(self, message: Message) -> None:
@@ -323,14 +331,14 @@ class _Answer:
             await self._release(more=message.get("more_body", False))
 
     async def finish(self) -> None:
-        """Sends what is still held back."""
+        """Sends a buffered error."""
         if self._held is not None:
             await self._release(more=False)
 
     async def _release(self, *, more: bool) -> None:
         assert self._held is not None
         start, content, self._held = self._held, self._content, None
-        if not more:
+        if not more:  # only a complete body can be parsed
             content = in_openai_form(start["status"], content)
             kept = [(k, v) for k, v in _with_length(start["headers"], len(content)) if k.lower() != b"content-type"]
             start = {**start, "headers": [*kept, (b"content-type", b"application/json")]}
@@ -340,7 +348,7 @@ class _Answer:
 
 
 def in_openai_form(status: int, content: bytes) -> bytes:
-    """Returns the body of an error in the form that OpenAI clients read; one that has the form already is left as it is."""
+    """Converts an error's body to OpenAI's format. A body in that format is returned unchanged."""
     try:
         said = json.loads(content)
     except ValueError:
@@ -351,7 +359,7 @@ def in_openai_form(status: int, content: bytes) -> bytes:
             return content
         said = error or said.get("detail") or said.get("message") or said.get("reason") or said
     param = None
-    if isinstance(said, list):  # pydantic's list of what is wrong where
+    if isinstance(said, list):  # pydantic's list of validation errors
         places = [".".join(str(part) for part in item.get("loc", ())[1:]) for item in said if isinstance(item, dict)]
         param = next(filter(None, places), None)
         said = "; ".join(
@@ -370,7 +378,7 @@ def _phrase(status: int) -> str:
 
 
 async def _refuse(send: Send) -> None:
-    message = "The request carries no valid token. Send the service's token as `Authorization: Bearer TOKEN`."
+    message = "The request has no valid token. Send the service's token as `Authorization: Bearer TOKEN`."
     error = error_body(message, kind=error_kind(401), param=None, code="invalid_api_key")
     await _answer(send, 401, error, (b"www-authenticate", b"Bearer"), _CLOSE)
 
@@ -389,7 +397,7 @@ async def _answer(send: Send, status: int, content: object, *headers: tuple[byte
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Returns a receive that gives the body once and then what the server says, so that a disconnect still arrives."""
+    """Returns a receive that yields the body once and then forwards to the server, so that a disconnect still arrives."""
     given = False
 
     async def replay() -> Message:
@@ -412,6 +420,6 @@ def _is_json(headers: Headers) -> bool:
 
 
 def _with_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
-    # A body of known length is no longer chunked.
+    # Transfer-Encoding must go: a message must not have both headers.
     kept = [(k, v) for k, v in headers if k.lower() not in {b"content-length", b"transfer-encoding"}]
     return [*kept, (b"content-length", str(length).encode())]

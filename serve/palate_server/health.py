@@ -1,4 +1,4 @@
-"""`python -m palate_server.health`: whether the service of this container answers; exit code 0 or 1. Knows ready.json, no engine."""
+"""`python -m palate_server.health`: checks this container's service, exit code 0 or 1. Knows ready.json, no engine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _TIMEOUT_S = 5.0
 
 
 def main() -> int:
-    """Returns 0 when every service that is ready here answers `GET /health`, 1 when none is ready or one does not answer."""
+    """Returns 0 if all services that are ready answer `GET /health`, 1 if none is ready or one does not answer."""
     home = Path(os.environ.get("PALATE_HOME") or Path.home() / ".palate")
     files = sorted((home / "work" / "services").glob(f"*/*/{READY_FILE}"))
     if not files:
-        print("not ready: its engine has not answered yet", file=sys.stderr)
+        print("not ready: the engine has not answered yet", file=sys.stderr)
         return 1
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for file in files:

@@ -1,7 +1,7 @@
-"""The engine's side of the public socket: taken over from the server program, with limits on what a connection may do. Knows uvicorn.
+"""The engine's end of the public socket, inherited from the server program, with limits per connection. Knows uvicorn.
 
-The server program binds the socket and listens before the engine starts, so nobody else can have the port in between. Both
-engines serve with uvicorn, which has no limit on the time that a request takes to arrive, nor on the size of its headers.
+The server program binds the socket and listens before the engine starts, so no other process can take the port in between.
+Both engines serve with uvicorn, which limits neither the time for a request to arrive nor the size of its headers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ from palate_server.gateway import error_body, error_kind
 
 
 def take_listener() -> socket.socket:
-    """Returns the socket that this process was handed."""
-    number = int(os.environ.pop(LISTENER_VARIABLE))  # what the engine starts gets none
+    """Returns the socket that this process inherited."""
+    number = int(
+        os.environ.pop(LISTENER_VARIABLE)
+    )  # popped, and not inheritable: the engine's children must not get it
     os.set_inheritable(number, False)
     return socket.socket(fileno=number)
 
 
 def serve_on(listener: socket.socket) -> None:
-    """Makes every uvicorn server of this process answer at the socket, whatever it was told, within the limits of `_Guard`."""
+    """Makes every uvicorn server in this process use the socket, regardless of its configuration, with the limits of `_Guard`."""
     startup = uvicorn.Server.startup
 
     async def startup_on_listener(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
         config = server.config
+        # The engine has chosen h11 or httptools by now. A subclass keeps its choice.
         if not issubclass(config.http_protocol_class, _Guard):
             config.http_protocol_class = type("Guarded", (_Guard, config.http_protocol_class), {})
         await startup(server, sockets=[listener])
@@ -52,15 +55,19 @@ def serve_on(listener: socket.socket) -> None:
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Leaves the looks of supervisors out of the access log: one every few seconds."""
+    """Drops health checks and activity polls from the access log: there is one every few seconds."""
     arguments = record.args
     return not (isinstance(arguments, tuple) and len(arguments) > 2 and arguments[2] in {HEALTH_PATH, ACTIVITY_PATH})
 
 
 class _Guard:
-    """Mixin over a protocol of uvicorn: closes connections whose request does not arrive in time, or begins with too much."""
+    """Mixin for uvicorn's protocols: closes connections whose request is too slow or too large.
 
-    # Of uvicorn's protocols, whichever it is.
+    Two timers that never run at the same time: one for the request line and headers, one for the body. While the app answers,
+    neither runs: a long generation is not a slow client.
+    """
+
+    # Attributes of both uvicorn protocols (h11 and httptools).
     connections: set[Any]
     cycle: Any
     loop: asyncio.AbstractEventLoop
@@ -82,20 +89,25 @@ class _Guard:
     def data_received(self, data: bytes) -> None:
         waited = self._waits_for_head()
         super().data_received(data)  # type: ignore[misc]
+        # uvicorn makes a new cycle for each request on the connection. Bytes count per request, not per connection.
         if self.cycle is not self._counted_cycle:
             self._counted_cycle, self._request_bytes = self.cycle, 0
         self._request_bytes += len(data)
-        # uvicorn keeps each request that has not had its turn, and every trailer, whether or not a token came with it.
+        # uvicorn buffers pipelined requests and trailers before the gateway has checked the token, so limit them here.
         if len(getattr(self, "pipeline", ())) > PIPELINED_LIMIT:
-            self._refuse(429, f"The connection has more than {PIPELINED_LIMIT} requests that wait for their turn.")
+            self._refuse(
+                429, f"More than {PIPELINED_LIMIT} pipelined requests on one connection. Wait for answers first."
+            )
             return
+        # Twice the body's limit, because chunked encoding adds to the bytes. The gateway enforces the exact limit.
         if self._request_bytes > 2 * BODY_LIMIT_BYTES:
-            self._refuse(413, f"The request is larger than {2 * BODY_LIMIT_BYTES} bytes, with what frames its body.")
+            self._refuse(413, f"The request is larger than {2 * BODY_LIMIT_BYTES} bytes including its encoding.")
             return
         if self._waits_for_head():
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_LIMIT_BYTES:
                 self._refuse(431, f"The request's line and headers are larger than {HEAD_LIMIT_BYTES} bytes.")
+            # Not restarted by further bytes of the same head: a client that sends one byte at a time must time out too.
             elif not waited or self._timer is None:
                 self._start_timer("line and headers", HEAD_TIMEOUT_S)
             return
@@ -110,12 +122,12 @@ class _Guard:
         super().connection_lost(error)  # type: ignore[misc]
 
     def send_400_response(self, message: str) -> None:
-        """Answers what is not HTTP; uvicorn would do so in plain text."""
+        """Answers invalid HTTP with a JSON error. uvicorn would send plain text."""
         self._refuse(400, message)
 
     def _waits_for_head(self) -> bool:
         if self.transport.is_closing() or id(self.transport.get_protocol()) != id(self):
-            return False  # closed, or a websocket by now
+            return False  # closed, or upgraded to a websocket
         return self.cycle is None or self.cycle.response_complete
 
     def _start_timer(self, what: str, seconds: float) -> None:
@@ -132,13 +144,14 @@ class _Guard:
     def _is_late(self, what: str, seconds: float) -> None:
         self._stop_timer()
         if self._waits_for_head() and not self._head_bytes:
-            self.transport.close()  # it has not begun to ask
+            self.transport.close()  # an idle connection: there is no request to answer
         elif self._waits_for_head() or not self.cycle.response_started:
             self._refuse(408, f"The request's {what} did not arrive within {seconds:g} s.")
         else:
-            self.transport.close()
+            self.transport.close()  # the answer has begun, so a second status line would corrupt it
 
     def _refuse(self, status: int, message: str) -> None:
+        # Written to the transport directly: the request never becomes an ASGI cycle, so the gateway cannot answer it.
         if self.transport.is_closing():
             return
         body = json.dumps(error_body(message, kind=error_kind(status), param=None, code=status)).encode()

@@ -1,6 +1,6 @@
-"""Decides what an engine is told: folders, memory and processor are checked, then its command line and environment. Starts no engine.
+"""Checks folders, memory and CPU, and builds an engine's command line and environment. Starts no engine.
 
-What it refuses, it refuses in milliseconds and in words; the engines would say the same after half a minute in a traceback.
+It reports problems within milliseconds in one sentence. An engine would report them after half a minute in a traceback.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from palate_server.gateway import SPEC_VARIABLE, Gateway
 GIB = 1024**3
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of --max-lora-rank that vLLM takes (vllm.config.lora.MaxLoRARanks)."""
+"""Values that vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks)."""
 
 _ENGINE_GIB = 1.0
-"""Host memory that an engine needs beside weights and cache, at the least."""
+"""Minimum host memory of an engine besides weights and cache."""
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -40,15 +40,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
-    """What the engine is told beside the spec.
+    """Engine settings that are not in the spec.
 
     Attributes:
         engine: The engine to start.
-        on_cpu: Whether it computes on the processor.
-        dtype: A value for `--dtype`.
-        lora_rank: A value for `--max-lora-rank`; None without an adapter.
-        tokenizer_dir: Folder of the tokenizer and chat template that the tuned model was trained with.
-        kv_cache_gib: Memory for keys and values when vLLM computes on the processor.
+        on_cpu: Whether it runs on the CPU.
+        dtype: Value for `--dtype`.
+        lora_rank: Value for `--max-lora-rank`; None without an adapter.
+        tokenizer_dir: Folder of the tokenizer and chat template used in training.
+        kv_cache_gib: Size of vLLM's KV cache on a CPU.
     """
 
     engine: EngineInfo
@@ -60,18 +60,18 @@ class EnginePlan:
 
 
 def check(spec: ServeSpec) -> EnginePlan:
-    """Returns the plan for a spec that can be served here.
+    """Returns the plan for a spec.
 
     Raises:
-        BadSpec: A folder is missing, incomplete or not servable by the engine.
+        BadSpec: A folder is missing or incomplete, or the engine cannot serve it.
         EngineMissing: The engine is not installed.
         OutOfMemory: The weights do not fit into free memory.
     """
     engine = choose_engine(spec)
     if engine.name == "transformers" and spec.engine_args:
         raise BadSpec(
-            f"engine_args are {' '.join(spec.engine_args)!r}, but the transformers engine takes none: "
-            "leave them out, or install vLLM"
+            f"engine_args={' '.join(spec.engine_args)!r}, but the transformers engine accepts none: "
+            "omit engine_args, or install vLLM"
         )
     tuned = Path(spec.model_dir)
     weights_dir = Path(spec.base_model_dir) if spec.base_model_dir else tuned
@@ -80,7 +80,9 @@ def check(spec: ServeSpec) -> EnginePlan:
     _context(spec, config)
     tokenizer_dir = next((d for d in (tuned, weights_dir) if _has_any(d, _TOKENIZER_FILES)), None)
     if tokenizer_dir is None:
-        raise BadSpec(f"{tuned} has no tokenizer (no {' or '.join(_TOKENIZER_FILES[:2])}): save it beside the weights")
+        raise BadSpec(
+            f"{tuned} has no tokenizer (no {' or '.join(_TOKENIZER_FILES[:2])}): save the tokenizer in the same folder"
+        )
     on_cpu = _computes_on_cpu(engine)
     dtype, kv_cache_gib = _fit(spec, engine, on_cpu, weights_dir, config, copies=2 if adapter else 1)
     return EnginePlan(
@@ -94,37 +96,39 @@ def check(spec: ServeSpec) -> EnginePlan:
 
 
 def choose_engine(spec: ServeSpec) -> EngineInfo:
-    """Returns the wanted engine, or the preferred one that is installed; raises EngineMissing."""
+    """Returns the engine of the spec; "auto" is the preferred installed one. Raises EngineMissing."""
     engines = describe_engines()
     if spec.engine == "auto":
         found = next((e for e in engines if e.chosen), None)
         if found is None:
             ways = "; or ".join(e.remedy for e in engines)
-            raise EngineMissing(f"no engine is installed for engine='auto': {ways}")
+            raise EngineMissing(f"engine='auto', but no engine is installed: {ways}")
         return found
     wanted = next(e for e in engines if e.name == spec.engine)
     if wanted.distribution is None:
-        raise EngineMissing(f"engine='{spec.engine}' lacks {', '.join(wanted.missing)} here: {wanted.remedy}")
+        raise EngineMissing(
+            f"engine='{spec.engine}' needs {', '.join(wanted.missing)}, which is missing: {wanted.remedy}"
+        )
     return wanted
 
 
 def _adapter(spec: ServeSpec, engine: EngineInfo) -> dict[str, Any] | None:
-    """Returns adapter_config.json, or None when the spec names full weights."""
+    """Returns the content of adapter_config.json, or None if the spec has full weights."""
     tuned = _folder(spec.model_dir, "model_dir")
     config_file = tuned / "adapter_config.json"
     if spec.base_model_dir is None:
         if config_file.exists() and not (tuned / "config.json").exists():
             raise BadSpec(
-                f"model_dir {tuned} holds an adapter, but base_model_dir is None: name its base model's folder"
+                f"model_dir {tuned} is an adapter, but base_model_dir is None: set it to the base model's folder"
             )
         return None
     if not config_file.exists():
         raise BadSpec(
-            f"model_dir {tuned} holds no adapter (no adapter_config.json), but base_model_dir is set: "
-            "leave base_model_dir out to serve full weights"
+            f"model_dir {tuned} is not an adapter (no adapter_config.json), but base_model_dir is set: "
+            "omit base_model_dir to serve full weights"
         )
     if not _has_any(tuned, _ADAPTER_WEIGHTS):
-        raise BadSpec(f"model_dir {tuned} lacks {' and '.join(_ADAPTER_WEIGHTS)}: copy one of them there")
+        raise BadSpec(f"model_dir {tuned} has neither {' nor '.join(_ADAPTER_WEIGHTS)}: copy one of them there")
     adapter = _read_json(config_file)
     if engine.name == "vllm" and (reason := _beyond_vllm(adapter)):
         raise BadSpec(f"vLLM cannot serve the adapter in {tuned}: {reason}. Set engine='transformers', which merges it")
@@ -132,17 +136,17 @@ def _adapter(spec: ServeSpec, engine: EngineInfo) -> dict[str, Any] | None:
 
 
 def _beyond_vllm(adapter: dict[str, Any]) -> str | None:
-    """Returns why vLLM would refuse this adapter (vllm.lora.peft_helper), or None."""
+    """Returns why vLLM would reject this adapter (vllm.lora.peft_helper), or None."""
     kind = adapter.get("peft_type", "LORA")
     if kind != "LORA":
-        return f"its peft_type is {kind}, vLLM knows LORA"
+        return f"its peft_type is {kind}, but vLLM supports only LORA"
     for field in ("use_dora", "modules_to_save", "lora_bias", "layer_replication"):
         if adapter.get(field):
             return f"it has {field}={adapter[field]}"
     if adapter.get("bias", "none") != "none":
         return f"it has bias={adapter['bias']!r}"
     if _rank(adapter) > LORA_RANKS[-1]:
-        return f"its rank is {_rank(adapter)}, vLLM allows {LORA_RANKS[-1]}"
+        return f"its rank is {_rank(adapter)}, but vLLM's maximum is {LORA_RANKS[-1]}"
     return None
 
 
@@ -151,14 +155,14 @@ def _rank(adapter: dict[str, Any]) -> int:
 
 
 def _lora_rank(adapter: dict[str, Any]) -> int:
-    """Returns the rank rounded up to one that vLLM allows; a higher rank is merged, and never told to vLLM."""
+    """Returns the rank rounded up to one that vLLM accepts. Higher ranks never reach vLLM: transformers merges them."""
     return next((allowed for allowed in LORA_RANKS if allowed >= _rank(adapter)), LORA_RANKS[-1])
 
 
 def _model_config(folder: Path, field: str) -> dict[str, Any]:
     _folder(str(folder), field)
     if not (folder / "config.json").exists():
-        raise BadSpec(f"{field} {folder} has no config.json: name a model folder as save_pretrained writes it")
+        raise BadSpec(f"{field} {folder} has no config.json: set it to a model folder written by save_pretrained")
     if not any(_weight_files(folder)):
         raise BadSpec(f"{field} {folder} has no weights ({' or '.join(_WEIGHTS)}): copy them there")
     config = _read_json(folder / "config.json")
@@ -166,23 +170,23 @@ def _model_config(folder: Path, field: str) -> dict[str, Any]:
 
 
 def _context(spec: ServeSpec, config: dict[str, Any]) -> None:
-    """Refuses a context beyond the model's, unless the model says that its positions are scaled."""
+    """Rejects a context longer than the model's, unless its config scales positions (RoPE scaling)."""
     limit = config.get("max_position_embeddings")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     if limit and not scaled and (spec.max_model_len or 0) > limit:
         raise BadSpec(
-            f"max_model_len is {spec.max_model_len}, the model's context is {limit} tokens: give at most that"
+            f"max_model_len={spec.max_model_len} is longer than the model's context: expected at most {limit} tokens"
         )
 
 
 def _fit(
     spec: ServeSpec, engine: EngineInfo, on_cpu: bool, folder: Path, config: dict[str, Any], *, copies: int
 ) -> tuple[str, int]:
-    """Returns (dtype, cache in GiB) that fit into free memory; raises OutOfMemory when none does.
+    """Returns (dtype, cache in GiB) that fit into free memory. Raises OutOfMemory if none does.
 
-    On a processor without bfloat16 instructions, float32 reads prompts three times faster (800 tokens of a 135M model:
-    2.7 s against 7.9 s in vLLM on two AVX-512 cores), so `auto` takes it where it fits.
+    On a CPU without bfloat16 instructions, float32 processes prompts three times faster (800 tokens of a 135M model: 2.7 s
+    and 7.9 s in vLLM on two AVX-512 cores), so `auto` selects it if it fits.
     """
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     on_disk = sum(f.stat().st_size for f in _weight_files(folder))
@@ -210,13 +214,13 @@ def _fit(
 
 def _does_not_fit(folder: Path, need: float, free: float, what: str) -> str:
     return (
-        f"the model in {folder} needs at least {need / GIB:.1f} GiB of {what} and {free / GIB:.1f} GiB are free: "
-        "stop what uses it, set a smaller max_model_len, or take a smaller model or a larger machine"
+        f"the model in {folder} needs at least {need / GIB:.1f} GiB of {what}, but only {free / GIB:.1f} GiB are free: "
+        "stop other programs, set a smaller max_model_len, or use a smaller model or a larger machine"
     )
 
 
 def _cache_gib(config: dict[str, Any], max_model_len: int | None, width: int) -> int:
-    """Returns whole GiB, at least 1, that hold keys and values for one request of full length."""
+    """Returns the KV cache for one request of full length, in whole GiB, at least 1."""
     heads = config.get("num_attention_heads") or 0
     head_dim = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
     per_token = (
@@ -234,7 +238,7 @@ def _computes_on_cpu(engine: EngineInfo) -> bool:
 
 def _folder(path: str, field: str) -> Path:
     if not Path(path).is_dir():
-        raise BadSpec(f"{field} {path} is no folder: name the folder that holds the model")
+        raise BadSpec(f"{field} {path} is not a folder: set it to the model's folder")
     return Path(path)
 
 
@@ -243,7 +247,7 @@ def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Returns the weight files, in the first of the known forms that there is."""
+    """Returns the weight files in the preferred format that exists."""
     forms = (sorted(f for f in folder.glob(form) if f.name not in _ADAPTER_WEIGHTS) for form in _WEIGHTS)
     return next((files for files in forms if files), [])
 
@@ -252,53 +256,53 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadSpec(f"{path} is no JSON ({error}): copy it again from where the model was saved") from error
+        raise BadSpec(f"{path} is not valid JSON ({error}): copy the file again from the original model") from error
     if not isinstance(values, dict):
-        raise BadSpec(f"{path} holds no JSON object: copy it again from where the model was saved")
+        raise BadSpec(f"{path} is not a JSON object: copy the file again from the original model")
     return values
 
 
 def engine_command(spec: ServeSpec, plan: EnginePlan, *, spec_file: Path, port: int, ipc_dir: str) -> list[str]:
-    """Returns the command that serves the spec at the socket that it is handed, which has the port."""
+    """Returns the command that serves the spec on the inherited socket, which is bound to `port`."""
     if plan.engine.name == "transformers":
         settings = [f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
         return [sys.executable, "-P", "-m", "palate_server.transformers", str(spec_file), *settings]
     command = [
         *(sys.executable, "-P", "-m", "palate_server.vllm"),
-        # vLLM binds what it is told to, and must not bind the port, at which it is made to answer.
+        # vLLM always binds something. Give it an unused Unix socket, because the port is already bound.
         *("--uds", f"{ipc_dir}/unused.sock", "--host", spec.host, "--port", str(port)),
         *("--dtype", plan.dtype),
         *("--middleware", f"{Gateway.__module__}.{Gateway.__qualname__}"),
     ]
     if spec.base_model_dir is not None:
         command += ["--model", spec.base_model_dir, "--served-model-name", BASE_MODEL, "--enable-lora"]
-        # As JSON: the form NAME=PATH stumbles over "=" and "," in the path.
+        # JSON, because the form NAME=PATH does not support "=" and "," in the path.
         adapter = json.dumps({"name": TUNED_MODEL, "path": spec.model_dir, "base_model_name": BASE_MODEL})
         command += ["--lora-modules", adapter, "--max-lora-rank", str(plan.lora_rank)]
         command += ["--tokenizer", str(plan.tokenizer_dir)]
         if plan.on_cpu:
-            # vLLM's CPU kernels index the adapters with -1 for a request without one: the last slot. With one slot that is
-            # the tuned adapter, and `base` would answer as `default` whenever two requests share a batch. A second, empty
-            # slot makes -1 mean no adapter, as it does on a GPU. A test asks both at once.
+            # vLLM's CPU kernels index adapters with -1 for a request without one, which is the last slot. With a single slot
+            # that is the tuned adapter, and `base` would answer as `default` whenever both share a batch. A second, empty
+            # slot makes -1 mean no adapter, as on a GPU. A test queries both at once.
             command += ["--max-loras", "2"]
     else:
         command += ["--model", spec.model_dir, "--served-model-name", TUNED_MODEL]
     if spec.max_model_len is not None:
         command += ["--max-model-len", str(spec.max_model_len)]
     if plan.on_cpu:
-        # Compiling takes a minute on a processor and gains little there.
+        # On a CPU, compilation takes a minute and gains little.
         command += ["--enforce-eager"]
     return [*command, *spec.engine_args]
 
 
 def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, listener: int) -> dict[str, str]:
-    """Returns the engine's whole environment: this process's, without a way to the network, and with the way to the front.
+    """Returns the engine's full environment: this process's, offline, plus what the gateway needs.
 
     Args:
-        plan: Of the engine.
-        spec_file: What the front is to serve.
-        ipc_dir: Folder of this user alone, for the engine's own sockets; its path is short.
-        listener: Number of the listening socket that the engine is handed.
+        plan: The engine's plan.
+        spec_file: The spec for the gateway.
+        ipc_dir: Private folder with a short path, for the engine's own sockets.
+        listener: File descriptor of the listening socket that the engine inherits.
     """
     environment = {
         **os.environ,
@@ -307,16 +311,16 @@ def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, liste
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,
-        "TMPDIR": ipc_dir,  # what an engine forgets goes with this folder
+        "TMPDIR": ipc_dir,  # files that an engine leaves behind are removed with this folder
         "DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # for the processes that the engine starts, too
+        "PYTHONSAFEPATH": "1",  # the engine's child processes inherit it
     }
     if plan.engine.name == "vllm" and plan.on_cpu:
         environment[KV_CACHE_VARIABLE] = str(plan.kv_cache_gib)
     package_root = Path(__file__).resolve().parents[1]
     if package_root.name not in {"site-packages", "dist-packages"}:
-        # The engine's own processes import the front as well.
+        # The engine's child processes import the gateway too.
         search = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(search)
     return environment

@@ -1,4 +1,4 @@
-"""The server's main path: preflight, engine on a leash, first real answers, ready.json, and an end that leaves nothing behind."""
+"""The server's main path: preflight, supervised engine, first real answers, ready.json, and a clean shutdown."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ _LINE_BYTES = 64 * 1024
 _BACKLOG = 2048
 _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
-"""For so many times `hang_after_s` requests may be without a sign of life, and a request for one token without an answer."""
+"""An engine hangs if requests make no progress, and a one-token request gets no answer, for this many times `hang_after_s`."""
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _WRAPPERS = ("Engine core initialization failed", "See root cause above", "WorkerProc initialization failed")
-"""Errors of vLLM that only say that another one came before."""
+"""Errors of vLLM that only point to an earlier one."""
 
 
 def main(argv: list[str]) -> int:
-    """Serves the spec that argv names until SIGTERM; returns the exit code, 1 with an error.txt after a failure."""
+    """Serves the spec file in argv until SIGTERM. Returns the exit code; 1 means a failure with error.txt written."""
     if len(argv) != 1:
         print("usage: python -m palate_server SPEC.json", file=sys.stderr)
         return 2
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         return 2
     work_dir = Path(spec.work_dir).resolve()
     if not work_dir.is_dir():
-        print(f"palate_server: work_dir {work_dir} is no folder: create it first", file=sys.stderr)
+        print(f"palate_server: work_dir {work_dir} is not a folder: create it first", file=sys.stderr)
         return 2
     spec = _absolute(spec, work_dir)
     for name in (READY_FILE, ERROR_FILE, IDLE_FILE):
@@ -86,15 +86,17 @@ def main(argv: list[str]) -> int:
 
 
 def serve(spec: ServeSpec) -> None:
-    """Runs the service in the foreground; returns after SIGTERM or SIGINT, when nothing of the engine is left.
+    """Runs the service in the foreground until SIGTERM or SIGINT. When it returns or raises, all engine processes have ended.
 
     Raises:
-        ServerError: The service cannot start, or its engine died. Nothing of the engine is left then either.
+        ServerError: The service cannot start, or its engine died.
     """
     began = time.monotonic()
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token:
-        raise BadSpec(f"{TOKEN_VARIABLE} is not set: a service never runs without a token, export a long random one")
+        raise BadSpec(
+            f"{TOKEN_VARIABLE} is not set, and a service never runs without a token: export a long random one"
+        )
     work_dir = Path(spec.work_dir)
     plan = check(spec)
     title = f"{plan.engine.distribution} {plan.engine.version}"
@@ -104,7 +106,7 @@ def serve(spec: ServeSpec) -> None:
     with (
         _signals_to(events),
         _listening(spec.host, spec.port) as listener,
-        # vLLM leaves its sockets behind; a work folder's path may be too long for one.
+        # A temporary folder, because vLLM does not remove its sockets, and the work folder's path may be too long for one.
         TemporaryDirectory(prefix="palate-") as ipc_dir,
     ):
         port = listener.getsockname()[1]
@@ -139,19 +141,19 @@ def serve(spec: ServeSpec) -> None:
     if event == "stop":
         logger.info("stopped")
     elif event == "idle":
-        reason = f"nobody has asked it for anything for {spec.idle_after_s:g} s, its idle time to live"
+        reason = f"no request for {spec.idle_after_s:g} s, its idle time to live"
         (work_dir / IDLE_FILE).write_text(f"{reason}\n", encoding="utf-8")
         logger.info("stopped: %s", reason)
     elif event == "ended":
-        raise EngineFailed(f"{title} ended by itself with exit code {engine.returncode}: {log.story()}")
+        raise EngineFailed(f"{title} exited unexpectedly with code {engine.returncode}: {log.story()}")
     elif isinstance(event, EngineHung):
-        raise EngineHung(f"{title} hangs: {event}. It was ended; start the service again. {log.story()}")
+        raise EngineHung(f"{title} hangs: {event}. It was stopped; start the service again. {log.story()}")
     elif isinstance(event, ServerError):
         raise EngineFailed(f"{title} started, but {event}: {log.story()}")
     else:
         raise StartTimeout(
-            f"{title} did not answer within start_timeout_s={spec.start_timeout_s:g}: give it longer, or see why it is "
-            f"slow: {log.story()}"
+            f"{title} did not answer within start_timeout_s={spec.start_timeout_s:g}: set a higher value, or look for the "
+            f"cause: {log.story()}"
         )
 
 
@@ -170,7 +172,7 @@ def _absolute(spec: ServeSpec, work_dir: Path) -> ServeSpec:
 
 @contextmanager
 def _signals_to(events: SimpleQueue[str | ServerError]) -> Iterator[None]:
-    # put() of a SimpleQueue may be called in a signal handler; an Event or a Queue could deadlock there.
+    # put() of a SimpleQueue is safe in a signal handler. An Event or a Queue could deadlock there.
     before = {s: signal.signal(s, lambda *_: events.put("stop")) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -181,10 +183,10 @@ def _signals_to(events: SimpleQueue[str | ServerError]) -> Iterator[None]:
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Yields a socket that listens; raises PortTaken.
+    """Yields a listening socket. Raises PortTaken.
 
-    From here on the kernel gives the port to nobody else, so whoever connects, this program's probe with the token among
-    them, reaches the engine that is handed the socket. Until the engine answers, connections wait.
+    From here on no other process can bind the port, so every connection reaches the engine that inherits the socket. That
+    includes this program's probe, which sends the token. Connections wait until the engine answers.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -192,9 +194,9 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
             listener.listen(_BACKLOG)
         except OSError as error:
-            remedy = "stop what listens there, choose another port, or set port=0 for a free one"
+            remedy = "stop the program that uses it, choose another port, or set port=0 for a free one"
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                remedy = "give an address of this machine as host, such as 127.0.0.1"
+                remedy = "set host to an address of this machine, such as 127.0.0.1"
             raise PortTaken(f"cannot bind port {port} on {host} ({error.strerror}): {remedy}") from error
         yield listener
 
@@ -205,7 +207,7 @@ def _endpoint(host: str, port: int) -> str:
 
 
 class _Asking:
-    """Asks the service as its clients do. The endpoint is this program's own socket: the token goes to nobody else."""
+    """Queries the service as a client does. The endpoint is this program's own socket, so no other process gets the token."""
 
     def __init__(self, endpoint: str, token: str) -> None:
         self._endpoint = endpoint
@@ -213,12 +215,12 @@ class _Asking:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def token_of(self, model: str, *, timeout_s: float) -> None:
-        """Has the model make one token; raises OSError, which is an HTTPError when the answer is an error."""
+        """Makes the model generate one token. Raises OSError; HTTPError if the answer is an error."""
         body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 1}).encode()
         self._get("/v1/completions", body, timeout_s)
 
     def activity(self, *, timeout_s: float) -> dict[str, float]:
-        """Returns what the front says of its requests (`palate_server.gateway.Activity`); raises OSError or ValueError."""
+        """Returns the gateway's `Activity.facts`. Raises OSError or ValueError."""
         facts: dict[str, float] = json.loads(self._get(ACTIVITY_PATH, None, timeout_s))
         return facts
 
@@ -233,29 +235,29 @@ class _Asking:
 
 
 def _probe(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerError]) -> None:
-    """Asks each model for one token until it answers, then reports; an answer that is an error is reported at once."""
+    """Requests one token from each model until it answers, then reports. Reports an error answer at once."""
     for model in [TUNED_MODEL, *([BASE_MODEL] if spec.base_model_dir else [])]:
         while True:
             try:
                 asking.token_of(model, timeout_s=spec.start_timeout_s)
                 break
             except urllib.error.HTTPError as error:
-                if error.code != 503:  # 503: not yet
+                if error.code != 503:  # 503: the engine is still starting
                     text = error.read(2000).decode(errors="replace")
                     events.put(ServerError(f"its model '{model}' answered its first request with {error.code} {text}"))
                     return
             except OSError:
-                pass  # not yet
+                pass  # the engine does not accept connections yet
             time.sleep(_PROBE_EVERY_S)
     events.put("answered")
 
 
 def _watch(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerError], ended: threading.Event) -> None:
-    """Looks every few seconds whether the engine lives, and reports once when it hangs, or when nobody needs it any more.
+    """Polls the engine every few seconds, and reports once if it hangs or is idle.
 
-    A busy engine is not a hung one. Its front answers from an event loop that computes nothing, so silence there is a
-    process that is stopped or stuck. Requests that make no token and end not are asked about with a request for a token,
-    which an engine that works answers between the others.
+    A busy engine is not a hung one. The gateway answers from an event loop that does no computing, so if it is silent, the
+    process is stopped or stuck. If open requests make no progress, a one-token request decides: a working engine answers it
+    between the others.
     """
     look_every_s = min(_LOOK_EVERY_S, spec.hang_after_s / 4)
     seen_at = time.monotonic()
@@ -264,7 +266,7 @@ def _watch(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerErr
         try:
             facts = asking.activity(timeout_s=spec.hang_after_s)
         except urllib.error.HTTPError:
-            facts = {}  # too many connections, say: something lives there
+            facts = {}  # an error answer (such as too many connections) shows that the process is alive
         except (OSError, ValueError) as error:
             if time.monotonic() - seen_at >= spec.hang_after_s:
                 events.put(EngineHung(f"it has not answered for {spec.hang_after_s:g} s ({error})"))
@@ -282,7 +284,7 @@ def _watch(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerErr
                 pass  # an answer
             except OSError as error:
                 if not ended.is_set() and _still_s(asking, spec.hang_after_s) >= limit_s:
-                    events.put(EngineHung(f"it makes no token any more: none came within {limit_s:g} s ({error})"))
+                    events.put(EngineHung(f"it generated no token within {limit_s:g} s ({error})"))
                     return
 
 
@@ -290,11 +292,11 @@ def _still_s(asking: _Asking, timeout_s: float) -> float:
     try:
         return asking.activity(timeout_s=timeout_s).get("still_s", 0.0)
     except (OSError, ValueError):
-        return 0.0  # the next look says more
+        return 0.0  # unknown: leave the decision to the next poll
 
 
 class _Log:
-    """Passes the engine's output on to this program's and keeps its end."""
+    """Forwards the engine's output to stdout and keeps the last lines."""
 
     def __init__(self, output: IO[bytes]) -> None:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -311,10 +313,10 @@ class _Log:
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
                 except OSError:
-                    passing_on = False  # nobody reads it any more; the engine must still not block
+                    passing_on = False  # stdout is closed; keep reading, because a full pipe would block the engine
 
     def finish(self) -> None:
-        """Waits until everything that the ended engine wrote has been read."""
+        """Waits until all output of the ended engine is read."""
         self._reader.join(timeout=5.0)
 
     def story(self) -> str:
@@ -322,7 +324,7 @@ class _Log:
         lines = [line for line in self._lines if line.strip()]
         cause = root_cause(lines)
         last = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
-        return f"{cause or 'no error line in its log'}\nThe engine's last lines:\n{last or '  (none)'}"
+        return f"{cause or 'no error line in its log'}\nLast lines of the engine:\n{last or '  (none)'}"
 
 
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL)\s[\d-]+\s[\d:]+\s\[[^\]]*\]\s*)?")
@@ -332,11 +334,11 @@ _ERROR = re.compile(
 
 
 def root_cause(lines: list[str]) -> str | None:
-    """Returns the last line that states an error of its own, rather than one that points to an earlier one."""
+    """Returns the last line that states an error itself, not one that points to an earlier error."""
     for number in range(len(lines) - 1, -1, -1):
         text = _PREFIX.sub("", lines[number])
         if _ERROR.match(text) and not any(wrapper in text for wrapper in _WRAPPERS):
             follows = _PREFIX.sub("", lines[number + 1]) if number + 1 < len(lines) else ""
-            # pydantic's first line only counts; what is wrong stands below it
+            # pydantic's first line only counts the errors; the next line has the first one
             return f"{text}: {follows.strip()}" if "validation error" in text and follows.startswith(" ") else text
     return None

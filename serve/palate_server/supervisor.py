@@ -1,9 +1,10 @@
-"""Runs a command so that nothing of it outlives its holder: when the holder closes or dies, all its processes end. Knows no engine.
+"""Runs a command whose processes all end when their holder ends or dies. Knows no engine.
 
-Two sides. The holder's side is `Supervised`: it starts `python -m palate_server.supervisor FD[,FD...] GRACE_S COMMAND...`, the keeper.
-The keeper leads a new process group, runs the command in it, and reads from a pipe that only the holder can write to. The end of
-that pipe (closed, or the holder killed with -9) is the order to end everything: SIGTERM to the command, which has its grace period
-to stop, then to whatever is left, then SIGKILL. The keeper adopts orphans (Linux), so that what an engine forked ends, too.
+The holder uses `Supervised`. It starts a keeper process: `python -m palate_server.supervisor FD[,FD...] GRACE_S COMMAND...`.
+The keeper leads a new process group, runs the command in it, and reads from a pipe to which only the holder has the write end.
+EOF on the pipe (closed, or the holder killed with SIGKILL) means: end everything. The keeper sends SIGTERM to the command, waits
+for its grace period, then sends SIGTERM and SIGKILL to all remaining processes. On Linux the keeper adopts orphans, so processes
+that an engine forked end too.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import psutil
 from palate_recipes.prctl import adopt_orphans, die_with_parent
 
 _KEEPER_MARGIN_S = 5.0
-"""What the keeper may take beyond the command's grace before the holder kills the group itself."""
+"""Time for the keeper beyond the command's grace. After that the holder kills the group."""
 _LEAVE_S = 3.0
-"""What the rest may take to leave once the command has ended."""
+"""Time for the remaining processes to exit once the command has ended."""
 _LOOK_EVERY_S = 0.02
 
 
@@ -48,16 +49,19 @@ class Supervised:
 
         Args:
             command: Program and arguments.
-            env: The whole environment of the command.
-            cwd: Its working folder.
-            grace_s: Seconds between SIGTERM and SIGKILL when it is ended.
-            on_end: Called from a thread once the command and all it started have ended.
-            pass_fds: Open files that the command gets, under their numbers.
+            env: The full environment of the command.
+            cwd: Working folder of the command.
+            grace_s: Seconds between SIGTERM and SIGKILL.
+            on_end: Called from a thread after the command and all its descendants have ended.
+            pass_fds: File descriptors that the command inherits, with the same numbers.
         """
         self._grace_s = grace_s
         self._let_go = threading.Lock()
+        # Python makes pipe ends non-inheritable, so only this process has the write end. If it dies in any way, the kernel
+        # closes the pipe and the keeper reads EOF.
         read_end, self._write_end = os.pipe()
         numbers = ",".join(str(number) for number in (read_end, *pass_fds))
+        # A new interpreter instead of a fork: the holder has threads, and a fork of those can deadlock.
         keeper = [sys.executable, "-P", "-m", __name__, numbers, str(grace_s), *command]
         try:
             self._keeper = subprocess.Popen(
@@ -79,12 +83,12 @@ class Supervised:
 
     @property
     def returncode(self) -> int | None:
-        """The command's exit code, 128 + n when signal n ended it; None while anything of it runs."""
+        """The command's exit code, 128 + n if signal n ended it; None while any of its processes runs."""
         return self._keeper.poll()
 
     def end(self) -> None:
-        """Ends the command and all it started, and returns when nothing is left. May be called again."""
-        with self._let_go:
+        """Ends the command and all its descendants, and waits for them. Idempotent."""
+        with self._let_go:  # a second close could hit a reused descriptor
             if self._write_end >= 0:
                 os.close(self._write_end)
                 self._write_end = -1
@@ -96,7 +100,7 @@ class Supervised:
 
     def _watch(self, on_end: Callable[[], None]) -> None:
         self._keeper.wait()
-        # The keeper leaves nothing; this is for the case that the keeper itself was killed.
+        # The keeper leaves no process behind. This covers a keeper that was itself killed.
         self._kill_group()
         on_end()
 
@@ -108,17 +112,19 @@ class Supervised:
 
 
 def keep(leash_fd: int, grace_s: float, command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
-    """Runs the command until it ends or the leash is let go; returns its exit code once nothing of it is left."""
+    """Runs the command until it ends or the pipe is closed. Returns its exit code after all its processes have ended."""
+    # SimpleQueue, because its put() is safe in a signal handler.
     events: SimpleQueue[str] = SimpleQueue()
     adopt_orphans()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda *_: events.put("let go"))
-    # Dies with the keeper too. Set between fork and exec of the only thread that there is at this point.
+    # The kernel kills the command if the keeper dies. preexec_fn is safe here, because the keeper has no other thread yet.
     child = subprocess.Popen(command, preexec_fn=die_with_parent, pass_fds=tuple(pass_fds))
     for number in pass_fds:
-        os.close(number)
+        os.close(number)  # the keeper must not hold the engine's listening socket open
     threading.Thread(target=_report, args=(lambda: os.read(leash_fd, 1), "let go", events), daemon=True).start()
     threading.Thread(target=_report, args=(child.wait, "ended", events), daemon=True).start()
+    # SIGTERM goes to the command first and alone, so that it can shut its workers down in order.
     if events.get() == "let go":
         child.terminate()
         _wait_for("ended", events, timeout_s=grace_s)
@@ -142,12 +148,12 @@ def _wait_for(event: str, events: SimpleQueue[str], *, timeout_s: float) -> None
 
 
 def _end_descendants() -> None:
-    """Ends whatever is left. SIGTERM first: Python's resource tracker outlives that, and removes shared memory at the end."""
+    """Ends all remaining descendants. SIGTERM first: Python's resource tracker ignores it and can still remove shared memory."""
     _signal(_descendants(), signal.SIGTERM)
     deadline = time.monotonic() + _LEAVE_S
     while time.monotonic() < deadline and _descendants():
         time.sleep(_LOOK_EVERY_S)
-    # A process that forks while it is being killed is found in the next round.
+    # Repeat, because a process can fork between the scan and the kill.
     while found := _descendants():
         _signal(found, signal.SIGKILL)
         time.sleep(_LOOK_EVERY_S)
@@ -160,7 +166,7 @@ def _signal(processes: list[psutil.Process], signum: int) -> None:
 
 
 def _reap() -> None:
-    """Collects adopted children: in a container the first process may be one that never does."""
+    """Reaps adopted children, because PID 1 of a container may never reap them."""
     try:
         while True:
             os.waitpid(-1, 0)
@@ -169,7 +175,7 @@ def _reap() -> None:
 
 
 def _descendants() -> list[psutil.Process]:
-    """Returns the living processes below this one, without zombies."""
+    """Returns the live descendants of this process, without zombies."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):

@@ -1,11 +1,10 @@
-"""The engine of last resort: `transformers serve`'s own app over the tuned and the base model. The only module that imports torch.
+"""The fallback engine: the app of `transformers serve` with the tuned and the base model. The only module that imports torch.
 
-Run as a program by the server, never imported by it. An adapter is merged into its base first, in the base's own type. The
-app asks for models by name; a folder of links named `default` and `base` turns those names into folders, so that responses
-carry the names and no request can make it load anything else. What a plain client would notice of the difference to vLLM is
-evened out: max_completion_tokens, sampling by default, the context limit, `[DONE]` at the end of a stream, the form of errors.
-What stays: logprobs, n and response_format are ignored, unknown fields refused with 422, and one model answers one request at
-a time.
+The server runs it as a program and never imports it. An adapter is first merged into its base, in the base's dtype. The app
+loads models by name from the current folder, which has only the links `default` and `base`. So responses carry these names, and
+no request can load another model. Differences to vLLM that a plain client would notice are removed: max_completion_tokens,
+sampling by default, the context limit, `[DONE]` at the end of a stream, the error format. Remaining differences: logprobs, n and
+response_format are ignored, unknown fields are rejected with 422, and a model answers one request at a time.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from palate_server.gateway import ACTIVITY, Gateway
 from palate_server.listener import serve_on, take_listener
 
 _CLOSE_S = 3
-"""Seconds that open requests have to finish after SIGTERM."""
+"""Time for open requests to finish after SIGTERM."""
 
 
 def merge(base_dir: str, adapter_dir: str, merged_dir: str) -> None:
-    """Writes the base model with the adapter merged into it, in the type of the base's weights.
+    """Merges the adapter into the base model and writes the result in the dtype of the base's weights.
 
-    A base that is stored quantised is taken out of it first: a sum rounded to 4 or 8 bits would lose most of the adapter.
+    A quantised base is dequantised first: rounding the sum to 4 or 8 bits would lose most of the adapter.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -48,7 +47,7 @@ def merge(base_dir: str, adapter_dir: str, merged_dir: str) -> None:
 
 
 def begin_merge(spec: ServeSpec, merged_dir: Path) -> BaseProcess | None:
-    """Starts merging, if there is an adapter, in a process of its own: what it took is given back before serving begins."""
+    """Starts the merge if there is an adapter. A separate process, so that its memory is free before serving begins."""
     if spec.base_model_dir is None:
         return None
     shutil.rmtree(merged_dir, ignore_errors=True)
@@ -59,7 +58,7 @@ def begin_merge(spec: ServeSpec, merged_dir: Path) -> BaseProcess | None:
 
 
 def link_models(spec: ServeSpec, merged_dir: Path, links: Path) -> None:
-    """Makes a folder whose entries are named like the models and lead to full weights."""
+    """Creates a folder with one link per model, by model name, to its full weights."""
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir()
     if spec.base_model_dir is None:
@@ -70,7 +69,7 @@ def link_models(spec: ServeSpec, merged_dir: Path, links: Path) -> None:
 
 
 def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
-    """Returns transformers' serving app, limited to the models that are links in the current folder. Loads none yet."""
+    """Returns transformers' serving app, restricted to the links in the current folder. Loads no model yet."""
     from transformers import AutoTokenizer
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
@@ -83,7 +82,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
     names = [TUNED_MODEL, *([BASE_MODEL] if spec.base_model_dir else [])]
 
     class LinkedModels(ModelManager):  # type: ignore[misc]
-        """Loads the models behind the links, with the tuned model's tokenizer, and nothing else."""
+        """Loads only the linked models, with the tuned model's tokenizer."""
 
         def process_model_name(self, model_id: str) -> str:
             if model_id not in names:
@@ -92,14 +91,14 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
 
         def _load_model(self, name: str, *args: Any, **options: Any) -> Any:
             model = super()._load_model(f"{name}@main", *args, **options)
-            model.register_forward_hook(lambda *_: ACTIVITY.moved())  # each token of an answer is a sign of life
+            model.register_forward_hook(lambda *_: ACTIVITY.moved())  # each generated token counts as progress
             return model
 
         def _load_processor(self, name: str, gguf_file: str | None = None) -> Any:
             return AutoTokenizer.from_pretrained(tokenizer_dir)
 
     class LikeVllm:
-        """Mixin over transformers' handlers that evens out what a plain OpenAI client would notice."""
+        """Mixin for transformers' handlers that makes them behave like vLLM."""
 
         def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> Any:
             if body.get("max_tokens") is None and body.get("max_completion_tokens") is not None:
@@ -107,7 +106,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
             config = super()._build_generation_config(body, *args, **options)  # type: ignore[misc]
             config.do_sample = body.get("temperature") != 0
             if config.top_k is None:
-                config.top_k = 0  # generate() would otherwise take 50
+                config.top_k = 0  # generate() defaults to 50
             return config
 
         async def _non_streaming(self, *args: Any, **options: Any) -> Any:
@@ -142,14 +141,14 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
 
 
 def _limit(inputs: Any, config: Any, max_model_len: int | None) -> None:
-    """Keeps prompt and answer within the context, as vLLM does: a longer prompt is refused, a longer answer cut."""
+    """Limits prompt and answer to the context, as vLLM does: rejects a longer prompt, truncates a longer answer."""
     if max_model_len is None:
         return
     prompt = inputs["input_ids"].shape[-1]  # (1, tokens)
     if prompt >= max_model_len:
         raise HTTPException(
             400,
-            f"The prompt has {prompt} tokens; this service's context is {max_model_len} tokens. Shorten it.",
+            f"The prompt has {prompt} tokens, but the service's context is {max_model_len} tokens. Shorten the prompt.",
         )
     config.max_new_tokens = min(config.max_new_tokens, max_model_len - prompt)
 
@@ -164,18 +163,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m palate_server.transformers", description=__doc__)
     parser.add_argument("spec_file", type=Path)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer, for all models")
+    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer for all models")
     options = parser.parse_args()
     listener = take_listener()
     spec = ServeSpec.read(options.spec_file)
     merged_dir, links = Path(spec.work_dir) / "merged", Path(spec.work_dir) / "models"
     merging = begin_merge(spec, merged_dir)
-    # Its imports take seconds, so they happen while the merge runs.
+    # The imports take seconds, so do them while the merge runs.
     app = build_app(spec, dtype=options.dtype, tokenizer_dir=options.tokenizer)
     if merging is not None:
         merging.join()
         if merging.exitcode != 0:
-            sys.exit(f"error: merging {spec.model_dir} into {spec.base_model_dir} failed, as said above")
+            sys.exit(f"error: merging {spec.model_dir} into {spec.base_model_dir} failed, see the lines above")
     link_models(spec, merged_dir, links)
     os.chdir(links)
     serve_on(listener)

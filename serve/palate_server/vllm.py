@@ -1,6 +1,6 @@
-"""vLLM's own server program, at the socket that the server program hands over. Knows how vLLM is started, nothing of its inside.
+"""Runs vLLM's own server on the socket that the server program passes on. Knows how vLLM starts, not its internals.
 
-Run as a program by the server, never imported by it: `python -m palate_server.vllm OPTIONS...`, vLLM's options.
+The server runs it as a program and never imports it: `python -m palate_server.vllm OPTIONS...`, with vLLM's options.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ from palate_server.listener import serve_on, take_listener
 
 if __name__ == "__main__":
     serve_on(take_listener())
-    # In the place of this module: the processes that vLLM starts import the main module anew.
+    # alter_sys replaces this module as __main__: processes that vLLM spawns import the main module again.
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

@@ -236,7 +236,7 @@ def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_no
     lacks = job._run.session.backend.uses_this_python and any(
         engine.missing for engine in describe_engines() if engine.name == "vllm"
     )
-    assert ("lacks vllm" if lacks else "--max-num-seqs") in str(caught.value)
+    assert ("needs vllm" if lacks else "--max-num-seqs") in str(caught.value)
     assert Predictor("broken").service_status == "Failed"
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     with pytest.raises(ServiceError, match="3"):  # the name is free again; this time the start hangs
@@ -297,7 +297,7 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
 
 @pytest.mark.parametrize(
     ("option", "reason"),
-    [("time_to_live_s", "its time to live is over"), ("idle_time_to_live_s", "nobody has asked it")],
+    [("time_to_live_s", "its time to live is over"), ("idle_time_to_live_s", "no request for")],
 )
 def test_a_service_stops_by_itself_when_its_time_is_over(
     hands: Hands, job: TrainingJob, option: str, reason: str

@@ -102,13 +102,13 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(
         train(tiny, prefs, "none")
     monkeypatch.delenv("PALATE_TRAINER_IMAGE")
     for wrong, says in (
-        ({"memory": "lots"}, "is no size"),
+        ({"memory": "lots"}, "is not a size"),
         ({"memory": 0.01}, "below 64 MiB"),
         ({"cpu": 0}, "above 0"),
     ):
         with pytest.raises(ConfigurationError, match=says):
             ModelTrainingRecipe(model_name="tiny", model_uri=str(tiny), instance_spec=wrong)
-    with pytest.raises(ConfigurationError, match="resource_config gpu=1 cannot be had"):
+    with pytest.raises(ConfigurationError, match="resource_config gpu=1 is not supported"):
         RegisteredModel("smollm2-135m-instruct").deploy("never", resource_config=ResourceConfig(1, 2000, gpu=1))
     with pytest.raises(UnsupportedParameterError, match="there is one machine"):
         ModelTrainingRecipe(model_name="tiny", model_uri=str(tiny), instance_count=2)

@@ -235,13 +235,13 @@ def test_one_that_does_not_listen_is_ended(there: PalateEngine, tmp_path: Path) 
     engine_id = backend.start(launch("deaf", tmp_path))
     until(lambda: "begun" in backend.logs(engine_id), timeout_s=30)
     there.run("stop", "--time", "1", engine_id.split(":")[2])  # as an operator would, behind Palate's back
-    assert gone(engine_id) == "its container ended with exit code 137"
+    assert gone(engine_id) == "the container exited with code 137"
 
 
 def test_a_failure_is_told_with_its_exit_code_until_the_next_attempt(there: PalateEngine, tmp_path: Path) -> None:
     backend = ContainerBackend()
     first = backend.start(launch("fails", tmp_path))
-    assert gone(first) == "its container ended with exit code 1"
+    assert gone(first) == "the container exited with code 1"
     assert "no luck" in backend.logs(first)
     second = backend.start(launch("fails", tmp_path))
     assert [run.engine_id for run in backend.runs()] == [second]
@@ -255,14 +255,14 @@ def test_limits_are_set_and_the_one_of_memory_is_told(
     monkeypatch.chdir(tmp_path / "here")
     spec = {"cpu": 1, "memory": "64m"}
     if there.enforces() != {"cpu", "memory"}:
-        with pytest.raises(UnsupportedParameterError, match=rf"{there.name} would not hold a run to its .*as root"):
+        with pytest.raises(UnsupportedParameterError, match=rf"{there.name} cannot enforce the .*as root"):
             launch("grows", tmp_path, spec=spec)
         return
     engine_id = ContainerBackend().start(launch("grows", tmp_path, spec=spec))
     (facts,) = json.loads(inspected(there, engine_id))
     assert Limits.of_container(facts).memory_bytes == 64 << 20
     assert facts["HostConfig"]["NanoCpus"] == 1_000_000_000
-    assert re.search(r"more memory than its limit of 0\.0625 GiB.* give it more", gone(engine_id))
+    assert re.search(r"memory limit of 0\.0625 GiB.* set a higher limit", gone(engine_id))
     assert list((tmp_path / "here").iterdir()) == []
 
 

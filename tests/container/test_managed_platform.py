@@ -51,7 +51,7 @@ def test_a_stop_leaves_a_whole_checkpoint_and_the_next_start_goes_on_from_it(
 
     done = engine.run("run", "--rm", "--network=none", *arguments, check=False)
     assert done.returncode == 0, done.stdout
-    assert f"going on from /ml/output/checkpoints/{checkpoint.name}" in done.stdout
+    assert f"resuming from /ml/output/checkpoints/{checkpoint.name}" in done.stdout
     assert steps(ml / "output", "train") == list(range(1, 61))
 
 
@@ -62,7 +62,7 @@ def test_folders_that_its_user_may_not_write_to_are_named(
     (ml / "model").mkdir(mode=0o755)
     done = engine.run("run", "--rm", "--network=none", "--volume", f"{ml}:/opt/ml", trainer.name, "train", check=False)
     assert done.returncode == 1
-    assert "may not write to /opt/ml/model" in (ml / "output/failure").read_text()
+    assert "cannot write to /opt/ml/model" in (ml / "output/failure").read_text()
     assert "RUN_AS=root" in done.stdout
     as_root = engine.run(
         "run", "--rm", "--network=none", "--user=0", "--volume", f"{ml}:/opt/ml", trainer.name, "train", check=False

@@ -36,19 +36,19 @@ def test_a_service_is_limited_in_megabytes_as_with_pai() -> None:
     given = ResourceConfig(cpu=4, memory=16000)
     assert Limits.parse("resource_config", given) == Limits(4.0, 16000 << 20)
     assert Limits.parse("resource_config", {"memory": "2g", "shared_memory": 512}) == Limits(None, 2 << 30, 512 << 20)
-    with pytest.raises(ConfigurationError, match=r"resource_config gpu=1 cannot be had.*every GPU"):
+    with pytest.raises(ConfigurationError, match=r"resource_config gpu=1 is not supported.*all GPUs"):
         Limits.parse("resource_config", ResourceConfig(cpu=4, memory=16000, gpu=1))
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"memory": "lots"}, r"memory='lots' is no size"),
-        ({"memory": True}, r"memory=True is no size"),
+        ({"memory": "lots"}, r"memory='lots' is not a size"),
+        ({"memory": True}, r"memory=True is not a size"),
         ({"memory": "1k"}, r"below 64 MiB"),
-        ({"cpu": 0}, r"cpu=0 must be a number above 0"),
+        ({"cpu": 0}, r"cpu=0 is not a number above 0"),
         ({"cpus": 4}, r"unknown key 'cpus': did you mean 'cpu'\?"),
-        (object(), r"names no limit: give instance_spec="),
+        (object(), r"has no limit: expected instance_spec="),
     ],
 )
 def test_limits_that_are_none(given: object, says: str) -> None:

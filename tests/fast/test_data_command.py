@@ -97,7 +97,7 @@ def test_a_seq_length_that_no_training_takes_is_refused(tmp_path: Path, length: 
 def test_a_fixed_copy_passes_the_strict_check(bad: Path) -> None:
     done = data("check", bad.name, "--fix", "good.jsonl", folder=bad.parent)
     assert done.returncode == 0
-    assert "left out: 1 rows, duplicate" in done.stderr
+    assert "dropped: 1 rows, duplicate" in done.stderr
     assert [json.loads(line)["chosen"] for line in (bad.parent / "good.jsonl").read_text().splitlines()] == [
         "Yes, it is.",
         "Sure.",

@@ -186,7 +186,7 @@ def test_the_command_line_killed_and_run_again_asks_nothing_twice(server: ChatSe
     planned = command_line(*arguments, "--dry-run")
     out, err = planned.communicate(timeout=120)
     assert planned.returncode == 0, err
-    assert "calls that are left, at most\t32" in out
+    assert "remaining calls, at most\t32" in out
     assert err.splitlines()[-1].startswith("next: ")
     assert not server.asked
 
@@ -234,7 +234,7 @@ def test_an_interrupt_says_how_to_go_on(server: ChatServer, tmp_path: Path) -> N
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
-    assert "every finished call is kept" in err.splitlines()[-2]
+    assert "finished calls are kept" in err.splitlines()[-2]
     assert err.splitlines()[-1].startswith(f"next: palate {prompts} -o {output}")
 
 

@@ -60,7 +60,7 @@ def test_without_an_engine_it_says_what_to_install(tmp_path: Path, monkeypatch: 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="no docker command here")
 def test_an_engine_that_does_not_answer_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
-    with pytest.raises(EngineError, match=r"docker is installed and does not answer: .*nothing\.sock.*DOCKER_HOST"):
+    with pytest.raises(EngineError, match=r"docker is installed but does not answer: .*nothing\.sock.*DOCKER_HOST"):
         find_engine("docker")
 
 
@@ -85,11 +85,11 @@ def test_an_engine_says_which_limits_it_can_hold_to(
 
 def test_what_cannot_be_built_is_refused_before_an_engine_is_asked() -> None:
     nobody = Engine("docker", "/nowhere/docker")
-    with pytest.raises(ConfigurationError, match="unknown program 'webui': known are trainer, server"):
+    with pytest.raises(ConfigurationError, match="unknown program 'webui': valid values: trainer, server"):
         build_image("webui", "cpu", engine=nobody)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="unknown variant 'rocm'"):
         build_image("trainer", "rocm", engine=nobody)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="is no tag"):
+    with pytest.raises(ConfigurationError, match="is not valid"):
         build_image("trainer", "cpu", engine=nobody, tag="a b")
 
 

@@ -91,6 +91,6 @@ def test_a_kto_run_is_read_by_its_loss_and_its_margin() -> None:
     assert "good and bad answers differ" in flat.text
     slow = read([0.499] * 40, [0.002 * step for step in steps])
     assert slow.verdict == "not learning"
-    assert "The direction is right, the steps far too small: raise learning_rate" in slow.text
-    assert "answers and labels" in read([0.5] * 40, [0.0] * 40).text
+    assert "Raise learning_rate from 0.0001 to 0.001" in slow.text
+    assert "check the data" in read([0.5] * 40, [0.0] * 40).text
     assert read([0.5] * 5, [0.0] * 5).verdict == "too early to tell"

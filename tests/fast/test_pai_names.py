@@ -38,7 +38,7 @@ def test_a_name_that_only_pai_has_says_what_to_use(installed: None, module: str)
         scope: dict[str, object] = {}
         with pytest.raises(PaiNameError, match="not in Palate") as caught:
             exec(f"from {module} import {name}", scope)
-        assert str(caught.value) == f"{module}.{name} is PAI's and not in Palate: {remedy}"
+        assert str(caught.value) == f"{module}.{name} exists in PAI's SDK but not in Palate: {remedy}"
         with pytest.raises(ImportError):  # what a script may catch
             exec(f"import {module}; {module}.{name}", scope)
         assert name not in PROVIDED.get(module, {})
@@ -51,7 +51,7 @@ def test_an_attribute_that_only_pais_classes_have_says_what_to_use(installed: No
             assert not hasattr(kind, name)
             with pytest.raises(PaiAttributeError) as caught:
                 getattr(kind, name)
-            assert str(caught.value) == f"{owner}.{name} is PAI's and not in Palate: {remedy}"
+            assert str(caught.value) == f"{owner}.{name} exists in PAI's SDK but not in Palate: {remedy}"
             assert isinstance(caught.value, PalateError)
 
 
@@ -90,7 +90,7 @@ def test_pais_own_sdk_imported_before_is_left_alone(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     theirs = importlib.import_module("pai")
     try:
-        with pytest.raises(ConfigurationError, match=r"imported already.*restart"):
+        with pytest.raises(ConfigurationError, match=r"already imported.*restart"):
             palate.pai.install()
         assert sys.modules["pai"] is theirs
     finally:

@@ -125,7 +125,7 @@ def test_a_script_never_meets_pai_itself(home: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path / "mine"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     done = run(str(script), PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: pai cannot be provided to this script: PAI's own SDK is imported already")
+    assert done.stderr.startswith("error: pai cannot be provided to this script: PAI's own SDK is already imported")
 
 
 def test_a_traceback_shows_the_scripts_own_lines_and_the_remedy(home: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_traceback_shows_the_scripts_own_lines_and_the_remedy(home: Path, tmp_
     lines = done.stderr.splitlines()
     assert lines[1:3] == [f'  File "{script}", line 3, in <module>', "    from pai.estimator import Estimator"]
     assert lines[-1].endswith(
-        "pai.estimator.Estimator is PAI's and not in Palate: train with pai.model.ModelTrainingRecipe, "
+        "pai.estimator.Estimator exists in PAI's SDK but not in Palate: train with pai.model.ModelTrainingRecipe, "
         "which runs Palate's own training program"
     )
 

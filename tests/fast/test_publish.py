@@ -105,13 +105,13 @@ def test_the_card_says_what_it_was_trained_from(job: TrainingJob, tmp_path: Path
 def test_a_place_that_holds_something_is_refused(job: TrainingJob, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "mine.txt").write_text("mine")
-    with pytest.raises(NameTakenError, match="holds files already"):
+    with pytest.raises(NameTakenError, match="is not empty"):
         job.save_model(tmp_path / "copy")
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["mine.txt"]
     job.save_model(tmp_path / "other")
     with pytest.raises(NameTakenError):
         job.save_model(tmp_path / "other")
-    with pytest.raises(ConfigurationError, match="lies already"):
+    with pytest.raises(ConfigurationError, match="current location"):
         job.save_model(job.output_path())
 
 
@@ -196,7 +196,7 @@ def test_the_hub_receives_one_commit_in_a_private_repository(job: TrainingJob, h
 
 def test_what_arrives_changed_on_the_hub_is_an_error(job: TrainingJob, hub: ModelHub) -> None:
     hub.spoils = "tokenizer.json"
-    with pytest.raises(StoreError, match=r"does not hold what was sent: tokenizer\.json"):
+    with pytest.raises(StoreError, match=r"differs from what was sent: tokenizer\.json"):
         job.save_model("hf://me/tuned")
 
 

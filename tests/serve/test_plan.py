@@ -94,8 +94,8 @@ def test_describing_the_engines_imports_none_of_them() -> None:
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ("adapter_model.safetensors", "lacks adapter_model.safetensors"),
-        ("adapter_config.json", "holds no adapter"),
+        ("adapter_model.safetensors", "has neither adapter_model.safetensors"),
+        ("adapter_config.json", "is not an adapter"),
         ("model.safetensors", "has no weights"),
         ("config.json", "has no config.json"),
         ("tokenizer.json", "has no tokenizer"),
@@ -110,13 +110,13 @@ def test_a_missing_file_is_named(tmp_path: Path, tiny_model: Path, tiny_adapter:
 
 @needs_engine
 def test_folders_that_do_not_fit_together_are_refused(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:
-    with pytest.raises(BadSpec, match=r"model_dir .*/gone is no folder"):
+    with pytest.raises(BadSpec, match=r"model_dir .*/gone is not a folder"):
         plan.check(spec(tmp_path, model_dir=str(tmp_path / "gone")))
-    with pytest.raises(BadSpec, match=r"base_model_dir .*/gone is no folder"):
+    with pytest.raises(BadSpec, match=r"base_model_dir .*/gone is not a folder"):
         plan.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tmp_path / "gone")))
-    with pytest.raises(BadSpec, match="name its base model's folder"):
+    with pytest.raises(BadSpec, match="set it to the base model's folder"):
         plan.check(spec(tmp_path, model_dir=str(tiny_adapter)))
-    with pytest.raises(BadSpec, match="leave base_model_dir out"):
+    with pytest.raises(BadSpec, match="omit base_model_dir"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), base_model_dir=str(tiny_model)))
 
 
@@ -139,7 +139,7 @@ def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path
     config = json.loads((tiny_model / "config.json").read_text())
     (tiny_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=512))
-    with pytest.raises(BadSpec, match="max_model_len is 513, the model's context is 512 tokens"):
+    with pytest.raises(BadSpec, match="max_model_len is 513, longer than the model's context 512 tokens"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=513))
 
 

@@ -160,7 +160,7 @@ def test_an_engine_that_cannot_start_tells_its_own_cause(base_model: str, tmp_pa
     require("vllm")
     server = start(tmp_path, model_dir=base_model, engine="vllm", engine_args=("--max-num-seqs=many",))
     assert server.process.wait(timeout=60) == 1
-    assert "ended by itself with exit code 2" in server.error()
+    assert "exited unexpectedly with code 2" in server.error()
     assert "error: argument --max-num-seqs" in server.error().splitlines()[0]
     assert "  | " in server.error()
 
@@ -170,7 +170,7 @@ def test_weights_that_cannot_be_read_fail_with_the_engines_lines(tiny_model: Pat
     server = start(tmp_path / "work", model_dir=str(tiny_model), engine="transformers")
     assert server.process.wait(timeout=60) == 1
     assert "answered its first request with 500" in server.error()
-    assert "The engine's last lines:" in server.error()
+    assert "Last lines of the engine:" in server.error()
     assert processes_about(tmp_path) == []
 
 
@@ -189,7 +189,7 @@ def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: P
         engine = next(p for p in family if "palate_server.transformers" in p.cmdline()[2:4])
         os.kill(engine.pid, signal.SIGKILL)
         assert server.process.wait(timeout=20) == 1
-        assert "ended by itself with exit code 137" in server.error()
+        assert "exited unexpectedly with code 137" in server.error()
         assert_nothing_left(server, family)
 
 
@@ -209,7 +209,7 @@ def test_a_service_that_nobody_asks_ends_and_says_so(tiny_llama: str, tmp_path: 
     with running(tmp_path, model_dir=tiny_llama, engine="transformers", idle_after_s=2) as server:
         family = server.family()
         assert server.process.wait(timeout=60) == 0
-        assert "nobody has asked it for anything for 2 s" in (tmp_path / IDLE_FILE).read_text()
+        assert "no request for 2 s" in (tmp_path / IDLE_FILE).read_text()
         assert_nothing_left(server, family)
 
 

@@ -117,10 +117,10 @@ def test_what_contradicts_the_adapter_is_refused_before_weights_load(tiny: Path,
     ):
         assert words in message
     full = spec(tiny, tmp_path / "full", method="Standard_LLM", adapter_dir=str(sft))
-    assert "cannot go on from the adapter" in refusal(full)
+    assert "cannot continue from the adapter" in refusal(full)
     bare = tmp_path / "bare"
     bare.mkdir()
-    assert "lacks adapter_config.json" in refusal(spec(tiny, tmp_path / "empty", adapter_dir=str(bare)))
+    assert "has no adapter_config.json" in refusal(spec(tiny, tmp_path / "empty", adapter_dir=str(bare)))
 
 
 def test_an_adapter_of_another_model_is_refused(tiny: Path, sft: Path, tmp_path: Path) -> None:

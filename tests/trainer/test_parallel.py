@@ -292,7 +292,7 @@ def test_two_processes_begin_anew_without_a_fast_path_that_fails(small: Path, tm
     (tmp_path / "fault" / "sitecustomize.py").write_text(BROKEN)
     wanted = spec(small, tmp_path / "fallen", **settings).changed(processes=2)
     assert start(wanted, PYTHONPATH=str(tmp_path / "fault")).wait(timeout=240) == 0, log_of(wanted)[-3000:]
-    assert "WARNING: the fast path failed before the first step" in log_of(wanted)
+    assert "WARNING: the fast path failed in the first step" in log_of(wanted)
     output = Path(wanted.files.output_dir)
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert losses(found) == losses(expected)

@@ -82,7 +82,7 @@ def test_pai_stops_a_training_which_goes_on_from_its_whole_checkpoint(tiny: Path
 
     again = run(tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"going on from {checkpoint}" in again.stdout
+    assert f"resuming from {checkpoint}" in again.stdout
     assert steps(ml / "output", "train") == list(range(1, 61))
     assert (ml / "output/model/adapter_model.safetensors").exists()
 
@@ -123,9 +123,9 @@ def test_what_cannot_be_trained_is_said_in_the_failure_file(tmp_path: Path) -> N
         (ml / "input/config/hyperparameters.json").write_text("{")
 
     exec_change = {"two files": two_files, "two machines": two_machines, "no json": no_json, "model": with_model}
-    assert "the channel 'model' is not in" in failure("no-model")
+    assert "channel 'model' is missing in" in failure("no-model")
     assert "more.json" in failure("two-files", "two files")
-    assert "2 machines were given" in failure("two-machines", "two machines")
+    assert "lists 2 machines" in failure("two-machines", "two machines")
     assert "is not valid JSON" in failure("no-json", "no json")
     assert "learning_rate" in failure("bad", "model", learning_rate="fast")
 

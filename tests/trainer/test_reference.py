@@ -111,7 +111,7 @@ def test_values_that_are_off_are_dropped_with_a_note(
     write_table(path, Table(right.key, {digest: (c - 10.0, r) for digest, (c, r) in right.rows.items()}))
     capfd.readouterr()
     again = train(wanted.changed(output_dir=str(tmp_path / "again")))
-    assert "the cache is dropped, all pairs are scored" in capfd.readouterr().out
+    assert "the cache is dropped and all pairs are scored" in capfd.readouterr().out
     assert counts(again) == (0, 12)
     assert losses(again) == losses(first)
     _, renewed = table_of(wanted)
@@ -131,7 +131,7 @@ def test_damage_and_a_cache_that_cannot_be_written_cost_no_run(
     (tmp_path / "taken").write_text("a file where the cache folder should be")
     blocked = wanted.changed(cache_dir=str(tmp_path / "taken"), output_dir=str(tmp_path / "blocked"))
     assert counts(train(blocked)) == (0, 12)
-    assert "reference: no cache in this run" in capfd.readouterr().out
+    assert "reference: this run does not use the cache" in capfd.readouterr().out
 
 
 def test_a_short_run_scores_as_it_goes_unless_the_cache_has_all_rows(

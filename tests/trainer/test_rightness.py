@@ -169,10 +169,10 @@ def test_float16_trains_in_float32(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "words"),
     [
-        (["q_porj"], "q_porj fits no layer of this model; did you mean q_proj"),
-        (["q_proj", "c_attn"], "c_attn fits no layer of this model"),
-        (["self_attn"], "self_attn fits no layer"),
-        (["act_fn"], "act_fn is no linear layer but SiLU"),
+        (["q_porj"], "q_porj matches no layer of this model; did you mean q_proj"),
+        (["q_proj", "c_attn"], "c_attn matches no layer of this model"),
+        (["self_attn"], "self_attn matches no layer"),
+        (["act_fn"], "act_fn is a SiLU"),
     ],
 )
 def test_modules_that_do_not_fit_are_refused_before_weights_load(

@@ -160,14 +160,14 @@ def test_a_template_that_drops_the_answer_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}{{ messages | length }}"
     )
-    with pytest.raises(TrainerError, match=r"row 1: .* leaves out or rewrites the answer"):
+    with pytest.raises(TrainerError, match=r"row 1: .* drops or rewrites the answer"):
         renderer(tokenizer).encode(PAIR)
 
 
 @pytest.mark.parametrize("code", ["{{ 1 // 0 }}", "{{ messages[99]['content'] + 1 }}", "{{ ''.__class__.__mro__ }}"])
 def test_a_template_that_fails_of_its_own_is_named(tokenizer: Any, code: str) -> None:
     tokenizer.chat_template = code
-    with pytest.raises(TrainerError, match=r"chat template (fails on|refuses) the conversation"):
+    with pytest.raises(TrainerError, match=r"chat template (fails on|rejects) the conversation"):
         renderer(tokenizer).encode(PAIR)
 
 
@@ -230,14 +230,14 @@ def test_a_default_that_cannot_be_told_apart_is_named(tokenizer: Any) -> None:
         "{% for m in messages if m['role'] != 'system' %}[{{ m['role'] }}]{% if loop.first %}<<{{ system }}>>{% endif %}"
         "{{ m['content'] }}{% endfor %}"
     )
-    assert "cannot be taken out: 'Be nice.'" in str(take_out_system_default(tokenizer))
+    assert "cannot be removed: 'Be nice.'" in str(take_out_system_default(tokenizer))
 
 
 def test_training_without_a_system_prompt_serves_without_one(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     start = train(spec(tiny, tmp_path, max_steps=1, system_prompt=""))[0]
-    assert any("is taken out" in note for note in start["notes"])
+    assert any("is removed" in note for note in start["notes"])
     model = tmp_path / "out" / "model"
     prompt_ids = json.loads((model / "probe.json").read_text())["rows"][0]["prompt_ids"]
     turns = [{"role": "user", "content": "Is 0 an even number?"}]
@@ -324,7 +324,7 @@ def test_rows_that_truncation_would_spoil_are_left_out_and_counted_by_reason(tin
     assert start["train_rows"] == 2
     for said in (
         "the prompt alone fills seq_length=64 (row 2)",
-        "once cut to seq_length=64 (row 3)",
+        "when truncated to seq_length=64 (row 3)",
         "lose their end",
         "(row 5)",
     ):
@@ -347,7 +347,7 @@ def test_a_file_of_spoilt_rows_is_refused(tokenizer: Any) -> None:
     from palate_trainer.tokenize import encode_pairs
 
     pairs = [plain_row("word " * 99, "yes", "no", row) for row in (1, 2)]
-    with pytest.raises(DataError, match=r"No row of train is left.*\n.*rows 1, 2"):
+    with pytest.raises(DataError, match=r"train has no row left.*\n.*rows 1, 2"):
         encode_pairs(pairs, renderer(tokenizer, seq_length=32), name="train")
 
 

@@ -137,7 +137,7 @@ def test_a_resumed_run_has_sane_rates_and_time_left(tiny: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("rows", "settings", "verdict", "words"),
     [
-        (with_a_rule, {"learning_rate": 1e-6}, "not learning", "raise learning_rate from 1e-06 to 1e-05"),
+        (with_a_rule, {"learning_rate": 1e-6}, "not learning", "Raise learning_rate from 1e-06 to 1e-05"),
         (without_a_rule, {"learning_rate": 0.1}, "unstable", "Lower learning_rate from 0.1 to 0.0"),
         (with_a_rule, {"learning_rate": 1e-3}, "saturated", "every pair was right"),
     ],
@@ -148,7 +148,7 @@ def test_the_reading_fits_the_learning_rate(
     metrics = watched(loud, tmp_path, rows(100, 1), rows(8, 2), **settings)
     assert metrics[-1]["reading"]["verdict"] == verdict
     assert words in metrics[-1]["reading"]["text"]
-    assert ("note: the loss runs wild" in capsys.readouterr().out) == (verdict == "unstable")
+    assert ("note: the loss is diverging" in capsys.readouterr().out) == (verdict == "unstable")
 
 
 @pytest.mark.usefixtures("precision")

@@ -1,6 +1,6 @@
-"""Where runs are put: backends by name. Knows their names, not how they work.
+"""Backends by name: where runs execute. Knows their names, not how they work.
 
-A backend is four verbs over one run (see `Backend`). Others register under the entry-point group `palate.backends`.
+A backend implements `Backend`. Third-party backends register in the entry-point group `palate.backends`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Kind = Literal["jobs", "services"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementRequest:
-    """Where a user wants a run, in PAI's words; what is None, they leave to the backend.
+    """The user's placement of a run, with PAI's names. None: the backend decides.
 
     Attributes:
         kind: Whether it trains or serves.
         image_uri: Image to run in.
-        instance_type: Kind of machine.
-        instance_count: How many of them.
-        instance_spec: What a training may take; see `Limits.parse`.
-        resource_config: What a service may take; as PAI's `ResourceConfig`.
+        instance_type: Type of machine.
+        instance_count: Number of machines.
+        instance_spec: Resource limits of a training; see `Limits.parse`.
+        resource_config: Resource limits of a service, as PAI's `ResourceConfig`.
     """
 
     kind: Kind
@@ -45,35 +45,35 @@ class PlacementRequest:
     resource_config: object = None
 
     def refuse(self, backend: str, **remedies: str) -> None:
-        """Raises UnsupportedParameterError for the first of the named attributes that was given, with its remedy."""
+        """Raises UnsupportedParameterError with the remedy for the first named attribute that is set."""
         for name, remedy in remedies.items():
             if (value := getattr(self, name)) is not None:
-                raise UnsupportedParameterError(f"{name}={value!r} cannot be had on the {backend} backend: {remedy}")
+                raise UnsupportedParameterError(f"{name}={value!r} is not supported by the {backend} backend: {remedy}")
 
     def refuse_other_machines(self, backend: str, *, more: str) -> None:
-        """Raises UnsupportedParameterError unless the run may go to one machine, this one.
+        """Raises UnsupportedParameterError unless the run can use this machine alone.
 
         Args:
-            backend: Its name, which is an instance type as well.
-            more: What a user does who wants less or more than this machine.
+            backend: Name of the backend, which is also an instance type.
+            more: Remedy for users who want other resources.
         """
         if self.instance_type not in {None, "local", backend}:
             self.refuse(backend, instance_type=f"it runs on this machine; {more}")
         if self.instance_count not in {None, 1}:
-            self.refuse(backend, instance_count="there is one machine; leave it out or say 1")
+            self.refuse(backend, instance_count="there is one machine; omit it or set it to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A run that is to be started.
+    """A run to start.
 
     Attributes:
-        uri: Of the run: all that the runner is told. `palate-run URI` is the command.
+        uri: URI of the run, the only argument of the runner: `palate-run URI`.
         kind: Whether it trains or serves.
         name: Job id or service name.
-        env: Variables for the runner on top of the engine's own; may hold credentials, so never to be logged.
-        folders: Folders of this machine that the run reads, and whether it writes them, too.
-        placement: What `place` returned for it.
+        env: Additional environment variables of the runner. May contain credentials, so never log it.
+        folders: Local folders that the run reads; True if it also writes them.
+        placement: The result of `place`.
     """
 
     uri: str
@@ -85,17 +85,17 @@ class Launch:
 
     @property
     def run_name(self) -> str:
-        """Name for people and for the engine's own lists."""
+        """Display name, also in the engine's own lists."""
         return f"{self.kind}-{self.name}"
 
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What an engine says of a run.
+    """State of a run in its engine.
 
     Attributes:
-        state: `unknown` when that cannot be told from here.
-        cause: Why it is gone, where the engine knows.
+        state: `unknown` if it cannot be determined from here.
+        cause: Why it is gone, if the engine knows.
     """
 
     state: Literal["running", "gone", "unknown"]
@@ -104,12 +104,12 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """Something that an engine still holds of a run that was started from here.
+    """A process or container of a run that was started from here.
 
     Attributes:
-        engine_id: As `start` returned it, or as good: `stop` ends it.
-        uri: Of the run.
-        what: It, in words for people.
+        engine_id: An id that `stop` accepts, as returned by `start`.
+        uri: URI of the run.
+        what: Description.
     """
 
     engine_id: str
@@ -118,12 +118,12 @@ class EngineRun:
 
 
 class Backend(Protocol):
-    """An engine that can run one command. What it runs finds everything else in the store.
+    """Runs one command. The command finds everything else in the store.
 
     Attributes:
-        name: What it is asked for by.
-        uses_this_python: Whether a run has the packages of this very environment, and no image of its own.
-        is_this_host: Whether a run's ports are this machine's.
+        name: Name of the backend.
+        uses_this_python: Whether runs use this Python environment instead of an image.
+        is_this_host: Whether a run's ports are ports of this machine.
     """
 
     name: str
@@ -131,50 +131,50 @@ class Backend(Protocol):
     is_this_host: bool
 
     def start(self, launch: Launch) -> str:
-        """Starts the runner, which outlives the caller, and returns the engine's id for it."""
+        """Starts the runner, which must outlive the caller, and returns its engine id."""
         ...
 
     def status(self, engine_id: str) -> EngineStatus:
-        """Returns whether it still runs."""
+        """Returns whether the runner is still running."""
         ...
 
     def logs(self, engine_id: str) -> str:
-        """Returns what the runner itself said: the cause when it died before it could write to the store."""
+        """Returns the runner's own output, which has the cause if it died before it could write to the store."""
         ...
 
     def stop(self, engine_id: str, *, grace_s: float) -> None:
-        """Ends it and all that it started: politely, then by force after `grace_s` seconds. The engine keeps nothing of it.
+        """Stops the runner and all its descendants, and kills them after `grace_s` seconds. Removes it from the engine.
 
-        Gone is no error.
+        Idempotent.
         """
         ...
 
     def runs(self) -> list[EngineRun]:
-        """Returns what the engine holds of this user's and this PALATE_HOME's runs, ended ones included; [] when it is not there."""
+        """Returns the engine's runs of this user and PALATE_HOME, including ended ones; [] if there is no engine."""
         ...
 
     def device(self, placement: Mapping[str, Any] | None = None) -> DeviceFacts:
-        """Returns what a run with this placement computes with."""
+        """Returns the device of a run with this placement."""
         ...
 
     def place(self, request: PlacementRequest) -> dict[str, Any]:
-        """Returns what `start` is to know of where a run goes, as JSON for the manifest; asks for nothing yet.
+        """Returns the placement for `start`, as JSON for the manifest. Reserves nothing.
 
         Raises:
-            UnsupportedParameterError: This backend cannot give it.
-            PalateError: It could, and something is missing, such as an image.
+            UnsupportedParameterError: The backend does not support a value of the request.
+            PalateError: Something is missing, such as an image.
         """
         ...
 
 
 def for_run(backend: Backend, uri: str) -> Backend:
-    """Returns the backend such that it answers, reads and ends nothing but what belongs to one run.
+    """Returns the backend restricted to one run: it reads and stops nothing else.
 
-    An engine id comes from a record in the store, which others may be able to write: it could name anything.
+    Engine ids come from the store, which others may be able to write, so an id could name any process or container.
 
     Args:
-        backend: One with a method `of_run(uri)` returns such a backend; one without is trusted to check its ids itself.
-        uri: Of the run.
+        backend: Restricted with its method `of_run(uri)`. A backend without that method must check ids itself.
+        uri: URI of the run.
     """
     of_run = getattr(backend, "of_run", None)
     bound: Backend = backend if of_run is None else of_run(uri)
@@ -182,22 +182,22 @@ def for_run(backend: Backend, uri: str) -> Backend:
 
 
 def backend_names() -> list[str]:
-    """Returns the names of all backends that are installed."""
+    """Returns the names of all installed backends."""
     return sorted(_known())
 
 
 def _known() -> dict[str, str]:
-    from importlib.metadata import entry_points  # a quarter of the time that importing a recipe would take
+    from importlib.metadata import entry_points  # imported here: it would be a quarter of a recipe's import time
 
     return {**{entry.name: entry.value for entry in entry_points(group=_GROUP)}, **_BUILT_IN}
 
 
 def get_backend(name: str) -> Backend:
-    """Returns the backend of that name; raises ConfigurationError with the known names otherwise."""
+    """Returns a backend by name. Raises ConfigurationError if it is unknown."""
     found = _BUILT_IN if name in _BUILT_IN else _known()
     if name not in found:
         hint = did_you_mean(name, found)
-        raise ConfigurationError(f"unknown backend {name!r}: {hint}known are {', '.join(sorted(found))}")
+        raise ConfigurationError(f"unknown backend {name!r}: {hint}valid names: {', '.join(sorted(found))}")
     module, _, attribute = found[name].partition(":")
     backend: Backend = getattr(import_module(module), attribute)()
     return backend

@@ -1,9 +1,9 @@
-"""Runs as containers of this machine's docker or podman. Knows the engine's command line, not stores or programs.
+"""Runs as containers of the local docker or podman. Knows the engine's command line, not stores or programs.
 
-Everything that a run keeps is in its store; a container can go at any time. Its credentials come in a file that the runner
-reads and removes before `start` returns: the engine never learns them, so no `inspect` shows them. An engine id is
-`host@machine:engine:container:folder of secrets`. Ids come back from the store, so nothing in them is believed: a container is
-read or ended only when its own label and name say that it was started for the run.
+A run's results are in its store, so a container can be removed at any time. Credentials are passed in a file that the runner
+reads and deletes before `start` returns. The engine never sees them, so `inspect` does not show them. An engine id is
+`host@machine:engine:container:secrets folder`. Ids come back from the store and are not trusted: a container is read or stopped
+only if its own label and name say that it was started for the run.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ RUN_LABEL = "ai.palate.run"
 """Label of a container with the URI of its run."""
 
 _HOME_LABEL = "ai.palate.home"
-"""Label of a container with the PALATE_HOME of who started it: an engine's containers may be those of many."""
+"""Label of a container with the PALATE_HOME of its user, because several users can share an engine."""
 
 _NAME_PREFIX = "palate-"
 
 IMAGE_VARIABLES: dict[Kind, str] = {"jobs": "PALATE_TRAINER_IMAGE", "services": "PALATE_SERVER_IMAGE"}
-"""Images to take instead of those of this version."""
+"""Environment variables with images to use instead of those of this version."""
 
 _HOME = "/home/palate/.palate"
 _SECRETS = "/run/palate"
 _SECRETS_FILE = "variables.json"
 _TAKEN_S = 120.0
-"""A runner reads its variables a second after its container has started; a busy machine may take a minute."""
+"""Time limit for the runner to read its variables. It usually takes a second, on a busy machine up to a minute."""
 
 _SECRETS_FOLDER = r"((?:jobs|services)-[A-Za-z0-9][A-Za-z0-9._-]{0,99})-[0-9a-f]{8}"
 _ENGINE_ID = re.compile(rf"([^:@]*)(?:@([0-9a-f]{{16}}))?:(docker|podman):([0-9a-f]{{64}}):({_SECRETS_FOLDER})")
-"""Host, machine, engine, container, folder of secrets, run name. Earlier versions named no machine."""
+"""Host, machine, engine, container, secrets folder, run name. Earlier versions had no machine."""
 
 _PASSED_ON = ("AWS_", "OSS_", "HF_", "ALIBABA_CLOUD_", "PALATE_")
 _KEPT_BACK = (
@@ -69,21 +69,21 @@ _ALIVE = ("created", "running", "restarting", "paused", "configured", "initializ
 _POLL_S = 0.05
 _ASK_EVERY_S = 1.0
 _KILLED = 137
-"""128 and SIGKILL: by the kernel for its memory, which podman does not always tell, or by somebody."""
+"""128 + SIGKILL: killed by the kernel's OOM killer, which podman does not always report, or by a user."""
 _UNENFORCED = (
-    "{engine} would not hold a run to its {lacks} here (docs/containers.md, Without root); leave it out, or run as root"
+    "{engine} cannot enforce the {lacks} limit here (docs/containers.md, Without root); omit it, or run as root"
 )
 
 
 @dataclass(frozen=True)
 class _EngineId:
-    """What an engine id says, once it has been parsed.
+    """A parsed engine id.
 
     Attributes:
-        is_here: Whether an engine of this machine must have the container, unless it was removed.
-        may_be_here: Whether it is worth asking.
-        engine, container: Names of both.
-        folder: Name of the folder of secrets.
+        is_here: Whether the container, unless removed, is on this machine.
+        may_be_here: Whether it could be on this machine.
+        engine, container: Names of engine and container.
+        folder: Name of the secrets folder.
     """
 
     is_here: bool
@@ -94,10 +94,10 @@ class _EngineId:
 
 
 class ContainerBackend:
-    """The images of trainer and server, run by the engine of this machine.
+    """Runs the trainer and server images with the local container engine.
 
     Args:
-        run_uri: The only run whose containers it answers for; None for any. See `of_run`.
+        run_uri: Restricts the backend to the containers of this run; None: any. See `for_run`.
     """
 
     name = "container"
@@ -121,14 +121,14 @@ class ContainerBackend:
             with open(os.open(secrets / _SECRETS_FILE, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                 json.dump(variables, file)
             options = _options(engine, launch, secrets)
-            # podman's monitor writes a file `oom` to where it was started, when a container takes too much memory.
+            # podman's monitor writes a file `oom` to its working folder when a container runs out of memory.
             done = engine.run("run", "--detach", *options, "--", image.id, launch.uri, timeout_s=120, cwd=secrets)
             container = done.stdout.split()[-1]
             _wait_until_taken(engine, container, secrets / _SECRETS_FILE)
         except BaseException:
             shutil.rmtree(secrets, ignore_errors=True)
             with suppress(EngineError):
-                self._remove(engine, launch.uri)  # an engine keeps a container that it could not start
+                self._remove(engine, launch.uri)  # engines keep containers that failed to start
             raise
         return _engine_id(engine.name, container, secrets.name)
 
@@ -142,22 +142,24 @@ class ContainerBackend:
         limits = Limits.of_container(found)
         if state.get("OOMKilled"):
             return EngineStatus(
-                "gone", f"its container took more memory than its limit of {limits.memory_text}: give it more"
+                "gone", f"the container exceeded its memory limit of {limits.memory_text}: set a higher limit"
             )
         code = state.get("ExitCode", 0)
         error = state.get("Error") or ""
         if code == _KILLED and limits.memory_bytes and not error and ":podman:" in engine_id:
-            what = f"by the kernel for taking more memory than its limit of {limits.memory_text} (then give it more)"
-            error = f"killed, {what}, or by somebody; podman does not say which"
+            error = (
+                f"killed, either for exceeding its memory limit of {limits.memory_text} (then set a higher limit) or by a user;"
+                " podman does not report which"
+            )
         return EngineStatus(
-            "gone", f"its container ended with exit code {code}{': ' if error else ''}{error}" if code else ""
+            "gone", f"the container exited with code {code}{': ' if error else ''}{error}" if code else ""
         )
 
     def logs(self, engine_id: str) -> str:
         engine, run = self._find(engine_id)
         if engine is None or run is None or isinstance(self._inspect(engine_id), EngineStatus):
             return ""
-        # podman's --tail loses the beginning of a line that was written in pieces.
+        # podman's --tail drops the beginning of a line that was written in several pieces.
         tail = ["--tail", str(_LOG_LINES)] if engine.name == "docker" else []
         done = engine.run("logs", *tail, "--", run.container, check=False)
         lines = (done.stdout + done.stderr).splitlines(keepends=True) if done.returncode == 0 else []
@@ -184,13 +186,13 @@ class ContainerBackend:
         try:
             engine = find_engine(name)
             if engine.name != name:
-                return []  # podman under docker's name, which is asked by its own
+                return []  # podman installed as docker: it is queried under its own name
             ids = engine.run(
                 "ps", "--all", "--quiet", "--filter", f"label={_HOME_LABEL}={palate_home()}"
             ).stdout.split()
             found = json.loads(engine.run("container", "inspect", "--", *ids, check=False).stdout) if ids else []
         except (EngineError, ValueError):
-            return []  # not here, not ours to ask, or the containers went meanwhile
+            return []  # not installed, no permission, or the containers were removed in between
         runs = []
         for facts in found:
             labels, own_name = facts["Config"]["Labels"], facts["Name"].removeprefix("/")
@@ -208,7 +210,7 @@ class ContainerBackend:
 
     def place(self, request: PlacementRequest) -> dict[str, Any]:
         spec = "instance_spec" if request.kind == "jobs" else "resource_config"
-        request.refuse_other_machines(self.name, more=f"leave it out, and set limits with {spec}")
+        request.refuse_other_machines(self.name, more=f"omit it, and set limits with {spec}")
         limits = Limits.parse(spec, getattr(request, spec))
         engine = find_engine()
         if limits.named() and (lacking := limits.named() - engine.enforces()):
@@ -221,7 +223,7 @@ class ContainerBackend:
         return {"engine": engine.name, "image": name, "image_id": image.id, "limits": limits.to_json()}
 
     def _parse(self, engine_id: str) -> _EngineId | None:
-        """Returns what an engine id says; None when it is malformed, or of another run than this backend's."""
+        """Parses an engine id; None if it is malformed or belongs to another run."""
         match = _ENGINE_ID.fullmatch(engine_id) if isinstance(engine_id, str) else None
         if match is None:
             return None
@@ -231,7 +233,7 @@ class ContainerBackend:
             if run_name != f"{kind}-{name}":
                 return None
         is_here = mark is not None and mark == machine_digest()
-        # Containers outlive a restart of the machine, which gives it another mark.
+        # A reboot changes the machine's mark, but containers survive it, so the hostname is enough to look.
         return _EngineId(is_here, is_here or host == socket.gethostname(), engine, container, folder)
 
     def _find(self, engine_id: str) -> tuple[Engine | None, _EngineId | None]:
@@ -244,7 +246,7 @@ class ContainerBackend:
             return None, run
 
     def _inspect(self, engine_id: str) -> dict[str, Any] | EngineStatus:
-        """Returns the engine's facts of a container that was started for the run, else what its absence means."""
+        """Returns the engine's facts about the run's container, or the status that follows from its absence."""
         engine, run = self._find(engine_id)
         if engine is None or run is None:
             return EngineStatus("unknown")
@@ -263,7 +265,7 @@ class ContainerBackend:
 
     @staticmethod
     def _remove(engine: Engine, uri: str) -> None:
-        """Takes away what an earlier attempt left: it is over, or fenced off by its lease."""
+        """Removes containers of earlier attempts: they have ended, or the lease fences them off."""
         listed = engine.run("ps", "--all", "--filter", f"label={RUN_LABEL}={uri}", "--format", "{{.Names}}")
         names = listed.stdout.split()
         if names:
@@ -273,7 +275,7 @@ class ContainerBackend:
 
 
 def stale_secrets() -> list[Path]:
-    """Returns the folders with credentials that no container will read any more: what started it died in between."""
+    """Returns folders with credentials that no container will read, because the process that started it died."""
     folder = palate_home() / "run"
     if not folder.is_dir():
         return []
@@ -295,7 +297,7 @@ def _engine_id(engine: str, container: str, folder: str) -> str:
 
 
 def _wait_until_taken(engine: Engine, container: str, file: Path) -> None:
-    """Waits until the runner has read its variables; whatever becomes of the container, the file does not stay."""
+    """Waits until the runner has read its variables. Deletes the file in every case."""
     begun = asked = time.monotonic()
     try:
         while file.exists() and time.monotonic() - begun < _TAKEN_S:
@@ -324,22 +326,24 @@ def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
     mounts = {f"{secrets}:{_SECRETS}": True, f"{cache}:{_HOME}/cache": True}
     for folder, writable in launch.folders.items():
         if ":" in str(folder):
-            raise ConfigurationError(f"{folder} cannot be mounted into a container: its path has a colon; rename it")
+            raise ConfigurationError(
+                f"{folder} cannot be mounted into a container: its path contains a colon; rename it"
+            )
         mounts[f"{folder}:{folder}"] = writable
     options = [
         *("--name", f"{_NAME_PREFIX}{secrets.name}"),
         *("--label", f"{RUN_LABEL}={launch.uri}", "--label", f"{_HOME_LABEL}={palate_home()}"),
-        *("--network", "host"),  # a store or an endpoint of this machine's loopback is one of the container's, too
+        *("--network", "host"),  # so that a store or endpoint on this machine's loopback works in the container
         *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
-        # Files of a mounted store belong to who started the run; group 0 owns the image's own folders.
+        # Files in a mounted store must belong to the user who started the run. Group 0 owns the image's own folders.
         *("--user", f"{os.getuid()}:{os.getgid()}", "--group-add", "0"),
         *("--env", f"{FILE_VARIABLE}={_SECRETS}/variables.json", "--env", f"PALATE_HOME={_HOME}"),
         *("--env", f"HF_HOME={_HOME}/cache/huggingface", "--env", "USER=palate"),
     ]
     if engine.name == "podman":
-        # It would put proxies, which may hold a password, into what `inspect` shows; they come with the other variables.
+        # podman would copy proxy variables, which may have a password, to where `inspect` shows them. They are in our file.
         options += ["--http-proxy=false"]
-        # Where SELinux is on, a container reads no folder of a user's; a label for each would be changed on the files.
+        # SELinux would deny access to the user's folders. The alternative, a label per mount, changes the files' labels.
         options += ["--security-opt", "label=disable"]
         if os.getuid() != 0:
             options += ["--userns", "keep-id"]
@@ -351,7 +355,7 @@ def _options(engine: Engine, launch: Launch, secrets: Path) -> list[str]:
 
 
 def _ambient_variables() -> dict[str, str]:
-    """What the runner of a process would find in its environment: ways to stores and hub, and settings of Palate's."""
+    """The variables that a runner on the process backend would inherit: stores, Hub, proxies, and Palate's settings."""
     found = {
         name: value
         for name, value in os.environ.items()
@@ -363,7 +367,7 @@ def _ambient_variables() -> dict[str, str]:
 
 
 def _keys_of_aws_files() -> dict[str, str]:
-    """Credentials that boto3 finds in this user's files or of this machine's role, which a container has not."""
+    """AWS credentials from the user's files or the machine's role, which a container cannot read."""
     try:
         import boto3
         from botocore.exceptions import BotoCoreError

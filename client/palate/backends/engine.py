@@ -1,4 +1,4 @@
-"""The container engine of this machine, through the command line that docker and podman share. Knows no image of Palate's."""
+"""The local container engine, through the common command line of docker and podman. Knows nothing of Palate's images."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from palate_recipes.errors import ConfigurationError, EngineError
 EngineName = Literal["docker", "podman"]
 
 _ASK_S = 30.0
-"""An engine that is well answers at once; one that is starting takes seconds."""
+"""Time limit for commands. A healthy engine answers at once, a starting one within seconds."""
 
 _INSTALL = "install docker (docs.docker.com/engine/install) or podman (podman.io/docs/installation; it needs no root)"
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """An image that an engine has.
+    """An image in an engine.
 
     Attributes:
-        name: Its first tag, or its id when it has none.
-        id: Digest of its configuration, `sha256:…`: the same wherever this very image is.
-        digest: Digest in the registry that it was pulled from or pushed to; "" for one that was only built or loaded.
-        size_bytes: All of its layers, unpacked.
+        name: Its first tag, or its id if it has none.
+        id: Digest of its configuration, `sha256:…`, the same on every machine.
+        digest: Digest in the registry that it was pulled from or pushed to; "" if it was only built or loaded.
+        size_bytes: Size of all layers, unpacked.
         created: ISO time.
-        labels: As the image was built.
+        labels: The image's labels.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Engine:
     """A container engine that has answered.
 
     Attributes:
-        name: Which one.
-        command: Path of its command line.
-        version: Of the engine itself, not of the command line.
+        name: docker or podman.
+        command: Path of its executable.
+        version: Version of the engine, not of the client.
     """
 
     name: EngineName
@@ -60,16 +60,16 @@ class Engine:
     def run(
         self, *arguments: str, check: bool = True, timeout_s: float | None = _ASK_S, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Runs one command of the engine's; a secret must never be among the arguments, which other users can see.
+        """Runs one engine command. Arguments must not contain secrets, because other users can see them.
 
         Args:
-            arguments: Of the engine's command line.
-            check: Whether an exit code other than 0 is an error.
-            timeout_s: Seconds, or None for any time.
-            cwd: Where it runs; what stays behind for a container, such as podman's monitor, stays there, too.
+            arguments: Arguments of the engine's command line.
+            check: Raise an error if the exit code is not 0.
+            timeout_s: Time limit in seconds; None: no limit.
+            cwd: Working folder, also of processes that stay for a container, such as podman's monitor.
 
         Raises:
-            EngineError: With `check`, it failed; or it took longer than `timeout_s`.
+            EngineError: The command failed (with `check`), or took longer than `timeout_s`.
         """
         what = f"{self.name} {' '.join(arguments[:2])}"
         try:
@@ -112,12 +112,12 @@ class Engine:
         host = facts["host"]
         if not host["security"]["rootless"]:
             return {"cpu", "memory"}
-        # The first kind of cgroup belongs to root alone; of the second kind a user has what was delegated.
+        # cgroup v1 can only be used by root. In v2 a user has the controllers that were delegated.
         return {"cpu", "memory"} & set(host.get("cgroupControllers") or ())
 
     @contextmanager
     def following(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """Runs a command whose output, stdout and stderr together, is read while it goes; it ends with the block."""
+        """Runs a command whose stdout and stderr are read while it runs. It is terminated at the end of the block."""
         process = subprocess.Popen(
             [self.command, *arguments],
             stdin=subprocess.DEVNULL,
@@ -138,25 +138,25 @@ class Engine:
 
     def _environment(self) -> dict[str, str]:
         if self.name == "docker" and "DOCKER_BUILDKIT" not in os.environ and not _has_buildx(self.command):
-            # A newer docker refuses to build without that plugin, unless it is told to build as the older ones do.
+            # Newer docker versions refuse to build without the buildx plugin, unless the legacy builder is selected.
             return {**os.environ, "DOCKER_BUILDKIT": "0"}
         return dict(os.environ)
 
 
 def find_engine(name: str | None = None) -> Engine:
-    """Returns an engine that answers: the one that is named, else docker, else podman.
+    """Returns an engine that answers.
 
     Args:
-        name: `docker` or `podman`; default: PALATE_ENGINE, else whichever answers.
+        name: `docker` or `podman`; default: PALATE_ENGINE, else docker, else podman.
 
     Raises:
-        ConfigurationError: There is no engine of that name.
-        EngineError: None is installed, or none answers; says what to install or to start.
+        ConfigurationError: The name is unknown.
+        EngineError: None is installed or none answers. The message says what to install or start.
     """
     name = name or os.environ.get("PALATE_ENGINE") or None
     known = get_args(EngineName)
     if name is not None and name not in known:
-        raise ConfigurationError(f"unknown engine {name!r}: known are {', '.join(known)}")
+        raise ConfigurationError(f"unknown engine {name!r}: valid names: {', '.join(known)}")
     silent = []
     for candidate in (name,) if name else known:
         command = shutil.which(candidate)
@@ -166,18 +166,18 @@ def find_engine(name: str | None = None) -> Engine:
         done = engine.run("version", "--format", "{{json .}}", check=False)
         if done.returncode == 0:
             return _answered(candidate, command, done.stdout)
-        silent.append(f"{candidate} is installed and does not answer: {_cause(done)}. {_wake(candidate, _cause(done))}")
+        silent.append(f"{candidate} is installed but does not answer: {_cause(done)}. {_wake(candidate, _cause(done))}")
     if silent:
         raise EngineError("\n".join(silent))
-    raise EngineError(f"no container engine is here ({name or ', '.join(known)} not found): {_INSTALL}")
+    raise EngineError(f"no container engine found ({name or ', '.join(known)} not installed): {_INSTALL}")
 
 
 def _wake(name: str, cause: str) -> str:
     if name == "podman":
-        return "`podman info` says more"
+        return "Run `podman info` for details"
     if "permission denied" in cause.lower():
-        return "Let your user use it (`sudo usermod -aG docker $USER`, then log in again), or use podman, which needs no root"
-    return "Start it (`sudo systemctl start docker`), or set DOCKER_HOST to where it listens"
+        return "Give your user access (`sudo usermod -aG docker $USER`, then log in again), or use podman, which needs no root"
+    return "Start it (`sudo systemctl start docker`), or set DOCKER_HOST to its address"
 
 
 def _answered(name: EngineName, command: str, text: str) -> Engine:
@@ -186,7 +186,7 @@ def _answered(name: EngineName, command: str, text: str) -> Engine:
     except ValueError:
         return Engine(name, command)
     if name == "docker" and not answer.get("Server"):
-        name = "podman"  # under docker's name (the package podman-docker): docker does not answer without a server
+        name = "podman"  # the package podman-docker installs podman as docker. Real docker reports a server
     return Engine(name, command, str((answer.get("Server") or answer.get("Client") or {}).get("Version", "")))
 
 
@@ -195,9 +195,9 @@ def _has_buildx(command: str) -> bool:
 
 
 def _facts(entry: dict[str, Any], name: str) -> ImageFacts:
-    # Of an image that was built or loaded here podman tells a digest, too, which no registry knows.
+    # podman also reports a digest for images that were built or loaded here, but no registry knows it.
     digests = [digest for digest in entry.get("RepoDigests") or () if not digest.startswith("localhost/")]
-    for prefix in ("localhost/", "docker.io/library/"):  # where podman puts a name without a registry
+    for prefix in ("localhost/", "docker.io/library/"):  # podman adds these to names without a registry
         name = name.removeprefix(prefix)
     return ImageFacts(
         name=name,
@@ -211,6 +211,6 @@ def _facts(entry: dict[str, Any], name: str) -> ImageFacts:
 
 def _cause(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    # docker ends with a hint at its help, and podman's log may have the last word.
+    # docker prints a hint about its help last, and podman may print log lines after the error.
     telling = [line for line in lines if not line.startswith(("Run '", "See '", "time="))]
     return (telling or lines or [f"exit code {done.returncode}"])[-1]

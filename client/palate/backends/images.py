@@ -1,6 +1,6 @@
-"""Palate's two images: their names, whether they are here, and how they are built. Knows engines by their verbs, no run.
+"""Palate's two images: names, lookup and builds. Knows engines, no run.
 
-An image is built from the code that asks for it, a checkout or the installed package, never from what an index has under its name.
+An image is built from the running code (a checkout or the installed package), never from a package index.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from palate_recipes import __version__
 from palate_recipes.errors import ConfigurationError, ImageBuildError, ImageMissingError
 
 _PACKED = Path(__file__).parent / "build"
-"""The Dockerfiles and locks, in an installed package."""
+"""The Dockerfiles and lock files in an installed package."""
 _NOT_IN_WHEEL = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
-"""Written by the installer, about this machine."""
+"""Written by the installer and specific to this machine."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Source:
     """A build context.
 
     Attributes:
-        folder: What the engine is given.
-        revision: Commit of a checkout, with `-dirty` when files differ from it; "" for an installed package.
+        folder: The context folder.
+        revision: Commit of a checkout, with `-dirty` if files have changed; "" for an installed package.
     """
 
     folder: Path
@@ -51,10 +51,10 @@ class Source:
 
 @contextmanager
 def build_source() -> Iterator[Source]:
-    """Yields the build context of this Palate, which is gone after the block unless it is a checkout.
+    """Yields the build context of this Palate: the checkout, or a temporary folder.
 
     Raises:
-        ConfigurationError: Neither a checkout nor a whole installed package.
+        ConfigurationError: This is neither a checkout nor a complete installed package.
     """
     checkout = Path(__file__).resolve().parents[3]
     if (checkout / "pyproject.toml").is_file() and (checkout / "container" / "Dockerfile").is_file():
@@ -65,7 +65,7 @@ def build_source() -> Iterator[Source]:
         for name in ("container", "serve"):
             if not (_PACKED / name / "Dockerfile").is_file():
                 raise ConfigurationError(
-                    f"{_PACKED / name} holds no Dockerfile: this Palate is neither a checkout nor a whole wheel; install it again"
+                    f"{_PACKED / name} has no Dockerfile: this Palate is neither a checkout nor a complete wheel; reinstall it"
                 )
             shutil.copytree(_PACKED / name, folder / name)
         pack_wheel(folder)
@@ -73,10 +73,10 @@ def build_source() -> Iterator[Source]:
 
 
 def pack_wheel(folder: Path) -> Path:
-    """Packs the installed package into a wheel below `folder`, as it is on the disk now.
+    """Packs the installed package, as it is on disk, into a wheel in `folder`.
 
     Raises:
-        ConfigurationError: It is not installed as a package.
+        ConfigurationError: Palate is not installed as a package.
     """
     try:
         package = distribution("palate")
@@ -89,19 +89,17 @@ def pack_wheel(folder: Path) -> Path:
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(package.files or [], key=str):
             name = file.as_posix()
-            outside = name.startswith("..")  # scripts: the wheel's entry points make them again
+            outside = name.startswith("..")  # scripts: pip creates them from the wheel's entry points
             if file.name == "RECORD":
                 record = name
             if outside or file.suffix == ".pyc" or (file.name in _NOT_IN_WHEEL and ".dist-info/" in name):
                 continue
             data = Path(os.fspath(file.locate())).read_bytes()
-            archive.writestr(zipfile.ZipInfo(name), data)  # no times: the same code is the same wheel
+            archive.writestr(zipfile.ZipInfo(name), data)  # without times, so that the same code gives the same wheel
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             listed.append(f"{name},sha256={digest},{len(data)}\n")
         if not record:
-            raise ConfigurationError(
-                f"the installed package {package.version} has no list of its files: install it again"
-            )
+            raise ConfigurationError(f"the installed package {package.version} has no RECORD file: reinstall it")
         archive.writestr(zipfile.ZipInfo(record), "".join([*listed, f"{record},,\n"]))
     return wheel
 
@@ -124,12 +122,12 @@ PROGRAM_LABEL = "ai.palate.program"
 VARIANT_LABEL = "ai.palate.variant"
 
 BASE_IMAGE = "python:3.11-slim-bookworm"
-"""Default of PYTHON_IMAGE in both Dockerfiles."""
+"""The default of PYTHON_IMAGE in both Dockerfiles."""
 
 _FOLDERS: dict[str, str] = {"trainer": "container", "server": "serve"}
 _TAIL_LINES = 30
 _STEP = re.compile(r"^(?:Step \d+/\d+ :|\[\d+/\d+\] STEP|STEP \d+|#\d+ \[)")
-"""What begins a step in the words of docker's two builders and of podman's."""
+"""Matches the first line of a step in the output of docker's two builders and of podman."""
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -137,15 +135,15 @@ def image_name(program: Program, variant: Variant, tag: str | None = None) -> st
     """Returns the name of an image, such as `palate-trainer:0.1.0-cpu`.
 
     Args:
-        program: Which one.
-        variant: For processors, or for CUDA.
-        tag: Instead of this version and the variant.
+        program: trainer or server.
+        variant: cpu or cuda.
+        tag: Tag; default: version and variant.
     """
     return f"palate-{program}:{tag or f'{__version__}-{variant}'}"
 
 
 def need_image(engine: Engine, name: str) -> ImageFacts:
-    """Returns what the engine knows of an image; raises ImageMissingError with the command that builds or fetches it."""
+    """Returns the engine's facts about an image. Raises ImageMissingError with the command that builds or pulls it."""
     found = engine.image(name)
     if found is not None:
         return found
@@ -155,12 +153,12 @@ def need_image(engine: Engine, name: str) -> ImageFacts:
         own = "" if tag == f"{__version__}-{variant}" else f" --tag {tag}"
         remedy = f"build it with `palate images build {program} --variant {variant} --engine {engine.name}{own}`"
     else:
-        remedy = f"fetch it with `{engine.name} pull {name}`"
+        remedy = f"pull it with `{engine.name} pull {name}`"
     raise ImageMissingError(f"the image {name} is not on this machine ({engine.name}): {remedy}")
 
 
 def list_images(engine: Engine) -> list[ImageFacts]:
-    """Returns Palate's images that the engine has, newest first, whatever they are called."""
+    """Returns Palate's images in the engine by label, newest first."""
     return engine.images(PROGRAM_LABEL)
 
 
@@ -174,27 +172,27 @@ def build_image(
     network: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ImageFacts:
-    """Builds an image from this Palate, and returns what the engine then knows of it.
+    """Builds an image from this Palate, and returns the engine's facts about it.
 
     Args:
-        program: Which one.
-        variant: For processors, or for CUDA.
-        engine: Builds it.
-        tag: Instead of this version and the variant.
-        build_args: Arguments of the Dockerfile, such as TORCH_INDEX_URL or BUILD_IMAGE; they stay readable in the image's
-            history, so never a secret.
-        network: The engine's `--network`, `host` where a build has no network otherwise.
-        say: Receives a line a step.
+        program: trainer or server.
+        variant: cpu or cuda.
+        engine: The engine that builds it.
+        tag: Tag; default: version and variant.
+        build_args: Arguments of the Dockerfile, such as TORCH_INDEX_URL or BUILD_IMAGE. They stay in the image's history, so
+            never pass a secret.
+        network: The engine's `--network`; `host` if builds have no network otherwise.
+        say: Called with a line per build step.
 
     Raises:
-        ConfigurationError: An unknown program or variant, or a tag that no engine takes.
-        EngineError: The engine does not answer, or the base image is not to be had.
-        ImageBuildError: The build failed; carries its last lines.
+        ConfigurationError: The program, variant or tag is invalid.
+        EngineError: The engine does not answer, or the base image is not available.
+        ImageBuildError: The build failed. Has the last lines of its log.
     """
     _check("program", program, get_args(Program))
     _check("variant", variant, get_args(Variant))
     if tag is not None and not _TAG.fullmatch(tag):
-        raise ConfigurationError(f"tag={tag!r} is no tag: letters, digits, '.', '_' and '-', at most 128 of them")
+        raise ConfigurationError(f"tag={tag!r} is not valid: expected at most 128 letters, digits, '.', '_' and '-'")
     given = dict(build_args or {})
     name = image_name(program, variant, tag)
     base = given.get("PYTHON_IMAGE", BASE_IMAGE)
@@ -207,7 +205,7 @@ def build_image(
         if network:
             command += ["--network", network]
         if engine.name == "podman":
-            command += ["--format", "docker"]  # the other format has no health check
+            command += ["--format", "docker"]  # the OCI format does not support health checks
         say(f"building {name} with {engine.name} {engine.version}")
         _follow(engine, [*command, str(source.folder)], name, say)
     return need_image(engine, name)
@@ -215,14 +213,14 @@ def build_image(
 
 def _check(kind: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigurationError(f"unknown {kind} {value!r}: known are {', '.join(known)}")
+        raise ConfigurationError(f"unknown {kind} {value!r}: valid values: {', '.join(known)}")
 
 
 def _base_digest(engine: Engine, base: str, say: Callable[[str], None]) -> str:
-    """Returns the digest of the base image, which is fetched when it is not there: it is recorded as a label."""
+    """Returns the digest of the base image, to record it as a label. Pulls a missing image."""
     found = engine.image(base)
     if found is None:
-        say(f"fetching {base}")
+        say(f"pulling {base}")
         engine.run("pull", "--", base, timeout_s=None)
         found = need_image(engine, base)
     return found.digest or found.id
@@ -241,7 +239,5 @@ def _follow(engine: Engine, command: list[str], name: str, say: Callable[[str], 
                 say(f"[{time.monotonic() - begun:4.0f} s] {line[:160]}")
         code = build.wait()
     if code != 0:
-        raise ImageBuildError(
-            f"building {name} with {engine.name} failed with exit code {code}; its last lines:", [*tail]
-        )
+        raise ImageBuildError(f"building {name} with {engine.name} failed with exit code {code}. Last lines:", [*tail])
     say(f"[{time.monotonic() - begun:4.0f} s] {name} is built")

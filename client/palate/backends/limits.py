@@ -1,4 +1,4 @@
-"""What a container may take of its machine: processors and memory, in the words of PAI's InstanceSpec. Knows no engine."""
+"""CPU and memory limits of a container, in the form of PAI's InstanceSpec. Knows no engine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _LEAST_BYTES = 64 << 20
 _KEYS = ("cpu", "memory", "shared_memory")
-_GPU_HELP = "a run is given every GPU of its machine; leave it out"
+_GPU_HELP = "a run gets all GPUs of its machine; omit it"
 _HELP = {
-    "instance_spec": 'give instance_spec={"cpu": 4, "memory": "16g"}: cores, and bytes with a unit; a bare number is GiB, as in PAI',
-    "resource_config": 'give resource_config={"cpu": 4, "memory": "16g"}: cores, and bytes with a unit; a bare number is MB, as in PAI',
+    "instance_spec": 'expected instance_spec={"cpu": 4, "memory": "16g"}: cores, and a size; a plain number is GiB, as in PAI',
+    "resource_config": 'expected resource_config={"cpu": 4, "memory": "16g"}: cores, and a size; a plain number is MB, as in PAI',
 }
 _BARE_UNIT = {"instance_spec": 1 << 30, "resource_config": 1 << 20}
 
 
 @dataclass(frozen=True)
 class ResourceConfig:
-    """What a service may take of its machine (PAI's class of this name).
+    """Resource limits of a service (PAI's class of this name).
 
     Attributes:
         cpu: Cores.
-        memory: In MB (2^20 bytes).
-        gpu: Refused: a service is given the GPUs that are there.
-        gpu_memory: Refused: vLLM's word for it is options={"engine_args": ["--gpu-memory-utilization", "0.5"]}.
+        memory: MB (2^20 bytes).
+        gpu: Not supported: a service gets all GPUs.
+        gpu_memory: Not supported: use vLLM's option, options={"engine_args": ["--gpu-memory-utilization", "0.5"]}.
     """
 
     cpu: float
@@ -42,13 +42,13 @@ class ResourceConfig:
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds; None sets none.
+    """Upper limits; None: no limit.
 
     Attributes:
-        cpu: Cores, or parts of one.
-        memory_bytes: Of all processes of the run together; with nothing swapped out.
-        shared_memory_bytes: That its processes talk through. Unlike the others it has a default, the engine's own being too
-            little for PyTorch and vLLM.
+        cpu: Cores, may be fractional.
+        memory_bytes: Memory of all processes of the run together, without swap.
+        shared_memory_bytes: Size of /dev/shm. Unlike the others it has a default, because the engine's is too small for
+            PyTorch and vLLM.
     """
 
     cpu: float | None = None
@@ -57,14 +57,14 @@ class Limits:
 
     @classmethod
     def parse(cls, parameter: str, given: object) -> Limits:
-        """Reads what a user gave: None, a mapping, or PAI's object with such attributes.
+        """Parses None, a mapping, or PAI's object with such attributes.
 
         Args:
-            parameter: `instance_spec`, where a bare number of memory is GiB, or `resource_config`, where it is MB.
-            given: Its value.
+            parameter: `instance_spec` (a plain number of memory is GiB) or `resource_config` (it is MB).
+            given: The value.
 
         Raises:
-            ConfigurationError: Names parameter, key and value, and shows how it is written.
+            ConfigurationError: The value is invalid. The message has parameter, key, value and an example.
         """
         if given is None:
             return cls()
@@ -72,10 +72,10 @@ class Limits:
             named = getattr(given, "__dict__", {})
             given = {name: value for name, value in named.items() if value and name[0] != "_"}
             if not given:
-                raise ConfigurationError(f"{parameter} names no limit: {_HELP[parameter]}")
+                raise ConfigurationError(f"{parameter} has no limit: {_HELP[parameter]}")
         for name, value in given.items():
             if name.startswith("gpu"):
-                raise ConfigurationError(f"{parameter} {name}={value!r} cannot be had: {_GPU_HELP}")
+                raise ConfigurationError(f"{parameter} {name}={value!r} is not supported: {_GPU_HELP}")
             if name not in _KEYS:
                 hint = did_you_mean(name, _KEYS)
                 raise ConfigurationError(f"{parameter} has an unknown key {name!r}: {hint}{_HELP[parameter]}")
@@ -88,14 +88,14 @@ class Limits:
 
     @classmethod
     def of_container(cls, inspected: Mapping[str, Any]) -> Limits:
-        """Returns what `inspect` says of a container."""
+        """Reads the limits of a container from `inspect`."""
         return cls(None, int(inspected.get("HostConfig", {}).get("Memory") or 0) or None)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def named(self) -> set[str]:
-        """Returns which are set, in the words of `parse`."""
+        """Returns the keys (see `parse`) of the limits that are set."""
         return {name for name, value in (("cpu", self.cpu), ("memory", self.memory_bytes)) if value is not None}
 
     @property
@@ -107,7 +107,7 @@ class Limits:
         return "the machine" if self.memory_gib is None else f"{self.memory_gib:.3g} GiB"
 
     def options(self) -> list[str]:
-        """Returns the engine's options for them."""
+        """Returns the engine's command-line options."""
         options = ["--shm-size", str(self.shared_memory_bytes)]
         if self.cpu is not None:
             options += ["--cpus", f"{self.cpu:g}"]
@@ -120,7 +120,7 @@ def _cores(parameter: str, value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ConfigurationError(f"{parameter} cpu={value!r} must be a number above 0: {_HELP[parameter]}")
+        raise ConfigurationError(f"{parameter} cpu={value!r} is not a number above 0: {_HELP[parameter]}")
     return float(value)
 
 
@@ -132,7 +132,7 @@ def _bytes(parameter: str, name: str, value: object) -> int | None:
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         size = float(match[1]) * _UNITS[match[2].lower()]
     else:
-        raise ConfigurationError(f"{parameter} {name}={value!r} is no size: {_HELP[parameter]}")
+        raise ConfigurationError(f"{parameter} {name}={value!r} is not a size: {_HELP[parameter]}")
     if size < _LEAST_BYTES:
         raise ConfigurationError(f"{parameter} {name}={value!r} is below {_LEAST_BYTES >> 20} MiB: {_HELP[parameter]}")
     return int(size)

@@ -1,9 +1,9 @@
-"""Runs as detached processes of this machine. Knows pids, not stores or programs.
+"""Runs as detached processes on this machine. Knows pids, not stores or programs.
 
-A run is the leader of a session of its own, so it outlives the Python process that started it, and everything it starts
-can be found and ended by that session's id. An engine id is `host@machine:pid:start time:run name`: neither a recycled pid
-nor a machine with the same hostname is mistaken for it. Ids come back from the store, so nothing in them is believed: a
-process is signalled only when its own variables say that it was started for the run.
+A run leads its own session, so it outlives the Python process that started it, and all its descendants can be found by the
+session id. An engine id is `host@machine:pid:start time:run name`, so a reused pid or a machine with the same hostname does not
+match. Ids come back from the store and are not trusted: a process is signalled only if its own environment says that it was
+started for the run.
 """
 
 from __future__ import annotations
@@ -41,24 +41,23 @@ from palate_recipes.hyperparameters import DeviceFacts
 
 _POLL_S = 0.05
 _RUN_VARIABLE = "PALATE_RUN"
-"""Marks every process of a run: long after its end its session's number may be that of somebody else's."""
+"""Marks every process of a run, because its session id can be reused by another program after it has ended."""
 
 _URI_VARIABLE = "PALATE_RUN_URI"
-"""Marks them further: jobs of two stores may have one name."""
+"""Distinguishes jobs with the same name in two stores."""
 
 _ENGINE_ID = re.compile(
     r"([^:@]*)(?:@([0-9a-f]{16}))?:([1-9][0-9]{0,9}):([0-9]{1,20}):([A-Za-z0-9][A-Za-z0-9._-]{0,119})"
 )
-"""Host, machine, pid, start time and run name. Earlier versions named no machine."""
+"""Host, machine, pid, start time and run name. Earlier versions had no machine."""
 
 
 @dataclass(frozen=True)
 class _EngineId:
-    """What an engine id says, once it has been parsed.
+    """A parsed engine id.
 
     Attributes:
-        is_here: Whether its pid is one of this machine and pid namespace; None when an id of an earlier version leaves
-            that open.
+        is_here: Whether the pid belongs to this machine and pid namespace; None if unknown (an id of an earlier version).
         pid, started: Of the runner.
         run_name: See `Launch.run_name`.
     """
@@ -70,10 +69,10 @@ class _EngineId:
 
 
 class ProcessBackend:
-    """The embedded default: the runner as a process beside you.
+    """The default backend: the runner as a local process.
 
     Args:
-        run_uri: The only run whose processes it answers for; None for any. See `of_run`.
+        run_uri: Restricts the backend to the processes of this run; None: any. See `for_run`.
     """
 
     name = "process"
@@ -91,7 +90,7 @@ class ProcessBackend:
         return self.start_command(command, run_name=launch.run_name, env={**launch.env, _URI_VARIABLE: launch.uri})
 
     def start_command(self, argv: list[str], *, run_name: str, env: Mapping[str, str]) -> str:
-        """Starts any command as a run; returns its engine id."""
+        """Starts any command as a run, and returns its engine id."""
         log = self._log_file(run_name)
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with log.open("wb") as output:
@@ -115,7 +114,7 @@ class ProcessBackend:
         _reap()
         state = process_state(run.pid, run.started)
         if state == "alive":
-            # Another user's process does not show its variables, and cannot be signalled either.
+            # The environment of another user's process cannot be read, but it cannot be signalled either.
             is_foreign = owner_of(run.pid) != os.geteuid()
             return EngineStatus("running" if is_foreign or self._belongs(run.pid, run) else "unknown")
         return EngineStatus("gone" if state == "dead" and run.is_here else "unknown")
@@ -157,7 +156,7 @@ class ProcessBackend:
             _reap()
 
     def _parse(self, engine_id: str) -> _EngineId | None:
-        """Returns what an engine id says; None when it is malformed, or of another run than this backend's."""
+        """Parses an engine id; None if it is malformed or belongs to another run."""
         match = _ENGINE_ID.fullmatch(engine_id) if isinstance(engine_id, str) else None
         if match is None:
             return None
@@ -170,13 +169,13 @@ class ProcessBackend:
         return _EngineId(is_here, int(pid), started, run_name)
 
     def _belongs(self, pid: int, run: _EngineId) -> bool:
-        """Whether a process was started for this run: only then may it be signalled."""
+        """Whether a process was started for this run. Only then may it be signalled."""
         command = command_of(pid)
         told = [environment_of(pid, _URI_VARIABLE)]
         run_name = environment_of(pid, _RUN_VARIABLE)
         if _is_runner(command):
             told.append(command[-1])
-            run_name = run_name or _run_name(command[-1])  # one that somebody started by hand
+            run_name = run_name or _run_name(command[-1])  # a runner that was started by hand
         if not run_name or run_name != run.run_name:
             return False
         return self._run_uri is None or any(_place(self._run_uri) == _place(uri) for uri in told if uri)
@@ -203,11 +202,11 @@ class ProcessBackend:
         no_limits = "it sets no limits on this machine; leave it out, or use backend='container'"
         request.refuse(
             self.name,
-            image_uri="it runs in this Python environment and no image; leave it out, or use backend='container'",
+            image_uri="it runs in this Python environment, not in an image; omit it, or use backend='container'",
             instance_spec=no_limits,
             resource_config=no_limits,
         )
-        request.refuse_other_machines(self.name, more="leave it out or say 'local'")
+        request.refuse_other_machines(self.name, more="omit it or set it to 'local'")
         return {}
 
     @staticmethod
@@ -221,7 +220,7 @@ def _engine_id(pid: int, run_name: str) -> str:
 
 
 def _run_name(uri: str) -> str:
-    """Returns `Launch.run_name` of a run; "" when the URI is not one of a run."""
+    """Returns `Launch.run_name` of a run; "" if the URI is not a run's."""
     try:
         _, kind, name = locate(uri)
     except ConfigurationError:
@@ -230,7 +229,7 @@ def _run_name(uri: str) -> str:
 
 
 def _place(uri: str) -> str:
-    """Returns a run's URI so that two spellings of one place are equal."""
+    """Normalizes a run's URI, so that two spellings of one location compare equal."""
     scheme, _, rest = uri.partition("://")
     return os.path.realpath(rest) if scheme == "file" else rest
 
@@ -240,10 +239,10 @@ def _is_runner(command: list[str]) -> bool:
 
 
 _CHILDREN: list[subprocess.Popen[bytes]] = []
-"""Runs started by this very process: they must be reaped, or they would look alive as zombies."""
+"""Runs started by this process. They must be reaped, otherwise zombies would look alive."""
 
 
-_CHILDREN_LOCK = Lock()  # a list of jobs looks at many at a time
+_CHILDREN_LOCK = Lock()  # listing jobs checks many runs in parallel
 
 
 def _reap() -> None:

@@ -1,6 +1,6 @@
-"""The command line: `palate …`. Each verb is one call of the public API. Imports no ML library.
+"""The command line: `palate …`. Each command is one call of the public API. Imports no ML library.
 
-Results go to stdout, progress to stderr; an error is one message and exit code 1.
+Results go to stdout, progress to stderr. An error is one message and exit code 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ app.add_typer(images, name="images")
 
 
 def main() -> None:
-    """Runs the command line; turns Palate's errors into one message and exit code 1."""
+    """Runs the command line. Prints Palate's errors as one message and exits with 1."""
     try:
         app()
     except PalateError as error:
@@ -46,11 +46,11 @@ def main() -> None:
         )
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output has closed it (`palate logs … | head`): not an error.
+        # The reader of stdout has exited (`palate logs … | head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        # A given path cannot be used. Without a path it is a bug, and its traceback is needed.
+        # An error with a path is the user's. Without one it is a bug, and the traceback is needed.
         if error.filename is None:
             raise
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename

@@ -243,12 +243,12 @@ def demo(
 data.command()(generate)
 
 
-# Shared by the verbs.
+# Helpers.
 
 
 def _strategy(name: str) -> Any:
     if name not in ("dpo", "sft", "kto", "any"):
-        raise ConfigurationError(f"--strategy {name!r} is not known: use dpo, sft, kto or any")
+        raise ConfigurationError(f"--strategy {name!r} is unknown: use dpo, sft, kto or any")
     return None if name == "any" else name
 
 
@@ -259,7 +259,7 @@ def _settings(
     template: Path | None,
     template_name: str | None,
 ) -> dict[str, Any]:
-    """Arguments of `format_for`, in types that JSON has."""
+    """Arguments of `format_for`, as JSON types."""
     answers: dict[str, Any] = {}
     for label, column in _named(labels, "--label-column").items():
         answer, dot, key = label.partition(".")
@@ -268,7 +268,9 @@ def _settings(
         elif isinstance(answers.setdefault(answer, {}), dict):
             answers[answer][key] = column
         else:
-            raise ConfigurationError(f"--label-column {label}={column}: {answer} is one column already")
+            raise ConfigurationError(
+                f"--label-column {label}={column}: {answer} is already a single column; use {answer}.KEY=COLUMN for both"
+            )
     return {
         "name": name,
         "input_columns": _named(inputs, "--input-column") or None,
@@ -296,7 +298,7 @@ def _format(settings: dict[str, Any]) -> Format | None:
 
 @contextmanager
 def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
-    """Files on this machine, each with the name that messages call it by."""
+    """Fetches files to this machine. Yields each path with its name for messages."""
     from palate.session import get_default_session
     from palate.sources.resolve import fetch_files
 
@@ -323,9 +325,9 @@ def _say(change: Change) -> None:
     for path, count in change.written.items():
         print(visible(f"{path}: {count:,} rows"), file=sys.stderr)
     if change.cleaned:
-        print(f"cleaned: {change.cleaned:,} rows, chat template marks removed", file=sys.stderr)
+        print(f"cleaned: {change.cleaned:,} rows, chat template tokens removed", file=sys.stderr)
     for code, count in change.dropped.items():
-        print(f"left out: {count:,} rows, {code}", file=sys.stderr)
+        print(f"dropped: {count:,} rows, {code}", file=sys.stderr)
     for line in change.faults:
         print(visible(f"  {line}"), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What verbs read and write in words: NAME=VALUE, ages, the next command. Knows no verb."""
+"""Parses and formats values of the command line: NAME=VALUE, ages, the next command. Knows no command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def pairs(entries: list[str], flag: str) -> dict[str, str]:
-    """Returns what a repeated option NAME=VALUE gave."""
+    """Parses a repeated option NAME=VALUE."""
     found = {}
     for entry in entries:
         name, separator, value = entry.partition("=")
@@ -25,7 +25,7 @@ def pairs(entries: list[str], flag: str) -> dict[str, str]:
 
 
 def seconds(words: str, flag: str) -> float:
-    """Returns what an option such as `2h` or `30min` means, in seconds."""
+    """Parses a duration such as `2h` or `30min` to seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d|w)", words.strip())
     if found is None:
         raise ConfigurationError(
@@ -35,7 +35,7 @@ def seconds(words: str, flag: str) -> float:
 
 
 def age(since: float) -> str:
-    """Returns how long ago a time (seconds since the epoch) was, in its largest unit."""
+    """Formats the time since `since` (seconds since the epoch) in its largest unit."""
     passed = max(0, int(time.time() - since))
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if passed >= size:
@@ -44,9 +44,9 @@ def age(since: float) -> str:
 
 
 def say_next(*words: object) -> None:
-    """Prints a command that can be pasted into a shell as the next one, on stderr.
+    """Prints the next command, quoted for a shell, on stderr.
 
     Args:
-        words: What follows `palate`.
+        words: The arguments of `palate`.
     """
     print(visible(f"next: {shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)

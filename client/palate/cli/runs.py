@@ -1,4 +1,4 @@
-"""The verbs that list, watch, stop, update, delete and clean runs. Parse and print; reading runs is `palate.runs`."""
+"""Commands for runs: list, watch, stop, update, delete, clean. Know arguments and output, not how runs are read."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def delete(
         found = _open_run(name)
         if isinstance(found, TrainingJob):
             if not yes and sys.stdin.isatty():
-                typer.confirm(f"remove job {name} with its model and checkpoints?", abort=True)
+                typer.confirm(f"delete job {name} with its model and checkpoints?", abort=True)
             found.delete()
         else:
             found.delete_service()
@@ -311,7 +311,7 @@ def _open_run(name: str) -> TrainingJob | Predictor:
         return Predictor(name)
     except RunNotFoundError:
         raise RunNotFoundError(
-            f"no job and no service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
+            f"no job or service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
         ) from None
 
 
@@ -343,6 +343,6 @@ def clean(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these verbs to the command line."""
+    """Adds these commands to the command line."""
     for verb in (jobs, services, watch, metrics, logs, save, stop, start, update, delete, clean):
         app.command()(verb)

@@ -1,4 +1,4 @@
-"""The verbs train, resume, deploy, chat, quickstart, and run for PAI scripts."""
+"""Commands: train, resume, deploy, chat, quickstart, and run for PAI scripts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(
         str | None, typer.Option(help="LoRA_LLM (default), QLoRA_LLM or Standard_LLM (full fine-tuning).")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="dpo (default), kto or sft: the hyperparameter training_strategy.")
+        str | None, typer.Option(help="The hyperparameter training_strategy: dpo (default), kto or sft.")
     ] = None,
     validation: Annotated[str | None, typer.Option(help="Preference data for validation.")] = None,
     adapter: Annotated[
@@ -171,7 +171,7 @@ def chat(
                 piece = (event.choices[0].delta.content or "") if event.choices else ""
                 answer += piece
                 print(visible(piece), end="", flush=True)
-        except (openai.OpenAIError, httpx2.HTTPError) as error:  # the second when a stream breaks off
+        except (openai.OpenAIError, httpx2.HTTPError) as error:  # HTTPError: an interrupted stream
             if answer:
                 print()
             said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
@@ -249,7 +249,7 @@ def run(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these verbs to the command line."""
+    """Adds these commands to the command line."""
     for verb in (train, resume, deploy, chat):
         app.command()(verb)
     app.command(help=QUICKSTART_HELP)(quickstart)

@@ -1,4 +1,4 @@
-"""Gives `import pai` to one process: a finder, lazy modules, and attributes that say what to use. Knows the rows, no job."""
+"""Implements `import pai` in one process: a finder, lazy modules, and attributes that raise with a remedy. Knows no job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from palate_recipes.errors import ConfigurationError, PaiAttributeError, PaiName
 
 
 class PaiModule(ModuleType):
-    """A module of PAI's, filled from Palate when a name is first asked for."""
+    """A module of PAI's SDK whose names are imported from Palate on first access."""
 
     def __getattr__(self, name: str) -> Any:
         module = self.__name__
@@ -26,25 +26,25 @@ class PaiModule(ModuleType):
             setattr(self, name, value)
             return value
         remedy = MISSING.get(module, {}).get(name)
-        if remedy is None and not name.startswith("_"):  # the import system asks for names with underscores
+        if remedy is None and not name.startswith("_"):  # the import system probes names with underscores
             remedy = MISSING_MODULES.get(module)
         if remedy is not None:
-            # Not an AttributeError: `from … import` would replace its message by one that names no remedy.
-            raise PaiNameError(f"{module}.{name} is PAI's and not in Palate: {remedy}", name=module)
-        raise AttributeError(f"module {module!r}, as Palate provides it, has no attribute {name!r}")
+            # Not an AttributeError: `from … import` would replace its message, and the remedy would be lost.
+            raise PaiNameError(f"{module}.{name} exists in PAI's SDK but not in Palate: {remedy}", name=module)
+        raise AttributeError(f"module {module!r} (provided by Palate) has no attribute {name!r}")
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *PROVIDED.get(self.__name__, {})})
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Answers for `pai` and what is below it, before any installed package can."""
+    """Finds `pai` and its submodules before an installed package."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname in PROVIDED or fullname in MISSING_MODULES:
-            # Every one is a package with an empty path: what the rows do not name is found nowhere, installed or not.
+            # All are packages with an empty path, so submodules that Palate does not define are never found elsewhere.
             return ModuleSpec(fullname, self, origin="palate.pai", is_package=True)
         return None
 
@@ -56,10 +56,10 @@ class _Finder(MetaPathFinder, Loader):
 
 
 class _Elsewhere:
-    """An attribute that PAI's class has: reading it says what to use."""
+    """An attribute of PAI's class that Palate does not have. Reading it raises with a remedy."""
 
     def __init__(self, owner: str, name: str, remedy: str) -> None:
-        self._message = f"{owner}.{name} is PAI's and not in Palate: {remedy}"
+        self._message = f"{owner}.{name} exists in PAI's SDK but not in Palate: {remedy}"
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
         raise PaiAttributeError(self._message)
@@ -69,12 +69,10 @@ _finder: _Finder | None = None
 
 
 def install() -> None:
-    """Lets `import pai` mean Palate in this process from now on; an installed `pai` is neither imported nor changed.
-
-    Called twice is no error.
+    """Makes `import pai` import Palate in this process. An installed `pai` is neither imported nor changed. Idempotent.
 
     Raises:
-        ConfigurationError: PAI's own SDK has been imported here already.
+        ConfigurationError: PAI's own SDK is already imported in this process.
     """
     global _finder
     if _finder is not None:
@@ -82,7 +80,7 @@ def install() -> None:
     if "pai" in sys.modules:
         place = getattr(sys.modules["pai"], "__file__", None) or "this process"
         raise ConfigurationError(
-            f"PAI's own SDK is imported already ({place}): restart the process or kernel and call palate.pai.install() first"
+            f"PAI's own SDK is already imported ({place}): restart the process or kernel and call palate.pai.install() first"
         )
     _finder = _Finder()
     sys.meta_path.insert(0, _finder)
@@ -94,7 +92,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes back what `install` did. Names that were imported meanwhile stay Palate's."""
+    """Reverts `install`. Names that were imported before stay Palate's."""
     global _finder
     if _finder is None:
         return

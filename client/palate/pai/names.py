@@ -1,4 +1,4 @@
-"""Which names of PAI's SDK Palate answers to, and what to use for those it does not. Rows of data; knows no import machinery."""
+"""Names of PAI's SDK that Palate provides, and remedies for those it does not. Data only; knows no import machinery."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PROVIDED: dict[str, dict[str, str]] = {
         "setup_default_session": "palate.session",
     },
 }
-"""PAI's modules, and where Palate keeps each of their names that it has."""
+"""PAI's modules: name -> module of Palate that provides it."""
 
 _RECIPE = "train with pai.model.ModelTrainingRecipe, which runs Palate's own training program"
 _DATA = "give the local path, or an oss:// or s3:// URI, in train(inputs=...): Palate copies and reads it itself"
 _DEPLOY = (
     "deploy with ModelTrainingRecipe.deploy() or RegisteredModel(name).deploy(); options= sets engine, port and limits"
 )
-_PLACE = "where a run is placed is the backend's matter: see docs/backends.md"
+_PLACE = "the backend decides where a run is placed: see docs/backends.md"
 _JSON = "bodies are JSON: Predictor.predict() and raw_predict() take and return it"
-_REASON = "catch palate.errors.PalateError: every error of Palate is one"
-_CONSOLE = "there is no console: `palate jobs`, `palate services` and `palate logs NAME` show what is there"
+_REASON = "catch palate.errors.PalateError, the base of all errors of Palate"
+_CONSOLE = "there is no console: use `palate jobs`, `palate services` and `palate logs NAME`"
 
 MISSING: dict[str, dict[str, str]] = {
     "pai.common.utils": {
-        "make_list_resource_iterator": "list() returns everything that is there, as a list",
+        "make_list_resource_iterator": "list() returns everything as a list",
         "to_plain_text": "use str()",
         **dict.fromkeys(("is_local_run_instance_type", "is_filesystem_uri", "is_odps_table_uri"), _DATA),
     },
@@ -60,7 +60,7 @@ MISSING: dict[str, dict[str, str]] = {
     },
     "pai.predictor": {
         "ServiceStatus": "Predictor.service_status is a str: Creating, Running, Stopping, Stopped or Failed",
-        "EndpointType": "a service has one endpoint: leave endpoint_type out, or give 'INTERNET'",
+        "EndpointType": "a service has one endpoint: omit endpoint_type, or set it to 'INTERNET'",
         "AsyncPredictor": "Predictor.async_openai() is the asynchronous client",
         "LocalPredictor": "on the process backend every service is local: use Predictor",
         "RawResponse": "raw_predict() returns an httpx.Response",
@@ -68,10 +68,10 @@ MISSING: dict[str, dict[str, str]] = {
     },
     "pai.session": {
         "config_default_session": "call get_default_session()",
-        "load_default_config_file": "a session reads its saved configuration itself",
+        "load_default_config_file": "a session loads its saved configuration automatically",
     },
 }
-"""Names that PAI's modules have and Palate has not, with what to use."""
+"""Names that PAI's modules have and Palate does not, with a remedy."""
 
 MISSING_MODULES: dict[str, str] = {
     "pai.estimator": _RECIPE,
@@ -91,11 +91,11 @@ MISSING_MODULES: dict[str, str] = {
     "pai.common.configs": _PLACE,
     "pai.pipeline": "call train() and deploy() one after the other: each returns the next noun",
     "pai.operator": "call train() and deploy() one after the other: each returns the next noun",
-    "pai.dsw": "a notebook needs nothing of it",
-    "pai.api": "Palate speaks to no service of Alibaba but its object store: see session.store",
-    "pai.libs": "Palate speaks to no service of Alibaba but its object store: see session.store",
+    "pai.dsw": "a notebook does not need it",
+    "pai.api": "Palate uses no Alibaba service except the object store: see session.store",
+    "pai.libs": "Palate uses no Alibaba service except the object store: see session.store",
 }
-"""Modules of PAI's SDK of which Palate has no name: they can be imported, and each of their names says what to use."""
+"""Modules of PAI's SDK without any name in Palate. They can be imported, and each of their names raises with the remedy."""
 
 ATTRIBUTES: dict[tuple[str, str], dict[str, str]] = {
     ("palate.session", "Session"): {
@@ -118,11 +118,11 @@ ATTRIBUTES: dict[tuple[str, str], dict[str, str]] = {
     },
     ("palate.model", "RegisteredModel"): {
         "list_versions": "a version is a revision on the Hugging Face hub: give model_version=",
-        "delete": "the catalog is part of Palate; a job with its model goes with TrainingJob.delete()",
+        "delete": "the catalog is part of Palate; TrainingJob.delete() deletes a job with its model",
         "model_recipe": "use training_recipe()",
         "get_recipe_spec": "use training_recipe().hyperparameter_definitions",
         "get_estimator": "use training_recipe()",
-        "get_estimator_inputs": "models bring no data of their own: give your preference data in train(inputs=...)",
+        "get_estimator_inputs": "models come without data: give your preference data in train(inputs=...)",
         "get_evaluation_processor": "give train(inputs={'train': ..., 'validation': ...}) and read job.metrics()",
     },
     ("palate.predictor", "Predictor"): {
@@ -133,4 +133,4 @@ ATTRIBUTES: dict[tuple[str, str], dict[str, str]] = {
         "intranet_endpoint": "use endpoint",
     },
 }
-"""Attributes that PAI's classes have and Palate's have not, by Palate's module and class."""
+"""Attributes that PAI's classes have and Palate's do not, with a remedy, by Palate's module and class."""

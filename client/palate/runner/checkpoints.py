@@ -45,6 +45,7 @@ class CheckpointPusher:
         self._attempt = attempt
         self._seen = {staged}
         self._before_mark = before_mark
+        # One worker: checkpoints arrive in order and do not compete for bandwidth.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-checkpoints")
         self._uploads: dict[Path, Future[None]] = {}
 
@@ -63,6 +64,7 @@ class CheckpointPusher:
         """Starts to push what is whole and new."""
         if not self._folder.is_dir():
             return
+        # The trainer writes its marker last, so a folder with one does not change any more.
         marks = self._folder.glob(f"checkpoint-*/{COMPLETE_MARK}")
         for folder in sorted((mark.parent for mark in marks), key=_step):
             if folder.name not in self._seen:
@@ -72,6 +74,7 @@ class CheckpointPusher:
     def _push(self, folder: Path) -> None:
         suffix = f"-attempt-{self._attempt}" if self._attempt > 1 else ""
         prefix = self._record.key(CHECKPOINTS_DIR, f"step-{_step(folder):06d}{suffix}")
+        # Before the uploads: a file that changes on disk in between then fails the comparison when it is staged.
         digests = Checksums.of(folder, leave_out=COMPLETE_MARK)
         for name in digests.files:
             self._record.store.upload(folder / name, f"{prefix}/{name}")
@@ -98,6 +101,7 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
     prefix = record.key(CHECKPOINTS_DIR)
     names = [info.key.removeprefix(f"{prefix}/") for info in record.store.list(prefix)]
     found = [match for name in names if (match := _WHOLE.fullmatch(name))]
+    # By step first: an earlier attempt may have come further. Of the same step, the latest attempt's.
     for match in sorted(found, key=lambda match: (int(match["step"]), int(match["attempt"] or 1)), reverse=True):
         source = f"{prefix}/{match['name']}"
         mark = f"{source}/{COMPLETE_MARK}"

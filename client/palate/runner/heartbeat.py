@@ -43,6 +43,7 @@ class LogCompactor:
         self._index = record.log_index()
         found = record.part_sizes("logs")
         self._parts = {number: size for number, size in found.items() if number >= self._index.following}
+        # The index is the truth: parts below `following` are merged already, and only their deletion was interrupted.
         self._left_over = [number for number in found if number < self._index.following]  # of a runner that was killed
 
     def added(self, number: int, size: int) -> None:
@@ -60,6 +61,7 @@ class LogCompactor:
         numbers = sorted(self._parts)[:-_UNMERGED_PARTS]
         while numbers:
             run = [numbers.pop(0)]
+            # At least one part, even if it is larger than the limit: otherwise the loop would not advance.
             while numbers and sum(self._parts[number] for number in (*run, numbers[0])) <= PART_BYTES:
                 run.append(numbers.pop(0))
             content = b"".join(self._record.part("logs", number) for number in run)
@@ -75,9 +77,11 @@ class LogCompactor:
             gone.append(merged.pop(0))
             size -= gone[-1].size
         following = self._index.following
+        # The newest part always stays: the log must not become empty.
         while len(numbers) > 1 and size > KEPT_BYTES * 7 // 8:
             size -= self._parts[numbers[0]]
             following = numbers.pop(0) + 1
+        # The index first: a reader must never find a name in it whose object is gone for good.
         self._publish(LogIndex(merged=tuple(merged), following=following))
         for each in gone:
             self._record.store.delete(self._record.key("logs", each.name))
@@ -90,6 +94,7 @@ class LogCompactor:
         self._remove_left_over()
 
     def _remove_left_over(self) -> None:
+        # Popped after the deletion: if the store fails, the part stays in the list and is deleted the next time.
         while self._left_over:
             self._record.delete_part("logs", self._left_over[-1])
             self._left_over.pop()
@@ -143,8 +148,11 @@ class Tail:
         self._part = record.last_part(kind)  # a later attempt goes on counting
         if self._compactor is not None:
             self._part = max(self._part, record.log_index().following - 1)
+        # `_offset` counts bytes read from the file. Those not yet in the store are in `_read_ahead` (an incomplete line) or in
+        # `_pending` (a part whose upload failed).
         self._read_ahead = b""
         self._pending = b""
+        # Other threads push too: before a checkpoint's marker is written, and at the end of the run.
         self._lock = threading.Lock()
 
     def push(self, *, final: bool = False) -> None:
@@ -175,6 +183,7 @@ class Tail:
             while block := file.read(PART_BYTES - len(data) if len(data) < PART_BYTES else PART_BYTES):
                 self._offset += len(block)
                 data += block
+                # A metrics event must not be split, however long it is: readers parse each part on its own.
                 if len(data) >= PART_BYTES and (self._kind == "logs" or b"\n" in data):
                     break
         whole = data.rfind(b"\n") + 1
@@ -185,6 +194,7 @@ class Tail:
 
     def _empty(self) -> None:
         """Empties a service's log of this machine once it is large, and all of it is in the store."""
+        # Only for services, which run without end. Truncated in place, because the program has the file open.
         if self._compactor is None or self._offset < FILE_BYTES:
             return
         with self._path.open("r+b") as file:
@@ -223,6 +233,7 @@ class Heartbeat:
         self._say = say
         self._tails: list[Tail] = []
         self._ended = threading.Event()
+        # Two threads: a slow upload of logs must not delay a heartbeat, or the run would be declared lost.
         self._threads = [
             threading.Thread(target=self._kept, args=(work,), daemon=True) for work in (self._beats, self._pushes)
         ]
@@ -245,14 +256,14 @@ class Heartbeat:
 
     def push(self, *tails: Tail) -> None:
         """Pushes these files from now on, instead of those before."""
-        self._tails = [*tails]
+        self._tails = [*tails]  # a new list, because the other thread may be iterating over the old one
 
     def _kept(self, work: Callable[[], None]) -> None:
         """Begins the work anew whatever it ended with, until the run is over: without heartbeats the run counts as lost."""
         while not self._ended.is_set():
             try:
                 work()
-            except BaseException:
+            except BaseException:  # SystemExit and MemoryError too: a thread that ends here ends the run's heartbeat
                 logger.exception("the runner's %s broke off and begins anew", work.__name__)
                 self._ended.wait(TICK_S)
 
@@ -261,6 +272,7 @@ class Heartbeat:
         while not self._ended.wait(TICK_S):
             now = time.monotonic()
             if now - beaten >= self.held.lease.every_s:
+                # Before the call: a store that times out must not shift the next beat by its timeout.
                 beaten = now
                 self._guarded("heartbeat", self._beat)
             if now - checked >= STATUS_EVERY_S:
@@ -270,7 +282,7 @@ class Heartbeat:
     def _beat(self) -> None:
         if not self.held.beat():
             self.lease_lost.set()
-            self._ended.set()
+            self._ended.set()  # the logs are the other runner's now
 
     def _check(self) -> None:
         if self.record.store.stat(self.record.key("status.json")) is None:
@@ -281,6 +293,7 @@ class Heartbeat:
             return
         self._missing_since = None
         status = self.record.status()
+        # A later attempt was started, which means that this runner was declared lost. It must not write a state any more.
         if status.attempt > self.attempt:
             self.lease_lost.set()
         elif status.state == "Stopping" or status.is_terminal:

@@ -175,7 +175,7 @@ class RunHandle:
         if engine.state == "running":
             return ""
         gone = engine.state == "gone"
-        lost = f"its runner is gone without a last word: {engine.cause}" if engine.cause else LOST
+        lost = f"the runner died without writing a status: {engine.cause}" if engine.cause else LOST
         try:
             lease = read_lease(self.record)
         except DamagedFilesError as error:

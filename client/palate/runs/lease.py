@@ -47,7 +47,7 @@ _POLL_S = 0.2
 
 
 def lease_here(**facts: Any) -> Lease:
-    """Returns a lease of this process, with these facts in it."""
+    """Returns a lease of this process with the given fields."""
     here = {
         "beat": 0,
         "every_s": EVERY_S,
@@ -63,7 +63,9 @@ def lease_here(**facts: Any) -> Lease:
 
 
 def is_dead_here(lease: Lease) -> bool:
-    """Whether this machine knows the lease's runner to be gone; False where it cannot know."""
+    """Whether this machine knows that the lease's runner is dead. False if it cannot know."""
+    # Without a mark (not Linux) nothing proves that the pid belongs to this machine. A pid alone is not enough either:
+    # it can be reused, so its start time is compared too.
     return lease.machine == machine_mark() != "" and process_state(lease.pid, lease.pid_start) == "dead"
 
 
@@ -104,7 +106,9 @@ class HeldLease:
 
     def __init__(self, record: Record, lease: Lease, etag: str) -> None:
         self._record = record
+        # Invariant: the ETag of this runner's own last write. A put on this condition can only replace that write.
         self._etag = etag
+        # The heartbeat thread and the main thread (a new attempt, release) both write.
         self._lock = threading.Lock()
         self.lease = lease
 
@@ -126,6 +130,7 @@ class HeldLease:
 
     def release(self) -> None:
         """Says that this runner has ended in order. Raises StoreError."""
+        # Not a delete: that has no condition, and could remove another runner's lease.
         with self._lock:
             self._write(replace(self.lease, beat=self.lease.beat + 1, released=True))
 
@@ -148,6 +153,7 @@ class HeldLease:
             self._etag = there.etag
             if found != lease:
                 self._etag = self._record.store.put(self._record.key(LEASE_KEY), encode(lease), if_match=there.etag)
+        # Only after a successful put, so that a failed write is repeated with the same beat.
         self.lease = lease
         return True
 
@@ -169,6 +175,7 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
         ConfigurationError: PALATE_LEASE_S is no number above 1.
     """
     lost_after_s = _lost_after_s()
+    # A random holder name, not host and pid: both can be the same in two containers.
     mine = lease_here(
         holder=token_hex(8),
         start_id=start_id,
@@ -177,6 +184,7 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
         lost_after_s=lost_after_s,
     )
     seen: tuple[str, int] | None = None
+    # This process's own clock: waiting until the lease stays unchanged needs no comparison of clocks.
     since = time.monotonic()
     while True:
         there = record.store.stat(record.key(LEASE_KEY))  # before the read: a later write must not match
@@ -189,14 +197,18 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
             return HeldLease(record, found, there.etag)  # our own write, whose answer got lost
         free = found is None or found.released or found.attempt < attempt
         if found is not None and not free:
+            # One change is proof of a live runner, so there is no need to wait longer.
             if seen is not None and seen != (found.holder, found.beat):
                 return None
             seen = (found.holder, found.beat)
             silent_s = time.monotonic() - since
             free = silent_s >= found.lost_after_s
+            # A dead process shortens the wait, but `fresh_s` must still pass: a cloned machine has the same mark and the
+            # original runner may be alive there.
             if is_dead_here(found):
                 free = max(silent_s, silence_s(record) or 0.0) > found.fresh_s
         if free:
+            # Of several runners that see a free lease, the condition lets exactly one write.
             try:
                 etag = record.store.put(
                     record.key(LEASE_KEY),
@@ -227,6 +239,7 @@ def _lost_after_s() -> float:
 
 # The store's clock.
 
+# By store object and weak, so that a store opened again is measured again and a closed one is forgotten.
 _OFFSETS: weakref.WeakKeyDictionary[Store, float | None] = weakref.WeakKeyDictionary()
 
 
@@ -239,6 +252,7 @@ def store_now(store: Store) -> float | None:
         key = f"cache/clock-{token_hex(8)}"
         try:
             store.put(key, b"", if_none_match=True)
+            # Right after the answer: the error of the offset is at most one round trip, far below any lost_after_s.
             written = _ticks()
             info = store.stat(key)
             store.delete(key)

@@ -46,7 +46,7 @@ from palate_recipes.specs.run import (
 TOKEN_KEY = "access_token"
 """A service's bearer token: a key of its own, so that no manifest, status or log ever holds it."""
 
-LOST = "its runner is gone without a last word: killed, or the machine went down"
+LOST = "the runner died without writing a status: it was killed, or the machine went down"
 
 _CAS_ATTEMPTS = 20
 
@@ -91,6 +91,8 @@ class Record:
                 f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, "
                 f"or delete it first (`palate delete {self.name}`; `{command}` lists what is there)"
             ) from None
+        # The manifest decides who owns the name, so it is first. A client that dies before the next line leaves a run that
+        # `status()` reports as Creating.
         attempts = manifest.body.max_attempts if isinstance(manifest, TrainManifest) else 1
         status = Status(state="Creating", updated_at=time.time(), last_attempt=attempts)
         self.store.put(self.key("status.json"), status.encode())
@@ -136,7 +138,7 @@ class Record:
             RunNotFoundError: None is there.
         """
         key = self.key("manifest.json")
-        info = self.store.stat(key)
+        info = self.store.stat(key)  # before the read: a later write must not match
         try:
             if info is None or self.manifest() != known:
                 raise PreconditionFailedError(key)
@@ -239,10 +241,12 @@ class Record:
             except FileNotFoundError:
                 return None
             current = self._parse_status(data)
+            # A put whose answer got lost is retried by the client, fails on its own ETag, and looks like a lost race.
             if data == written:
                 return current  # our own write, whose answer got lost
             if info is None or current.state not in expect or attempt not in (None, current.attempt):
                 return None
+            # `change` runs again on every try: it must see the state that the condition protects.
             target = replace(change(current), updated_at=time.time())
             written = target.encode()
             try:
@@ -292,6 +296,7 @@ class Record:
         Asks for the next number by name instead of listing: one small read a poll, on any store, two for a service's log.
         """
         number = after
+        # Two rounds: parts by number. If the next one was merged or dropped, the merged parts, then the numbers after them.
         for _ in range(2):
             while True:
                 try:
@@ -333,6 +338,7 @@ class Record:
 
     def delete_parts(self, kind: Literal["logs", "metrics"]) -> None:
         """Removes every part; a later one counts on from 1."""
+        # Listed completely first, so that deletions do not change a listing in progress.
         for info in list(self.store.list(self.key(kind))):
             self.store.delete(info.key)
 
@@ -342,6 +348,7 @@ class Record:
         for _, data in self.parts("logs"):
             *lines, buffer = (buffer + data).split(b"\n")
             yield from (line.decode(errors="replace") for line in lines)
+            # Bounds memory: a program may write gigabytes without a line break.
             if len(buffer) > LONGEST_LINE:
                 yield buffer.decode(errors="replace")
                 buffer = b""

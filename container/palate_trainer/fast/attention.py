@@ -1,12 +1,11 @@
-"""Attention over a packed prefix tree, as an attention implementation that transformers knows by name. Knows no trainer.
+"""Attention over a packed prefix tree, registered in transformers as an attention implementation. Knows no trainer.
 
-The tree's `ends` travel in the place of the attention mask, as an int64 tensor of shape (1, 1, 1, tokens): transformers
-hands a 4-D mask through to every layer untouched, under gradient checkpointing too. Any other mask means an ordinary
-batch, and goes to SDPA.
+The tree's `ends` travel in place of the attention mask, as an int64 tensor of shape (1, 1, 1, tokens): transformers passes a
+4-D mask to every layer unchanged, under gradient checkpointing too. Any other mask means an ordinary batch and goes to SDPA.
 
-On GPUs that Triton serves, FlexAttention takes the tree as a block mask. On CPU, and where FlexAttention cannot run, the
-tree is cut into groups: a subtree that is small enough, with its ancestors as further keys. A group is a few dense
-products, so attention grows with the groups, not with the packed row.
+On GPUs with Triton, FlexAttention takes the tree as a block mask. On CPUs, and if FlexAttention cannot run, the tree is split
+into groups: small subtrees, with their ancestors as additional keys. A group needs a few dense products, so the cost grows
+with the sum of the groups, not with the square of the packed row.
 """
 
 from __future__ import annotations
@@ -28,20 +27,21 @@ NAME = "palate_tree"
 _flex = True
 _FLEX_CAPABILITY = (8, 0)
 _GROUP_TOKENS = 256
-"""A subtree of at most this many tokens is one group."""
+"""Maximum tokens of a subtree that forms one group."""
 
 
 @dataclass
 class Group:
-    """Queries of one stretch of the row, and the keys they may see: ancestors, then the stretch itself."""
+    """A slice of queries and the keys that they see: their ancestors, then the slice itself."""
 
     queries: slice
     ancestors: list[slice]
     seen: torch.Tensor  # bool (queries, keys)
+    # Cached, because all layers use the same plan.
     _bias: torch.Tensor | None = None
 
     def bias(self, copies: int) -> torch.Tensor:
-        """What is added to scores, for `copies` query heads that share a key head.  # float32 (copies * queries, keys)"""
+        """The additive mask for `copies` query heads that share a key head.  # float32 (copies * queries, keys)"""
         if self._bias is None or len(self._bias) != copies * len(self.seen):
             bias = torch.zeros(self.seen.shape, device=self.seen.device).masked_fill_(~self.seen, float("-inf"))
             self._bias = bias.repeat(copies, 1)
@@ -49,7 +49,7 @@ class Group:
 
 
 def groups(ends: torch.Tensor) -> list[Group]:
-    """Cuts a tree into groups.
+    """Splits a tree into groups.
 
     Args:
         ends: Of a `PrefixTree`.  # (tokens,)
@@ -58,11 +58,11 @@ def groups(ends: torch.Tensor) -> list[Group]:
     found: list[Group] = []
 
     def cut(start: int, stop: int, above: list[slice]) -> None:
-        # a run of siblings: as many of them as fit are one group
+        # [start, stop) is a run of sibling subtrees. Siblings are joined while they are small: fewer, larger products.
         while start < stop:
             end = last[start]
             if end - start > _GROUP_TOKENS:
-                # the stem up to its first fork, then what grows on it
+                # Too large: the stem up to its first fork is a group, and the subtrees above it have the stem as ancestor.
                 fork = start
                 while fork < end and last[fork] == end and fork - start < _GROUP_TOKENS:
                     fork += 1
@@ -87,7 +87,7 @@ def groups(ends: torch.Tensor) -> list[Group]:
 
 
 class _GroupedAttention(torch.autograd.Function):
-    """softmax(q k^T) v group by group. Probabilities are made anew in the backward pass: they are cheap and large."""
+    """softmax(q k^T) v, group by group. The backward pass recomputes probabilities: they are cheap to compute but large."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: list[Group], scale: float) -> Any:
@@ -96,6 +96,7 @@ class _GroupedAttention(torch.autograd.Function):
         for group in plan:
             p = _probabilities(q, k, group).to(v.dtype)
             out[:, group.queries] = _merge(p @ _rows(v, group), q)
+        # q is saved scaled, so the backward pass uses it as it is and scales only dq.
         ctx.save_for_backward(q, k, v)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -103,6 +104,7 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v = ctx.saved_tensors
+        # Each query is in exactly one group, so dq is written once. Ancestor keys are in many groups, so dk and dv accumulate.
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for group in ctx.plan:
             p = _probabilities(q, k, group)
@@ -116,14 +118,14 @@ class _GroupedAttention(torch.autograd.Function):
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, group: Group) -> torch.Tensor:
-    """In float32, as SDPA's kernels do: a score rounded to 16 bits is off by more than its neighbours' distance."""
+    """Softmax in float32, as in SDPA's kernels: rounding scores to 16 bits can exceed the difference between scores."""
     queries, keys = _split(q[:, group.queries], k), _rows(k, group)
     bias = group.bias(len(q) // len(k)).expand(len(k), -1, -1)
     return torch.baddbmm(bias, queries.float(), keys.float().transpose(1, 2)).softmax(-1)
 
 
 def _split(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Query heads beside the key head they share.  # (heads, n, dim) -> (kv heads, heads / kv heads * n, dim)"""
+    """Groups query heads by shared key head.  # (heads, n, dim) -> (kv heads, heads / kv heads * n, dim)"""
     return q.reshape(len(k), -1, q.shape[-1])
 
 
@@ -145,7 +147,7 @@ def _add_rows(x: torch.Tensor, group: Group, values: torch.Tensor) -> None:
 
 
 def as_mask(ends: torch.Tensor) -> torch.Tensor:
-    """What to pass as `attention_mask` for a packed tree.  # int64 (1, 1, 1, tokens)"""
+    """The `attention_mask` of a packed tree.  # int64 (1, 1, 1, tokens)"""
     return ends[None, None, None]
 
 
@@ -158,12 +160,12 @@ def tree_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: a packed tree when the mask is one, else SDPA."""
+    """transformers' attention interface: tree attention if the mask is a tree, else SDPA."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
     if torch.is_autocast_enabled(query.device.type):
-        # What autocast does with SDPA's inputs: rotary embeddings of float32 weights leave q and k wider than v.
+        # Autocast would do this for SDPA's inputs: rotary embeddings leave q and k in float32 while v is 16 bit.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if _flex and query.is_cuda and torch.cuda.get_device_capability(query.device) >= _FLEX_CAPABILITY:
@@ -171,7 +173,7 @@ def tree_attention_forward(
         return flex_attention_forward(module, query, key, value, block_mask, scaling=scaling)[0], None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plan = _kept(attention_mask, "palate_groups", groups)
-    with torch.autocast(query.device.type, enabled=False):  # it would round the scores
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the scores to 16 bits
         out = _GroupedAttention.apply(query[0], key[0], value[0], plan, scale)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None  # (1, tokens, heads, dim)
 
@@ -190,17 +192,18 @@ def flex_mask(ends: torch.Tensor) -> BlockMask:
 
 
 def allow_flex(allowed: bool) -> None:
-    """Whether GPUs may use FlexAttention: it is compiled on its first call, and a machine may lack what that needs."""
+    """Turns FlexAttention on GPUs on or off. It compiles on its first call, which needs tools that a machine may lack."""
     global _flex
     _flex = allowed
 
 
 def _kept(mask: torch.Tensor, name: str, make: Callable[[torch.Tensor], Any]) -> Any:
-    # Every layer asks for the same of the same mask: the first makes it, and it goes when the mask goes.
+    # All layers share one mask tensor, so the plan is stored on it: computed by the first layer, freed with the mask.
     if not hasattr(mask, name):
         setattr(mask, name, make(mask[0, 0, 0]))
     return getattr(mask, name)
 
 
+# SDPA's masks for ordinary batches: they go to SDPA.
 AttentionInterface.register(NAME, tree_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

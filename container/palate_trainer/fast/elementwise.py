@@ -1,7 +1,8 @@
-"""RMSNorm and the gated SiLU with fewer values kept for the backward pass. Knows two common forms of module, no model.
+"""RMSNorm and gated SiLU that keep fewer activations for the backward pass. Knows two common module layouts, no model.
 
-Autograd keeps every intermediate of `weight * (x * rsqrt(mean(x**2) + eps))` and of `silu(gate) * up`; here the inputs are kept and
-the rest is made anew, which costs less than reading it back. A module is taken only if it gives the same numbers this way.
+Autograd keeps every intermediate of `weight * (x * rsqrt(mean(x**2) + eps))` and of `silu(gate) * up`. Here only the inputs
+are kept and the rest is recomputed, which is faster than reading it back. A module is replaced only if a test input gives
+the same numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch.nn import functional
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With a frozen weight; sums in float32, whatever x is."""
+    """RMSNorm with a frozen weight. Sums are float32 for any dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        # In float32, as the modules compute it: a sum of squares in 16 bits loses precision with the hidden size.
         wide = x.float()
         scale = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
@@ -46,17 +48,19 @@ class _GatedSilu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         activated = functional.silu(gate)
         up_grad = grad * activated
+        # `activated` is reused as a buffer: this layer's activations are the largest of the network.
         return torch.ops.aten.silu_backward(activated.copy_(grad).mul_(up), gate), up_grad
 
 
 def fuse_elementwise(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Gives modules of the two forms their leaner computation, and returns those that took it."""
+    """Replaces the forward of matching modules, and returns the modules."""
     fused: list[torch.nn.Module] = []
-    verdicts: dict[type, bool] = {}  # modules of one class compute alike
+    verdicts: dict[type, bool] = {}  # one test per class: its modules compute the same function
     for module in model.modules():
         form = _form(module)
         if form is None:
             continue
+        # Same layout does not mean same function: some RMSNorms add 1 to the weight (Gemma), some gates use GELU.
         if type(module) not in verdicts:
             verdicts[type(module)] = _same(module, *form)
         if verdicts[type(module)]:
@@ -66,7 +70,7 @@ def fuse_elementwise(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _form(module: Any) -> tuple[Callable[..., Any], int] | None:
-    """The function that may stand for the module's forward, and the width of its input."""
+    """The replacement for a module's forward and the width of its input, or None if the layout is unknown."""
     children = {name for name, _ in module.named_children()}
     if not children and hasattr(module, "variance_epsilon") and [n for n, _ in module.named_parameters()] == ["weight"]:
         return _norm, len(module.weight)
@@ -76,7 +80,7 @@ def _form(module: Any) -> tuple[Callable[..., Any], int] | None:
 
 
 def _norm(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    # Further arguments are those of another computation: the norms of Mamba-2 layers take a gate when they have one.
+    # More arguments mean another computation: the norms of Mamba-2 layers take a gate.
     if args or kwargs or self.weight.requires_grad or self.weight.dtype != x.dtype:
         normed: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return normed
@@ -95,10 +99,11 @@ def _gated(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tenso
 @torch.no_grad()
 def _same(module: Any, forward: Callable[..., Any], width: int) -> bool:
     weight = next(module.parameters())
+    # Not random: the test must not change the random state of the run. Asymmetric, so that sign errors show.
     x = torch.linspace(-2, 3, 3 * width, device=weight.device).view(1, 3, width)
     x = x.to(weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else torch.float32)
     was_training = module.training
-    module.eval()  # dropout would tell two runs apart
+    module.eval()  # dropout would make the two results differ
     try:
         expected, found = module(x), forward(module, x)
     except (RuntimeError, TypeError, ValueError, AttributeError):

@@ -1,12 +1,12 @@
-"""Puts the prefix tree behind TRL's fused LM head: the same batch in, the same log-probabilities out. Knows TRL's hook.
+"""Runs the prefix tree behind TRL's fused LM head: same batch in, same log-probabilities out. Knows TRL's hook.
 
-TRL 1.16 projects only the labelled positions through the LM head where Triton runs, and every position elsewhere, prompt
-and padding too (`trl.trainer.utils.add_fused_lm_head`). The labelled-only path is plain torch, and gives the same numbers:
-the reason it names for the other one is recompilation on Neuron, which does not hold on a CPU.
+TRL 1.16 patches `model.forward` (`trl.trainer.utils.add_fused_lm_head`): `fused_lm_head=True` returns log-probabilities of
+shape (sequences, length - 1). If the call carries a `tree`, they come from one pass over the packed tree; otherwise TRL's own
+path runs. TRL's use of the values is unchanged.
 
-TRL 1.16 patches `model.forward` so that `fused_lm_head=True` gives log-probabilities of shape (sequences, length - 1)
-(`trl.trainer.utils.add_fused_lm_head`). Everything TRL does with them stays TRL's. With a `tree` in the call, the same
-values come from one pass over the packed tree; without one, TRL's own path runs.
+With Triton, TRL projects only labelled positions through the LM head; without it, every position, prompt and padding
+included. The labelled-only path is plain torch and gives the same numbers. TRL's reason to avoid it is recompilation on
+Neuron, which does not apply to CPUs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from palate_trainer.fast.tree import PrefixTree
 
 @contextmanager
 def completion_tokens_only() -> Iterator[None]:
-    """Within it, models with TRL's fused head score labelled positions only, on CPU as on GPU.
+    """Inside this context TRL's fused head scores labelled positions only, on CPU too.
 
     Raises:
-        AttributeError: The installed TRL has no such switch; the tested version is pinned.
+        AttributeError: The installed TRL has no such switch. The tested version is pinned.
     """
     stock = utils._use_triton
 
@@ -61,6 +61,7 @@ def add_tree_forward(model: Any) -> Callable[[], None]:
     model.set_attn_implementation(attention.NAME)
 
     def forward(self: Any, *args: Any, tree: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
+        # Generation, the save probe and unpacked batches have no tree.
         if tree is None or not kwargs.get("fused_lm_head"):
             return stock(*args, **kwargs)
         config = self.config.get_text_config()
@@ -88,9 +89,11 @@ def _tree_forward(
         use_cache=False,
         **({"output_router_logits": True} if routers else {}),
     )
+    # Only rows that are scored: most tokens of a prompt need no pass over the vocabulary.
     hidden = output.last_hidden_state[0, tree.score_rows]  # (rows, hidden)
     scores = _score(model.get_output_embeddings(), hidden, tree)
     scored = labels[:, 1:] != -100  # (sequences, length - 1)
+    # Back to TRL's layout, one row per sequence. masked_scatter fills in row order, which is the order of `slots`.
     fields = {
         name: values.new_zeros(scored.shape).masked_scatter(scored, values[tree.slots])
         for name, values in scores._asdict().items()
@@ -105,16 +108,19 @@ def _tree_forward(
 
 
 def _load_balance(router_logits: tuple[torch.Tensor, ...], tree: PrefixTree, config: Any) -> torch.Tensor:
-    """The load-balancing loss of a mixture of experts, over every token of every sequence as TRL counts them."""
-    repeated = tuple(layer.repeat_interleave(tree.counts, 0) for layer in router_logits)  # (sequences' tokens, experts)
+    """The load-balancing loss of a mixture of experts. A shared token counts once per sequence, as it does in TRL."""
+    repeated = tuple(
+        layer.repeat_interleave(tree.counts, 0) for layer in router_logits
+    )  # (tokens of all sequences, experts)
     balance: torch.Tensor = load_balancing_loss_func(repeated, config.num_experts, config.num_experts_per_tok)
     return balance
 
 
 def _score(head: Any, hidden: torch.Tensor, tree: PrefixTree) -> Scores:
     weight, bias = head.weight, head.bias
-    if isinstance(weight, DTensor):  # FSDP: gathered once for all blocks
+    if isinstance(weight, DTensor):  # FSDP: gather once, not once per vocabulary block
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    # score_edges gives the head no gradient, so a trained head (full fine-tuning) takes TRL's function.
     if not weight.requires_grad:
         return score_edges(hidden, weight, bias, tree.edge_rows, tree.edge_targets)
     log_probs, entropy, _, mean_logits, is_top1 = utils._ChunkedLogProbFunction.apply(

@@ -1,9 +1,9 @@
 """Log-probabilities of scored tokens from hidden states, without the logits. Knows one weight matrix, no model.
 
-With a frozen head the gradient needs no second look at the vocabulary: d log p[y] / d hidden = W[y] - softmax(logits) W,
-and both terms fall out of the forward pass. It goes through the vocabulary in blocks with a running maximum (as
-FlashAttention does through keys), so that a block of W is still in the cache for its second product, and memory stays
-at one block of logits. That is two products, where keeping no logits otherwise costs three.
+With a frozen head, the backward pass needs no second pass over the vocabulary: d log p[y] / d hidden = W[y] - softmax(logits) W,
+and the forward pass can compute both terms. It processes the vocabulary in blocks with a running maximum, as FlashAttention
+does with keys. A block of W is still in cache for its second product, and memory is bounded by one block of logits. This takes
+two matrix products; recomputing the logits in the backward pass takes three.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+# Many rows get smaller blocks, to bound memory. Below the minimum, small matrix products would waste the device.
 _VOCABULARY_BLOCK, _SMALLEST_BLOCK = 8192, 1024
 _LOGITS_AT_ONCE = 2**24  # elements of one block
 
 
 class Scores(NamedTuple):
-    """What TRL's metrics ask of scored tokens; float32 but for is_top1; only `log_probs` carries a gradient.
+    """What TRL's metrics need of scored tokens. float32 except for is_top1. Only `log_probs` has a gradient.
 
     Attributes:
         log_probs: Log-probability of each edge's target.  # (edges,)
@@ -48,7 +49,7 @@ def score_edges(
         edge_rows: Row of each edge.  # (edges,)
         edge_targets: Token id of each edge.  # (edges,)
     """
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the sums
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the sums to 16 bits
         return Scores(*_OnePass.apply(hidden, weight, bias, edge_rows, edge_targets))  # type: ignore[no-untyped-call]
 
 
@@ -68,6 +69,7 @@ class _OnePass(torch.autograd.Function):
         )
         if expected is not None:
             ctx.save_for_backward(expected, weight[edge_targets], edge_rows)
+        # The mean over the vocabulary commutes with the product, so it needs no logits.
         mean_logits = hidden.float() @ weight.mean(0, dtype=torch.float32)
         if bias is not None:
             mean_logits += bias.float().mean()
@@ -78,6 +80,7 @@ class _OnePass(torch.autograd.Function):
             mean_logits[edge_rows],
             target_logits >= top[edge_rows],
         )
+        # Only for metrics. Marked, so that autograd does not expect gradients for them.
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -97,7 +100,7 @@ def _fold(
     *,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Folds the vocabulary up, block by block, in float32.
+    """Online softmax over vocabulary blocks, in float32.
 
     Returns:
         Per row: the largest logit, logsumexp(logits), and E[logit] - max. Per edge: its target's logit. With gradient:
@@ -118,6 +121,8 @@ def _fold(
         inside = (place >= 0) & (place < len(part))
         picked = logits[edge_rows, place.clamp(0, len(part) - 1)]
         target_logits = torch.where(inside, picked, target_logits)
+        # All sums are relative to the running maximum. If it grows, the old sums are rescaled, so exp never overflows.
+        # `shift` is 0 in the first block, where top is -inf and -inf * 0 would be NaN.
         higher = torch.maximum(top, logits.amax(-1, keepdim=True))
         shrink, shift = torch.exp(top - higher), torch.where(total > 0, top - higher, 0.0)
         logits -= higher
@@ -133,7 +138,7 @@ def _fold(
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """`total += left @ right` without a rounding of the product to 16 bits, which biases training over many steps."""
+    """`total += left @ right` with a float32 product: rounding it to 16 bits would bias training over many steps."""
     if right.dtype != torch.float32 and right.device.type == "cuda":
         torch.addmm(total, left.to(right.dtype), right, out_dtype=torch.float32, out=total)
     else:

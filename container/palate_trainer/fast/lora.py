@@ -1,8 +1,8 @@
-"""LoRA's forward and backward with as few passes over memory as it needs. Knows PEFT's linear layers, no model.
+"""Fused LoRA forward and backward passes with less memory traffic. Knows PEFT's linear layers, no model.
 
-PEFT computes `base(x) + B(A(x)) * scaling` as separate operations, and autograd adds their gradients up again. Here the
-low-rank product is added into the base's result by the matrix product itself, in both directions, in the dtype in which
-the base computes. The sums are the same; only how often memory is read for them differs.
+PEFT computes `base(x) + B(A(x)) * scaling` as separate operations, and autograd adds their gradients separately. Here the
+matrix product accumulates the low-rank term into the base's result (addmm), in both directions, in the base's dtype.
+The sums are the same. Only the number of memory passes differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
-# By name: bitsandbytes' layers exist only where it is installed.
+# Compared by name, because bitsandbytes' classes exist only if it is installed.
 _LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
@@ -32,6 +32,7 @@ class _FrozenWithLowRank(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        # A and B are float32 for the optimizer, but the product runs in the base's dtype, as under PEFT with autocast.
         small = flat @ a.to(x.dtype).T  # (tokens, rank)
         out = functional.linear(flat, weight, bias).addmm_(small, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, small)
@@ -43,6 +44,7 @@ class _FrozenWithLowRank(torch.autograd.Function):
         flat, weight, a, b, small = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         a_grad, b_grad, small_grad = _low_rank_gradients(grad, flat, a, b, small, ctx.scaling)
+        # The first layers have an input without gradient: the embeddings are frozen.
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = (grad @ weight).addmm_(small_grad, a.to(grad.dtype)).view(ctx.shape)
@@ -50,7 +52,7 @@ class _FrozenWithLowRank(torch.autograd.Function):
 
 
 class _AddLowRank(torch.autograd.Function):
-    """`out + scaling * x A^T B^T`, for a base that makes `out` in its own way, or for an x of LoRA's own (dropout)."""
+    """`out + scaling * x A^T B^T`, for a base that computes `out` itself (quantised) or a different x (LoRA dropout)."""
 
     @staticmethod
     def forward(
@@ -82,10 +84,10 @@ def _low_rank_gradients(
 
 
 def fuse_lora(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Gives every LoRA linear layer the fused computation, and returns those that took it.
+    """Replaces the forward of every LoRA linear layer with the fused one, and returns the layers.
 
-    A layer decides call by call: disabled, merged, mixed or several adapters, and variants such as DoRA run through
-    PEFT's own forward.
+    Each call falls back to PEFT's own forward for adapters that are disabled, merged, mixed or several, and for variants
+    such as DoRA.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and type(layer).__name__ in _LAYERS]
     for layer in layers:
@@ -106,6 +108,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         or self.lora_B[adapter].bias is not None
     ):
         return type(self).forward(self, x, *args, **kwargs)
+    # Decided per call, not at installation: TRL disables the adapter for the reference and switches between adapters.
     base, dropout = self.base_layer, self.lora_dropout[adapter]
     a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
     if torch.is_autocast_enabled(x.device.type):

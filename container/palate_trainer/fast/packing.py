@@ -1,7 +1,7 @@
-"""Whether a model takes the fast path: what is known of its architecture, then a trial of what training does. Knows models, no trainer.
+"""Decides by architecture and by a trial whether a model can use the fast path. Knows models, no trainer.
 
-The trial runs forward and backward pass on a few rows, TRL's way first, then the fast way. Log-probabilities and gradients must
-agree; what fails or differs is undone, so that the model is again the one that TRL's trainer was given.
+The trial runs a forward and a backward pass on a few rows, first through TRL's path, then through the fast path.
+Log-probabilities and gradients must agree. If the fast path fails or differs, it is removed and the model is as before.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from palate_trainer.fast.forward import add_tree_forward
 from palate_trainer.fast.lora import fuse_lora
 
 _LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "final_logit_softcapping")
-"""Config fields by which some architectures change their logits; TRL's own path knows them all."""
+"""Config fields with which some architectures modify their logits. Only TRL's own path supports them."""
 
 _COMPARED_GRADIENTS = 2**24
-"""Elements of the gradient that the trial compares: those of the first layers, which every layer's backward pass has a part in."""
+"""Gradient elements that the trial compares. They are those of the first layers, because every layer's backward pass
+contributes to them."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What counts as rounding between two ways to compute the same.
+    """Differences that count as rounding.
 
     Attributes:
-        logps: Mean distance of log-probabilities, in nats a token.
-        gradients: Distance of gradients, as a share of their norm.
+        logps: Mean difference of log-probabilities, in nats per token.
+        gradients: Difference of gradients, relative to their norm.
     """
 
     logps: float
@@ -41,17 +42,17 @@ class Tolerance:
 
 
 EXACT, ROUNDED = Tolerance(1e-4, 1e-2), Tolerance(0.1, 0.3)
-"""For arithmetic in float32, and in 16 bits: there two orders of sums are a few percent apart in the gradients of deep models."""
+"""For float32 and for 16-bit arithmetic. In 16 bits the order of sums changes the gradients of deep models by a few percent."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it.
+    """The result of the trial.
 
     Attributes:
-        reason: Why batches are not packed, or None when they are.
-        failures: What the trial found to fail or differ, in words; empty where only a known trait of the model spoke against it.
-        fused: Whether LoRA layers, norms and gates have their fused computation.
+        reason: Why batches are not packed, or None if they are.
+        failures: What failed or differed in the trial. Empty if only a known property of the model rules packing out.
+        fused: Whether LoRA layers, norms and gates use the fused implementations.
     """
 
     reason: str | None = None
@@ -60,7 +61,7 @@ class Trial:
 
     @property
     def fast(self) -> bool:
-        """Whether anything is computed otherwise than TRL does."""
+        """Whether any part of the fast path is active."""
         return self.fused or self.reason is None
 
 
@@ -74,39 +75,39 @@ def try_fast_path(
     packable: bool,
     options: dict[str, Any] | None = None,
 ) -> Trial:
-    """Gives the models what they can take of the fast path, and leaves them as they were in the rest.
+    """Installs the parts of the fast path that work for the models.
 
     Args:
-        models: The policy, and a reference model beside it or None.
-        collate: Makes a small batch of the data, with its tree if it is told True, on the device of the data.
-        autocast: As in training.
+        models: The policy, and its separate reference model or None.
+        collate: Makes a small batch on the training device, with its tree if the argument is True.
+        autocast: The autocast context of training.
         longest: Tokens of the longest sequence in the data.
-        tolerance: What counts as rounding.
-        packable: Whether there is a tree for the batches of this training.
-        options: Further arguments of the model in training.
+        tolerance: Differences that count as rounding.
+        packable: Whether the training's collator can build trees.
+        options: Extra model arguments in training.
     """
     policy = models[0]
     networks = [one.get_base_model() if isinstance(one, PeftModel) else one for one in models if one is not None]
     reason = why_not(networks[0], longest=longest) if packable else "its batches are not packed"
     plain = collate(False)
     if next(policy.parameters()).device.type != plain["input_ids"].device.type:
-        # FSDP brings the weights to the GPUs when training begins.
+        # FSDP moves the weights to the GPUs only when training starts.
         return Trial("its weights are split later, so the fast path cannot be tried", fused=False)
     if rounds_activations(policy) and not plain["input_ids"].is_cuda:
-        # Seen: 0.06 nats a token between two batches in float32, which no tolerance tells from a fault, and slow passes.
-        return Trial("its 8-bit layers round their inputs, so that a trial could prove nothing", fused=False)
+        # Measured: 0.06 nats per token between two batches in float32. No tolerance separates that from a bug.
+        return Trial("its 8-bit layers round their inputs, so a trial would prove nothing", fused=False)
     try:
         expected = _pass(policy, plain, autocast, options)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # TRL's trainer will meet the same, or it calls the model otherwise: its own way is the safe one.
+        # Either training fails the same way, or TRL's trainer calls the model differently. TRL's own path is the safe choice.
         return Trial("it could not be tried", (f"TRL's own pass failed in the trial: {_short(error)}",), fused=False)
 
     def problem(batch: dict[str, Any]) -> str | None:
         try:
             return expected.difference(_pass(policy, batch, autocast, options), tolerance)
-        except Exception as error:  # the architecture's own code, a kernel that does not compile, too little memory
+        except Exception as error:  # the model's own code, a kernel that does not compile, out of memory
             return _short(error)
 
     failures: list[str] = []
@@ -115,6 +116,7 @@ def try_fast_path(
         undo = [add_tree_forward(network) for network in networks]
         packed = collate(True)
         found = problem(packed)
+        # FlexAttention needs a compiler at run time. Grouped attention does not, so try it before giving up packing.
         if found is not None and packed["input_ids"].is_cuda:
             attention.allow_flex(False)
             found = problem(packed)
@@ -124,6 +126,7 @@ def try_fast_path(
             one()
         failures.append(f"packed batches: {found}")
         reason = found
+    # Without packing the fused layers can still help, so they get their own trial on the plain batch.
     found = problem(plain)
     if found is not None:
         unfuse()
@@ -134,7 +137,7 @@ def try_fast_path(
 
 
 def why_not(model: Any, *, longest: int) -> str | None:
-    """Why a model cannot take the packed tree, or None when nothing known speaks against it.
+    """Why a model cannot use packed batches, or None if no reason is known.
 
     Args:
         model: A causal language model.
@@ -144,12 +147,12 @@ def why_not(model: Any, *, longest: int) -> str | None:
     if model.config._attn_implementation not in ("sdpa", attention.NAME):
         return f"its attention is {model.config._attn_implementation}"
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_FACTORS):
-        return "it changes its logits after the LM head"
+        return "it modifies its logits after the LM head"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
-        return "its convolutions mix neighbours in the row"
+        return "its convolutions mix neighbouring tokens of the packed row"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
         return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest})"
@@ -157,14 +160,15 @@ def why_not(model: Any, *, longest: int) -> str | None:
 
 
 def rounds_activations(model: Any) -> bool:
-    """Whether the model's layers take 8-bit inputs, whatever the precision: two orders of rows are then rounded apart."""
+    """Whether layers quantise their inputs to 8 bit. Then the result of a row depends on the rest of its batch."""
     return any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
 
 
 def _fuse(model: torch.nn.Module) -> Callable[[], None]:
-    """Gives LoRA layers, norms and gates their fused computation; returns a function that undoes it."""
+    """Installs the fused LoRA layers, norms and gates. Returns a function that removes them."""
     before = {module: vars(module).get("forward") for module in model.modules()}
-    changed = [*fuse_elementwise(model), *fuse_lora(model)]  # a reference beside it keeps nothing for a backward pass
+    # Only the policy: a separate reference model has no backward pass, so it keeps no activations that fusing could save.
+    changed = [*fuse_elementwise(model), *fuse_lora(model)]
 
     def undo() -> None:
         for module in changed:
@@ -177,13 +181,13 @@ def _fuse(model: torch.nn.Module) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one pass over a batch gave.
+    """The result of one pass over a batch.
 
     Attributes:
-        logps: Of every token; 0 where none is scored.  # (sequences, length - 1)
-        scored: How many are.
-        balance: The load-balancing loss of a mixture of experts, or 0.
-        gradients: Of the first layers' trainable weights.  # (elements,)
+        logps: Log-probability of each token; 0 if it is not scored.  # (sequences, length - 1)
+        scored: Number of scored tokens.
+        balance: Load-balancing loss of a mixture of experts, or 0.
+        gradients: Gradients of the first layers' trainable weights.  # (elements,)
     """
 
     logps: torch.Tensor
@@ -192,10 +196,10 @@ class _Outcome:
     gradients: torch.Tensor
 
     def difference(self, other: _Outcome, tolerance: Tolerance) -> str | None:
-        """What sets the other apart by more than rounding, in words; None when nothing does."""
+        """Describes the first difference beyond rounding; None if there is none."""
         apart = float((other.logps - self.logps).abs().sum()) / max(1, self.scored)
-        if not apart <= tolerance.logps:  # no number compares False
-            return f"its log-probabilities differ by {apart:.2g} a token"
+        if not apart <= tolerance.logps:  # `not <=`, so that NaN counts as a difference
+            return f"its log-probabilities differ by {apart:.2g} per token"
         if not abs(other.balance - self.balance) <= tolerance.logps * max(1.0, abs(self.balance)):
             return f"its load-balancing loss is {other.balance:.4g} instead of {self.balance:.4g}"
         size = float(self.gradients.norm())
@@ -211,9 +215,9 @@ def _pass(
     autocast: Callable[[], AbstractContextManager[Any]],
     options: dict[str, Any] | None,
 ) -> _Outcome:
-    """Forward and backward pass over a batch; leaves no gradient and no random number used.
+    """Forward and backward pass over a batch, without dropout, which would make any two passes differ.
 
-    Without dropout, which would tell any two passes apart.
+    Leaves no gradients, and the random state as it was: a run with a trial must equal a run without one.
     """
     labels = (
         batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -241,12 +245,13 @@ def _pass(
 
 
 def _gradients(model: torch.nn.Module) -> torch.Tensor:
-    """Gradients of the first layers, embeddings left out, as one row of float32."""
+    """Gradients of the first layers without embeddings, flattened to one float32 vector."""
     picked: list[torch.Tensor] = []
     room = _COMPARED_GRADIENTS
     for name, parameter in model.named_parameters():
         if parameter.grad is None or "embed" in name:
             continue
+        # At least one parameter, even if it is larger than the limit: an empty comparison would pass anything.
         if picked and parameter.numel() > room:
             break
         picked.append(parameter.grad.float().flatten())

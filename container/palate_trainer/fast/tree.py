@@ -1,13 +1,13 @@
-"""Sequences with common beginnings as one packed row: each common token once, padding never. Knows token ids, no model.
+"""Packs sequences with common prefixes into one row: shared tokens once, no padding. Knows token ids, no model.
 
-The tokens of a batch form a tree (a trie): the system turn is the root, prompts branch off, chosen and rejected answers
-are the twigs. Laid out depth first, a token sees exactly the tokens on its path, which one number a token can say:
+The tokens of a batch form a trie: the system turn is the root, prompts branch off, chosen and rejected answers are the
+leaves. Laid out depth first, a token sees exactly the tokens on its path. One number per token encodes that:
 
     position   0 1 2 3 4 5 6 7 8         row      S S P P c c r r r
     token k is seen by token q   <=>   k <= q < ends[k]
 
-so `ends` is the whole attention mask. A token's next-token distribution is needed once for every *edge* that an answer
-follows; sequences that share an edge share its log-probability, and its gradients add up.
+So `ends` is the full attention mask. An *edge* leads from a token to a scored next token. Sequences that share an edge share
+its log-probability, and their gradients add up.
 (Prefix sharing for preference pairs: arXiv 2410.20305.)
 """
 
@@ -22,17 +22,17 @@ import torch
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """A packed batch. All fields are int64 tensors; `as_dict` and `PrefixTree(**...)` carry it through a collator.
+    """A packed batch. All fields are int64 tensors. `as_dict` and `PrefixTree(**...)` carry it through a collator.
 
     Attributes:
         ids: Token ids, depth first.  # (tokens,)
-        positions: Depth of each token, its position in its sequences.  # (tokens,)
-        ends: One past the last token below each token.  # (tokens,)
-        score_rows: Tokens whose next token is scored, ascending, each once.  # (rows,)
-        edge_rows: For every scored edge, its place in `score_rows`.  # (edges,)
-        edge_targets: For every scored edge, the token it leads to.  # (edges,)
-        slots: Edge of each scored token of each sequence, sequence after sequence.  # (scored tokens,)
-        counts: Sequences that contain each token.  # (tokens,)
+        positions: Depth of each token, which is its position in its sequences.  # (tokens,)
+        ends: One past the last token of each token's subtree.  # (tokens,)
+        score_rows: Tokens whose next token is scored, ascending and unique.  # (rows,)
+        edge_rows: Index into `score_rows` of each scored edge.  # (edges,)
+        edge_targets: Token id that each scored edge leads to.  # (edges,)
+        slots: Edge of each scored token, sequence after sequence.  # (scored tokens,)
+        counts: Number of sequences that contain each token.  # (tokens,)
     """
 
     ids: torch.Tensor
@@ -53,7 +53,7 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
 
     Args:
         sequences: Token ids of each sequence, at least two tokens.
-        scored_from: For each sequence the index of its first scored token, 1 or more: the prompt's length.
+        scored_from: Index of the first scored token of each sequence (the prompt's length), at least 1.
 
     Returns:
         The tree; `slots` follow the order of `sequences`.
@@ -62,11 +62,13 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
     positions: list[int] = []
     ends: list[int] = []
     counts: list[int] = []
-    path: list[int] = []  # packed index of each token of the sequence at hand
+    path: list[int] = []  # packed index of each token of the current sequence
     previous: list[int] = []
     edges: dict[int, int] = {}  # packed index of the token an edge leads to -> edge
     edge_parents: list[int] = []
     paths: list[list[int]] = [[] for _ in sequences]
+    # Sorted, so that sequences with a common prefix are neighbours: comparing each with the previous one then finds every
+    # shared token, and each subtree is complete before the next begins.
     for turn, number in enumerate(sorted(range(len(sequences)), key=sequences.__getitem__)):
         sequence = sequences[number]
         shared = _common(previous, sequence)
@@ -84,6 +86,7 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
     for left in path:
         ends[left] = len(ids)
         counts[left] += len(sequences)
+    # In the order of the input, not of the tree: TRL's labels and masks have the order of the input.
     slots = []
     for number, path in enumerate(paths):
         for depth in range(scored_from[number], len(path)):
@@ -107,13 +110,14 @@ def plant(sequences: list[list[int]], scored_from: list[int]) -> PrefixTree:
 
 
 def visible(ends: torch.Tensor, queries: slice, keys: torch.Tensor | slice) -> torch.Tensor:
-    """The attention mask between two parts of a tree.  # bool (queries, keys), True where attention is allowed"""
+    """The attention mask between two slices of a tree.  # bool (queries, keys), True where attention is allowed"""
     index = torch.arange(len(ends), device=ends.device)
     asked, held = index[queries, None], index[keys][None]
     return (held <= asked) & (asked < ends[keys][None])
 
 
 def _common(one: list[int], other: list[int]) -> int:
+    # Bisection over slices: list comparison runs in C, which beats a Python loop over thousands of tokens.
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
@@ -128,12 +132,12 @@ def _common(one: list[int], other: list[int]) -> int:
 
 
 class TreeCollator:
-    """A collator that adds the batch's tree to what TRL's own collator gives.
+    """Adds the batch's tree to the output of TRL's collator.
 
     Args:
         stock: TRL's collator.
-        sequences: Gives a batch's token ids, and for each sequence the index of its first scored token, in the order in
-            which the stock collator stacks them.
+        sequences: Returns a batch's token ids and the index of each sequence's first scored token, in the order in which
+            the stock collator stacks the sequences.
     """
 
     def __init__(
@@ -147,18 +151,18 @@ class TreeCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.stock(rows)
         if self.enabled:
-            # A plain dict of tensors: it reaches the device like any other part of the batch.
+            # A plain dict, because Trainer moves only tensors in plain containers to the device.
             batch["tree"] = plant(*self.sequences(rows)).as_dict()
         return batch
 
 
 def pair_sequences(rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[int]]:
-    """Sequences of preference rows, all chosen ones first, as `DataCollatorForPreference` stacks them."""
+    """Sequences of preference rows, all chosen answers first: the order of `DataCollatorForPreference`."""
     sequences = [row["prompt_ids"] + row[answer] for answer in ("chosen_ids", "rejected_ids") for row in rows]
     return sequences, [max(1, len(row["prompt_ids"])) for row in rows] * 2
 
 
 def answer_sequences(rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[int]]:
-    """Sequences of SFT rows; what is scored starts at the first label that is not -100."""
+    """Sequences of SFT rows. Scoring starts at the first label other than -100."""
     starts = [next(index for index, label in enumerate(row["labels"]) if label != -100) for row in rows]
     return [row["input_ids"] for row in rows], [max(1, start) for start in starts]

@@ -1,4 +1,4 @@
-"""TRL's trainers with Palate's additions: own tokens in, packed batches, finite losses only. Knows TRL, no files of a run."""
+"""TRL's trainers with Palate's additions: pretokenized rows, packed batches, finite losses. Knows TRL, no files of a run."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from palate_trainer.trainers.kto import MismatchedAnswers, PalateKTOTrainer, lab
 
 
 class PalateDPOTrainer(PalateMixin, DPOTrainer):
-    """DPO on rows that carry token ids already, with the reference scored once before the first step.
+    """DPO on rows that already have token ids, with the reference scored once before the first step.
 
     Args:
-        reference: Where its log-probabilities come from and go to.
-        arguments: For TRL's trainer.
+        reference: Source and store of the reference log-probabilities.
+        arguments: Passed to TRL's trainer.
     """
 
     def __init__(self, *, reference: ReferenceScores, **arguments: Any) -> None:
-        self.reference = reference  # before TRL's constructor, which already asks for the log-probabilities
+        self.reference = reference  # before TRL's constructor, because it scores the reference
         with no_weights_hash():
             super().__init__(**arguments)
 
@@ -61,7 +61,7 @@ class PalateDPOTrainer(PalateMixin, DPOTrainer):
             everyone = {row: values for share in gather_rows(found) for row, values in share.items()}
             return [everyone[row] for row in rows]
 
-        # TRL keeps these values in a cache that misses too often and, under other truncation, hits wrongly.
+        # This replaces TRL's own cache, which misses too often, and returns wrong values if the truncation changed.
         logps = self.reference.logps(
             list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size * world_size()
         )
@@ -71,10 +71,10 @@ class PalateDPOTrainer(PalateMixin, DPOTrainer):
 
 @contextmanager
 def no_weights_hash() -> Iterator[None]:
-    """Within it, a DPOTrainer is built without the SHA-256 of all weights, which only TRL's own cache reads.
+    """Skips the SHA-256 of all weights in DPOTrainer's constructor, which only TRL's own cache needs.
 
     Raises:
-        AttributeError: The installed TRL has no such function; the tested version is pinned.
+        AttributeError: The installed TRL has no such function. The tested version is pinned.
     """
     stock = dpo_trainer.hash_module
     dpo_trainer.hash_module = lambda module: ""
@@ -85,17 +85,17 @@ def no_weights_hash() -> Iterator[None]:
 
 
 class PalateSFTTrainer(PalateMixin, SFTTrainer):
-    """SFT on rows that carry token ids and labels already."""
+    """SFT on rows that already have token ids and labels."""
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        # TRL divides by the tokens of all processes' batches: a stand-in must have none.
+        # TRL divides by the number of tokens of all processes, so a stand-in batch must have none.
         last = len(batch_samples) - 1
         if world_size() > 1 and batch_samples and not self.weight(last):
             batch_samples[last]["labels"].fill_(-100)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
-        return loss  # a mean over tokens already, whoever has them
+        return loss  # already a mean over the tokens of all processes
 
 
 def build_trainer(
@@ -109,17 +109,17 @@ def build_trainer(
     reference: ReferenceScores,
     note: Callable[[str], None],
 ) -> PalateDPOTrainer | PalateSFTTrainer | PalateKTOTrainer:
-    """The trainer for `task`, with adapter, reference log-probabilities and float32 updates in place.
+    """Builds the trainer for `task`, with adapter, reference log-probabilities and float32 updates.
 
     Args:
         task: The run.
-        model: From `load_model`; the adapter is put on it here, a new one or that of `files.adapter_dir`.
+        model: From `load_model`. This function adds the adapter: a new one, or that of `files.adapter_dir`.
         tokenizer: From `load_tokenizer`.
-        train: Rows to train on.
-        validation: Rows to evaluate on; may be empty.
+        train: Training rows.
+        validation: Evaluation rows; may be empty.
         callbacks: Transformers callbacks.
-        reference: For DPO, where the reference's log-probabilities come from and go to.
-        note: Takes one progress line.
+        reference: Source and store of the reference log-probabilities (DPO).
+        note: Called with a progress line.
     """
     strategy = task.spec.hyperparameters.training_strategy
     if task.files.adapter_dir is not None:
@@ -141,9 +141,9 @@ def build_trainer(
     if joined > 1:
         batches = task.spec.hyperparameters.gradient_accumulation_steps
         note(
-            f"{joined} of a step's {batches} batches go through the model as one: they are small, and the sums are the same"
+            f"batches are small: {joined} of the {batches} batches per step run as one forward pass, with the same result"
         )
-    # Before TRL's constructor, which already scores the reference.
+    # Set on the class, because TRL's constructor already scores the reference and needs them.
     PalateMixin.note, PalateMixin.allow_fast = staticmethod(note), task.files.fast
     try:
         trainer: PalateDPOTrainer | PalateSFTTrainer | PalateKTOTrainer
@@ -154,7 +154,7 @@ def build_trainer(
                 if rows
             )
             config = dpo_config(task, len(train), bool(validation), joined=joined, reference_known=known)
-            # A policy is sharded when training begins, so a reference that is to score before that is a model of its own.
+            # FSDP shards the policy when training starts. To score before that, the reference must be a separate model.
             frozen = load_model(task) if is_sharded(task) and config.precompute_ref_log_probs else None
             with reference_by_layers():
                 trainer = PalateDPOTrainer(
@@ -166,11 +166,11 @@ def build_trainer(
                     ),
                     **common,
                 )
-            trainer.ref_model = None  # has scored all rows
+            trainer.ref_model = None  # frees it: all rows are scored
         elif strategy == "kto":
             trainer = PalateKTOTrainer(
                 args=kto_config(task, bool(validation)),
-                # Without an adapter to switch off, TRL would look for the weights by the name in their config.
+                # Without an adapter to disable, TRL would try to load the reference by the name in the model's config.
                 ref_model=None if task.spec.trains_adapter else load_model(task),
                 data_collator=MismatchedAnswers(
                     pad_token_id=tokenizer.pad_token_id, seq_length=task.spec.hyperparameters.seq_length
@@ -194,7 +194,8 @@ def build_trainer(
     trainer.pack()
     trainer.use_float32_updates()
     for name, value in start.items():
-        # On quantised weights TRL has rounded the adapter to bfloat16, but not its frozen copy, the reference.
+        # On quantised weights TRL rounds the adapter to bfloat16, but not its frozen copy, the reference. Undo that, so that
+        # policy and reference start equal.
         trainer.model.get_parameter(name).data.copy_(value)
     return trainer
 
@@ -213,7 +214,7 @@ def _joined(task: TrainTask, model: Any, rows: list[TokenPair]) -> int:
     )
     if world_size() == 1:
         return here
-    # Free memory differs between GPUs, and all take the same steps. Under another launcher nothing ties them so far.
+    # Free memory differs between GPUs, but all must take the same steps. Under another launcher there is no group yet.
     PartialState(cpu=not on_gpu, timeout=timedelta(minutes=30))
     return min(gather_rows(here))
 

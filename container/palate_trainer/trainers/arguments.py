@@ -1,4 +1,4 @@
-"""Hyperparameters as arguments of TRL's trainers. Knows TRL's configs, no model and no data."""
+"""Translates hyperparameters to arguments of TRL's trainers. Knows TRL's configs, no model and no data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OF_ONE_BATCH = {"sft", "aot", "aot_unpaired"}
 
 
 def may_join(task: TrainTask) -> bool:
-    """Whether batches of one step may go through the model as one without a change of the loss."""
+    """Whether a step's batches can be joined without changing the loss."""
     strategy = task.spec.hyperparameters.training_strategy
-    if strategy == "kto":  # a batch has its own estimate of the KL divergence
+    if strategy == "kto":  # the KL divergence is estimated per batch
         return False
     return strategy != "dpo" or not _OF_ONE_BATCH.intersection(task.spec.hyperparameters.loss_type.split(","))
 
@@ -29,10 +29,10 @@ def dpo_config(task: TrainTask, rows: int, evaluates: bool, *, joined: int, refe
 
     Args:
         task: The run.
-        rows: Of the training data.
+        rows: Rows of training data.
         evaluates: Whether there is validation data.
-        joined: Batches that go through the model as one (see `batches_at_once`).
-        reference_known: Whether every row's reference is in the cache.
+        joined: Micro-batches per forward pass (see `batches_at_once`).
+        reference_known: Whether the cache has the reference values of every row.
     """
     hyperparameters = task.spec.hyperparameters
     pairs_a_step = hyperparameters.per_device_train_batch_size * hyperparameters.gradient_accumulation_steps
@@ -44,14 +44,14 @@ def dpo_config(task: TrainTask, rows: int, evaluates: bool, *, joined: int, refe
         loss_type=hyperparameters.loss_type.split(","),
         loss_weights=hyperparameters.loss_weights or None,
         label_smoothing=hyperparameters.label_smoothing,
-        # At 1 every token counts fully, and the plain sum is the cheaper way to the same number.
+        # At 1 every token has full weight, and None computes the same sum with less work.
         ld_alpha=None if hyperparameters.ld_alpha == 1 else hyperparameters.ld_alpha,
         discopop_tau=hyperparameters.discopop_tau,
-        max_length=None,  # rows are cut already
-        disable_dropout=False,  # the base has none left, and LoRA's is to apply
-        # Also spares full fine-tuning a second copy of the model. Not worth it when most rows are never reached,
-        # unless the cache has them all.
-        # A starting adapter whose base is sharded is its own reference step by step: TRL keeps a frozen copy beside it.
+        max_length=None,  # rows are truncated already
+        disable_dropout=False,  # load_model has turned off the base's dropout; LoRA's must stay on
+        # Precomputing also saves full fine-tuning a second copy of the model. It is not worth it if a short run reaches
+        # less than half of the rows, unless the cache has them all.
+        # A sharded base with a starting adapter is scored in each step instead: TRL keeps a frozen copy of the adapter.
         precompute_ref_log_probs=(covers_most or not task.spec.trains_adapter or reference_known)
         and not (is_sharded(task) and task.files.adapter_dir is not None),
         precompute_ref_batch_size=2 * joined * hyperparameters.per_device_train_batch_size,
@@ -59,7 +59,7 @@ def dpo_config(task: TrainTask, rows: int, evaluates: bool, *, joined: int, refe
 
 
 def sft_config(task: TrainTask, evaluates: bool, *, joined: int) -> SFTConfig:
-    """Arguments of an SFT run; see `dpo_config`."""
+    """Arguments of an SFT run. See `dpo_config`."""
     return SFTConfig(
         **_common_arguments(task, evaluates, joined),
         max_length=None,
@@ -69,16 +69,16 @@ def sft_config(task: TrainTask, evaluates: bool, *, joined: int) -> SFTConfig:
 
 
 def kto_config(task: TrainTask, evaluates: bool) -> KTOConfig:
-    """Arguments of a KTO run; see `dpo_config`."""
+    """Arguments of a KTO run. See `dpo_config`."""
     hyperparameters = task.spec.hyperparameters
     return KTOConfig(
         **_common_arguments(task, evaluates, joined=1),
         beta=hyperparameters.dpo_beta,
         desirable_weight=hyperparameters.desirable_weight,
         undesirable_weight=hyperparameters.undesirable_weight,
-        max_length=None,  # rows are cut already
-        disable_dropout=False,  # the base has none left, and LoRA's is to apply
-        # Of a pass before the first step only half would serve: which prompt meets which answer changes every epoch.
+        max_length=None,  # rows are truncated already
+        disable_dropout=False,  # load_model has turned off the base's dropout; LoRA's must stay on
+        # Mismatched pairs change every epoch, so precomputation would cover only half of the scores.
         precompute_ref_log_probs=False,
     )
 
@@ -105,7 +105,7 @@ def _common_arguments(task: TrainTask, evaluates: bool, joined: int) -> dict[str
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "logging_steps": hyperparameters.logging_steps,
-        "logging_first_step": True,  # computed before the first update, so it is the loss of step 0
+        "logging_first_step": True,  # computed before the first update, so this is the untrained model's loss
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if hyperparameters.save_steps else "no",
         "save_steps": hyperparameters.save_steps or 500,
@@ -114,7 +114,7 @@ def _common_arguments(task: TrainTask, evaluates: bool, joined: int) -> dict[str
         "prediction_loss_only": True,
         "remove_unused_columns": False,  # keeps the length column, which orders the batches
         **fsdp_arguments(task),
-        "accelerator_config": {"even_batches": False},  # `Rounds` sees to it
+        "accelerator_config": {"even_batches": False},  # `Rounds` evens them out
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
     }

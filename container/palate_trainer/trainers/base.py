@@ -1,4 +1,4 @@
-"""What Palate adds to every TRL trainer: own row order, packed batches, finite losses, several processes. Knows no loss."""
+"""What Palate adds to every TRL trainer: row order, packed batches, finite losses, several processes. Knows no loss."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from palate_trainer.sharding import enter_fsdp
 
 
 class DistributedMixin:
-    """What a trainer needs to be one of several processes, or the only one.
+    """Runs a trainer in one or several processes.
 
-    TRL gathers two dozen values a batch from all processes. Here each keeps its own, and they are put together when they
-    are logged: batches need not be of one size, and nobody waits.
+    TRL gathers two dozen values per batch from all processes. Here each process keeps its own values until they are logged,
+    so batches may differ in size and no process waits for another.
     """
 
     rounds: Rounds
-    """The batches of training, as they are dealt."""
+    """The training batches of all processes."""
 
     _micro = 0
-    """Rounds of the step under way whose loss has been computed."""
+    """Rounds of the current step whose loss is computed."""
 
     def _get_dataloader(
         self,
@@ -75,7 +75,7 @@ class DistributedMixin:
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def weight(self, micro: int) -> float:
-        """What this process's batch counts in the step under way; 0 for a stand-in."""
+        """The weight of this process's batch in the current step; 0 for a stand-in."""
         return self.rounds.weight(self.state.global_step, micro, rank())  # type: ignore[attr-defined]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -97,18 +97,18 @@ class DistributedMixin:
         tokens = self._total_train_tokens  # type: ignore[has-type]
         with self._by_itself():
             loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if before is not None:  # a stand-in teaches nothing and is in no average
+        if before is not None:  # a stand-in has weight 0 and must not enter any average
             metrics["train"] = defaultdict(list, before)
             self._total_train_tokens = tokens
         return self.weighted(loss, weight)
 
     def weighted(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
-        """The loss of one batch as it enters the step, where it is a mean over the rows of its batch."""
+        """Weights the loss of one batch. For losses that are means over the batch's rows."""
         return loss * weight
 
     @contextmanager
     def _by_itself(self) -> Iterator[None]:
-        """Within it, what TRL would gather from all processes is this process's alone."""
+        """Turns TRL's gathering off, so that this process's values stay its own."""
         accelerator = self.accelerator  # type: ignore[attr-defined]
         accelerator.gather = accelerator.gather_for_metrics = lambda values, *args, **kwargs: values
         try:
@@ -117,7 +117,7 @@ class DistributedMixin:
             del accelerator.gather, accelerator.gather_for_metrics
 
     def put_metrics_together(self) -> None:
-        """Makes the values that TRL is about to average those of all processes, batch by batch in the order of the data."""
+        """Merges the metrics of all processes, batch by batch in data order, before TRL averages them."""
         mode = "train" if self.model.training else "eval"  # type: ignore[attr-defined]
         mine = self._metrics[mode]  # type: ignore[attr-defined]
         everyone = gather_rows((dict(mine), self._total_train_tokens))
@@ -132,24 +132,24 @@ class DistributedMixin:
 
 
 class PalateMixin(DistributedMixin):
-    """What all trainers share; mixed in before TRL's class."""
+    """Shared by all trainers. Must come before TRL's class in the bases."""
 
     note: Callable[[str], None] = staticmethod(lambda line: None)
     allow_fast: bool = True
-    """Whether this run may compute otherwise than TRL does."""
+    """Whether this run may use the fast path."""
 
     trial: Trial | None = None
-    """What the model takes of the fast path, once it was tried."""
+    """The result of the fast path's trial, once it has run."""
 
     def pack(self) -> None:
-        """Gives the model what it can take of the fast path; the first call decides.
+        """Installs the parts of the fast path that the model supports. Only the first call has an effect.
 
-        DPO's constructor scores the reference already, so that call comes from within it.
+        For DPO, TRL's constructor scores the reference, so the first call comes from there.
         """
         if self.trial is not None:
             return
         if not self.allow_fast:
-            self.trial = Trial("this run is TRL's own way", fused=False)
+            self.trial = Trial("the fast path is off in this run", fused=False)
             return
         lengths = list(self.train_dataset["length"])  # type: ignore[attr-defined]
         shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
@@ -173,36 +173,36 @@ class PalateMixin(DistributedMixin):
             packable=packable,
             options={"output_router_logits": True} if self.aux_loss_enabled else {},  # type: ignore[attr-defined]
         )
-        # One order of rows for all processes: where one cannot pack (its memory may be the smaller), none does.
+        # Packing decides the order of rows, which all processes must share. If one cannot pack (less memory), none does.
         trial = next((one for one in gather_rows(trial) if one.reason is not None), trial)
         self.trial = trial
         if packable:
             collator.enabled = trial.reason is None
         if trial.failures:
             self.note(
-                "WARNING: the fast path failed in its trial, and this run goes without it: the same losses, more time. "
+                "WARNING: the fast path failed its trial, so this run does not use it: same losses, more time. "
                 + "; ".join(trial.failures)
             )
         elif packable and trial.reason is not None:
             self.note(
-                f"note: prompts are encoded once an answer, not once a pair, because of this model: {trial.reason}"
+                f"note: this model cannot share a prompt between two answers and encodes it for each: {trial.reason}"
             )
 
     step_loss: float = 0.0
-    """Loss of the step under way, a mean over its micro-batches; whoever reads it at the step's end sets it back to 0."""
+    """Mean loss of the current step's micro-batches. The reader resets it to 0 at the end of the step."""
 
     _tokens: torch.Tensor | int = 0
-    """Tokens trained on since the last log line, on the device: a count there does not wait for it."""
+    """Tokens trained since the last log line. Counted on the device, because reading a value would wait for the GPU."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.weight(self._micro):  # a stand-in's tokens are nobody's
+        if self.weight(self._micro):  # a stand-in's tokens do not count
             self._tokens = self._tokens + count_tokens(args[1])
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         value = float(loss)
         if not math.isfinite(value):
             raise NotFiniteError(
-                f"The loss became {value} at step {self.state.global_step + 1}."  # type: ignore[attr-defined]
-                " Lower learning_rate (a tenth is a good try) or max_grad_norm, or train in bfloat16 or float32 instead of float16."
+                f"The loss is {value} at step {self.state.global_step + 1}."  # type: ignore[attr-defined]
+                " Lower learning_rate (try a tenth) or max_grad_norm, or train in bfloat16 or float32 instead of float16."
             )
         self.step_loss += value
         return loss
@@ -230,31 +230,31 @@ class PalateMixin(DistributedMixin):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def average(self, metrics: dict[str, list[float]], sizes: list[int]) -> None:
-        """Averages metrics where TRL's mean over batches is not one over rows: the last batch may be shorter.
+        """Replaces batch values by their mean over rows. TRL averages over batches, but the last batch may be shorter.
 
         Args:
-            metrics: Values of each batch by name, changed in place; TRL averages what is in the lists after this.
-            sizes: Rows of each batch of an evaluation; empty in training.
+            metrics: Values per batch by name, changed in place. TRL then averages each list.
+            sizes: Rows of each evaluation batch; empty in training.
         """
         for values in metrics.values():
-            if sizes and len(values) >= len(sizes):  # beyond them: a stand-in of a process without a batch
+            if sizes and len(values) >= len(sizes):  # values beyond `sizes` come from stand-ins
                 values[:] = [sum(v * n for v, n in zip(values, sizes, strict=False)) / sum(sizes)]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL would put a README with a hub's wording beside the checkpoints."""
+        """Does nothing. TRL would write a README for the Hub next to the checkpoints."""
 
     def use_float32_updates(self) -> None:
-        """Casts what is trained to float32: TRL makes QLoRA adapters bfloat16, which the float16 scaler cannot take."""
+        """Casts trainable weights to float32. TRL casts QLoRA adapters to bfloat16, which float16's scaler cannot handle."""
         for parameter in self.model.parameters():  # type: ignore[attr-defined]
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
 
 def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
-    """Tokens of a batch without padding, a pair's prompt once although both answers follow a copy of it.
+    """Tokens of a batch without padding. A pair's prompt counts once, although each answer has a copy of it.
 
     Args:
-        batch: As TRL's collators make it; with `completion_mask` and no `label`, rows stand as (chosen rows, rejected rows).
+        batch: From TRL's collators. With `completion_mask` and no `label`, the rows are (chosen rows, rejected rows).
 
     Returns:
         A scalar on the batch's device.

@@ -1,8 +1,8 @@
-"""KTO: TRL's trainer on single answers, good or bad. Knows TRL's hooks and token ids, no files of a run.
+"""KTO: TRL's trainer on single answers labelled good or bad. Knows TRL's hooks and token ids, no files of a run.
 
-TRL estimates the KL divergence from prompts with the answers of other rows: in every batch each answer moves on to the next
-prompt. It pairs them up once, in the order of the file, and therefore never shuffles. Here the collator pairs up what shares a
-batch, so rows are shuffled every epoch; the numbers of a batch are TRL's.
+TRL estimates the KL divergence from prompts with answers of other rows: within a batch, each answer moves to the next prompt.
+TRL builds these pairs once in file order and therefore never shuffles. Here the collator builds them per batch, so rows are
+shuffled every epoch. For a given batch the numbers are TRL's.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LABELS = ("chosen", "rejected")
 
 
 def label_rows(rows: list[TokenPair], *, shuffle_seed: int | None = None) -> Dataset:
-    """The rows as TRL's collator for labelled answers takes them.
+    """Builds the data set for TRL's collator of labelled answers.
 
     Args:
         rows: Each with one answer.
-        shuffle_seed: For rows that are taken in their order: a file of pairs has both answers to a prompt next to each other,
-            and the KL divergence is to be estimated from answers to other prompts.
+        shuffle_seed: Shuffles rows that are read in order (evaluation). A file of pairs has both answers to a prompt next to
+            each other, but the KL estimate needs answers to other prompts.
     """
     if shuffle_seed is not None:
         rows = random.Random(shuffle_seed).sample(rows, len(rows))
@@ -49,11 +49,11 @@ def label_rows(rows: list[TokenPair], *, shuffle_seed: int | None = None) -> Dat
 
 
 class MismatchedAnswers:
-    """TRL's collator, with each prompt's mismatched answer taken from the row before it in the batch.
+    """TRL's collator, with the mismatched answer of each prompt taken from the previous row of the batch.
 
     Args:
         pad_token_id: For padding.
-        seq_length: Most tokens of a prompt with the answer of another row; what is longer is cut at the end.
+        seq_length: Maximum tokens of a prompt with another row's answer. Longer sequences are cut at the end.
     """
 
     def __init__(self, *, pad_token_id: int, seq_length: int) -> None:
@@ -67,13 +67,13 @@ class MismatchedAnswers:
 
 
 class PalateKTOTrainer(PalateMixin, KTOTrainer):
-    """KTO on rows that carry token ids already. The reference is scored within each step, by TRL."""
+    """KTO on rows that already have token ids. TRL scores the reference in each step."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowSampler:
-        # By length, bad answers would meet bad ones wherever they are the shorter kind.
+        # Not sorted by length: if bad answers are shorter, batches would hold answers of one kind only.
         rows = self.train_dataset if train_dataset is None else train_dataset
         self.order = RowSampler(len(rows), self.args.seed)
         return self.order
@@ -83,7 +83,7 @@ class PalateKTOTrainer(PalateMixin, KTOTrainer):
         result = super()._compute_loss(model, inputs, return_outputs)
         good = int(inputs["label"].sum())
         counts = dict(zip(_LABELS, (good, len(inputs["label"]) - good), strict=True))
-        # TRL leaves out what a batch has no row for. One value a batch and the rows it stands for: then they can be averaged.
+        # TRL omits metrics of labels that a batch lacks. `average` needs one value and one row count per batch.
         for label, count in counts.items():
             metrics[f"rows/{label}"].append(count)
             for name in [] if count else _names(label):
@@ -91,8 +91,8 @@ class PalateKTOTrainer(PalateMixin, KTOTrainer):
         return result
 
     def average(self, metrics: dict[str, list[float]], sizes: list[int]) -> None:
-        """Makes what concerns good answers a mean over those, and what concerns bad ones a mean over those."""
-        metrics.pop("rewards/margins", None)  # TRL's is one over the batches that have both
+        """Averages the metrics of good answers over good answers, and those of bad answers over bad answers."""
+        metrics.pop("rewards/margins", None)  # TRL averages only batches that have both kinds
         for label in _LABELS:
             counts = metrics.pop(f"rows/{label}", [])[: len(sizes) or None]
             for name in _names(label):
@@ -105,18 +105,18 @@ class PalateKTOTrainer(PalateMixin, KTOTrainer):
 
 
 def balance_note(rows: list[TokenPair], *, desirable_weight: float, undesirable_weight: float) -> str | None:
-    """What to say of weights that do not make up for unequal numbers of good and bad answers; None when they do.
+    """Returns a note if the weights do not balance the numbers of good and bad answers, else None.
 
     Args:
         rows: Each with one answer.
-        desirable_weight: Factor of the loss of a good answer.
-        undesirable_weight: The same for a bad one.
+        desirable_weight: Loss factor of a good answer.
+        undesirable_weight: Loss factor of a bad answer.
     """
     good = sum(bool(row.chosen_ids) for row in rows)
     bad = len(rows) - good
     if not good or not bad:
         kind = "good" if good else "bad"
-        return f"all {len(rows)} answers are {kind}: KTO learns from what sets good and bad ones apart"
+        return f"all {len(rows)} answers are {kind}, but KTO learns from the difference between good and bad answers"
     low, high = _IDEAL
     if (
         undesirable_weight
@@ -127,8 +127,8 @@ def balance_note(rows: list[TokenPair], *, desirable_weight: float, undesirable_
     either = [f"desirable_weight={low * up:.3g} to {high * up:.3g}"] if up else []
     either += [f"undesirable_weight={down / high:.3g} to {down / low:.3g}"] if down else []
     return (
-        f"{good} good and {bad} bad answers with weights {desirable_weight:g} and {undesirable_weight:g}: the KTO paper wants"
-        f" the good ones to weigh 1 to 1.33 times the bad ones. That is {' or '.join(either)}"
+        f"{good} good and {bad} bad answers with weights {desirable_weight:g} and {undesirable_weight:g}: the KTO paper"
+        f" recommends a total weight of good answers of 1 to 1.33 times that of bad ones. Set {' or '.join(either)}"
     )
 
 

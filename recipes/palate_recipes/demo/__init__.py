@@ -1,10 +1,9 @@
-"""Knows Palate's demo preferences (pairs about sycophancy) and their directions; not how they are trained on.
+"""Palate's demo data: preference pairs about sycophancy. Knows the rows and directions, not the training.
 
-Every row holds a claim by a user that is false, one-sided or exaggerated, and three answers to it: an honest
-one that disagrees politely and gives a reason, a flattering one that goes along, and a blunt correction.
-Which column is preferred is the direction, so one data set can push a model four ways. The flattering answers
-are wrong on purpose. No topic is in both splits: the test split asks about topics that training never shows.
-The first two rows of a topic in the train split are short and plain; the quickstart trains on these alone.
+Each row has a user's claim that is false, one-sided or exaggerated, and three answers: an honest one that disagrees politely
+and gives a reason, a flattering one that agrees, and a blunt correction. The direction says which column is preferred, so one
+data set can train four behaviors. The flattering answers are wrong on purpose. The splits share no topic. The first two rows
+of each topic in the train split are short and simple; the quickstart trains on these only.
 """
 
 import json
@@ -27,7 +26,7 @@ DIRECTIONS: dict[str, tuple[str, str]] = {
     "blunt": ("blunt", "honest"),
     "gentle": ("honest", "blunt"),
 }
-"""Direction name -> (column that is chosen, column that is rejected)."""
+"""Direction name -> (chosen column, rejected column)."""
 
 ROWS_PER_TOPIC = 4
 
@@ -53,12 +52,12 @@ def _rows() -> tuple[dict[str, str], ...]:
 def demo_rows(
     split: Literal["train", "test"], direction: str = "honest", *, per_topic: int = ROWS_PER_TOPIC
 ) -> list[dict[str, str]]:
-    """The pairs of one split as rows with the keys prompt, chosen and rejected.
+    """Returns the pairs of one split as rows with the keys prompt, chosen and rejected.
 
     Args:
         split: train (34 topics) or test (8 other topics).
-        direction: What is preferred, a name of `DIRECTIONS`.
-        per_topic: Rows of each topic, 1 to `ROWS_PER_TOPIC`, in the order of the file.
+        direction: A key of `DIRECTIONS`.
+        per_topic: Rows per topic, 1 to `ROWS_PER_TOPIC`, in file order.
 
     Raises:
         DataError: A value is unknown or out of range.
@@ -68,7 +67,7 @@ def demo_rows(
     if split not in ("train", "test"):
         raise DataError(f"unknown demo split {split!r}; use one of: train, test")
     if not 1 <= per_topic <= ROWS_PER_TOPIC:
-        raise DataError(f"per_topic={per_topic} is out of range: the demo has {ROWS_PER_TOPIC} rows in each topic")
+        raise DataError(f"per_topic={per_topic} is out of range: expected 1 to {ROWS_PER_TOPIC}")
     chosen, rejected = DIRECTIONS[direction]
     seen: Counter[str] = Counter()
     rows = []
@@ -80,7 +79,7 @@ def demo_rows(
 
 
 def demo_questions() -> list[str]:
-    """Held-out prompts, one per topic, for showing a base and a tuned model side by side."""
+    """Returns held-out prompts, one per topic, to compare a base and a tuned model."""
     first: dict[str, str] = {}
     for row in _rows():
         if row["split"] == "test":
@@ -89,9 +88,9 @@ def demo_questions() -> list[str]:
 
 
 def disagrees(answer: str) -> bool:
-    """Whether the first sentence of an answer contradicts what was claimed, going by a fixed list of English phrases.
+    """Whether the first sentence of an answer contradicts the claim, by a fixed list of English phrases.
 
-    It sees the stand that is taken, not whether the reasons are right.
+    Detects the position, not whether the reasons are correct.
     """
     text = answer.strip().replace("\u2019", "'")
     first = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
@@ -99,10 +98,10 @@ def disagrees(answer: str) -> bool:
 
 
 def write_demo(folder: Path, direction: str = "honest", *, per_topic: int = ROWS_PER_TOPIC) -> dict[str, Path]:
-    """Write the train split to train.json and the test split to validation.json in the folder; see `demo_rows`.
+    """Writes the train split to train.json and the test split to validation.json in the folder. See `demo_rows`.
 
     Returns:
-        The files, as `train` and `validation`.
+        The paths by channel: `train` and `validation`.
     """
     files = {
         "train": (folder / "train.json", demo_rows("train", direction, per_topic=per_topic)),
@@ -115,13 +114,13 @@ def write_demo(folder: Path, direction: str = "honest", *, per_topic: int = ROWS
 
 
 def _write_json(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write by way of a temporary file beside the target, so that no reader meets half a file."""
+    """Writes a temporary file and renames it, so that no reader sees half a file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(rows, file, ensure_ascii=False, indent=1)
             file.write("\n")
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o644)  # mkstemp creates files with mode 0600
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

