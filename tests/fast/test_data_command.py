@@ -240,7 +240,7 @@ def test_warnings_are_said_and_training_goes_on(session: Session, tmp_path: Path
 def test_wrong_rows_stop_it_or_are_left_out_and_named(session: Session, tmp_path: Path) -> None:
     path = tmp_path / "prefs.json"
     path.write_text(json.dumps([*rows(2), {"prompt": "p"}]))
-    with pytest.raises(DataError, match=r"(?s)1 of 3 rows is wrong.*row 3: `chosen` is missing"):
+    with pytest.raises(DataError, match=r"(?s)1 of 3 rows is invalid.*row 3: `chosen` is missing"):
         kept(session, tmp_path, {"train": path})
     found = kept(session, tmp_path, {"train": path}, bad_rows="skip")["train"]
     assert (found["rows"], found["skipped_rows"]) == (2, [3])
