@@ -74,7 +74,7 @@ def test_what_a_format_cannot_hold_is_refused_by_row_and_nothing_is_written(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given.jsonl", "out.csv"]
     change = convert([source], out, FORMATS["pai"], bad_rows="skip")
     assert (change.written[str(out)], change.dropped) == (1, {"wrong-kind": 1})
-    with pytest.raises(DataError, match="is read, not written"):
+    with pytest.raises(DataError, match="can only be read, not written"):
         convert([source], out, FORMATS["alpaca-ranking"])
     with pytest.raises(DataError, match="unknown file type"):
         convert([source], tmp_path / "out.txt", FORMATS["trl"])

@@ -53,7 +53,7 @@ def test_a_check_names_file_row_field_and_remedy_and_fails(bad: Path) -> None:
         "prefs.jsonl, line 3: `rejected` is missing",
         "prefs.jsonl, line 2: `chosen` holds '<|im_end|>'",
         "prefs.jsonl, line 4: the same pair as line 1",
-        "3 of 5 rows can be trained on (dpo, format pai): 2 errors, 2 warnings",
+        "3 of 5 rows are usable (dpo, format pai): 2 errors, 2 warnings",
     ):
         assert words in done.stdout
     assert done.stderr.splitlines()[-1] == "next: palate data check prefs.jsonl --fix OUT.jsonl"

@@ -143,7 +143,7 @@ def test_a_limit_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, va
     path = tmp_path / "a.jsonl"
     path.write_bytes(TEXT)
     monkeypatch.setenv(ROW_VARIABLE, value)
-    with pytest.raises(DataError, match=rf"{ROW_VARIABLE}=.*must be a whole number from 1"):
+    with pytest.raises(DataError, match=rf"{ROW_VARIABLE}=.*expected a whole number of MiB from 1"):
         read_rows(path)
 
 
