@@ -217,7 +217,7 @@ ROWS = [
     _row("same answers", "alpaca-ranking", {"output": ["a", "a"]}, "same-answers", "rejected", "same text"),
     # HH.
     _row("no transcripts", "hh", {"chosen": "a", "rejected": "b"},
-         "missing-field", "prompt", "no transcripts that hold it"),
+         "missing-field", "prompt", "not transcripts that contain it"),
     _row("ends with the human", "hh", {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: b"},
          "turn-order", "chosen", "the answer is missing"),
     _row("other question", "hh", {"rejected": "\n\nHuman: other\n\nAssistant: b"},

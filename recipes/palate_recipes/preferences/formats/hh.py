@@ -32,7 +32,7 @@ def read_hh(row: Raw) -> Parts:
         prompt = check_prompt(shared_turns(one, other), "chosen")
         return with_system(row, prompt), one[-1].content, other[-1].content
     others = [name for name in row if name not in ("chosen", "rejected")]
-    raise missing_fields(["prompt"], others, ", and the answers are no transcripts that hold it")
+    raise missing_fields(["prompt"], others, ", and the answers are not transcripts that contain it")
 
 
 def write_hh(row: Row) -> Raw:
