@@ -55,7 +55,7 @@ def test_the_adapters_shape_is_the_trainings(session: Session, tmp_path: Path) -
 def test_what_contradicts_the_adapter_is_refused(session: Session, tmp_path: Path, prefs: Path) -> None:
     folder = adapter(tmp_path / "sft")
     message = refused(HyperparameterError, prefs, folder, lora_dim=32, lora_alpha=32, target_modules="q_proj")
-    assert "lora_dim = 32: the adapter has 8; leave lora_dim out" in message
+    assert "lora_dim = 32, but the adapter has 8: omit lora_dim" in message
     assert "lora_alpha = 32: the adapter has 16" in message
     assert "target_modules = ['q_proj']: the adapter has ['q_proj', 'v_proj']" in message
     assert "Standard_LLM trains every weight" in refused(ConfigurationError, prefs, folder, method="Standard_LLM")
@@ -75,9 +75,9 @@ def test_a_folder_without_an_adapter_is_refused(session: Session, tmp_path: Path
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias=all"),
         ({"r": 1024}, "r=1024"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head among its layers"),
-        ({"r": None}, "describes no LoRA adapter"),
-        ({"target_modules": None}, "describes no LoRA adapter"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target module lm_head"),
+        ({"r": None}, "does not describe a LoRA adapter"),
+        ({"target_modules": None}, "does not describe a LoRA adapter"),
     ],
 )
 def test_an_adapter_that_cannot_be_served_is_refused(
@@ -100,5 +100,5 @@ def test_the_base_must_be_the_adapters(session: Session, tmp_path: Path, prefs: 
 
 
 def test_a_broken_config_is_named() -> None:
-    with pytest.raises(DataError, match=r"there/adapter_config\.json describes no LoRA adapter"):
+    with pytest.raises(DataError, match=r"there/adapter_config\.json does not describe a LoRA adapter"):
         AdapterShape.parse(b"[]", where="there")

@@ -167,7 +167,7 @@ def test_an_unknown_model_names_the_nearest_three_and_the_remedy(typed: str, nea
     assert repr(typed) in message
     assert nearest in message
     assert "`palate models`" in message
-    assert "model_uri=" in message
+    assert "model_uri" in message
     found = re.search(r"nearest names are (.+?)\. ", message)
     assert found
     assert len(set(found[1].split(", "))) == 3
@@ -222,7 +222,7 @@ def test_memory_refuses_what_it_does_not_know() -> None:
     model = find_model("qwen2-7b")
     with pytest.raises(HyperparameterError, match="did you mean"):
         model.min_gpu_memory("lora")
-    with pytest.raises(HyperparameterError, match="16, 8, 4"):
+    with pytest.raises(HyperparameterError, match="16, 8 or 4"):
         model.min_gpu_memory("LoRA_LLM", bits=5)
 
 

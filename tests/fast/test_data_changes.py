@@ -74,11 +74,11 @@ def test_what_a_format_cannot_hold_is_refused_by_row_and_nothing_is_written(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given.jsonl", "out.csv"]
     change = convert([source], out, FORMATS["pai"], bad_rows="skip")
     assert (change.written[str(out)], change.dropped) == (1, {"wrong-kind": 1})
-    with pytest.raises(DataError, match="is read, not written"):
+    with pytest.raises(DataError, match="can only be read, not written"):
         convert([source], out, FORMATS["alpaca-ranking"])
-    with pytest.raises(DataError, match="does not say how to write it"):
+    with pytest.raises(DataError, match="unknown file type"):
         convert([source], tmp_path / "out.txt", FORMATS["trl"])
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match=r"does not exist\. Create it first"):
         convert([source], tmp_path / "absent" / "out.json", FORMATS["trl"])
 
 
@@ -161,10 +161,10 @@ def test_columns_become_rows_through_a_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "labels", "words"),
     [
-        ({"query": "a"}, {"chosen": "b"}, r"has \{language\}, and input_columns gives it no column"),
-        ({"query": "a", "language": "b", "more": "c"}, {"chosen": "b"}, r"has 'more', and the prompt template"),
+        ({"query": "a"}, {"chosen": "b"}, r"has \{language\}, but input_columns has no column for it"),
+        ({"query": "a", "language": "b", "more": "c"}, {"chosen": "b"}, r"has 'more', but the prompt template"),
         ({"query": "a", "language": "b"}, {"rejected": "b"}, "no column for chosen"),
-        ({"query": "a", "language": "b"}, {"chosen": "b", "best": "c"}, "known are chosen and rejected"),
+        ({"query": "a", "language": "b"}, {"chosen": "b", "best": "c"}, "expected chosen and rejected"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(inputs: dict[str, str], labels: dict[str, str], words: str) -> None:
@@ -197,7 +197,7 @@ def test_templates_come_from_csv_and_yaml(tmp_path: Path) -> None:
         assert read_templates(path) == expected
     with pytest.raises(DataError, match="choose one of support, plain"):
         choose_template(table, None)
-    with pytest.raises(DataError, match="no template is called 'suport'"):
+    with pytest.raises(DataError, match="no template is named 'suport'"):
         choose_template(table, "suport")
 
 
@@ -217,7 +217,7 @@ def test_templates_come_from_csv_and_yaml(tmp_path: Path) -> None:
         ("a.yaml", "#" + "a" * (1 << 20), "1,048,576 bytes, the limit for YAML"),
         ("a.yaml", "- {name: a}", "`user` is missing"),
         ("a.yaml", "- {name: a, user: no place}", "no placeholder"),
-        ("a.csv", "name,user\na,{x}\na,{y}\n", "two templates are called 'a'"),
+        ("a.csv", "name,user\na,{x}\na,{y}\n", "two templates are named 'a'"),
         ("a.csv", "name,user\n", "no template"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_check_names_file_row_field_and_remedy_and_fails(bad: Path) -> None:
         "prefs.jsonl, line 3: `rejected` is missing",
         "prefs.jsonl, line 2: `chosen` holds '<|im_end|>'",
         "prefs.jsonl, line 4: the same pair as line 1",
-        "3 of 5 rows can be trained on (dpo, format pai): 2 errors, 2 warnings",
+        "3 of 5 rows are usable (dpo, format pai): 2 errors, 2 warnings",
     ):
         assert words in done.stdout
     assert done.stderr.splitlines()[-1] == "next: palate data check prefs.jsonl --fix OUT.jsonl"
@@ -241,7 +241,7 @@ def test_warnings_are_said_and_training_goes_on(session: Session, tmp_path: Path
 def test_wrong_rows_stop_it_or_are_left_out_and_named(session: Session, tmp_path: Path) -> None:
     path = tmp_path / "prefs.json"
     path.write_text(json.dumps([*rows(2), {"prompt": "p"}]))
-    with pytest.raises(DataError, match=r"(?s)1 of 3 rows is wrong.*row 3: `chosen` is missing"):
+    with pytest.raises(DataError, match=r"(?s)1 of 3 rows is invalid.*row 3: `chosen` is missing"):
         kept(session, tmp_path, {"train": path})
     found = kept(session, tmp_path, {"train": path}, bad_rows="skip")["train"]
     assert (found["rows"], found["skipped_rows"]) == (2, [3])

@@ -291,7 +291,7 @@ def test_every_format_is_shown() -> None:
 
 def test_a_format_is_named_or_the_nearest_is() -> None:
     assert format_named("sharegpt").name == "sharegpt"
-    with pytest.raises(DataError, match="no data format is called 'share-gpt': did you mean 'sharegpt'"):
+    with pytest.raises(DataError, match="unknown data format 'share-gpt': did you mean 'sharegpt'"):
         format_named("share-gpt")
 
 

@@ -84,7 +84,7 @@ def test_a_row_has_a_limit(
     for read in (lambda: check([(path, name)]), lambda: read_rows(path, bad_rows="skip")):
         with pytest.raises(DataError) as caught:
             read()
-        for word in (name, words, "more than 1 MiB, the limit", f"{ROW_VARIABLE}=4"):
+        for word in (name, words, "larger than the limit of 1 MiB", f"{ROW_VARIABLE}=4"):
             assert word in str(caught.value)
 
 
@@ -110,7 +110,7 @@ def test_rows_that_repeat_one_large_text_are_each_counted(tmp_path: Path, monkey
         report = check([(path, name)])
         assert (report.rows, report.usable) == (40, 40)
         path.write_bytes(parquet(repeated(LONG, 40)) if name == "a.parquet" else arrow(repeated(LONG, 40)))
-        with pytest.raises(DataError, match=r"row 1: the row has more than 1 MiB"):
+        with pytest.raises(DataError, match=r"row 1: the row is larger than the limit of 1 MiB"):
             check([(path, name)])
 
 
@@ -143,7 +143,7 @@ def test_a_limit_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, va
     path = tmp_path / "a.jsonl"
     path.write_bytes(TEXT)
     monkeypatch.setenv(ROW_VARIABLE, value)
-    with pytest.raises(DataError, match=rf"{ROW_VARIABLE}=.*must be a whole number from 1"):
+    with pytest.raises(DataError, match=rf"{ROW_VARIABLE}=.*expected a whole number of MiB from 1"):
         read_rows(path)
 
 
@@ -169,7 +169,7 @@ def test_two_megabytes_of_gzip_do_not_fill_the_memory(tmp_path: Path, content: b
     done = subprocess.run([sys.executable, "-c", _CHILD, str(path)], capture_output=True, text=True)
     *said, peak = done.stdout.splitlines()
     assert len(said) == 2, done.stderr
-    assert all("more than 8 MiB, the limit for one row" in line for line in said)
+    assert all("larger than the limit of 8 MiB" in line for line in said)
     assert int(peak) * 1024 < 1 << 30
 
 
@@ -177,6 +177,6 @@ def test_a_file_of_wrong_rows_keeps_but_the_first(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("4\n" * 300_000)
     done = subprocess.run([sys.executable, "-c", _CHILD, str(path)], capture_output=True, text=True)
-    assert "300000 of 300000 lines are wrong" in done.stdout, done.stderr
+    assert "300000 of 300000 lines are invalid" in done.stdout, done.stderr
     assert "and 299995 more" in done.stdout
     assert int(done.stdout.splitlines()[-1]) < 150_000  # KiB; 300,000 kept faults take 60,000

@@ -252,21 +252,21 @@ def test_every_problem_is_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("method", "values", "part"),
     [
-        ("LoRA_LLM", {"load_in_4bit": True, "load_in_8bit": "true"}, "one of the two"),
-        ("QLoRA_LLM", {"load_in_4bit": True, "load_in_8bit": True}, "one of the two"),
+        ("LoRA_LLM", {"load_in_4bit": True, "load_in_8bit": "true"}, "set only one"),
+        ("QLoRA_LLM", {"load_in_4bit": True, "load_in_8bit": True}, "set only one"),
         ("Standard_LLM", {"load_in_4bit": True}, "load_in_4bit = true: Standard_LLM"),
         ("Standard_LLM", {"load_in_8bit": "true"}, "load_in_8bit = true: Standard_LLM"),
         ("LoRA_LLM", {"lora_dim": 0}, "Standard_LLM"),
         ("QLoRA_LLM", {"lora_dim": "0"}, "Standard_LLM"),
         ("QLoRA_LLM", {"load_in_4bit": False, "load_in_8bit": False}, "use method LoRA_LLM"),
         ("QLoRA_LLM", {"load_in_4bit": "false"}, "use method LoRA_LLM"),
-        ("LoRA_LLM", {"target_modules": "q_proj,lm_head"}, "lm_head is the output head"),
+        ("LoRA_LLM", {"target_modules": "q_proj,lm_head"}, "lm_head is the LM head"),
         ("LoRA_LLM", {"target_modules": ["model.embed_tokens"]}, "embed_tokens is an embedding"),
         ("LoRA_LLM", {"target_modules": "q_proj,input_layernorm"}, "input_layernorm is a normalisation"),
-        ("LoRA_LLM", {"target_modules": "mlp.gate"}, "mlp.gate chooses between experts"),
+        ("LoRA_LLM", {"target_modules": "mlp.gate"}, "mlp.gate is a router of experts"),
         ("LoRA_LLM", {"training_strategy": "dpo", "loss_type": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
-        ("LoRA_LLM", {"loss_type": "sigmoid,sft", "loss_weights": [1]}, "1 for 2 losses (sigmoid, sft)"),
-        ("LoRA_LLM", {"loss_weights": "0"}, "nothing would be trained"),
+        ("LoRA_LLM", {"loss_type": "sigmoid,sft", "loss_weights": [1]}, "1 weights for 2 losses (sigmoid, sft)"),
+        ("LoRA_LLM", {"loss_weights": "0"}, "the loss would always be 0"),
     ],
 )
 def test_contradictions(method: str, values: dict[str, object], part: str) -> None:
@@ -322,7 +322,7 @@ def test_known_methods() -> None:
         ("LoRA_LLM", {}, T4, "4", "float16", ["Tesla T4"]),
         ("LoRA_LLM", {}, DeviceFacts(True, False, False), "4", "float32", []),
         ("LoRA_LLM", {"load_in_4bit": False}, CPU, "", "float32", []),
-        ("LoRA_LLM", {"load_in_4bit": "true"}, CPU, "4", "float32", ["as asked"]),
+        ("LoRA_LLM", {"load_in_4bit": "true"}, CPU, "4", "float32", ["as requested"]),
         ("LoRA_LLM", {"load_in_8bit": True}, H200, "8", "bfloat16", ["load_in_8bit=true was given"]),
         (
             "LoRA_LLM",
@@ -330,16 +330,16 @@ def test_known_methods() -> None:
             CPU,
             "8",
             "float32",
-            ["load_in_8bit=true was given", "as asked"],
+            ["load_in_8bit=true was given", "as requested"],
         ),
         ("LoRA_LLM", {"load_in_4bit": False, "load_in_8bit": True}, H200, "8", "bfloat16", []),
         ("LoRA_LLM", {"load_in_8bit": False}, H200, "4", "bfloat16", []),
         ("QLoRA_LLM", {}, H200, "4", "bfloat16", []),
         ("QLoRA_LLM", {}, T4, "4", "float16", ["Tesla T4"]),
-        ("QLoRA_LLM", {}, CPU_BF16, "4", "bfloat16", ["as asked"]),
+        ("QLoRA_LLM", {}, CPU_BF16, "4", "bfloat16", ["as requested"]),
         ("QLoRA_LLM", {"load_in_8bit": True}, H200, "8", "bfloat16", ["load_in_8bit=true was given"]),
-        ("Standard_LLM", {}, H200, "", "bfloat16", ["Standard_LLM trains every weight"]),
-        ("Standard_LLM", {}, CPU, "", "float32", ["Standard_LLM trains every weight"]),
+        ("Standard_LLM", {}, H200, "", "bfloat16", ["Standard_LLM trains all weights"]),
+        ("Standard_LLM", {}, CPU, "", "float32", ["Standard_LLM trains all weights"]),
         ("Standard_LLM", {"load_in_4bit": False}, T4, "", "float16", ["Tesla T4"]),
         ("Standard_LLM", {"load_in_4bit": False, "precision": "float32"}, H200, "", "float32", []),
         ("LoRA_LLM", {"load_in_4bit": False, "precision": "float16"}, T4, "", "float16", []),
@@ -367,7 +367,7 @@ def test_resolution_of_bits_and_precision(
     [
         ("float16", CPU, 'precision = "float16": a CPU cannot train in float16; use "float32"'),
         ("float16", CPU_BF16, 'precision = "float16": a CPU cannot train in float16; use "float32"'),
-        ("bfloat16", T4, 'precision = "bfloat16": Tesla T4 computes bfloat16 only from compute capability 8.0 on'),
+        ("bfloat16", T4, 'precision = "bfloat16": Tesla T4 does not support it (it needs compute capability 8.0)'),
     ],
 )
 def test_a_precision_that_the_machine_lacks_is_refused_with_the_remedy(
@@ -387,7 +387,7 @@ EIGHT = replace(H200, gpu_count=8)
     [
         (EIGHT, False, "fsdp=full_shard was given"),
         (H200, False, "fsdp=full_shard was given"),  # how many are there is not known
-        (replace(H200, gpu_count=1), True, "there is one GPU"),
+        (replace(H200, gpu_count=1), True, "there is only one GPU"),
         (CPU, False, "there is no CUDA"),
     ],
 )
@@ -492,10 +492,10 @@ def test_label_smoothing_stays_below_a_half(smoothing: float) -> None:
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"loss_type": "simpo"}, ["simpo among its experiments only", "loss_type=sigmoid_norm"]),
-        ({"loss_type": "orpo"}, ["orpo among its experiments only", "sigmoid,sft"]),
-        ({"training_strategy": "orpo"}, ["orpo among its experiments only", "sigmoid,sft"]),
-        ({"training_strategy": "CPO"}, ["cpo among its experiments only"]),
+        ({"loss_type": "simpo"}, ["simpo is experimental in TRL", "loss_type=sigmoid_norm"]),
+        ({"loss_type": "orpo"}, ["orpo is experimental in TRL", "sigmoid,sft"]),
+        ({"training_strategy": "orpo"}, ["orpo is experimental in TRL", "sigmoid,sft"]),
+        ({"training_strategy": "CPO"}, ["cpo is experimental in TRL"]),
     ],
 )
 def test_what_trl_only_tries_out_is_refused_with_the_nearest_offer(values: dict[str, object], parts: list[str]) -> None:

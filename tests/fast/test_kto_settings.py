@@ -44,14 +44,14 @@ def test_resolved_values_resolve_to_themselves() -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"per_device_train_batch_size": 1}, "give at least 2"),
+        ({"per_device_train_batch_size": 1}, "set at least 2"),
         ({"loss_type": "ipo"}, "kto has its own loss"),
         ({"loss_weights": [2.0]}, "kto has its own loss"),
         ({"label_smoothing": 0.1}, "kto has its own loss"),
         ({"ld_alpha": 0.5}, "kto has its own loss"),
         ({"discopop_tau": 0.1}, "kto has its own loss"),
-        ({"fsdp": "full_shard", "load_in_4bit": False}, "kto trains on whole weights"),
-        ({"desirable_weight": 0, "undesirable_weight": 0}, "nothing would be trained"),
+        ({"fsdp": "full_shard", "load_in_4bit": False}, "kto does not support sharded weights"),
+        ({"desirable_weight": 0, "undesirable_weight": 0}, "the loss would always be 0"),
         ({"desirable_weight": -1}, "a number from 0 to 1000"),
         ({"kto_chosen_weight": 1.5}, "did you mean desirable_weight?"),
         ({"kto_rejected_weight": 1.5}, "did you mean undesirable_weight?"),
@@ -64,7 +64,7 @@ def test_what_kto_cannot_use_is_refused(values: dict[str, object], part: str) ->
 
 def test_weights_are_ktos_alone() -> None:
     for strategy in ("dpo", "sft"):
-        assert "only kto weighs answers" in refusal({"training_strategy": strategy, "desirable_weight": 1.3})
+        assert "only kto uses it" in refusal({"training_strategy": strategy, "desirable_weight": 1.3})
     notes = resolved(undesirable_weight=0.5).notes  # no strategy was given: it is the default
     assert sum("undesirable_weight has no effect" in note for note in notes) == 1
     assert validate({"training_strategy": "kto", "desirable_weight": "1.3"}, method="LoRA_LLM")[

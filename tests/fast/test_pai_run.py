@@ -141,7 +141,9 @@ def test_a_traceback_shows_the_scripts_own_lines_and_the_remedy(home: Path, tmp_
     )
 
 
-@pytest.mark.parametrize(("script", "words"), [("/nowhere.py", "no script"), ("cells.ipynb", "%load_ext palate.pai")])
+@pytest.mark.parametrize(
+    ("script", "words"), [("/nowhere.py", "does not exist"), ("cells.ipynb", "%load_ext palate.pai")]
+)
 def test_what_cannot_be_run_is_one_message(home: Path, script: str, words: str) -> None:
     done = run(script)
     assert (done.returncode, done.stdout) == (1, "")

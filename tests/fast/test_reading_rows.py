@@ -76,7 +76,7 @@ def test_many_wrong_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> 
 
 
 def test_what_is_no_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="does not exist"):
         read_rows(tmp_path / "absent.json")
     with pytest.raises(DataError, match="folder"):
         read_rows(tmp_path)
@@ -97,6 +97,6 @@ def test_skipping_leaves_out_wrong_rows_by_number_and_nothing_else(tmp_path: Pat
     assert [pair.number for pair in pairs] == [1, 5]
     assert list(skipped) == [3, 4]
     assert "same text" in skipped[3]
-    for content, words in ((f"[{same}]", "1 of 1 rows is wrong"), (f"{GOOD}\n{{", "broken JSON at line 2")):
+    for content, words in ((f"[{same}]", "1 of 1 rows is invalid"), (f"{GOOD}\n{{", "broken JSON at line 2")):
         with pytest.raises(DataError, match=words):
             read_rows(file(tmp_path, content), bad_rows="skip")

@@ -360,7 +360,7 @@ def test_wrong_rows_are_refused_unless_they_may_be_skipped(tiny: Path, tmp_path:
     good = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
     data = [good, {**good, "rejected": "Yes. "}, {**good, "chosen": ""}, good]
     message = refusal(spec(tiny, tmp_path / "refuse", data=data, max_steps=1))
-    assert "2 of 4 rows are wrong" in message
+    assert "2 of 4 rows are invalid" in message
     assert "bad_rows=skip" in message
     start = train(spec(tiny, tmp_path / "skip", data=data, max_steps=1, bad_rows="skip"))[0]
     assert start["skipped_rows"] == [2, 3]

@@ -35,7 +35,7 @@ MISSING: dict[str, dict[str, str]] = {
     },
     "pai.job": {
         "TrainingJobStatus": "TrainingJob.status is a str: Creating, Running, Stopping, Succeeded, Failed or Stopped",
-        "ExperimentConfig": "metrics and TensorBoard files lie beside the job: job.metrics(), job.output_path('tensorboard')",
+        "ExperimentConfig": "metrics and TensorBoard files are stored with the job: job.metrics(), job.output_path('tensorboard')",
         **dict.fromkeys(("InstanceSpec", "UserVpcConfig"), _PLACE),
         **dict.fromkeys(("Channel", "UriInput", "UriOutput", "OssLocation"), _DATA),
         **dict.fromkeys(("AlgorithmSpec", "CodeDir", "LocalTrainingJob", "ModelTrainingSpec"), _RECIPE),
@@ -79,7 +79,7 @@ MISSING_MODULES: dict[str, str] = {
     "pai.huggingface": _RECIPE,
     "pai.modelscope": _RECIPE,
     "pai.tensorboard": "TensorBoard files are at job.output_path('tensorboard')",
-    "pai.experiment": "metrics and TensorBoard files lie beside the job: job.metrics(), job.output_path('tensorboard')",
+    "pai.experiment": "metrics and TensorBoard files are stored with the job: job.metrics(), job.output_path('tensorboard')",
     "pai.image": "ModelTrainingRecipe(image_uri=...) takes an image's address, on backends that run images",
     "pai.serializers": _JSON,
     "pai.exception": _REASON,

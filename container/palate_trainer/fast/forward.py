@@ -49,13 +49,13 @@ _OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 def add_tree_forward(model: Any) -> Callable[[], None]:
-    """Lets a causal language model that has TRL's fused head take a `tree` (of `PrefixTree.as_dict`) beside its batch.
+    """Lets a causal language model with TRL's fused head accept a `tree` (from `PrefixTree.as_dict`) with its batch.
 
     Args:
         model: The network itself, not its PEFT wrapper.
 
     Returns:
-        A function that undoes it.
+        A function that reverts it.
     """
     stock, stock_attention = model.forward, model.config._attn_implementation
     model.set_attn_implementation(attention.NAME)

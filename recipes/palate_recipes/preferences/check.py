@@ -1,6 +1,6 @@
-"""Every check of preference data: row by row while files stream by, then the whole. Knows rows and rules, no tokenizer.
+"""Checks preference data: row by row while reading, then as a whole. Knows rows and rules, no tokenizer.
 
-Memory is bounded: a row leaves its `Facts` behind, nothing else.
+Memory is bounded: only the `Facts` of a row are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from palate_recipes.preferences.row import Row, RowFaults, Strategy
 from palate_recipes.preferences.statistics import Facts, histogram, percentiles
 
 FEW_ROWS, MANY_ROWS = 100, 100_000
-"""Between them DPO usually works; published guidance of several platforms."""
+"""Usual number of rows for DPO, from the published guidance of several platforms."""
 
 WRONG_KEPT = 10_000
 
@@ -32,31 +32,31 @@ _LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
 _OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
 
 _NEARLY = 8
-"""Characters by which answers may differ in length that differ in punctuation alone."""
+"""Maximum difference in length of answers that can differ only in punctuation."""
 
 _SAMPLE_ALL, _SAMPLE_EVERY = 500, 1000
-"""Guesses are made on the first rows, then on one in so many."""
+"""Heuristics run on the first rows, then on every n-th."""
 
 MARKS = re.compile(
     r"<\|(?:im_start|im_end|im_sep|eot_id|start_header_id|end_header_id|begin_of_text|end_of_text|endoftext|user|assistant|system"
     r"|end|eom_id|END_OF_TURN_TOKEN|START_OF_TURN_TOKEN)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\Z"
 )
-"""What chat templates put between turns (ChatML, Llama 2 and 3, Mistral, Gemma, Phi, Zephyr, Command R)."""
+"""Special tokens of chat templates (ChatML, Llama 2 and 3, Mistral, Gemma, Phi, Zephyr, Command R)."""
 
 
 class Linter:
-    """Reads files one after the other and gathers what is wrong with them.
+    """Checks files one after the other and collects findings.
 
     Args:
-        strategy: What the rows are for; None takes pairs, unpaired rows and answers alike.
-        format: Of the rows; each row's own fields decide when None.
-        against: Prompts of the validation data, to find the training rows that repeat them.
+        strategy: Training strategy; None accepts pairs, unpaired rows and answers.
+        format: Row format; None detects it per row.
+        against: Prompts of the validation data, to find training rows that repeat them.
 
     Attributes:
-        report: What was found so far.
-        prompts: Those of the files that were read with `index_prompts`.
-        wrong: File, number and fault of the first WRONG_KEPT rows that cannot be used.
-        wrong_rows: How many those are in all.
+        report: Findings so far.
+        prompts: Prompts of the files that were read with `index_prompts`.
+        wrong: File, number and error of the first WRONG_KEPT invalid rows.
+        wrong_rows: Total number of invalid rows.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Linter:
         """Checks every row of a file.
 
         Args:
-            file: Its path, or what is known of it already.
-            name: What it is called in places; its path when None.
-            index_prompts: Keep its prompts in `prompts`, for a check of other files against them.
+            file: Path, or an opened container.
+            name: Name of the file in findings; default: its path.
+            index_prompts: Add its prompts to `prompts`, to check other files against them.
 
         Raises:
-            DataError: It cannot be read at all.
+            DataError: The file cannot be read at all.
         """
         container = file if isinstance(file, Container) else open_container(file)
         name = name or str(container.path)
@@ -92,7 +92,7 @@ class Linter:
         if container.byte_order_mark:
             report.add("byte-order-mark", Location(name, 0, unit, "", "begins with a byte-order mark"))
         total = 0
-        # Rows of one file mostly have the same fields: they are compared with the last row's, and counted by runs.
+        # For speed: most rows have the same fields as the previous row, so runs of equal rows are counted.
         shapes: Counter[tuple[str, ...]] = Counter()
         shape: tuple[str, ...] = ("",)
         run = 0
@@ -124,7 +124,7 @@ class Linter:
                 if index_prompts:
                     self.prompts.add(row, Location(name, number, unit, "", ""))
         if not total:
-            report.add("no-rows", Location(name, 0, unit, "", "no row is in it"))
+            report.add("no-rows", Location(name, 0, unit, "", "has no rows"))
         shapes[shape] += run
         report.rows += total
         report.usable += shapes.total()
@@ -145,9 +145,10 @@ class Linter:
             self.report.add(fault.code, Location(name, number, unit, fault.field, fault.what))
 
     def _take_plain(self, block: list[tuple[int, Any]], name: str, unit: str) -> tuple[str, ...]:
-        """Takes a block of rows of three good texts all at once, in a third of the time; returns their fields.
+        """Adds a block of valid rows with three texts at once, in a third of the time. Returns their fields.
 
-        Empty, with nothing taken, when any row is something else or wrong: then each is looked at by itself, with the same result.
+        If any row is different or invalid, adds nothing and returns an empty result. The caller then checks each row on its own,
+        with the same result.
         """
         try:
             prompts, chosen, rejected = (
@@ -199,7 +200,7 @@ class Linter:
         if "<" in whole or "[" in whole or not whole.isascii():
             self._look_closely(number, (("prompt", asked), ("chosen", chosen), ("rejected", rejected)), name, unit)
         if abs(len(chosen) - len(rejected)) < _NEARLY and chosen and rejected and same_words(chosen, rejected):
-            what = "`chosen` and `rejected` differ in case, spaces or punctuation alone"
+            what = "`chosen` and `rejected` differ only in case, spaces or punctuation"
             self.report.add("nearly-same-answers", Location(name, number, unit, "rejected", what))
 
     def _look_closely(self, number: int, texts: tuple[tuple[str, str], ...], name: str, unit: str) -> None:
@@ -227,7 +228,7 @@ class Linter:
     # The whole.
 
     def finish(self) -> Report:
-        """Adds what only all rows together tell, and returns the report."""
+        """Adds the findings about all rows together, and returns the report."""
         report = self.report
         self._judge_fields()
         if len(report.formats) > 1:
@@ -262,7 +263,7 @@ class Linter:
     def _find_repeats(self) -> None:
         self._add("duplicate", *self._facts.repeats(), "the same pair as {}")
         later, first = self._facts.mirrored()
-        labels = len(later) and not self._facts.sizes()[later[0], 1:].all()  # one answer, good here and bad there
+        labels = len(later) and not self._facts.sizes()[later[0], 1:].all()  # one answer with both labels
         self._add(
             "swapped",
             later,
@@ -318,12 +319,12 @@ class Linter:
 
 
 def same_words(one: str, other: str) -> bool:
-    """Whether two texts differ in case, spaces or punctuation alone."""
+    """Whether two texts differ only in case, spaces or punctuation."""
     return normal(one) == normal(other)
 
 
 def normal(text: str) -> str:
-    """Returns the letters and digits of a text, in lower case, words apart by one space."""
+    """Returns the lowercase words of a text, separated by one space, without punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -334,13 +335,13 @@ def check(
     strategy: Strategy | None = "dpo",
     format: Format | None = None,
 ) -> Report:
-    """Checks training files, against validation files where there are any.
+    """Checks training files, and compares them with validation files if given.
 
     Args:
         train: Path and name of each file.
-        validation: The same of held-out data. Its own rows are checked as well; findings of both are in one report.
-        strategy: What the rows are for; None takes any.
-        format: Of the rows; each row's own fields decide when None.
+        validation: The same for validation data. Its rows are checked too; the report has the findings of both.
+        strategy: Training strategy; None accepts any.
+        format: Row format; None detects it per row.
 
     Raises:
         DataError: A file cannot be read at all.
@@ -361,10 +362,10 @@ def read_files(
     against: NearIndex | None = None,
     index_prompts: bool = False,
 ) -> Linter:
-    """Reads files into one linter.
+    """Checks files with one linter.
 
     Args:
-        files: Path and name of each.
+        files: Path and name of each file.
         strategy, format, against: See `Linter`.
         index_prompts: See `Linter.read`.
 

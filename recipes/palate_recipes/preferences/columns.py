@@ -1,4 +1,4 @@
-"""Any table to rows: columns by name, through a prompt template. Knows raw rows, no file but the templates' own."""
+"""Reads any table by column names, with an optional prompt template. Knows raw rows, no files except templates."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from palate_recipes.preferences.row import Message, fault
 from palate_recipes.text import expand_path, load_yaml, show_path
 
 _LARGEST_YAML = 1 << 20
-"""Bytes: PyYAML reads 100 kB a second."""
+"""Size limit in bytes: PyYAML reads 100 kB per second."""
 
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt with places for a row's values.
+    """A prompt with placeholders for a row's values.
 
     Attributes:
-        name: To choose it by.
+        name: Name of the template.
         system: The system turn, without placeholders; empty for none.
-        user: The user turn; `{name}` is replaced by a value, `{{name}}` stands for `{name}` itself.
+        user: The user turn. `{name}` is replaced by a value; `{{name}}` is a literal `{name}`.
     """
 
     name: str
@@ -39,22 +39,22 @@ class PromptTemplate:
 
     @property
     def placeholders(self) -> list[str]:
-        """Names in `user`, in order, each once."""
+        """Unique placeholder names in `user`, in order."""
         return list(dict.fromkeys(match[2] for match in _PLACEHOLDER.finditer(self.user) if match[2]))
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """Returns the user turn with the values in their places; braces inside a value stay as they are."""
+        """Returns the user turn with the values filled in. Braces in values are not expanded."""
         return _PLACEHOLDER.sub(lambda match: f"{{{match[1]}}}" if match[1] else values[match[2]], self.user)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what.
+    """Maps columns of a table to prompt and answers.
 
     Attributes:
-        input_columns: Column by placeholder of the template; without a template one column, the prompt.
-        label_columns: For `chosen` (and `rejected`) a column, or several by key: the answer is then a JSON object of them.
-        template: Puts the inputs together; None takes the one input column as it is.
+        input_columns: Placeholder of the template -> column. Without a template: one column, the prompt.
+        label_columns: `chosen` (and `rejected`) -> column, or key -> column: then the answer is a JSON object.
+        template: Combines the input columns; None uses the single input column as the prompt.
     """
 
     input_columns: Mapping[str, str]
@@ -64,31 +64,31 @@ class Columns:
     def __post_init__(self) -> None:
         for name in self.label_columns:
             if name not in ("chosen", "rejected"):
-                raise DataError(f"label_columns has {name!r}: known are chosen and rejected")
+                raise DataError(f"label_columns has {name!r}: expected chosen and rejected")
         if "chosen" not in self.label_columns:
-            raise DataError("label_columns names no column for chosen: give chosen=COLUMN")
+            raise DataError("label_columns has no column for chosen: add chosen=COLUMN")
         if self.template is None and len(self.input_columns) != 1:
             raise DataError(
-                f"input_columns has {len(self.input_columns)} columns, and there is no prompt template that puts them together:"
+                f"input_columns has {len(self.input_columns)} columns but there is no prompt template to combine them:"
                 " give a template, or one column"
             )
         if self.template is not None:
             for name in self.template.placeholders:
                 if name not in self.input_columns:
                     raise DataError(
-                        f"the prompt template {self.template.name!r} has {{{name}}}, and input_columns gives it no column: add"
-                        f" {name}=COLUMN, or write {{{{{name}}}}} where braces are meant"
+                        f"the prompt template {self.template.name!r} has {{{name}}}, but input_columns has no column for it: add"
+                        f" {name}=COLUMN, or write {{{{{name}}}}} for literal braces"
                     )
             for name in self.input_columns:
                 if name not in self.template.placeholders:
                     raise DataError(
-                        f"input_columns has {name!r}, and the prompt template {self.template.name!r} has no {{{name}}}: it has"
+                        f"input_columns has {name!r}, but the prompt template {self.template.name!r} has no {{{name}}}: it has"
                         f" {', '.join(f'{{{one}}}' for one in self.template.placeholders) or 'no placeholder'}"
                     )
 
     def as_format(self) -> Format:
-        """Returns the format of the table's rows, for whatever takes one."""
-        return Format("columns", "columns that were named", self._read)
+        """Returns the table's row format."""
+        return Format("columns", "columns by name", self._read)
 
     def _read(self, row: Raw) -> Parts:
         values = {name: _value(row, column) for name, column in self.input_columns.items()}
@@ -133,7 +133,7 @@ def read_templates(path: str | Path) -> dict[str, PromptTemplate]:
         Templates by name, at least one.
 
     Raises:
-        DataError: The file cannot be read, or a template is not whole; says which.
+        DataError: The file cannot be read, or a template in it is incomplete.
     """
     path = Path(path)
     in_yaml = path.suffix.lower() in (".yaml", ".yml")
@@ -142,24 +142,24 @@ def read_templates(path: str | Path) -> dict[str, PromptTemplate]:
     for number, entry in enumerate(entries, start=1):
         template = _template(path, number, entry)
         if template.name in templates:
-            raise DataError(f"{path}: two templates are called {template.name!r}. Rename one of them.")
+            raise DataError(f"{path}: two templates are named {template.name!r}. Rename one of them.")
         templates[template.name] = template
     if not templates:
-        raise DataError(f"{path} has no template. Give it rows with `name`, `system` and `user`.")
+        raise DataError(f"{path} has no template. Add rows with `name`, `system` and `user`.")
     return templates
 
 
 def choose_template(path: str | Path, name: str | None) -> PromptTemplate:
-    """Returns the template of that name, or the only one.
+    """Returns the template with this name; None: the only one.
 
     Raises:
-        DataError: There is none of that name, or several and none was named.
+        DataError: No template has this name, or there are several and `name` is None.
     """
     templates = read_templates(path)
     if name is None and len(templates) == 1:
         return next(iter(templates.values()))
     if name not in templates:
-        asked = f"no template is called {name!r}" if name else "there are several templates"
+        asked = f"no template is named {name!r}" if name else "there are several templates"
         raise DataError(f"{path}: {asked}: choose one of {', '.join(templates)}")
     return templates[name]
 
@@ -170,15 +170,15 @@ def _from_yaml(path: Path) -> list[Any]:
             data = file.read(_LARGEST_YAML + 1)
         if len(data) > _LARGEST_YAML:
             raise DataError(
-                f"{path} has more than {_LARGEST_YAML:,} bytes, the limit for YAML: keep prompt templates alone in it, or write CSV"
+                f"{path} is larger than {_LARGEST_YAML:,} bytes, the limit for YAML: keep only prompt templates in it, or use CSV"
             )
         found = load_yaml(data.decode("utf-8"))
     except ImportError:
         raise DataError(
-            "prompt templates in YAML need PyYAML, not installed here: pip install 'palate[data]'"
+            "prompt templates in YAML need PyYAML, which is not installed: pip install 'palate[data]'"
         ) from None
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Check the path of the prompt templates.") from None
+        raise DataError(f"prompt template file {path} does not exist. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}. Check the file.") from None
     except DataError:
@@ -215,24 +215,24 @@ def format_for(
     prompt_template: str | Path | None = None,
     prompt_name: str | None = None,
 ) -> Format | None:
-    """Returns how rows are to be read: a format by name, columns by name, or None when each row's own fields decide.
+    """Returns the row format: by name, by columns, or None to detect it per row.
 
     Args:
-        name: Of a format.
+        name: Name of a format.
         input_columns, label_columns: See `Columns`.
         prompt_template: File with prompt templates.
-        prompt_name: Which of them, when there are several.
+        prompt_name: Name of the template, if there are several.
 
     Raises:
-        DataError: No such format or template, settings that contradict each other, columns that do not fit the template.
+        DataError: Unknown format or template, contradictory settings, or columns that do not match the template.
     """
     if input_columns is None and label_columns is None and prompt_template is None:
         return format_named(name) if name else None
     if name:
-        raise DataError(f"the format {name!r} and named columns both say how to read a row: give one of them")
+        raise DataError(f"the format {name!r} cannot be combined with named columns: give one of them")
     if not input_columns or not label_columns:
         raise DataError(
-            "named columns need both: input_columns={placeholder: column} and label_columns={'chosen': column, …}"
+            "named columns need both input_columns={placeholder: column} and label_columns={'chosen': column, …}"
         )
     template = choose_template(prompt_template, prompt_name) if prompt_template else None
     return Columns(input_columns, label_columns, template).as_format()

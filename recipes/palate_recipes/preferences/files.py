@@ -1,7 +1,7 @@
-"""Files to numbered raw rows: JSON arrays, JSON lines, CSV, Parquet and Arrow, plain or compressed. Knows no row format.
+"""Reads files to numbered raw rows: JSON arrays, JSON lines, CSV, Parquet and Arrow, plain or compressed. Knows no row format.
 
-Memory is bounded by a block and a row (`limits`), never by the file. What is wrong with one line does not hide the others: it
-comes as a `Fault` in its place; what makes the rest unreadable comes as the last one.
+Memory is bounded by a block and a row (see `limits`), not by the file. An invalid line does not hide the others: it is returned
+as a `Fault` in its place. An error that makes the rest unreadable is the last row.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
 Compression = Literal["", "gzip", "zstd"]
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-"""Names that folders and globs are searched for; each may end in .gz or .zst. What is in a file its content decides."""
+"""Suffixes of data files in folders and globs; each may be followed by .gz or .zst. The type is detected from the content."""
 
 _BLOCK = 1 << 20
 _DAMAGED = (OSError, EOFError, zlib.error)
 
 _FOREIGN = (
     (b"PK\x03\x04", "a ZIP archive or an Excel workbook", "Unpack it, or save the sheet as CSV"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the data it stands for", "Fetch it with `git lfs pull`"),
-    (b"<", "HTML or XML, perhaps a page that a server sent in place of the file", "Download the file itself"),
-    (b"BZh", "packed with bzip2", "Unpack it, or pack it with gzip or zstd"),
-    (b"\xfd7zXZ", "packed with xz", "Unpack it, or pack it with gzip or zstd"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data itself", "Fetch it with `git lfs pull`"),
+    (b"<", "HTML or XML, perhaps an error page of a server", "Download the file itself"),
+    (b"BZh", "compressed with bzip2", "Decompress it, or use gzip or zstd"),
+    (b"\xfd7zXZ", "compressed with xz", "Decompress it, or use gzip or zstd"),
     (b"%PDF", "a PDF", "Export the data as JSON lines or CSV"),
 )
-"""What other things begin with: each has a reason of its own to be there, and a remedy."""
+"""First bytes of common other file types, with description and remedy."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """A data file, known by its first bytes.
+    """A data file whose type was detected from its first bytes.
 
     Attributes:
-        path: Where it is.
-        kind: What it holds.
-        compression: What it is packed with, if it is.
-        byte_order_mark: Whether its text begins with one.
+        path: Path of the file.
+        kind: Type of the content.
+        compression: Compression; "" for none.
+        byte_order_mark: Whether the text begins with one.
     """
 
     path: Path
@@ -68,11 +68,11 @@ class Container:
 
     @property
     def unit(self) -> str:
-        """What its row numbers count: `line` of a JSON-lines file, `row` elsewhere."""
+        """Unit of row numbers: `line` for JSON lines, else `row`."""
         return "line" if self.kind == "jsonl" else "row"
 
     def raw_rows(self) -> Rows:
-        """Yields number and value of each row; the value is a `Fault` where there is none.
+        """Yields number and value of each row. The value is a `Fault` if the row cannot be read.
 
         Raises:
             DataError: The file cannot be read at all.
@@ -80,7 +80,7 @@ class Container:
         return chain.from_iterable(self.raw_blocks())
 
     def raw_blocks(self) -> Iterator[list[tuple[int, Any]]]:
-        """Yields the rows of `raw_rows` in lists, which are short where rows are large. Raises as it does."""
+        """Yields the rows of `raw_rows` in lists of bounded size. Raises as `raw_rows`."""
         try:
             yield from _READERS[self.kind](self)
         except _DAMAGED as error:
@@ -90,7 +90,7 @@ class Container:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """Opens its bytes, unpacked, from the first behind a byte-order mark."""
+        """Opens the uncompressed bytes, after a byte-order mark."""
         with _unpacked(self.path, self.compression) as stream:
             if self.byte_order_mark:
                 stream.read(len(codecs.BOM_UTF8))
@@ -98,17 +98,17 @@ class Container:
 
 
 def open_container(path: str | Path) -> Container:
-    """Looks at a file's first bytes.
+    """Detects a file's type from its first bytes.
 
     Raises:
-        DataError: There is no such file, it cannot be read, it is empty, or what it holds is not known.
+        DataError: The file does not exist, cannot be read, is empty, or has an unsupported type.
     """
     try:
         path = Path(expand_path(path))
     except ValueError as error:
         raise DataError(f"{show_path(path)} {error}.") from None
     if os.path.isdir(path):
-        raise DataError(f"{path} is a folder, not a preference file. Name the .json or .jsonl file inside it.")
+        raise DataError(f"{path} is a folder, not a preference file. Give the .json or .jsonl file in it.")
     compression: Compression = ""
     try:
         with path.open("rb") as file:
@@ -119,7 +119,7 @@ def open_container(path: str | Path) -> Container:
         with _unpacked(path, compression) as stream:
             start = stream.read(_BLOCK)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Check the path of the preference file.") from None
+        raise DataError(f"preference file {path} does not exist. Check the path.") from None
     except _DAMAGED as error:
         raise _cannot_be_read(path, compression, error) from None
     kind = _kind(path, start)
@@ -131,7 +131,7 @@ def _cannot_be_read(path: Path, compression: Compression, error: Exception) -> D
     if not compression or isinstance(error, PermissionError):
         return DataError(f"{path} cannot be read: {reason}. Check the file and its permissions.")
     return DataError(
-        f"{path} cannot be read: {reason}. The {compression} data is damaged or cut off: copy the file again."
+        f"{path} cannot be read: {reason}. The {compression} data is damaged or truncated: copy the file again."
     )
 
 
@@ -147,7 +147,7 @@ def _kind(path: Path, start: bytes) -> Kind:
             raise DataError(f"{path} is {what}. {remedy}.")
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if not text:
-        raise DataError(f"{path} is empty. Give it a JSON array of objects, or one JSON object a line.")
+        raise DataError(f"{path} is empty. Expected a JSON array of objects, or one JSON object per line.")
     if text.startswith(b"["):
         return "json"
     stem = path.name.lower().removesuffix(".gz").removesuffix(".zst")
@@ -194,7 +194,7 @@ def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
                 if not line.isspace():
                     block.append((number, parse_line(line, number, container.path)))
             held += size
-            if held > BLOCK_BYTES:  # `in_blocks` at the speed that files of millions of lines need
+            if held > BLOCK_BYTES:  # `in_blocks`, inlined for speed: files can have millions of lines
                 yield block
                 block, held = [], 0
         if block:
@@ -202,30 +202,30 @@ def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
 
 
 def parse_line(line: bytes, number: int, path: Path) -> Any:
-    """Returns what a line holds that the fast parser refuses, or the fault in it.
+    """Parses a line that the fast parser rejects. Returns its value, or the fault.
 
     Raises:
-        DataError: The whole file is one object, spread over lines.
+        DataError: The file is one object spread over several lines.
     """
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         return Fault("not-utf8", "", f"not UTF-8, byte 0x{line[error.start]:02x} at position {error.start + 1}")
     try:
-        return json.loads(text)  # takes NaN, and half a character: both are judged where they stand
+        return json.loads(text)  # accepts NaN and lone surrogates, which are checked later per field
     except (ValueError, RecursionError) as error:
         if number == 1 and _is_one_object(path):
             raise DataError(
-                f"{path} holds one JSON object, not a list of rows. Put the rows into a JSON array: [{{...}}, {{...}}]."
+                f"{path} is one JSON object, not a list of rows. Put the rows into a JSON array: [{{...}}, {{...}}]."
             ) from None
         if isinstance(error, RecursionError):
             return Fault("broken-json", "", f"broken JSON at line {number}: nested too deeply")
-        if not isinstance(error, json.JSONDecodeError):  # Python reads no whole number of more than 4300 digits
+        if not isinstance(error, json.JSONDecodeError):  # Python rejects integers with more than 4300 digits
             return Fault("broken-json", "", f"broken JSON at line {number}: a number with too many digits")
         what = f"broken JSON at line {number}, column {error.colno}: {plain(error.msg)}"
         hint = advice(error.msg, text[error.pos : error.pos + 8])
         if text.strip() in ("{", "[{"):
-            hint = "An object fills one line, or the objects stand in an array."
+            hint = "Write each object on one line, or put the objects into an array."
         return Fault("broken-json", "", f"{what}. {hint}" if hint else what)
 
 

@@ -1,6 +1,6 @@
-"""Guesses about text: what languages it is in, what looks like personal data. Knows words and patterns, no rows.
+"""Heuristics for text: its language, and patterns of personal data. Knows words and patterns, no rows.
 
-Guesses, on a sample: they are told as information, never as a fault.
+They run on a sample and are reported as information, never as errors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b
 
 
 def language(text: str) -> str:
-    """Returns the language that a text seems to be in, or an empty string when nothing tells."""
+    """Returns the likely language of a text, or "" if unknown."""
     if not text.isascii():
         letters = [ord(letter) for letter in text[:400] if letter.isalpha()]
         for name, first, last in _SCRIPTS:
@@ -65,7 +65,7 @@ def language(text: str) -> str:
 
 
 def personal_data(text: str) -> str:
-    """Returns what looks like personal data in a text, such as `an e-mail address`, or an empty string."""
+    """Returns the kind of personal data that a text seems to contain, such as `an e-mail address`, or ""."""
     if "@" in text and _EMAIL.search(text):
         return "an e-mail address"
     if "+" in text and _PHONE.search(text):
@@ -85,5 +85,5 @@ def _luhn(digits: str) -> bool:
 
 
 def _iban(text: str) -> bool:
-    """ISO 13616: the number that the letters stand for leaves 1 when divided by 97."""
+    """ISO 13616: the rearranged IBAN as a number must be 1 modulo 97."""
     return int("".join(str(int(letter, 36)) for letter in text[4:] + text[:4])) % 97 == 1

@@ -1,4 +1,4 @@
-"""A JSON array of any size, one value after the other. Knows text, no rows."""
+"""Streams the values of a JSON array of any size. Knows text, no rows."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _LARGEST_VALUE = 1 << 24
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 _ADVICE = (
-    ("Invalid control character", "", "A line break inside a text is written \\n."),
-    ("Invalid \\escape", "", "A backslash inside a text is written \\\\."),
-    ("Expecting", "'", "Texts take double quotes: Python's str() and print() write no JSON, json.dumps does."),
-    ("Expecting", ("None", "True", "False"), "JSON writes null, true and false."),
+    ("Invalid control character", "", "Write a line break inside a string as \\n."),
+    ("Invalid \\escape", "", "Write a backslash inside a string as \\\\."),
+    ("Expecting", "'", "Strings need double quotes: write JSON with json.dumps, not with Python's str() or print()."),
+    ("Expecting", ("None", "True", "False"), "Use null, true and false in JSON."),
     ("Expecting", ("//", "/*", "#"), "JSON has no comments: remove it."),
-    ("Expecting", ("“", "”", "„"), "Texts take straight double quotes."),
+    ("Expecting", ("“", "”", "„"), "Strings need straight double quotes."),
     ("Expecting property name", "}", "Remove the comma before the closing '}'."),
-    ("Extra data", ",", "Remove the comma behind it."),
-    ("", "\ufeff", "It is a byte-order mark, of a file that was joined to another: remove it."),
+    ("Extra data", ",", "Remove the comma after it."),
+    ("", "\ufeff", "This is a byte-order mark from a concatenated file: remove it."),
 )
 
 
 def plain(message: str) -> str:
-    """Returns a message of the JSON decoder without its last words, which only make sense before a place."""
+    """Returns a message of the JSON decoder without the trailing preposition."""
     return message.removesuffix(" at").removesuffix(" starting")
 
 
 def advice(message: str, found: str) -> str:
-    """Returns what to do about an error of the JSON decoder, by its message and the characters at its place; may be empty."""
+    """Returns a remedy for an error of the JSON decoder, by its message and the characters there, or ""."""
     for start, characters, remedy in _ADVICE:
         if message.startswith(start) and found.startswith(characters):
             return remedy
@@ -130,20 +130,20 @@ class JsonArray:
 
     def _check_length(self, end: int) -> None:
         if end - self.at > self._limit:
-            hint = "Where it should be shorter, a closing quote or bracket is missing. "
+            hint = "If it should be shorter, a closing quote or bracket is missing. "
             raise RowTooLarge(f"row {self.count + 1}, which begins at line {self.line_of(self.at)}", hint)
 
     def _more(self) -> bool:
-        """Reads on, dropping what is done; False, and nothing is dropped, at the end of the file."""
+        """Reads more text and drops what is parsed. At the end of the file it drops nothing and returns False."""
         if self._ended:
             return False
-        # What is read doubles: a long value is tried a few times only.
+        # Read sizes double, so that a long value is parsed again only a few times.
         held = len(self.text) - self.at
         block = self._stream.read(max(self._block, min(held, self._limit - held + 1)))
         bad = b""
         try:
             text = self._decode(block, final=not block)
-        except UnicodeDecodeError as error:  # what stands before it is read yet
+        except UnicodeDecodeError as error:  # parse the text before it first
             text, bad = error.object[: error.start].decode(), error.object[error.start : error.start + 1]
         self._ended = not block or bool(bad)
         if text or not self._ended:
@@ -162,7 +162,7 @@ class JsonArray:
         self.at = 0
 
     def _skip_space(self) -> str:
-        """Moves to the next character that is none, and returns it; empty at the end of the file."""
+        """Skips white space. Returns the next character, or "" at the end of the file."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches anywhere
             if self.at < len(self.text):
@@ -181,13 +181,13 @@ class JsonArray:
 
     def _remedy(self, message: str) -> str:
         if message.startswith("Extra data"):
-            return "Nothing may follow the closing ']': join the arrays into one."
+            return "Nothing may follow the closing ']': merge the arrays into one."
         if message.startswith("Illegal trailing comma"):
             return "Remove the comma before the closing ']'."
         if message.startswith("a number"):
-            return "No row needs such a number: write it as text, or remove it."
+            return "Write the number as a string, or remove it."
         while self._more():
             self.at = max(0, len(self.text) - _BLOCK)  # only the file's last characters matter
         if not self.text.rstrip().endswith("]"):
-            return "The closing ']' is missing: the file may have been cut off."
-        return "Look for a missing comma or quote, or a comma too many, just before that place."
+            return "The closing ']' is missing: the file may be truncated."
+        return "Look for a missing comma or quote, or an extra comma, just before that place."

@@ -1,7 +1,4 @@
-"""How large a row may be, and what a packed file may unpack to: memory stays bounded whatever a file holds.
-
-Knows sizes, no format.
-"""
+"""Size limits of rows and of compressed files, so that memory is bounded for any file. Knows sizes, no format."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ UNPACKED_VARIABLE = "PALATE_MAX_UNPACKED_MIB"
 
 MIB = 1 << 20
 _ROW_MIB = 8
-"""A row of a million tokens has about 4 MiB. Parsed, JSON takes up to 25 times its bytes (`[[],[],…`)."""
+"""Default limit of a row. A row of a million tokens has about 4 MiB. Parsed JSON takes up to 25 times its bytes (`[[],[],…`)."""
 BLOCK_BYTES = MIB // 4
-"""Of rows that are given at once; some hundred usual ones."""
+"""Size of a block of rows: some hundred rows of usual size."""
 
 _BLOCK_ROWS = 256
 _UNPACKED_MIB = 256
 _UNPACKED_RATIO = 100
-"""Text packs to a third or a tenth. Only a file of repetitions passes this."""
+"""Text compresses to between a third and a tenth. Only highly repetitive files exceed this ratio."""
 
 
 Rows = Iterator[tuple[int, Any]]
@@ -33,17 +30,17 @@ Rows = Iterator[tuple[int, Any]]
 
 
 class Meter:
-    """Counts the bytes of the rows that a reader has given.
+    """Counts the bytes that a reader has returned.
 
     Attributes:
-        held: Since the last block.
+        held: Bytes since the last block.
     """
 
     held = 0
 
 
 def in_blocks(rows: Rows, meter: Meter) -> Iterator[list[tuple[int, Any]]]:
-    """Yields rows in lists: some hundred small ones, few large ones, so that a list is no larger than the largest row by much."""
+    """Yields rows in lists of bounded size: hundreds of small rows, or few large ones."""
     block: list[tuple[int, Any]] = []
     for row in rows:
         block.append(row)
@@ -55,11 +52,11 @@ def in_blocks(rows: Rows, meter: Meter) -> Iterator[list[tuple[int, Any]]]:
 
 
 class RowTooLarge(Exception):
-    """A row is larger than the limit; whoever knows the file turns it into a DataError.
+    """A row is larger than the limit. The caller that knows the file converts it to a DataError.
 
     Args:
-        where: Such as `line 3`.
-        hint: What else it may be, a sentence.
+        where: Place, such as `line 3`.
+        hint: Another possible cause, one sentence.
     """
 
     def __init__(self, where: str, hint: str = "") -> None:
@@ -67,43 +64,43 @@ class RowTooLarge(Exception):
         self.where, self.hint = where, hint
 
     def of(self, path: Path) -> DataError:
-        """Returns the error for users."""
+        """Returns the DataError."""
         limit = row_limit() // MIB
         return DataError(
-            f"{path}, {self.where}: the row has more than {limit} MiB, the limit for one row. "
+            f"{path}, {self.where}: the row is larger than the limit of {limit} MiB. "
             f"{self.hint}Shorten or remove the row, or raise the limit: {ROW_VARIABLE}={4 * limit} in the environment."
         )
 
 
 def row_limit() -> int:
-    """Returns how many bytes a row may have; in text that is decoded already, characters.
+    """Returns the limit of a row in bytes (in characters for decoded text).
 
     Raises:
-        DataError: The variable that sets it is not a whole number from 1.
+        DataError: Its environment variable is not a positive whole number.
     """
     return (_setting(ROW_VARIABLE) or _ROW_MIB) * MIB
 
 
 def unpacked_limit(packed: int) -> int:
-    """Returns how many bytes a file may unpack to.
+    """Returns the limit of a file's uncompressed size in bytes.
 
     Args:
-        packed: Its own bytes.
+        packed: Compressed size in bytes.
 
     Raises:
-        DataError: The variable that sets it is not a whole number from 1.
+        DataError: Its environment variable is not a positive whole number.
     """
     mib = _setting(UNPACKED_VARIABLE)
     return mib * MIB if mib else max(_UNPACKED_MIB * MIB, _UNPACKED_RATIO * packed)
 
 
 def unpacks_too_far(path: Path, packed: int, met: int | None = None) -> DataError:
-    """Returns the error for a file that unpacks to more than `unpacked_limit`.
+    """Returns the error for a file whose uncompressed size exceeds `unpacked_limit`.
 
     Args:
-        path: Of the file.
-        packed: Its own bytes.
-        met: What it unpacks to, where that is known before.
+        path: The file.
+        packed: Compressed size in bytes.
+        met: Uncompressed size, if known in advance.
     """
     limit = unpacked_limit(packed)
     rule = (
@@ -119,11 +116,11 @@ def unpacks_too_far(path: Path, packed: int, met: int | None = None) -> DataErro
 
 
 class Unpacked(io.RawIOBase):
-    """The bytes of a packed file, up to the limit; reading beyond it raises DataError.
+    """The uncompressed bytes of a file. Reading beyond the limit raises DataError.
 
     Args:
-        stream: Unpacks; needs `readinto`.
-        path: Of the file.
+        stream: Decompressing stream with `readinto`.
+        path: The file.
     """
 
     def __init__(self, stream: Any, path: Path) -> None:
@@ -143,8 +140,8 @@ class Unpacked(io.RawIOBase):
 
 
 def _setting(name: str) -> int:
-    """The variable's value, 0 when it is not set."""
+    """The variable's value; 0 if it is not set."""
     text = os.environ.get(name, "").strip()
     if text and not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
-        raise DataError(f"{name}={text[:40]!r} must be a whole number from 1 to 99999999: mebibytes")
+        raise DataError(f"{name}={text[:40]!r}: expected a whole number of MiB from 1 to 99999999")
     return int(text or 0)

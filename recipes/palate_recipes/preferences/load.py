@@ -1,4 +1,4 @@
-"""A data file to rows, or every reason to refuse it. Knows containers and formats, no tokenizer and no model."""
+"""Reads a data file to rows, or reports all its errors. Knows containers and formats, no tokenizer and no model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from palate_recipes.preferences.formats import Format, detect, learned_turns, re
 from palate_recipes.preferences.row import BadRows, Fault, Row, RowFaults, Strategy
 
 ROWS_SHOWN = 5
-"""Wrong rows that one error spells out; the rest is counted."""
+"""Invalid rows that an error lists; the rest is counted."""
 
 UNREADABLE = ("broken-json", "not-utf8", "broken-table")
-"""Faults of the file, not of a row: nobody knows what else it has lost."""
+"""Errors of the file, not of a row: other rows may be lost too."""
 
 _REMEDIES = {
-    "dpo": "A row needs text in `prompt`, `chosen` and `rejected`, the last two different, or has the fields of another format that"
-    " docs/data.md lists. Correct or remove the rows, or leave them out with bad_rows=skip; for data without `rejected` set"
+    "dpo": "A row needs text in `prompt`, `chosen` and `rejected`, the last two different, or the fields of another format in"
+    " docs/data.md. Correct or remove the rows, or skip them with bad_rows=skip. For data without `rejected` set"
     " training_strategy=sft.",
     "sft": "A row needs text in `prompt` and `chosen`, in `instruction` and `output`, or `messages` that end with an answer."
-    " Correct or remove the rows, or leave them out with bad_rows=skip.",
+    " Correct or remove the rows, or skip them with bad_rows=skip.",
     "kto": "A row needs `prompt`, `completion` and `label` (true or false), or `messages` and `label`, or is a pair as for dpo, which"
-    " counts as a good and a bad answer. Correct or remove the rows, or leave them out with bad_rows=skip.",
+    " counts as a good and a bad answer. Correct or remove the rows, or skip them with bad_rows=skip.",
 }
 
 
@@ -36,27 +36,26 @@ def read_rows(
     on_skip: Callable[[int, str], None] = lambda number, problem: None,
     format: Format | None = None,
 ) -> list[Row]:
-    """Reads a data file, or refuses it with one error that covers all of its wrong rows.
+    """Reads a data file. Raises one error for all invalid rows.
 
     Args:
         path: JSON array, JSON lines, CSV, Parquet or Arrow, plain, .gz or .zst; text in UTF-8.
-        strategy: `dpo` needs two answers a row; `sft` one, a `rejected` is ignored, and of `messages` every assistant turn
-            becomes a row of its own, all with the number of the row they come from; `kto` one answer and its label, a pair
-            becomes two rows.
-        bad_rows: `refuse` ends with an error when a row is wrong, `skip` leaves wrong rows out. A file that is broken (JSON,
-            encoding, cells) is refused either way: nobody knows what else it has lost.
-        on_skip: Called with number and fault of each row that is left out: 3, "row 3: `rejected` is missing".
-        format: Of the rows; each row's own fields decide when None.
+        strategy: `dpo` needs two answers per row. `sft` needs one and ignores `rejected`; each assistant turn of `messages`
+            becomes a row with the same number. `kto` needs one answer and its label; a pair becomes two rows.
+        bad_rows: `refuse` raises if a row is invalid, `skip` skips invalid rows. A damaged file (JSON, encoding, cells) always
+            raises, because other rows may be lost.
+        on_skip: Called with number and error of each skipped row: 3, "row 3: `rejected` is missing".
+        format: Row format; None detects it per row.
 
     Returns:
         The rows in file order, at least one.
 
     Raises:
-        DataError: The file cannot be read, or rows in it are wrong (with `skip`: all of them); names file, row, field and
+        DataError: The file cannot be read, or has invalid rows (with `skip`: only invalid rows). Has file, row, field and
             remedy.
     """
     if strategy not in get_args(Strategy):
-        raise DataError(f"Unknown training strategy {strategy!r}: use one of {', '.join(get_args(Strategy))}.")
+        raise DataError(f"Unknown training strategy {strategy!r}: expected one of {', '.join(get_args(Strategy))}.")
     container = open_container(path)
     rows: list[Row] = []
     problems: dict[int, str] = {}
@@ -70,7 +69,7 @@ def read_rows(
             if first.code in UNREADABLE:
                 raise DataError(unreadable(container, number, first)) from None
             wrong += 1
-            if bad_rows == "skip" or wrong <= ROWS_SHOWN:  # a file of wrong rows alone must not fill the memory
+            if bad_rows == "skip" or wrong <= ROWS_SHOWN:  # bounds memory for a file with only invalid rows
                 problems[number] = f"{container.unit} {number}: {error}"
             continue
         if strategy == "kto":
@@ -89,48 +88,48 @@ def read_rows(
 
 
 def refusal(path: str | Path, first: Sequence[str], wrong: int, total: int, strategy: Strategy) -> str:
-    """Returns what to say of wrong rows.
+    """Returns the error message for invalid rows.
 
     Args:
-        path: Of the file.
-        first: The first of them, such as "row 3: `rejected` is missing".
-        wrong: How many there are.
+        path: The file.
+        first: The first errors, such as "row 3: `rejected` is missing".
+        wrong: Number of invalid rows.
         total: Rows in the file.
-        strategy: What they were read for.
+        strategy: Training strategy.
     """
     shown = [f"  {line}" for line in first[:ROWS_SHOWN]]
     if wrong > ROWS_SHOWN:
         shown.append(f"  and {wrong - ROWS_SHOWN} more")
     unit = first[0].split(" ", 1)[0]
-    count = f"{wrong} of {total} {unit}s {'is' if wrong == 1 else 'are'} wrong"
+    count = f"{wrong} of {total} {unit}s {'is' if wrong == 1 else 'are'} invalid"
     return f"{path}: {count} for training_strategy={strategy}.\n" + "\n".join(shown) + f"\n{_REMEDIES[strategy]}"
 
 
 def nothing_in(path: str | Path, strategy: Strategy) -> str:
-    """Returns what to say of a file without rows."""
-    return f"{path}: it is empty, no row is in it. {_REMEDIES[strategy]}"
+    """Returns the error message for a file without rows."""
+    return f"{path} is empty: it has no rows. {_REMEDIES[strategy]}"
 
 
 def unreadable(container: Container, number: int, fault: Fault) -> str:
-    """Returns what to say of a file that cannot be read from a certain row on."""
+    """Returns the error message for a file that cannot be read beyond a row."""
     where = "" if " line " in fault.what else f" {container.unit} {number},"
     remedy = {
         "broken-json": (
-            " The file is read as JSON lines since it does not start with '[': each line must be one whole object."
+            " The file is read as JSON lines because it does not start with '[': each line must be one complete object."
             if container.kind == "jsonl"
             else ""
         ),
         "not-utf8": " Save the file as UTF-8.",
-        "broken-table": " Quote cells that hold separators or line breaks.",
+        "broken-table": " Quote cells that contain separators or line breaks.",
     }[fault.code]
     text = fault.what if fault.what.endswith(".") else f"{fault.what}."
     return f"{container.path}:{where} {text}{remedy}"
 
 
 def describe_skipped(skipped: Mapping[int, str]) -> str:
-    """Returns one line for people on rows that were left out, by number and fault."""
+    """Returns a log line about skipped rows."""
     shown = "; ".join(list(skipped.values())[:ROWS_SHOWN])
     more = f"; and {len(skipped) - ROWS_SHOWN} more" if len(skipped) > ROWS_SHOWN else ""
     return (
-        f"{len(skipped)} wrong {'row is' if len(skipped) == 1 else 'rows are'} left out (bad_rows=skip): {shown}{more}"
+        f"{len(skipped)} invalid {'row is' if len(skipped) == 1 else 'rows are'} skipped (bad_rows=skip): {shown}{more}"
     )

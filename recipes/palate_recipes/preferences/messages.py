@@ -1,4 +1,4 @@
-"""Values of a row to messages and texts, in every common spelling, and the fields that no training reads. Knows no format."""
+"""Parses values of a row to messages and texts, in all common forms, and finds unused fields. Knows no format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""Names of roles in the formats that are read, and what they are called here."""
+"""Role names of all formats -> Palate's roles."""
 
 _KINDS = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
 _SHOWN = 40
@@ -32,12 +32,12 @@ _TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]*")
 
 
 def kind(value: Any) -> str:
-    """Returns what a value is, for people."""
+    """Describes the type of a value."""
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 def shown(value: Any) -> str:
-    """Returns a value, short enough for a message."""
+    """Returns a value, shortened for a message."""
     try:
         text = repr(value[:_SHOWN] if isinstance(value, str | bytes) else value)
     except RecursionError:
@@ -46,7 +46,7 @@ def shown(value: Any) -> str:
 
 
 def quoted(name: Any) -> str:
-    """Returns a field's name as messages show it: short, and without a character that no terminal takes."""
+    """Returns a field's name for a message: shortened, and without characters that cannot be printed."""
     text = str(name)
     if not text.isprintable():
         text = text.encode("unicode_escape").decode()
@@ -54,7 +54,7 @@ def quoted(name: Any) -> str:
 
 
 def are_encoded_turns(text: str) -> bool:
-    """Whether a text is a list of messages that somebody turned into text, by `json.dumps` or `str`."""
+    """Whether a text is a list of messages that was converted to text with `json.dumps` or `str`."""
     return text.startswith("[") and _ENCODED.match(text) is not None
 
 
@@ -62,7 +62,7 @@ def read_text(value: Any, field: str) -> str:
     """Returns a field's text.
 
     Raises:
-        RowFaults: It is no text, empty, or holds half of a character.
+        RowFaults: It is not text, is empty, or contains a lone surrogate.
     """
     if type(value) is not str:
         raise fault("not-text", field, f"`{field}` is {kind(value)}, not text")
@@ -73,17 +73,17 @@ def read_text(value: Any, field: str) -> str:
 
 
 def check_characters(text: str, field: str) -> None:
-    """Raises RowFaults when `text` holds a lone surrogate, which no tokenizer takes."""
+    """Raises RowFaults if `text` contains a lone surrogate, which tokenizers cannot encode."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             code = f"\\u{ord(text[error.start]):04x}"
-            raise fault("bad-text", field, f"`{field}` holds {code}, half of a character") from None
+            raise fault("bad-text", field, f"`{field}` contains {code}, a lone surrogate") from None
 
 
 def read_content(value: Any, field: str) -> str:
-    """Returns the text of a message: a string, or parts that each hold text (`{"type": "text", "text": …}`, `{"text": …}`)."""
+    """Returns the text of a message: a string, or parts with text (`{"type": "text", "text": …}`, `{"text": …}`)."""
     if isinstance(value, dict) and ("text" in value or "type" in value):
         value = [value]
     if not isinstance(value, list):
@@ -95,7 +95,7 @@ def read_content(value: Any, field: str) -> str:
             continue
         if not isinstance(part, dict):
             raise fault("not-text", field, f"`{field}[{index}]` is {kind(part)}, not a part with text")
-        sort = part.get("type") or "text"  # Parquet and Arrow give each part every field, null where there is none
+        sort = part.get("type") or "text"  # in Parquet and Arrow each part has all fields, and missing ones are null
         text = next((part[name] for name in ("text", "value", "content") if isinstance(part.get(name), str)), None)
         if sort not in ("text", "input_text", "output_text") or text is None:
             what = (
@@ -110,7 +110,7 @@ def read_message(value: Any, field: str) -> Message:
     """Returns one turn: `{role, content}` or `{from, value}`.
 
     Raises:
-        RowFaults: It is no such object, its role is not known, or it holds something other than text.
+        RowFaults: It is not such an object, its role is unknown, or its content is not text.
     """
     if not isinstance(value, dict):
         raise fault("not-text", field, f"`{field}` is {kind(value)}, not a message with role and content")
@@ -132,10 +132,10 @@ def read_message(value: Any, field: str) -> Message:
 
 
 def read_messages(value: Any, field: str) -> tuple[Message, ...]:
-    """Returns the turns of a list, at least one; an empty system turn at its begin is left out.
+    """Returns the turns of a list, at least one, without an empty system turn at the beginning.
 
     Raises:
-        RowFaults: It is no list of messages.
+        RowFaults: It is not a list of messages.
     """
     if not isinstance(value, list):
         raise fault("not-text", field, f"`{field}` is {kind(value)}, not a list of messages")
@@ -156,10 +156,10 @@ def _is_empty_system(value: Any) -> bool:
 
 
 def check_prompt(prompt: tuple[Message, ...], field: str) -> tuple[Message, ...]:
-    """Returns a conversation that an answer can follow.
+    """Returns a valid conversation before an answer.
 
     Raises:
-        RowFaults: A system turn that is not the first, two turns of one side in a row, or nothing asked at its end.
+        RowFaults: A system turn is not the first, turns do not alternate, or the last turn is not the user's.
     """
     turns = prompt[1:] if prompt and prompt[0].role == "system" else prompt
     if not turns:
@@ -171,7 +171,7 @@ def check_prompt(prompt: tuple[Message, ...], field: str) -> tuple[Message, ...]
             raise fault("turn-order", field, f"`{field}` has a system turn at position {index + 1}, not as the first")
         if role != "user" and index == len(prompt) - len(turns):
             who = "an assistant" if role == "assistant" else "a tool's"
-            raise fault("turn-order", field, f"`{field}` begins with {who} turn, not with the user's")
+            raise fault("turn-order", field, f"`{field}` begins with {who} turn, not with a user turn")
         if (role == before and role != "tool") or (role == "tool" and before == "user"):
             raise fault(
                 "turn-order", field, f"`{field}` has two turns in a row by {_who(before, role)}, position {index + 1}"
@@ -187,7 +187,7 @@ def _who(before: str, role: str) -> str:
 
 
 def read_prompt(value: Any, field: str) -> tuple[Message, ...]:
-    """Returns a prompt, not yet checked: a text is one user turn, a transcript (`\\n\\nHuman: …`) several."""
+    """Returns an unchecked prompt. A text is one user turn, a transcript (`\\n\\nHuman: …`) several turns."""
     if isinstance(value, list):
         return read_messages(value, field)
     text = read_text(value, field)
@@ -199,12 +199,12 @@ def read_prompt(value: Any, field: str) -> tuple[Message, ...]:
 
 
 def read_transcript(text: str, field: str, *, open_end: bool = False) -> tuple[Message, ...]:
-    """Returns the turns of an HH-RLHF transcript, empty when `text` is none.
+    """Returns the turns of an HH-RLHF transcript, or an empty result if `text` is not one.
 
     Args:
         text: `\\n\\nHuman: …\\n\\nAssistant: …` and so on.
-        field: For messages.
-        open_end: The last turn may be an assistant's without text: what follows is the answer.
+        field: Field name for error messages.
+        open_end: The last turn may be an empty assistant turn: the answer follows.
     """
     pieces = _TRANSCRIPT.split(text)
     if len(pieces) < 3 or pieces[0].strip():
@@ -223,7 +223,7 @@ def read_transcript(text: str, field: str, *, open_end: bool = False) -> tuple[M
 
 
 def read_answer(value: Any, field: str, prompt: tuple[Message, ...]) -> str:
-    """Returns an answer's text: a string, a message, or a list whose last turn it is and whose others repeat the prompt.
+    """Returns an answer's text from a string, a message, or a list of the prompt's turns and the answer.
 
     Raises:
         RowFaults: It is none of these.
@@ -253,15 +253,15 @@ def _names(value: dict[str, Any]) -> str:
 
 
 def gives_tools(row: dict[str, Any]) -> bool:
-    """Whether a row has tools, which many exports write as an empty list; OpenAI's preference format has them in `input`."""
+    """Whether a row has tools (not an empty list, as in many exports). OpenAI's preference format has them in `input`."""
     inner = row.get("input")
     return bool(row.get("tools") or row.get("functions") or (type(inner) is dict and inner.get("tools")))
 
 
 def weights(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns field and value, for people, of each turn whose `weight` would change something: any but 1.
+    """Returns field and description of each turn with a `weight` other than 1.
 
-    Source: OpenAI's fine-tuning files, in which an assistant's turn of weight 0 is not learned.
+    Source: OpenAI's fine-tuning files, where an assistant turn with weight 0 is not trained on.
     """
     inner = row.get("input")
     lists = [*row.items(), ("input.messages", inner.get("messages") if type(inner) is dict else None)]

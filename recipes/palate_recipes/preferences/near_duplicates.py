@@ -1,6 +1,6 @@
-"""Prompts that are the same, or nearly so. Knows rows, no file.
+"""Finds identical and nearly identical prompts. Knows rows, no file.
 
-Two prompts are nearly the same when they share four of five word triples (Jaccard similarity of 3-shingles, Broder 1997).
+Prompts are nearly identical if the Jaccard similarity of their word triples (3-shingles, Broder 1997) is 0.8 or more.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from palate_recipes.preferences.row import Row
 _SHINGLE = 3
 _NEAR = 0.8
 _FREQUENT = 1000
-"""A triple that so many prompts share tells nothing, and comparing them all would take for ever."""
+"""Triples are indexed for at most this many prompts: a frequent triple is no evidence, and its comparisons take too long."""
 
 _WORD = re.compile(r"\w+")
 
 
 class NearIndex:
-    """Prompts of one data set, to be searched with those of another."""
+    """Index of the prompts of one data set, to search with those of another."""
 
     def __init__(self) -> None:
         self._same: dict[int, int] = {}
@@ -33,7 +33,7 @@ class NearIndex:
         return bool(self._places)
 
     def add(self, row: Row, place: Location) -> None:
-        """Adds a row's prompt; `place` is what `find` returns for it."""
+        """Adds a row's prompt. `find` returns `place` for it."""
         words = prompt_words(row)
         index = len(self._places)
         shingles = _shingles(words)
@@ -46,9 +46,9 @@ class NearIndex:
                 found.append(index)
 
     def find(self, row: Row) -> tuple[bool, Location] | None:
-        """Returns whether a row's prompt is there word for word or nearly, and where; None when it is not.
+        """Returns (True if identical, False if similar) and the place of a matching prompt; None if there is none.
 
-        Case, spaces and punctuation do not count; the system turn does not either.
+        Ignores case, spaces, punctuation and the system turn.
         """
         words = prompt_words(row)
         same = self._same.get(hash(tuple(words)))
@@ -67,7 +67,7 @@ class NearIndex:
 
 
 def prompt_words(row: Row) -> list[str]:
-    """Returns the words of a row's conversation, in lower case; its texts when there is none, as in `?!`."""
+    """Returns the lowercase words of a row's conversation. If it has no words (`?!`), returns its texts."""
     turns = without_system(row.prompt)
     words = [word for turn in turns for word in _WORD.findall(turn.content.casefold())]
     return words or [turn.content for turn in turns]

@@ -1,4 +1,4 @@
-"""What preference data is checked for, as rows, and what a check found: counts, first places, text and JSON. Knows no file."""
+"""The rules for preference data, and reports of a check: counts, places, text and JSON. Knows no file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Level = Literal["error", "warning", "info"]
 
 
 class Rule(NamedTuple):
-    """One kind of finding.
+    """One rule.
 
     Attributes:
-        level: `error` stops a training, `warning` is printed, `info` is worth knowing.
-        meaning: What it is, for people.
-        remedy: What to do about it.
+        level: `error` stops training, `warning` is printed, `info` is informational.
+        meaning: Description.
+        remedy: How to fix it.
         fix: What `--fix` does with such a row: `drop` it, `clean` its text, or nothing.
     """
 
@@ -29,34 +29,37 @@ _CORRECT = "Correct or remove the row"
 
 RULES: dict[str, Rule] = {
     # The file.
-    "broken-json": Rule("error", "broken JSON", "Repair the place that is named", "drop"),
+    "broken-json": Rule("error", "broken JSON", "Repair it at the given place", "drop"),
     "not-utf8": Rule("error", "bytes that are not UTF-8", "Save the file as UTF-8", "drop"),
     "broken-table": Rule(
-        "error", "a row whose cells do not fit the header", "Quote cells that hold separators", "drop"
+        "error", "a row whose cells do not match the header", "Quote cells that contain separators", "drop"
     ),
-    "byte-order-mark": Rule("info", "the file begins with a byte-order mark", "Nothing: it is read over", "clean"),
-    "no-rows": Rule("error", "a file without rows", "Give it a JSON array of objects, or one JSON object a line"),
-    "mixed-formats": Rule("warning", "rows of several formats in one file", "Make them alike: `palate data convert`"),
+    "byte-order-mark": Rule("info", "the file begins with a byte-order mark", "Nothing: it is ignored", "clean"),
+    "no-rows": Rule("error", "a file without rows", "Write a JSON array of objects, or one JSON object per line"),
+    "mixed-formats": Rule("warning", "rows of several formats in one file", "Convert them with `palate data convert`"),
     # The shape of a row.
-    "not-an-object": Rule("error", "a row that is no object", f"{_CORRECT}: each is an object with fields", "drop"),
+    "not-an-object": Rule(
+        "error", "a row that is not an object", f"{_CORRECT}: it must be an object with fields", "drop"
+    ),
     "unknown-format": Rule("error", "fields that no known format has", "Rename the fields, or map columns", "drop"),
     "missing-field": Rule("error", "a field is missing", f"{_CORRECT}, or rename the field", "drop"),
     "empty-field": Rule("error", "a field is empty", _CORRECT, "drop"),
-    "not-text": Rule("error", "a field that should hold text", _CORRECT, "drop"),
-    "bad-text": Rule(
-        "error", "text that no tokenizer takes", "Remove the lone surrogate (half of a character)", "drop"
-    ),
+    "not-text": Rule("error", "a field that should be text", _CORRECT, "drop"),
+    "bad-text": Rule("error", "text that tokenizers cannot encode", "Remove the lone surrogate", "drop"),
     "not-text-content": Rule(
-        "error", "a turn with an image, audio or a tool call", f"{_CORRECT}: turns hold text", "drop"
+        "error", "a turn with an image, audio or a tool call", f"{_CORRECT}: turns must be text", "drop"
     ),
-    "bad-role": Rule("error", "a role that is not known", "Use system, user, assistant or tool", "drop"),
+    "bad-role": Rule("error", "an unknown role", "Use system, user, assistant or tool", "drop"),
     "turn-order": Rule(
-        "error", "turns in a wrong order", "At most one system turn, then user and assistant in turn", "drop"
+        "error",
+        "turns in the wrong order",
+        "At most one system turn, then alternating user and assistant turns",
+        "drop",
     ),
     "different-prompts": Rule(
-        "error", "answers to different conversations", "Give both answers the same turns before them", "drop"
+        "error", "answers to different conversations", "Use the same turns before both answers", "drop"
     ),
-    "bad-label": Rule("error", "a label that says neither good nor bad", "Use true or false", "drop"),
+    "bad-label": Rule("error", "an invalid label", "Use true or false", "drop"),
     "wrong-kind": Rule(
         "error", "a row that the training strategy cannot use", "Use another training_strategy, or another file", "drop"
     ),
@@ -64,79 +67,73 @@ RULES: dict[str, Rule] = {
     # The text of a row.
     "nearly-same-answers": Rule(
         "warning",
-        "chosen and rejected differ in case, spaces or punctuation alone",
-        "Check that this is what they shall teach",
+        "chosen and rejected differ only in case, spaces or punctuation",
+        "Check that the model should learn this difference",
     ),
     "template-residue": Rule(
-        "warning", "a chat template's own marks in the text", "Remove them: the template puts its own", "clean"
+        "warning", "special tokens of a chat template in the text", "Remove them: the template adds its own", "clean"
     ),
     "damaged-text": Rule(
-        "warning", "the replacement character U+FFFD: text was read in a wrong encoding", "Export it anew"
+        "warning", "the replacement character U+FFFD: text was decoded with the wrong encoding", "Export it again"
     ),
-    "unread-tools": Rule(
-        "warning", "tools are given, and not trained on", "Remove them, or keep in mind that they are left out"
-    ),
+    "unread-tools": Rule("warning", "tools, which training ignores", "Remove them, or accept that they are ignored"),
     "unread-weight": Rule(
         "warning",
-        "a turn with a weight, which is not read: every answer counts alike",
-        "Leave out what shall not be learned",
+        "a turn with a weight, which is ignored: all answers have the same weight",
+        "Remove turns that should not be trained on",
     ),
-    "unread-fields": Rule("info", "fields that are not read", "Nothing"),
+    "unread-fields": Rule("info", "fields that are ignored", "Nothing"),
     # The file as a whole.
-    "duplicate": Rule(
-        "warning", "a pair that is there already", "Remove it, or set its weight on purpose by repeating it", "drop"
-    ),
+    "duplicate": Rule("warning", "a duplicate pair", "Remove it, unless the repetition is meant as a weight", "drop"),
     "swapped": Rule(
         "warning",
-        "the same prompt with the answers swapped, or an answer called good and bad",
+        "the same prompt with swapped answers, or an answer with both labels",
         "Decide which is better: the two rows cancel out",
     ),
-    "leakage": Rule(
-        "warning", "a validation prompt that is in the training data", "`palate data split` keeps them apart"
-    ),
+    "leakage": Rule("warning", "a validation prompt that is in the training data", "Split with `palate data split`"),
     "near-leakage": Rule(
-        "warning", "a validation prompt that is nearly in the training data", "`palate data split` keeps them apart"
+        "warning", "a validation prompt that is similar to one in the training data", "Split with `palate data split`"
     ),
     "length-bias": Rule(
         "warning",
-        "length alone tells which answer is chosen",
-        "Balance the lengths, or use loss_type with ld_alpha or sft mixed in",
+        "length alone predicts which answer is chosen",
+        "Balance the lengths, or set ld_alpha, or add sft to loss_type",
     ),
-    "outlier": Rule("info", "a row far longer than the others", "Check that it is no accident"),
+    "outlier": Rule("info", "a row far longer than the others", "Check that it is intended"),
     "few-rows": Rule("info", "fewer rows than DPO usually needs", "100 to 100,000 pairs are the usual range"),
     "many-rows": Rule(
-        "info", "more rows than DPO usually needs", "100 to 100,000 pairs are the usual range: a good part may do"
+        "info", "more rows than DPO usually needs", "100 to 100,000 pairs are the usual range: a subset may suffice"
     ),
-    "personal-data": Rule("info", "what looks like personal data", "Check that it may be trained on"),
-    "language": Rule("info", "the languages that the text seems to be in", "Check that the base model speaks them"),
+    "personal-data": Rule("info", "possible personal data", "Check that training on it is permitted"),
+    "language": Rule("info", "the likely languages of the text", "Check that the base model supports them"),
     # With a tokenizer.
     "no-room": Rule(
-        "warning", "the prompt alone fills seq_length", "Raise seq_length, or shorten the prompt: the row is left out"
+        "warning", "the prompt alone fills seq_length", "Raise seq_length, or shorten the prompt: the row is dropped"
     ),
     "same-after-cut": Rule(
-        "warning", "chosen and rejected are the same once cut", "Raise seq_length: the row is left out"
+        "warning", "chosen and rejected are the same when truncated", "Raise seq_length: the row is dropped"
     ),
-    "same-tokens": Rule("warning", "chosen and rejected are the same tokens once rendered", "The row is left out"),
-    "cut": Rule("warning", "the end of an answer is cut off", "Raise seq_length"),
+    "same-tokens": Rule("warning", "chosen and rejected have the same tokens", "The row is dropped"),
+    "cut": Rule("warning", "the end of an answer is truncated", "Raise seq_length"),
 }
-"""Every rule by its code."""
+"""All rules by code."""
 
 
 PLACES_SHOWN = 5
-"""Places that a finding names; the rest is counted."""
+"""Places listed per finding; the rest is counted."""
 
 _MARKS: dict[Level, str] = {"error": "error", "warning": "warning", "info": "note"}
 
 
 class Location(NamedTuple):
-    """Where something was found.
+    """Place of a finding.
 
     Attributes:
-        file: Name of the file, as it was given.
-        row: Number of the row, or 0 when it is the file as a whole.
-        unit: What the number counts: `line` or `row`.
+        file: Name of the file as given.
+        row: Number of the row; 0 for the whole file.
+        unit: Unit of the number: `line` or `row`.
         field: Field in the row; may be empty.
-        what: What is there.
+        what: Description.
     """
 
     file: str
@@ -153,12 +150,12 @@ class Location(NamedTuple):
 
 @dataclass
 class Finding:
-    """One rule's findings.
+    """The findings of one rule.
 
     Attributes:
-        code: The rule, a key of RULES.
-        count: How often.
-        places: The first of them.
+        code: Rule, a key of RULES.
+        count: Number of findings.
+        places: The first places.
     """
 
     code: str
@@ -171,7 +168,7 @@ class Finding:
             self.places.append(place)
 
     def lines(self) -> list[str]:
-        """For people: what, how often, what to do, then the first places."""
+        """Text: description, count, remedy, then the first places."""
         rule = RULES[self.code]
         if not any(place.row for place in self.places):
             return [f"{_MARKS[rule.level]}[{self.code}]: {place}. {rule.remedy}." for place in self.places]
@@ -185,18 +182,18 @@ class Finding:
 
 @dataclass
 class Report:
-    """What a check found in one or more files.
+    """The result of checking one or more files.
 
     Attributes:
-        files: Their names.
-        strategy: What they were read for.
-        rows: Rows read.
-        usable: Rows that can be trained on.
-        formats: Rows by the name of their format.
-        findings: By code, in the order in which the rules stand.
+        files: Names of the files.
+        strategy: Training strategy.
+        rows: Number of rows read.
+        usable: Number of rows that training can use.
+        formats: Number of rows by format.
+        findings: Findings by code.
         lengths: Percentiles by part: `prompt`, `chosen`, `rejected` in characters; with a tokenizer `tokens` in tokens.
         histograms: Rows by length, in equal steps from 0 to the 99th percentile, by part.
-        longer_wins: Share of pairs whose longer answer is the chosen one, among pairs of unequal length; None without pairs.
+        longer_wins: Share of pairs whose chosen answer is the longer one, among pairs of unequal length; None without pairs.
     """
 
     files: list[str]
@@ -210,14 +207,14 @@ class Report:
     longer_wins: float | None = None
 
     def add(self, code: str, place: Location) -> None:
-        """Counts one place; keeps the first few."""
+        """Adds a finding. Keeps only the first places."""
         found = self.findings.get(code)
         if found is None:
             found = self.findings[code] = Finding(code)
         found.add(place)
 
     def take(self, part: Report) -> None:
-        """Adds what was found in a further part of the same data; the statistics of the whole are made afterwards."""
+        """Adds the report of another part of the same data, without statistics."""
         for code, found in part.findings.items():
             for place in found.places:
                 self.add(code, place)
@@ -228,7 +225,7 @@ class Report:
         self.usable += part.usable
 
     def join(self, validation: Report) -> None:
-        """Adds what was found in held-out data; what is said of a file as a whole is said of the training data alone."""
+        """Adds the report of validation data, except findings about files as a whole."""
         for code, found in validation.findings.items():
             for place in found.places:
                 if place.row:
@@ -240,35 +237,33 @@ class Report:
         self.usable += validation.usable
 
     def count(self, level: Level) -> int:
-        """How many places there are of a level."""
+        """Number of findings of a level."""
         return sum(found.count for code, found in self.findings.items() if RULES[code].level == level)
 
     def of(self, *levels: Level) -> list[Finding]:
-        """Findings of some levels, errors first."""
+        """Findings of the given levels, in order of level and rule."""
         order = list(RULES)
         found = [one for code, one in self.findings.items() if RULES[code].level in levels]
         return sorted(found, key=lambda one: (levels.index(RULES[one.code].level), order.index(one.code)))
 
     def lines(self, levels: Iterable[Level] = ("error", "warning", "info")) -> list[str]:
-        """The report for people, a summary last."""
+        """The report as text, ending with a summary."""
         lines = [line for found in self.of(*levels) for line in found.lines()]
         if tokens := self.lengths.get("tokens"):
             lines.append(
-                "tokens: {p50:,} in the middle, {p95:,} at 95%, {max:,} at most: seq_length={max} keeps all".format(
-                    **tokens
-                )
+                "tokens: median {p50:,}, 95% {p95:,}, maximum {max:,}: seq_length={max} keeps all".format(**tokens)
             )
         shapes = ", ".join(
             f"{name}" if len(self.formats) == 1 else f"{name} {count:,}" for name, count in self.formats.items()
         )
         lines.append(
-            f"{self.usable:,} of {self.rows:,} rows can be trained on ({self.strategy}{f', format {shapes}' if shapes else ''}):"
+            f"{self.usable:,} of {self.rows:,} rows are usable ({self.strategy}{f', format {shapes}' if shapes else ''}):"
             f" {_many(self.count('error'), 'error')}, {_many(self.count('warning'), 'warning')}"
         )
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The same for programs."""
+        """The report as JSON."""
         return {
             "files": self.files,
             "strategy": self.strategy,

@@ -1,11 +1,11 @@
-"""One row of training data, whatever file it came from, and what can be wrong with one. Knows no file and no format."""
+"""One row of training data, independent of its file, and its faults. Knows no file and no format."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 Strategy = Literal["dpo", "sft", "kto"]
-"""What rows are read for: `dpo` needs both answers, `sft` the chosen one, `kto` one answer and whether it is good."""
+"""Training strategy of the rows: `dpo` needs both answers, `sft` the chosen one, `kto` one answer and its label."""
 
 BadRows = Literal["refuse", "skip"]
 
@@ -26,10 +26,11 @@ class Row(NamedTuple):
     """One row: a conversation, and one or two answers to it.
 
     Attributes:
-        number: 1-based: the position in an array or a table, the line of a JSON-lines file.
-        prompt: The conversation up to the answers: perhaps a system turn, then user and assistant in turn, a user turn last.
-        chosen: The answer to learn; None in an unpaired row whose label is false.
-        rejected: The answer to move away from; None in rows for SFT and in unpaired rows whose label is true.
+        number: 1-based position in an array or table, or line of a JSON-lines file.
+        prompt: The conversation before the answers: an optional system turn, then alternating user and assistant turns, ending
+            with a user turn.
+        chosen: The preferred answer; None in an unpaired row with label false.
+        rejected: The other answer; None in rows for SFT and in unpaired rows with label true.
     """
 
     number: int
@@ -39,22 +40,22 @@ class Row(NamedTuple):
 
     @property
     def text(self) -> str | None:
-        """The prompt as plain text when it is one user turn, else None."""
+        """The prompt as plain text if it is a single user turn, else None."""
         return self.prompt[0].content if len(self.prompt) == 1 else None
 
 
 def plain_row(prompt: str, chosen: str | None, rejected: str | None = None, number: int = 1) -> Row:
-    """Returns a row whose prompt is one user turn."""
+    """Returns a row with a single user turn as prompt."""
     return Row(number, (Message("user", prompt),), chosen, rejected)
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong in a row.
+    """One error in a row.
 
     Attributes:
-        code: Its rule, see `palate_recipes.preferences.report`.
-        field: Where in the row, such as `chosen` or `messages[2]`; empty when it is the row itself.
-        what: What is wrong, with the value.
+        code: Rule of `palate_recipes.preferences.report`.
+        field: Field, such as `chosen` or `messages[2]`; empty for the row itself.
+        what: Description with the value.
     """
 
     code: str
@@ -63,7 +64,7 @@ class Fault(NamedTuple):
 
 
 class RowFaults(Exception):
-    """Why a row cannot be used; collected by whoever reads the file, never shown alone."""
+    """The row cannot be used. Readers of files collect these; users never see one alone."""
 
     def __init__(self, *faults: Fault) -> None:
         super().__init__("; ".join(fault.what for fault in faults))

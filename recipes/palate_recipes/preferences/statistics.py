@@ -1,6 +1,6 @@
-"""What rows leave behind once they have streamed by, and what that tells of all of them together. Knows numbers, no rule.
+"""Compact facts about streamed rows, and statistics over all of them. Knows numbers, no rule.
 
-36 bytes a row: its number, a hash of the pair, a hash of the pair with its answers swapped, and the characters of its three texts.
+36 bytes per row: its number, a hash of the pair, a hash of the pair with swapped answers, and the lengths of its three texts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ HISTOGRAM_STEPS = 24
 
 
 class Facts:
-    """The rows of one or more files, in the order in which they came."""
+    """Facts about the rows of one or more files, in order."""
 
     def __init__(self) -> None:
         self._hashes = array("q")  # (rows, 3): number, hash of the pair, hash of the pair with its answers swapped
@@ -25,7 +25,7 @@ class Facts:
         return len(self._sizes) // 3
 
     def keep(self, number: int, asked: str, chosen: str, rejected: str) -> None:
-        """Takes one row; an answer that it lacks is empty."""
+        """Adds a row. A missing answer is empty."""
         keep = self._keep_hash
         keep(number)
         keep(hash((asked, chosen, rejected)))
@@ -38,7 +38,7 @@ class Facts:
     def keep_all(
         self, numbers: Sequence[int], asked: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]
     ) -> None:
-        """Takes many rows: the same in a third of the time."""
+        """Adds many rows, in a third of the time of `keep`."""
         pairs = map(hash, zip(asked, chosen, rejected, strict=True))
         swapped = map(hash, zip(asked, rejected, chosen, strict=True))
         self._hashes.extend(chain.from_iterable(zip(numbers, pairs, swapped, strict=True)))
@@ -46,7 +46,7 @@ class Facts:
         self._sizes.extend(chain.from_iterable(sizes))
 
     def number(self, index: int) -> int:
-        """The number that a row has in its file."""
+        """The number of a row in its file."""
         return self._hashes[3 * index]
 
     def sizes(self) -> Any:
@@ -56,7 +56,7 @@ class Facts:
         return np.frombuffer(self._sizes, dtype=np.uint32).reshape(-1, 3)
 
     def repeats(self) -> tuple[Any, Any]:
-        """Rows that are there already: their indexes in order, and of each the first that is the same."""
+        """Duplicate rows: their indexes in order, and the index of the first equal row for each."""
         import numpy as np
 
         pairs, _ = self._columns()
@@ -66,7 +66,7 @@ class Facts:
         return later, order[np.searchsorted(ordered, pairs[later])]
 
     def mirrored(self) -> tuple[Any, Any]:
-        """Rows whose answers stand the other way round in an earlier row: their indexes in order, and of each that row's."""
+        """Rows that repeat an earlier row with swapped answers: their indexes in order, and the earlier row's for each."""
         import numpy as np
 
         pairs, swapped = self._columns()
@@ -86,7 +86,7 @@ class Facts:
 
 
 def percentiles(lengths: Any) -> dict[str, int]:
-    """Returns mean, 50th, 95th and 99th percentile and maximum of an array of lengths."""
+    """Returns mean, percentiles 50, 95 and 99, and maximum of an array of lengths."""
     import numpy as np
 
     p50, p95, p99 = np.percentile(lengths, (50, 95, 99))
@@ -100,7 +100,7 @@ def percentiles(lengths: Any) -> dict[str, int]:
 
 
 def histogram(lengths: Any) -> list[int]:
-    """Returns how many lengths are in each of HISTOGRAM_STEPS equal steps from 0 to the 99th percentile."""
+    """Returns a histogram of lengths in HISTOGRAM_STEPS equal steps from 0 to the 99th percentile."""
     import numpy as np
 
     top = max(1, int(np.percentile(lengths, 99)))

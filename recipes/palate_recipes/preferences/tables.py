@@ -1,6 +1,7 @@
-"""Tables to numbered raw rows: CSV, Parquet, Arrow, and bounds on what they may unpack to. Knows no row format.
+"""Reads tables to numbered raw rows: CSV, Parquet, Arrow, with limits of the uncompressed size. Knows no row format.
 
-Both pack their columns inside the file, and repeat values by reference: a file of a kilobyte can hold gigabytes.
+Parquet and Arrow compress columns inside the file and repeat values by reference, so a file of a kilobyte can expand to
+gigabytes.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _ROWS_A_BATCH = 512
 
 _MESSAGE = frozenset(("role", "from", "messages"))
 _LISTS = frozenset(("messages", "conversations", "history", "system", "tools"))
-"""Columns whose cells may hold lists of something other than messages."""
+"""Columns whose cells may be lists."""
 _PYTHON = re.compile(r"""\[?\s*\{\s*'(?:role|from|content|value|messages)'\s*:""")
 csv.field_size_limit(1 << 30)
 
 
 class Opened(Protocol):
-    """What a reader here needs of `files.Container`."""
+    """The part of `files.Container` that readers need."""
 
     @property
     def path(self) -> Path: ...
@@ -53,12 +54,12 @@ class Opened(Protocol):
 
 
 def pyarrow() -> Any:
-    """Returns the module, or says what to install."""
+    """Imports pyarrow. Raises with the install command if it is missing."""
     try:
         return import_module("pyarrow")
     except ImportError:
         raise DataError(
-            "Parquet, Arrow and .zst files need pyarrow, not installed here: pip install 'palate[data]'"
+            "Parquet, Arrow and .zst files need pyarrow, which is not installed: pip install 'palate[data]'"
         ) from None
 
 
@@ -74,7 +75,7 @@ def _csv_rows(container: Opened, meter: Meter) -> Rows:
                 line_number += 1
                 taken += len(line)
                 if taken > limit:
-                    hint = "Where it should be shorter, a closing quote is missing. "
+                    hint = "If it should be shorter, a closing quote is missing. "
                     raise RowTooLarge(f"line {line_number}", hint)
                 yield line
 
@@ -93,7 +94,7 @@ def _csv_rows(container: Opened, meter: Meter) -> Rows:
                     continue
                 number += 1
                 if len(cells) != len(header):
-                    what = f"{len(cells)} cells at line {reader.line_num}, the header has {len(header)}"
+                    what = f"{len(cells)} cells at line {reader.line_num}, but the header has {len(header)}"
                     yield number, Fault("broken-table", "", what)
                 else:
                     yield number, _row(header, cells)
@@ -107,7 +108,7 @@ def _csv_rows(container: Opened, meter: Meter) -> Rows:
 
 
 def _bad_byte(container: Opened) -> Fault:
-    """The reader of text knows no line: the file is looked through again."""
+    """Reads the file again to find the line of the error, because a text reader does not know it."""
     with container.open() as stream:
         for number, line in enumerate(iter(partial(stream.readline, row_limit() + 1), b""), start=1):
             try:
@@ -121,14 +122,16 @@ def _check_header(path: Path, header: list[str]) -> None:
     seen: set[str] = set()
     for column, name in enumerate(header, start=1):
         if not name:
-            raise DataError(f"{path}: column {column} has no name. The first row of a table names its columns.")
+            raise DataError(
+                f"{path}: column {column} has no name. The first row of a table must have the column names."
+            )
         if name in seen:
-            raise DataError(f"{path}: two columns are called {name!r}. Rename one of them.")
+            raise DataError(f"{path}: two columns are named {name!r}. Rename one of them.")
         seen.add(name)
 
 
 def _row(header: list[str], cells: list[str]) -> Any:
-    """The cells by name; conversations among them are JSON, any other cell is text, even one that JSON would take."""
+    """Returns the cells by name. Only conversations are parsed as JSON; other cells stay text, even if they are valid JSON."""
     row: dict[str, Any] = {}
     for name, text in zip(header, cells, strict=True):
         row[name] = text
@@ -137,7 +140,7 @@ def _row(header: list[str], cells: list[str]) -> Any:
                 value = orjson.loads(text)
             except ValueError:
                 if _PYTHON.match(text):
-                    what = f"`{name}` holds a list as Python prints it, not as JSON: write such cells with json.dumps"
+                    what = f"`{name}` is a Python list, not JSON: write such cells with json.dumps"
                     return Fault("not-text", name, what)
                 continue
             if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
@@ -156,7 +159,7 @@ def _holds_messages(value: Any) -> bool:
 
 def _parquet_rows(container: Opened, meter: Meter) -> Rows:
     def batches(path: Path) -> Iterator[Any]:
-        # A buffer: without one a column of a whole row group is held at once.
+        # Without a buffer size, pyarrow reads the column of a whole row group at once.
         with import_module("pyarrow.parquet").ParquetFile(path, buffer_size=_BLOCK) as file:
             rows = check_pages(path, file.metadata, container.path)
             yield from file.iter_batches(batch_size=min(rows, _ROWS_A_BATCH))
@@ -193,7 +196,7 @@ def _arrow_values(container: Opened, batches: Any, meter: Meter) -> Rows:
         left = unpacked_limit(packed)
         try:
             for batch in batches(path):
-                batch.validate(full=True)  # a damaged file must not be followed out of memory's bounds
+                batch.validate(full=True)  # offsets in a damaged file could point out of bounds
                 left -= weight(batch)
                 if left < 0:
                     raise unpacks_too_far(container.path, packed)
@@ -205,14 +208,14 @@ def _arrow_values(container: Opened, batches: Any, meter: Meter) -> Rows:
             raise
         except (arrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(
-                f"{container.path}: the {container.kind} data is damaged{f' behind row {number}' if number else ''}:"
-                f" {str(error).rstrip('.')}. Export it anew."
+                f"{container.path}: the {container.kind} data is damaged{f' after row {number}' if number else ''}:"
+                f" {str(error).rstrip('.')}. Export it again."
             ) from None
 
 
 @contextmanager
 def _as_file(container: Opened) -> Iterator[Path]:
-    """These two are read from several places at once, which a packed file does not allow: it is unpacked beside."""
+    """Yields an uncompressed file. Parquet and Arrow need random access, so a compressed file is decompressed to a temporary one."""
     if not container.compression:
         yield container.path
         return
@@ -228,13 +231,13 @@ TABLES: dict[str, Callable[[Opened, Meter], Rows]] = {
     "parquet": _parquet_rows,
     "arrow": _arrow_rows,
 }
-"""The reader of each kind of table."""
+"""Reader by kind of table."""
 
 
 _BATCH_BYTES = 1 << 26
-"""What the rows that are decoded at once may have."""
+"""Limit of the rows that are decoded at once."""
 _EACH = 8
-"""Bytes that count for a value beside its text: a list of nulls has no bytes in Arrow, and eight a value in Python."""
+"""Bytes counted per value in addition to its text: in a list of nulls a value has no bytes in Arrow, but eight in Python."""
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 
 
@@ -242,12 +245,12 @@ def check_pages(path: Path, metadata: Any, shown: Path) -> int:
     """Returns how many rows of a Parquet file may be decoded at once.
 
     Args:
-        path: Where the file lies.
+        path: Path of the file.
         metadata: Its `pyarrow.parquet.FileMetaData`.
-        shown: Its name in messages.
+        shown: Name of the file in messages.
 
     Raises:
-        DataError: It says that it unpacks to more than the limit.
+        DataError: Its declared uncompressed size exceeds the limit.
     """
     packed, unpacked, largest = path.stat().st_size, 0, 1
     with path.open("rb") as file:
@@ -265,8 +268,8 @@ def check_pages(path: Path, metadata: Any, shown: Path) -> int:
 
 
 def _largest_repeated(file: Any, column: Any) -> int:
-    """Bytes that a value of this column has at most, where the file holds it once and rows repeat it."""
-    if "DELTA_BYTE_ARRAY" in column.encodings:  # a value repeats the beginning of the one before
+    """Maximum bytes of a value that the file stores once and rows repeat."""
+    if "DELTA_BYTE_ARRAY" in column.encodings:  # a value can repeat the prefix of the previous one
         return int(column.total_uncompressed_size)
     if not column.has_dictionary_page or column.dictionary_page_offset is None:
         return 0
@@ -288,12 +291,12 @@ def _largest_repeated(file: Any, column: Any) -> int:
 
 
 def check_messages(file: Any, start: int, shown: Path) -> None:
-    """Raises DataError when the buffers of an Arrow file say that they unpack to more than the limit.
+    """Raises DataError if the declared uncompressed size of an Arrow file's buffers exceeds the limit.
 
     Args:
         file: `pyarrow.NativeFile`, not read into memory.
-        start: Where its stream of messages begins.
-        shown: Its name in messages.
+        start: Offset of its first message.
+        shown: Name of the file in messages.
     """
     reader = import_module("pyarrow.ipc").MessageReader.open_stream
     packed, unpacked = file.size(), 0
@@ -310,21 +313,19 @@ def check_messages(file: Any, start: int, shown: Path) -> None:
                 if length >= 8 and offset + 8 <= len(body):
                     unpacked += max(0, struct.unpack_from("<q", body, offset)[0])
         except (struct.error, IndexError):
-            raise DataError(
-                f"{shown}: the arrow data is damaged: a message without its frame. Export it anew."
-            ) from None
+            raise DataError(f"{shown}: the arrow data is damaged: a message has no frame. Export it again.") from None
         if unpacked > unpacked_limit(packed):
             raise unpacks_too_far(shown, packed, unpacked)
 
 
 def _packed_buffers(metadata: bytes) -> list[tuple[int, int]]:
-    """Offset and length of the compressed buffers that a message names; each begins with its unpacked size.
+    """Offset and length of a message's compressed buffers. Each begins with its uncompressed size.
 
     Source: Message.fbs and the FlatBuffers layout, https://arrow.apache.org/docs/format/Columnar.html
     """
 
     def field(table: int, index: int) -> int:
-        """Place of a table's field, 0 where it has its default."""
+        """Offset of a table's field; 0 if it has its default."""
         vtable = table - struct.unpack_from("<i", metadata, table)[0]
         if 4 + 2 * index >= struct.unpack_from("<H", metadata, vtable)[0]:
             return 0
@@ -350,24 +351,24 @@ def _packed_buffers(metadata: bytes) -> list[tuple[int, int]]:
 
 
 def weight(batch: Any) -> int:
-    """Returns the bytes of a record batch's values, as if none was shared.
+    """Returns the bytes of a record batch's values, counting shared values each time.
 
     Raises:
-        DataError: A column is of a type that is not read.
+        DataError: A column has an unsupported type.
     """
     return sum(map(_weight, batch.columns))
 
 
 def values(batch: Any, before: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yields the rows of a record batch, and about how many bytes each has, as many at a time as the limit of a row allows.
+    """Yields the rows of a record batch with their approximate sizes in bytes. Converts only as many at once as the row limit allows.
 
     Args:
         batch: `pyarrow.RecordBatch`.
-        before: Rows of the file before it.
+        before: Number of rows before it in the file.
 
     Raises:
         RowTooLarge: A row is larger than the limit.
-        DataError: A column is of a type that repeats values by reference.
+        DataError: A column has a type that repeats values by reference.
     """
     size = weight(batch)
     if size <= row_limit():
@@ -383,7 +384,7 @@ def values(batch: Any, before: int) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _weight(array: Any) -> int:
-    """Bytes of the values, each with `_EACH` for itself, as if none was shared."""
+    """Bytes of the values, plus `_EACH` per value, counting shared values each time."""
     arrow = import_module("pyarrow")
     types, kind, count = arrow.types, array.type, len(array)
     if isinstance(array, arrow.ExtensionArray):
@@ -402,12 +403,12 @@ def _weight(array: Any) -> int:
         return _EACH * count + sum(_weight(part.slice(first, last - first)) for part in inner)
     if types.is_fixed_size_list(kind):
         return _EACH * count + _weight(array.values.slice(array.offset * kind.list_size, count * kind.list_size))
-    if types.is_string_view(kind) or types.is_binary_view(kind):  # views of one text count as often as they show it
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # count every view of a shared text
         return _EACH * count + sum(len(text) for value in array if (text := value.as_buffer()) is not None)
     if types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind):
         return _EACH * count + int(array.nbytes)
     if types.is_primitive(kind) or types.is_null(kind) or types.is_fixed_size_binary(kind) or types.is_decimal(kind):
         return _EACH * count + int(array.nbytes)
     raise DataError(
-        f"a column of type {kind} cannot be read: cast it to string, or to a list of structs, and export anew."
+        f"a column of type {kind} is not supported: cast it to string, or to a list of structs, and export it again."
     )

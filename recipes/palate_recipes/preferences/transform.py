@@ -1,6 +1,6 @@
-"""From data files to new ones: another format, a clean copy, a part held out. Knows rows and files, no tokenizer.
+"""Converts, cleans and splits data files. Knows rows and files, no tokenizer.
 
-Each writes its result whole or not at all, and says what it changed or left out.
+Each function writes its result atomically, and reports what it changed or dropped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _MOST_PASSES = 8
 
 @dataclass
 class Change:
-    """What became of the rows.
+    """What happened to the rows.
 
     Attributes:
-        rows: Read.
-        written: Rows in each file that was written, by its path.
-        dropped: Rows left out, by the code of their fault.
-        cleaned: Rows whose text was changed.
+        rows: Number of rows read.
+        written: Number of rows written, by path.
+        dropped: Number of rows dropped, by the code of the fault.
+        cleaned: Number of rows whose text was changed.
         faults: The first faults, as text.
     """
 
@@ -58,23 +58,23 @@ def convert(
     bad_rows: str = "refuse",
     unpair: bool = False,
 ) -> Change:
-    """Writes the rows of some files in another format; the container is what the name of `out` says.
+    """Writes the rows of files in another format. The suffix of `out` decides the file type.
 
     Args:
         files: Data files.
-        out: The file to write.
-        to: The format to write.
-        format: Of the rows; each row's own fields decide when None.
-        bad_rows: `refuse` ends with an error when a row is wrong or `to` cannot hold it, `skip` leaves it out.
-        unpair: Make two unpaired rows of each pair.
+        out: Output file.
+        to: Output format.
+        format: Format of the input rows; None detects it per row.
+        bad_rows: `refuse` raises if a row is invalid or `to` cannot represent it, `skip` drops it.
+        unpair: Write each pair as two unpaired rows.
 
     Raises:
-        DataError: A file cannot be read, rows are wrong, or `to` is not written; nothing is written then.
+        DataError: A file cannot be read, rows are invalid, or `to` is read-only. Then nothing is written.
     """
     write = to.write
     if write is None:
         written = ", ".join(name for name, one in FORMATS.items() if one.write)
-        raise DataError(f"the format {to.name!r} is read, not written: choose one of {written}")
+        raise DataError(f"the format {to.name!r} can only be read, not written: choose one of {written}")
     check_name(out)
     change = Change()
 
@@ -100,17 +100,17 @@ def _refuse(change: Change, bad_rows: str, what: str) -> None:
     count = change.dropped.total()
     if count and (bad_rows == "refuse" or count == change.rows):
         more = [f"  and {count - len(change.faults)} more"] if count > len(change.faults) else []
-        verb = "is wrong or" if count == 1 else "are wrong or"
+        verb = "is invalid or" if count == 1 else "are invalid or"
         raise DataError(
             "\n".join(
                 [f"{count} of {change.rows} rows {verb} {what}:", *(f"  {line}" for line in change.faults), *more]
             )
-            + "\nCorrect them, choose another format, or leave them out with bad_rows=skip."
+            + "\nCorrect them, choose another format, or skip them with bad_rows=skip."
         )
 
 
 def columns_of(format: Format) -> list[str]:
-    """Returns every field that a format may write, for tables; empty when it writes none."""
+    """Returns all fields that a format can write, as columns of a table; empty if it cannot be written."""
     turns = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     names: dict[str, None] = {}
     for prompt in (turns, turns[1:], (turns[0], turns[3]), turns[3:]):
@@ -125,13 +125,13 @@ def columns_of(format: Format) -> list[str]:
 def clean(
     files: Sequence[Path], out: Path, *, strategy: Strategy | None = "dpo", format: Format | None = None
 ) -> Change:
-    """Writes the rows that can be trained on, each in the format it has, without repeats and without a chat template's marks.
+    """Writes the usable rows in their own format, without duplicates and without tokens of chat templates.
 
     Args:
         files: Data files.
-        out: The file to write.
-        strategy: What the rows are for.
-        format: Of the rows; each row's own fields decide when None.
+        out: Output file.
+        strategy: Training strategy.
+        format: Row format; None detects it per row.
 
     Raises:
         DataError: A file cannot be read at all, or no row is left.
@@ -157,7 +157,7 @@ def clean(
                     continue
                 key = hash(row[1:])
                 if key in seen:
-                    change.drop("duplicate", f"{place}: a pair that is there already")
+                    change.drop("duplicate", f"{place}: a duplicate pair")
                     continue
                 seen.add(key)
                 yield value
@@ -191,25 +191,25 @@ def split(
     seed: int = 0,
     format: Format | None = None,
 ) -> Change:
-    """Parts rows into training and validation so that no prompt is on both sides, word for word or nearly.
+    """Splits rows into training and validation so that both have no identical or similar prompts.
 
-    Prompts that are the same but for case, spaces and punctuation form a group; groups are drawn by a hash of their words and the
-    seed until validation has its share. Then each group with a prompt near one of validation's moves there, until none is left.
-    Rows are written as they are.
+    Prompts that differ only in case, spaces and punctuation form a group. Groups are drawn by a hash of their words and the seed
+    until validation has its share. Then groups with a prompt similar to one in validation move there, until there are none.
+    Rows are written unchanged.
 
     Args:
         files: Data files.
-        train_out: Receives most.
-        validation_out: Receives the others.
-        share: Of the rows, between 0 and 1.
-        seed: Draws others.
-        format: Of the rows; each row's own fields decide when None.
+        train_out: Output file for training.
+        validation_out: Output file for validation.
+        share: Share of rows for validation, between 0 and 1.
+        seed: Random seed.
+        format: Row format; None detects it per row.
 
     Raises:
-        DataError: A row is wrong, the share cannot be had, or a file cannot be read; nothing is written then.
+        DataError: A row is invalid, the share is not possible, or a file cannot be read. Then nothing is written.
     """
     if not 0 < share < 1:
-        raise DataError(f"the share of validation is {share}: give a number between 0 and 1, such as 0.1")
+        raise DataError(f"share={share} is out of range: expected a number between 0 and 1, such as 0.1")
     for out in (train_out, validation_out):
         check_name(out)
     change = Change()
@@ -227,11 +227,11 @@ def split(
         count += sizes[group]
     if not held or len(held) == len(sizes):
         raise DataError(
-            f"{total} rows with {len(sizes)} different prompts cannot be split at {share}: give another share, or more data"
+            f"{total} rows with {len(sizes)} different prompts cannot be split with share={share}: use another share, or more data"
         )
     _gather_near(files, format, seed, held)
     if len(held) == len(sizes):
-        raise DataError("all prompts are nearly the same: no part of them can be held out")
+        raise DataError("all prompts are nearly identical, so they cannot be split: use more varied data")
     for out, wanted in ((train_out, False), (validation_out, True)):
         chosen = (value for row, value in _rows(files, format, Change()) if (_group(row, seed) in held) is wanted)
         change.written[str(out)] = write_rows(out, chosen)
@@ -267,6 +267,6 @@ def _rows(files: Sequence[Path], format: Format | None, change: Change) -> Itera
 
 
 def _group(row: Row, seed: int) -> bytes:
-    """The same on every machine and in every run."""
+    """A hash that is the same on every machine and in every run, unlike hash()."""
     words = " ".join(prompt_words(row)) or "\n".join(turn.content for turn in row.prompt)
     return hashlib.blake2b(words.encode(), digest_size=12, key=str(seed).encode()).digest()

@@ -1,4 +1,4 @@
-"""Raw rows to a data file, whole or not at all. Knows containers, no format."""
+"""Writes raw rows to a data file atomically. Knows containers, no format."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from palate_recipes.errors import DataError
 from palate_recipes.preferences.tables import pyarrow
 
 WRITTEN = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-"""Names that say how a file is written; each but .parquet may end in .gz or .zst."""
+"""Supported suffixes; each except .parquet may be followed by .gz or .zst."""
 
 _ROWS_A_GROUP = 10_000
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, columns: Iterable[str] = ()) -> int:
-    """Writes raw rows as the file's name says.
+    """Writes raw rows in the format of the file's suffix.
 
     Args:
-        path: Ends in one of WRITTEN. What is there is replaced, when all rows have been written.
-        rows: Objects; a table holds what is not text as JSON.
-        columns: Of a table, where rows may lack some; those of the first row when empty.
+        path: Ends in one of WRITTEN. An existing file is replaced once all rows are written.
+        rows: Objects. In a table, values other than text are written as JSON.
+        columns: Columns of a table, if rows may lack some; default: those of the first row.
 
     Returns:
-        How many there were.
+        The number of rows.
 
     Raises:
-        DataError: The name says nothing, or the folder cannot be written to.
+        DataError: The suffix is unknown, or the folder is not writable.
     """
     path = Path(path)
     write, pack = _writer(path)
     try:
-        # Beside its place, so that a full disk or a kill leaves what was there as it was.
+        # A temporary file in the same folder, so that a full disk or a kill does not damage an existing file.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             try:
                 with pack(cast("IO[bytes]", file)) as stream:
@@ -65,10 +65,10 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], *, columns: Ite
 
 
 def check_name(path: str | Path) -> None:
-    """Raises DataError when a file's name does not say how it is to be written, or its folder is not there."""
+    """Raises DataError if a file's suffix is unknown or its folder does not exist."""
     _writer(Path(path))
     if not Path(path).absolute().parent.is_dir():
-        raise DataError(f"{path}: no such folder {Path(path).parent}. Make it first.")
+        raise DataError(f"{path}: folder {Path(path).parent} does not exist. Create it first.")
 
 
 class _Counted:
@@ -90,7 +90,7 @@ def _writer(path: Path) -> tuple[_Write, Callable[[IO[bytes]], Any]]:
     stem = name.removesuffix(".gz").removesuffix(".zst")
     suffix = next((suffix for suffix in WRITTEN if stem.endswith(suffix)), None)
     if suffix is None or (suffix == ".parquet" and pack is not _plain):
-        raise DataError(f"{path}: the name does not say how to write it. Let it end in one of {', '.join(WRITTEN)}.")
+        raise DataError(f"{path}: unknown file type. The name must end in one of {', '.join(WRITTEN)}.")
     return _WRITERS[suffix], pack
 
 
@@ -127,7 +127,7 @@ def _json(row: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(row)
     except (TypeError, ValueError):
-        return json.dumps(row, ensure_ascii=True, default=str).encode()  # half characters, huge numbers, dates
+        return json.dumps(row, ensure_ascii=True, default=str).encode()  # lone surrogates, huge numbers, dates
 
 
 def _write_table(delimiter: str) -> _Write:
@@ -141,7 +141,7 @@ def _write_table(delimiter: str) -> _Write:
             if len(row) > len(names) or any(name not in names for name in row):
                 extra = [name for name in row if name not in names]
                 raise DataError(
-                    f"a row has {', '.join(extra)}, which the table's first row has not. Write .jsonl instead."
+                    f"a row has {', '.join(extra)}, which the table's first row does not have. Write .jsonl instead."
                 )
             table.writerow([_cell(row.get(name)) for name in names])
         text.detach()
@@ -168,12 +168,12 @@ def _write_parquet(stream: IO[bytes], rows: Iterator[dict[str, Any]], columns: l
             try:
                 table = arrow.Table.from_pylist(group, schema=writer.schema if writer else None)
             except (arrow.ArrowException, TypeError) as error:
-                raise DataError(f"Parquet holds rows of one type only: {error}. Write .jsonl instead.") from None
+                raise DataError(f"Parquet needs rows of one type: {error}. Write .jsonl instead.") from None
             if writer is None:
                 writer = parquet.ParquetWriter(stream, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is None:
-            raise DataError("there is no row to write: Parquet needs one to know its columns. Write .jsonl instead.")
+            raise DataError("there are no rows: Parquet needs one to determine its columns. Write .jsonl instead.")
     finally:
         if writer is not None:
             writer.close()

@@ -1,4 +1,4 @@
-"""Metrics events of a run: one in a few words, and the curves that they make. Knows names of metrics, no trainer."""
+"""Metrics events of a run: progress lines, and curves. Knows names of metrics, no trainer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _SHOWN_WITHOUT_REWARDS = (
 
 
 def progress_line(event: Mapping[str, Any]) -> str:
-    """A `train` or `eval` event as the line of the log: `step 30/120 loss 0.412 margin 1.10 … 4 min left`."""
+    """A `train` or `eval` event as a log line: `step 30/120 loss 0.412 margin 1.10 … 4 min left`."""
     prefix = "eval_" if event["kind"] == "eval" else ""
     shown = _SHOWN if f"{prefix}rewards/margins" in event else _SHOWN_WITHOUT_REWARDS
     words = [f"{'validation at step' if prefix else 'step'} {event['step']}/{event['total_steps']}"]
@@ -95,7 +95,7 @@ def progress_line(event: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words that fit an estimate: `40 s`, `4 min`, `2 h 10 min`, `3 d 4 h`."""
+    """Formats seconds with the precision of an estimate: `40 s`, `4 min`, `2 h 10 min`, `3 d 4 h`."""
     if seconds < 90:
         return f"{round(seconds)} s"
     minutes = round(seconds / 60)
@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
 
 
 _UNDECIDED = {"sigmoid": math.log(2), "sigmoid_norm": math.log(2)}
-"""Loss of a pair at margin 0, by loss type: known even where the first step was not seen, as in a resumed run."""
+"""Loss of a pair at margin 0, by loss type. Known even if the first step is missing, as in a resumed run."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class Point:
     """One `train` or `eval` event.
 
     Attributes:
-        step: Optimizer steps done.
-        steps: Steps that a training point is the mean of.
-        epoch: Passes over the data done.
-        loss, margin, accuracy, chosen, rejected: As logged; None when missing or no finite number.
+        step: Optimizer steps so far.
+        steps: Number of steps that a training point averages.
+        epoch: Epochs so far.
+        loss, margin, accuracy, chosen, rejected: As logged; None if missing or not finite.
         token_accuracy: Share of answer tokens that are ranked first.
-        grad_norm: Of the step itself.
+        grad_norm: Gradient norm of this step (not averaged).
     """
 
     step: int
@@ -139,11 +139,11 @@ class Point:
 
 @dataclass
 class Curves:
-    """A run as far as its events go.
+    """The curves of a run so far.
 
     Attributes:
-        start: What the last `start` event says.
-        train, validation: Points in order of steps. What a resumed run did again is there once.
+        start: The last `start` event.
+        train, validation: Points in order of steps. Steps that a resumed run repeated occur once.
     """
 
     start: Start = field(default_factory=Start)
@@ -152,14 +152,14 @@ class Curves:
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> Curves:
-        """Reads metrics events in the order in which they were written."""
+        """Reads metrics events in order."""
         curves = cls()
         for event in events:
             curves.add(event)
         return curves
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Takes one more event; kinds other than `start`, `train` and `eval` say nothing here."""
+        """Adds an event. Ignores kinds other than `start`, `train` and `eval`."""
         kind = event["kind"]
         if kind == "start":
             self.start = convert(dict(event), Start)
@@ -173,12 +173,12 @@ class Curves:
 
     @property
     def is_dpo(self) -> bool:
-        """Whether answers are compared in pairs, so that margins and accuracies exist."""
+        """Whether the loss compares pairs, so that margins and accuracies exist."""
         return self.start.strategy == "dpo"
 
     @property
     def has_reference(self) -> bool:
-        """Whether answers are scored against a reference: then rewards exist, and no part of the loss is there to stay."""
+        """Whether a reference scores answers. Then rewards exist, and the loss can fall to 0 (unlike SFT's)."""
         return self.is_dpo or self.start.strategy == "kto"
 
     @property
@@ -192,7 +192,7 @@ class Curves:
             return _UNDECIDED[self.start.loss_type]
         if self.has_reference:
             return next((point.loss for point in self.train if point.loss is not None), None)
-        # One batch of answers says little about the level: SFT begins with what the first tenth shows.
+        # One batch of answers is too noisy, so SFT uses the mean of the first tenth.
         early = [point for point in self.train if point.step <= max(1, self.steps / 10)]
         return mean(early or self.train[:1], "loss")
 
@@ -201,13 +201,13 @@ class Curves:
         return [point for point in self.train if point.step > self.steps * (1 - share)]
 
     def around(self, step: int) -> list[Point]:
-        """The training points next to a step, before it and after it, a sixteenth of the run each way at least."""
+        """The training points around a step: a sixteenth of the run in both directions, at least the nearest point."""
         reach = max(self.steps / 16, min((abs(point.step - step) for point in self.train), default=0))
         return [point for point in self.train if abs(point.step - step) <= reach]
 
 
 def mean(points: Sequence[Point], name: str) -> float | None:
-    """The mean of a value over the steps that the points stand for; None where no point has it."""
+    """The mean of a value, weighted by the steps of each point; None if no point has it."""
     known = [(getattr(point, name), max(1, point.steps)) for point in points if getattr(point, name) is not None]
     weight = sum(steps for _, steps in known)
     return sum(value * steps for value, steps in known) / weight if known else None

@@ -1,13 +1,13 @@
-"""Reference log-probabilities as files: what they depend on, one checked line a row. Knows files, no model and no store.
+"""Reference log-probabilities in files: the key, and one line with a checksum per row. Knows files, no model and no store.
 
-A table is a text file, `<cache_dir>/reference/<key>.jsonl`: a header (one JSON object), then one JSON array a row, the row
-used last at the end:
+A table is a text file, `<cache_dir>/reference/<key>.jsonl`: a header (one JSON object), then one JSON array per row, most
+recently used last:
 
     {"format": 1, "key": "…", "generation": 0}
     ["<digest of the row>", <log-probability of chosen>, <of rejected>, "<checksum of key and row>"]
 
-The key covers the model, the digest the token ids, so a row that changed in any way is simply not found. The trainer reads
-and writes tables; the runner merges them into a store, where several jobs may do so at once.
+The key covers the model and the digest covers the token ids, so a row that changed is not found. The trainer reads and writes
+tables. The runner merges them into a store, possibly at the same time as other jobs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pathlib import Path
 from palate_recipes.specs.train import TrainTask
 
 FORMAT = 1
-"""Goes up when the numbers get another meaning, or the file another shape: older tables are then never found."""
+"""Incremented when the meaning of the numbers or the file format changes. It is part of the key, so older tables are not found."""
 
 REFERENCE_DIR = "reference"
 """Folder of the tables, in a cache folder and in a store's cache."""
 
 MAX_ROWS = 500_000
-"""Rows a table keeps, about 45 MB; those not used for longest go first."""
+"""Maximum rows of a table, about 45 MB. The least recently used rows are dropped first."""
 
 _SAMPLES, _SAMPLE_BYTES = 8, 64  # of one tensor
 _FILE_SAMPLES, _FILE_END = 256, 1 << 20
@@ -47,16 +47,16 @@ LogProbs = tuple[float, float]
 
 
 def model_fingerprint(model_dir: str | Path) -> str:
-    """Identifies the weights in a folder by samples, in milliseconds: header, shape and 512 bytes of every tensor, and the config.
+    """Identifies the weights in a folder by samples, in milliseconds: config, and header and 512 bytes of every tensor.
 
-    A merge, or an update that moves a tensor as a whole, changes it. A change of a few single rows of a large tensor can
-    stay unseen; whoever trusts a value therefore scores a few rows again.
+    Detects merges and updates of whole tensors. It can miss a change of a few rows in a large tensor, so callers score a few
+    rows again before they trust cached values.
 
     Args:
-        model_dir: Folder with a model, or with an adapter.
+        model_dir: Folder of a model or an adapter.
 
     Returns:
-        A hex digest, the same wherever the same files lie.
+        A hex digest that does not depend on the location of the files.
 
     Raises:
         OSError: The folder or a file in it cannot be read.
@@ -68,7 +68,7 @@ def model_fingerprint(model_dir: str | Path) -> str:
             digest.update(name.encode() + (folder / name).read_bytes())
     names = sorted(os.listdir(folder))
     tensors = [name for name in names if name.endswith(".safetensors")]
-    # As transformers does it: pickled weights count only where there are no others.
+    # As in transformers, pickled weights are used only if there are no safetensors.
     for name in tensors or [name for name in names if name.endswith(".bin")]:
         digest.update(f"\n{name}\n".encode())
         with open(folder / name, "rb", buffering=0) as file:
@@ -78,7 +78,7 @@ def model_fingerprint(model_dir: str | Path) -> str:
 
 
 def reference_key(task: TrainTask) -> str:
-    """Names the table for a run's reference: weights, starting adapter, arithmetic, quantisation. Training options do not enter.
+    """The table's key for a run's reference: weights, starting adapter, precision, quantisation. Independent of training options.
 
     Raises:
         OSError: Weights cannot be read.
@@ -88,7 +88,7 @@ def reference_key(task: TrainTask) -> str:
         model_fingerprint(task.files.model_dir),
         model_fingerprint(task.files.adapter_dir) if task.files.adapter_dir else None,
         task.spec.precision,
-        # Weights that are trained themselves are held in float32, whatever the arithmetic.
+        # In full fine-tuning the weights are float32 for any precision.
         task.spec.precision if task.spec.trains_adapter else "float32",
         task.spec.hyperparameters.load_in_4bit,
         task.spec.hyperparameters.load_in_8bit,
@@ -98,7 +98,7 @@ def reference_key(task: TrainTask) -> str:
 def row_digest(
     prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int], *, ld_alpha: float | None = None
 ) -> str:
-    """Names one row by what is scored: its token ids as cut to length, and TRL's `ld_alpha`, which weighs them."""
+    """The digest of a row: its truncated token ids, and TRL's `ld_alpha`, which weights them."""
     digest = hashlib.blake2b(repr(ld_alpha).encode(), digest_size=16)
     for ids in (prompt_ids, chosen_ids, rejected_ids):
         numbers = array("q", ids)
@@ -113,7 +113,7 @@ def row_digest(
 
 
 def table_name(key: str) -> str:
-    """Returns where a table lies below a cache folder, with `/`."""
+    """Returns the path of a table relative to a cache folder, with `/`."""
     return f"{REFERENCE_DIR}/{key}.jsonl"
 
 
@@ -123,8 +123,8 @@ class Table:
 
     Attributes:
         key: From `reference_key`.
-        rows: By digest; the row used last stands last.
-        generation: Goes up when what was there turned out wrong: a table then replaces those of a lower generation.
+        rows: By digest, most recently used last.
+        generation: Incremented when a table turned out wrong. A table replaces those of a lower generation.
     """
 
     key: str
@@ -132,20 +132,20 @@ class Table:
     generation: int = 0
 
     def add(self, rows: Iterable[tuple[str, LogProbs]]) -> None:
-        """Puts rows at the end, over those of the same digest. Values that are no finite numbers are left out."""
+        """Appends rows, replacing those with the same digest. Skips rows with values that are not finite."""
         for digest, values in rows:
             self.rows.pop(digest, None)
             if all(math.isfinite(value) for value in values):
                 self.rows[digest] = values
 
     def merge(self, other: Table) -> Table:
-        """Returns this table with `other` on top: all rows of both, or those of the higher generation alone.
+        """Returns this table updated with `other`: the rows of both, or only those of the higher generation.
 
         Raises:
             ValueError: The tables belong to different keys.
         """
         if other.key != self.key:
-            raise ValueError(f"tables of different references cannot be merged: {self.key} and {other.key}")
+            raise ValueError(f"cannot merge tables of different references: {self.key} and {other.key}")
         if other.generation != self.generation:
             return other if other.generation > self.generation else self
         merged = Table(self.key, dict(self.rows), self.generation)
@@ -153,14 +153,14 @@ class Table:
         return merged
 
     def encode(self) -> bytes:
-        """Returns the file's content; beyond MAX_ROWS the rows used longest ago are left out."""
+        """Returns the file's content, with at most MAX_ROWS most recently used rows."""
         header = json.dumps({"format": FORMAT, "key": self.key, "generation": self.generation})
         kept = list(self.rows.items())[-MAX_ROWS:]
         return "\n".join([header, *(_line(self.key, digest, *values) for digest, values in kept), ""]).encode("ascii")
 
     @classmethod
     def decode(cls, data: bytes, key: str) -> Table:
-        """Returns what of `data` can be trusted: a line that was damaged, cut off or moved from another table is left out."""
+        """Parses a table. Skips lines that are damaged, truncated or from another table."""
         table = cls(key)
         lines = data.split(b"\n")
         try:
@@ -176,10 +176,10 @@ class Table:
 
 
 def read_table(path: Path, key: str) -> Table:
-    """Returns the table in a file; an empty one where none is, or nothing in it can be trusted.
+    """Reads a table. Returns an empty one if the file is missing or has no valid line.
 
     Raises:
-        OSError: The file is there and cannot be read.
+        OSError: The file exists but cannot be read.
     """
     try:
         return Table.decode(path.read_bytes(), key)
@@ -188,10 +188,10 @@ def read_table(path: Path, key: str) -> Table:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Writes a table, whole or not at all; makes its folder.
+    """Writes a table atomically, and creates its folder.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
@@ -203,7 +203,7 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def _line(key: str, digest: str, chosen: float, rejected: float) -> str:
-    # repr of a float reads back as the same float.
+    # repr of a float round-trips exactly.
     return f'["{digest}", {chosen!r}, {rejected!r}, "{_checksum(key, digest, chosen, rejected)}"]'
 
 
@@ -229,10 +229,10 @@ def _digest(*parts: object) -> str:
 
 
 def _tensor_samples(file: int) -> list[bytes]:
-    """Returns header and samples of a safetensors file: 8 bytes with the header's size, the header, then the tensors."""
+    """Returns header and samples of a safetensors file. Format: 8 bytes with the header's size, the header, the tensors."""
     size = int.from_bytes(os.pread(file, 8, 0), "little")
     if size > os.fstat(file).st_size:
-        return _file_samples(file)  # no safetensors file: loading it will say so
+        return _file_samples(file)  # not a safetensors file; loading it will report that
     header = os.pread(file, size, 8)
     parts = [header]
     try:
@@ -245,7 +245,7 @@ def _tensor_samples(file: int) -> list[bytes]:
 
 
 def _file_samples(file: int) -> list[bytes]:
-    """Returns size, blocks and end of any file; torch's archives end with a directory that has each tensor's checksum."""
+    """Returns size, samples and end of any file. torch's archives end with a directory with each tensor's checksum."""
     size = os.fstat(file).st_size
     end = min(size, _FILE_END)
     return [str(size).encode(), os.pread(file, end, size - end), *_spread(file, 0, size, _FILE_SAMPLES)]

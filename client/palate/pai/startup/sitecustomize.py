@@ -17,7 +17,7 @@ sys.path[:] = [entry for entry in sys.path if entry != _here]
 
 _this = sys.modules.pop("sitecustomize", None)
 try:
-    import_module("sitecustomize")  # the one that this stands before, such as the distribution's
+    import_module("sitecustomize")  # the one that this file shadows, such as the distribution's
 except ModuleNotFoundError as error:
     if error.name != "sitecustomize":
         raise
@@ -28,6 +28,6 @@ finally:
 try:
     import_module("palate.pai").install()
 except Exception as error:
-    # Python would only note it and go on: the script must never speak to PAI itself where Palate was asked for.
+    # Python would only print the error and continue. But the script must not run with PAI's own SDK.
     print(f"error: pai cannot be provided to this script: {error}", file=sys.stderr, flush=True)
     os._exit(1)

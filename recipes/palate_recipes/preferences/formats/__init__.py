@@ -1,6 +1,6 @@
-"""The formats of rows: how each is known by its fields, read into a `Row`, and written. Knows no file.
+"""Row formats: detection by fields, reading to `Row`, and writing. Knows no file.
 
-A row's own fields decide, so a file may be read without naming its format; a file of several formats is reported.
+The format is detected per row, so files can be read without naming it. A file with several formats is reported.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
     """Reads one raw row.
 
     Args:
-        value: As the container gave it.
+        value: The raw row from the container.
         number: Its number.
-        strategy: What it is for; None takes pairs, unpaired rows and answers alike.
-        format: How it is read; by its fields when None.
+        strategy: Training strategy; None accepts pairs, unpaired rows and answers.
+        format: Row format; None detects it from the fields.
 
     Raises:
-        RowFaults: It cannot be used; holds each thing that is wrong.
+        RowFaults: The row is invalid. Has all faults.
     """
     if type(value) is not dict:
         if isinstance(value, Fault):  # the container could not read it
@@ -43,7 +43,7 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
     prompt, chosen, rejected = (format or detect(value, strategy)).read(value)
     if strategy == "dpo" and (chosen is None or rejected is None):
         what = "is unpaired: it has a label, not two answers" if _is_unpaired(value) else "has one answer, not two"
-        raise fault("wrong-kind", "", f"{what}; training_strategy=dpo compares two")
+        raise fault("wrong-kind", "", f"{what}; training_strategy=dpo needs two")
     if strategy == "kto" and rejected is None and not _is_unpaired(value):
         raise fault(
             "wrong-kind", "", "has one answer and no label; training_strategy=kto needs to know whether it is good"
@@ -60,9 +60,9 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
 
 
 def plain_raw(row: Row) -> Raw:
-    """Returns a row as messages, in the one format for what it holds: a pair, a good or bad answer with its label.
+    """Returns a row as messages in its canonical format: a pair, or an answer with its label.
 
-    A good answer alone reads the same for SFT (`completion`) and for KTO (`label`).
+    A good answer can be read both for SFT (`completion`) and for KTO (`label`).
     """
     if row.chosen is not None and row.rejected is not None:
         return trl.write_trl(row)
@@ -70,14 +70,14 @@ def plain_raw(row: Row) -> Raw:
 
 
 def unpaired(row: Row) -> list[Row]:
-    """Returns a row for each of its answers: a pair says of one that it is good, of the other that it is not."""
+    """Returns one row per answer: of a pair, the chosen answer is good and the rejected one is bad."""
     if row.chosen is None or row.rejected is None:
         return [row]
     return [row._replace(rejected=None), row._replace(chosen=None)]
 
 
 def learned_turns(row: Row) -> list[Row]:
-    """Returns a row for each assistant turn of a conversation, in order: what SFT learns from `messages`."""
+    """Returns one row per assistant turn of a conversation, in order. SFT trains on these."""
     turns = [
         Row(row.number, row.prompt[:index], turn.content, None)
         for index, turn in enumerate(row.prompt)
@@ -86,22 +86,22 @@ def learned_turns(row: Row) -> list[Row]:
     return [*turns, row]
 
 
-# How a row is known.
+# Detection.
 
 
 def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
-    """Returns the format that a raw row's fields have.
+    """Detects the format of a raw row from its fields.
 
     Args:
         row: The fields.
-        strategy: Decides where a row could be read in two ways, such as a pair that also has an `output`.
+        strategy: Resolves ambiguous rows, such as a pair that also has an `output`.
 
     Raises:
-        RowFaults: None has them; says which are near.
+        RowFaults: No format has these fields. Suggests similar ones.
     """
     has = row.__contains__
     if strategy == "sft" and has("prompt") and has("chosen"):
-        return FORMATS["completions"]  # what `rejected` holds is nobody's concern
+        return FORMATS["completions"]  # SFT ignores `rejected`
     if has("chosen") and has("rejected"):
         if has("prompt"):
             text = type(row["prompt"]) is str and type(row["chosen"]) not in (list, dict)
@@ -166,7 +166,7 @@ def _are_rows(value: Any) -> bool:
 def _is_unpaired(row: Raw) -> bool:
     if "chosen" in row or not ("label" in row or "kto_tag" in row):
         return False
-    if "instruction" in row and "output" in row:  # of instructions, `label` may as well be a topic
+    if "instruction" in row and "output" in row:  # with instructions, `label` can also be a topic
         return "kto_tag" in row or type(row["label"]) is bool
     return any(name in row for name in ("completion", "messages", "conversations", "response"))
 
@@ -179,12 +179,12 @@ def format_named(name: str) -> Format:
     """Returns a format by its name.
 
     Raises:
-        DataError: There is none; says which there are, and the nearest.
+        DataError: The name is unknown. Lists all formats and suggests the most similar one.
     """
     if name in FORMATS:
         return FORMATS[name]
     hint = did_you_mean(name, FORMATS)
-    raise DataError(f"no data format is called {name!r}: {hint}known are {', '.join(FORMATS)}")
+    raise DataError(f"unknown data format {name!r}: {hint}valid formats: {', '.join(FORMATS)}")
 
 
 _ORDER = (
@@ -204,13 +204,13 @@ _ORDER = (
     "instructions",
     "completions",
 )
-"""As `palate data formats` shows them: pairs first."""
+"""In the order of `palate data formats`: pairs first."""
 
 _ALL = {
     form.name: form for family in (trl, openai, sharegpt, alpaca, hh, nova, unpaired_answers) for form in family.FORMATS
 }
 FORMATS: dict[str, Format] = {name: _ALL[name] for name in _ORDER}
-"""Every format by its name."""
+"""All formats by name."""
 
 KNOWN_FIELDS = frozenset(_READ.split())
-"""Fields that some format reads."""
+"""Fields that at least one format reads."""

@@ -55,7 +55,7 @@ def read_alpaca(row: Raw) -> Parts:
 def _question(row: Row) -> Raw:
     prompt = without_system(row.prompt)
     if any(turn.role == "tool" for turn in prompt):
-        raise fault("wrong-kind", "", "has a tool's turn, which this format does not hold")
+        raise fault("wrong-kind", "", "has a tool turn, which this format does not support")
     said = [turn.content for turn in prompt]
     raw: Raw = {"instruction": said[-1]}
     if prompt != row.prompt:
@@ -76,7 +76,7 @@ def read_alpaca_ranking(row: Raw) -> Parts:
     if not isinstance(output, list):
         raise fault("not-text", "output", f"`output` is {kind(output)}, not a list of two answers")
     if len(output) != 2:
-        raise fault("wrong-kind", "output", f"`output` has {len(output)} answers; it takes two, the better one first")
+        raise fault("wrong-kind", "output", f"`output` has {len(output)} answers; expected two, the better one first")
     return read_instruction(row), read_text(output[0], "output[0]"), read_text(output[1], "output[1]")
 
 

@@ -1,4 +1,4 @@
-"""What the formats share: a row's fields found, missing or misspelt, and its turns. Knows no format."""
+"""Helpers for all formats: missing and misspelled fields, and turns. Knows no format."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ Turns = tuple[Message, ...]
 
 
 Parts = tuple[Turns, "str | None", "str | None"]
-"""The prompt, the answer to learn, the answer to move away from."""
+"""Prompt, chosen answer, rejected answer."""
 
 
 PROMPTS = ("prompt", "question", "query", "messages", "conversations")
-"""Fields that hold the question, the first that is there."""
+"""Fields with the prompt, in order of precedence."""
 
 
 OTHER_PROMPTS = ("\n\nHuman:", "Human:", "[")
-"""Beginnings of texts that may be a transcript, or messages that were written as text."""
+"""First characters of texts that may be a transcript, or messages converted to text."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format of rows.
+    """A row format.
 
     Attributes:
-        name: As `--from` and `--to` take it.
-        fields: What a row of it has, for people.
-        read: A raw row to its parts.
-        write: A row to a raw one; None when nothing is written in it.
-        every_turn: Under SFT each assistant turn is an answer to learn, not only the last.
+        name: Name for `--from` and `--to`.
+        fields: Description of the fields.
+        read: Converts a raw row to its parts.
+        write: Converts a row to a raw row; None if the format is read-only.
+        every_turn: Whether SFT trains on all assistant turns, not only the last.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Format:
 
 
 def listed(names: list[Any], most: int = 4) -> str:
-    """Returns some field names, for people."""
+    """Returns field names for a message, shortened."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(quoted(name) for name in sorted(map(str, names))[:most]) + more
 
@@ -67,7 +67,7 @@ def need(row: Raw, *names: str) -> None:
 
 
 def missing_fields(missing: list[str], there: list[str], why: str = "") -> RowFaults:
-    """Returns a fault that names the fields that are missing, those that may be meant, and those that are there."""
+    """Returns a fault with the missing fields, similar names, and the existing fields."""
     said = []
     for name in missing:
         near = nearest(name, there)
@@ -77,14 +77,14 @@ def missing_fields(missing: list[str], there: list[str], why: str = "") -> RowFa
 
 
 def nearest(name: str, there: list[str]) -> str | None:
-    """Returns the field that may be a misspelling of `name`."""
+    """Returns the field that is probably a misspelling of `name`."""
     plain = {str(field)[:40].strip("\ufeff _").lower(): field for field in reversed(there[:40])}
     found = nearest_name(name, plain, cutoff=0.7)
     return None if found is None else plain[found]
 
 
 def with_system(row: Raw, prompt: Turns, *names: str) -> Turns:
-    """The prompt behind the row's own system text, where it has one beside the turns."""
+    """Prepends the row's own system text to the prompt, if it has one outside the turns."""
     for name in names or ("system", "system_prompt"):
         text = row.get(name)
         if isinstance(text, list):
@@ -92,7 +92,7 @@ def with_system(row: Raw, prompt: Turns, *names: str) -> Turns:
         if isinstance(text, str) and text.strip():
             check_characters(text, name)
             if prompt and prompt[0].role == "system":
-                raise fault("turn-order", name, f"`{name}` is given, and the conversation has a system turn as well")
+                raise fault("turn-order", name, f"`{name}` is given, but the conversation also has a system turn")
             return (Message("system", text), *prompt)
         if text is not None and not isinstance(text, str):
             raise fault("not-text", name, f"`{name}` is {kind(text)}, not text")
@@ -105,10 +105,10 @@ def shared_turns(chosen: Turns, rejected: Turns) -> Turns:
             (n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
             min(len(chosen), len(rejected)),
         )
-        what = f"`chosen` and `rejected` part at turn {at + 1}, before the last: they answer different conversations"
+        what = f"`chosen` and `rejected` differ at turn {at + 1}, before the last: they answer different conversations"
         raise fault("different-prompts", "rejected", what)
     if len(chosen) == 1:
-        raise fault("missing-field", "prompt", "`prompt` is missing, and the answers have no turns before them")
+        raise fault("missing-field", "prompt", "`prompt` is missing, and there are no turns before the answers")
     return chosen[:-1]
 
 
@@ -130,11 +130,11 @@ def assistant_turn(text: str | None) -> Raw:
 
 def both_answers(row: Row) -> tuple[str, str]:
     if row.chosen is None or row.rejected is None:
-        raise fault("wrong-kind", "", "has one answer, and this format holds two")
+        raise fault("wrong-kind", "", "has one answer, but this format needs two")
     return row.chosen, row.rejected
 
 
 def good_answer(row: Row) -> str:
     if row.chosen is None:
-        raise fault("wrong-kind", "", "is labelled as a bad answer, and this format holds good ones")
+        raise fault("wrong-kind", "", "is labelled as a bad answer, but this format is for good answers")
     return row.chosen

@@ -32,7 +32,7 @@ def read_hh(row: Raw) -> Parts:
         prompt = check_prompt(shared_turns(one, other), "chosen")
         return with_system(row, prompt), one[-1].content, other[-1].content
     others = [name for name in row if name not in ("chosen", "rejected")]
-    raise missing_fields(["prompt"], others, ", and the answers are no transcripts that hold it")
+    raise missing_fields(["prompt"], others, ", and the answers are not transcripts that contain it")
 
 
 def write_hh(row: Row) -> Raw:
@@ -40,7 +40,7 @@ def write_hh(row: Row) -> Raw:
     names = {"user": "Human", "assistant": "Assistant"}
     texts = [*(turn.content for turn in turns), *both_answers(row)]
     if turns != row.prompt or any(turn.role not in names for turn in turns):
-        raise fault("wrong-kind", "", "has a system or tool turn, which a transcript does not hold")
+        raise fault("wrong-kind", "", "has a system or tool turn, which a transcript does not support")
     if any("\n\nHuman:" in text or "\n\nAssistant:" in text or text != text.lstrip(" \t") for text in texts):
         raise fault("wrong-kind", "", "has text that would read as the beginning of a turn in a transcript")
     before = "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in turns)

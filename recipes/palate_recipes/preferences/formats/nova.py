@@ -56,7 +56,7 @@ def write_nova(row: Row) -> Raw:
 
     turns = without_system(row.prompt)
     if any(turn.role == "tool" for turn in turns):
-        raise fault("wrong-kind", "", "has a tool's turn, which this format does not hold")
+        raise fault("wrong-kind", "", "has a tool turn, which this format does not support")
     candidates = [
         {"content": parts(chosen), "preferenceLabel": "preferred"},
         {"content": parts(rejected), "preferenceLabel": "non-preferred"},

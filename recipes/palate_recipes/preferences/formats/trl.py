@@ -65,7 +65,7 @@ def read_texts(row: Raw) -> Parts:
 def one_question(row: Row) -> tuple[str, Raw]:
     turns = without_system(row.prompt)
     if len(turns) != 1:
-        raise fault("wrong-kind", "", f"is a conversation of {len(turns)} turns, and this format holds one question")
+        raise fault("wrong-kind", "", f"is a conversation of {len(turns)} turns, but this format has one question")
     return turns[0].content, {"system": row.prompt[0].content} if turns != row.prompt else {}
 
 

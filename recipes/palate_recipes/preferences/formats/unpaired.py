@@ -57,7 +57,7 @@ def _label(value: Any, name: str) -> bool:
 
 def write_unpaired(row: Row) -> Raw:
     if row.chosen is not None and row.rejected is not None:
-        raise fault("wrong-kind", "", "has two answers, and this format holds one; `unpair` makes two rows of it")
+        raise fault("wrong-kind", "", "has two answers, but this format has one; `unpair` writes it as two rows")
     label = row.chosen is not None
     return {
         "prompt": turns_as_json(row.prompt),
