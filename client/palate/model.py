@@ -43,8 +43,8 @@ class ModelTrainingRecipe:
     Args:
         model_name: A name of the catalog (`palate models`).
         model_version: Revision of the weights on the hub: branch, tag or commit.
-        model_provider: Publisher, or `pai`, which stands for any; checked against the catalog.
-        model_uri: A folder or object-store URI with config, weights and tokenizer; wins over the catalog's own source.
+        model_provider: Publisher, checked against the catalog; `pai` matches any.
+        model_uri: A folder or object-store URI with config, weights and tokenizer; overrides the catalog's source.
         method: `LoRA_LLM` (default), `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
         source_dir: Refused.
         model_channel_name: Refused unless `model`, PAI's default.
@@ -52,25 +52,25 @@ class ModelTrainingRecipe:
         job_type: Refused.
         image_uri: Image of the trainer, on backends that run images.
         command: Refused.
-        instance_count: Number of machines, on backends that can give it.
-        instance_type: Kind of machine, on backends that can give it.
+        instance_count: Number of machines, on backends that support it.
+        instance_type: Type of machine, on backends that support it.
         spot_spec: Refused.
-        instance_spec: Limits such as `{"cpu": 8, "memory": "32g"}`, on backends that can give them.
+        instance_spec: Limits such as `{"cpu": 8, "memory": "32g"}`, on backends that support them.
         resource_id: Refused.
         resource_type: Refused.
         user_vpc_config: Refused.
         labels: Key-value pairs, recorded with the job.
         requirements: Refused.
-        environments: Variables for the training program; their values are never recorded.
+        environments: Environment variables of the training program; their values are never recorded.
         experiment_config: Refused.
         input_channels: Refused.
         output_channels: Refused.
-        max_run_time: Seconds after which an attempt is ended and the job has failed, checkpoints kept.
-        default_training_inputs: Inputs for `train()` without any.
-        base_job_name: Beginning of job ids; default: model and strategy.
-        backend: Name of a backend, or one; default: the session's.
+        max_run_time: Time limit of one attempt in seconds; then the job fails and its checkpoints are kept.
+        default_training_inputs: Inputs of `train()` when none are given.
+        base_job_name: Prefix of job ids; default: model and strategy.
+        backend: Name or instance of a backend; default: the session's.
         session: Default: the default session.
-        max_attempts: How often the training is begun, at most: after a failure it goes on from its last whole checkpoint.
+        max_attempts: Maximum number of attempts; each continues from the last complete checkpoint.
 
     Raises:
         HyperparameterError: Lists every bad value with its bounds, every unknown name with the nearest known one.
@@ -177,7 +177,7 @@ class ModelTrainingRecipe:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Every hyperparameter as it would be trained with on the session's backend, defaults written out."""
+        """All hyperparameters as the training on the session's backend would use them, defaults included."""
         return asdict(self.resolve().values)
 
     @property
@@ -186,7 +186,7 @@ class ModelTrainingRecipe:
         return as_definitions()
 
     def resolve(self) -> Resolved:
-        """Returns hyperparameters, precision, and a note for everything that was changed for the machine's sake."""
+        """Returns hyperparameters, precision, and a note for each value that was adapted to the machine."""
         return resolve(self._given, method=self.method, device=self.session.backend.device(self.placement))
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,15 +199,15 @@ class ModelTrainingRecipe:
         job_name: str | None = None,
         show_logs: bool = True,
     ) -> TrainingJob:
-        """Checks everything, then submits a training job.
+        """Checks everything and submits a training job.
 
         Args:
             inputs: Preference data by channel: `train`, and optionally `validation`; a path, folder, glob or URI (`file://`, `s3://`,
-                `oss://`, `hf://`, `gsheet://`), or a `PreferenceData` where it has to be said how to read it.
-                `adapter` names the model folder of a finished LoRA run to go on from (`job.model_uri`), such as SFT before
-                DPO: its rank, alpha and layers hold, and under DPO it is the reference as well.
-            outputs: Refused: outputs lie in the job's own prefix.
-            wait: Whether to wait until it has succeeded.
+                `oss://`, `hf://`, `gsheet://`), or a `PreferenceData` that says how to read it.
+                `adapter` is the model folder of a finished LoRA job to continue from (`job.model_uri`), such as SFT before
+                DPO: its rank, alpha and layers apply, and under DPO it is also the reference.
+            outputs: Refused: outputs are in the job's prefix.
+            wait: Whether to wait until the job has succeeded.
             job_name: The job's id; default: a unique one from `base_job_name`.
             show_logs: With `wait`: a live view on a terminal, log lines elsewhere, on stderr.
 
@@ -218,7 +218,7 @@ class ModelTrainingRecipe:
             DataError: An input cannot be read; names file, row, field and remedy.
             NotEnoughMemoryError: The model cannot fit.
             NameTakenError: `job_name` is in use.
-            TrainingJobError: With `wait`: it failed or was stopped; carries reason and last log lines.
+            TrainingJobError: With `wait`: the job failed or was stopped; has the reason and the last log lines.
         """
         refuse(outputs=outputs)
         spec = self._spec()
@@ -265,7 +265,7 @@ class ModelTrainingRecipe:
 
     @property
     def latest_job(self) -> TrainingJob | None:
-        """The job that this recipe submitted last, or None."""
+        """The last job submitted by this recipe, or None."""
         return self._jobs[-1] if self._jobs else None
 
     def wait(self, interval: float = 5, show_logs: bool = True, all_jobs: bool = False) -> None:
@@ -274,7 +274,7 @@ class ModelTrainingRecipe:
             job.wait(interval=interval, show_logs=show_logs)
 
     def model_data(self) -> str:
-        """Returns the URI of what the latest job made.
+        """Returns the URI of the latest job's model.
 
         Raises:
             JobNotReadyError: There is no job, or it has not succeeded.
@@ -301,32 +301,32 @@ class ModelTrainingRecipe:
         *,
         show_logs: bool = False,
     ) -> Predictor:
-        """Serves what the latest job made behind an OpenAI-compatible endpoint.
+        """Serves the latest job's model behind an OpenAI-compatible endpoint.
 
-        `default` and the service's name answer with the tuned model, `base` with the untuned one (not after full fine-tuning:
-        that leaves no adapter to put aside).
+        `default` and the service's name are the tuned model, `base` is the untuned one (not after full fine-tuning, which has no
+        adapter).
 
         Args:
-            service_name: Its name; default: the job's id with `-service`.
-            instance_type: Kind of machine, on backends that can give it.
-            instance_count: Number of machines, on backends that can give it.
-            resource_config: What it may take, on backends that can limit it: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
+            service_name: Name of the service; default: the job's id with `-service`.
+            instance_type: Type of machine, on backends that support it.
+            instance_count: Number of machines, on backends that support it.
+            resource_config: Limits, on backends that support them: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
                 or a dict with these keys.
             resource_id: Refused.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
                 (default: 12 hours; None: never), `engine_args` (list of str).
-            wait: Whether to wait until it has answered a real request.
+            wait: Whether to wait until the service has answered a real request.
             inference_spec: Refused.
             show_logs: With `wait`: whether to show the engine's log.
 
         Returns:
-            The predictor; as a context manager it deletes the service at the end.
+            The predictor. As a context manager it deletes the service at the end.
 
         Raises:
-            JobNotReadyError: The latest job has not succeeded: a failed job never deploys.
+            JobNotReadyError: The latest job has not succeeded.
             NameTakenError: `service_name` is in use.
-            ServiceError: It failed to start; carries the reason and the engine's last lines. Nothing is left running.
+            ServiceError: The service failed to start; has the reason and the engine's last lines. Nothing keeps running.
         """
         refuse(resource_id=resource_id, inference_spec=inference_spec)
         return self._need_job().deploy(

@@ -91,7 +91,7 @@ def check(
                 report,
                 [*found, *held_out],
                 tokenizer=tokenizer,
-                strategy=strategy,
+                strategy=wanted,
                 settings=settings,
                 seq_length=seq_length,
                 system_prompt=system_prompt,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from palate.env_file import without_credentials
 from palate.preflight import check_trainer
@@ -29,7 +29,7 @@ def measure(
     files: Sequence[tuple[Path, str]],
     *,
     tokenizer: str,
-    strategy: str | None,
+    strategy: Strategy | None,
     settings: dict[str, Any],
     seq_length: int | None = None,
     system_prompt: str | None = None,
@@ -62,7 +62,7 @@ def measure(
     spec = MeasureSpec(
         model_dir=str(folder.absolute()),
         files=[(str(Path(path).absolute()), name) for path, name in files],
-        strategy=cast("Strategy | None", strategy),
+        strategy=strategy,
         settings=settings,
         seq_length=seq_length or sys.maxsize,
         system_prompt=str(prompt),

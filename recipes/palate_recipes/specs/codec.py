@@ -36,6 +36,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it has {len(data):,} bytes, more than {_LARGEST:,}")
     try:
         values = msgspec.json.decode(data)
+        msgspec.json.encode(values)  # what is nested too deeply to be written again is found here, and by no heartbeat
     except UnicodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
