@@ -72,7 +72,7 @@ def test_values_out_of_bounds_are_refused(tmp_path: Path, fields: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("[]", "no serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "truncated")],
+    [("[]", "not a serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "truncated")],
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "spec.json").write_text(text)
@@ -200,7 +200,7 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
 def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_model: Path) -> None:
     if not installed("transformers"):
         pytest.skip("transformers is not installed")
-    with pytest.raises(BadSpec, match="takes none"):
+    with pytest.raises(BadSpec, match="accepts none"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="transformers", engine_args=("--seed", "3")))
 
 
