@@ -78,7 +78,7 @@ def test_what_a_format_cannot_hold_is_refused_by_row_and_nothing_is_written(tmp_
         convert([source], out, FORMATS["alpaca-ranking"])
     with pytest.raises(DataError, match="unknown file type"):
         convert([source], tmp_path / "out.txt", FORMATS["trl"])
-    with pytest.raises(DataError, match="does not exist. Create it first"):
+    with pytest.raises(DataError, match=r"does not exist\. Create it first"):
         convert([source], tmp_path / "absent" / "out.json", FORMATS["trl"])
 
 

@@ -137,7 +137,9 @@ def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path
     config = json.loads((tiny_model / "config.json").read_text())
     (tiny_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=512))
-    with pytest.raises(BadSpec, match="max_model_len=513 is longer than the model's context: expected at most 512 tokens"):
+    with pytest.raises(
+        BadSpec, match="max_model_len=513 is longer than the model's context: expected at most 512 tokens"
+    ):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=513))
 
 
