@@ -132,7 +132,7 @@ def test_weights_that_are_split_fit_where_a_copy_does_not() -> None:
         train_spec("a 72B model", precision="bfloat16", hyperparameters=values)
         for values in ({"load_in_4bit": False}, {"load_in_4bit": False, "fsdp": "full_shard"})
     )
-    with pytest.raises(NotEnoughMemoryError, match=r'80.0 GiB, 8 of them are here: .*fsdp="full_shard"'):
+    with pytest.raises(NotEnoughMemoryError, match=r'80.0 GiB \(8 GPUs\): .*fsdp="full_shard"'):
         check_memory(whole, 72e9, device=eight, row=None)
     check_memory(split, 72e9, device=eight, row=None)
 

@@ -139,7 +139,9 @@ def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path
     config = json.loads((tiny_model / "config.json").read_text())
     (tiny_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=512))
-    with pytest.raises(BadSpec, match="max_model_len is 513, longer than the model's context 512 tokens"):
+    with pytest.raises(
+        BadSpec, match="max_model_len=513 is longer than the model's context: expected at most 512 tokens"
+    ):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=513))
 
 
@@ -147,7 +149,7 @@ def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     weights = tiny_model / "model.safetensors"
     os.truncate(weights, 1 << 43)  # sparse: 8 TiB that take no room
-    with pytest.raises(OutOfMemory, match=r"needs at least 8\d{3}\.\d GiB of .*memory and \d+\.\d GiB are free"):
+    with pytest.raises(OutOfMemory, match=r"needs at least 8\d{3}\.\d GiB of .*memory, but only \d+\.\d GiB are free"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model)))
 
 

@@ -1,6 +1,7 @@
 """Shares reference log-probabilities between the jobs of a store. Knows tables, no trainer.
 
-Downloads a table before a training and publishes new rows after it. An error here only costs the next job a computation. It is logged once and never fails a job.
+Downloads a table before a training and publishes new rows after it. An error here only costs the next job a computation. It is
+logged once and never fails a job.
 """
 
 from __future__ import annotations
