@@ -56,8 +56,8 @@ def test_what_contradicts_the_adapter_is_refused(session: Session, tmp_path: Pat
     folder = adapter(tmp_path / "sft")
     message = refused(HyperparameterError, prefs, folder, lora_dim=32, lora_alpha=32, target_modules="q_proj")
     assert "lora_dim = 32, but the adapter has 8: omit lora_dim" in message
-    assert "lora_alpha = 32: the adapter has 16" in message
-    assert "target_modules = ['q_proj']: the adapter has ['q_proj', 'v_proj']" in message
+    assert "lora_alpha = 32, but the adapter has 16" in message
+    assert "target_modules = ['q_proj'], but the adapter has ['q_proj', 'v_proj']" in message
     assert "Standard_LLM trains every weight" in refused(ConfigurationError, prefs, folder, method="Standard_LLM")
 
 

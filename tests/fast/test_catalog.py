@@ -168,7 +168,7 @@ def test_an_unknown_model_names_the_nearest_three_and_the_remedy(typed: str, nea
     assert nearest in message
     assert "`palate models`" in message
     assert "model_uri" in message
-    found = re.search(r"nearest names are (.+?)\. ", message)
+    found = re.search(r"most similar names are (.+?)\. ", message)
     assert found
     assert len(set(found[1].split(", "))) == 3
     assert isinstance(error.value, PalateError)

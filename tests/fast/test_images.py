@@ -48,11 +48,11 @@ def test_a_name_has_the_version_and_the_variant() -> None:
 def test_without_an_engine_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PALATE_ENGINE", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match=r"docker, podman not found.*install docker"):
+    with pytest.raises(EngineError, match=r"docker, podman not installed.*install docker"):
         find_engine()
-    with pytest.raises(EngineError, match="podman not found"):
+    with pytest.raises(EngineError, match="podman not installed"):
         find_engine("podman")
-    with pytest.raises(ConfigurationError, match="unknown engine 'lxc': known are docker, podman"):
+    with pytest.raises(ConfigurationError, match="unknown engine 'lxc': valid names: docker, podman"):
         find_engine("lxc")
     assert issubclass(EngineError, PalateError)
 

@@ -72,7 +72,7 @@ def test_values_out_of_bounds_are_refused(tmp_path: Path, fields: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("[]", "no serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "truncated")],
+    [("[]", "not a serve spec"), ('{"color": 1}', "color"), ('{"service_name": "s"}', "model_dir"), ("{", "truncated")],
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "spec.json").write_text(text)
@@ -139,7 +139,9 @@ def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path
     config = json.loads((tiny_model / "config.json").read_text())
     (tiny_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=512))
-    with pytest.raises(BadSpec, match="max_model_len is 513, longer than the model's context 512 tokens"):
+    with pytest.raises(
+        BadSpec, match="max_model_len=513 is longer than the model's context: expected at most 512 tokens"
+    ):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), max_model_len=513))
 
 
@@ -147,7 +149,7 @@ def test_a_context_beyond_the_models_is_refused(tmp_path: Path, tiny_model: Path
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     weights = tiny_model / "model.safetensors"
     os.truncate(weights, 1 << 43)  # sparse: 8 TiB that take no room
-    with pytest.raises(OutOfMemory, match=r"needs at least 8\d{3}\.\d GiB of .*memory and \d+\.\d GiB are free"):
+    with pytest.raises(OutOfMemory, match=r"needs at least 8\d{3}\.\d GiB of .*memory, but only \d+\.\d GiB are free"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model)))
 
 
@@ -200,7 +202,7 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
 def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_model: Path) -> None:
     if not installed("transformers"):
         pytest.skip("transformers is not installed")
-    with pytest.raises(BadSpec, match="takes none"):
+    with pytest.raises(BadSpec, match="accepts none"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="transformers", engine_args=("--seed", "3")))
 
 
