@@ -1,4 +1,4 @@
-"""A training that goes on from an adapter: read and compared before anything is written, copied, staged. Knows no training."""
+"""An adapter as input of a training: read and checked before anything is written, copied, staged. Knows no training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CHANNEL = "adapter"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInput:
-    """An adapter that has been found and read.
+    """An adapter that was found and read.
 
     Attributes:
         uri: Folder with adapter_config.json and adapter_model.safetensors.
-        sha256: Digest over both files.
-        size: Bytes of both.
-        shape: What it decides.
+        sha256: Digest of both files.
+        size: Size of both files in bytes.
+        shape: Hyperparameters that the adapter determines, and its base model.
     """
 
     uri: str
@@ -37,26 +37,28 @@ class AdapterInput:
     shape: AdapterShape
 
     def as_input(self) -> InputFile:
-        """Returns what a manifest says of it."""
+        """Returns its entry in a manifest."""
         return InputFile(uri=self.uri, sha256=self.sha256, bytes=self.size)
 
     def settle(self, spec: TrainSpec) -> TrainSpec:
-        """Returns the training with the adapter's shape among its hyperparameters.
+        """Returns the training with the adapter's shape in its hyperparameters.
 
         Raises:
-            ConfigurationError: Its method trains no adapter.
+            ConfigurationError: The method trains no adapter.
             HyperparameterError: A given value contradicts the adapter.
         """
         if spec.method == "Standard_LLM":
             raise ConfigurationError(
-                f"inputs[{CHANNEL!r}] goes on from an adapter, and Standard_LLM trains every weight: use LoRA_LLM or QLoRA_LLM"
+                f"inputs[{CHANNEL!r}] continues from an adapter, but Standard_LLM trains all weights: use LoRA_LLM or QLoRA_LLM"
             )
         if problems := self.shape.contradictions(spec.given):
-            raise HyperparameterError(f"the adapter in {self.uri} has its shape already:\n  " + "\n  ".join(problems))
+            raise HyperparameterError(
+                f"the hyperparameters contradict the adapter in {self.uri}:\n  " + "\n  ".join(problems)
+            )
         return structs.replace(spec, hyperparameters=structs.replace(spec.hyperparameters, **self.shape.values()))
 
     def base_note(self, model_name: str, row: Model | None) -> str | None:
-        """Returns a note when the adapter names another base that may still be the same weights, or None when it fits.
+        """Returns a note if the adapter names another base that may still have the same weights, or None if it fits.
 
         Raises:
             ConfigurationError: It was trained on another model of the catalog.
@@ -72,14 +74,16 @@ class AdapterInput:
             raise ConfigurationError(
                 f"the adapter in {self.uri} was trained on {base}, not on {row.name}: give model_name={known.name!r}"
             )
-        return f"the adapter names {base} as its base, and {model_name} is trained: they must be the same weights."
+        return (
+            f"the adapter's base is {base}, and the model of this job is {model_name}: both must have the same weights."
+        )
 
 
 def read_adapter(uri: str | Path, session: Session) -> AdapterInput:
-    """Reads an adapter from wherever it lies.
+    """Reads an adapter from a folder or an object store.
 
     Raises:
-        DataError: The folder holds no LoRA adapter that Palate can go on from.
+        DataError: The folder has no LoRA adapter that Palate can continue from.
         StoreError: The object store cannot be read.
     """
     if not isinstance(uri, str | Path) or not str(uri):
@@ -101,7 +105,7 @@ def read_adapter(uri: str | Path, session: Session) -> AdapterInput:
 
 
 def keep_adapter(record: Record, adapter: AdapterInput, session: Session) -> AdapterInput:
-    """Copies an adapter that lies on this machine into the job's prefix, as the preference files are."""
+    """Copies an adapter from this machine to the job's folder, like preference files."""
     if not adapter.uri.startswith("file://"):
         return adapter
     folder = fetch_adapter(adapter.uri, session, Path())
@@ -111,7 +115,7 @@ def keep_adapter(record: Record, adapter: AdapterInput, session: Session) -> Ada
 
 
 def fetch_adapter(uri: str, session: Session, target: Path) -> Path:
-    """Returns a folder of this machine with the adapter's files: its own, or `target` with copies."""
+    """Returns a local folder with the adapter's files: the original if it is local, else `target` with copies."""
     store, folder = open_parent(uri, options=session.options_for(uri))
     local = store.local_path(folder)
     if local is not None:

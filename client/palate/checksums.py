@@ -1,4 +1,4 @@
-"""A list of what a folder must hold, file by file with size and SHA-256. Knows files and stores, no run.
+"""A list of a folder's files with size and SHA-256, to verify the folder. Knows files and stores, no run.
 
 {"schema": 1, "files": {"adapter_model.safetensors": {"bytes": 3521, "sha256": "…"}, …}}
 """
@@ -20,7 +20,7 @@ from palate_recipes.errors import DamagedFilesError
 from palate_recipes.specs.codec import Int, decode
 
 DIGESTS_FILE = "digests.json"
-"""In a job's `model/`, written last."""
+"""In a job's `model/`. Written last."""
 
 _SCHEMA = 1
 _CHANGED = "is not what the training wrote"
@@ -38,7 +38,7 @@ class _Digests(Struct):
 
 
 class Checksums:
-    """What a folder must hold.
+    """The expected files of a folder.
 
     Args:
         files: `bytes` and `sha256` by path relative to the folder, with `/`.
@@ -49,7 +49,7 @@ class Checksums:
 
     @classmethod
     def of(cls, folder: Path, *, leave_out: str = DIGESTS_FILE) -> Checksums:
-        """Reads every file below `folder` but one, the list itself."""
+        """Reads every file in `folder` except the list itself."""
         return cls({name: file_facts(folder / name) for name in walk(folder) if name != leave_out})
 
     @classmethod
@@ -58,16 +58,16 @@ class Checksums:
 
         Args:
             data: The list.
-            where: Name of it for people.
-            remedy: Last words of the error.
+            where: Name of the list, for messages.
+            remedy: Remedy, for messages.
 
         Raises:
-            DamagedFilesError: It is no such list, or a name in it leads out of the folder.
+            DamagedFilesError: It is not such a list, or a name in it is outside the folder.
         """
         try:
             files = {name: asdict(facts) for name, facts in decode(data, _Digests).files.items()}
         except ValueError:
-            raise DamagedFilesError(f"{where} is no list of digests: {remedy}") from None
+            raise DamagedFilesError(f"{where} is not a list of digests: {remedy}") from None
         for name in files:
             if not _is_clean(name):
                 raise DamagedFilesError(f"{where} lists {name!r}, which is not a path inside the folder: {remedy}")
@@ -79,23 +79,23 @@ class Checksums:
     def check_folder(
         self, folder: Path, *, what: str, wrong: str = _CHANGED, remedy: str | None = None, may_hold_more: bool = False
     ) -> None:
-        """Reads every file whole.
+        """Verifies every file by its digest.
 
         Args:
-            folder: On this machine.
-            what: Name of it for people.
-            wrong, remedy: What the error says of it, before and behind the names of the files.
-            may_hold_more: Accept files that are not listed. A loader takes what it finds, so for a model it is an error.
+            folder: A local folder.
+            what: Name of the folder, for messages.
+            wrong, remedy: Words of the message before and after the file names.
+            may_hold_more: Accept files that are not listed. For a model they are an error, since a loader may read them.
 
         Raises:
-            DamagedFilesError: A file is missing, cut short, changed or not listed; names all of them.
+            DamagedFilesError: A file is missing, truncated, changed or not listed. Names all of them.
         """
         damaged = [name for name, facts in self.files.items() if _or_none(folder / name) != facts]
         added = [] if may_hold_more else self._not_listed(walk(folder))
         _refuse(what, damaged, added, wrong=wrong, remedy=remedy)
 
     def check_store(self, store: Store, prefix: str, *, what: str) -> None:
-        """Compares names and sizes by one listing; reads nothing.
+        """Compares names and sizes with one listing, without reading files.
 
         Raises:
             DamagedFilesError: As for `check_folder`.
@@ -109,22 +109,22 @@ class Checksums:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Returns a file's `bytes` and `sha256`, read whole."""
+    """Reads a file and returns its `bytes` and `sha256`."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
 
 
 def read_model_digests(store: Store, prefix: str, sha256: str, *, what: str) -> Checksums:
-    """Returns the list of a model folder, checked against its own digest.
+    """Returns the list of a model folder, verified by the list's own digest.
 
     Args:
         store, prefix: The folder.
-        sha256: Of the list itself, as the job's status says.
-        what: Name of the folder for people.
+        sha256: Digest of the list itself, from the job's status.
+        what: Name of the folder, for messages.
 
     Raises:
-        DamagedFilesError: The list is missing, or another one.
+        DamagedFilesError: The list is missing or changed.
     """
     key = f"{prefix}/{DIGESTS_FILE}"
     try:

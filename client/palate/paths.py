@@ -1,4 +1,4 @@
-"""Palate's own folder on this machine. Knows where it is, what its parts are called, and which of them nobody uses."""
+"""Palate's folder on this machine: its location, its layout, and which work folders are stale."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("palate.paths")
 
 
 def palate_home() -> Path:
-    """Returns PALATE_HOME, by default `~/.palate`; made, and private to the user, when it is missing.
+    """Returns PALATE_HOME, by default `~/.palate`. Creates it, private to the user, if it is missing.
 
     Raises:
-        ConfigurationError: It cannot be made.
+        ConfigurationError: It cannot be created.
     """
     given = os.environ.get("PALATE_HOME") or "~/.palate"
     try:
@@ -30,36 +30,36 @@ def palate_home() -> Path:
         raise ConfigurationError(f"PALATE_HOME={show_path(given)} {error}") from None
     except OSError as error:
         raise ConfigurationError(
-            f"Palate's folder {home} cannot be made: {error.strerror or error}. Set PALATE_HOME to a folder that this user may write"
+            f"Palate's folder {home} cannot be created: {error.strerror or error}. Set PALATE_HOME to a writable folder"
         ) from None
     return home
 
 
 def work_folder(kind: str, name: str) -> Path:
-    """Returns the folder that this process works for a run in; not made.
+    """Returns this process's work folder for a run. Does not create it.
 
-    It is no other process's: a runner that has lost its run to another one of this machine must not remove what that one
-    uses, and runs of two stores may have one name.
+    No other process has the same folder: a runner that has lost its run to another runner on this machine must not remove that
+    runner's files, and runs of two stores can have the same name.
     """
     return palate_home() / "work" / kind / name / f"{os.getpid()}-{start_time(os.getpid())}-{_space()}"
 
 
 def remember_start(uri: str, manifest: bytes) -> None:
-    """Notes that this user started a run, with its manifest as it was then: see `was_started_here`."""
+    """Records that this user started a run with this manifest. See `was_started_here`."""
     mark = _start_mark(uri)
     draft = mark.with_name(f"{mark.name}.{os.getpid()}")
     try:
         mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft.write_text(hashlib.sha256(manifest).hexdigest())
         draft.replace(mark)
-    except OSError as error:  # a full disk: the run can start, and `palate resume` replaces a look that begins it again
-        logger.warning("%s is started, and would have to be resumed by hand if its runner were lost: %s", uri, error)
+    except OSError as error:  # a full disk: the run can start, but only `palate resume` restarts it
+        logger.warning("%s was started, but must be resumed manually if its runner is lost: %s", uri, error)
         with suppress(OSError):
             draft.unlink(missing_ok=True)
 
 
 def was_started_here(uri: str, manifest: bytes) -> bool:
-    """Returns whether this user started a run, or resumed it, from this PALATE_HOME, with the manifest that it has."""
+    """Returns whether this user started or resumed the run from this PALATE_HOME with the same manifest."""
     try:
         return _start_mark(uri).read_text() == hashlib.sha256(manifest).hexdigest()
     except (OSError, UnicodeError):
@@ -67,7 +67,7 @@ def was_started_here(uri: str, manifest: bytes) -> bool:
 
 
 def forget_start(uri: str) -> None:
-    """Removes what `remember_start` noted."""
+    """Removes the record of `remember_start`."""
     _start_mark(uri).unlink(missing_ok=True)
 
 
@@ -76,13 +76,13 @@ def _start_mark(uri: str) -> Path:
 
 
 def stale_work_folders(kind: str, name: str) -> list[Path]:
-    """Returns the work folders of a run whose process is gone; those of other machines, on a shared disk, are left out."""
+    """Returns a run's work folders whose process has ended. Ignores those of other machines on a shared disk."""
     folder = palate_home() / "work" / kind / name
     return [entry for entry in (sorted(folder.iterdir()) if folder.is_dir() else []) if _is_stale(entry.name)]
 
 
 def folder_now(folder: Path) -> float:
-    """Returns the time by the clock of the file system that holds a folder, in seconds since the epoch."""
+    """Returns the time by the clock of the folder's file system, in seconds since the epoch."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_mtime
 

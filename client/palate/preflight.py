@@ -1,7 +1,4 @@
-"""What must hold before a second of compute is spent: libraries that are there, memory that suffices. Knows no run and no data.
-
-Errors from here come before anything is written or started.
-"""
+"""Checks libraries and memory before anything is written or started. Knows no run and no data."""
 
 from __future__ import annotations
 
@@ -16,37 +13,37 @@ from palate_recipes.specs.train import TrainSpec
 _GIB = 1024**3
 
 TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tensorboard")
-"""Distributions without which the trainer cannot start."""
+"""Packages that the trainer needs to start."""
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _FULL_BYTES = {"float32": 16.0, "bfloat16": 16.0, "float16": 18.0}
-"""Bytes a trained parameter: weight, gradient, two Adam moments (and an fp32 master copy under fp16)."""
+"""Bytes per trained parameter: weight, gradient, two Adam moments (and an fp32 master copy with fp16)."""
 
 _REFERENCE_BYTES = 4.0
-"""KTO scores its reference within each step: when every weight is trained, a float32 copy stays beside them."""
+"""Bytes per parameter. KTO scores the reference in each step, so full fine-tuning keeps a float32 copy in memory."""
 
 _PROCESS_GIB = 0.7
-"""What Python, torch and the libraries take before any weight."""
+"""Memory of Python, torch and the libraries without weights."""
 
 
 def check_trainer() -> None:
-    """Raises MissingDependencyError when the trainer's libraries are not installed in this environment."""
+    """Raises MissingDependencyError if the trainer's libraries are not installed in this environment."""
     missing = [name for name in TRAINER_PACKAGES if installed_version(name) is None]
     if missing:
         raise MissingDependencyError(
-            f"training on this machine needs {', '.join(missing)}, not installed here: pip install 'palate[train]'"
+            f"training on this machine needs {', '.join(missing)}, which is not installed: pip install 'palate[train]'"
         )
 
 
 def training_memory_gib(parameters: float, spec: TrainSpec, *, gpus: int = 1) -> float:
-    """Returns the memory that a training needs at least on each GPU, or on the machine without one, in GiB.
+    """Returns the minimum memory of a training in GiB, per GPU or for the machine if it has none.
 
-    A lower bound, on purpose: what it refuses cannot work, what it lets through may still be tight.
+    Deliberately a lower bound: a training that it rejects cannot work, and one that it accepts may still run out of memory.
 
     Args:
-        parameters: Of the model.
-        spec: Its method, precision and quantisation count.
-        gpus: That take part; they share the weights under `fsdp=full_shard`, and else hold a copy each.
+        parameters: Number of parameters of the model.
+        spec: Method, precision and quantization are used.
+        gpus: Number of GPUs. With `fsdp=full_shard` they share the weights, else each has a copy.
     """
     values = spec.hyperparameters
     if spec.method == "Standard_LLM":
@@ -65,7 +62,7 @@ def training_memory_gib(parameters: float, spec: TrainSpec, *, gpus: int = 1) ->
 
 
 def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row: Model | None) -> None:
-    """Raises NotEnoughMemoryError when the training cannot fit the device; says what is needed, what is there, and the remedy."""
+    """Raises NotEnoughMemoryError if the training does not fit. The message has required and available memory, and the remedy."""
     if not parameters:
         return
     gpus = device.gpu_count if device.cuda else 1
@@ -74,7 +71,7 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
     if not there or needed <= there:
         return
     where = (
-        f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB{f', {gpus} of them are here' if gpus > 1 else ''}"
+        f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB{f' ({gpus} GPUs)' if gpus > 1 else ''}"
         if device.cuda
         else f"its memory limit is {there:.2g} GiB"
         if device.memory_is_limited
@@ -94,6 +91,6 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
     if row is not None and not device.cuda:
         remedies.append(f"a GPU with {row.min_gpu_memory(method):.0f} GiB")
     raise NotEnoughMemoryError(
-        f"{spec.model.name} with {method} in {spec.precision} needs at least {needed:.1f} GiB of memory, {where}: "
+        f"{spec.model.name} with {method} in {spec.precision} needs at least {needed:.1f} GiB of memory, but {where}: "
         f"use {', or '.join(remedies)}"
     )

@@ -1,7 +1,7 @@
-"""Where things are kept and where they run: a store, its credentials, a backend. Knows no job.
+"""The session: a store, its credentials, and a backend. Knows no job.
 
 Each setting comes from the argument, else the environment, else `~/.palate/config.json` (written by `save_config`), else
-the embedded default: the process backend over a store in `~/.palate/store`.
+the default: the process backend with a store in `~/.palate/store`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from palate.store import Store, StoreOptions, open_store
 from palate_recipes.errors import ConfigurationError, UnsupportedParameterError
 
 DEFAULT_REGION = "cn-hangzhou"
-"""PAI's public tutorial data lies in a bucket of every region; scripts build its name from `session.region_id`."""
+"""PAI's public tutorial data is in one bucket per region. Scripts build its name from `session.region_id`."""
 
 _REGION_VARIABLES = ("PALATE_REGION", "OSS_REGION", "ALIBABA_CLOUD_REGION_ID", "AWS_REGION", "AWS_DEFAULT_REGION")
 
@@ -27,18 +27,18 @@ class Session:
     """A store, its credentials, and a backend.
 
     Args:
-        region_id: Region of the object store; enters `oss://` endpoints.
-        workspace_id: Recorded and returned; Palate has no workspaces.
-        credential_config: Refused: give access keys to `setup_default_session`, or use the environment.
-        oss_bucket_name: Bucket for jobs and services (PAI's way to say `store="oss://<bucket>/palate"`).
+        region_id: Region of the object store. Part of `oss://` endpoints.
+        workspace_id: Stored, but without effect: Palate has no workspaces.
+        credential_config: Not supported. Give access keys to `setup_default_session`, or use the environment.
+        oss_bucket_name: Bucket for jobs and services. Equals `store="oss://<bucket>/palate"`.
         oss_endpoint: Endpoint of the object store.
         store: URI of the folder or bucket for jobs and services: `file://`, `s3://`, `oss://` or a path.
-            Default: PALATE_STORE, else a folder below `~/.palate`.
-        backend: Name of the backend that runs are given to. Default: PALATE_BACKEND, else `process`.
-        options: Endpoint and credentials of the object store; what is left out comes from the environment and AWS files.
+            Default: PALATE_STORE, else `~/.palate/store`.
+        backend: The backend that runs jobs and services, or its name. Default: PALATE_BACKEND, else `process`.
+        options: Endpoint and credentials of the object store. Default: from the environment and AWS files.
 
     Raises:
-        ConfigurationError: Unknown backend, or `store` and `oss_bucket_name` both given.
+        ConfigurationError: The backend is unknown, or both `store` and `oss_bucket_name` are given.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Session:
     ) -> None:
         if credential_config is not None:
             raise UnsupportedParameterError(
-                "credential_config is Alibaba's own object; give access_key_id and access_key_secret to "
+                "credential_config is not supported (an object of Alibaba's SDK): give access_key_id and access_key_secret to "
                 "setup_default_session, or set OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (AWS_* for S3)"
             )
         if store is not None and oss_bucket_name is not None:
             raise ConfigurationError(
-                f"store={str(store)!r} and oss_bucket_name={oss_bucket_name!r} both name a place: give one of them"
+                f"store={str(store)!r} and oss_bucket_name={oss_bucket_name!r} both set the store: give only one of them"
             )
         saved = _saved_config()
         self.region_id: str = (
@@ -84,23 +84,23 @@ class Session:
 
     @property
     def store(self) -> Store:
-        """The opened store; the first use opens it, which may raise StoreError."""
+        """The store. The first access opens it and may raise StoreError."""
         if self._store is None:
             self._store = open_store(self.store_uri, options=self.options_for(self.store_uri))
         return self._store
 
     def options_for(self, uri: str) -> StoreOptions:
-        """Returns the options to open `uri` with; OSS endpoints are built from the region."""
+        """Returns the options to open `uri` with. OSS endpoints are built from the region."""
         if uri.startswith("oss://") and self.options.region is None:
             return replace(self.options, region=self.region_id)
         return self.options
 
     def environment(self) -> dict[str, str]:
-        """Returns what another process needs to reach the same stores; holds credentials, so for environments only."""
+        """Returns the environment variables for another process to reach the same stores. Contains credentials."""
         return self.options.environment()
 
     def save_config(self, path: str | Path | None = None) -> Path:
-        """Writes region, workspace, store, endpoint and backend (never a credential), and returns where."""
+        """Saves region, workspace, store, endpoint and backend, without credentials. Returns the path."""
         target = Path(path) if path else _config_file()
         values = {
             "region_id": self.region_id,
@@ -115,7 +115,7 @@ class Session:
         return target
 
     def get_storage_path_by_category(self, category: str, dir_name: str | None = None) -> str:
-        """Returns a URI in the store for things of a category (PAI's helper), such as `…/training_data/<dir_name>/`."""
+        """Returns a URI in the store for a category (PAI's helper), such as `…/training_data/<dir_name>/`."""
         parts = [self.store_uri.rstrip("/"), category, *([dir_name] if dir_name else [])]
         return "/".join(parts) + "/"
 
@@ -140,14 +140,14 @@ def setup_default_session(
     store: str | Path | None = None,
     backend: str | Backend | None = None,
 ) -> Session:
-    """Makes the session that everything uses when none is given, and returns it. Arguments as in PAI's SDK and `Session`.
+    """Creates the default session and returns it. Arguments as in PAI's SDK and `Session`.
 
     Raises:
-        UnsupportedParameterError: `network` is given: Palate knows endpoints, not Alibaba's networks.
+        UnsupportedParameterError: `network` is given. Palate uses endpoints, not Alibaba's networks.
     """
     global _default
     if network is not None:
-        raise UnsupportedParameterError(f"network={network!r} has no meaning here: give oss_endpoint instead")
+        raise UnsupportedParameterError(f"network={network!r} is not supported: give oss_endpoint instead")
     options = StoreOptions(
         access_key_id=access_key_id, secret_access_key=access_key_secret, session_token=security_token
     )
@@ -165,7 +165,7 @@ def setup_default_session(
 
 
 def get_default_session() -> Session:
-    """Returns the default session; made from environment and saved configuration when none was set up."""
+    """Returns the default session. Creates it from the environment and saved configuration if needed."""
     global _default
     if _default is None:
         _default = Session()
@@ -183,9 +183,9 @@ def _saved_config() -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is not valid JSON ({error}): mend or delete it") from None
+        raise ConfigurationError(f"{path} is not valid JSON ({error}): fix or delete it") from None
     if not isinstance(values, dict):
-        raise ConfigurationError(f"{path} must hold a JSON object: mend or delete it")
+        raise ConfigurationError(f"{path} must contain a JSON object: fix or delete it")
     return values
 
 

@@ -1,6 +1,6 @@
-"""From a recipe to a submitted job: all is checked, then the manifest is written and the run started. Knows no recipe class.
+"""Submits a training: checks everything, then writes the manifest and starts the run. Knows no recipe class.
 
-The order is the point: whatever can be refused is refused before the first key is written.
+The order matters: everything that can be rejected is rejected before the first key is written.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def submit(
     announce: bool,
     notes: bool,
 ) -> TrainingJob:
-    """Checks a training whole, writes its manifest, and starts its run.
+    """Checks a training, writes its manifest, and starts its run.
 
     Args:
-        spec: What to train; its `inputs` are filled in here.
+        spec: What to train. This function fills in its `inputs`.
         session: Store and backend.
-        inputs: Preference data by channel, and an adapter to go on from.
-        row: The catalog's row of the model, when it has one.
+        inputs: Preference data by channel, and an adapter to continue training.
+        row: The model's catalog row, if it has one.
         job_name: The job's id.
-        labels: Recorded.
-        environments: For the trainer; only their names are recorded.
-        announce: Say on stderr what was submitted.
-        notes: Let that include the notes on changed defaults (a reader of the log sees them there).
+        labels: Recorded in the manifest.
+        environments: Environment variables of the trainer. Only their names are recorded.
+        announce: Whether to print to stderr what was submitted.
+        notes: Whether that includes the notes on changed defaults, which the log has too.
 
     Raises:
-        PalateError: Something cannot work; nothing has been written. See `ModelTrainingRecipe.train`.
+        PalateError: Something cannot work. Nothing has been written. See `ModelTrainingRecipe.train`.
     """
     _check_channels(inputs)
     source = reachable_weights(spec.model.source, session, session.backend)
@@ -94,7 +94,7 @@ def submit(
 
 
 def _check_place(spec: TrainSpec, record: Record, session: Session, row: Model | None) -> None:
-    """Refuses what cannot be trained where it is to be, or kept under its name."""
+    """Rejects a training that does not fit its machine, or whose name is taken."""
     if session.backend.uses_this_python:
         check_trainer()  # elsewhere the libraries are in the image
     check_memory(spec, _parameters(spec, row), device=session.backend.device(spec.placement), row=row)
@@ -136,29 +136,29 @@ _NO_MEANING = {
     "command": "the training program is Palate's own; its behaviour is set by hyperparameters",
     "requirements": "the training program runs in a pinned environment: add packages to the environment or the image",
     "job_type": "every training is one job of one program",
-    "spot_spec": "where a run is placed is the backend's matter; it has no spot market",
-    "resource_id": "where a run is placed is the backend's matter: choose backend=",
-    "resource_type": "where a run is placed is the backend's matter: choose backend=",
-    "user_vpc_config": "Palate knows endpoints, not Alibaba's networks",
-    "experiment_config": "metrics and TensorBoard files lie beside the job: see job.metrics() and job.output_path('tensorboard')",
+    "spot_spec": "the backend decides where a run is placed, and has no spot market",
+    "resource_id": "the backend decides where a run is placed: choose backend=",
+    "resource_type": "the backend decides where a run is placed: choose backend=",
+    "user_vpc_config": "Palate uses endpoints, not Alibaba's networks",
+    "experiment_config": "metrics and TensorBoard files are stored with the job: see job.metrics() and job.output_path('tensorboard')",
     "input_channels": f"the channels are fixed: {', '.join(CHANNELS)}",
     "output_channels": "outputs are fixed: model, checkpoints, tensorboard; see job.output_path()",
-    "outputs": "outputs lie in the job's own prefix: see job.output_path(), and Session(store=…) to choose where jobs are kept",
-    "inference_spec": "what a service runs follows from the job; options= sets engine, port and limits",
+    "outputs": "outputs are stored in the job's folder: see job.output_path(), and Session(store=…) to choose the store",
+    "inference_spec": "the job determines what a service runs; options= sets engine, port and limits",
 }
 
 
 def refuse(**parameters: object) -> None:
-    """Refuses each parameter that was given.
+    """Rejects the parameters that were given.
 
     Args:
-        parameters: By name, which has a row here; None when it was left out.
+        parameters: Values by name, from the names in `_NO_MEANING`; None if not given.
 
     Raises:
-        UnsupportedParameterError: Names the parameter, its value, and why it has no meaning here.
+        UnsupportedParameterError: Has the parameter, its value, and why Palate does not support it.
     """
     for name, value in parameters.items():
         if value is not None:
             raise UnsupportedParameterError(
-                f"{name}={value!r} has no meaning in Palate: {_NO_MEANING[name]}. Leave it out"
+                f"{name}={value!r} is not supported by Palate: {_NO_MEANING[name]}. Omit it"
             )

@@ -1,7 +1,7 @@
-"""Where a base model's weights come from, how they get into this machine's cache, and small models in place of large ones for trials.
+"""Finds the weights of a base model, downloads them to this machine's cache, and replaces large models by small ones for tests.
 
-A source is decided and checked by the client, recorded in the manifest, and fetched by the runner, once a machine: two
-processes that want the same weights at once wait for one fetch, and a broken fetch leaves nothing behind.
+The client finds and checks a source, the manifest records it, and the runner downloads it, once per machine: two processes that
+need the same weights wait for one download, and a failed download leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ _IGNORED_ON_HUB = ["*.pt", "*.pth", "*.gguf", "*.onnx", "original/*", "onnx/*", 
 def find_weights(
     session: Session, *, model_name: str | None, model_uri: str | None, model_version: str | None = None
 ) -> tuple[WeightsSource, Model | None]:
-    """Decides where the weights come from, and fails now when they cannot be there.
+    """Finds the source of the weights. Fails early if they cannot be there.
 
     Args:
         session: For URIs of object stores.
         model_name: A name of the catalog.
-        model_uri: A folder or object-store URI; wins over the catalog's own source.
+        model_uri: A folder or object-store URI. Overrides the catalog's source.
         model_version: Hub revision (branch, tag or commit).
 
     Returns:
         The source, and the catalog row if `model_name` has one.
 
     Raises:
-        UnknownModelError: The name is not in the catalog and no URI is given.
-        ConfigurationError: Neither is given, or the folder holds no usable model.
+        UnknownModelError: The name is not in the catalog, and no URI is given.
+        ConfigurationError: Neither is given, or the folder has no usable model.
     """
     if model_uri and model_version:
         raise ConfigurationError(
-            f"model_version={model_version!r} names a revision on the hub, and model_uri={model_uri!r} another place: give one of them"
+            f"model_version={model_version!r} is a revision on the Hub, and model_uri={model_uri!r} another source: give one of them"
         )
     if model_uri:
         row = find_model(model_name) if model_name else None
         return _from_uri(session, model_uri), row
     if not model_name:
         raise ConfigurationError(
-            "no model is named: give model_name= (`palate models` lists them) or model_uri= (any folder)"
+            "no model given: set model_name= (`palate models` lists them) or model_uri= (any folder)"
         )
     model = find_model(model_name)
     if model.package and not model_version:
@@ -83,9 +83,9 @@ def _from_uri(session: Session, uri: str) -> WeightsSource:
         folder = Path(expand_path(uri.removeprefix("file://"))).absolute()
     except ValueError as error:
         raise ConfigurationError(f"model_uri={show_path(uri)} {error}") from None
-    if not os.path.isdir(folder):  # False for a name that is too long, too
+    if not os.path.isdir(folder):  # Path.is_dir() raises for a name that is too long
         raise ConfigurationError(
-            f"model_uri={uri!r} is no folder on this machine: give a folder with config, weights and tokenizer"
+            f"model_uri={uri!r} is not a folder on this machine: give a folder with config, weights and tokenizer"
         )
     check_model_files(str(folder), {entry.name for entry in folder.iterdir()})
     size = sum(entry.stat().st_size for entry in folder.iterdir() if entry.suffix in _WEIGHT_SUFFIXES)
@@ -93,7 +93,7 @@ def _from_uri(session: Session, uri: str) -> WeightsSource:
 
 
 def check_model_files(where: str, names: set[str]) -> None:
-    """Raises ConfigurationError unless `names` hold config, weights and tokenizer of a model."""
+    """Raises ConfigurationError unless `names` include config, weights and tokenizer of a model."""
     missing = []
     if "config.json" not in names:
         missing.append("config.json")
@@ -103,30 +103,30 @@ def check_model_files(where: str, names: set[str]) -> None:
         missing.append("tokenizer (tokenizer.json)")
     if missing:
         adapter = (
-            " It looks like a LoRA adapter: name its base model instead." if "adapter_config.json" in names else ""
+            " It looks like a LoRA adapter: give its base model instead." if "adapter_config.json" in names else ""
         )
         raise ConfigurationError(
-            f"{where} is not a whole model folder: {', '.join(missing)} missing.{adapter} "
-            "A folder saved with save_pretrained() of model and tokenizer has all of it"
+            f"{where} is not a complete model folder: {', '.join(missing)} missing.{adapter} "
+            "save_pretrained() of model and tokenizer writes all of these"
         )
 
 
 def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str], None]) -> tuple[Path, str]:
-    """Brings the weights onto this machine and returns (model folder, exact revision).
+    """Downloads the weights if needed and returns (model folder, exact revision).
 
     Args:
-        source: What `find_weights` decided.
+        source: The result of `find_weights`.
         session: For URIs of object stores.
         say: Receives progress lines.
 
     Raises:
-        WeightsError: They could not be fetched; says what, why and the remedy.
+        WeightsError: The download failed. Has the source, the cause and the remedy.
     """
     if source.kind == "folder":
         folder = Path(source.location)
         if not (folder / "config.json").is_file():
             raise WeightsError(
-                f"the model folder {folder} is not on this machine: give model_uri= a place that every machine reaches"
+                f"the model folder {folder} is not on this machine: set model_uri= to a location that every machine can reach"
             )
         return folder, _folder_revision(folder)
     if source.kind == "hub":
@@ -139,7 +139,7 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
         revision = hashlib.sha256(listing.encode()).hexdigest()[:16]
         key = f"store-{_slug(source.location)}-{revision}"
 
-        def fill(folder: Path) -> None:  # makes the folder
+        def fill(folder: Path) -> None:  # creates the folder
             say(f"downloading {source.location}")
             store.download_tree("", folder)
     else:
@@ -157,14 +157,14 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
             try:
                 fill(draft)
                 check_model_files(source.location, {entry.name for entry in draft.iterdir()})
-                draft.rename(target)  # whole or not at all
+                draft.rename(target)  # atomic: complete or not there
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return target, revision
 
 
 def reachable_weights(source: WeightsSource, session: Session, backend: Backend) -> WeightsSource:
-    """Returns where a run of a backend finds the weights: in an image this environment's packages are not there."""
+    """Returns a source that a run of the backend can reach: a container does not have this environment's packages."""
     if source.kind != "package" or backend.uses_this_python:
         return source
     folder, _ = fetch_weights(source, session, say=note)
@@ -176,14 +176,14 @@ def _from_package(name: str, folder: Path) -> None:
 
     files = [Path(str(file.locate())) for file in distribution(name).files or [] if file.name.endswith(".gguf")]
     if len(files) != 1:
-        raise WeightsError(f"the package {name} holds {len(files)} GGUF files, one is expected: reinstall it")
+        raise WeightsError(f"the package {name} has {len(files)} GGUF files, expected 1: reinstall it")
     command = [sys.executable, "-P", "-m", "palate_trainer.convert_gguf"]
     command += [str(files[0].absolute()), str(folder.absolute())]
     environment = {**without_credentials(os.environ), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise WeightsError(f"the weights of the package {name} could not be converted:\n{tail}")
+        raise WeightsError(f"the weights of the package {name} cannot be converted:\n{tail}")
 
 
 def _from_hub(source: WeightsSource, say: Callable[[str], None]) -> tuple[Path, str]:
@@ -191,20 +191,20 @@ def _from_hub(source: WeightsSource, say: Callable[[str], None]) -> tuple[Path, 
         from huggingface_hub import snapshot_download
     except ImportError:
         raise WeightsError("huggingface_hub is not installed here: pip install 'palate[train]'") from None
-    say(f"fetching {source.location} from the Hugging Face hub (or its cache)")
+    say(f"downloading {source.location} from the Hugging Face Hub (or its cache)")
     try:
         path = snapshot_download(source.location, revision=source.revision or None, ignore_patterns=_IGNORED_ON_HUB)
-    except Exception as error:  # the hub client raises a dozen unrelated types
+    except Exception as error:  # the Hub client raises a dozen unrelated types
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"{source.location} could not be fetched from the Hugging Face hub: {cause}. Check the network, the name, and "
-            "HF_TOKEN for gated models; or give model_uri= a local folder or object-store URI with the weights"
+            f"{source.location} cannot be downloaded from the Hugging Face Hub: {cause}. Check the network, the name, and "
+            "HF_TOKEN for gated models, or set model_uri= to a local folder or object-store URI with the weights"
         ) from error
     return Path(path), Path(path).name
 
 
 def _folder_revision(folder: Path) -> str:
-    """Returns a fingerprint of a folder from names, sizes and times: cheap, and changed by any rewrite."""
+    """Returns a fingerprint of a folder from names, sizes and times. Cheap, and any rewrite changes it."""
     entries = sorted(
         (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in folder.iterdir() if entry.is_file()
     )
@@ -226,16 +226,16 @@ def _lock(path: Path) -> Iterator[None]:
 
 SETTING = "PALATE_MODEL_STAND_IN"
 LABEL = "stand_in_for"
-"""Label of a job or service whose model stands in for another: what it made says what it is."""
+"""Label of a job or service whose model was replaced, so that its results are not mistaken for those of the other model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StandIn:
-    """What is used instead of a model that was asked for.
+    """The replacement for a requested model.
 
     Attributes:
-        for_name: The model that was asked for.
-        name: Name of the one that is used.
+        for_name: Name of the requested model.
+        name: Name of the replacement.
         uri: Its folder or object-store URI, or None for a model of the catalog.
     """
 
@@ -245,23 +245,23 @@ class StandIn:
 
 
 def stand_in_for(model_name: str) -> StandIn | None:
-    """Returns what PALATE_MODEL_STAND_IN puts in the place of a model, or None; says so on stderr each time.
+    """Returns the replacement that PALATE_MODEL_STAND_IN sets for a model, or None. Prints a note to stderr each time.
 
-    The setting is `NAME=OTHER`, several with commas between; OTHER is a name of the catalog, a folder, or a URI.
+    The setting is `NAME=OTHER`, several separated by commas. OTHER is a catalog name, a folder, or a URI.
 
     Raises:
-        ConfigurationError: The setting cannot be read.
+        ConfigurationError: The setting is invalid.
         UnknownModelError: OTHER is neither in the catalog nor a path.
     """
     setting = os.environ.get(SETTING, "")
     for entry in filter(None, (part.strip() for part in setting.split(","))):
         name, separator, other = (part.strip() for part in entry.partition("="))
         if not (separator and name and other):
-            raise ConfigurationError(f"{SETTING}={setting!r}: {entry!r} is no NAME=OTHER; write both, or unset it")
+            raise ConfigurationError(f"{SETTING}={setting!r}: {entry!r} is not NAME=OTHER: give both, or unset it")
         if _canonical(name) == _canonical(model_name):
             found = _resolve(model_name, other)
             note(
-                f"STAND-IN: {found.uri or found.name} is used in the place of {model_name}, because {SETTING} says so. "
+                f"STAND-IN: {found.uri or found.name} replaces {model_name}, because {SETTING} is set. "
                 f"The result is not {model_name}"
             )
             return found

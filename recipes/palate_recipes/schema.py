@@ -1,7 +1,6 @@
-"""The hyperparameter schema: one typed field a name, with default, bounds, unit and meaning, and how a value is read.
+"""The hyperparameter schema: one typed field per name, with default, bounds, unit, meaning and parser.
 
-Knows one value at a time, never how values fit together or what a machine makes of them. Every reader of a value raises
-TypeError, ValueError or OverflowError.
+Knows single values, not how they depend on each other or on the machine. A parser raises TypeError, ValueError or OverflowError.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ ALL_LINEAR = "all-linear"
 def _string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
-    value.encode()  # half a character, as bytes of a terminal that are not UTF-8 become: no manifest can hold it
+    value.encode()  # raises for a lone surrogate (from terminal input that is not UTF-8), which no manifest can contain
     return value
 
 
@@ -37,8 +36,8 @@ def _bool(value: object) -> bool:
 
 def _int(value: object) -> int:
     if isinstance(value, bool):
-        raise TypeError  # True is 1 to Python, but a flag in the place of a count is a mistake
-    if hasattr(value.__class__, "__index__"):  # also the integers of numpy
+        raise TypeError  # Python treats True as 1, but a flag instead of a count is a mistake
+    if hasattr(value.__class__, "__index__"):  # includes numpy integers
         return operator.index(value)  # type: ignore[arg-type]
     if isinstance(value, str):
         try:
@@ -62,7 +61,7 @@ def _float(value: object) -> float:
 
 def _ascii(text: str) -> str:
     if "_" in text or not text.isascii():
-        raise ValueError  # Python reads "1_0" and the digits of every script as numbers; other readers do not
+        raise ValueError  # Python parses "1_0" and digits of all scripts as numbers; other parsers do not
     return text
 
 
@@ -77,7 +76,7 @@ def _modules(value: object) -> str | list[str]:
 
 
 def _items(value: object) -> list[object]:
-    """The items of a list, or of the string that stands for one: "a,b" or "[1, 2]"."""
+    """Returns the items of a list, or of a string such as "a,b" or "[1, 2]"."""
     if isinstance(value, str):
         text = value.strip()
         if not text.startswith("["):
@@ -116,9 +115,9 @@ PARSERS: Mapping[str, Callable[[object], Any]] = {
 Method = Literal["LoRA_LLM", "QLoRA_LLM", "Standard_LLM"]
 METHODS: Mapping[str, str] = MappingProxyType(
     {
-        "LoRA_LLM": "trains a low-rank adapter on frozen weights, held in 4 bits where CUDA is there",
-        "QLoRA_LLM": "trains a low-rank adapter on frozen weights, held in 4 or 8 bits on every machine",
-        "Standard_LLM": "trains every weight of the model; needs the most memory",
+        "LoRA_LLM": "trains a low-rank adapter on frozen weights, in 4 bits if CUDA is available",
+        "QLoRA_LLM": "trains a low-rank adapter on frozen weights, in 4 or 8 bits on every machine",
+        "Standard_LLM": "trains all weights of the model; needs the most memory",
     }
 )
 
@@ -152,12 +151,11 @@ LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, all of them
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One hyperparameter: what it means and which values it takes.
+    """One hyperparameter: its meaning and its valid values.
 
-    `type` is the value's form: "string", "int", "float", "bool", "modules" (`"all-linear"` or a list of module names),
-    "names" (one or several of `choices`, kept as they are written: `"sigmoid,sft"`), or "numbers" (a list; empty is
-    none, and the bounds hold for each).
-    `minimum` and `maximum` are included in the range unless marked exclusive; every number has both.
+    `type` is "string", "int", "float", "bool", "modules" (`"all-linear"` or a list of module names), "names" (one or several of
+    `choices`, stored as `"sigmoid,sft"`), or "numbers" (a list, possibly empty; the bounds apply to each item).
+    `minimum` and `maximum` are inclusive unless marked exclusive. Every number has both.
     """
 
     name: str
@@ -173,7 +171,7 @@ class Hyperparameter:
 
     @property
     def expectation(self) -> str:
-        """What a value must be, as the words after "must be"."""
+        """The valid values, worded to follow "must be"."""
         if self.type == "names":
             return "one or, as a list or separated by commas, several of " + ", ".join(self.choices or ())
         if self.type == "numbers":
@@ -196,10 +194,10 @@ class Hyperparameter:
         return f"{noun} from {_number(self.minimum)}{end} {_number(self.maximum)}"
 
     def parse(self, value: object) -> Any:
-        """The value in its own type. PAI sends strings: `"5e-5"`, `"8"`, `"true"` are read as what they say.
+        """Returns the typed value. Strings are parsed, as PAI sends them: `"5e-5"`, `"8"`, `"true"`.
 
         Raises:
-            ValueError: the value has the wrong type or is out of bounds; the message says what it must be.
+            ValueError: The value has the wrong type or is out of bounds. The message says what is expected.
         """
         try:
             parsed = PARSERS[self.type](value)
@@ -226,12 +224,12 @@ class Hyperparameter:
 
 
 class Hyperparameters(Struct, frozen=True, kw_only=True):
-    """The hyperparameters of a run, resolved: each with its type, bounds, default, unit and meaning, stated here and nowhere else."""
+    """The resolved hyperparameters of a run. The only definition of their types, bounds, defaults, units and meanings."""
 
     training_strategy: Annotated[
         Literal["sft", "dpo", "kto"],
         Meta(
-            description="what is trained for: sft imitates one answer, dpo prefers the chosen over the rejected answer, "
+            description="training objective: sft imitates one answer, dpo prefers the chosen over the rejected answer, "
             "kto learns from single answers that are good or bad"
         ),
     ] = "sft"
@@ -259,7 +257,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=16,
             le=1_048_576,
-            description="longest prompt plus answer; what is longer is cut at the end",
+            description="maximum length of prompt plus answer; longer rows are truncated at the end",
             extra={"unit": "tokens"},
         ),
     ] = 128
@@ -277,22 +275,22 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
     ] = 32
     dpo_beta: Annotated[
         float,
-        Meta(gt=0, le=100, description="pull towards the reference model in DPO and KTO: higher stays closer to it"),
+        Meta(gt=0, le=100, description="weight of the reference model in DPO and KTO: higher values stay closer to it"),
     ] = 0.1
     load_in_4bit: Annotated[
         bool,
         Meta(
-            description="hold the frozen weights in 4 bits; false by default without CUDA, with load_in_8bit or "
+            description="load the frozen weights in 4 bits; false by default without CUDA, with load_in_8bit or "
             "Standard_LLM"
         ),
     ] = True
-    load_in_8bit: Annotated[bool, Meta(description="hold the frozen weights in 8 bits")] = False
+    load_in_8bit: Annotated[bool, Meta(description="load the frozen weights in 8 bits")] = False
     gradient_accumulation_steps: Annotated[
         int,
         Meta(
             ge=1,
             le=4096,
-            description="batches whose gradients are averaged into one optimizer step",
+            description="number of batches whose gradients are averaged in one optimizer step",
             extra={"unit": "batches"},
         ),
     ] = 8
@@ -302,8 +300,8 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
     system_prompt: Annotated[
         str,
         Meta(
-            description="system message of every row when the chat template is applied; empty is none, not the "
-            "template's own either"
+            description="system message of every row when the chat template is applied; empty means none, not even "
+            "the template's default"
         ),
     ] = "You are a helpful assistant"
     warmup_ratio: Annotated[
@@ -311,7 +309,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             lt=1,
-            description="part of all optimizer steps over which the learning rate rises from 0",
+            description="fraction of optimizer steps in which the learning rate rises from 0",
             extra={"unit": "fraction of steps"},
         ),
     ] = 0.0
@@ -327,28 +325,32 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             lt=1,
-            description="part of the adapter's inputs that are dropped in training",
+            description="fraction of the adapter's inputs that is dropped in training",
             extra={"unit": "fraction"},
         ),
     ] = 0.0
-    lr_scheduler_type: Annotated[Schedule, Meta(description="how the learning rate runs after the warm-up")] = "linear"
+    lr_scheduler_type: Annotated[Schedule, Meta(description="schedule of the learning rate after the warm-up")] = (
+        "linear"
+    )
     weight_decay: Annotated[float, Meta(ge=0, le=1, description="AdamW's decoupled weight decay")] = 0.0
     max_grad_norm: Annotated[
         float,
         Meta(
             ge=0,
             le=1000,
-            description="gradients longer than this are scaled down to it; 0 turns clipping off",
+            description="gradients with a larger norm are scaled down to it; 0 turns clipping off",
             extra={"unit": "L2 norm"},
         ),
     ] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=4_294_967_295, description="seed of adapter start, data order and dropout")] = 42
+    seed: Annotated[
+        int, Meta(ge=0, le=4_294_967_295, description="seed of adapter initialization, data order and dropout")
+    ] = 42
     logging_steps: Annotated[
         int,
         Meta(
             ge=1,
             le=1_000_000,
-            description="metrics are written once in this many steps",
+            description="steps between two log lines of metrics",
             extra={"unit": "optimizer steps"},
         ),
     ] = 10
@@ -357,7 +359,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=10_000_000,
-            description="a checkpoint is kept once in this many steps; 0 saves at the end only",
+            description="steps between two checkpoints; 0 saves only at the end",
             extra={"unit": "optimizer steps"},
         ),
     ] = 0
@@ -366,7 +368,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=10_000_000,
-            description="validation data is scored once in this many steps; 0 scores it at the end of every epoch",
+            description="steps between two evaluations; 0 evaluates at the end of every epoch",
             extra={"unit": "optimizer steps"},
         ),
     ] = 0
@@ -375,7 +377,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=100_000_000,
-            description="stops after this many steps, whatever num_train_epochs says; 0 is off",
+            description="stops after this many steps, regardless of num_train_epochs; 0 means no limit",
             extra={"unit": "optimizer steps"},
         ),
     ] = 0
@@ -408,8 +410,8 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=1,
-            description="weight of the tokens by which the longer answer of a pair exceeds the other (LD-DPO); 1 is DPO "
-            "as it is",
+            description="weight of the tokens by which the longer answer of a pair exceeds the other (LD-DPO); 1 is "
+            "plain DPO",
             extra={"unit": "fraction"},
         ),
     ] = 1.0
@@ -419,23 +421,22 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=1000,
-            description="factor of the loss of good answers under kto, to make up for unequal numbers of good and bad "
-            "ones",
+            description="factor of the loss of good answers in kto, to balance unequal numbers of good and bad answers",
         ),
     ] = 1.0
     undesirable_weight: Annotated[float, Meta(ge=0, le=1000, description="the same for bad answers")] = 1.0
     bad_rows: Annotated[
         Literal["refuse", "skip"],
         Meta(
-            description="what becomes of rows that are empty, incomplete or have the same answer twice: refuse ends with "
-            "their numbers, skip leaves them out and says which"
+            description="handling of rows that are empty, incomplete or have the same answer twice: refuse fails with their "
+            "numbers, skip skips and reports them"
         ),
     ] = "refuse"
     precision: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(
-            description="number format of the frozen weights and of the arithmetic; auto is bfloat16 where the GPU or "
-            "processor computes it natively, else float16 on CUDA and float32 on a CPU"
+            description="number format of the frozen weights and of the arithmetic; auto is bfloat16 if the GPU or "
+            "CPU supports it natively, else float16 on CUDA and float32 on a CPU"
         ),
     ] = "auto"
     gradient_checkpointing: Annotated[
@@ -444,14 +445,14 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
     fsdp: Annotated[
         Literal["off", "full_shard"],
         Meta(
-            description="full_shard splits the weights over all GPUs, for a model that one GPU cannot hold; off keeps a "
-            "copy on each"
+            description="full_shard shards the weights over all GPUs, for a model that does not fit on one GPU; off keeps "
+            "a copy on each"
         ),
     ] = "off"
 
 
 def _row(name: str, kind: Any, default: Any) -> Hyperparameter:
-    """Returns the row of a field of `Hyperparameters`, from its annotation."""
+    """Returns the table row of a field of `Hyperparameters`."""
     plain, *notes = get_args(kind)
     meta = next(note for note in notes if isinstance(note, Meta))
     extra = meta.extra or {}
@@ -484,7 +485,7 @@ HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row 
 
 
 def as_definitions() -> list[dict[str, Any]]:
-    """The schema as PAI's `recipe.hyperparameter_definitions` lists it, one dict a name; no bound is None."""
+    """Returns the schema as in PAI's `recipe.hyperparameter_definitions`, one dict per name. A missing bound is None."""
     types = {"int": "Int", "float": "Float", "bool": "Bool"}
     return [
         {
@@ -502,7 +503,7 @@ def as_definitions() -> list[dict[str, Any]]:
 
 
 def describe() -> str:
-    """The schema as a Markdown table, one row a name; docs/hyperparameters.md holds exactly this text."""
+    """Returns the schema as a Markdown table, one row per name. docs/hyperparameters.md has exactly this text."""
     lines = ["| name | default | values | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     for row in HYPERPARAMETERS.values():
         lines.append(f"| `{row.name}` | `{show(row.default)}` | {row.expectation} | {row.unit} | {row.meaning} |")
@@ -510,7 +511,7 @@ def describe() -> str:
 
 
 def show(value: object) -> str:
-    """A value as it is written in a table or a message: `true`, `5e-5`, `"text"`."""
+    """Formats a value for a table or a message: `true`, `5e-5`, `"text"`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -519,7 +520,7 @@ def show(value: object) -> str:
         return _number(value)
     try:
         return repr(value)
-    except (ValueError, RecursionError):  # Python writes no whole number of more than 4300 digits
+    except (ValueError, RecursionError):  # Python does not print integers of more than 4300 digits
         return f"a {type(value).__name__} that is too long to show"
 
 

@@ -283,7 +283,7 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     assert [model.id for model in predictor.openai().models.list().data] == ["default", "untuned", "base"]
     tuned = ask(predictor.openai(), "default")
     assert (tuned != before, predictor.access_token) == (True, token)
-    with pytest.raises(ServiceError, match=r"could not be updated to job damaged.*served before.*missing or changed"):
+    with pytest.raises(ServiceError, match=r"could not be updated to job damaged.*previous model.*missing or changed"):
         predictor.update_service(damaged_copy(job))
     assert ask(predictor.openai(), "default") == tuned
 
@@ -291,7 +291,7 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     hands.kill(predictor._run.refresh().engine_id)
     until(lambda: predictor.service_status == "Failed", timeout_s=20)
     until(lambda: hands.left() == [] and is_free(endpoint), timeout_s=20)
-    assert "runner is gone" in predictor.describe_service()["Reason"]
+    assert "runner died" in predictor.describe_service()["Reason"]
     predictor.delete_service()
 
 

@@ -56,9 +56,9 @@ def test_what_contradicts_the_adapter_is_refused(session: Session, tmp_path: Pat
     folder = adapter(tmp_path / "sft")
     message = refused(HyperparameterError, prefs, folder, lora_dim=32, lora_alpha=32, target_modules="q_proj")
     assert "lora_dim = 32, but the adapter has 8: omit lora_dim" in message
-    assert "lora_alpha = 32, but the adapter has 16" in message
-    assert "target_modules = ['q_proj'], but the adapter has ['q_proj', 'v_proj']" in message
-    assert "Standard_LLM trains every weight" in refused(ConfigurationError, prefs, folder, method="Standard_LLM")
+    assert "lora_alpha = 32: the adapter has 16" in message
+    assert "target_modules = ['q_proj']: the adapter has ['q_proj', 'v_proj']" in message
+    assert "Standard_LLM trains all weights" in refused(ConfigurationError, prefs, folder, method="Standard_LLM")
 
 
 def test_a_folder_without_an_adapter_is_refused(session: Session, tmp_path: Path, prefs: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_base_must_be_the_adapters(session: Session, tmp_path: Path, prefs: 
         same = adapter(tmp_path / f"same-{len(name)}", base_model_name_or_path=name)
         assert read_adapter(same, session).base_note(MODEL, row) is None
     own = adapter(tmp_path / "own", base_model_name_or_path="/data/my-model")
-    assert "must be the same weights" in str(read_adapter(own, session).base_note(MODEL, row))
+    assert "must have the same weights" in str(read_adapter(own, session).base_note(MODEL, row))
 
 
 def test_a_broken_config_is_named() -> None:

@@ -153,7 +153,7 @@ def test_a_run_whose_runner_went_silent_elsewhere_is_failed_by_the_next_look(sto
     assert handle.refresh().state == "Running"
     left_by(record, lost_after_s=1.0)
     until(lambda: handle.refresh().state == "Failed")
-    assert "far has not been heard of for" in handle.refresh().reason
+    assert "far has sent no heartbeat for" in handle.refresh().reason
 
 
 def test_a_run_whose_engine_is_gone_is_in_the_hands_of_another_runner(store: Store, session: Session) -> None:
@@ -193,7 +193,7 @@ def test_a_start_that_cannot_be_noted_is_a_start(home: Path, caplog: pytest.LogC
     home.mkdir(exist_ok=True)
     (home / "started").write_text("no folder can be made here")
     remember_start("file:///store/jobs/one", b"{}")
-    assert "resumed by hand" in caplog.text
+    assert "resumed manually" in caplog.text
     assert not was_started_here("file:///store/jobs/one", b"{}")
 
 

@@ -231,7 +231,7 @@ def test_a_silent_store_is_given_up(home: Path) -> None:
             AWS_DEFAULT_REGION="us-east-1",
         )
     assert done.returncode == 1
-    assert "s3://bucket/team did not say in time" in done.stderr
+    assert "s3://bucket/team was not listed in time" in done.stderr
 
 
 def test_a_listing_can_be_given_up_from_python(session: Session) -> None:
@@ -244,7 +244,7 @@ def test_a_listing_can_be_given_up_from_python(session: Session) -> None:
             return list(super().list_children(prefix))
 
     session._store = Gated(session.store.root)
-    with pytest.raises(WaitTimeoutError, match="did not say in time"):
+    with pytest.raises(WaitTimeoutError, match="was not listed in time"):
         find_runs(session, "jobs", RunFilter(), timeout_s=0.05)
     gate.set()
 

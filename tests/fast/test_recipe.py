@@ -111,7 +111,7 @@ def test_a_model_folder_without_weights_is_refused(session: Session, tmp_path: P
     recipe = ModelTrainingRecipe(model_uri=str(folder), hyperparameters=DPO)
     with pytest.raises(ConfigurationError, match=r"weights.*tokenizer"):
         recipe.train(inputs={"train": prefs})
-    with pytest.raises(ConfigurationError, match="no folder on this machine"):
+    with pytest.raises(ConfigurationError, match="not a folder on this machine"):
         ModelTrainingRecipe(model_uri=str(tmp_path / "absent"), hyperparameters=DPO).train(inputs={"train": prefs})
 
 

@@ -19,7 +19,7 @@ def test_a_job_of_an_earlier_version_goes_on(session: Session, home: Path) -> No
     job = TrainingJob.get("failed").resume(show_logs=False)
     status = job.describe()
     assert (status.state, status.attempt) == ("Succeeded", 2)
-    assert any("attempt 2, going on from checkpoint-" in line for line in job.logs())
+    assert any("attempt 2, resuming from checkpoint-" in line for line in job.logs())
     steps = [step for step, _ in losses(job)]
     assert steps == sorted(set(steps))
     assert steps[-1] == job.metrics()[-1]["step"]

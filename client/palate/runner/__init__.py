@@ -1,7 +1,7 @@
-"""`palate-run URI`: stands beside a program and keeps its run's record. Knows stores and the record; no backend, no ML.
+"""`palate-run URI`: runs a run's program and keeps its record. Knows stores and the record; no backend, no ML.
 
-It takes the run's lease, stages inputs, runs the trainer or the server as a child, pushes what the child says, heeds a
-stop, tries again where that was asked for, and writes the terminal status last. Whatever ends it, the child ends with it.
+It acquires the run's lease, stages inputs, runs the trainer or the server as a child process, uploads its output, handles stop
+requests, makes further attempts, and writes the terminal status last. However it ends, the child process ends with it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ logger = logging.getLogger("palate.runner")
 USAGE = "usage: palate-run <store>/jobs/<id> | <store>/services/<name> | train"
 
 _RESERVE_BYTES = 1 << 20
-"""Kept free in the work folder: on a disk that is full, the run must still be able to say so."""
+"""Reserved in the work folder, so that a run on a full disk can still report it."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one run to its end; returns 0 when it succeeded, was stopped as asked, or is another runner's, else 1."""
+    """Executes one run. Returns 0 if it succeeded, was stopped on request, or belongs to another runner, else 1."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["train"]:  # what managed platforms run an image with; there is no store then, and no record
-        os.environ["PYTHONSAFEPATH"] = "1"  # of every process that it starts, too
+    if arguments[:1] == ["train"]:  # the command that managed platforms run; there is no store and no record
+        os.environ["PYTHONSAFEPATH"] = "1"  # also for every process that it starts
         os.execv(sys.executable, [sys.executable, "-P", "-m", "palate_trainer.platforms", *arguments[1:]])
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     for stale in stale_work_folders(kind, name):
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True, mode=0o700)
-    held = held.through(direct)  # a heartbeat that waits for the store would be none
+    held = held.through(direct)  # without retries: a heartbeat must not wait for the store
     heartbeat = Heartbeat(direct, held, say)
     context = RunContext(
         record=record,
@@ -97,17 +97,17 @@ def main(argv: list[str] | None = None) -> int:
             retry(held.release)
         return 1 if ending.state == "Failed" else 0
     except StoreError as error:
-        logger.error("the run's last word could not be written: %s", error)
+        logger.error("the final status cannot be written: %s", error)
         return 1
     except Exception:  # a damaged record, for example
-        logger.exception("the run's last word could not be written")
+        logger.exception("the final status cannot be written")
         return 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _take(record: Record, terminated: threading.Event) -> HeldLease | None:
-    """Takes the run's lease and settles what an earlier runner left; None when there is nothing to do here."""
+    """Acquires the run's lease and resolves the state that an earlier runner left. Returns None if there is nothing to run."""
     status = record.status()
     if status.is_terminal:
         logger.info("%s is %s: nothing to run", record.uri, status.state)
@@ -115,10 +115,10 @@ def _take(record: Record, terminated: threading.Event) -> HeldLease | None:
     start_id = os.environ.get(START_ID_VARIABLE, "")
     held = acquire(record, attempt=status.attempt, start_id=start_id, give_up=terminated.is_set)
     if held is None:
-        logger.info("another runner has %s: leaving it", record.uri)
+        logger.info("another runner has %s: exiting", record.uri)
         return None
     status = record.status()
-    if status.attempt == held.lease.attempt and status.state == "Running":  # taken from one that is gone
+    if status.attempt == held.lease.attempt and status.state == "Running":  # its runner was lost
         if status.attempt < status.last_attempt:
             held.beat(attempt=status.attempt + 1)
             status = record.begin_again(expect={"Running"}, attempt=status.attempt, reason=LOST) or record.status()
@@ -133,7 +133,7 @@ def _take(record: Record, terminated: threading.Event) -> HeldLease | None:
 
 
 def _attempts(context: RunContext) -> Ending:
-    """Makes attempts until one ends well or none is left, and writes the terminal status; returns the last ending."""
+    """Makes attempts until one does not fail or none is left. Writes the terminal status and returns the last ending."""
     record, heartbeat = context.record, context.heartbeat
     logs = context.retry(lambda: Tail(context.direct, "logs", context.log))
     heartbeat.push(logs)
@@ -142,7 +142,7 @@ def _attempts(context: RunContext) -> Ending:
         ending = _attempt(context, logs, reserve)
         reserve.unlink(missing_ok=True)
         if heartbeat.lease_lost.is_set():
-            logger.info("another runner has %s by now: leaving it", record.uri)
+            logger.info("another runner has %s now: exiting", record.uri)
             return ending
         status = record.status()
         if not (ending.state == "Failed" and ending.again and status.attempt < status.last_attempt):
@@ -155,7 +155,7 @@ def _attempts(context: RunContext) -> Ending:
         context.retry(partial(heartbeat.held.beat, attempt=following))
         if record.begin_again(expect={"Running"}, attempt=status.attempt, state="Running", **facts) is None:
             context.retry(partial(heartbeat.held.beat, attempt=status.attempt))
-            break  # a stop came in between
+            break  # a stop request came first
     context.retry(lambda: logs.push(final=True))
     record.advance(
         ending.state,
@@ -180,7 +180,7 @@ def _attempt(context: RunContext, logs: Tail, reserve: Path) -> Ending:
         from palate.runner.serve import run_service
 
         return run_service(context, body)
-    except Exception as error:  # the last place where a cause can be saved: the runner has no caller
+    except Exception as error:  # the runner has no caller, so the cause must be saved here
         logger.exception("the runner failed")
         reserve.unlink(missing_ok=True)
         return Ending(state="Failed", reason=_reason(error), log_tail=log_tail(context.log))
@@ -190,5 +190,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, PalateError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full: {error}. Free space there, or set PALATE_HOME to a folder on another disk."
+        return f"The disk is full: {error}. Free some space, or set PALATE_HOME to a folder on another disk."
     return f"{type(error).__name__}: {error}"

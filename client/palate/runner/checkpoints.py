@@ -1,10 +1,10 @@
-"""Checkpoints between a trainer's folder and the store, whole or not at all. Knows folders and the record, no training.
+"""Copies checkpoints from the trainer's folder to the store and back, only complete ones. Knows folders and the record, no training.
 
-A checkpoint in the store is whole when its mark is there, which is written last and lists every file with its digest. Each
-attempt has its own: a runner that was given up for lost, and comes back, touches none of the one after it.
+A checkpoint in the store is complete if it has a marker file, which is written last and lists every file with its digest. Each
+attempt writes its own: a runner that counted as lost and comes back does not touch those of the next attempt.
 
-    step-000100/  step-000200/            of the first attempt
-    step-000200-attempt-2/                of the second, which went on from the first's step 100
+    step-000100/  step-000200/            from the first attempt
+    step-000200-attempt-2/                from the second, which resumed from step 100 of the first
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK
 _WHOLE = re.compile(
     rf"(?P<name>step-(?P<step>[0-9]{{1,18}})(-attempt-(?P<attempt>[0-9]{{1,9}}))?)/{re.escape(COMPLETE_MARK)}"
 )
-"""Names the mark of a checkpoint, below their folder."""
+"""Matches the path of a checkpoint's marker, relative to the folder of checkpoints."""
 
 
 class CheckpointPusher:
-    """Pushes each checkpoint once it is whole, beside the training; a context manager, which waits for the last one.
+    """Uploads each complete checkpoint during the training. A context manager; its exit waits for the uploads.
 
     Args:
         record: The run.
         folder: Where the trainer writes them.
-        attempt: Whose they are.
-        staged: Name of the one that the trainer began with: it came from the store.
-        before_mark: Called before a checkpoint becomes whole: what the run said up to it must be there as well.
+        attempt: The attempt that writes them.
+        staged: Name of the checkpoint that the trainer resumed from, which is in the store already.
+        before_mark: Called before a marker is uploaded: the metrics up to the checkpoint must be in the store by then.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class CheckpointPusher:
         self._pool.shutdown(wait=True)
         for folder, upload in self._uploads.items():
             if isinstance(upload.exception(), StoreError):
-                self._push(folder)  # a store that was full then may have room now
+                self._push(folder)  # try again: a full store may have space now
             else:
                 upload.result()
 
     def look(self) -> None:
-        """Starts to push what is whole and new."""
+        """Starts to upload new complete checkpoints."""
         if not self._folder.is_dir():
             return
         # The trainer writes its marker last, so a folder with one does not change any more.
@@ -83,17 +83,15 @@ class CheckpointPusher:
 
 
 def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Copies the last whole checkpoint of a run to this machine.
-
-    One that was damaged in the store is passed over, with a note, for the one before it.
+    """Copies a run's last complete checkpoint to this machine. Skips damaged ones with a note.
 
     Args:
         record: The run.
         folder: The trainer's folder of checkpoints.
-        say: Takes one line for the log.
+        say: Called with a log line.
 
     Returns:
-        The checkpoint's folder, named as the trainer names it; None when the store has none.
+        The checkpoint's folder, with the trainer's name for it, or None if the store has none.
 
     Raises:
         StoreError: The store cannot be read.
@@ -114,10 +112,10 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
             # Only the listed files were copied here.
             digests.check_folder(target, what=record.store.uri(source), may_hold_more=True)
         except (DamagedFilesError, FileNotFoundError) as error:
-            say(f"note: a checkpoint is passed over: {error}")
+            say(f"note: a checkpoint is skipped: {error}")
             shutil.rmtree(target, ignore_errors=True)
             continue
-        (target / COMPLETE_MARK).touch()  # last: its presence means whole
+        (target / COMPLETE_MARK).touch()  # last: its presence means complete
         return target
     return None
 

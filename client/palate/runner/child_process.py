@@ -1,4 +1,4 @@
-"""One child program: started, watched, its end explained, and never left behind. Knows no store, trainer or server."""
+"""Starts and watches one child process, explains its exit, and never leaves it behind. Knows no store, trainer or server."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from palate.runner.heartbeat import LAST_BYTES, TICK_S, Heartbeat, last_file
 from palate_recipes.prctl import die_with_parent
 
 _ROOT = Path("/sys/fs/cgroup")
-_NO_LIMIT = 1 << 60  # the first kind of cgroup says a huge number
+_NO_LIMIT = 1 << 60  # cgroup v1 reports a huge number
 
 
 class MemoryGuard:
-    """Remembers how often the kernel has ended a process of this cgroup for its memory.
+    """Detects whether the kernel killed a process of this cgroup for lack of memory.
 
-    Outside a container, and where the cgroup cannot be read, it knows nothing.
+    Detects nothing outside a container, or if the cgroup cannot be read.
     """
 
     def __init__(self, root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> None:
@@ -30,14 +30,14 @@ class MemoryGuard:
         self._before = self._kills()
 
     def cause(self) -> str:
-        """Returns what happened, with the limit and the remedy, when the kernel ended a process since; else ""."""
+        """Returns a message with limit and remedy if the kernel has killed a process since, else ""."""
         if self._kills() <= self._before:
             return ""
         limit = self._limit()
         which = f"its memory limit of {limit / (1 << 30):.3g} GiB" if limit else "the memory of its machine"
         return (
-            f"out of memory: the kernel ended it at {which}. Give it more (instance_spec={{'memory': ...}} on the container "
-            "backend), or take less: a smaller per_device_train_batch_size or max_length, or QLoRA_LLM"
+            f"out of memory: the kernel killed it at {which}. Raise the limit (instance_spec={{'memory': ...}} on the container "
+            "backend), or need less: a smaller per_device_train_batch_size or max_length, or QLoRA_LLM"
         )
 
     def _kills(self) -> int:
@@ -59,7 +59,7 @@ class MemoryGuard:
 
 
 def _folders(root: Path, own: Path) -> list[Path]:
-    """Where this process's memory is accounted: by both kinds of cgroup, as a container and as its host see the path."""
+    """Folders of this process's memory cgroup, v1 and v2, with the path as seen in the container and on its host."""
     found = []
     for line in _lines(own):
         _, controllers, path = line.split(":", 2)
@@ -81,16 +81,16 @@ LOG_TAIL_LINES = 25
 
 
 class Child:
-    """A program whose output goes to `log`; its life ends with this process, or with the `with` block that it is given to.
+    """A program whose output goes to `log`. It ends with this process, or at the end of the `with` block.
 
-    It knows files alone, so it is given none of the credentials that this process has for stores and hubs.
+    It works only with files, so it does not get this process's credentials for stores and hubs.
 
     Args:
         argv: Program and arguments.
-        log: File that its output is added to.
+        log: File to which its output is appended.
         env: Variables on top of this process's own.
-        cwd: Its working folder.
-        kept: Names of variables that the user gave to this program, and that it gets whatever they hold.
+        cwd: Working folder.
+        kept: Names of variables that the user set for this program. It gets them even if they look like credentials.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Child:
                 env={
                     **without_credentials(os.environ, kept=kept),
                     "PYTHONUNBUFFERED": "1",
-                    "PYTHONSAFEPATH": "1",  # for every Python below it: no file of a working folder is a module
+                    "PYTHONSAFEPATH": "1",  # also for its child processes: files in the working folder must not be imported
                     **env,
                 },
                 cwd=cwd,
@@ -121,7 +121,7 @@ class Child:
         self.kill()
 
     def cause(self, told: str) -> str:
-        """Returns why it ended: for its memory, else what it told itself, else what its exit code says."""
+        """Returns why it ended: out of memory, else its own message, else its exit code."""
         code = self.process.returncode
         if code != 0 and (out_of_memory := self._memory.cause()):
             return f"{out_of_memory}\n{told}" if told else out_of_memory
@@ -138,7 +138,7 @@ class Child:
 
 
 def log_line(log: Path, text: str) -> None:
-    """Adds a line of the runner's own to the run's log; on a full disk the line is lost, and the run is not."""
+    """Appends a line of the runner to the log. On a full disk the line is lost, but the run continues."""
     try:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"palate: {text}\n")
@@ -147,7 +147,7 @@ def log_line(log: Path, text: str) -> None:
 
 
 def log_tail(log: Path) -> tuple[str, ...]:
-    """Returns the last lines of the log that say something; reads no more than its end."""
+    """Returns the last non-empty lines of the log. Reads only its end."""
     content = b""
     for path in (last_file(log), log):
         if path.exists():
@@ -167,25 +167,25 @@ def watch(
     deadline: Callable[[], float | None],
     grace_s: float,
 ) -> Literal["ended", "stopped", "timed out", "lease lost"]:
-    """Waits until the child ends, a stop is asked for, or the deadline comes. Asks nothing of the store itself.
+    """Waits until the child ends, a stop is requested, or the deadline is reached. Does not access the store.
 
     Args:
         child: The program.
-        heartbeat: Knows who wants the run to stop, and whether it is still this runner's.
-        terminated: Set when this runner itself was told to end.
+        heartbeat: Has the stop request, and whether this runner still has the lease.
+        terminated: Set when this runner got a signal to end.
         on_tick: Called every quarter second.
-        deadline: Gives the `time.monotonic()` at which the run is over, or None.
-        grace_s: Seconds that the child has to end by itself after a stop, before it is killed.
+        deadline: Returns the `time.monotonic()` at which the run must end, or None.
+        grace_s: Seconds from SIGTERM to SIGKILL.
 
     Returns:
-        `ended` when the child ended by itself; else the child has been ended. `lease lost`: another runner has the run.
+        `ended` if the child ended by itself, else the child was stopped or killed. `lease lost`: another runner has the run.
     """
     outcome: Literal["ended", "stopped", "timed out", "lease lost"] = "ended"
     kill_at: float | None = None
     while child.process.poll() is None:
         now = time.monotonic()
         if heartbeat.lease_lost.is_set():
-            child.kill()  # no grace: two of them must not write the same checkpoints
+            child.kill()  # no grace: two programs must not write the same checkpoints
             return "lease lost"
         if kill_at is None:
             if terminated.is_set() or heartbeat.stop_wanted.is_set():
@@ -206,10 +206,10 @@ def watch(
 
 
 def _describe_exit(code: int) -> str:
-    """Returns what an exit code says to a person."""
+    """Describes an exit code in words."""
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
     if -code == signal.SIGKILL:
-        return f"killed by {name}: most often the kernel ending a process that took too much memory"
+        return f"killed by {name}, probably by the kernel for lack of memory"
     return f"killed by {name}"

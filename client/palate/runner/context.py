@@ -1,4 +1,4 @@
-"""What a runner holds of its run, and how one attempt of it ended. Knows no program."""
+"""What a runner has for its run, and how an attempt ended. Knows no program."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from palate_recipes.specs.run import Manifest
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """A runner's post beside its program.
+    """What a runner needs to execute its run.
 
     Attributes:
-        record: The run; each request waits for a store that is away.
-        direct: The same, without waiting.
-        manifest: What is to be run.
-        session: Where inputs and weights are opened.
-        work: Folder on this machine, removed at the end.
-        heartbeat: Lease, wish to stop, and parts.
-        retry: For what else waits for a store.
-        terminated: Set when this runner was told to end.
+        record: The run. Requests are retried while the store is unreachable.
+        direct: The same without retries.
+        manifest: The run's manifest.
+        session: Opens inputs and weights.
+        work: Local work folder, removed at the end.
+        heartbeat: Lease, stop request, and uploads of logs and metrics.
+        retry: Retries other store operations.
+        terminated: Set when this runner got a signal to end.
     """
 
     record: Record
@@ -41,11 +41,11 @@ class RunContext:
 
     @property
     def log(self) -> Path:
-        """What program and runner say."""
+        """Log file of the program and the runner."""
         return self.work / "program.log"
 
     def say(self, text: str) -> None:
-        """Adds a line of the runner's own to the log."""
+        """Appends a line of the runner to the log."""
         log_line(self.log, text)
 
 
@@ -54,9 +54,9 @@ class Ending:
     """How an attempt ended.
 
     Attributes:
-        state: The state to be written.
-        reason, exit_code, log_tail: For the status, see `palate_recipes.specs.run.Status`.
-        again: Whether a further attempt may be made of a failed one.
+        state: The state to write.
+        reason, exit_code, log_tail: For the status. See `palate_recipes.specs.run.Status`.
+        again: Whether a failure may be retried.
     """
 
     state: Literal["Succeeded", "Failed", "Stopped"]

@@ -1,9 +1,8 @@
-"""A runner's ties to the store while its program runs: heartbeat, wish to stop, log and metric parts, kept within bounds.
+"""Heartbeat, stop requests, and uploads of logs and metrics while a program runs.
 
-A service may run for months. Its readers find what was merged through `logs/index.json` (see `palate_recipes.specs.run.LogIndex`).
-
-All of it happens on a thread of its own: a store that is slow, or away, never holds up the program or its deadline. What
-could not be pushed is pushed when the store is back.
+All of this runs in separate threads: a slow or unreachable store never delays the program or its deadline. What cannot be
+uploaded is uploaded when the store is back. A service may run for months, so its log is limited in size: old parts are merged and
+the oldest deleted. Readers find merged parts through `logs/index.json` (see `palate_recipes.specs.run.LogIndex`).
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from palate_recipes.errors import PalateError, PreconditionFailedError
 from palate_recipes.specs.run import LogIndex
 
 KEPT_BYTES = 32 * 1024**2
-"""What is kept of a service's log in its store; the oldest goes first."""
+"""Maximum size of a service's log in the store. The oldest parts are deleted first."""
 
 PART_BYTES = 1024**2
-"""A part is this large, and a merged one."""
+"""Maximum size of a part, merged or not."""
 
 _MOST_PARTS = 600
 _UNMERGED_PARTS = 200
-"""So many of the newest stay as they are: a reader that follows may be at one of them."""
+"""This many of the newest parts are never merged, since a reader that follows the log may be at one of them."""
 
 
 class LogCompactor:
-    """Of one service's log, whose only writer holds it; raises StoreError, and does the same the next time.
+    """Merges and deletes parts of one service's log, which has no other writer. After a StoreError the next call repeats the work.
 
     Args:
         record: The service.
@@ -44,10 +43,10 @@ class LogCompactor:
         found = record.part_sizes("logs")
         self._parts = {number: size for number, size in found.items() if number >= self._index.following}
         # The index is the truth: parts below `following` are merged already, and only their deletion was interrupted.
-        self._left_over = [number for number in found if number < self._index.following]  # of a runner that was killed
+        self._left_over = [number for number in found if number < self._index.following]  # left by a killed runner
 
     def added(self, number: int, size: int) -> None:
-        """A part was written. Merges and removes what is over the bounds."""
+        """Call after writing a part. Merges and deletes parts over the limits."""
         self._parts[number] = size
         self._remove_left_over()
         if len(self._parts) > _MOST_PARTS:
@@ -56,7 +55,7 @@ class LogCompactor:
             self._drop()
 
     def _merge(self) -> None:
-        """Merges the oldest parts into some of about PART_BYTES; they are in place before the index names them."""
+        """Merges the oldest parts into parts of about PART_BYTES. They are stored before the index names them."""
         merged = list(self._index.merged)
         numbers = sorted(self._parts)[:-_UNMERGED_PARTS]
         while numbers:
@@ -69,7 +68,7 @@ class LogCompactor:
         self._publish(LogIndex(merged=tuple(merged), following=merged[-1].last + 1))
 
     def _drop(self) -> None:
-        """Removes the oldest, down to seven eighths of the bound."""
+        """Deletes the oldest parts, down to 7/8 of the limit."""
         merged, numbers = list(self._index.merged), sorted(self._parts)
         size = self._index.size + sum(self._parts.values())
         gone = []
@@ -107,36 +106,35 @@ STATUS_EVERY_S = 2.0
 PUSH_FAST_S = 1.0
 PUSH_SLOW_S = 5.0
 FAST_UNTIL_S = 120.0
-"""Logs are pushed every second at first, when somebody is watching, then every five."""
+"""Logs are uploaded every second at first, when somebody may be watching, then every five seconds."""
 
 FILE_BYTES = 16 * 1024**2
-"""A service's log file on its machine is emptied when it is this large."""
+"""A service's local log file is emptied at this size."""
 
 WAITING_BYTES = 64 * 1024**2
-"""Of a service's log, so much waits on its machine for a store that is away; then it is left out."""
+"""Maximum size of a service's log that waits locally for an unreachable store. More is discarded."""
 
 LAST_BYTES = 64 * 1024
 
 DELETED_AFTER_S = 15.0
-"""A status that is missing for so long was deleted; a server that has just started may miss it for a moment."""
+"""A status that is missing for this long was deleted. A store server that has just started may miss it for a moment."""
 
 
 def last_file(path: Path) -> Path:
-    """Returns where the end of a log is kept that was emptied."""
+    """Returns the file that keeps the end of an emptied log."""
     return path.with_name(f"{path.name}.1")
 
 
 class Tail:
-    """Pushes what a growing file gains as numbered parts of the record: whole lines, and of a log at the end what is left.
+    """Uploads a growing file as numbered parts of complete lines, and at the end of a log the remaining bytes.
 
-    A service's log is kept within bounds, in the store and in the file, which is emptied now and then; what it said last is
-    then in `last_file`.
+    A service's log is limited in the store and on disk: the file is emptied when it is large, and `last_file` keeps its end.
 
     Args:
         record: The run.
-        kind: Which parts.
-        path: The file; it need not be there yet.
-        offset: Bytes of it that the record has already.
+        kind: Kind of the parts.
+        path: The file, which need not exist yet.
+        offset: Number of bytes that the record already has.
     """
 
     def __init__(self, record: Record, kind: Literal["logs", "metrics"], path: Path, *, offset: int = 0) -> None:
@@ -145,7 +143,7 @@ class Tail:
         self._path = path
         self._offset = offset
         self._compactor = LogCompactor(record) if (record.kind, kind) == ("services", "logs") else None
-        self._part = record.last_part(kind)  # a later attempt goes on counting
+        self._part = record.last_part(kind)  # later attempts continue the numbers
         if self._compactor is not None:
             self._part = max(self._part, record.log_index().following - 1)
         # `_offset` counts bytes read from the file. Those not yet in the store are in `_read_ahead` (an incomplete line) or in
@@ -156,15 +154,15 @@ class Tail:
         self._lock = threading.Lock()
 
     def push(self, *, final: bool = False) -> None:
-        """Pushes what is new. Raises StoreError; the same is then pushed first the next time."""
+        """Uploads new content. After a StoreError the next call uploads the same part first."""
         with self._lock:
             self._leave_out()
             while data := self._pending or self._read(final):
-                self._pending = data  # a part must not grow when it is pushed again: a reader may have it
+                self._pending = data  # a repeated upload must have the same content: a reader may have it
                 try:
                     self._record.append(self._kind, self._part + 1, data)
                 except PreconditionFailedError:
-                    # A runner before this one is still at it, or its last word came late: both are kept.
+                    # An earlier runner still writes, or its last part arrived late. Keep both.
                     self._part = max(self._part + 1, self._record.last_part(self._kind))
                     continue
                 self._part += 1
@@ -174,7 +172,7 @@ class Tail:
             self._empty()
 
     def _read(self, final: bool) -> bytes:
-        """Returns the next part: whole lines of PART_BYTES or less, unless one line is longer."""
+        """Returns the next part: complete lines, PART_BYTES or less unless one line is longer."""
         if not self._path.exists():
             return b""
         with self._path.open("rb") as file:
@@ -193,7 +191,7 @@ class Tail:
         return data[:whole]
 
     def _empty(self) -> None:
-        """Empties a service's log of this machine once it is large, and all of it is in the store."""
+        """Empties a service's local log once it is large and completely uploaded."""
         # Only for services, which run without end. Truncated in place, because the program has the file open.
         if self._compactor is None or self._offset < FILE_BYTES:
             return
@@ -201,12 +199,12 @@ class Tail:
             file.seek(max(0, self._offset - LAST_BYTES))
             last_file(self._path).write_bytes(file.read(LAST_BYTES))
             file.seek(self._offset)
-            self._read_ahead += file.read()  # what came meanwhile is little
-            file.truncate(0)  # the program appends, so it goes on at the beginning
+            self._read_ahead += file.read()  # a few bytes written meanwhile
+            file.truncate(0)  # the program appends, so it continues at the beginning
             self._offset = 0
 
     def _leave_out(self) -> None:
-        """Leaves out what a service said while its store was away, once it is too much for the disk."""
+        """Discards a service's log that waits for an unreachable store, once it is too large for the disk."""
         if self._compactor is None or not self._path.exists():
             return
         waiting = self._path.stat().st_size - self._offset
@@ -214,15 +212,17 @@ class Tail:
             with self._path.open("r+b") as file:
                 file.truncate(0)
             self._offset = 0
-            self._read_ahead += f"\npalate: {waiting} bytes of the log were left out: the store was away\n".encode()
+            self._read_ahead += (
+                f"\npalate: {waiting} bytes of the log were discarded: the store was unreachable\n".encode()
+            )
 
 
 class Heartbeat:
-    """Keeps a run's lease and looks for a wish to stop; a context manager.
+    """Renews a run's lease and checks for stop requests. A context manager.
 
     Attributes:
-        stop_wanted: Somebody asked for a stop, gave the run up for lost, or deleted it.
-        lease_lost: Another runner has the run: this one must leave without a word.
+        stop_wanted: Somebody requested a stop, set the run to a final state, or deleted it.
+        lease_lost: Another runner has the run: this one must exit without writing a state.
     """
 
     def __init__(self, record: Record, held: HeldLease, say: Callable[[str], None]) -> None:
@@ -255,16 +255,16 @@ class Heartbeat:
             thread.join()
 
     def push(self, *tails: Tail) -> None:
-        """Pushes these files from now on, instead of those before."""
+        """Sets the files to upload from now on."""
         self._tails = [*tails]  # a new list, because the other thread may be iterating over the old one
 
     def _kept(self, work: Callable[[], None]) -> None:
-        """Begins the work anew whatever it ended with, until the run is over: without heartbeats the run counts as lost."""
+        """Restarts the work after any exception until the run has ended: without heartbeats the run would count as lost."""
         while not self._ended.is_set():
             try:
                 work()
             except BaseException:  # SystemExit and MemoryError too: a thread that ends here ends the run's heartbeat
-                logger.exception("the runner's %s broke off and begins anew", work.__name__)
+                logger.exception("the runner's %s failed and restarts", work.__name__)
                 self._ended.wait(TICK_S)
 
     def _beats(self) -> None:
@@ -282,7 +282,7 @@ class Heartbeat:
     def _beat(self) -> None:
         if not self.held.beat():
             self.lease_lost.set()
-            self._ended.set()  # the logs are the other runner's now
+            self._ended.set()  # the logs belong to the other runner now
 
     def _check(self) -> None:
         if self.record.store.stat(self.record.key("status.json")) is None:
@@ -309,16 +309,16 @@ class Heartbeat:
                     self._guarded("logs", tail.push)
 
     def _guarded(self, what: str, act: Callable[[], None]) -> None:
-        """Says once that the store fails, and once that it is back; what `act` was to do is done the next time.
+        """Calls `act` and catches its errors. Logs once that the store fails, and once that it is back. The next call repeats the work.
 
-        A damaged record may raise anything; it may be replaced by a whole one, so it is read again as well.
+        A damaged record may raise any exception. It is read again, too, since it may be restored.
         """
         try:
             act()
         except Exception as error:
             if not self._failing:
                 cause = str(error) if isinstance(error, PalateError | OSError) else repr(error)
-                self._say(f"note: the store fails, the run continues and its {what} will follow: {what}: {cause}")
+                self._say(f"note: the store fails; the run continues, and its {what} will follow: {cause}")
             self._failing.add(what)
         else:
             if self._failing:

@@ -1,6 +1,6 @@
-"""Reference log-probabilities shared by the jobs of a store: fetched before a training, published after. Knows tables, no trainer.
+"""Shares reference log-probabilities between the jobs of a store. Knows tables, no trainer.
 
-Whatever goes wrong here costs the next job a computation: it is said once in the log, and never ends a job.
+Downloads a table before a training and publishes new rows after it. An error here only costs the next job a computation. It is logged once and never fails a job.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from palate_recipes.specs.reference_table import Table, read_table, reference_ke
 from palate_recipes.specs.train import TrainTask
 
 CACHE_PREFIX = "cache"
-"""Folder of a store, beside `jobs` and `services`, that may be deleted at any time."""
+"""Folder of the store next to `jobs` and `services`. It may be deleted at any time."""
 
 _ATTEMPTS = 30
 _PAUSE_S = 0.2
 
 
 class ReferenceCache:
-    """The copy of a store's table that one job works on; a context manager, which publishes what the job adds to it.
+    """One job's copy of a table. A context manager that publishes the rows that the job adds.
 
     Args:
-        store: The store of the job.
-        task: What the trainer is given, with its `cache_dir`.
-        say: Takes one line for the log; called from another thread as well.
+        store: The job's store.
+        task: The trainer's task, with its `cache_dir`.
+        say: Called with a log line, also from another thread.
     """
 
     def __init__(self, store: Store, task: TrainTask, say: Callable[[str], None]) -> None:
@@ -37,7 +37,7 @@ class ReferenceCache:
         self._say = say
         self._key: str | None = None
         self._path = Path()
-        self._published: int | None = None  # st_mtime_ns of the file as it was published, or fetched
+        self._published: int | None = None  # st_mtime_ns of the file when it was published or downloaded
         self._failed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="palate-cache")
         self._upload: Future[None] | None = None
@@ -52,7 +52,7 @@ class ReferenceCache:
         self._guarded(self._publish)
 
     def look(self) -> None:
-        """Publishes the table, beside the training, when the trainer has written it."""
+        """Publishes the table in the background if the trainer has written it."""
         if not self._failed and (self._upload is None or self._upload.done()):
             self._guarded(self._start)
 
@@ -60,7 +60,7 @@ class ReferenceCache:
         key = reference_key(task)
         path = folder / table_name(key)
         try:
-            # A copy even of a file on this machine: other jobs may publish meanwhile.
+            # Copied even if the store is local, since other jobs may publish meanwhile.
             self._store.download(f"{CACHE_PREFIX}/{table_name(key)}", path)
             self._published = path.stat().st_mtime_ns
         except ObjectNotFoundError:
@@ -83,7 +83,7 @@ class ReferenceCache:
     def _guarded(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # a cache may cost time, never a job
+        except Exception as error:  # the cache must never fail a job
             if not self._failed:
                 self._say(
                     f"note: the reference cache of the store cannot be used: {str(error) or type(error).__name__}"
@@ -92,18 +92,18 @@ class ReferenceCache:
 
 
 def publish(store: Store, table: Table) -> None:
-    """Merges a table into the store's: rows that other jobs publish at the same time stay.
+    """Merges a table into the store's table. Rows that other jobs publish at the same time are kept.
 
-    Where the store cannot replace in one step (`Store.atomic_replace`), rows of a simultaneous writer may get lost and
-    are scored again some day.
+    If the store cannot replace atomically (`Store.atomic_replace`), rows of a concurrent writer may be lost and are computed again
+    when needed.
 
     Raises:
-        StoreError: The store refuses, or other writers won every time.
+        StoreError: The store rejects the request, or other writers won every time.
     """
     name = f"{CACHE_PREFIX}/{table_name(table.key)}"
     for attempt in range(_ATTEMPTS):
         try:
-            # The state first: what is read after it is as new or newer, so a change in between fails the condition.
+            # stat before get: if the object changes in between, the conditional put fails.
             there = store.stat(name)
             if there is None:
                 store.put(name, table.encode(), if_none_match=True)
@@ -113,7 +113,7 @@ def publish(store: Store, table: Table) -> None:
             if merged.generation != stored.generation or merged.rows.keys() != stored.rows.keys():
                 store.put(name, merged.encode(), if_match=there.etag)
             return
-        except (PreconditionFailedError, ObjectNotFoundError):  # somebody wrote, or cleared the cache
+        except (PreconditionFailedError, ObjectNotFoundError):  # another job wrote, or the cache was cleared
             if attempt == _ATTEMPTS - 1:
                 raise
             time.sleep(random.uniform(0, _PAUSE_S * min(attempt + 1, 10)))

@@ -1,4 +1,4 @@
-"""A store that may be away for a while: what is asked of it is asked again until it is back. Knows store errors, no run."""
+"""Retries store requests while the store is unreachable. Knows store errors, no run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from palate_recipes.errors import (
 T = TypeVar("T")
 
 UNREACHABLE_LIMIT_S = 6 * 3600.0
-"""A finished training is worth waiting for its store; after a night without one somebody has to look."""
+"""A finished training is worth a long wait. After six hours somebody must look."""
 
 OTHER_LIMIT_S = 30.0
-"""For a full disk or a refusal, which rarely heals by itself, but does while a server starts."""
+"""For a full disk or a rejected request, which rarely go away, but do while a store server starts."""
 
 _LONGEST_PAUSE_S = 10.0
 _ANSWERS = (ObjectNotFoundError, PreconditionFailedError, StoreUsageError)
-"""What a store says, not that it fails."""
+"""Answers of a working store, which are not retried."""
 
 _METHODS = frozenset({"get", "put", "stat", "delete", "upload", "upload_tree", "download", "download_tree"})
 
 
 class StoreRetry:
-    """Repeats what fails for the store's sake.
+    """Repeats operations that fail because of the store.
 
     Args:
-        say: Takes one line for the log when the store goes, and one when it is back.
-        give_up: Says that waiting is no longer wanted: the failure is then raised at once.
+        say: Called with a log line when the store fails and when it is back.
+        give_up: Returns True to stop retrying and raise the error at once.
     """
 
     def __init__(self, say: Callable[[str], None], give_up: Callable[[], bool]) -> None:
@@ -44,10 +44,10 @@ class StoreRetry:
         self._give_up = give_up
 
     def __call__(self, act: Callable[[], T]) -> T:
-        """Returns what `act` returns.
+        """Calls `act` until it succeeds, and returns its result.
 
         Raises:
-            StoreError: It failed for too long, with the last cause, or waiting was given up.
+            StoreError: The last error, after the time limit or when `give_up` returns True.
         """
         begun = time.monotonic()
         pause_s = 0.5
@@ -74,7 +74,7 @@ class StoreRetry:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def store(self, store: Store) -> Store:
-        """Returns the same store, each request of which is repeated so; listings are not."""
+        """Returns a store whose requests are retried like this, except listings."""
         return cast(Store, _RetryingStore(store, self))
 
 

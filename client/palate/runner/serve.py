@@ -1,4 +1,4 @@
-"""A service's run: model staged, the server run, its endpoint published. Knows the server's spec, no engine."""
+"""Runs a service: stages the model, runs the server, publishes the endpoint. Knows the server's spec, no engine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STOP_GRACE_S = 20.0
 
 
 def run_service(context: RunContext, body: Deployment) -> Ending:
-    """Runs a service until it is stopped or dies, and returns how it ended; the run is then still to be told."""
+    """Runs a service until it stops or fails. Returns how it ended; the caller writes the status."""
     record, work, options = context.record, context.work, body.options
     begun = time.monotonic()
     tuned_uri = body.tuned_uri
     tuned_dir = context.retry(lambda: _stage_tuned(context, tuned_uri, body.tuned_digest)) if tuned_uri else None
     base_dir: Path | None = None
-    if tuned_dir is None or body.adapter:  # whole tuned weights need no base
+    if tuned_dir is None or body.adapter:  # full tuned weights need no base
         base_dir, _ = context.retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
     spec = ServeSpec(
         service_name=record.name,
@@ -53,7 +53,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         if announced or not ready_file.exists():
             return
         if body.time_to_live_s and over_at is None:
-            over_at = time.monotonic() + body.time_to_live_s  # its life begins when it answers
+            over_at = time.monotonic() + body.time_to_live_s  # the time to live starts with the first answer
         ready = Ready.read(ready_file)
         try:
             context.direct.advance(
@@ -65,7 +65,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
                 details={"engine": ready.engine, "models": ready.models, "start_s": round(time.monotonic() - begun, 1)},
             )
         except StoreError:
-            return  # at the next tick
+            return  # retried at the next tick
         announced = True
 
     with child:
@@ -95,7 +95,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
 
 
 def _stage_tuned(context: RunContext, uri: str, digest: str | None) -> Path:
-    """Returns a local folder with what was trained, every file compared with the digest that the training wrote."""
+    """Returns a local folder with the tuned model. Verifies every file by the digest that the training wrote."""
     store, prefix = open_parent(uri, options=context.session.options_for(uri))
     folder = store.local_path(prefix)
     if folder is None:

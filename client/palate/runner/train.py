@@ -1,6 +1,6 @@
-"""One attempt of a training: inputs staged, the trainer run, its checkpoints and model pushed. Knows the trainer's spec, no ML.
+"""Runs one attempt of a training: stages inputs, runs the trainer, uploads checkpoints and model. Knows the trainer's spec, no ML.
 
-An attempt after the first goes on from the last whole checkpoint in the store, with the metrics up to its step.
+A later attempt resumes from the last complete checkpoint in the store, with the metrics up to its step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from palate_recipes.specs.train import (
 )
 
 STOP_GRACE_S = 120.0
-"""A trainer that was told to stop finishes its step and writes a checkpoint first."""
+"""A stopped trainer first finishes its step and writes a checkpoint."""
 
 _FULL_BYTES = 1 << 20
 
@@ -46,11 +46,11 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
-    """Makes one attempt, and returns how it ended; the run is then still to be told."""
+    """Makes one attempt. Returns how it ended; the caller writes the status."""
     record = context.record
     deadline = time.monotonic() + spec.max_run_time_s if spec.max_run_time_s else None
     output = context.work / "output"
-    shutil.rmtree(output, ignore_errors=True)  # an earlier attempt's; what of it counts is in the store
+    shutil.rmtree(output, ignore_errors=True)  # of an earlier attempt; what is needed of it is in the store
     output.mkdir()
     record.advance("Running", expect={"Creating"}, attempt=context.heartbeat.attempt, started_at=time.time())
     if record.status().state != "Running":
@@ -66,7 +66,7 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
     child = Child(
         [sys.executable, "-P", "-m", "palate_trainer", str(context.work / "spec.json")],
         log=context.log,
-        env={"HF_HUB_OFFLINE": "1"},  # everything is staged: nothing may be fetched behind the user's back
+        env={"HF_HUB_OFFLINE": "1"},  # everything is staged, so the program must not download anything
         kept=spec.environment_names,
         cwd=context.work,
     )
@@ -77,7 +77,7 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
         nonlocal was_full
         was_full = (
             was_full or shutil.disk_usage(output).free < _FULL_BYTES
-        )  # it may have room again when the trainer has ended
+        )  # there may be space again when the trainer has ended
         checkpoints.look()
         cache.look()
 
@@ -102,13 +102,13 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
     code = child.process.returncode
     if outcome == "lease lost" or not context.retry(
         context.heartbeat.held.beat
-    ):  # it may have slept since its last heartbeat
+    ):  # the machine may have slept since the last heartbeat
         context.heartbeat.lease_lost.set()
         return Ending(state="Failed", again=False)
     context.retry(lambda: metrics.push(final=True))
     if (output / TENSORBOARD_DIR).is_dir():
         record.store.upload_tree(output / TENSORBOARD_DIR, record.key(TENSORBOARD_DIR))
-    if code == 0:  # also when a stop came after the last step: the model is whole
+    if code == 0:  # also if a stop request came after the last step: the model is complete
         context.say("saving the model")
         details = {**record.status().details, "model_digest": _push_model(context, output / MODEL_DIR)}
         record.note(attempt=context.heartbeat.attempt, details=details)
@@ -116,7 +116,7 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
     if outcome == "stopped" or (outcome == "ended" and code == EXIT_STOPPED):
         return Ending(state="Stopped", exit_code=code, reason="stopped on request")
     if outcome == "timed out":
-        reason = f"max_run_time of {spec.max_run_time_s} s was reached; whole checkpoints are kept"
+        reason = f"max_run_time of {spec.max_run_time_s} s was reached; complete checkpoints are kept"
         return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(context.log), again=False)
     return Ending(
         state="Failed", exit_code=code, reason=_cause(output, child, was_full), log_tail=log_tail(context.log)
@@ -124,20 +124,20 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
 
 
 def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[TrainTask, Path | None]:
-    """Brings everything here that the trainer reads; returns what it is given, and the checkpoint to go on from."""
+    """Stages everything that the trainer reads. Returns its task and the checkpoint to resume from."""
     retry, work = context.retry, context.work
     earlier = context.record.status()
     model_dir, revision = retry(lambda: fetch_weights(spec.model.source, context.session, say=context.say))
     resumed_from = None
     if earlier.attempt > 1:
         resumed_from = retry(lambda: stage_last_checkpoint(context.record, output / CHECKPOINTS_DIR, context.say))
-        went_on = f"going on from {resumed_from.name}" if resumed_from else "from the beginning: it has no checkpoint"
+        went_on = f"resuming from {resumed_from.name}" if resumed_from else "from the beginning: there is no checkpoint"
         context.say(f"attempt {earlier.attempt}, {went_on}")
     before = earlier.details.get("model_revision", revision)
     if resumed_from and before != revision:
         raise ConfigurationError(
-            f"the weights of {spec.model.name} are not those that the run began with (revision {revision}, "
-            f"it was {before}): bring those back, or train anew"
+            f"the weights of {spec.model.name} have changed since the run started (revision {revision}, "
+            f"before {before}): restore them, or start a new training"
         )
     details = {**earlier.details, "model_revision": revision, "versions": _library_versions()}
     context.record.note(attempt=context.heartbeat.attempt, details=details)
@@ -168,9 +168,9 @@ def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[Trai
 
 
 def _stage_metrics(context: RunContext, output: Path, resumed_from: Path | None) -> int:
-    """Writes the events up to the checkpoint's step where the trainer goes on writing; returns their bytes.
+    """Writes the events up to the checkpoint's step to the trainer's metrics file, and returns their size in bytes.
 
-    Its last words are drawn from all of them. TensorBoard's files come along.
+    The trainer's final reading uses all of them. TensorBoard's files are staged too.
     """
     if resumed_from is None:
         return 0
@@ -186,7 +186,7 @@ def _stage_metrics(context: RunContext, output: Path, resumed_from: Path | None)
 
 
 def _push_model(context: RunContext, folder: Path) -> str:
-    """Pushes the model and then the list of its files; returns the list's SHA-256."""
+    """Uploads the model and then the list of its files. Returns the list's SHA-256."""
     digests, store, prefix = Checksums.of(folder), context.record.store, context.record.key(MODEL_DIR)
     # An earlier attempt may have been lost here. A file of its model that this one lacks would count as added to it.
     for info in list(store.list(prefix)):
@@ -202,12 +202,12 @@ def _cause(output: Path, child: Child, was_full: bool) -> str:
     error = output / ERROR_FILE
     told = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     if not told and (was_full or shutil.disk_usage(output).free < _FULL_BYTES):
-        told = f"The disk is full: {output} is on a disk that had no space left. Free some there, and resume the job."
+        told = f"The disk is full: {output} is on a disk without free space. Free some space and resume the job."
     return child.cause(told)
 
 
 def _stage(uri: str, session: Session, folder: Path) -> Path:
-    """Returns a local file with what `uri` holds, keeping its name: error messages speak of it."""
+    """Returns a local file with the content of `uri` and the same name, which error messages use."""
     store, name = open_parent(uri, options=session.options_for(uri))
     local = store.local_path(name)
     if local is not None:

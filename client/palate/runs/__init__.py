@@ -1,1 +1,1 @@
-"""Runs of a store: their records, who runs them, what is left of them. Knows stores, no program and no ML."""
+"""Runs in a store: records, leases, lists, cleanup. Knows stores, no program and no ML."""

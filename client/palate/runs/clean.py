@@ -1,7 +1,7 @@
-"""What runs left behind: found first, removed when asked. Knows records, leases and backends; no engine.
+"""Finds and removes what runs left behind. Knows records, leases and backends; no engine.
 
-Nothing is found that somebody may still need: a run counts as lost only where a look at it says so, what an engine holds of
-one as an orphan only when the run is over or gone, and a folder only when its process is.
+Finds nothing that may still be needed: a run only if its own check says that it is lost, a process or container only if its run
+has ended or is deleted, and a folder only if its process has ended.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotF
 from palate_recipes.specs.run import ServeManifest
 
 ENDING_S = 30.0
-"""A runner may go on for so long after its last word, and a service after its time to live."""
+"""Time that a runner may need after its last status, and a service after its time to live."""
 
 UNFINISHED_S = 86400.0
-"""A submission uploads its data before its manifest, and may be at it for so long."""
+"""Time that a submission may need to upload its data, which precede the manifest."""
 
 CACHE_S = 30 * 86400.0
-"""What nobody has written to the store's cache for so long is made anew when it is wanted."""
+"""Age at which files in the store's cache are removed. They are computed again when needed."""
 
 _KINDS: tuple[Kind, ...] = ("jobs", "services")
 
@@ -42,9 +42,9 @@ class Leftover:
     Attributes:
         kind: `lost run`, `damaged record`, `expired service`, `stale lease`, `unfinished submission`, `stale cache`,
             `orphan run` or `stale folder`.
-        what: Its name: a run, a pid with its command, or a path.
-        why: Why nobody needs it.
-        remove: Removes it; gone is no error.
+        what: Name of a run, a pid with its command, or a path.
+        why: Why it is not needed.
+        remove: Removes it, if it still exists.
     """
 
     kind: Literal[
@@ -63,7 +63,7 @@ class Leftover:
 
 
 def find_leftovers(session: Session) -> list[Leftover]:
-    """Looks at every run of the session's store and at what this machine keeps; changes nothing.
+    """Checks every run in the session's store and this machine's files. Changes nothing.
 
     Raises:
         StoreError: The store cannot be read.
@@ -84,7 +84,7 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
             handle = RunHandle(record, session)
             try:
                 status = record.status()
-                manifest = handle.manifest  # it may be damaged, too
+                manifest = handle.manifest  # may be damaged, too
                 ttl_s = manifest.body.time_to_live_s if isinstance(manifest, ServeManifest) else None
                 cause = "" if status.is_terminal else handle.lost(status)
             except DamagedFilesError as error:
@@ -92,12 +92,12 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                     yield Leftover(kind="damaged record", what=f"{kind}/{name}", why=str(error), remove=handle.delete)
                 continue
             except (RunNotFoundError, ConfigurationError):
-                continue  # deleted meanwhile, or of a backend that is not installed here
+                continue  # deleted meanwhile, or its backend is not installed here
             if status.is_terminal:
                 try:
                     lease = read_lease(record)
                 except DamagedFilesError:
-                    continue  # it goes with its run, and nobody reads it any more
+                    continue  # nobody reads it any more; it is deleted with its run
                 silent_s = silence_s(record) if lease is not None and not lease.released else None
                 if lease is not None and silent_s is not None and silent_s > lease.lost_after_s:
                     key = record.key(LEASE_KEY)
@@ -115,7 +115,7 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                     remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
                 )
             elif status.state == "Running" and ttl_s:
-                age_s = silence_s(record, "status.json")  # its last change is that it runs; by the store's clock
+                age_s = silence_s(record, "status.json")  # the last change was to Running; by the store's clock
                 if age_s is not None and age_s > ttl_s + ENDING_S:
                     yield Leftover(
                         kind="expired service",
@@ -126,10 +126,10 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
 
 
 def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
-    """What lies in the store and belongs to no run: files of a client that died before its manifest, and old caches."""
+    """Files in the store that belong to no run: of a client that died before it wrote the manifest, and old caches."""
     now = store_now(store)
     if now is None:
-        return  # a store that may only be read is nobody's to clean
+        return  # a read-only store cannot be cleaned
     for kind in _KINDS:
         for name in sorted(set(store.list_children(f"{kind}/")) - set(named[kind])):
             age_s = now - max((info.modified_s for info in store.list(f"{kind}/{name}/")), default=now)
@@ -137,7 +137,7 @@ def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover
                 yield Leftover(
                     kind="unfinished submission",
                     what=f"{kind}/{name}",
-                    why=f"it has no manifest {age_s / 3600:.0f} h after its last file: what submitted it died",
+                    why=f"it has no manifest {age_s / 3600:.0f} h after its last file: the process that submitted it died",
                     remove=lambda prefix=f"{kind}/{name}/": store.delete_tree(prefix),  # type: ignore[misc]
                 )
     for info in store.list("cache/"):
@@ -145,7 +145,7 @@ def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover
             yield Leftover(
                 kind="stale cache",
                 what=info.key,
-                why=f"it was written {age_s / 86400:.0f} days ago; a training that wants it makes it anew",
+                why=f"it was written {age_s / 86400:.0f} days ago; a training that needs it computes it again",
                 remove=lambda key=info.key: store.delete(key),  # type: ignore[misc]
             )
 
@@ -171,7 +171,7 @@ def _of_this_machine() -> Iterator[Leftover]:
                 yield Leftover(
                     kind="stale folder",
                     what=str(stale),
-                    why="the runner that worked in it is gone",
+                    why="its runner has ended",
                     remove=lambda stale=stale: shutil.rmtree(stale, ignore_errors=True),  # type: ignore[misc]
                 )
     for folder in stale_secrets():
@@ -188,28 +188,28 @@ def _of_this_machine() -> Iterator[Leftover]:
             yield Leftover(
                 kind="stale folder",
                 what=str(draft),
-                why="a fetch of weights that was broken off more than a day ago",
+                why="a download of weights that was interrupted more than a day ago",
                 remove=lambda draft=draft: shutil.rmtree(draft, ignore_errors=True),  # type: ignore[misc]
             )
 
 
 def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Session) -> str:
-    """Returns why a runner has nothing to do any more, or ""."""
+    """Returns why a runner is not needed any more, or ""."""
     record = Record(open_store(root, options=session.options_for(root)), kind, name)
     try:
         status = record.status()
     except RunNotFoundError:
         return "its run was deleted"
     except DamagedFilesError:
-        return ""  # it goes with the damaged record
+        return ""  # removed with the damaged record
     silent_s = silence_s(record, "status.json")
     if status.is_terminal and silent_s is not None and silent_s > ENDING_S:
-        return f"its run is {status.state} since {silent_s:.0f} s"
+        return f"its run has been {status.state} for {silent_s:.0f} s"
     return ""
 
 
 def _may_run(record: Record) -> bool:
-    """Whether a runner has written to its lease so lately that it counts as alive."""
+    """Whether the lease is recent enough that its runner counts as alive."""
     try:
         lease = read_lease(record)
     except DamagedFilesError:

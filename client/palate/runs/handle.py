@@ -1,4 +1,4 @@
-"""What a job and a service have in common for the one who holds them: started, refreshed, followed, stopped. Knows no kind."""
+"""What jobs and services have in common: start, refresh, follow, stop. Knows no kind of run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from palate_recipes.specs.train import TrainSpec
 logger = logging.getLogger("palate.runs.handle")
 
 START_LIMIT_S = 60.0
-"""A run without an engine id after this long was never started: its client died in between."""
+"""A run without an engine id after this time was never started: its client died before."""
 
 STOP_GRACE_S = 150.0
 LAST_STEPS_S = 60.0
-"""After its last word a runner lets go of its lease and its folder, which takes a moment."""
+"""After its last status a runner still releases its lease and removes its folder."""
 
 FOLLOW_INTERVAL_S = 1.0
 POLL_S = 0.2
@@ -40,7 +40,7 @@ class RunHandle:
     """A run in a store, with the backend that runs it.
 
     Args:
-        record: Its prefix in the store.
+        record: Its record in the store.
         session: Store and credentials.
     """
 
@@ -56,18 +56,18 @@ class RunHandle:
         return self._manifest
 
     def replace_manifest(self, known: ServeManifest, new: ServeManifest) -> None:
-        """Gives the service another manifest, for its next attempt; raises ConfigurationError unless the known one is there now."""
+        """Replaces the service's manifest for its next attempt. Raises ConfigurationError unless `known` is the current one."""
         self.record.replace_manifest(known, new)
         self._manifest = new
 
     @property
     def backend(self) -> Backend:
-        """The run's own, which touches nothing of another run."""
+        """The run's backend, limited to this run."""
         same = self.session.backend.name == self.manifest.backend
         return for_run(self.session.backend if same else get_backend(self.manifest.backend), self.record.uri)
 
     def start(self, environments: dict[str, str] | None = None) -> None:
-        """Gives the run to its backend; a start that fails becomes the run's status and is raised."""
+        """Starts the run on its backend. If that fails, sets the status to Failed and raises."""
         start_id = token_hex(8)
         remember_start(self.record.uri, self.record.manifest_bytes())
         launch = Launch(
@@ -81,12 +81,12 @@ class RunHandle:
         try:
             engine_id = self.backend.start(launch)
         except Exception as error:
-            self.record.advance("Failed", expect={"Creating"}, reason=f"the backend could not start it: {error}")
+            self.record.advance("Failed", expect={"Creating"}, reason=f"the backend cannot start it: {error}")
             raise
         self.record.note(engine_id=engine_id, start_id=start_id)
 
     def _folders(self) -> dict[Path, bool]:
-        """The folders of this machine that the run's manifest names, and whether it writes there."""
+        """Local folders that the run uses, and whether it writes to them."""
         body = self.manifest.body
         source = body.model.source
         uris = [facts.uri for facts in body.inputs.values()] if isinstance(body, TrainSpec) else [body.tuned_uri or ""]
@@ -102,13 +102,13 @@ class RunHandle:
     def restart(
         self, *, expect: Collection[State], attempt: int, more: int = 0, environments: dict[str, str], **ended: Any
     ) -> bool:
-        """Begins the next attempt, and says whether it was this call that did.
+        """Starts the next attempt. Returns False if another caller did.
 
         Args:
-            expect: States that the run may leave.
-            attempt: The attempt that is over.
-            more: Attempts that it is given anew; 0 leaves the limit.
-            environments: Variables for the program.
+            expect: States from which the change is allowed.
+            attempt: The attempt that has ended.
+            more: New number of remaining attempts; 0 keeps the limit.
+            environments: Environment variables of the program.
             ended: See `Record.begin_again`.
         """
         begun = self.record.begin_again(expect=expect, attempt=attempt, more=more, **ended)
@@ -117,10 +117,10 @@ class RunHandle:
         return begun is not None
 
     def environments(self, given: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Returns the variables that the program began with: from `given`, else from this process's environment.
+        """Returns the program's environment variables: from `given`, else from this process's environment.
 
         Raises:
-            ConfigurationError: One is in neither; their values are never recorded.
+            ConfigurationError: One is in neither. Their values are never recorded.
         """
         body = self.manifest.body
         names = body.environment_names if isinstance(body, TrainSpec) else ()
@@ -133,16 +133,16 @@ class RunHandle:
         return known
 
     def refresh(self) -> Status:
-        """Returns the status, after looking whether a runner still stands behind it.
+        """Returns the status, after a check whether the runner is alive.
 
-        A run whose runner is lost is Failed by this look, or begins its next attempt if it has one left, its backend can be
-        asked from here, and this user started it with the manifest that it has: whoever may write to a shared store must
-        not start programs on the machines of those who read it.
+        If the runner is lost, this sets the run to Failed. It starts the next attempt instead if one is left, the backend is
+        on this machine, and this user started the run with the same manifest: a user who can write to a shared store must not
+        be able to start programs on its readers' machines.
         """
         status = self.record.status()
         if status.is_terminal or not (cause := self.lost(status)):
             return status
-        before, status = status, self.record.status()  # it may have finished between the two looks
+        before, status = status, self.record.status()  # it may have finished meanwhile
         if status.is_terminal or (status.attempt, status.start_id) != (before.attempt, before.start_id):
             return status
         gone = bool(status.engine_id) and self.backend.status(status.engine_id).state == "gone"
@@ -166,11 +166,11 @@ class RunHandle:
             endpoint="",
         )
         if gone:
-            self.backend.stop(status.engine_id, grace_s=0)  # its words are kept, and what it left behind is nobody's
+            self.backend.stop(status.engine_id, grace_s=0)  # its output is saved, and nothing of it is needed any more
         return ended or self.record.status()
 
     def lost(self, status: Status) -> str:
-        """Returns why an active run has no runner any more, or "" when it has one or that cannot be told from here."""
+        """Returns why an active run has lost its runner, or "" if it has one or this is unknown."""
         engine = self.backend.status(status.engine_id) if status.engine_id else EngineStatus("unknown")
         if engine.state == "running":
             return ""
@@ -179,26 +179,26 @@ class RunHandle:
         try:
             lease = read_lease(self.record)
         except DamagedFilesError as error:
-            silent_s = silence_s(self.record)  # a runner that is well writes it anew
+            silent_s = silence_s(self.record)  # a live runner rewrites it
             return f"it has no runner: {error}" if silent_s is not None and silent_s > LOST_AFTER_S else ""
-        if lease is None or lease.attempt < status.attempt:  # nobody has taken up this attempt
+        if lease is None or lease.attempt < status.attempt:  # no runner has started this attempt
             if gone:
                 return lost
             if not status.engine_id and (silence_s(self.record, "status.json") or 0) > START_LIMIT_S:
-                return "it was created, but never started: the process that did so ended too early"
+                return "it was created, but never started: the process that created it ended too early"
             return ""
         if lease.released:
             return lost
         silent_s = silence_s(self.record)
         if silent_s is None or silent_s <= lease.fresh_s:
-            return ""  # a heartbeat is the runner's own word: nothing that is seen from here counts against it
-        # The engine knows the process that it started; the run may be in the hands of another one.
+            return ""  # a fresh heartbeat outweighs anything seen from this machine
+        # The engine knows only the process that it started. Another process may have the run.
         if (gone and lease.start_id == status.start_id) or is_dead_here(lease):
             return lost
         if silent_s <= lease.lost_after_s:
             return ""
         return (
-            f"its runner on {lease.host} has not been heard of for {silent_s:.0f} s: killed, cut off from the store, "
+            f"its runner on {lease.host} has sent no heartbeat for {silent_s:.0f} s: it was killed, cannot reach the store, "
             "or its machine went down"
         )
 
@@ -206,13 +206,13 @@ class RunHandle:
         try:
             environments = self.environments()
         except ConfigurationError:
-            return False  # a resume() can give them
-        self.backend.stop(status.engine_id, grace_s=0)  # what the runner may have left behind
+            return False  # the user can give them to resume()
+        self.backend.stop(status.engine_id, grace_s=0)  # cleans up after the runner
         try:
             return self.restart(expect={"Running"}, attempt=status.attempt, environments=environments, reason=cause)
         except Exception as error:
-            logger.warning("%s could not be started again: %s", self.record.name, error)
-            return True  # the status says so
+            logger.warning("%s cannot be restarted: %s", self.record.name, error)
+            return True  # the status has the error
 
     def follow(
         self,
@@ -223,10 +223,7 @@ class RunHandle:
         interval_s: float = FOLLOW_INTERVAL_S,
         what: str,
     ) -> Status:
-        """Waits until `until(status)`, showing what the run says; raises WaitTimeoutError when the time is over.
-
-        A run that ends, ends the waiting, whether `until` has come true or not.
-        """
+        """Waits until `until(status)` is true or the run has ended, and shows its output. Raises WaitTimeoutError after `timeout_s`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         log_part = metric_part = 0
         with make_display(show_logs, self.record.name) as display:
@@ -240,15 +237,15 @@ class RunHandle:
                     return status
                 if deadline is not None and time.monotonic() >= deadline:
                     raise WaitTimeoutError(
-                        f"{what} did not come within {timeout_s:g} s: {self.record.name} is {status.state}. It goes on; "
-                        f"`palate logs {self.record.name}` shows what it does, `palate stop {self.record.name}` ends it"
+                        f"{what} took longer than {timeout_s:g} s: {self.record.name} is {status.state} and continues. "
+                        f"`palate logs {self.record.name}` shows its log, `palate stop {self.record.name}` stops it"
                     )
                 time.sleep(interval_s if deadline is None else max(0.0, min(interval_s, deadline - time.monotonic())))
 
     def _let_go(self, ended: Status) -> None:
-        """Lets the engine forget a run that is over, once its runner has done its last steps."""
+        """Removes an ended run from its engine, once the runner has finished."""
         if ended.engine_id:
-            with suppress(ConfigurationError):  # a backend that is not installed here keeps nothing here, either
+            with suppress(ConfigurationError):  # a backend that is not installed has nothing on this machine
                 self.backend.stop(ended.engine_id, grace_s=LAST_STEPS_S)
 
     def _show_news(self, display: Display, log_part: int, metric_part: int) -> tuple[int, int]:
@@ -263,7 +260,7 @@ class RunHandle:
         return log_part, metric_part
 
     def lines(self, *, follow: bool) -> Iterator[str]:
-        """Yields log lines; with `follow`, goes on until the run has ended."""
+        """Yields log lines. With `follow`, until the run has ended."""
         part, rest = 0, b""
         while True:
             ended = not follow or self.refresh().state in TERMINAL
@@ -281,9 +278,9 @@ class RunHandle:
             time.sleep(FOLLOW_INTERVAL_S)
 
     def stop(self, *, grace_s: float = STOP_GRACE_S) -> Status:
-        """Asks the run to stop, waits for it, and ends it by force after `grace_s` seconds. Ended already is no error.
+        """Asks the run to stop, waits for it, and kills it after `grace_s` seconds. Does nothing if it has already ended.
 
-        Its backend keeps nothing of it either way.
+        In both cases the backend keeps nothing of it.
         """
         status = self.refresh()
         if status.is_terminal:
@@ -293,7 +290,7 @@ class RunHandle:
         deadline = time.monotonic() + grace_s
         while not (status := self.refresh()).is_terminal and time.monotonic() < deadline:
             if not status.engine_id:
-                break  # never started: nothing will answer
+                break  # never started: there is nothing to wait for
             time.sleep(POLL_S)
         if status.engine_id:
             self.backend.stop(status.engine_id, grace_s=1.0 if not status.is_terminal else 5.0)
@@ -303,10 +300,10 @@ class RunHandle:
         )
 
     def delete(self, *, grace_s: float = STOP_GRACE_S) -> None:
-        """Stops the run and removes all that the store has of it; its record may be damaged.
+        """Stops the run and deletes it from the store, even if its record is damaged.
 
-        Of a run with a damaged record, what the engines of this machine hold is ended. A runner elsewhere ends when it
-        finds its run deleted.
+        If the record is damaged, this stops what the engines on this machine run for it. A runner on another machine ends when
+        it finds its run deleted.
         """
         try:
             self.stop(grace_s=grace_s)
@@ -323,13 +320,13 @@ class RunHandle:
             try:
                 backend = get_backend(name)
                 held = [run for run in backend.runs() if _place(run.uri) == place]
-            except ConfigurationError:  # it is not this machine's
+            except ConfigurationError:  # not available on this machine
                 continue
             for run in held:
                 for_run(backend, self.record.uri).stop(run.engine_id, grace_s=LAST_STEPS_S)
 
 
 def _place(uri: str) -> str:
-    """Returns a run's URI so that two spellings of one place are equal."""
+    """Returns a run's URI in a form in which two spellings of one location are equal."""
     scheme, _, path = normal_uri(uri).partition("://")
     return os.path.realpath(path) if scheme == "file" else f"{scheme}://{path}"

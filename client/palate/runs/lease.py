@@ -1,10 +1,10 @@
-"""Who runs a run, and whether it still does: one object, rewritten by its runner alone. Knows records, no program, no backend.
+"""The lease of a run: which runner has it, and its heartbeat. Knows records, no program, no backend.
 
-    <run>/lease.json    holder, attempt, host and pid of the runner; `beat`, which goes up every few seconds
+    <run>/lease.json    holder, attempt, host and pid of the runner; `beat`, incremented every few seconds
 
-Of two runners that were started for one run, the conditional put lets one in. The lease is its heartbeat, too: one that
-has not changed for `lost_after_s` is nobody's any more. No two machines' clocks are compared: a single look asks how old
-the object is by the store's own clock, and a runner that wants in watches whether it changes.
+Only the runner rewrites it. Of two runners that were started for one run, a conditional put lets one in. The lease is also
+the heartbeat: a lease that has not changed for `lost_after_s` has expired. Clocks of different machines are never compared: the
+age of a lease is measured by the store's clock, and a runner that waits for the lease watches whether it changes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from palate_recipes.specs.run import LEASE_SCHEMA, Lease
 LEASE_KEY = "lease.json"
 
 LOST_AFTER_S = 120.0
-"""Above a minute's loss of the store and what its client retries after it: a run must not be called lost for that."""
+"""Longer than a store outage of one minute plus the client's retries: such an outage must not make a run count as lost."""
 
 LOST_AFTER_VARIABLE = "PALATE_LEASE_S"
 EVERY_S = 5.0
 START_ID_VARIABLE = "PALATE_START_ID"
-"""Tells a runner which start it came from; no secret."""
+"""Environment variable with the id of the start that a runner belongs to. Not a secret."""
 
 _POLL_S = 0.2
 
@@ -70,10 +70,10 @@ def is_dead_here(lease: Lease) -> bool:
 
 
 def read_lease(record: Record) -> Lease | None:
-    """Returns a run's lease, or None when no runner has ever begun.
+    """Returns a run's lease, or None if no runner has ever started.
 
     Raises:
-        DamagedFilesError: It cannot be read; a runner that holds it writes it anew with its next heartbeat.
+        DamagedFilesError: It cannot be read. A runner that holds it rewrites it with its next heartbeat.
     """
     try:
         data = record.store.get(record.key(LEASE_KEY))
@@ -83,13 +83,13 @@ def read_lease(record: Record) -> Lease | None:
         return decode(data, Lease)
     except ValueError as error:
         raise DamagedFilesError(
-            f"{record.uri}/{LEASE_KEY} is damaged ({error}): its runner writes it again within seconds; if there is no "
+            f"{record.uri}/{LEASE_KEY} is damaged ({error}): a live runner rewrites it within seconds. If there is no "
             "runner, delete this file"
         ) from None
 
 
 def silence_s(record: Record, key: str = LEASE_KEY) -> float | None:
-    """Returns how long ago an object of a run was written, by the store's clock; None when that cannot be told."""
+    """Returns the age of a run's object by the store's clock, or None if unknown."""
     info = record.store.stat(record.key(key))
     now = store_now(record.store)
     return None if info is None or now is None else max(0.0, now - info.modified_s)
@@ -100,8 +100,8 @@ class HeldLease:
 
     Args:
         record: The run.
-        lease: As it was written.
-        etag: Of that.
+        lease: The lease as written.
+        etag: ETag of that write.
     """
 
     def __init__(self, record: Record, lease: Lease, etag: str) -> None:
@@ -113,23 +113,23 @@ class HeldLease:
         self.lease = lease
 
     def through(self, record: Record) -> HeldLease:
-        """Returns the same lease, kept through another opening of its store."""
+        """Returns the same lease, held through another store object."""
         return HeldLease(record, self.lease, self._etag)
 
     def beat(self, *, attempt: int | None = None) -> bool:
-        """Writes a heartbeat; returns False when the lease is another's by now.
+        """Writes a heartbeat. Returns False if another runner has the lease.
 
         Args:
-            attempt: The attempt that it is for from now on.
+            attempt: New attempt of the lease, if it changes.
 
         Raises:
-            StoreError: The store cannot be reached; nothing is known.
+            StoreError: The store cannot be reached. The lease's state is unknown.
         """
         with self._lock:
             return self._write(replace(self.lease, beat=self.lease.beat + 1, attempt=attempt or self.lease.attempt))
 
     def release(self) -> None:
-        """Says that this runner has ended in order. Raises StoreError."""
+        """Marks the lease as released: this runner has ended normally. Raises StoreError."""
         # Not a delete: that has no condition, and could remove another runner's lease.
         with self._lock:
             self._write(replace(self.lease, beat=self.lease.beat + 1, released=True))
@@ -144,12 +144,12 @@ class HeldLease:
             try:
                 found = read_lease(self._record)
             except DamagedFilesError:
-                found = self.lease  # it names no other holder; a runner that took the lease finds out at its next beat
+                found = self.lease  # no proof of another holder; if there is one, its next beat shows it
             if found is None or there is None:
-                return True  # deleted with its run: the status will say so
+                return True  # deleted with its run, which the status check finds
             if found.holder != self.lease.holder:
                 return False
-            # An earlier write of our own, whose answer got lost; or damage, which is overwritten.
+            # Either our own earlier write, whose answer was lost, or damage, which is overwritten.
             self._etag = there.etag
             if found != lease:
                 self._etag = self._record.store.put(self._record.key(LEASE_KEY), encode(lease), if_match=there.etag)
@@ -159,20 +159,20 @@ class HeldLease:
 
 
 def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[], bool]) -> HeldLease | None:
-    """Takes a run's lease, or returns None when another runner has it.
+    """Acquires a run's lease, or returns None if another runner has it.
 
-    A lease of this attempt that nobody is known to have left is watched: it is taken when it does not change for its
-    `lost_after_s` (`fresh_s` when its runner was one of this machine and is gone), and left alone when it does.
+    If this attempt has a lease that was not released, waits: acquires it once it has not changed for its `lost_after_s`
+    (`fresh_s` if its runner was on this machine and is dead), and returns None once it changes.
 
     Args:
         record: The run.
-        attempt: The attempt to work for; a lease of an earlier one is taken at once, its runner finds out.
+        attempt: The attempt to work for. A lease of an earlier attempt is taken at once; its runner will notice.
         start_id: See `Lease`.
-        give_up: Says that waiting is no longer wanted.
+        give_up: Returns True to stop waiting.
 
     Raises:
-        StoreError: The store refuses or cannot be reached.
-        ConfigurationError: PALATE_LEASE_S is no number above 1.
+        StoreError: The store rejects the request or cannot be reached.
+        ConfigurationError: PALATE_LEASE_S is invalid.
     """
     lost_after_s = _lost_after_s()
     # A random holder name, not host and pid: both can be the same in two containers.
@@ -191,10 +191,10 @@ def acquire(record: Record, *, attempt: int, start_id: str, give_up: Callable[[]
         try:
             found = read_lease(record)
         except DamagedFilesError:
-            # Somebody holds it, or nobody: a holder writes it anew within seconds.
+            # It may have a holder, which rewrites it within seconds.
             found = replace(mine, holder=there.etag if there is not None else "", machine="")
         if found is not None and found.holder == mine.holder and there is not None:
-            return HeldLease(record, found, there.etag)  # our own write, whose answer got lost
+            return HeldLease(record, found, there.etag)  # our own write, whose answer was lost
         free = found is None or found.released or found.attempt < attempt
         if found is not None and not free:
             # One change is proof of a live runner, so there is no need to wait longer.
@@ -232,7 +232,7 @@ def _lost_after_s() -> float:
         value = 0.0
     if not 1 <= value <= 86400:
         raise ConfigurationError(
-            f"{LOST_AFTER_VARIABLE}={text!r} must be seconds from 1 to 86400: after so long without a heartbeat a run is lost"
+            f"{LOST_AFTER_VARIABLE}={text!r} must be a number of seconds from 1 to 86400 (a run without a heartbeat is then lost)"
         )
     return value
 
@@ -244,9 +244,9 @@ _OFFSETS: weakref.WeakKeyDictionary[Store, float | None] = weakref.WeakKeyDictio
 
 
 def store_now(store: Store) -> float | None:
-    """Returns the time by the store's own clock, in seconds since the epoch; None when nothing may be written there.
+    """Returns the time by the store's clock, in seconds since the epoch, or None if the store is read-only.
 
-    It is measured once for each opened store, with a probe that is removed again.
+    The offset is measured once per store object, with a probe object that is deleted.
     """
     if store not in _OFFSETS:
         key = f"cache/clock-{token_hex(8)}"
@@ -257,12 +257,12 @@ def store_now(store: Store) -> float | None:
             info = store.stat(key)
             store.delete(key)
         except StoreError:
-            return None  # asked again at the next look
+            return None  # tried again at the next call
         _OFFSETS[store] = None if info is None else info.modified_s - written
     offset = _OFFSETS[store]
     return None if offset is None else _ticks() + offset
 
 
 def _ticks() -> float:
-    # Goes on while the machine sleeps, which time.monotonic() does not.
+    # Unlike time.monotonic(), it includes the time that the machine sleeps.
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

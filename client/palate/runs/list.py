@@ -1,7 +1,7 @@
-"""Which runs of a store are meant, and where they stand: read many at a time, newest first. Knows records, no kind of run.
+"""Lists and filters the runs of a store with their states, newest first. Knows records, no kind of run.
 
-A list needs two objects of each run, and a bucket takes milliseconds to give one: one after the other, hundreds of runs
-would take a minute.
+A list reads two objects per run, and a bucket needs milliseconds for each. One after the other, hundreds of runs would take a
+minute, so sixteen threads read them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from palate_recipes.specs.run import Manifest, State, Status
 
 _THREADS = 16
 _BATCH = 64
-"""Runs whose status is read at a time where a list ends early."""
+"""Number of runs whose status is read at once in a list with a limit."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -31,15 +31,15 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, kw_only=True)
 class RunFilter:
-    """Which runs are meant; by default all.
+    """Selects runs; by default all.
 
     Attributes:
-        states: Their state is one of these; empty means any.
-        name: Glob for their name, such as `qwen2-*`.
-        model: Glob for their model's name.
-        labels: Labels that they have, with these values.
-        since_s: Created at most so many seconds ago, by this machine's clock; None means ever.
-        min_attempts: They have been begun so often at least.
+        states: States to include; empty means all.
+        name: Glob for the name, such as `qwen2-*`.
+        model: Glob for the model's name.
+        labels: Labels that a run must have, with values.
+        since_s: Maximum age in seconds by this machine's clock; None means no limit.
+        min_attempts: Minimum number of attempts.
     """
 
     states: Sequence[State] = ()
@@ -51,9 +51,11 @@ class RunFilter:
 
     def __post_init__(self) -> None:
         if unknown := [state for state in self.states if state not in get_args(State)]:
-            raise ConfigurationError(f"status={unknown[0]!r} is no state of a run: give {', '.join(get_args(State))}")
+            raise ConfigurationError(
+                f"status={unknown[0]!r} is not a state of a run: expected one of {', '.join(get_args(State))}"
+            )
         if self.since_s is not None and not self.since_s > 0:
-            raise ConfigurationError(f"since_s={self.since_s!r} lets no run through: give seconds above 0")
+            raise ConfigurationError(f"since_s={self.since_s!r} must be above 0 seconds")
         if self.min_attempts < 1:
             raise ConfigurationError(f"min_attempts={self.min_attempts!r} must be 1 or more")
 
@@ -66,7 +68,7 @@ class RunFilter:
         return bool(self.states) or self.min_attempts > 1
 
     def has_manifest(self, manifest: Manifest) -> bool:
-        """Says whether a run with this manifest can be meant."""
+        """Whether the filter accepts this manifest."""
         return (
             fnmatchcase(manifest.model_name, self.model)
             and all(manifest.labels.get(name) == value for name, value in self.labels.items())
@@ -74,19 +76,19 @@ class RunFilter:
         )
 
     def has_status(self, status: Status) -> bool:
-        """Says whether a run with this status can be meant."""
+        """Whether the filter accepts this status."""
         return (not self.states or status.state in self.states) and status.attempt >= self.min_attempts
 
 
 @dataclass(kw_only=True)
 class RunSummary:
-    """A run of a list.
+    """A run in a list.
 
     Attributes:
-        handle: To do something with it.
-        manifest: None when it could not be read.
-        status: None when it was not asked for, or could not be read.
-        error: Why something of it could not be read.
+        handle: The run.
+        manifest: None if it cannot be read.
+        status: None if it was not requested or cannot be read.
+        error: Why manifest or status cannot be read.
     """
 
     handle: RunHandle
@@ -101,18 +103,18 @@ class RunSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a look at a store gave.
+    """The result of `find_runs`.
 
     Attributes:
-        runs: Those that are meant, newest first.
-        unread: Those of which that is not known, by name: each has its `error`.
+        runs: Runs that match the filter, newest first.
+        unread: Runs that cannot be read, so that it is unknown whether they match, by name. Each has its `error`.
     """
 
     runs: list[RunSummary]
     unread: list[RunSummary]
 
     def require_all(self) -> list[RunSummary]:
-        """Returns the runs; raises the first error when some could not be read."""
+        """Returns the runs. Raises the first error if some cannot be read."""
         if self.unread:
             error = self.unread[0].error
             assert error is not None
@@ -129,20 +131,20 @@ def find_runs(
     limit: int | None = None,
     timeout_s: float | None = None,
 ) -> Listing:
-    """Reads the runs of a store, several at a time, and looks whether a runner still stands behind those that go on.
+    """Reads the runs of a store in parallel, and checks whether the active ones still have a runner.
 
     Args:
-        session: Whose store.
+        session: The session with the store.
         kind: `jobs` or `services`.
-        wanted: Which.
-        status: Read where each stands; without it `RunSummary.status` is None unless `wanted` needs it.
-        limit: Return so many at most, the newest; the others' status is not read.
-        timeout_s: Seconds after which what is not read yet is `unread`. None waits as long as the store's client does. Where
-            states are read as well, manifests get half of it: one that hangs must not take the time of the others' states.
+        wanted: The filter.
+        status: Whether to read states. If False, `RunSummary.status` is None unless `wanted` needs it.
+        limit: Maximum number of runs to return, newest first. The status of the others is not read.
+        timeout_s: Time limit in seconds. Runs that are not read by then are `unread`. None waits as long as the store's client
+            does. If states are read, manifests get half of the time, so that a hanging one leaves time for the states.
 
     Raises:
         StoreError: The store cannot be listed.
-        WaitTimeoutError: It was not even listed within `timeout_s`.
+        WaitTimeoutError: The listing itself took longer than `timeout_s`.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     names = _names(session, kind, wanted.name, deadline)
@@ -158,7 +160,7 @@ def find_runs(
     if not reads_status:
         return Listing(runs=candidates[:limit], unread=unread)
     runs: list[RunSummary] = []
-    # Without a limit all at once: then a run that is slow to read holds up no other.
+    # Without a limit all at once, so that a slow run delays no other.
     size = max(1, len(candidates) if limit is None else _BATCH if wanted.needs_status else limit)
     while candidates and (limit is None or len(runs) < limit):
         batch, candidates = candidates[:size], candidates[size:]
@@ -174,14 +176,14 @@ def _names(session: Session, kind: Literal["jobs", "services"], pattern: str, de
             raise listed
         return [name for name in listed if fnmatchcase(name, pattern)]
     raise WaitTimeoutError(
-        f"{session.store_uri} did not say in time what it holds: give it longer, or see what keeps it (`palate doctor`)"
+        f"{session.store_uri} was not listed in time: raise the time limit, or check the store with `palate doctor`"
     )
 
 
 def _read(
     runs: Sequence[RunSummary], what: str, read: Callable[[RunSummary], Manifest | Status], deadline: float | None
 ) -> None:
-    """Sets the field `what` of each run, or its `error`."""
+    """Sets the attribute `what` of each run, or its `error`."""
     for run in runs:
         run.error = WaitTimeoutError(f"{run.handle.record.uri}: its {what} was not read in time")
     for run, value in _each(read, runs, deadline):
@@ -197,9 +199,9 @@ def _read(
 def _each(
     function: Callable[[_Item], _Result], items: Sequence[_Item], deadline: float | None
 ) -> Iterator[tuple[_Item, _Result | BaseException]]:
-    """Yields each item with what `function` returned or raised, as it comes; at the deadline it ends.
+    """Yields each item with the result or exception of `function`, as they complete, until the deadline.
 
-    Its threads are daemons, unlike those of a pool: a program must be able to end while a store keeps one waiting.
+    Uses daemon threads, unlike a thread pool: a program must be able to exit while a thread waits for a store.
     """
     todo, done = deque(items), SimpleQueue[tuple[_Item, _Result | BaseException]]()
 

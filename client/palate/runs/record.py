@@ -1,12 +1,12 @@
-"""A run's prefix in a store: manifest, status, logs, metrics. Owns every key below it; knows no backend and no program.
+"""A run's folder in a store: manifest, status, logs, metrics. Owns every key in it. Knows no backend and no program.
 
     jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
                     inputs/  checkpoints/  model/  tensorboard/
     services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token
 
-`manifest.json` is written once and says all that a run needs. `status.json` is written conditionally, so that of two
-writers (a stop and a finish) one wins, and a terminal state is written last: all that it names is in place by then.
-`lease.json` is its runner's (see `palate.runs.lease`). The folder `palate/schemas` has the JSON schema of each.
+`manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
+writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`
+belongs to the runner (see `palate.runs.lease`). `palate/schemas` has their JSON schemas.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from palate_recipes.specs.run import (
 )
 
 TOKEN_KEY = "access_token"
-"""A service's bearer token: a key of its own, so that no manifest, status or log ever holds it."""
+"""A service's bearer token. A separate key, so that no manifest, status or log contains it."""
 
 LOST = "the runner died without writing a status: it was killed, or the machine went down"
 
@@ -52,10 +52,10 @@ _CAS_ATTEMPTS = 20
 
 
 class Record:
-    """One run's prefix in a store.
+    """One run's folder in a store.
 
     Args:
-        store: Where it lives.
+        store: The store.
         kind: `jobs` or `services`.
         name: Job id or service name.
     """
@@ -71,16 +71,16 @@ class Record:
         return self.store.uri(self.prefix)
 
     def key(self, *parts: str) -> str:
-        """Returns the store key of something below this record."""
+        """Returns the store key of a path in the run's folder."""
         return "/".join((self.prefix, *parts))
 
     # ── manifest ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def create(self, manifest: Manifest) -> None:
-        """Writes the manifest where none is, then the first status.
+        """Writes the manifest if there is none, then the first status.
 
         Raises:
-            NameTakenError: A run of that name is there.
+            NameTakenError: A run with this name exists.
         """
         try:
             self.store.put(self.key("manifest.json"), _encode(manifest), if_none_match=True)
@@ -98,7 +98,7 @@ class Record:
         self.store.put(self.key("status.json"), status.encode())
 
     def manifest(self) -> Manifest:
-        """Raises RunNotFoundError when there is none, DamagedFilesError when it cannot be read."""
+        """Returns the manifest. Raises RunNotFoundError if there is none, DamagedFilesError if it cannot be read."""
         if self.kind == "services":
             return self.serve_manifest()
         try:
@@ -107,21 +107,21 @@ class Record:
             self._raise_damaged("manifest.json", error)
 
     def serve_manifest(self) -> ServeManifest:
-        """As `manifest`, of a service."""
+        """Returns the manifest of a service. Raises as `manifest`."""
         try:
             return ServeManifest.decode(self.manifest_bytes())
         except ValueError as error:
             self._raise_damaged("manifest.json", error)
 
     def manifest_bytes(self) -> bytes:
-        """Returns the manifest as it was written; raises RunNotFoundError when there is none."""
+        """Returns the manifest as it was written. Raises RunNotFoundError if there is none."""
         try:
             return self.store.get(self.key("manifest.json"))
         except FileNotFoundError:
             noun = "job" if self.kind == "jobs" else "service"
             raise RunNotFoundError(
                 f"no {noun} {self.name!r} in {self.store.root}: `palate {self.kind}` lists what is there; "
-                "another store is chosen with PALATE_STORE or Session(store=…)"
+                "PALATE_STORE or Session(store=…) selects another store"
             ) from None
 
     def _raise_damaged(self, name: str, error: ValueError) -> NoReturn:
@@ -131,11 +131,11 @@ class Record:
         ) from None
 
     def replace_manifest(self, known: ServeManifest, new: ServeManifest) -> None:
-        """Writes another manifest in the place of the known one; the service's next attempt reads it.
+        """Replaces the known manifest by another. The service's next attempt reads it.
 
         Raises:
-            ConfigurationError: Another one is there: somebody else replaced it.
-            RunNotFoundError: None is there.
+            ConfigurationError: The manifest is not the known one: somebody else has replaced it.
+            RunNotFoundError: There is none.
         """
         key = self.key("manifest.json")
         info = self.store.stat(key)  # before the read: a later write must not match
@@ -145,7 +145,7 @@ class Record:
             self.store.put(key, _encode(new), if_match=info.etag)
         except PreconditionFailedError:
             raise ConfigurationError(
-                f"{self.uri} was changed by somebody else just now: look at it, and try again"
+                f"{self.uri} was changed by somebody else at the same time: check it and try again"
             ) from None
 
     def exists(self) -> bool:
@@ -154,11 +154,11 @@ class Record:
     # ── status ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def status(self) -> Status:
-        """Raises RunNotFoundError when there is no such run, DamagedFilesError when its status cannot be read."""
+        """Returns the status. Raises RunNotFoundError if there is no such run, DamagedFilesError if the status cannot be read."""
         try:
             data = self.store.get(self.key("status.json"))
         except FileNotFoundError:
-            manifest = self.manifest()  # raises when the run itself is unknown
+            manifest = self.manifest()  # raises if there is no such run
             return Status(state="Creating", updated_at=manifest.created_at)
         return self._parse_status(data)
 
@@ -171,14 +171,14 @@ class Record:
     def advance(
         self, state: State, *, expect: Collection[State], attempt: int | None = None, **changes: Any
     ) -> Status | None:
-        """Moves the run to `state`, or leaves it and returns None when its state is not one of `expect`.
+        """Changes the state to `state`. Returns None, without a change, if the current state is not in `expect`.
 
-        The write is conditional on what was read, so of two that race one wins and the other sees its result.
+        The write is conditional on what was read, so of two concurrent writers one wins and the other sees its result.
 
         Args:
             state: The new state.
-            expect: States that it may leave.
-            attempt: The attempt that the caller speaks for; a run that has gone on to another is left.
+            expect: States from which the change is allowed.
+            attempt: The caller's attempt. If the run is at another attempt, nothing changes.
             changes: Further fields of the status.
         """
         if state in TERMINAL:
@@ -186,7 +186,7 @@ class Record:
         return self._rewrite(lambda current: replace(current, state=state, **changes), expect, attempt)
 
     def note(self, *, attempt: int | None = None, **changes: Any) -> Status | None:
-        """Adds facts to the status and leaves its state; returns None when the run is gone, or on to another attempt."""
+        """Changes fields of the status other than the state. Returns None if the run is deleted or at another attempt."""
         return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, attempt)
 
     def begin_again(
@@ -198,14 +198,14 @@ class Record:
         more: int = 0,
         **ended: Any,
     ) -> Status | None:
-        """Moves the run to its next attempt, or returns None when somebody else did, or it is in another state.
+        """Starts the run's next attempt. Returns None if somebody else did, or if the state is not in `expect`.
 
         Args:
-            expect: States that it may leave.
-            attempt: The attempt that is over.
-            state: `Running` when the same runner goes on.
-            more: Attempts that it is given anew, this one included; 0 leaves the limit.
-            ended: What the history says of the attempt that is over (reason, exit_code), when the status does not.
+            expect: States from which the change is allowed.
+            attempt: The attempt that has ended.
+            state: `Running` if the same runner continues.
+            more: New number of remaining attempts, including this one; 0 keeps the limit.
+            ended: Fields of the history entry (reason, exit_code) that the status does not have.
         """
 
         def change(current: Status) -> Status:
@@ -243,7 +243,7 @@ class Record:
             current = self._parse_status(data)
             # A put whose answer got lost is retried by the client, fails on its own ETag, and looks like a lost race.
             if data == written:
-                return current  # our own write, whose answer got lost
+                return current  # our own write, whose answer was lost
             if info is None or current.state not in expect or attempt not in (None, current.attempt):
                 return None
             # `change` runs again on every try: it must see the state that the condition protects.
@@ -254,46 +254,46 @@ class Record:
             except (PreconditionFailedError, FileNotFoundError):
                 continue
             return target
-        raise RuntimeError(f"{self.uri}/status.json changed {_CAS_ATTEMPTS} times while it was to be written")
+        raise RuntimeError(f"{self.uri}/status.json changed {_CAS_ATTEMPTS} times during attempts to write it")
 
     # ── logs and metrics ────────────────────────────────────────────────────────────────────────────────────────────
 
     def append(self, kind: Literal["logs", "metrics"], part: int, data: bytes) -> None:
-        """Writes part number `part`, beginning with 1; the one writer of a run counts.
+        """Writes part number `part`, counted from 1 by the run's only writer.
 
         Raises:
-            PreconditionFailedError: That part is there, and says something else.
+            PreconditionFailedError: The part exists with other content.
         """
         key = self.key(kind, f"{part:06d}{_SUFFIX[kind]}")
         try:
             self.store.put(key, data, if_none_match=True)
         except PreconditionFailedError:
-            if self.store.get(key) != data:  # else it is our own, whose answer got lost
+            if self.store.get(key) != data:  # if equal, it is our own write, whose answer was lost
                 raise
 
     def part_sizes(self, kind: Literal["logs", "metrics"]) -> dict[int, int]:
-        """Returns the sizes of the parts that are there, by number."""
+        """Returns the sizes of all parts by number."""
         numbered = {
             info.key.rpartition("/")[2].removesuffix(_SUFFIX[kind]): info for info in self.store.list(self.key(kind))
         }
         return {int(name): info.size for name, info in numbered.items() if _PART.fullmatch(name)}
 
     def last_part(self, kind: Literal["logs", "metrics"]) -> int:
-        """Returns the number of the last part, 0 when there is none."""
+        """Returns the number of the last part, or 0."""
         return max(self.part_sizes(kind), default=0)
 
     def part(self, kind: Literal["logs", "metrics"], number: int) -> bytes:
-        """Returns one part; raises ObjectNotFoundError when it is not there."""
+        """Returns one part. Raises ObjectNotFoundError if it does not exist."""
         return self.store.get(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
 
     def delete_part(self, kind: Literal["logs", "metrics"], number: int) -> None:
-        """Removes one part; no error where none is."""
+        """Deletes one part, if it exists."""
         self.store.delete(self.key(kind, f"{number:06d}{_SUFFIX[kind]}"))
 
     def parts(self, kind: Literal["logs", "metrics"], *, after: int = 0) -> Iterator[tuple[int, bytes]]:
-        """Yields (number, data) of the parts after number `after`, in order; the oldest of a service's log may be gone or merged.
+        """Yields (number, data) of the parts after `after` in order. A service's oldest log parts may be deleted or merged.
 
-        Asks for the next number by name instead of listing: one small read a poll, on any store, two for a service's log.
+        Requests the next number by name instead of listing: one small read per poll on any store, two for a service's log.
         """
         number = after
         # Two rounds: parts by number. If the next one was merged or dropped, the merged parts, then the numbers after them.
@@ -314,14 +314,14 @@ class Record:
                 if merged.last > number:
                     try:
                         data = self.store.get(self.key("logs", merged.name))
-                    except FileNotFoundError:  # dropped just now
+                    except FileNotFoundError:  # deleted meanwhile
                         continue
                     number = merged.last
                     yield number, data
             number = max(number, index.following - 1)
 
     def log_index(self) -> LogIndex:
-        """Returns what of a service's log was merged or dropped; an index that is none counts as empty."""
+        """Returns which parts of a service's log were merged or deleted. An invalid index counts as empty."""
         try:
             return decode(self.store.get(self.key("logs", _INDEX)), LogIndex)
         except (FileNotFoundError, ValueError):
@@ -331,19 +331,19 @@ class Record:
         self.store.put(self.key("logs", _INDEX), encode(index))
 
     def write_merged(self, first: int, last: int, content: bytes) -> MergedLog:
-        """Writes the content of several parts of a service's log as one; the index has to name it."""
+        """Writes several parts of a service's log as one. The caller must add it to the index."""
         merged = MergedLog(first=first, last=last, size=len(content))
         self.store.put(self.key("logs", merged.name), content)
         return merged
 
     def delete_parts(self, kind: Literal["logs", "metrics"]) -> None:
-        """Removes every part; a later one counts on from 1."""
+        """Deletes all parts. Numbers start again from 1."""
         # Listed completely first, so that deletions do not change a listing in progress.
         for info in list(self.store.list(self.key(kind))):
             self.store.delete(info.key)
 
     def log_lines(self) -> Iterator[str]:
-        """Yields the whole log, line by line."""
+        """Yields all log lines."""
         buffer = b""
         for _, data in self.parts("logs"):
             *lines, buffer = (buffer + data).split(b"\n")
@@ -356,26 +356,26 @@ class Record:
             yield buffer.decode(errors="replace")
 
     def last_log_lines(self, count: int) -> list[str]:
-        """Returns the log's last lines, read from its end: the whole of it may be large."""
+        """Returns the last log lines. Reads from the end, since the log may be large."""
         content = b""
         sizes = self.part_sizes("logs")
         for number in sorted(sizes, reverse=True):
             key = self.key("logs", f"{number:06d}{_SUFFIX['logs']}")
             try:
                 content = self.store.get_range(key, max(0, sizes[number] - _TAIL_BYTES)) + content
-            except FileNotFoundError:  # merged meanwhile, with all before it
+            except FileNotFoundError:  # merged meanwhile, with all earlier parts
                 break
             if content.count(b"\n") > count or len(content) >= _TAIL_BYTES:
                 break
         return content[-_TAIL_BYTES:].decode(errors="replace").splitlines()[-count:]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yields every metrics object in order."""
+        """Yields all metrics events in order."""
         for _, data in self.parts("metrics"):
             yield from events_in(data)
 
     def delete(self) -> None:
-        """Removes everything, the manifest last: until then the run can still be found and deleted again."""
+        """Deletes everything, the manifest last: until then the run can be found and deleted again."""
         for info in list(self.store.list(self.prefix + "/")):
             if info.key != self.key("manifest.json"):
                 self.store.delete(info.key)
@@ -383,7 +383,7 @@ class Record:
 
 
 def events_in(part: bytes) -> Iterator[dict[str, Any]]:
-    """Yields the events of a metrics part; a line that was cut short, or is no event of a training, is left out."""
+    """Yields the events of a metrics part. Skips lines that are truncated or not events."""
     for line in part.splitlines():
         try:
             event = json.loads(line)
@@ -394,15 +394,15 @@ def events_in(part: bytes) -> Iterator[dict[str, Any]]:
 
 
 def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns metrics events as of one run: what a later attempt did again is there once, as it did it.
+    """Returns the events of all attempts as one run. Of steps that a later attempt repeated, only the later events are kept.
 
-    Every `start` stays: it says at which step an attempt went on. The order of attempts counts, not that of the parts: a runner
-    that was given up for lost while its store was away pushes its last events after the first ones of the next attempt.
+    Every `start` event is kept: it has the step at which an attempt resumed. Events are ordered by attempt, not by part: a
+    runner that counted as lost during a store outage uploads its last events after the first ones of the next attempt.
     """
     attempts: dict[int, list[dict[str, Any]]] = {}
     unnumbered = 0
     for event in events:
-        if "attempt" not in event:  # the first attempt, or any of a version that did not number them
+        if "attempt" not in event:  # the first attempt, or an earlier version, which did not number them
             unnumbered += event["kind"] == "start"
         attempts.setdefault(event.get("attempt", max(1, unnumbered)), []).append(event)
     kept: list[dict[str, Any]] = []
@@ -423,7 +423,7 @@ _INDEX = "index.json"
 _PART = re.compile(r"[0-9]{6,18}")
 LONGEST_LINE = 1024**2
 _TAIL_BYTES = 256 * 1024
-"""The last lines of a log are looked for in so many bytes of its end."""
+"""`last_log_lines` reads this many bytes from the end."""
 
 
 def _encode(manifest: Manifest) -> bytes:
@@ -431,7 +431,7 @@ def _encode(manifest: Manifest) -> bytes:
         return manifest.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"what {manifest.name} is given holds {error.object[error.start : error.end]!r}, which is not valid Unicode: "
+            f"the settings of {manifest.name} contain {error.object[error.start : error.end]!r}, which is not valid Unicode: "
             "give labels and settings as UTF-8 text"
         ) from None
 
@@ -442,7 +442,7 @@ def names(store: Store, kind: Literal["jobs", "services"]) -> list[str]:
 
 
 def locate(uri: str) -> tuple[str, Literal["jobs", "services"], str]:
-    """Splits a run's URI into store root, kind and name; raises ConfigurationError when it is none, or no run can have the name."""
+    """Splits a run's URI into store root, kind and name. Raises ConfigurationError if the URI or the name is invalid."""
     root, _, name = uri.rstrip("/").rpartition("/")
     root, _, kind = root.rpartition("/")
     if kind == "jobs" and name:

@@ -1,7 +1,8 @@
-"""JSON of records: read into typed structs, with limits and one-line messages, and written. Knows msgspec, no record.
+"""Reads and writes JSON as typed structs, with limits and one-line messages. Knows msgspec, no record.
 
-msgspec refuses text that is not UTF-8, half a character, NaN and numbers beyond a float. The size of an object and its depth
-are refused here, as a ValueError like all the rest; integers beyond 64 bits by the bounds of `Int` and its kin.
+msgspec rejects text that is not UTF-8, lone surrogates, NaN and numbers beyond a float. This module also rejects objects that are
+too large or nested too deeply, with ValueError as for all other errors. The bounds of `Int`, `Natural` and `Ordinal` reject
+integers beyond 64 bits.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ import msgspec
 from msgspec import Meta, Struct
 
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-"""An int that other programs can hold, too: msgspec alone takes one of any length."""
+"""An int that other programs can read, too. msgspec alone accepts integers of any length."""
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Ordinal = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 _LARGEST = 64 * 1024**2
-"""Bytes. A record of Palate has some KiB; parsing takes a multiple of an object's size in memory."""
+"""Bytes. A record has a few KiB, and parsing needs a multiple of an object's size in memory."""
 
 _Record = TypeVar("_Record", bound=Struct)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Returns the JSON object that `data` is.
+    """Parses a JSON object.
 
     Raises:
-        ValueError: It is too large, not UTF-8, not JSON, nested too deeply, not an object, or holds what cannot be written
-            again (half a character, NaN). The message says which, in one line.
+        ValueError: It is too large, not UTF-8, not JSON, nested too deeply, not an object, or contains a value that cannot be
+            written (a lone surrogate, NaN). The message says which, in one line.
     """
     if len(data) > _LARGEST:
         raise ValueError(f"it has {len(data):,} bytes, more than {_LARGEST:,}")
     try:
         values = msgspec.json.decode(data)
-        msgspec.json.encode(values)  # what is nested too deeply to be written again is found here, and by no heartbeat
+        msgspec.json.encode(values)  # fails here, not in a heartbeat, if it is nested too deeply to be written
     except UnicodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
@@ -49,7 +50,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def decode(data: bytes, kind: type[_Record]) -> _Record:
-    """Returns the record that `data` holds; fields that the type lacks are left out, a newer writer may say more.
+    """Parses a record. Ignores unknown fields, which a newer version may have written.
 
     Raises:
         ValueError: See `parse_object` and `typed`.
@@ -58,11 +59,11 @@ def decode(data: bytes, kind: type[_Record]) -> _Record:
 
 
 def typed(values: dict[str, Any], kind: type[_Record]) -> _Record:
-    """Returns JSON values as a record.
+    """Converts JSON values to a record.
 
     Raises:
-        ValueError: A field is missing, or has another type or a value out of its bounds. The message names the field by its
-            path, the value and what it must be; of missing fields of the record itself all.
+        ValueError: A field is missing, has the wrong type, or is out of bounds. The message has the field's path, the value and
+            what is expected. If fields of the record itself are missing, it names all of them.
     """
     try:
         return convert(values, kind)
@@ -71,10 +72,10 @@ def typed(values: dict[str, Any], kind: type[_Record]) -> _Record:
 
 
 def convert(values: object, kind: type[_Record]) -> _Record:
-    """Returns JSON values as a record, from any thread; raises msgspec.ValidationError where they are none."""
+    """Converts JSON values to a record. Thread-safe. Raises msgspec.ValidationError."""
     if kind not in _known:
-        # msgspec makes its table of a type, and of those below it, at the first use. Two threads that do so at once crash it
-        # (0.22: a segmentation fault), and a list of runs is read by sixteen.
+        # msgspec builds its tables of a type and its fields' types at first use. If two threads do that at once, it crashes
+        # (0.22: segmentation fault), and sixteen threads read a list of runs.
         with _one_at_a_time:
             msgspec.json.Decoder(kind)
             _known.add(kind)
@@ -86,7 +87,7 @@ _one_at_a_time = Lock()
 
 
 def encode(value: object) -> bytes:
-    """Returns a record as JSON for people: indented, UTF-8; raises UnicodeEncodeError for half a character."""
+    """Returns a record as indented JSON in UTF-8. Raises UnicodeEncodeError for a lone surrogate."""
     return msgspec.json.format(msgspec.json.encode(value), indent=1)
 
 
@@ -99,7 +100,7 @@ def _explained(message: str, values: dict[str, Any], kind: type[Struct]) -> str:
     found = _ERROR.fullmatch(message)
     assert found is not None
     value: Any = values
-    path = ""  # as far as msgspec names it: not the key of a dict with free keys
+    path = ""  # as far as msgspec gives it: it omits the keys of a dict
     for step in _STEP.finditer(found["path"] or ""):
         if step["index"] == "...":
             break
@@ -116,16 +117,16 @@ def _explained(message: str, values: dict[str, Any], kind: type[Struct]) -> str:
 
 
 def shown(value: object) -> str:
-    """Returns a value for a message, cut where nobody reads on."""
+    """Returns a value for a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# Records that are written again, and keep what a newer writer said beside the fields that are known here.
+# For records that are read and rewritten: they keep unknown fields, which a newer version may have written.
 
 
 def gather(values: object, kind: type[Struct]) -> object:
-    """Returns the JSON of a record of a kind that has a field `more`, with the fields that the kind lacks in there."""
+    """Moves the fields that `kind` does not have into its field `more`."""
     if not isinstance(values, dict):
         return values
     known = {*kind.__struct_encode_fields__} - {"more"}
@@ -136,6 +137,6 @@ def gather(values: object, kind: type[Struct]) -> object:
 
 
 def spread(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the JSON of a record as it is written, see `gather`."""
+    """Moves the fields in `more` back to the top level: the inverse of `gather`."""
     more = values.pop("more")
     return {**values, **more}

@@ -19,7 +19,7 @@ class _Words(Struct, frozen=True):
 
 
 class _Event(Struct):
-    """What every event says, and the fields of some that readers calculate with."""
+    """Fields that every event has, and fields of some events that readers calculate with."""
 
     kind: str
     step: Int
@@ -29,13 +29,13 @@ class _Event(Struct):
 
 
 class Start(Struct, frozen=True, kw_only=True):
-    """What the last `start` event says of a run: its sizes, and the hyperparameters that advice speaks of.
+    """The last `start` event of a run: sizes, and the hyperparameters that advice names.
 
     Attributes:
-        step: Optimizer steps that were done before.
-        train_rows: Rows of the training data.
+        step: Optimizer steps before this start.
+        train_rows: Number of training rows.
         strategy: `sft`, `dpo` or `kto`.
-        loss_type, learning_rate, num_train_epochs, dpo_beta: As of `Hyperparameters`; None where the run did not say.
+        loss_type, learning_rate, num_train_epochs, dpo_beta: As in `Hyperparameters`; None if the run did not log it.
     """
 
     step: Int = 0
@@ -48,7 +48,7 @@ class Start(Struct, frozen=True, kw_only=True):
 
 
 def is_event(values: object) -> bool:
-    """Whether readers of metrics can calculate with it: a store may hold anything."""
+    """Whether readers can calculate with it. A store may contain anything."""
     try:
         event = convert(values, _Event)
         if event.kind == "start":
@@ -62,7 +62,7 @@ def is_event(values: object) -> bool:
 
 
 def _is_figure(value: object) -> bool:
-    """NaN and infinity are among the losses of a training that went wrong."""
+    """Includes NaN and infinity: losses of a failed training are figures, too."""
     return value is None or isinstance(value, float) or (type(value) is int and -(2**63) <= value < 2**64)
 
 

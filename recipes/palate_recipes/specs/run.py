@@ -1,4 +1,4 @@
-"""The records of a run: manifest, status, lease, and the index of a merged log, checked as they are read. Knows no store."""
+"""The records of a run: manifest, status, lease and log index. Reading one validates it. Knows no store."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ ACTIVE: frozenset[State] = frozenset({"Creating", "Running", "Stopping"})
 MANIFEST_SCHEMA = 1
 STATUS_SCHEMA = 1
 LEASE_SCHEMA = 1
-"""Go up when a field gets another meaning. A new field is no new schema: readers leave out what they do not know."""
+"""Incremented when the meaning of a field changes. A new field keeps the version: readers ignore unknown fields."""
 
 
 class Deployment(Struct, frozen=True, kw_only=True):
-    """What a service serves, and how: the body of its manifest.
+    """What a service serves and how. The body of its manifest.
 
     Attributes:
         model: The base model.
-        tuned_uri: What was trained: an adapter or whole weights; None serves the base alone.
-        tuned_digest: SHA-256 of its list of files, which the runner checks them against; None checks nothing.
-        adapter: Whether `tuned_uri` is an adapter on top of the base.
-        system_prompt: What the model was trained with: `palate chat` begins with it.
+        tuned_uri: The adapter or full weights that were trained; None serves only the base.
+        tuned_digest: SHA-256 of the tuned model's digests.json, which the runner checks files against; None checks nothing.
+        adapter: Whether `tuned_uri` is an adapter for the base.
+        system_prompt: The system prompt used in training; `palate chat` starts with it.
         options: Fields of `palate_recipes.specs.serve.ServeSpec` as the user gave them.
-        time_to_live_s: Seconds that it runs from its first answer on; None has no end.
-        idle_time_to_live_s: Seconds without a request after which it ends; None has no end. Earlier versions wrote none.
-        placement: Where it goes, as the backend said.
-        more: What a newer writer said of it.
+        time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
+        idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
+        placement: The placement, as the backend returned it.
+        more: Fields that a newer version wrote.
     """
 
     model: BaseModel
@@ -65,15 +65,15 @@ _Body = TypeVar("_Body", TrainSpec, Deployment)
 
 
 class _Manifest(Struct, Generic[_Body], frozen=True, kw_only=True, tag_field="kind"):
-    """What reproduces a run. Holds no secret.
+    """What is needed to reproduce a run. Contains no secrets.
 
     Attributes:
         name: Job id or service name.
-        backend: Name of the backend that the run was given to.
-        body: What is trained, or served.
+        backend: Name of the backend that runs it.
+        body: The training or the deployment.
         labels: The user's key-value pairs.
-        created_at: Seconds since the epoch, by the clock of the client.
-        versions: Palate's version and Python's at submission.
+        created_at: Seconds since the epoch, by the client's clock.
+        versions: Versions of Palate and Python at submission.
     """
 
     name: str
@@ -86,7 +86,7 @@ class _Manifest(Struct, Generic[_Body], frozen=True, kw_only=True, tag_field="ki
 
     @property
     def model_name(self) -> str:
-        """The model's name for people."""
+        """The model's display name."""
         return self.body.model.name
 
 
@@ -98,7 +98,7 @@ class TrainManifest(_Manifest[TrainSpec], frozen=True, kw_only=True, tag="train"
 
     @classmethod
     def decode(cls, data: bytes) -> TrainManifest:
-        """Raises ValueError when a field is missing that every manifest has, or one has another type."""
+        """Raises ValueError if a required field is missing or a field has the wrong type."""
         return decode(data, cls)
 
 
@@ -111,7 +111,7 @@ class ServeManifest(_Manifest[Deployment], frozen=True, kw_only=True, tag="serve
 
     @classmethod
     def decode(cls, data: bytes) -> ServeManifest:
-        """Raises ValueError when a field is missing that every manifest has, or one has another type."""
+        """Raises ValueError if a required field is missing or a field has the wrong type."""
         values = parse_object(data)
         if "body" in values:
             values["body"] = gather(values["body"], Deployment)
@@ -125,9 +125,9 @@ class Attempt(Struct, frozen=True, kw_only=True):
     """An earlier attempt of a run.
 
     Attributes:
-        attempt: Its number.
-        reason, exit_code, started_at, finished_at: As of a `Status`, when it ended.
-        more: What a newer writer said of it.
+        attempt: Number of the attempt.
+        reason, exit_code, started_at, finished_at: As in `Status` when it ended.
+        more: Fields that a newer version wrote.
     """
 
     attempt: Ordinal
@@ -139,21 +139,21 @@ class Attempt(Struct, frozen=True, kw_only=True):
 
 
 class Status(Struct, frozen=True, kw_only=True):
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         state: One of `State`.
-        reason: Why it failed or stopped, in one message.
+        reason: Why it failed or stopped.
         log_tail: Last log lines of a failed run.
-        attempt: Number of the attempt, from 1. Each runner works for one, and writes only while it is the current one.
-        last_attempt: The attempt up to which a failure is tried again.
-        attempts: The earlier attempts.
-        start_id: Name of the start that `engine_id` came from; the lease of a runner names the one that it came from.
-        engine_id: The backend's name for the process: a hint, never the truth.
+        attempt: Number of the attempt, from 1. A runner works for one attempt, and writes only while it is the current one.
+        last_attempt: Number of the last attempt. Failures of earlier attempts are retried.
+        attempts: Earlier attempts.
+        start_id: Id of the start that `engine_id` belongs to. A runner's lease has the id of its own start.
+        engine_id: The backend's id of the process. Only a hint: the store decides.
         started_at, finished_at, updated_at: Seconds since the epoch.
-        exit_code: Of the program, when it ended.
-        endpoint: Base URL of a service that answers.
-        details: Facts that came up in the run (versions, seconds, engine).
+        exit_code: Exit code of the program, once it has ended.
+        endpoint: Base URL of a running service.
+        details: Facts found during the run (versions, durations, engine).
     """
 
     state: State
@@ -182,7 +182,7 @@ class Status(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def decode(cls, data: bytes) -> Status:
-        """Raises ValueError when the state is missing, or a field has another type."""
+        """Raises ValueError if the state is missing or a field has the wrong type."""
         values = parse_object(data)
         if isinstance(values.get("attempts"), list):
             values["attempts"] = [gather(attempt, Attempt) for attempt in values["attempts"]]
@@ -190,24 +190,24 @@ class Status(Struct, frozen=True, kw_only=True):
 
 
 _LONGEST_S = 7 * 24 * 3600.0
-"""Without a bound a lease of a hostile store would never count as lost."""
+"""Without this limit a lease in a hostile store would never expire."""
 
 _Period = Annotated[float, Meta(gt=0, le=_LONGEST_S)]
 
 
 class Lease(Struct, frozen=True, kw_only=True):
-    """Who runs a run, and its heartbeat: what `lease.json` says.
+    """The runner of a run and its heartbeat: the content of `lease.json`.
 
     Attributes:
         holder: Random name of the runner.
-        start_id: The start that the runner came from, or "" when it was started by hand.
+        start_id: Id of the start that the runner belongs to, or "" if it was started by hand.
         attempt: The attempt that it works for.
-        beat: Goes up with every heartbeat.
+        beat: Incremented with every heartbeat.
         every_s: Seconds between two heartbeats.
-        lost_after_s: Seconds without one after which the runner counts as lost.
-        host: Where it runs, for people.
-        machine, pid, pid_start: Where it runs, for a process of the same machine.
-        released: It has ended in order.
+        lost_after_s: Seconds without a heartbeat after which the runner counts as lost.
+        host: Host name, for messages.
+        machine, pid, pid_start: Identify the runner for processes on the same machine.
+        released: The runner has ended normally.
     """
 
     holder: str
@@ -225,15 +225,15 @@ class Lease(Struct, frozen=True, kw_only=True):
 
     @property
     def fresh_s(self) -> float:
-        """Seconds after its last heartbeat for which no other evidence counts against its runner.
+        """Seconds after the last heartbeat in which no other evidence counts against the runner.
 
-        What looks like a dead runner may be another machine's: a copy of a running machine has the mark of the original.
+        A runner that looks dead here may run on another machine: a clone of a running machine has the mark of the original.
         """
         return min(2 * self.every_s, self.lost_after_s)
 
 
 class MergedLog(Struct, frozen=True, kw_only=True):
-    """Parts of a service's log that became one: numbers of the first and the last, and bytes."""
+    """Several parts of a service's log merged into one: number of the first and last part, and size in bytes."""
 
     first: Natural
     last: Natural
@@ -245,11 +245,11 @@ class MergedLog(Struct, frozen=True, kw_only=True):
 
 
 class LogIndex(Struct, frozen=True, kw_only=True):
-    """What `logs/index.json` says of a service's log.
+    """The content of `logs/index.json`: which parts of a service's log were merged.
 
     Attributes:
         merged: The merged parts, oldest first.
-        following: Number of the first part that is there as it was written; those before it are merged or dropped.
+        following: Number of the first part that is still stored as written. Earlier parts are merged or deleted.
     """
 
     merged: tuple[MergedLog, ...] = ()

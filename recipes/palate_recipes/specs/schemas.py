@@ -1,6 +1,6 @@
-"""JSON schemas of a run's records, made from their types: `python -m palate_recipes.specs.schemas FOLDER` writes them.
+"""Generates the JSON schemas of a run's records: `python -m palate_recipes.specs.schemas FOLDER` writes them.
 
-They say what a reader may count on. What Python checks in no type (an ended run has the time of its end) is added here.
+They are made from the types. This module adds one rule that no type expresses: an ended run has the time of its end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ENDED = {
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """Returns the schema of each kind of record, by the name of its file."""
+    """Returns the schemas by file name."""
     status = _schema(Status, "status.json", STATUS_SCHEMA)
     status["$defs"]["Status"] |= _ENDED
     return {
@@ -46,14 +46,14 @@ def _schema(kind: Any, title: str, version: int) -> dict[str, Any]:
         if "description" in definition:
             definition["description"] = definition["description"].split("\n\n")[0].replace("\n", " ")
         properties = definition.get("properties", {})
-        properties.pop("more", None)  # stands for fields that are not known here
+        properties.pop("more", None)  # stands for unknown fields, not for a field of this name
         if "schema" in properties:
             properties["schema"] = {"const": version}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **made}
 
 
 def as_text(schema: dict[str, Any]) -> str:
-    """Returns a schema as its file holds it."""
+    """Returns the content of a schema file."""
     return json.dumps(schema, indent=1) + "\n"
 
 

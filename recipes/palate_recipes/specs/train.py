@@ -1,16 +1,15 @@
-"""What the training and the token-counting program take and give, as types without ML imports.
+"""Input and output of the training program and the token-counting program, as types without ML imports.
 
-`TrainTask` is the only argument of `python -m palate_trainer`: the `TrainSpec` of the job, and the files of this attempt. Its
-output folder:
+`python -m palate_trainer` takes one file, a `TrainTask`: the job's `TrainSpec` and the files of this attempt. Its output folder:
 
-    adapter/ or weights   <output_dir>/model/          what is served: adapter or full weights, with tokenizer
-    metrics               <output_dir>/metrics.jsonl    one JSON object a logged step, appended
+    adapter/ or weights   <output_dir>/model/          adapter or full weights, with tokenizer, ready to serve
+    metrics               <output_dir>/metrics.jsonl    one JSON object per logged step, appended
     checkpoints           <output_dir>/checkpoints/checkpoint-N/   with `.complete` written last
     TensorBoard           <output_dir>/tensorboard/
-    failure               <output_dir>/error.txt        one message for people, only when the exit code is not 0
+    failure               <output_dir>/error.txt        the reason in words, only if the exit code is not 0
 
-`MeasureSpec` is the only argument of `python -m palate_trainer.token_stats`. It prints one JSON object, a `Measured`; on failure its
-last line on stderr is a message for people, and the exit code is 1.
+`python -m palate_trainer.token_stats` takes a `MeasureSpec` and prints one JSON object, a `Measured`. If it fails, the last line on
+stderr is the reason in words, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,34 +26,34 @@ from palate_recipes.specs.weights import BaseModel
 
 ERROR_FILE = "error.txt"
 FAST_PATH_FAILED_FILE = ".fast-path-failed"
-"""A worker's word to its launcher: begin anew with `fast=False`."""
+"""A worker writes it to make its launcher start again with `fast=False`."""
 METRICS_FILE = "metrics.jsonl"
 MODEL_DIR = "model"
 PROBE_FILE = "probe.json"
-"""In the model folder: token ids and log-probabilities that a server with this model must give again."""
+"""In the model folder: token ids and log-probabilities that a server with this model must reproduce."""
 CHECKPOINTS_DIR = "checkpoints"
 TENSORBOARD_DIR = "tensorboard"
 COMPLETE_MARK = ".complete"
-"""Written into a checkpoint folder after everything else: without it the checkpoint is half-written."""
+"""Written last into a checkpoint folder. Without it the checkpoint is incomplete."""
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 143
-"""A SIGTERM was honoured: a whole checkpoint is written, the run is not complete."""
+"""Stopped by SIGTERM: a complete checkpoint was written, and the run is not finished."""
 
 Precision = Literal["bfloat16", "float16", "float32"]
 
 
 class InputFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Data of one channel, or an adapter, where the run finds it.
+    """The data of one channel, or an adapter, as the run reads it.
 
     Attributes:
-        uri: Of the file, or of the adapter's folder.
-        bytes, sha256: Of what is there.
-        rows: Rows that are trained on.
-        skipped_rows: Numbers of the rows that `bad_rows=skip` leaves out.
-        origin: What the user named, where that is not what is at `uri`.
-        files: How many files that were.
-        revision: Of a data set of the hub.
+        uri: URI of the file, or of the adapter's folder.
+        bytes, sha256: Size and digest of the content.
+        rows: Number of rows to train on.
+        skipped_rows: Numbers of the rows that `bad_rows=skip` skips.
+        origin: What the user gave, if it differs from `uri`.
+        files: Number of files in `origin`.
+        revision: Revision of a data set on the Hub.
     """
 
     uri: str
@@ -68,21 +67,21 @@ class InputFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TrainSpec(Struct, frozen=True, kw_only=True):
-    """One training: what a recipe asks for, what the manifest of its job holds, and what the trainer reads.
+    """One training. The recipe builds it, the job's manifest holds it as `body`, and the trainer reads it.
 
     Attributes:
         model: The base model.
         method: `LoRA_LLM`, `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
-        hyperparameters: Resolved for the machine that trains.
+        hyperparameters: Resolved for the machine that runs the training.
         given: Hyperparameters as the user gave them, validated.
-        precision: Dtype of weights and arithmetic.
-        notes: A sentence for each default that gave way, and for each given value without effect.
-        inputs: Preference data by channel (`train`, `validation`), and `adapter`, a LoRA adapter to go on training; under DPO and
-            KTO its first state is the reference.
-        max_run_time_s: Seconds until an attempt is ended, or None.
-        max_attempts: How often the training is begun, at most.
-        placement: Where it goes, as the backend said.
-        environment_names: Variables of the trainer; their values are never recorded.
+        precision: Data type of weights and arithmetic.
+        notes: One sentence for each changed default and each given value without effect.
+        inputs: Preference data by channel (`train`, `validation`), and `adapter`, a LoRA adapter to continue training. In DPO and
+            KTO its initial state is the reference.
+        max_run_time_s: Time limit of an attempt in seconds, or None.
+        max_attempts: Maximum number of attempts.
+        placement: The placement, as the backend returned it.
+        environment_names: Names of the trainer's environment variables. Values are never recorded.
     """
 
     model: BaseModel
@@ -104,20 +103,20 @@ class TrainSpec(Struct, frozen=True, kw_only=True):
 
 
 class LocalFiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one attempt of a training has on the machine that it runs on.
+    """The files of one attempt on the machine that runs it.
 
     Attributes:
         model_dir: Folder with config, weights and tokenizer of the base model.
-        train_file: Data file for training, of any container and format that `palate_recipes.preferences` reads.
-        output_dir: Folder that receives everything; made if missing.
-        validation_file: The same for evaluation, or None.
-        adapter_dir: Folder of the adapter to go on training, or None for a new one.
-        resume_from: A whole checkpoint folder to go on from, or None.
-        cache_dir: Folder for what later runs can use again (see `palate_recipes.specs.reference_table`), or None for no cache.
-        attempt: Number of the attempt, from 1; recorded in the events of a later one, whose store may still get an earlier one's.
-        fast: False computes as TRL does, without packed trees and fused layers: the same losses, more time.
-        processes: Processes that train together on this machine, one a GPU; 0 takes every visible GPU, or without CUDA
-            one process.
+        train_file: Training data, in any format that `palate_recipes.preferences` reads.
+        output_dir: Folder for all output; created if missing.
+        validation_file: Validation data, or None.
+        adapter_dir: Folder of the adapter to continue training, or None for a new adapter.
+        resume_from: A complete checkpoint folder to resume from, or None.
+        cache_dir: Folder of the reference cache (see `palate_recipes.specs.reference_table`), or None for no cache.
+        attempt: Number of the attempt, from 1. Events of attempts after the first have it: late events of an earlier attempt may still
+            arrive in the store.
+        fast: False computes as TRL does, without packed trees and fused layers: same losses, more time.
+        processes: Number of processes on this machine, one per GPU. 0 means all visible GPUs, or one process without CUDA.
     """
 
     model_dir: str
@@ -133,35 +132,35 @@ class LocalFiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class TrainTask(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A training and the files of one attempt of it: the only argument of the trainer program."""
+    """A training and the files of one attempt: the input of the trainer program."""
 
     spec: TrainSpec
     files: LocalFiles
 
     def write(self, path: Path) -> None:
-        """Writes it as JSON."""
+        """Writes the task as JSON."""
         path.write_bytes(encode(self) + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> TrainTask:
-        """Reads one; raises ValueError on text that is none, and on unknown or missing fields."""
+        """Reads a task. Raises ValueError for invalid JSON and for unknown, missing or invalid fields."""
         return decode(path.read_bytes(), cls)
 
     def changed(self, **files: Any) -> TrainTask:
-        """Returns the same training with other files."""
+        """Returns the same training with these files changed."""
         return replace(self, files=replace(self.files, **files))
 
 
 class MeasureSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Files whose tokens are to be counted as a training would cut them.
+    """Data files to count tokens in, with truncation as in training.
 
     Attributes:
         model_dir: Folder with the tokenizer.
-        files: Path and name of each data file.
-        strategy: What the rows are for; None takes any.
+        files: Path and display name of each data file.
+        strategy: Training strategy that the rows are for; None accepts all.
         settings: Arguments of `palate_recipes.preferences.columns.format_for`.
-        seq_length: Most tokens of prompt and answer together.
-        system_prompt: Of rows that bring none.
+        seq_length: Maximum tokens of prompt and answer together.
+        system_prompt: System prompt of rows without one.
         apply_chat_template: As in training.
     """
 
@@ -179,18 +178,18 @@ class MeasureSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @classmethod
     def read(cls, path: Path) -> MeasureSpec:
-        """Reads a spec; raises ValueError on text that is none, and on unknown or missing fields."""
+        """Reads a spec. Raises ValueError for invalid JSON and for unknown, missing or invalid fields."""
         return decode(path.read_bytes(), cls)
 
 
 class Measured(TypedDict):
-    """What was measured.
+    """The measurement.
 
     Keys:
-        counts: Rows by code: `no-room`, `same-after-cut`, `same-tokens`, `cut`.
-        places: The first of each: file, row number, unit, what.
-        lengths: Percentiles of whole rows in tokens, uncut.
-        histogram: Rows by tokens, see `palate_recipes.preferences.statistics.histogram`.
+        counts: Number of rows by code: `no-room`, `same-after-cut`, `same-tokens`, `cut`.
+        places: The first places of each code: file, row number, unit, detail.
+        lengths: Percentiles of row lengths in tokens before truncation.
+        histogram: Number of rows by length in tokens, see `palate_recipes.preferences.statistics.histogram`.
     """
 
     counts: dict[str, int]

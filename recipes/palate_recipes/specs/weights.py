@@ -1,4 +1,4 @@
-"""Where a base model comes from, as manifests name it. Knows no catalog and fetches nothing."""
+"""The base model of a run and the source of its weights, as in manifests. Knows no catalog and downloads nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from palate_recipes.specs.codec import Natural
 
 
 class WeightsSource(Struct, frozen=True, kw_only=True):
-    """Where weights come from.
+    """The source of weights.
 
     Attributes:
         kind: `folder` (a local path), `store` (an object-store URI), `hub` (Hugging Face), or `package` (a Python package).
         location: Path, URI, hub id, or package name.
-        revision: Version of a package, hub revision, or "" for the newest.
-        size_bytes: Bytes of weights where they can be known now, else 0.
+        revision: Version of a package, hub revision, or "" for the latest.
+        size_bytes: Size of the weights in bytes, or 0 if unknown.
     """
 
     kind: Literal["folder", "store", "hub", "package"]
@@ -26,12 +26,12 @@ class WeightsSource(Struct, frozen=True, kw_only=True):
 
 
 class BaseModel(Struct, frozen=True, kw_only=True):
-    """The model that is trained, or served.
+    """The base model that is trained or served.
 
     Attributes:
-        name: For people: of the catalog, or the user's own.
-        source: Its weights.
-        hub_id: Of the catalog's model, or None.
+        name: Display name: from the catalog, or the user's own.
+        source: Source of the weights.
+        hub_id: Hub id of a catalog model, or None.
     """
 
     name: str
