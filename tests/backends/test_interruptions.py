@@ -73,7 +73,7 @@ def test_what_was_ended_and_killed_goes_on_and_equals_the_run_without_a_break(
     status = resumed.describe()
     assert (status.state, status.attempt) == ("Succeeded", 3)
     assert "stopped on request" in status.attempts[0]["reason"]
-    assert "runner is gone" in status.attempts[1]["reason"]
+    assert "runner died" in status.attempts[1]["reason"]
     assert any(f"attempt 2, going on from checkpoint-{stopped_at}" in line for line in resumed.logs())
     assert SECRET["MY_KEY"] not in "\n".join(resumed.logs())
     found = losses(resumed)

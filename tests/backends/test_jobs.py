@@ -183,7 +183,7 @@ def test_a_runner_that_is_killed_takes_its_trainer_along_and_is_noticed(
     job = recipe(tiny, LONG).train(inputs={"train": prefs}, wait=False)
     until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
     hands.kill(job.describe().engine_id)
-    with pytest.raises(TrainingJobError, match="runner is gone"):
+    with pytest.raises(TrainingJobError, match="runner died"):
         job.wait(show_logs=False, timeout_s=30)
     until(lambda: hands.left() == [], timeout_s=10)
 

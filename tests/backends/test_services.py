@@ -290,7 +290,7 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     hands.kill(predictor._run.refresh().engine_id)
     until(lambda: predictor.service_status == "Failed", timeout_s=20)
     until(lambda: hands.left() == [] and is_free(endpoint), timeout_s=20)
-    assert "runner is gone" in predictor.describe_service()["Reason"]
+    assert "runner died" in predictor.describe_service()["Reason"]
     predictor.delete_service()
 
 
