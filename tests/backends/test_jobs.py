@@ -105,6 +105,7 @@ def test_a_job_trains_and_leaves_what_it_promises(
         recipe(tiny, QUICK).train(inputs={"train": prefs}, job_name="one")
 
 
+@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
 def test_training_survives_the_client_that_started_it(
     hands: Hands, store_session: Session, tiny: Path, prefs: Path
 ) -> None:

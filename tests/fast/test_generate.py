@@ -209,7 +209,7 @@ def test_the_command_line_killed_and_run_again_asks_nothing_twice(server: ChatSe
     out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
     assert out == f"{output}\n"
-    assert "19 made, 13 reused from" in err
+    assert "calls: 19 made, 13 reused from" in err
     assert "cost of all calls: " in err
     assert err.splitlines()[-1] == f"next: palate train {output} --model NAME"
     assert KEY not in out + err

@@ -21,6 +21,7 @@ def recipe(model: Path, **hyperparameters: object) -> ModelTrainingRecipe:
     return ModelTrainingRecipe(model_name="tiny", model_uri=str(model), hyperparameters={**QUICK, **hyperparameters})
 
 
+@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
 def test_a_job_goes_on_from_the_adapter_of_another(
     store_session: Session, tiny: Path, prefs: Path, precision: str
 ) -> None:

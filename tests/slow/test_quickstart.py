@@ -64,6 +64,7 @@ def test_the_quickstart_teaches_a_model_to_stop_flattering(home: Path, tmp_path:
     assert f"next: palate deploy {job.id}" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_the_readme_s_local_lines_run_as_they_are_printed(home: Path, tmp_path: Path, base_model: Path) -> None:
     command, lines = first_lines()
     folder = tmp_path / "work"

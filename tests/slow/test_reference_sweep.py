@@ -28,6 +28,7 @@ def finished(job: TrainingJob) -> tuple[tuple[int, int], list[float]]:
     return (metrics[0]["reference_cached_rows"], metrics[0]["reference_scored_rows"]), losses
 
 
+@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
 def test_the_second_job_of_a_sweep_finds_all_rows_in_the_store(
     store_session: Session, home: Path, tiny: Path, prefs: Path, precision: str
 ) -> None:

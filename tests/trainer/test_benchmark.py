@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "train_speed.py"
 
 
+@pytest.mark.thorough
 def test_it_compares_speed_at_equal_loss(tiny: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "prefs.json", tmp_path / "figures.json"
     data.write_text(json.dumps(preference_rows(20)))

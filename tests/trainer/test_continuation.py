@@ -111,8 +111,8 @@ def test_what_contradicts_the_adapter_is_refused_before_weights_load(tiny: Path,
     contrary = {"lora_dim": 16, "lora_alpha": 8, "target_modules": ["q_proj"]}
     message = refusal(spec(tiny, tmp_path / "shape", adapter_dir=str(sft), **contrary))
     for words in (
-        "lora_dim = 16: the adapter has 8",
-        "lora_alpha = 8: the adapter has 32",
+        "lora_dim = 16, but the adapter has 8",
+        "lora_alpha = 8, but the adapter has 32",
         "target_modules = ['q_proj']",
     ):
         assert words in message

@@ -76,7 +76,10 @@ def stock(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize(("method", "accumulation"), [("LoRA_LLM", 1), ("LoRA_LLM", 2), ("Standard_LLM", 1)])
+@pytest.mark.parametrize(
+    ("method", "accumulation"),
+    [("LoRA_LLM", 2), pytest.param("LoRA_LLM", 1, marks=pytest.mark.thorough), ("Standard_LLM", 1)],
+)
 def test_every_step_is_that_of_stock_trl(
     tiny: Path, tmp_path: Path, method: str, accumulation: int, precision: str
 ) -> None:

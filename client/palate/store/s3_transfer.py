@@ -2,7 +2,7 @@
 
 Every object carries the CRC-32 of its content in its metadata, and what comes back is compared with it. A part is one
 `bytes` in memory, sent or received in one piece. boto3's own transfer goes through small blocks and a queue: it takes 1.3 to
-1.5 times the processor time for small files, and several times the memory for a large one (benchmarks/RESULTS.md). It does
+1.5 times the processor time for small files, and up to four times the memory for a large one (benchmarks/RESULTS.md). It does
 not notice a file that changes while it is uploaded, or an upload that was completed although the answer was lost. The number
 of parts in memory is bounded for the whole store.
 """
