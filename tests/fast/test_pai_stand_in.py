@@ -28,9 +28,7 @@ def test_a_model_of_the_catalog_stands_in_loudly(
         assert recipe.labels == {"team": "x", "stand_in_for": asked}
         told = capsys.readouterr()
         assert told.out == ""
-        assert told.err.startswith(
-            f"STAND-IN: smollm2-135m-instruct is used in the place of {asked}, because {SETTING}"
-        )
+        assert told.err.startswith(f"STAND-IN: smollm2-135m-instruct replaces {asked}, because {SETTING} is set")
     assert ModelTrainingRecipe("smollm2-360m-instruct").labels == {}
     assert capsys.readouterr().err == ""
 

@@ -266,6 +266,6 @@ def test_a_log_that_waits_for_its_store_is_left_out_before_the_disk_is_full(
         file.write("kept\n")
     tail.push()
     assert [line for line in record.log_lines() if line] == [
-        "palate: 1500 bytes of the log were left out: the store was away",
+        "palate: 1500 bytes of the log were discarded: the store was unreachable",
         "kept",
     ]

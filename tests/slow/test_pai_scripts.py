@@ -130,7 +130,7 @@ def test_a_tutorial_of_pais_runs_byte_for_byte(
     done = palate_run(script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip(), "the answer of the trained model"
-    assert f"STAND-IN: {base_model} is used in the place of qwen2-0.5b-instruct" in done.stderr
+    assert f"STAND-IN: {base_model} replaces qwen2-0.5b-instruct" in done.stderr
     assert script.read_bytes() == printed
 
     (job,) = TrainingJob.list(session=setup_default_session())
