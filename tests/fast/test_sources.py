@@ -291,7 +291,9 @@ def test_paths_and_globs_in_a_dataset(hub: Hub, session: Session) -> None:
     ]
     assert hub_names(fetch("hf://datasets/me/prefs/a", session)) == ["a/train.jsonl"], "the default split of a folder"
     assert hub_names(fetch("hf://datasets/me/prefs/a/?split=test", session)) == ["a/test.jsonl"]
-    assert "c does not exist: hf://datasets/me/prefs contains a/test.jsonl" in refusal("hf://datasets/me/prefs/c", session)
+    assert "c does not exist: hf://datasets/me/prefs contains a/test.jsonl" in refusal(
+        "hf://datasets/me/prefs/c", session
+    )
     assert "leave out" in refusal("hf://datasets/me/prefs/*.jsonl?split=train", session, ConfigurationError)
 
 

@@ -1,4 +1,4 @@
-"""The verbs models, doctor, images and `store up`."""
+"""The commands `models`, `doctor`, `images` and `store up`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def models(
             for row in rows
         ],
     )
-    print("GiB: least GPU memory at batch size 1. Any other model: --model-uri FOLDER", file=sys.stderr)
+    print("GiB: minimum GPU memory at batch size 1. For any other model: --model-uri FOLDER", file=sys.stderr)
     print("next: palate train DATA --model NAME", file=sys.stderr)
 
 
@@ -105,7 +105,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def register(app: typer.Typer) -> None:
-    """Adds these verbs to the command line."""
+    """Adds these commands to the command line."""
     for verb in (models, doctor):
         app.command()(verb)
 
@@ -220,7 +220,7 @@ def _show(found: list[ImageFacts], as_json: bool) -> None:
 def _pair(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not equals or not name.isidentifier():
-        raise ConfigurationError(f"--build-arg {given!r} must be NAME=VALUE, such as TORCH_INDEX_URL=https://…")
+        raise ConfigurationError(f"--build-arg: expected NAME=VALUE, such as TORCH_INDEX_URL=https://…, got {given!r}")
     return name, value
 
 
@@ -266,7 +266,7 @@ def up(
 
 
 class _Stopped(Exception):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 def _stop(*_: object) -> NoReturn:
