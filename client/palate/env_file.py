@@ -1,4 +1,4 @@
-"""Variables of a run: in a file, for engines that would show them to anyone, and without credentials. Knows no engine."""
+"""Environment of a run: in a file, for engines that expose variables to other users, and without credentials. Knows no engine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 FILE_VARIABLE = "PALATE_VARIABLES_FILE"
-"""Names the file, a JSON object of names and values, in the environment of a runner."""
-
+"""Environment variable of a runner with the path of the file, a JSON object of names and values."""
 
 _PROVIDERS = ("AWS_", "OSS_", "S3_", "ALIBABA_CLOUD_", "AZURE_", "GOOGLE_", "GCP_", "OPENAI_", "ANTHROPIC_")
 _CREDENTIAL = re.compile(
@@ -19,15 +18,15 @@ _CREDENTIAL = re.compile(
     re.IGNORECASE,
 )
 _PASSWORD_IN_URL = re.compile(r"://[^/\s@]*:[^/\s@]+@")
-"""As addresses of databases, package indexes and proxies have it."""
+"""As in URLs of databases, package indexes and proxies."""
 
 
 def without_credentials(environment: Mapping[str, str], *, kept: Collection[str] = ()) -> dict[str, str]:
-    """Returns an environment for a program that needs no credentials: everything else stays.
+    """Returns `environment` without credentials, for a program that needs none.
 
     Args:
-        environment: Of the process that starts it.
-        kept: Names that stay in any case.
+        environment: Environment of the parent process.
+        kept: Names that are always kept.
     """
     return {
         name: value
@@ -38,9 +37,9 @@ def without_credentials(environment: Mapping[str, str], *, kept: Collection[str]
 
 
 def take_variables() -> None:
-    """Puts what the file holds into this process's environment, and removes it: it may hold credentials.
+    """Loads the file into this process's environment and deletes it, because it may contain credentials.
 
-    A run without such a file has all that it needs in its environment.
+    Without such a file, all variables are already in the environment.
     """
     name = os.environ.pop(FILE_VARIABLE, "")
     if not name or not (path := Path(name)).is_file():
@@ -49,4 +48,4 @@ def take_variables() -> None:
     try:
         path.unlink()
     except OSError:
-        pass  # mounted read-only; who wrote it removes it
+        pass  # mounted read-only: its writer deletes it

@@ -1,7 +1,7 @@
-"""How Palate's own clients reach HTTP servers: the loopback without a proxy, a service's token only to who knows it. Knows no record.
+"""HTTP clients: no proxy for the loopback, and no token to a listener that does not know it. Knows endpoints, no record.
 
-A service that is over leaves its address in the store, and its port to whoever takes it next. So each new connection to a
-service begins with a challenge that only a holder of its token can answer, and the token is sent after that.
+When a service ends, its address stays in the store, and another program can take its port. So each new connection to a
+service starts with a challenge that only a process with the token can answer. The token is sent only after that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 ANSWER_TIMEOUT_S = 600.0
-"""Seconds that a service may take between two pieces of its answer; an answer that is no stream is one piece."""
+"""Maximum seconds between two chunks of a response; a response that is not streamed is one chunk."""
 
 CONNECT_TIMEOUT_S = 10.0
 _PROOF_TIMEOUT_S = 30.0
@@ -32,7 +32,7 @@ _LONGEST_PROOF = 16 * 1024
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine by its loopback."""
+    """Returns whether a URL points to the loopback of this machine."""
     host = urlsplit(url).hostname or ""
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -43,29 +43,29 @@ def is_loopback(url: str) -> bool:
 
 
 def checked_endpoint(endpoint: str) -> str:
-    """Returns a service's endpoint, which comes from a store; raises ServiceError unless it is the URL of a server."""
+    """Returns a service's endpoint, as read from the store; raises ServiceError unless it is an http(s) URL."""
     import httpx
 
     try:
         parts = urlsplit(endpoint)
         host = httpx.URL(endpoint).host and (parts.hostname or "")
-        host.encode("idna")  # as the resolver does, which accepts no label of more than 63 characters
-        is_url = parts.scheme in ("http", "https") and bool(host) and parts.port != 0  # .port refuses one above 65,535
+        host.encode("idna")  # as the resolver does, which rejects labels of more than 63 characters
+        is_url = parts.scheme in ("http", "https") and bool(host) and parts.port != 0  # .port raises above 65,535
     except (httpx.InvalidURL, ValueError):
         is_url = False
     if not is_url:
         raise ServiceError(
             f"the service's endpoint {endpoint[:200]!r} is not the URL of a server",
-            reason="its status.json is damaged. `palate stop` and `palate start` write it again",
+            reason="its status.json is damaged. Run `palate stop` and `palate start` to write it again",
         )
     return endpoint
 
 
 def openai_client(endpoint: str, token: str, url_suffix: str, options: dict[str, Any]) -> OpenAI:
-    """Returns a client that sends the token to nobody but the service.
+    """Returns a client that sends the token only to the service.
 
     Raises:
-        ServiceError: The service does not answer, or what answers does not know the token.
+        ServiceError: The service does not respond, or the listener does not know the token.
     """
     import httpx2
     import openai
@@ -88,11 +88,11 @@ def async_openai_client(endpoint: str, token: str, url_suffix: str, options: dic
 
 
 def async_http_client(url: str, token: str | None) -> Any:
-    """Returns what `openai.AsyncOpenAI` is to send requests through; None leaves it to openai.
+    """Returns the HTTP client for `openai.AsyncOpenAI`, or None for openai's default.
 
     Args:
-        url: Where they go.
-        token: Of a service, which has to know it; None for any other server.
+        url: Base URL of the requests.
+        token: Token of a service, which must prove that it knows it; None for any other server.
     """
     import httpx2
     import openai
@@ -104,7 +104,7 @@ def async_http_client(url: str, token: str | None) -> Any:
 
 
 def http_client(endpoint: str, token: str, *, timeout_s: float | None) -> httpx.Client:
-    """Returns a client for a service, which sends nothing to what does not know the token."""
+    """Returns a client for a service that sends no request to a listener without the token."""
     import httpx
 
     timeout = httpx.Timeout(timeout_s, connect=None if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT_S))
@@ -112,7 +112,7 @@ def http_client(endpoint: str, token: str, *, timeout_s: float | None) -> httpx.
 
 
 def check_service(endpoint: str, token: str) -> None:
-    """Raises ServiceError unless what listens at the endpoint answers and knows the token; sends no token."""
+    """Raises ServiceError unless the listener at the endpoint responds and knows the token. Does not send the token."""
     import httpx
 
     try:
@@ -120,13 +120,16 @@ def check_service(endpoint: str, token: str) -> None:
             client.get(f"{endpoint}{HEALTH_PATH}")
     except httpx.HTTPError as error:
         raise ServiceError(
-            f"the service at {endpoint} does not answer",
-            reason=f"{type(error).__name__}: {error}. `palate services` says whether it runs, `palate start` starts it again",
+            f"the service at {endpoint} does not respond",
+            reason=f"{type(error).__name__}: {error}. Run `palate services` to see whether it runs, `palate start` to start it again",
         ) from error
 
 
 def _is_proven(endpoint: str) -> bool:
-    """Whether connections go to the service itself over plain HTTP; else a proxy or a certificate answers for it."""
+    """Returns whether connections go directly to the service over plain HTTP, so that the challenge is possible.
+
+    Otherwise a proxy is in between, or the certificate proves the identity.
+    """
     from urllib.request import getproxies, proxy_bypass
 
     parts = urlsplit(endpoint)
@@ -136,7 +139,7 @@ def _is_proven(endpoint: str) -> bool:
 
 
 def _transport(library: Any, endpoint: str, token: str) -> Any:
-    """Returns a transport of httpx, or of another library with its surface; None leaves it to the library."""
+    """Returns a transport of httpx or of a library with the same interface, or None for the library's default."""
     if not _is_proven(endpoint):
         return library.HTTPTransport() if is_loopback(endpoint) else None
     check = _checking(endpoint, token)
@@ -146,7 +149,7 @@ def _transport(library: Any, endpoint: str, token: str) -> Any:
             request.extensions = {**request.extensions, "trace": check}
             return super().handle_request(request)
 
-    return ProvenTransport(verify=False, limits=_limits(library))  # plain HTTP: there is no certificate to verify
+    return ProvenTransport(verify=False, limits=_limits(library))  # plain HTTP: no certificate, so do not load the CAs
 
 
 def _async_transport(library: Any, endpoint: str, token: str) -> Any:
@@ -163,11 +166,11 @@ def _async_transport(library: Any, endpoint: str, token: str) -> Any:
 
 
 def _limits(library: Any) -> Any:
-    return library.Limits(max_connections=1000, max_keepalive_connections=100)  # openai's own
+    return library.Limits(max_connections=1000, max_keepalive_connections=100)  # openai's defaults
 
 
 _CONNECTED = "connection.connect_tcp.complete"
-"""The event of httpx's trace extension at which a connection is open, and nothing has been sent yet."""
+"""Event of httpx's trace extension: the connection is open and nothing has been sent yet."""
 
 
 def _checking(endpoint: str, token: str) -> Callable[[str, dict[str, Any]], None]:
@@ -205,7 +208,7 @@ def _checking_async(endpoint: str, token: str) -> Callable[[str, dict[str, Any]]
 
 
 class _Challenge:
-    """One question to a listener, whether it knows the token, and its answer. Does no reading or writing."""
+    """A challenge to a listener to prove that it knows the token, and its response. Does no I/O."""
 
     def __init__(self, endpoint: str, token: str) -> None:
         self._endpoint = endpoint
@@ -214,7 +217,7 @@ class _Challenge:
         self._expected = token_proof(token.encode(), challenge, port=parts.port or 80)
         self._answer = b""
         self._over = False
-        self._until = time.monotonic() + _PROOF_TIMEOUT_S  # an answer that drips in would take days
+        self._until = time.monotonic() + _PROOF_TIMEOUT_S  # for the whole response: each read has its own timeout
         self.request = (
             f"GET {HEALTH_PATH} HTTP/1.1\r\nhost: {parts.netloc}\r\n{CHALLENGE_HEADER}: {challenge}\r\n\r\n"
         ).encode()
@@ -232,7 +235,7 @@ class _Challenge:
         self._over = not data
 
     def check(self) -> None:
-        """Raises ServiceError unless the answer is the proof."""
+        """Raises ServiceError unless the response is the proof."""
         head, _, body = self._answer.partition(b"\r\n\r\n")
         try:
             proof = str(json.loads(body)["proof"])
@@ -241,8 +244,8 @@ class _Challenge:
         known = compare_digest(proof.encode(errors="replace"), self._expected.encode())
         if not head.startswith(b"HTTP/1.1 200") or not known:
             raise ServiceError(
-                f"what listens at {self._endpoint} is not the service",
-                reason="it does not know the service's token, which was not sent. The service may have ended, and another program "
-                "have its port; or it was started by an older version of Palate. `palate services` says whether it runs; "
-                "`palate stop` and `palate start` start it again",
+                f"the listener at {self._endpoint} is not the service",
+                reason="it does not know the service's token, which was not sent. The service may have ended and another program "
+                "taken its port, or an older version of Palate started it. Run `palate services` to see whether it runs, "
+                "`palate stop` and `palate start` to restart it",
             )

@@ -1,4 +1,4 @@
-"""Processes of this machine: which one it was, whether it is still there, what belongs to it. Knows /proc, no run."""
+"""Processes of this machine: identity, state, sessions, signals. Knows /proc, no run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ ProcessState = Literal["alive", "dead", "unknown"]
 
 
 def start_time(pid: int) -> str:
-    """Returns the kernel's start time of a process in clock ticks since boot, or "" when it is not there or a zombie."""
+    """Returns the start time of a process in clock ticks since boot, or "" if it does not exist or is a zombie."""
     stat = _stat(pid)
     return "" if stat is None or stat[0] == "Z" else stat[19]
 
 
 def process_state(pid: int, started: str) -> ProcessState:
-    """Returns whether the process with this pid and start time still runs; "unknown" when that cannot be seen from here.
+    """Returns whether the process with this pid and start time still runs; "unknown" if that is not visible.
 
     Args:
-        pid: As counted in this pid namespace.
-        started: What `start_time` said of it.
+        pid: In this pid namespace.
+        started: Its start time, from `start_time`.
     """
     if pid < 1 or not started:
-        return "unknown"  # to kill(2), 0 and negative numbers are groups of processes
+        return "unknown"  # for kill(2), 0 and negative numbers mean process groups
     stat = _stat(pid)
     if stat is not None:
         return "alive" if stat[0] not in ("Z", "X") and stat[19] == started else "dead"
@@ -35,7 +35,7 @@ def process_state(pid: int, started: str) -> ProcessState:
     except ProcessLookupError:
         return "dead"
     except (OSError, OverflowError):
-        pass  # EPERM: there is such a process, and hidepid hides it
+        pass  # EPERM: the process exists, but hidepid hides it
     return "unknown"
 
 
@@ -45,12 +45,12 @@ def session_members(session: int) -> list[int]:
 
 
 def pids() -> list[int]:
-    """Returns the pids of all processes that can be seen."""
+    """Returns the pids of all visible processes."""
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def command_of(pid: int) -> list[str]:
-    """Returns a process's arguments; empty when it is gone or not ours to read."""
+    """Returns the arguments of a process; empty if it has exited or is not readable."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
@@ -58,7 +58,7 @@ def command_of(pid: int) -> list[str]:
 
 
 def environment_of(pid: int, name: str) -> str | None:
-    """Returns one variable of a process's environment; None when it is not set, or not ours to read."""
+    """Returns one variable of a process's environment; None if it is not set or not readable."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -67,7 +67,7 @@ def environment_of(pid: int, name: str) -> str | None:
 
 
 def owner_of(pid: int) -> int | None:
-    """Returns the user id that a process runs under; None when it is gone."""
+    """Returns the user id of a process; None if it has exited."""
     try:
         return Path(f"/proc/{pid}").stat().st_uid
     except OSError:
@@ -75,7 +75,7 @@ def owner_of(pid: int) -> int | None:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Sends a signal; gone is no error."""
+    """Sends a signal; does nothing if the process has exited."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -83,9 +83,9 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def pid_space() -> str:
-    """Names the installation and pid namespace that pids are counted in: the same after a restart of the machine.
+    """Returns an id of the installation and pid namespace that pids belong to; it survives a reboot.
 
-    Where an installation has no id (most containers), the name holds for this boot alone.
+    Without a machine id (most containers), it is valid only for this boot.
     """
     try:
         installation = Path("/etc/machine-id").read_text().strip()
@@ -95,9 +95,9 @@ def pid_space() -> str:
 
 
 def machine_mark() -> str:
-    """Names this machine, this boot and this pid namespace: only where it is equal does a pid mean the same process.
+    """Returns an id of this machine, boot and pid namespace: a pid means the same process only if the id is equal.
 
-    It is "" where the kernel does not tell: then it is equal to no other, since two machines may have one hostname.
+    It is "" if the kernel does not provide these. Treat "" as unequal to any id: two machines can have the same hostname.
     """
     namespace = _pid_namespace()
     try:
@@ -108,7 +108,7 @@ def machine_mark() -> str:
 
 
 def machine_digest() -> str:
-    """Returns `machine_mark` as 16 characters, for ids; "" where there is none."""
+    """Returns a digest of `machine_mark` with 16 characters, for ids; "" if there is none."""
     mark = machine_mark()
     return hashlib.sha256(mark.encode()).hexdigest()[:16] if mark else ""
 
@@ -121,7 +121,7 @@ def _pid_namespace() -> str:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Returns the fields of /proc/PID/stat after the command's name (which may hold spaces), or None."""
+    """Returns the fields of /proc/PID/stat after the command name (which may contain spaces), or None."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

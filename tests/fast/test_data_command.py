@@ -97,7 +97,7 @@ def test_a_seq_length_that_no_training_takes_is_refused(tmp_path: Path, length: 
 def test_a_fixed_copy_passes_the_strict_check(bad: Path) -> None:
     done = data("check", bad.name, "--fix", "good.jsonl", folder=bad.parent)
     assert done.returncode == 0
-    assert "dropped: 1 rows, duplicate" in done.stderr
+    assert "skipped: 1 rows, duplicate" in done.stderr
     assert [json.loads(line)["chosen"] for line in (bad.parent / "good.jsonl").read_text().splitlines()] == [
         "Yes, it is.",
         "Sure.",
@@ -145,7 +145,7 @@ def test_convert_split_stats_demo_and_formats_say_what_they_did(tmp_path: Path) 
     assert "palate train part.jsonl --validation part.validation.jsonl" in done.stderr
     described = data("stats", "part.jsonl", folder=tmp_path).stdout
     assert "openai" in described
-    assert "the longer answer is the chosen one in" in described
+    assert "the chosen answer is the longer one in" in described
     assert "openai\t" in data("formats", folder=tmp_path).stdout
 
 

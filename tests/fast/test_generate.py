@@ -186,7 +186,7 @@ def test_the_command_line_killed_and_run_again_asks_nothing_twice(server: ChatSe
     planned = command_line(*arguments, "--dry-run")
     out, err = planned.communicate(timeout=120)
     assert planned.returncode == 0, err
-    assert "remaining calls, at most\t32" in out
+    assert "remaining calls, maximum\t32" in out
     assert err.splitlines()[-1].startswith("next: ")
     assert not server.asked
 
@@ -209,7 +209,7 @@ def test_the_command_line_killed_and_run_again_asks_nothing_twice(server: ChatSe
     out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
     assert out == f"{output}\n"
-    assert "calls: 19 made, 13 reused from" in err
+    assert "19 sent, 13 taken from" in err
     assert "cost of all calls: " in err
     assert err.splitlines()[-1] == f"next: palate train {output} --model NAME"
     assert KEY not in out + err
@@ -251,7 +251,7 @@ def test_the_ledger_refuses_what_it_cannot_trust(tmp_path: Path, server: ChatSer
         make(server, output)
     foreign = tmp_path / "mine.jsonl"
     foreign.write_text("mine\n")
-    with pytest.raises(ConfigurationError, match="there already"):
+    with pytest.raises(ConfigurationError, match="already exists"):
         make(server, foreign)
     assert foreign.read_text() == "mine\n"
     assert not server.asked
@@ -268,11 +268,11 @@ def test_it_works_where_a_loop_runs_already(server: ChatServer, tmp_path: Path) 
     ("changes", "words"),
     [
         ({"models": []}, ["--model"]),
-        ({"n": 1}, ["answered 1 times"]),
-        ({"temperatures": [0.0], "n": 5}, ["answered 1 times", "alike"]),
+        ({"n": 1}, ["answers per prompt is 1"]),
+        ({"temperatures": [0.0], "n": 5}, ["answers per prompt is 1", "identical"]),
         ({"temperatures": [3.0]}, ["3.0", "0 and 2"]),
-        ({"concurrency": 0}, ["concurrency is 0"]),
-        ({"requests_per_minute": -1}, ["requests_per_minute is -1"]),
+        ({"concurrency": 0}, ["concurrency=0 is out of range"]),
+        ({"requests_per_minute": -1}, ["requests_per_minute=-1 is out of range"]),
         ({"rubric": " "}, ["rubric"]),
         ({"prices": {"smal": (1, 1)}}, ["smal", "small"]),
         ({"judge_endpoint": Endpoint("http://judge/v1"), "judge_model": None}, ["http://judge/v1", "--judge-model"]),

@@ -143,7 +143,9 @@ def test_an_endpoint_that_dies_stops_the_run_and_the_same_call_goes_on(server: C
     output = tmp_path / "p.jsonl"
     closing = threading.Thread(target=lambda: (wait_for(lambda: len(server.asked) >= 11), server.close()))
     closing.start()
-    with pytest.raises(EndpointError, match=r"no connection.*6 prompts done: \d+ pairs and 10 finished calls are safe"):
+    with pytest.raises(
+        EndpointError, match=r"no connection.*6 prompts done: \d+ pairs and 10 finished calls are saved"
+    ):
         make(server, output, prompts, retries=2, concurrency=1)
     closing.join()
     assert not output.exists()
@@ -178,4 +180,4 @@ def test_a_failure_lets_calls_in_flight_finish(server: ChatServer, tmp_path: Pat
         make(server, tmp_path / "p.jsonl")
     # At least those three were in flight; an answer that came before the refusal was read may have let one more begin.
     assert len(server.asked) >= 4
-    assert f"{len(server.asked) - 1} finished calls are safe" in str(caught.value)
+    assert f"{len(server.asked) - 1} finished calls are saved" in str(caught.value)

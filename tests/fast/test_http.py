@@ -125,7 +125,7 @@ def test_who_has_the_port_of_a_service_that_is_over_gets_no_token(session: Sessi
 def test_a_service_that_does_not_answer_is_named_with_a_remedy(session: Session) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(ServiceError, match=r"does not answer.*palate start"):
+    with pytest.raises(ServiceError, match=r"does not respond.*palate start"):
         predictor_of(session, endpoint).openai()
 
 

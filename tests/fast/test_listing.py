@@ -312,6 +312,6 @@ def test_the_command_shows_and_deletes_a_damaged_record(home: Path) -> None:
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "~nosuchuser", "x" * 5000, "..", ""])
 @pytest.mark.parametrize("find", [TrainingJob.get, Predictor], ids=["job", "service"])
 def test_a_name_that_no_run_can_have_is_refused(find: Callable[[str], object], name: str, home: Path) -> None:
-    with pytest.raises(ConfigurationError, match="is not usable: up to 100 letters") as refused:
+    with pytest.raises(ConfigurationError, match="is not valid: expected up to 100 letters") as refused:
         find(name)
     assert len(str(refused.value)) < 500

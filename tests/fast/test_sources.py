@@ -77,9 +77,9 @@ def test_a_relative_path_and_the_home(tmp_path: Path, session: Session, monkeypa
         ("gsheet://x/" + "y" * 5000, "5,011 characters"),
         (
             "https://docs.google.com/spreadsheets/d/1AbC_xyz-0123/edit#gid=" + "9" * 4000,
-            "is read by a Google service account",
+            "needs a Google service account",
         ),
-        ("gsheet://１２３/x", "names no Google Sheet"),
+        ("gsheet://１２３/x", "is not a Google Sheet"),
     ],
 )
 def test_a_text_that_can_name_no_file_is_refused_with_its_reason(path: str, words: str, session: Session) -> None:
@@ -129,7 +129,7 @@ def test_a_folder_of_several_splits_is_refused_with_what_to_write_instead(tmp_pa
     fill(tmp_path, "extra-a.json", "extra-b.json")
     message = refusal(tmp_path, session)
     assert message.splitlines() == [
-        f"{tmp_path} holds files of several splits, which must not be mixed. Give one of them:",
+        f"{tmp_path} contains files of several splits, which must not be mixed. Use one of:",
         f"  test (1 file): {tmp_path}/prefs_test.csv",
         f"  train (2 files): {tmp_path}/train*",
         f"  validation (1 file): {tmp_path}/validation.jsonl",
@@ -167,7 +167,7 @@ def test_nothing_there(tmp_path: Path, session: Session) -> None:
     assert "no such file or folder" in refusal(tmp_path / "x" / "y" / "prefs.json", session)
     for uri in (tmp_path, f"{tmp_path}/*.jsonl", f"{tmp_path}/*"):
         message = refusal(uri, session)
-        assert f"{uri}: no data file is there" in message
+        assert f"{uri}: no data files found" in message
         assert ".jsonl" in message
         assert "a.txt" in message
     (tmp_path / "empty").mkdir()
@@ -277,7 +277,7 @@ def test_what_was_fetched_is_not_fetched_again(hub: Hub, session: Session, monke
     assert fetch("hf://me/prefs", session).files == first.files
     assert hub.asked == []
     message = refusal("hf://me/prefs?split=test", session)
-    assert "not whole in the hub's cache, and HF_HUB_OFFLINE is set" in message
+    assert "not complete in the hub's cache, and HF_HUB_OFFLINE is set" in message
     assert "HF_HUB_OFFLINE" in refusal("hf://me/other", session)
 
 
@@ -291,7 +291,9 @@ def test_paths_and_globs_in_a_dataset(hub: Hub, session: Session) -> None:
     ]
     assert hub_names(fetch("hf://datasets/me/prefs/a", session)) == ["a/train.jsonl"], "the default split of a folder"
     assert hub_names(fetch("hf://datasets/me/prefs/a/?split=test", session)) == ["a/test.jsonl"]
-    assert "c is not there: hf://datasets/me/prefs holds a/test.jsonl" in refusal("hf://datasets/me/prefs/c", session)
+    assert "c does not exist: hf://datasets/me/prefs contains a/test.jsonl" in refusal(
+        "hf://datasets/me/prefs/c", session
+    )
     assert "leave out" in refusal("hf://datasets/me/prefs/*.jsonl?split=train", session, ConfigurationError)
 
 
@@ -305,7 +307,7 @@ def test_several_configs_are_listed(hub: Hub, session: Session) -> None:
     assert "hf://datasets/me/prefs?config=harmless\n" in message
     assert hub_names(fetch("hf://me/prefs?config=helpful", session)) == ["helpful/train.jsonl.gz"]
     assert hub_names(fetch("hf://me/prefs?config=helpful&split=test", session)) == ["helpful/test.jsonl.gz"]
-    assert "There are: harmless, helpful" in refusal("hf://me/prefs?config=other", session)
+    assert "Use one of: harmless, helpful" in refusal("hf://me/prefs?config=other", session)
 
 
 README = """---
@@ -392,7 +394,7 @@ def test_a_hub_that_fails_or_is_not_there(hub: Hub, session: Session, monkeypatc
     hub.failing = 404
     assert "Check HF_ENDPOINT" in refusal("hf://me/prefs", session, StoreError)
     hub.failing = 200
-    assert "does not answer as a Hugging Face hub does" in refusal("hf://me/prefs", session, StoreError)
+    assert "does not respond like a Hugging Face hub" in refusal("hf://me/prefs", session, StoreError)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # discard: nothing listens there
     message = refusal("hf://me/prefs", session, StoreUnreachableError)
     assert "http://127.0.0.1:9" in message
@@ -481,8 +483,8 @@ def test_a_worksheet_must_be_chosen_when_there_are_several(sheets: Sheets, sessi
         ([["", ""], ["a", "b"]], "has no header"),
         ([["prompt", " ", "rejected"], ["a", "b", "c"]], "empty header cell B1"),
         ([["prompt", "chosen"], ["a", "b", "c"]], "empty header cell C1"),
-        ([["prompt", "chosen", "prompt "], ["a", "b", "c"]], "the header 'prompt' stands in A1 and C1"),
-        ([["prompt", "chosen"]], "has a header (prompt, chosen) and no rows"),
+        ([["prompt", "chosen", "prompt "], ["a", "b", "c"]], "the header 'prompt' is in both A1 and C1"),
+        ([["prompt", "chosen"]], "has a header (prompt, chosen) but no rows"),
     ],
 )
 def test_tables_that_cannot_be_read(sheets: Sheets, session: Session, cells: list[list[str]], said: str) -> None:
@@ -495,7 +497,7 @@ def test_a_sheet_that_is_not_shared_and_one_that_is_not_there(sheets: Sheets, se
     message = refusal("gsheet://closed-sheet/y", session, StoreDeniedError)
     assert f"share the sheet with {sheets.email}" in message
     message = refusal("gsheet://no-such-sheet/y", session)
-    assert "gsheet://no-such-sheet/y is not there" in message
+    assert "gsheet://no-such-sheet/y does not exist" in message
     assert f"share the sheet with {sheets.email}" in message
 
 
@@ -508,7 +510,7 @@ def test_a_sheet_that_is_not_shared_and_one_that_is_not_there(sheets: Sheets, se
             "Enable the",
         ),
         ((429, "Quota exceeded"), StoreUnreachableError, "Quota exceeded. Wait a minute"),
-        ((503, "down"), StoreUnreachableError, "answers 503"),
+        ((503, "down"), StoreUnreachableError, "returned status 503"),
         ((400, "This operation is not supported for this document"), DataError, "uploaded Excel file"),
     ],
 )

@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).parents[2] / "recipes" / "examples"
 # Example, arguments ({demo} is a training file), how many jobs it makes, and what it must print.
 EXPECTED = {
     "five_lines.py": ([], 1, r"\S"),
-    "own_csv.py": ([], 1, r"16 of 16 rows can be trained on \(kto.*step +1  loss 0\.5\d\d.*model: "),
+    "own_csv.py": ([], 1, r"16 of 16 rows are usable \(kto.*step +1  loss 0\.5\d\d.*model: "),
     "dpo_after_sft.py": ([], 2, r"step +1  loss 0\.69\d  margin [+-]0\.00.*one adapter for the same base: "),
     "sweep.py": (["1e-4", "2e-3"], 2, r"step +1e-04 +2e-03\n +1 +0\.69\d +0\.69\d.*lowest validation loss"),
     "from_pai.py": (["{demo}"], 1, r"model data: .*/model\n\s*\S"),

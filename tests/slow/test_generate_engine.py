@@ -111,7 +111,7 @@ def test_killed_in_the_middle_it_goes_on_and_asks_nothing_twice(relay: ChatServe
         assert resumed.stdout == f"{output}\n"
         assert {row["prompt"] for row in map(json.loads, output.read_text().splitlines())} <= set(PROMPTS)
     else:
-        assert "no pair came out of 4 prompts" in resumed.stderr
+        assert "4 prompts gave no pair" in resumed.stderr
     assert plan_pairs(prompts, output=output, settings=settings).calls == 0
 
 

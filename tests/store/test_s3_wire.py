@@ -336,9 +336,9 @@ def test_bytes_that_are_not_those_that_were_uploaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "kind", "says"),
     [
-        (403, "RequestTimeTooSkewed", StoreDeniedError, "Set this machine's clock"),
+        (403, "RequestTimeTooSkewed", StoreDeniedError, "Correct this machine's clock"),
         (403, "ExpiredToken", StoreDeniedError, "new temporary credentials"),
-        (403, "AccessDenied", StoreDeniedError, "Check the credentials"),
+        (403, "AccessDenied", StoreDeniedError, "Check that the credentials"),
         (400, "AuthorizationHeaderMalformed", StoreError, "another region"),
         (301, "PermanentRedirect", StoreError, "another region"),
     ],

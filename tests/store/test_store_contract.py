@@ -118,7 +118,7 @@ def test_what_is_not_there(store: Store, tmp_path: Path) -> None:
         assert (tmp_path / "kept").read_text() == "before"
     assert keys(store) == ["folder/object"]
     assert keys(store, "absent") == store.list_children("absent") == []
-    with pytest.raises(ObjectNotFoundError, match="holds no object"):
+    with pytest.raises(ObjectNotFoundError, match="contains no objects"):
         store.download_tree("absent", tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".palate-")]
@@ -181,7 +181,7 @@ def test_if_match_writes_only_over_what_was_read(store: Store) -> None:
     with pytest.raises(PreconditionFailedError):
         store.put("absent", b"", if_match=first)
     assert store.stat("absent") is None
-    with pytest.raises(StoreUsageError, match="exclude"):
+    with pytest.raises(StoreUsageError, match="mutually exclusive"):
         store.put("status", b"", if_match=second, if_none_match=True)
     with pytest.raises(StoreUsageError, match="empty"):
         store.put("status", b"", if_match="")
@@ -249,9 +249,9 @@ def test_a_tree_goes_up_and_comes_down(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_tree_that_cannot_go_up(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="not a local folder"):
         store.upload_tree(tmp_path / "absent", "x")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="not a local file"):
         store.upload(tmp_path / "absent", "x")
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "dangling").symlink_to(tmp_path / "nowhere")

@@ -68,7 +68,7 @@ def test_a_missing_bucket(s3_options: StoreOptions, tmp_path: Path) -> None:
     for name, error in everything(store, tmp_path).items():
         assert type(error) is BucketNotFoundError, name
         assert not isinstance(error, FileNotFoundError), "a reader would wait for an object that cannot come"
-        assert "'no-such-bucket' is not there. Create it" in str(error)
+        assert "'no-such-bucket' does not exist. Create it" in str(error)
         assert str(s3_options.endpoint_url) in str(error)
 
 
@@ -225,7 +225,7 @@ def test_no_secret_is_ever_shown(s3_options: StoreOptions) -> None:
     assert SECRET not in f"{options!r} {options} {store!r} {store}"
     assert set(options.environment().values()) >= {SECRET, SECRET + "-token"}
     for uri in (f"s3://key:{SECRET}@bucket/x", f"oss://key:{SECRET}@bucket"):
-        with pytest.raises(StoreUsageError, match="holds credentials") as caught:
+        with pytest.raises(StoreUsageError, match="contains credentials") as caught:
             open_store(uri)
         assert SECRET not in str(caught.value)
     for endpoint in (f"http://key:{SECRET}@host", f"key:{SECRET}@host"):
@@ -254,8 +254,8 @@ def test_half_given_options() -> None:
         ("", "empty"),
         ("file://data/x", "three slashes"),
         ("file://~/x", "three slashes"),
-        ("s3://", "names no bucket"),
-        ("s3:///x", "names no bucket"),
+        ("s3://", "no valid bucket name"),
+        ("s3:///x", "no valid bucket name"),
         ("s3://bucket/../other", "'..'"),
         ("s3://bucket/a//b", "empty part"),
     ],
@@ -275,7 +275,7 @@ def test_paths_are_file_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_file_stores_folder(tmp_path: Path) -> None:
     store = open_store(tmp_path / "a" / "b")
-    with pytest.raises(BucketNotFoundError, match="is not there"):
+    with pytest.raises(BucketNotFoundError, match="does not exist"):
         store.check(write=False)
     store.check()
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700

@@ -49,7 +49,7 @@ def test_ranges(store: Store) -> None:
     store.put("empty", b"")
     assert store.get_range("empty", 0, 5) == store.get_range("empty", 0) == b""
     for start, length in ((-1, 5), (0, 0), (0, -1)):
-        with pytest.raises(StoreUsageError, match="names no bytes"):
+        with pytest.raises(StoreUsageError, match="expected start >= 0"):
             store.get_range("log", start, length)
     for key in ("absent", "absent/log"):
         with pytest.raises(ObjectNotFoundError):
@@ -178,7 +178,7 @@ def test_a_file_that_changes_while_it_goes_up(s3_options: StoreOptions, bucket: 
         if once.acquire(blocking=False):
             path.write_bytes(b"\1" * 4 * LARGE)
 
-    with pytest.raises(StoreError, match="changed while it was uploaded"):
+    with pytest.raises(StoreError, match="changed during the upload"):
         store.upload(path, "growing", moved=change)
     assert not store.exists("growing")
     pages = store._client.list_multipart_uploads(Bucket=bucket, Prefix=tmp_path.name)  # type: ignore[attr-defined]

@@ -243,12 +243,12 @@ def demo(
 data.command()(generate)
 
 
-# Helpers.
+# Shared by the commands.
 
 
 def _strategy(name: str) -> Any:
     if name not in ("dpo", "sft", "kto", "any"):
-        raise ConfigurationError(f"--strategy {name!r} is unknown: use dpo, sft, kto or any")
+        raise ConfigurationError(f"--strategy: expected dpo, sft, kto or any, got {name!r}")
     return None if name == "any" else name
 
 
@@ -259,7 +259,7 @@ def _settings(
     template: Path | None,
     template_name: str | None,
 ) -> dict[str, Any]:
-    """Arguments of `format_for`, as JSON types."""
+    """Returns the arguments of `format_for`, as JSON types."""
     answers: dict[str, Any] = {}
     for label, column in _named(labels, "--label-column").items():
         answer, dot, key = label.partition(".")
@@ -269,7 +269,7 @@ def _settings(
             answers[answer][key] = column
         else:
             raise ConfigurationError(
-                f"--label-column {label}={column}: {answer} is already a single column; use {answer}.KEY=COLUMN for both"
+                f"--label-column {label}={column}: {answer} already is a single column; use {answer}.KEY=COLUMN for all of them"
             )
     return {
         "name": name,
@@ -298,7 +298,7 @@ def _format(settings: dict[str, Any]) -> Format | None:
 
 @contextmanager
 def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
-    """Fetches files to this machine. Yields each path with its name for messages."""
+    """Yields local files, each with its name for messages."""
     from palate.session import get_default_session
     from palate.sources.resolve import fetch_files
 
@@ -327,7 +327,7 @@ def _say(change: Change) -> None:
     if change.cleaned:
         print(f"cleaned: {change.cleaned:,} rows, chat template tokens removed", file=sys.stderr)
     for code, count in change.dropped.items():
-        print(f"dropped: {count:,} rows, {code}", file=sys.stderr)
+        print(f"skipped: {count:,} rows, {code}", file=sys.stderr)
     for line in change.faults:
         print(visible(f"  {line}"), file=sys.stderr)
 
@@ -348,7 +348,7 @@ def _describe(report: Report) -> None:
     from palate.ui.terminal import bars, print_table
 
     shapes = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
-    print(f"{report.usable:,} of {report.rows:,} rows can be read; {shapes or 'no known format'}")
+    print(f"{report.usable:,} of {report.rows:,} rows are usable; {shapes or 'no known format'}")
     print_table(
         ("length of", "mean", "median", "95%", "99%", "longest", "distribution up to 99%"),
         [
@@ -361,6 +361,6 @@ def _describe(report: Report) -> None:
         ],
     )
     if report.longer_wins is not None:
-        print(f"the longer answer is the chosen one in {report.longer_wins:.0%} of pairs")
+        print(f"the chosen answer is the longer one in {report.longer_wins:.0%} of the pairs")
     for found in report.of("info"):
         print(visible("\n".join(found.lines())))

@@ -1,4 +1,4 @@
-"""`palate data generate`: preference pairs from prompts with any OpenAI-compatible endpoint. `palate.generate` does the work."""
+"""`palate data generate`: preference pairs from prompts, with any OpenAI-compatible endpoint. The work is in `palate.generate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from palate.generate.pairs import PairSettings
 
 _NEWS_S = 5.0
-"""Seconds between progress lines. On a terminal one line is updated instead."""
+"""Seconds between progress lines; on a terminal, one line is updated instead."""
 
 
 def generate(
@@ -100,15 +100,15 @@ def generate(
         print(f"next: {command.replace(' --dry-run', '')}", file=sys.stderr)
         return
     print(
-        f"{plan.prompts} prompts: at most {plan.calls} calls ({plan.finished} already finished), "
-        f"at most {plan.prompt_tokens + plan.completion_tokens:,} tokens{_money(plan.cost)}",
+        f"{plan.prompts} prompts: up to {plan.calls} calls ({plan.finished} already finished), "
+        f"up to {plan.prompt_tokens + plan.completion_tokens:,} tokens{_money(plan.cost)}",
         file=sys.stderr,
     )
     news = _News()
     try:
         result = generate_pairs(prompts, output=output, settings=settings, progress=news)
     except EndpointError as error:
-        news.end()  # before the message, not after it
+        news.end()  # here, because `finally` would run after the message
         print(f"error: {error}\nnext: {command}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -144,7 +144,9 @@ def _judge(service: str | None, base_url: str | None, api_key_env: str | None) -
     if base_url:
         return Endpoint.other(base_url, api_key_env)
     if api_key_env:
-        raise ConfigurationError(f"--judge-api-key-env {api_key_env} needs --judge-base-url: give the judge's endpoint")
+        raise ConfigurationError(
+            f"--judge-api-key-env {api_key_env} requires --judge-base-url: pass the judge's endpoint"
+        )
     return None
 
 
@@ -152,7 +154,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--rubric {path} cannot be read: {error}. Give a UTF-8 text file") from None
+        raise ConfigurationError(f"--rubric {path} cannot be read: {error}. Pass a UTF-8 text file") from None
 
 
 def _prices(entries: list[str]) -> dict[str, tuple[float, float]]:
@@ -181,29 +183,29 @@ def _print_plan(plan: GenerationPlan, settings: PairSettings) -> None:
     rows: list[tuple[str, object]] = [
         ("prompts", plan.prompts),
         (f"calls for answers, {settings.answers} per prompt", plan.answers),
-        (f"calls for verdicts, at most {plan.verdicts // plan.prompts} per prompt", plan.verdicts),
+        (f"calls for verdicts, up to {plan.verdicts // plan.prompts} per prompt", plan.verdicts),
         ("finished calls", plan.finished),
-        ("remaining calls, at most", plan.calls),
-        ("prompt tokens, at most", plan.prompt_tokens),
-        ("completion tokens, at most", plan.completion_tokens),
+        ("remaining calls, maximum", plan.calls),
+        ("prompt tokens, maximum", plan.prompt_tokens),
+        ("completion tokens, maximum", plan.completion_tokens),
     ]
     if plan.cost is not None:
-        rows.append(("cost, at most", f"{plan.cost:.4f}"))
+        rows.append(("cost, maximum", f"{plan.cost:.4f}"))
     print_table(("what", "number"), rows)
-    print("an unreadable verdict costs one more call; the token limits include that for every verdict", file=sys.stderr)
+    print("an unreadable verdict takes one more call; the maximum tokens include it", file=sys.stderr)
 
 
 def _print_result(result: Generated) -> None:
     say = [
         f"{result.pairs} pairs from {result.prompts} prompts",
         f"no pair: {result.ties} tied, {result.same} with identical answers, {result.cut} cut or empty, {result.failed} failed",
-        f"verdicts: {result.disagreements} comparisons depended on the order, {result.unreadable} could not be read",
-        f"calls: {result.asked} made, {result.reused} reused from {result.ledger}",
+        f"verdicts: {result.disagreements} comparisons changed when swapped, {result.unreadable} unreadable",
+        f"calls: {result.asked} sent, {result.reused} taken from {result.ledger}",
     ]
     if result.repeated_prompts:
-        say.append(f"{result.repeated_prompts} duplicate prompts were used once")
+        say.append(f"{result.repeated_prompts} duplicate prompts were skipped")
     for row in result.usage:
-        unknown = f" ({row.without_usage} calls reported none)" if row.without_usage else ""
+        unknown = f" ({row.without_usage} calls without usage)" if row.without_usage else ""
         say.append(
             f"{row.model}, {row.calls} {row.role}: {row.prompt_tokens:,} prompt tokens, "
             f"{row.completion_tokens:,} completion tokens{unknown}{_money(row.cost)}"
@@ -217,7 +219,7 @@ def _print_result(result: Generated) -> None:
 
 
 class _News:
-    """Shows progress on stderr: one updated line on a terminal, a line every few seconds elsewhere."""
+    """Prints progress to stderr: one updated line on a terminal, otherwise a line every few seconds."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""Commands for this machine: models, doctor, images, `store up`."""
+"""The commands `models`, `doctor`, `images` and `store up`."""
 
 from __future__ import annotations
 

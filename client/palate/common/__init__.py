@@ -1,1 +1,1 @@
-"""Small helpers under the names that scripts for PAI's SDK import."""
+"""Small helpers, under the names that scripts for PAI's SDK import."""

@@ -1,4 +1,4 @@
-"""Names for things. Knows nothing of jobs or services."""
+"""Generates and validates names. Knows strings, no jobs or services."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def random_str(n: int) -> str:
-    """Returns `n` random lowercase letters and digits (the name that PAI's SDK has for it)."""
+    """Returns `n` random lowercase letters and digits. Same name as in PAI's SDK."""
     return "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(n))
 
 
@@ -26,9 +26,10 @@ def unique_name(base: str) -> str:
 
 
 def check_name(kind: str, name: str) -> str:
-    """Returns `name` when it can be part of a key, a URL and a model name; raises ConfigurationError otherwise."""
+    """Returns `name` if it is valid in a key, a URL and a model name; raises ConfigurationError otherwise."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise ConfigurationError(
-            f"{kind} {show_path(name)} is not usable: up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+            f"{kind} {show_path(name)} is not valid: expected up to 100 letters, digits, '.', '_' and '-', without '..' and "
+            "beginning with a letter or digit"
         )
     return name

@@ -1,8 +1,7 @@
-"""Prompts in, preference pairs out: what it will cost, answers by models, compared by a judge. Knows no engine.
+"""Generates preference pairs from prompts: estimates the cost, lets models answer and a judge compare. Knows no engine.
 
-Everything that was answered stands in the ledger beside the output (`OUT.ledger.jsonl`); the output is made from it at the
-end, whole or not at all. So the same call goes on after whatever ended it: finished calls are not asked again, calls that
-were in flight are.
+Every response is recorded in the ledger next to the output (`OUT.ledger.jsonl`); the output is written from it at the end,
+atomically. So the same call resumes after any interruption: finished calls are not sent again, calls in flight are.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from palate.generate.prompts import Prompt, as_prompts, with_system
 from palate_recipes.errors import ConfigurationError, DataError, EndpointError
 
 _DRAIN_S = 10.0
-"""Seconds that calls in flight have to finish when the run cannot go on: what is answered is kept."""
+"""Seconds for calls in flight to finish when the run fails: their responses are kept."""
 
 _SHOWN_FAILURES = 5
 
@@ -35,37 +34,37 @@ Prompts = str | Path | Iterable[str | Sequence[Mapping[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationProgress:
-    """Where a run stands, after each prompt."""
+    """Progress of a run, after each prompt."""
 
     prompts: int
     done: int
     pairs: int
     asked: int
-    """Calls that this run has asked."""
+    """Calls sent by this run."""
     tokens: int
     cost: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What came of the prompts: `pairs + ties + same + cut + failed == prompts`.
+    """Result of a run: `pairs + ties + same + cut + failed == prompts`.
 
     Attributes:
         output: The file with the pairs.
         ledger: The file with all finished calls.
-        prompts: Different prompts.
+        prompts: Distinct prompts.
         pairs: Prompts with a pair.
-        ties: Prompts whose answers no two agreeing verdicts set apart.
-        same: Prompts whose answers came out identical.
-        cut: Prompts with fewer than two whole answers: the others were empty or cut at `max_tokens`.
-        failed: Prompts with a call that could not be answered; running again asks those calls again.
-        repeated_prompts: Prompts that stood in the input before, and were left out.
-        disagreements: Comparisons whose verdict changed with the places of the answers.
-        unreadable: Verdicts that could not be read even when asked for again; they count as ties.
-        asked: Calls asked by this run.
+        ties: Prompts for which no comparison had two agreeing verdicts.
+        same: Prompts with identical answers.
+        cut: Prompts with fewer than two complete answers: the others were empty or cut at `max_tokens`.
+        failed: Prompts with a failed call; the next run sends those calls again.
+        repeated_prompts: Duplicate prompts that were skipped.
+        disagreements: Comparisons whose verdict changed when the answers were swapped.
+        unreadable: Verdicts that could not be parsed, even on the second try; they count as ties.
+        asked: Calls sent by this run.
         reused: Calls taken from the ledger.
-        usage: Tokens and cost of all calls that the pairs rest on, by model and role, whenever they were asked.
-        failures: The first few failed calls, in words.
+        usage: Tokens and cost of all calls behind the result, by model and role, including earlier runs.
+        failures: Messages of the first few failed calls.
     """
 
     output: Path
@@ -90,23 +89,23 @@ class Generated:
 
     @property
     def cost(self) -> float | None:
-        """In the currency of the prices; None unless every model has one."""
+        """In the currency of the prices; None unless every model has a price."""
         return total_cost(self.usage)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan:
-    """What a run will ask at most; prompts are counted as one token a byte, answers as their limit.
+    """Upper bounds of a run. Prompts count as one token per byte, answers as their token limit.
 
     Attributes:
-        prompts: Different prompts.
-        answers: Calls for answers, all told.
-        verdicts: Calls for verdicts, all told, if no answers are identical and every verdict can be read.
-        finished: Calls that the ledger has.
-        calls: Calls that are left, at most, if every verdict can be read; an unreadable one adds one.
-        prompt_tokens: Tokens of the calls that are left, at most, unreadable verdicts included.
-        completion_tokens: Likewise.
-        cost: Of those tokens; None unless every model has a price.
+        prompts: Distinct prompts.
+        answers: Calls for answers, in total.
+        verdicts: Calls for verdicts, in total, if no answers are identical and every verdict can be parsed.
+        finished: Calls in the ledger.
+        calls: Maximum remaining calls if every verdict can be parsed; each unreadable one adds a call.
+        prompt_tokens: Maximum prompt tokens of the remaining calls, including unreadable verdicts.
+        completion_tokens: Likewise for completion tokens.
+        cost: Cost of those tokens; None unless every model has a price.
     """
 
     prompts: int
@@ -120,21 +119,21 @@ class GenerationPlan:
 
 
 def completion_log_path(output: str | Path) -> Path:
-    """Returns where the finished calls of an output are kept."""
+    """Returns the path of the ledger for an output file."""
     output = Path(output)
     return output.with_name(f"{output.name}.ledger.jsonl")
 
 
 def plan_pairs(prompts: Prompts, *, output: str | Path, settings: PairSettings) -> GenerationPlan:
-    """Says what `generate_pairs` would ask; asks and changes nothing.
+    """Estimates the calls of `generate_pairs`; sends no requests and writes nothing.
 
     Args:
         prompts: As for `generate_pairs`.
-        output: Its ledger is looked at for calls that are finished.
+        output: The calls in its ledger count as finished.
         settings: As for `generate_pairs`.
 
     Raises:
-        DataError, ConfigurationError: As `generate_pairs`.
+        DataError, ConfigurationError: As for `generate_pairs`.
     """
     wanted, _ = _different(prompts, settings)
     with CompletionLog(completion_log_path(output), read_only=True) as ledger:
@@ -158,31 +157,31 @@ def generate_pairs(
     settings: PairSettings,
     progress: Callable[[GenerationProgress], None] | None = None,
 ) -> Generated:
-    """Has every prompt answered several times, has the answers compared, and writes the best and the worst as pairs.
+    """Gets several answers to every prompt, compares them, and writes the best and the worst as preference pairs.
 
-    The same call again goes on where the last one ended, however it ended. The output is a JSONL file in the order of the
-    prompts: `prompt` (a text, or messages), `chosen`, `rejected`, `chosen_model`, `rejected_model`, `votes`.
+    Repeat the same call to resume after any interruption. The output is a JSONL file in the order of the prompts:
+    `prompt` (a string, or messages), `chosen`, `rejected`, `chosen_model`, `rejected_model`, `votes`.
 
     Args:
-        prompts: A file (see `read_prompts`), texts, or lists of messages.
-        output: File for the pairs; the ledger stands beside it.
-        settings: Who answers, who judges, and how.
+        prompts: A file (see `read_prompts`), strings, or lists of messages.
+        output: File for the pairs; the ledger is written next to it.
+        settings: Answering models, judge and limits.
         progress: Called after each prompt.
 
     Returns:
         Counts, tokens, cost.
 
     Raises:
-        DataError: The prompts cannot be read, or no pair came out; then no output is written.
-        ConfigurationError: The output is a file of something else, or another process works on it.
-        EndpointError: An endpoint refused or is gone; what is finished is kept.
+        DataError: The prompts cannot be read, or no pair was produced; then no output is written.
+        ConfigurationError: The output exists without a ledger, or another process is writing it.
+        EndpointError: An endpoint rejected a request or is unreachable; finished calls are kept.
     """
     output = Path(output)
     wanted, repeated = _different(prompts, settings)
     kept = completion_log_path(output)
     if output.exists() and not kept.exists():
         raise ConfigurationError(
-            f"{output} is there already, without its ledger {kept.name}: give another output, or move it away"
+            f"output {output} already exists without its ledger {kept.name}: use another output, or move it away"
         )
     with CompletionLog(kept) as ledger:
         known = len(ledger)
@@ -215,7 +214,7 @@ def generate_pairs(
 
 
 def total_cost(usage: Sequence[Usage]) -> float | None:
-    """Returns the sum of the costs; None unless all are known."""
+    """Returns the total cost; None unless all costs are known."""
     costs = [row.cost for row in usage if row.cost is not None]
     return sum(costs) if usage and len(costs) == len(usage) else None
 
@@ -280,8 +279,8 @@ def _with_what_is_safe(
     error: EndpointError, pairs: int, done: int, prompts: int, ledger: CompletionLog
 ) -> EndpointError:
     message = (
-        f"{error}. Stopped with {done} of {prompts} prompts done: {pairs} pairs and {len(ledger)} finished calls are safe "
-        f"in {ledger.path}; the same command goes on from there"
+        f"{error}. Stopped with {done} of {prompts} prompts done: {pairs} pairs and {len(ledger)} finished calls are saved "
+        f"in {ledger.path}; repeat the call to resume"
     )
     return EndpointError(message, endpoint=error.endpoint, model=error.model, status=error.status)
 
@@ -291,17 +290,15 @@ def _none_came_out(result: Generated) -> str:
         "tied": (result.ties, "a stronger --judge-model, or answers that differ more"),
         "with identical answers": (result.same, "a higher --temperature, several --model"),
         "with cut or empty answers": (result.cut, "a higher --max-tokens, or --keep-cut"),
-        "failed": (result.failed, "see the failures; the same command asks them again"),
+        "failed": (result.failed, "the same call again"),
     }
     shown = [f"{count} {what} (try {remedy})" for what, (count, remedy) in reasons.items() if count]
     first = f". First failure: {result.failures[0]}" if result.failures else ""
-    return (
-        f"no pair came out of {result.prompts} prompts, so {result.output} was not written: {'; '.join(shown)}{first}"
-    )
+    return f"{result.prompts} prompts gave no pair, so {result.output} was not written: {'; '.join(shown)}{first}"
 
 
 def _different(prompts: Prompts, settings: PairSettings) -> tuple[list[Prompt], int]:
-    """Returns the prompts to ask, and how many were left out because an equal one stands before them."""
+    """Returns the distinct prompts up to the limit, and the number of duplicates."""
     given = [with_system(prompt, settings.system_prompt) for prompt in as_prompts(prompts)]
     different: dict[tuple[tuple[str, str], ...], Prompt] = {}
     for prompt in given:
@@ -320,12 +317,12 @@ def _write(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise DataError(
-            f"{output} cannot be written: {error.strerror}. Mend that and run the same command again"
+            f"{output} cannot be written: {error.strerror}. Fix that and repeat the call: its finished calls are kept"
         ) from None
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end, from a notebook's running loop too; an interrupt ends it there as well."""
+    """Runs a coroutine to completion, also inside a notebook's running loop; KeyboardInterrupt cancels it."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -348,11 +345,11 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
 
 _TEMPLATE_TOKENS = 16
-"""What a chat template puts around a message, at most about."""
+"""Estimated maximum tokens that a chat template adds to a message."""
 
 
 class Planned(NamedTuple):
-    """Calls for all prompts: all told, finished, and left; what is left takes at most the usage."""
+    """Calls for all prompts: in total, finished, and remaining; `usage` is an upper bound of the remaining ones."""
 
     answers: int
     verdicts: int
@@ -366,7 +363,7 @@ class _NotFinished(Exception):
 
 
 async def plan_calls(prompts: Sequence[Prompt], settings: PairSettings, ledger: CompletionLog) -> Planned:
-    """Counts the calls that prompts take, by replaying those that the ledger has."""
+    """Counts the calls for prompts by replaying the finished ones from the ledger."""
     finished = answers_left = verdicts_left = 0
     rows: list[Usage] = []
     most_verdicts = 2 * most_comparisons(settings.answers)
@@ -417,5 +414,5 @@ async def plan_calls(prompts: Sequence[Prompt], settings: PairSettings, ledger: 
 
 
 def _most_tokens(messages: Sequence[Mapping[str, str]]) -> int:
-    """Returns a bound of the tokens: none is shorter than a byte."""
+    """Returns an upper bound of the tokens: a token has at least one byte."""
     return sum(len(message["content"].encode()) + _TEMPLATE_TOKENS for message in messages)

@@ -1,7 +1,7 @@
-"""Asks OpenAI-compatible endpoints for chat completions: several at once, rate limited, retried where it helps. No prompts.
+"""Sends chat completions to OpenAI-compatible endpoints: concurrent, rate limited, with retries. Knows calls, no pairs.
 
-A call that the ledger knows is not asked. What may pass by itself (no connection, 408, 409, 429, 5xx, an unreadable body) is
-asked again after a growing wait with jitter, or after what Retry-After says; any other refusal is final.
+A call in the ledger is not sent. Transient failures (no connection, 408, 409, 429, 5xx, an unreadable body) are retried with
+exponential backoff and jitter, or after the time in Retry-After; all other errors are final.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 
 NO_KEY = "none"
-"""What is sent where no key is known: servers without keys take anything."""
+"""Sent if no key is known: servers without authentication accept any key."""
 
 OPENAI_URL = "https://api.openai.com/v1"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where chat completions are asked.
+    """An endpoint for chat completions.
 
     Args:
-        base_url: With its path, such as `http://127.0.0.1:8000/v1`; no user name and no query, which may be secrets.
-        api_key: Sent as bearer token; in no repr, error or file.
-        key_source: Where the key comes from, in words, for errors.
-        identity: What finished calls are remembered by; default: the base URL. A service keeps its own over restarts,
-            which change its port.
-        is_service: Whether it is a Palate service, which has to prove that it knows the key before the key is sent.
+        base_url: Includes the path, such as `http://127.0.0.1:8000/v1`; no user name and no query, which may be secrets.
+        api_key: Sent as bearer token; never in a repr, error or file.
+        key_source: Origin of the key, for error messages.
+        identity: Identifies the endpoint in the ledger; default: the base URL. A service has its own, because a restart
+            changes its port.
+        is_service: Whether it is a Palate service, which must prove that it knows the key before the key is sent.
 
     Raises:
-        ConfigurationError: The URL cannot be used.
+        ConfigurationError: The URL is invalid.
     """
 
     base_url: str
@@ -60,8 +60,8 @@ class Endpoint:
         parts = urlsplit(self.base_url)
         if "@" in parts.netloc or parts.query:
             raise ConfigurationError(
-                f"the base URL of {parts.hostname} carries a user name or a query, which would end up in messages: "
-                "give the URL alone and name the environment variable that holds the key (--api-key-env)"
+                f"the base URL of {parts.hostname} contains a user name or a query, which would appear in messages: "
+                "pass only the URL, and the key in an environment variable (--api-key-env)"
             )
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ConfigurationError(
@@ -72,44 +72,44 @@ class Endpoint:
 
     @classmethod
     def from_environment(cls, base_url: str | None = None, api_key_env: str | None = None) -> Endpoint:
-        """Returns the endpoint that the OpenAI client would take.
+        """Returns the endpoint that the OpenAI client would use.
 
         Args:
-            base_url: Default: OPENAI_BASE_URL, else OpenAI's own.
-            api_key_env: Environment variable with the key; it must be set. Default: OPENAI_API_KEY if it is set.
+            base_url: Default: OPENAI_BASE_URL, else OpenAI's endpoint.
+            api_key_env: Environment variable with the key; must be set. Default: OPENAI_API_KEY, if set.
 
         Raises:
-            ConfigurationError: No endpoint is known, or the named variable is not set.
+            ConfigurationError: No endpoint is configured, or the variable `api_key_env` is not set.
         """
         url = base_url or os.environ.get("OPENAI_BASE_URL") or ""
         name = api_key_env or "OPENAI_API_KEY"
         key = os.environ.get(name, "").strip()
         if api_key_env and not key:
-            raise ConfigurationError(f"environment variable {api_key_env} is not set: it should hold the API key")
+            raise ConfigurationError(f"environment variable {api_key_env} is not set: set it to the API key")
         if not url and not key:
             raise ConfigurationError(
-                "no endpoint to ask: give --service NAME or --base-url URL, or set OPENAI_BASE_URL or OPENAI_API_KEY"
+                "no endpoint is configured: pass --service NAME or --base-url URL, or set OPENAI_BASE_URL or OPENAI_API_KEY"
             )
         return cls(url or OPENAI_URL, key or NO_KEY, f"environment variable {name}" + ("" if key else " (not set)"))
 
     @classmethod
     def other(cls, base_url: str, api_key_env: str | None = None) -> Endpoint:
-        """Returns an endpoint that gets a key only if one is named for it: a key meant for elsewhere stays at home.
+        """Returns an endpoint without a default key: OPENAI_API_KEY may be meant for another server.
 
         Raises:
-            ConfigurationError: The named variable is not set.
+            ConfigurationError: The variable `api_key_env` is not set.
         """
         if api_key_env:
             return cls.from_environment(base_url, api_key_env)
-        return cls(base_url, key_source="no key (--judge-api-key-env names one)")
+        return cls(base_url, key_source="no key (set one with --judge-api-key-env)")
 
     @classmethod
     def of_service(cls, name: str, session: Session | None = None) -> Endpoint:
         """Returns the endpoint of a running Palate service.
 
         Raises:
-            RunNotFoundError: No service of that name.
-            ServiceError: It is not running.
+            RunNotFoundError: No service has this name.
+            ServiceError: The service is not running.
         """
         from msgspec import to_builtins
 
@@ -127,7 +127,7 @@ class Endpoint:
         )
 
     def without_key(self, text: str) -> str:
-        """Returns a text, such as what the server says, with the key blotted out."""
+        """Returns `text`, such as a server's message, with the key masked."""
         return text if self.api_key == NO_KEY else text.replace(self.api_key, "***")
 
 
@@ -135,20 +135,20 @@ _log = logging.getLogger(__name__)
 
 _AGAIN = {408, 409, 429}
 _OF_THIS_CALL = {400, 413, 422}
-"""May be the fault of one prompt (too long, refused), when the same model has answered others."""
+"""Can be caused by a single prompt (too long, rejected), if the same model has answered others."""
 
 _LONGEST_WAIT_S = 30.0
 _LONGEST_RETRY_AFTER_S = 900.0
 _GIVEN_UP_IN_A_ROW = 10
-"""Calls in a row that may be given up at an endpoint that still lists its models: above, it is no fault of the calls."""
+"""Consecutive failed calls before an endpoint that still lists its models counts as failed: the calls are not the cause."""
 
 _ALIVE_S = 10.0
 _LIMITED_TIMES = 5
-"""How many times as often a call is tried when the endpoint only says that it is busy."""
+"""Factor on the number of retries when the endpoint is only busy (429)."""
 
 
 class Call(NamedTuple):
-    """One chat completion, with all that its answer depends on."""
+    """One chat completion request, with everything that its response depends on."""
 
     endpoint: Endpoint
     model: str
@@ -156,14 +156,14 @@ class Call(NamedTuple):
     temperature: float
     max_tokens: int
     sample: int = 0
-    """Which of several samples of the same request."""
+    """Index among several samples of the same request."""
     temperature_may_be_dropped: bool = False
-    """Whether a model that takes no temperature is asked without."""
+    """Whether to send no temperature to a model that does not support it."""
     about: str = ""
-    """What it is for, in words, for errors."""
+    """Its purpose, for error messages."""
 
     def key(self) -> str:
-        """Returns the digest of everything that enters the call; never the API key."""
+        """Returns a digest of the inputs of the call, without the API key."""
         entering = [
             self.endpoint.identity,
             self.model,
@@ -176,11 +176,11 @@ class Call(NamedTuple):
 
 
 class CallFailed(Exception):
-    """One call cannot be answered, while others are. Caught by the caller, who counts it."""
+    """A single call failed while others succeed. The caller catches and counts it."""
 
 
 class _Passing(Exception):
-    """A failure that may pass by itself."""
+    """A transient failure."""
 
     def __init__(self, reason: str, *, status: int | None, after_s: float | None = None, weight: int = 1) -> None:
         super().__init__(reason)
@@ -191,31 +191,31 @@ class _Passing(Exception):
 
 @dataclass
 class _Lane:
-    """What is known of one endpoint."""
+    """State of one endpoint."""
 
     client: AsyncOpenAI
     next_start: float = 0.0
     paused_until: float = 0.0
     answered: bool = False
     given_up: int = 0
-    """Calls given up since the last answer."""
+    """Failed calls since the last response."""
     dialects: dict[str, frozenset[str]] = field(default_factory=dict)
-    """By model, which parameters it wants otherwise: `max_tokens`, `temperature`."""
+    """Per model, the parameters it needs in another form: `max_tokens`, `temperature`."""
 
 
 class ChatClient:
-    """Asks calls; as an asynchronous context manager it closes its connections.
+    """Sends calls; an asynchronous context manager that closes its connections.
 
     Args:
-        ledger: Knows finished calls and takes new ones.
-        concurrency: Calls at once, all endpoints together.
-        requests_per_minute: For each endpoint, evenly spaced, repeated requests included; None: no bound.
-        timeout_s: Seconds that one request may take.
-        retries: How often a failed request is made again; a busy endpoint (429) is given five times as many.
-        retry_wait_s: Seconds before the first repetition; they double up to 30.
+        ledger: Has the finished calls and records new ones.
+        concurrency: Maximum concurrent calls, over all endpoints.
+        requests_per_minute: Rate limit per endpoint, evenly spaced, including retries; None: no limit.
+        timeout_s: Timeout of one request in seconds.
+        retries: Maximum retries of a failed request; five times as many for a busy endpoint (429).
+        retry_wait_s: Seconds before the first retry; doubles up to 30.
 
     Attributes:
-        asked: Calls finished by this asker.
+        asked: Calls finished by this client.
     """
 
     def __init__(
@@ -248,16 +248,16 @@ class ChatClient:
             await lane.client.close()
 
     def stop(self, failure: BaseException) -> None:
-        """Lets no further request begin, each raises the failure instead; what is under way may finish."""
+        """Makes each new request raise `failure`; requests in flight can finish."""
         self._stopped_by = self._stopped_by or failure
 
     async def ask(self, call: Call) -> Reply:
-        """Returns the call's answer, from the ledger or from its endpoint.
+        """Returns the response to a call, from the ledger or from its endpoint.
 
         Raises:
-            CallFailed: This call cannot be answered; others can.
-            EndpointError: The endpoint refuses what all calls have in common, or is gone. No further call is made then.
-            DataError: The ledger cannot be written. Likewise.
+            CallFailed: Only this call failed.
+            EndpointError: The endpoint rejects what all calls have in common, or is unreachable. Stops all further calls.
+            DataError: The ledger cannot be written. Stops all further calls.
         """
         key = call.key()
         known = self._ledger.get(key)
@@ -266,7 +266,7 @@ class ChatClient:
         async with self._slots:
             try:
                 reply = await self._answer(call)
-                # No await between answer and ledger: it cannot be lost.
+                # No await between response and ledger, so a cancellation cannot lose the response.
                 self._ledger.add(key, reply, model=call.model, temperature=call.temperature)
             except PalateError as error:
                 self.stop(error)
@@ -286,7 +286,7 @@ class ChatClient:
                     limited += 1
                 else:
                     failures += failure.weight
-                # Until something has answered, a wrong address is likelier than an outage.
+                # Before the first response, a wrong URL is more likely than an outage.
                 bound = self._retries if lane.answered or failure.status else min(self._retries, 2)
                 if failures > bound or limited > self._retries * _LIMITED_TIMES:
                     raise await self._given_up(lane, call, failure) from None
@@ -296,7 +296,7 @@ class ChatClient:
                 return reply
 
     async def _turn(self, lane: _Lane) -> None:
-        """Waits until the endpoint may be asked again: rate and pauses."""
+        """Waits until a request to the endpoint is allowed by its rate limit and pauses."""
         paused = False
         while True:
             if self._stopped_by is not None:
@@ -307,7 +307,9 @@ class ChatClient:
                 await asyncio.sleep(lane.paused_until - now)
             elif paused:
                 paused = False
-                await asyncio.sleep(random.uniform(0, self._retry_wait_s))  # not all at the same moment
+                await asyncio.sleep(
+                    random.uniform(0, self._retry_wait_s)
+                )  # jitter: all calls waited for the same pause
             elif lane.next_start > now:
                 await asyncio.sleep(lane.next_start - now)
             else:
@@ -315,10 +317,10 @@ class ChatClient:
                 return
 
     async def _wait(self, lane: _Lane, failure: _Passing, *, attempt: int) -> None:
-        _log.info("%s; asked again", failure)
+        _log.info("%s; retrying", failure)
         if failure.after_s:
             lane.paused_until = max(lane.paused_until, time.monotonic() + failure.after_s)
-            return  # the turn waits for it
+            return  # _turn waits for the pause
         longest = min(_LONGEST_WAIT_S, self._retry_wait_s * 2.0 ** (attempt - 1))
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
@@ -333,7 +335,7 @@ class ChatClient:
         try:
             response = await lane.client.chat.completions.with_raw_response.create(**parameters)
         except openai.APITimeoutError:
-            reason = f"no answer within {self._timeout_s:g} s"
+            reason = f"no response within {self._timeout_s:g} s"
             raise _Passing(reason, status=408, weight=max(1, self._retries // 2)) from None
         except openai.APIConnectionError as error:
             raise _Passing(f"no connection ({error.__cause__ or error})", status=None) from None
@@ -341,7 +343,9 @@ class ChatClient:
             wanted = _dialect(error, call)
             if wanted is None or wanted in dialect:
                 raise self._refused(lane, call, error) from None
-            _log.warning("%s takes no %s as given: it is asked in its own way", call.model, wanted)
+            _log.warning(
+                "%s rejects the parameter %s: sending it in the form that the model accepts", call.model, wanted
+            )
             lane.dialects[call.model] = lane.dialects.get(call.model, frozenset()) | {wanted}
             return await self._request(lane, call)
         return _read(response.http_response.content)
@@ -350,34 +354,34 @@ class ChatClient:
         status: int = error.status_code
         said = call.endpoint.without_key(_said(error))
         after_s = _retry_after_s(error.response.headers)
-        what = f"{call.model} at {call.endpoint.base_url} answered {status}: {said}"
+        what = f"{call.model} at {call.endpoint.base_url} returned status {status}: {said}"
         if status == 429 and error.code == "insufficient_quota":
-            return self._error(call, f"{what}. The account's credit is used up: top it up", status)
+            return self._error(call, f"{what}. The account has no credit left: top it up", status)
         if after_s is not None and after_s > _LONGEST_RETRY_AFTER_S:
-            return self._error(call, f"{what}. It wants to be left alone for {after_s:.0f} s: go on after that", status)
+            return self._error(call, f"{what}. Its Retry-After is {after_s:.0f} s: resume after that", status)
         if status in _AGAIN or status >= 500:
             return _Passing(f"status {status}: {said}", status=status, after_s=after_s)
         if status in _OF_THIS_CALL and (call.model, call.temperature) in self._ledger.answered:
             return CallFailed(f"{call.about}: {what}")
         remedies = {
-            401: f"The key was not accepted; it comes from {call.endpoint.key_source}",
-            403: f"The key ({call.endpoint.key_source}) may not use this model: ask with another key or model",
-            404: f"No such model, or the base URL lacks its path: {call.endpoint.base_url}/models lists the names",
+            401: f"The key was rejected: check the key from {call.endpoint.key_source}",
+            403: f"The key ({call.endpoint.key_source}) may not use this model: use another key or model",
+            404: f"No such model, or the base URL lacks its path: see {call.endpoint.base_url}/models for the names",
         }
-        remedy = remedies.get(status, "The request is made of --model, --temperature, --max-tokens and the prompt")
+        remedy = remedies.get(status, "Check --model, --temperature, --max-tokens and the prompt")
         blamed = f" ({call.about})" if status in _OF_THIS_CALL else ""
         return self._error(call, f"{what}{blamed}. {remedy}", status)
 
     async def _given_up(self, lane: _Lane, call: Call, failure: _Passing) -> Exception:
         lane.given_up += 1
         reason = call.endpoint.without_key(str(failure))
-        what = f"{call.model} at {call.endpoint.base_url} did not answer, the last time with {reason}"
+        what = f"{call.model} at {call.endpoint.base_url} failed after retries, the last time with {reason}"
         if failure.status == 429:
-            return self._error(call, f"{what}. Ask less: --concurrency, --requests-per-minute", 429)
+            return self._error(call, f"{what}. Lower --concurrency or --requests-per-minute", 429)
         worked = lane.answered or bool(self._ledger.answered)
         if worked and lane.given_up <= _GIVEN_UP_IN_A_ROW and await _is_alive(lane):
             return CallFailed(f"{call.about}: {what}")
-        return self._error(call, f"{what}. See that the endpoint runs and is reached from here", failure.status)
+        return self._error(call, f"{what}. Check that the endpoint runs and is reachable from here", failure.status)
 
     def _error(self, call: Call, message: str, status: int | None) -> EndpointError:
         return EndpointError(message, endpoint=call.endpoint.base_url, model=call.model, status=status)
@@ -412,7 +416,7 @@ async def _is_alive(lane: _Lane) -> bool:
 
 
 def _dialect(error: Any, call: Call) -> str | None:
-    """Returns the parameter that the model wants otherwise, as OpenAI's reasoning models do; None if that is not it."""
+    """Returns the parameter that the model needs in another form, as OpenAI's reasoning models do, or None."""
     if error.status_code != 400:
         return None
     said = _said(error)
@@ -438,14 +442,14 @@ def _read(content: bytes) -> Reply:
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         shown = content[:80].decode("utf-8", "replace")
-        raise _Passing(f"a body that is no chat completion: {shown!r}", status=200) from None
+        raise _Passing(f"a body that is not a chat completion: {shown!r}", status=200) from None
     prompt_tokens, completion_tokens = (count if isinstance(count, int) else None for count in counts)
-    whole = str(text).encode("utf-8", "replace").decode()  # half a character cannot be written to a file
+    whole = str(text).encode("utf-8", "replace").decode()  # a lone surrogate cannot be written to a UTF-8 file
     return Reply(whole.strip(), str(finish), prompt_tokens, completion_tokens)
 
 
 def _retry_after_s(headers: Any) -> float | None:
-    """Returns the seconds that Retry-After asks for, as number or as date; None without it."""
+    """Returns the seconds in Retry-After, given as a number or a date; None without the header."""
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -1,8 +1,8 @@
-"""What finished calls answered, one line each in a file that only grows. Knows keys and replies, no endpoint.
+"""The ledger: an append-only file with one line per finished call. Knows keys and replies, no endpoint.
 
-A line is written whole as soon as its call is finished, so that the death of the process loses calls in flight and nothing
-else; it is synced to the disk within a second, so that the death of the machine loses little more. What a death tore is cut
-off when the file is opened again. One process writes at a time.
+A line is written as soon as its call is finished, so a crash of the process loses only the calls in flight. It is synced to
+disk within a second, so a crash of the machine loses little more. A torn last line is truncated when the file is opened
+again. Only one process can write at a time.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ _SYNC_S = 1.0
 
 
 class Reply(NamedTuple):
-    """What a finished call answered."""
+    """The response to a finished call."""
 
     text: str
     finish: str
-    """Why it ended: `stop`, `length` (cut at the token limit), `content_filter` and so on; empty if not said."""
+    """Finish reason: `stop`, `length` (cut at the token limit), `content_filter` and so on; empty if not reported."""
     prompt_tokens: int | None
     completion_tokens: int | None
-    """None where the endpoint reports no usage."""
+    """None if the endpoint reports no usage."""
 
 
 class CompletionLog:
-    """Finished calls by key; as a context manager it is closed at the end.
+    """Finished calls by key; a context manager that closes the file.
 
     Args:
-        path: The file; made if absent, its folder too.
-        read_only: Whether only to look up: needs no lock, changes nothing, and no file is no error.
+        path: The file; created if missing, with its folder.
+        read_only: Only look up calls: takes no lock, writes nothing, and the file may be missing.
 
     Attributes:
-        answered: The (model, temperature) of its calls.
+        answered: The (model, temperature) pairs of its calls.
 
     Raises:
-        ConfigurationError: Another process writes it, or it cannot be opened.
-        DataError: It is damaged before its last line, or no ledger.
+        ConfigurationError: Another process is writing the file, or it cannot be opened.
+        DataError: The file is damaged before its last line, or is not a ledger.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -62,7 +62,7 @@ class CompletionLog:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT if self._writes else os.O_RDONLY, 0o666)
         except OSError as error:
-            raise ConfigurationError(f"{path} cannot be opened: {error.strerror}. Give another output") from None
+            raise ConfigurationError(f"{path} cannot be opened: {error.strerror}. Use another output") from None
         try:
             if not self._writes:
                 self._load()
@@ -71,7 +71,7 @@ class CompletionLog:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigurationError(
-                    f"{path} is being written by another process: wait for its end, or give another output"
+                    f"{path} is being written by another process: wait until it ends, or use another output"
                 ) from None
             self._load()
             os.ftruncate(self._fd, self._end)
@@ -88,7 +88,7 @@ class CompletionLog:
         return key in self._places
 
     def get(self, key: str) -> Reply | None:
-        """Returns what the call answered; None if it is not finished."""
+        """Returns the response to a call; None if the call is not finished."""
         place = self._places.get(key)
         if place is None:
             return None
@@ -96,10 +96,10 @@ class CompletionLog:
         return Reply(entry["text"], entry["finish"], entry["prompt_tokens"], entry["completion_tokens"])
 
     def add(self, key: str, reply: Reply, *, model: str, temperature: float) -> None:
-        """Writes down a finished call. Model and temperature are only for `answered`: calls are found by their keys.
+        """Records a finished call. Model and temperature are only for `answered`: calls are found by key.
 
         Raises:
-            DataError: The disk does not take it; what was there stays whole.
+            DataError: The file cannot be written; its earlier lines stay intact.
         """
         line = json.dumps({"key": key, "model": model, "temperature": temperature, **reply._asdict()}).encode() + b"\n"
         start = self._end
@@ -110,7 +110,7 @@ class CompletionLog:
             self._sync()
 
     def close(self) -> None:
-        """Syncs and gives the lock back; closed already is no error."""
+        """Syncs the file and releases the lock. Idempotent."""
         if self._fd >= 0:
             if self._writes and self._end:
                 self._sync()
@@ -129,7 +129,7 @@ class CompletionLog:
         except OSError as error:
             os.ftruncate(self._fd, self._end)
             raise DataError(
-                f"{self.path} cannot be written: {error.strerror}. Make room and run the same command again: "
+                f"{self.path} cannot be written: {error.strerror}. Free space and repeat the call: "
                 f"its {len(self)} finished calls are kept"
             ) from None
         self._end += len(line)
@@ -138,7 +138,7 @@ class CompletionLog:
         with os.fdopen(os.dup(self._fd), "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    return  # torn: its call counts as not finished
+                    return  # torn: the call counts as not finished
                 try:
                     entry = json.loads(line)
                     if number == 1:
@@ -151,8 +151,8 @@ class CompletionLog:
                     known = False
                 if not known:
                     raise DataError(
-                        f"{self.path}, line {number} is no line of a ledger of finished calls: "
-                        "move the file away to begin anew, or give another output"
+                        f"{self.path}, line {number} is not a valid ledger line: "
+                        "move the file away to start again, or use another output"
                     )
                 self._end += len(line)
 

@@ -1,7 +1,7 @@
-"""Compares answers: what a judge is asked, how its verdict is read, which answers meet. Knows no endpoint.
+"""Compares answers: the judge's prompt, the parsing of its verdict, and the choice of comparisons. Knows no endpoint.
 
-Each comparison is asked twice with the answers' places swapped, since judges favour a place (Zheng et al. 2023,
-arXiv:2306.05685, section 3.3); only two verdicts that name the same answer count.
+Each comparison is made twice with the answers swapped, because judges have a position bias (Zheng et al. 2023,
+arXiv:2306.05685, section 3.3). It counts only if both verdicts prefer the same answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Length, confidence, flattery, formatting and the order of the answers are no mer
 it is a tie."""
 
 ROUND_ROBIN_LIMIT = 4
-"""Answers up to which each meets each other one."""
+"""Maximum number of answers for which all pairs are compared."""
 
 _FORM = """\
 {rubric}
@@ -54,14 +54,14 @@ _TIES = {"tie", "draw", "equal", "tied"}
 def comparison(conversation: Sequence[tuple[str, str]], first: str, second: str, rubric: str) -> list[dict[str, str]]:
     """Returns the messages that ask which of two answers is better.
 
-    All is one user message: not every chat template has a system role. The tags carry a digest of what they enclose, so
-    that no answer can close them.
+    One user message, because not every chat template has a system role. The tags contain a digest of the content, so that
+    no answer can close them.
 
     Args:
-        conversation: (role, content) each.
-        first: The answer in place A.
-        second: The answer in place B.
-        rubric: What makes an answer better.
+        conversation: Pairs of (role, content).
+        first: Answer A.
+        second: Answer B.
+        rubric: Criteria for the better answer.
     """
     shown = "\n\n".join(f"{role}: {content}" for role, content in conversation)
     tag = hashlib.sha256("\0".join((shown, first, second)).encode()).hexdigest()[:8]
@@ -70,7 +70,7 @@ def comparison(conversation: Sequence[tuple[str, str]], first: str, second: str,
 
 
 def asked_again(messages: Sequence[dict[str, str]], unreadable: str) -> list[dict[str, str]]:
-    """Returns the messages that ask for a verdict once more after one that could not be read."""
+    """Returns the messages that ask for the verdict again after an unreadable one."""
     return [
         *messages,
         {"role": "assistant", "content": unreadable.strip() or "…"},
@@ -79,15 +79,15 @@ def asked_again(messages: Sequence[dict[str, str]], unreadable: str) -> list[dic
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """Returns the verdict in a judge's answer; None when there is none, or none that is plain.
+    """Returns the verdict in a judge's response; None if there is none or it is ambiguous.
 
-    It is the last word of the last line, if that line names one answer alone (`A`, `**B**`, `Verdict: tie`,
-    `The better answer is A.`), or a JSON object's `verdict` or `winner`. What is in `<think>` does not count.
+    The verdict is the last word of the last line, if that line names only one answer (`A`, `**B**`, `Verdict: tie`,
+    `The better answer is A.`), or `verdict` or `winner` of a JSON object. Ignores the content of `<think>`.
     """
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
-        return None  # cut before it came to a verdict
+        return None  # cut before the verdict
     for block in reversed(re.findall(r"\{[^{}]*\}", text)):
         try:
             entry = json.loads(block)
@@ -108,18 +108,18 @@ def _of_line(line: str) -> Verdict | None:
         words = [words[0].upper() if len(words[0]) == 1 else words[0]]
     named = [word for word in words if word in {"A", "B"} or word.lower() in _TIES]
     if len(named) != 1 or words[-1] != named[0]:
-        return None  # "A is better than B": the last word alone would mislead
+        return None  # "A is better than B": the last word would be wrong
     if named[0] == "A":
         return "A"
     return "B" if named[0] == "B" else "tie"
 
 
 def agreed(straight: Verdict | None, swapped: Verdict | None) -> Literal["first", "second", "tie", "disagreement"]:
-    """Returns what the two verdicts of one comparison say together; an unreadable one (None) counts as a tie.
+    """Combines the two verdicts of one comparison; an unreadable one (None) counts as a tie.
 
     Args:
-        straight: With the first answer in place A.
-        swapped: With the first answer in place B.
+        straight: With the first answer as A.
+        swapped: With the first answer as B.
     """
     if straight == "A" and swapped == "B":
         return "first"
@@ -129,7 +129,7 @@ def agreed(straight: Verdict | None, swapped: Verdict | None) -> Literal["first"
 
 
 def most_comparisons(answers: int) -> int:
-    """Returns how many comparisons find the best and the worst of so many answers, at most; each is two calls."""
+    """Returns the maximum number of comparisons to find the best and the worst answer; each takes two calls."""
     if answers < 2:
         return 0
     if answers <= ROUND_ROBIN_LIMIT:
@@ -138,22 +138,22 @@ def most_comparisons(answers: int) -> int:
 
 
 class Choice(NamedTuple):
-    """The best and the worst answer, by position, and how often each won."""
+    """The best and the worst answer, by index, and their numbers of wins."""
 
     chosen: int
     rejected: int
     chosen_wins: int
     rejected_wins: int
     decided: int
-    """Comparisons that were decided."""
+    """Comparisons with a winner."""
 
 
 Compare = Callable[[int, int], Awaitable[int | None]]
-"""Compares two answers, the lower position first; returns the winner, or None for a tie or a disagreement."""
+"""Compares two answers by index, the lower one first; returns the winner, or None for a tie or a disagreement."""
 
 
 async def together(*awaitables: Awaitable[T]) -> list[T]:
-    """Returns the results of all; if some fail, the first failure is raised once all have ended: none is left alone."""
+    """Returns all results; raises the first failure after all have ended, so that no task is left running."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)
     good: list[T] = []
     for result in results:
@@ -164,15 +164,15 @@ async def together(*awaitables: Awaitable[T]) -> list[T]:
 
 
 async def choose(answers: int, compare: Compare) -> Choice | None:
-    """Finds the best and the worst of some answers by comparisons; None when no comparison sets them apart.
+    """Finds the best and the worst answer by comparisons; None if no comparison has a winner.
 
-    Up to 4 answers each meets each other one, and of all pairs that were decided the one is taken whose answers lie
-    furthest apart in wins. Above, answers meet in pairs; winners go on among winners until one is left, losers among
-    losers; the two that are left must meet, and the first must win. Undecided, the earlier answer goes on.
-    So chosen has always beaten rejected directly, in both places.
+    Up to 4 answers: compares all pairs, and takes the decided pair with the largest difference in wins. More answers: compares
+    them in pairs, then runs a knockout among the winners and another among the losers. The last winner and the last loser are
+    compared, and the former must win. Without a winner, the earlier answer advances.
+    So `chosen` has always beaten `rejected` directly, in both orders.
 
     Args:
-        answers: How many there are, at least 2.
+        answers: Number of answers, at least 2.
         compare: See `Compare`.
     """
     winners: dict[tuple[int, int], int | None] = {}
@@ -190,7 +190,7 @@ async def choose(answers: int, compare: Compare) -> Choice | None:
         positions = list(range(answers))
         pairs = list(zip(positions[::2], positions[1::2], strict=False))
         first = await meet(pairs)
-        odd = positions[len(pairs) * 2 :]  # may be the best as well as the worst
+        odd = positions[len(pairs) * 2 :]  # can be the best or the worst, so it joins both knockouts
         best = [pair[0] if winner is None else winner for pair, winner in zip(pairs, first, strict=True)] + odd
         worst = [pair[1] if winner in {pair[0], None} else pair[0] for pair, winner in zip(pairs, first, strict=True)]
         worst += odd

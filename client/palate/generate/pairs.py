@@ -1,4 +1,4 @@
-"""From one prompt to one pair: which calls it takes, what their answers come to, what they cost. Sends nothing itself."""
+"""Makes one pair from one prompt: the calls, the choice among the answers, the cost. Sends no requests itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from palate_recipes.errors import ConfigurationError
 _MOST_ANSWERS = 64
 _CUT = {"length", "max_tokens", "model_length"}
 _NO_ANSWER = {"content_filter", "tool_calls", "function_call", "error", "abort"}
-"""Reasons why an answer ended: those at the token limit, and those that make it none. Any other one is a whole answer."""
+"""Finish reasons of answers cut at the token limit, and of responses that are not answers. All others are complete answers."""
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "n": (1, _MOST_ANSWERS),
@@ -32,83 +32,87 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
-    """Who answers, who judges, and how.
+    """Settings of the answering models, the judge and the requests.
 
     Raises:
-        ConfigurationError: A value is outside its bounds, or two answers to a prompt could not differ.
+        ConfigurationError: A value is out of range, or the answers to a prompt would all be identical.
     """
 
     endpoint: Endpoint
-    """Where answers are asked."""
+    """Endpoint for answers."""
     models: Sequence[str]
     """Models that answer."""
     temperatures: Sequence[float] = (1.0,)
-    """Each model answers at each, 0 to 2."""
+    """Sampling temperatures, 0 to 2; each model answers at each."""
     n: int = 2
-    """Answers of each model at each temperature; one at temperature 0, where all are alike."""
+    """Answers per model and temperature; only one at temperature 0, where all would be identical."""
     system_prompt: str = ""
-    """Before each conversation that has no system message of its own; becomes part of the pair's prompt."""
+    """Prepended to conversations without a system message; becomes part of the pair's prompt."""
     max_tokens: int = 512
-    """Tokens an answer may have."""
+    """Maximum tokens of an answer."""
     keep_cut: bool = False
-    """Whether answers cut at `max_tokens` take part. A model trained on them learns to stop in mid-sentence."""
+    """Whether to use answers cut at `max_tokens`. A model trained on them learns to stop in mid-sentence."""
     judge_endpoint: Endpoint | None = None
     """Default: `endpoint`."""
     judge_model: str | None = None
-    """Default: the first of `models`, where the judge has no endpoint of its own."""
+    """Default: the first of `models`; required with `judge_endpoint`."""
     judge_max_tokens: int = 512
-    """Tokens a verdict may have, reasons included."""
+    """Maximum tokens of a verdict, including its reasoning."""
     rubric: str = RUBRIC
-    """What makes an answer better."""
+    """Criteria for the better answer."""
     limit: int | None = None
-    """First so many prompts alone."""
+    """Use only the first N prompts."""
     concurrency: int = 8
-    """Calls at once."""
+    """Maximum concurrent calls."""
     requests_per_minute: float | None = None
-    """For each endpoint, repeated requests included; None: no bound."""
+    """Rate limit per endpoint, including retries; None: no limit."""
     timeout_s: float = 300.0
-    """Seconds one request may take."""
+    """Timeout of one request in seconds."""
     retries: int = 6
-    """How often a request that failed in passing is made again."""
+    """Maximum retries after transient failures."""
     retry_wait_s: float = 1.0
-    """Seconds before the first repetition; they double up to 30."""
+    """Seconds before the first retry; doubles up to 30."""
     prices: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Of a million prompt tokens and a million completion tokens, by model."""
+    """Price per million prompt tokens and per million completion tokens, by model."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ConfigurationError(f"{name} is {value!r}: it must lie between {low:g} and {high:g}")
+                raise ConfigurationError(f"{name}={value!r} is out of range: expected {low:g} <= {name} <= {high:g}")
         object.__setattr__(self, "models", tuple(dict.fromkeys(self.models)))
         object.__setattr__(self, "temperatures", tuple(dict.fromkeys(float(value) for value in self.temperatures)))
         if not self.models or not all(self.models):
-            raise ConfigurationError("no model answers: name one with --model, as the endpoint's /models lists it")
+            raise ConfigurationError("models is empty: pass at least one model (--model) from the endpoint's /models")
         wrong = [value for value in self.temperatures if not 0 <= value <= 2]
         if wrong or not self.temperatures:
-            raise ConfigurationError(f"temperatures are {self.temperatures}: each must lie between 0 and 2")
+            raise ConfigurationError(
+                f"temperatures={self.temperatures} is out of range: expected one or more values between 0 and 2"
+            )
         if not 2 <= self.answers <= _MOST_ANSWERS:
             raise ConfigurationError(
-                f"each prompt would be answered {self.answers} times ({len(self.models)} models, temperatures "
-                f"{', '.join(f'{value:g}' for value in self.temperatures)}, n={self.n}; at 0 all answers are alike): "
-                f"it takes 2 to {_MOST_ANSWERS}, from more models, temperatures or a higher n"
+                f"the number of answers per prompt is {self.answers} ({len(self.models)} models, temperatures "
+                f"{', '.join(f'{value:g}' for value in self.temperatures)}, n={self.n}; at temperature 0 all are identical): "
+                f"expected 2 to {_MOST_ANSWERS}. Change models, temperatures or n"
             )
         if self.judge_endpoint is not None and not self.judge_model:
             raise ConfigurationError(
-                f"the judge at {self.judge_endpoint.base_url} has no model: name it (--judge-model)"
+                f"the judge at {self.judge_endpoint.base_url} has no model: pass judge_model (--judge-model)"
             )
         if not self.rubric.strip():
-            raise ConfigurationError("the rubric is empty: say what makes an answer better, or leave it out")
+            raise ConfigurationError(
+                "rubric is empty: describe what makes an answer better, or omit it for the default"
+            )
         unknown = set(self.prices) - {*self.models, self.judge[1]}
         if unknown:
             raise ConfigurationError(
-                f"a price is given for {', '.join(sorted(unknown))}, which is not asked: {', '.join(self.models)} answer and "
-                f"{self.judge[1]} judges"
+                f"prices has {', '.join(sorted(unknown))}, which is not used: expected only models that answer "
+                f"({', '.join(self.models)}) or judge ({self.judge[1]})"
             )
 
     @property
     def answers(self) -> int:
-        """Answers asked for each prompt."""
+        """Number of answers per prompt."""
         return len(self.models) * sum(self.n if value > 0 else 1 for value in self.temperatures)
 
     @property
@@ -116,7 +120,7 @@ class PairSettings:
         return self.judge_endpoint or self.endpoint, self.judge_model or self.models[0]
 
     def answer_calls(self, prompt: Prompt) -> list[Call]:
-        """Returns the calls that ask for a prompt's answers."""
+        """Returns the calls for the answers to a prompt."""
         messages = prompt.as_messages()
         return [
             Call(self.endpoint, model, messages, temperature, self.max_tokens, sample, about=f"prompt {prompt.number}")
@@ -128,7 +132,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a model's calls took in one role."""
+    """Tokens and cost of a model's calls in one role."""
 
     model: str
     role: Literal["answers", "verdicts"]
@@ -136,13 +140,13 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     without_usage: int
-    """Calls for which the endpoint reported no tokens: they are missing in the sums."""
+    """Calls for which the endpoint reported no tokens; the sums do not include them."""
     cost: float | None
     """In the currency of the prices; None without a price."""
 
 
 def merge(rows: Iterable[Usage]) -> tuple[Usage, ...]:
-    """Returns the sums by model and role, in the order in which they come first."""
+    """Returns the sums by model and role, in order of first occurrence."""
     sums: dict[tuple[str, str], Usage] = {}
     counted = [item.name for item in fields(Usage) if item.name not in {"model", "role", "cost"}]
     for row in rows:
@@ -160,7 +164,7 @@ def merge(rows: Iterable[Usage]) -> tuple[Usage, ...]:
 
 
 class Outcome(NamedTuple):
-    """What came of one prompt."""
+    """Result of one prompt."""
 
     kind: Literal["pair", "tie", "same", "cut", "failed"]
     usage: tuple[Usage, ...]
@@ -172,7 +176,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class _Notes:
-    """What happens while one prompt is worked on."""
+    """Usage and counts collected while one prompt is processed."""
 
     usage: list[Usage] = field(default_factory=list)
     disagreements: int = 0
@@ -183,11 +187,11 @@ class _Notes:
 
 
 class Maker:
-    """Makes pairs with a function that answers calls.
+    """Makes pairs with a function that sends calls.
 
     Args:
-        settings: Who answers, who judges, and how.
-        ask: Answers a call; raises CallFailed where that one call cannot be answered.
+        settings: Answering models, judge and limits.
+        ask: Returns the response to a call; raises CallFailed if only that call failed.
     """
 
     def __init__(self, settings: PairSettings, ask: Callable[[Call], Awaitable[Reply]]) -> None:
@@ -195,7 +199,7 @@ class Maker:
         self._ask = ask
 
     async def make(self, prompt: Prompt) -> Outcome:
-        """Asks for a prompt's answers, has them compared, and returns the pair or why there is none."""
+        """Gets the answers to a prompt and compares them; returns the pair, or why there is none."""
         notes = _Notes()
         try:
             return await self._make(prompt, notes)
@@ -252,7 +256,7 @@ class Maker:
         for attempt in range(2):
             call = Call(endpoint, model, messages, 0.0, limit, attempt, True, f"verdict on prompt {prompt.number}")
             reply = await self._noted(call, "verdicts", notes)
-            verdict = None if reply.finish in _CUT else read_verdict(reply.text)  # cut: it may have gone on
+            verdict = None if reply.finish in _CUT else read_verdict(reply.text)  # cut: the verdict could still follow
             if verdict is not None:
                 return verdict
             messages = asked_again(messages, reply.text)
@@ -285,7 +289,7 @@ def usage_of(
     completion_tokens: int,
     without_usage: int = 0,
 ) -> Usage:
-    """Returns tokens with their cost, where the settings have a price."""
+    """Returns tokens with their cost, if the settings have a price for the model."""
     price = settings.prices.get(model)
     cost = None if price is None else (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6
     return Usage(model, role, calls, prompt_tokens, completion_tokens, without_usage, cost)

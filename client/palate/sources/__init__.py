@@ -1,1 +1,1 @@
-"""Preference data as the client handles it: where it lies, and how it is made. Its formats are in `palate_recipes.preferences`."""
+"""Finds preference data and fetches it to this machine. Knows locations; the formats are in `palate_recipes.preferences`."""

@@ -1,6 +1,6 @@
-"""Preference data from a dataset of the Hugging Face hub: which files make up a config and a split. Knows no file's content.
+"""Preference data from the Hugging Face hub: which files belong to a config and a split. Knows file names, not their content.
 
-The files lie in the hub's own cache (HF_HUB_CACHE), pinned to one commit; what is there is not fetched again.
+The files are in the hub's own cache (HF_HUB_CACHE), pinned to one commit; cached files are not downloaded again.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ class _DatasetRef:
 
 
 def fetch_dataset(uri: str) -> Fetched:
-    """Fetches the files of one split of a hub dataset, or those that a path or glob names.
+    """Downloads the files of one split of a hub dataset, or the files that match a path or glob.
 
-    What a config and a split hold is decided as `datasets` does: by the `configs` that the dataset's README declares,
-    else by the names of files and folders. The endpoint is HF_ENDPOINT, the token HF_TOKEN or that of `hf auth login`,
-    and with HF_HUB_OFFLINE=1 only the cache is used.
+    Configs and splits are resolved as in `datasets`: from the `configs` in the dataset's README, else from file and folder
+    names. The endpoint is HF_ENDPOINT, the token HF_TOKEN or that of `hf auth login`. With HF_HUB_OFFLINE=1 only the cache
+    is used.
 
     Args:
-        uri: `hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=name]`, `datasets/` can be left out.
+        uri: `hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=name]`; `datasets/` is optional.
 
     Raises:
-        ConfigurationError: The URI cannot be understood.
-        DataError: No such dataset, revision, config, split or file; says which there are.
+        ConfigurationError: The URI is invalid.
+        DataError: No such dataset, revision, config, split or file; lists the existing ones.
         MissingDependencyError: huggingface_hub is not installed.
-        StoreError: The hub refuses or does not answer.
+        StoreError: The hub refuses access or does not respond.
     """
     place = _parse(uri)
     try:
@@ -82,9 +82,9 @@ def fetch_dataset(uri: str) -> Fetched:
         from huggingface_hub import constants
     except ImportError:
         raise MissingDependencyError(
-            f"{place} needs huggingface_hub, not installed here: pip install 'palate[data]'"
+            f"{place} needs huggingface_hub, which is not installed: pip install 'palate[data]'"
         ) from None
-    # Read now: huggingface_hub reads its variables once, when it is imported.
+    # Read at each call: huggingface_hub reads its variables only once, when it is imported.
     offline = constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     home = os.environ.get("HF_HOME")
@@ -106,21 +106,21 @@ def fetch_dataset(uri: str) -> Fetched:
 def _parse(uri: str) -> _DatasetRef:
     found = _URI.fullmatch(uri)
     if found is None or f"{found['repo']}/".startswith(("datasets/", *_OTHER_KINDS)):
-        raise ConfigurationError(f"{uri!r} names no dataset of the hub: write {_GRAMMAR}")
+        raise ConfigurationError(f"{uri!r} is not the URI of a hub dataset: expected {_GRAMMAR}")
     query = dict(parse_qsl(found["query"] or "", keep_blank_values=True))
     if unknown := sorted(set(query) - {"split", "config"}):
-        raise ConfigurationError(f"{uri!r}: {', '.join(unknown)} is unknown here: write {_GRAMMAR}")
+        raise ConfigurationError(f"{uri!r}: unknown parameter {', '.join(unknown)}: expected {_GRAMMAR}")
     revision, path = found["revision"], found["path"] or ""
     place = _DatasetRef(
         found["repo"], unquote(revision) if revision else None, path, query.get("split"), query.get("config")
     )
     if glob.has_magic(path) and query:
-        raise ConfigurationError(f"{uri!r}: a glob already says which files are read: leave out {'?' + found['query']}")
+        raise ConfigurationError(f"{uri!r}: a glob already selects the files: leave out {'?' + found['query']}")
     return place
 
 
 def _listing(hub: Any, api: Any, place: _DatasetRef, kept: Mapping[str, Any], offline: bool) -> tuple[str, list[str]]:
-    """Returns the commit and the names of all its files."""
+    """Returns the commit and the names of all files in it."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     asked = place.revision
@@ -130,7 +130,7 @@ def _listing(hub: Any, api: Any, place: _DatasetRef, kept: Mapping[str, Any], of
         except CachedRepoTreeNotFoundError:
             pass
     if not offline:
-        # First of all, since the calls below wait for ever for a silent server, or fall back to the cache without a word.
+        # First, because the calls below have no timeout and silently fall back to the cache.
         api.dataset_info(place.repo, revision=asked, timeout=_TIMEOUT_S)
     commit = str(api.resolve_revision(place.repo, revision=asked, local_files_only=offline, **kept).resolved)
     if offline:
@@ -146,7 +146,7 @@ def _choose(place: _DatasetRef, names: list[str], declared: dict[str, Splits]) -
     if place.path:
         if place.path in names:
             if place.split or place.config:
-                raise ConfigurationError(f"{place} names one file: leave out what stands behind '?'")
+                raise ConfigurationError(f"{place} is a single file: leave out the part after '?'")
             return [place.path], ()
         if glob.has_magic(place.path):
             data, other = sift([name for name in names if matches(name, place.path)])
@@ -155,10 +155,10 @@ def _choose(place: _DatasetRef, names: list[str], declared: dict[str, Splits]) -
             return data, tuple(other)
         below = f"{place.path}/"
         if not any(name.startswith(below) for name in names):
-            raise DataError(f"{place} is not there: {place.uri()} holds {few(sorted(names))}. Check the path")
+            raise DataError(f"{place} does not exist: {place.uri()} contains {few(sorted(names))}. Check the path")
     data, other = sift([name.removeprefix(below) for name in names if name.startswith(below)])
     if not data and not declared:
-        convert = f"; the hub's own conversion may be there as hf://datasets/{place.repo}@refs/convert/parquet"
+        convert = f", or try the hub's own conversion: hf://datasets/{place.repo}@refs/convert/parquet"
         raise DataError(f"{nothing_there(str(place), names)}{convert}")
     files, left = _of_split(place, declared or _guessed(data))
     refuse_twins(files, str(place))
@@ -166,29 +166,29 @@ def _choose(place: _DatasetRef, names: list[str], declared: dict[str, Splits]) -
 
 
 def _of_split(place: _DatasetRef, configs: dict[str, Splits]) -> tuple[list[str], list[str]]:
-    """Returns the files of the split that is asked for, and those of its config that belong to none."""
+    """Returns the files of the requested split, and the files of its config that belong to no split."""
     if place.config is None and len(configs) > 1:
         ways = [place.uri(path=place.path, split=place.split, config=name) for name in sorted(configs)]
-        raise DataError(f"{place} has several configs. Give one of them:\n  " + "\n  ".join(ways))
+        raise DataError(f"{place} has several configs. Use one of:\n  " + "\n  ".join(ways))
     config = place.config or next(iter(configs))
     if config not in configs:
-        raise DataError(f"{place}: no config {config!r}. There are: {', '.join(sorted(configs))}. Give one of them")
+        raise DataError(f"{place}: no config {config!r}. Use one of: {', '.join(sorted(configs))}")
     splits = configs[config]
     wanted = place.split or "train"
     labelled = {name: files for name, files in splits.items() if name is not None and files}
-    if wanted not in labelled:  # `dev` stands for validation, as in file names
+    if wanted not in labelled:  # `dev` means validation, as in file names
         wanted = split_of(f"{wanted}/any") or wanted
     if wanted in labelled:
         return labelled[wanted], splits.get(None, [])
     if not labelled and splits.get(None) and place.split in (None, "train"):
         return splits[None], []
     ways = [place.uri(path=place.path, split=name, config=place.config) for name in sorted(labelled)]
-    there = "Give one of them:\n  " + "\n  ".join(ways) if ways else "Its files belong to no split: leave out split="
+    there = "Use one of:\n  " + "\n  ".join(ways) if ways else "Its files belong to no split: leave out split="
     raise DataError(f"{place}: no split {place.split or wanted!r}. {there}")
 
 
 def _guessed(data: list[str]) -> dict[str, Splits]:
-    """Sorts files into configs and splits by their names alone."""
+    """Groups files into configs and splits by name only."""
     configs: dict[str, Splits] = {}
     for name in data:
         inner = name.removeprefix("data/")
@@ -200,7 +200,7 @@ def _guessed(data: list[str]) -> dict[str, Splits]:
 
 
 def _declared(card: Mapping[str, Any], names: list[str]) -> dict[str, Splits]:
-    """Returns what the README's `configs` say; empty where it declares no data file.
+    """Returns the `configs` of the README; empty if it declares no data files.
 
     Source: https://huggingface.co/docs/hub/datasets-manual-configuration
     """
@@ -233,7 +233,7 @@ def _declared(card: Mapping[str, Any], names: list[str]) -> dict[str, Splits]:
 
 
 def _settings(readme: str, names: list[str], place: _DatasetRef) -> dict[str, Splits]:
-    """Returns what the block of YAML at the top of a README declares, see `_declared`."""
+    """Returns the configs declared in the YAML block at the top of a README, see `_declared`."""
     try:
         block = _YAML_BLOCK.match(Path(readme).read_text(encoding="utf-8-sig"))
         card = load_yaml(block[1]) if block else {}
@@ -244,20 +244,20 @@ def _settings(readme: str, names: list[str], place: _DatasetRef) -> dict[str, Sp
         ValueError,
         TypeError,
         AttributeError,
-    ) as error:  # the last two: of entries that are not what they should be
+    ) as error:  # the last two come from entries of the wrong type
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{place}: the block of settings at the top of its README.md is broken ({cause}), so its splits are not "
-            f"known: name the files, as in {place.uri(path='data/train-*')}"
+            f"{place}: the YAML block at the top of its README.md is broken ({cause}), so its splits are unknown: "
+            f"select the files, as in {place.uri(path='data/train-*')}"
         ) from None
 
 
-# ── what goes wrong ────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
 def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[None]:
-    """Turns what the hub's client raises into errors with URI, endpoint, cause and remedy; none of them holds the token."""
+    """Turns exceptions of the hub's client into errors with URI, endpoint, cause and remedy, without the token."""
     import httpx2
     from huggingface_hub import errors, get_token
 
@@ -275,20 +275,20 @@ def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[Non
     except errors.GatedRepoError as error:
         raise StoreDeniedError(
             f"{where} is gated: accept its terms at {endpoint}/datasets/{place.repo}, then set HF_TOKEN to a token of "
-            "the account that did"
+            "that account"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        hint = "check that HF_TOKEN belongs to an account that may read it" if get_token() else "set HF_TOKEN for it"
+        hint = "check that HF_TOKEN belongs to an account with access" if get_token() else "set HF_TOKEN"
         raise DataError(
-            f"{where} is not there, or is private: check owner and name; if it is private, {hint}"
+            f"{where} does not exist or is private: check owner and name; if it is private, {hint}"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise DataError(f"{where}: no revision {place.revision!r}. Give a branch, a tag or a commit") from error
+        raise DataError(f"{where}: no revision {place.revision!r}. Use a branch, a tag or a commit") from error
     except missing as error:
         if offline:
             raise DataError(
-                f"{place} is not whole in the hub's cache, and HF_HUB_OFFLINE is set: unset it once where the hub can "
-                "be reached, or give the path of a local copy"
+                f"{place} is not complete in the hub's cache, and HF_HUB_OFFLINE is set: unset it once while the hub is "
+                "reachable, or pass the path of a local copy"
             ) from error
         raise StoreUnreachableError(_unreachable(where, error)) from error
     except httpx2.TransportError as error:
@@ -297,17 +297,17 @@ def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[Non
         status = error.response.status_code
         said = error.server_message or f"HTTP {status}"
         if status in (401, 403):
-            raise StoreDeniedError(f"{where}: {said}. Check HF_TOKEN and that its account may read this") from error
+            raise StoreDeniedError(f"{where}: {said}. Check HF_TOKEN and that its account has access") from error
         if status == 429 or status >= 500:
             raise StoreUnreachableError(f"{where}: {said} (HTTP {status}). Try again later, or set HF_TOKEN") from error
         raise StoreError(f"{where}: {said} (HTTP {status}). Check HF_ENDPOINT and the URI") from error
     except errors.HFValidationError as error:
-        raise ConfigurationError(f"{place} names no dataset of the hub ({error}): write {_GRAMMAR}") from None
+        raise ConfigurationError(f"{place} is not a valid hub dataset ({error}): expected {_GRAMMAR}") from None
     except (errors.FileMetadataError, ValueError) as error:
-        raise StoreError(f"{where} does not answer as a Hugging Face hub does ({error}): check HF_ENDPOINT") from error
+        raise StoreError(f"{where} does not respond like a Hugging Face hub ({error}): check HF_ENDPOINT") from error
     except OSError as error:
         raise StoreError(
-            f"{place} cannot be kept in the hub's cache: {error}. Free space there, or set HF_HUB_CACHE to another folder"
+            f"{place} cannot be written to the hub's cache: {error}. Free space there, or set HF_HUB_CACHE to another folder"
         ) from error
 
 
@@ -315,5 +315,5 @@ def _unreachable(where: str, error: Exception) -> str:
     cause = (str(error).splitlines() or [""])[0] or type(error).__name__
     return (
         f"{where} cannot be reached: {cause}. Check the network, proxy settings and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses "
-        "what is in the cache"
+        "only the cache"
     )

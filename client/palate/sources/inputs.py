@@ -1,4 +1,4 @@
-"""The data of a training: brought here, checked to its last row, and put where the run finds it. Knows stores, no trainer."""
+"""The input data of a training job: fetched, fully checked, and uploaded for the run. Knows stores, no trainer."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _REMARKS_SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceData:
-    """Data that needs a word on how to read it: what `inputs={"train": …}` takes in place of a path.
+    """Data with instructions on how to read it; `inputs={"train": …}` accepts it in place of a path.
 
     Attributes:
         uri: A path, folder, glob or URI, see docs/data.md.
-        format: Name of the rows' format; by default each row's own fields decide.
-        input_columns: For a table: column by placeholder of the prompt template; without a template one column, the prompt.
-        label_columns: For a table: the column of `chosen` and of `rejected`, or several by key, which make a JSON object.
-        prompt_template: File with prompt templates (CSV or YAML: `name`, `system`, `user`).
-        prompt_name: Which of them, when there are several.
+        format: Name of the row format. Default: detected from the fields of each row.
+        input_columns: For a table: maps placeholders of the prompt template to columns; without a template, one column.
+        label_columns: For a table: the columns of `chosen` and `rejected`, or several by key, which form a JSON object.
+        prompt_template: File with prompt templates (CSV or YAML with `name`, `system`, `user`).
+        prompt_name: Name of the template, if the file has several.
     """
 
     uri: str | Path
@@ -48,7 +48,7 @@ class PreferenceData:
     prompt_name: str | None = None
 
     def as_format(self) -> Format | None:
-        """Returns how rows are read, or None when their fields decide.
+        """Returns the row format, or None to detect it from the fields.
 
         Raises:
             DataError: See `palate_recipes.preferences.columns.format_for`.
@@ -66,15 +66,15 @@ class PreferenceData:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """Data of one channel that has been read to its last row.
+    """Fully checked data of one channel.
 
     Attributes:
-        fetched: The files, on this machine while `checked_inputs` lasts.
-        report: What the check found.
-        rows: Rows that can be trained on.
-        skipped: Rows that `bad_rows=skip` leaves out: number to fault.
-        format: How rows are read when it had to be said.
-        strategy: What they are for.
+        fetched: The files, on this machine until `checked_inputs` exits.
+        report: Report of the check.
+        rows: Usable rows.
+        skipped: Rows that `bad_rows=skip` leaves out, as row number to fault.
+        format: The row format, if it was given.
+        strategy: Training strategy of the rows.
     """
 
     fetched: Fetched
@@ -85,30 +85,30 @@ class Input:
     strategy: Strategy = "dpo"
 
     def remarks(self, channel: str, *, skipped: bool) -> list[str]:
-        """Returns what the user should know of the data, a line each.
+        """Returns notes about the data for the user, one per line.
 
         Args:
             channel: `train` or `validation`.
-            skipped: Name the rows that are left out as well.
+            skipped: Also list the skipped rows.
         """
         from palate_recipes.preferences.load import describe_skipped
 
         lines = [f"note: {channel}: {describe_skipped(self.skipped)}"] if self.skipped and skipped else []
         if self.fetched.passed_over:
             lines.append(
-                f"note: {channel}: not read, since no data by their names: {', '.join(self.fetched.passed_over[:8])}"
+                f"note: {channel}: skipped (not data files by name): {', '.join(self.fetched.passed_over[:8])}"
             )
         found = self.report.lines(("warning",))[:-1]
         lines += [f"{channel}: {line}" for line in found[:_REMARKS_SHOWN]]
         if len(found) > _REMARKS_SHOWN:
-            lines.append(f"{channel}: … `palate data check` shows all")
+            lines.append(f"{channel}: … run `palate data check` to see all")
         return lines
 
     def keep(self, record: Record, channel: str) -> InputFile:
-        """Puts the data where the run finds it, and returns what the manifest says of it.
+        """Makes the data available to the run; returns its manifest entry.
 
-        One file of an object store stays where it is. One local file is copied into the job's prefix as it is. All else
-        (shards, hub data sets, sheets, data whose format was named) is copied as one JSON-lines file of plain rows.
+        A single file in an object store is used in place. A single local file is uploaded unchanged to the job's prefix.
+        Everything else (shards, hub datasets, sheets, data with a given format) is uploaded as one JSONL file of plain rows.
         """
         plain = len(self.fetched.files) == 1 and self.format is None
         path = self.fetched.files[0]
@@ -150,18 +150,18 @@ class Input:
 def checked_inputs(
     inputs: Mapping[str, str | Path | PreferenceData], session: Session, *, strategy: Strategy, bad_rows: BadRows
 ) -> Iterator[dict[str, Input]]:
-    """Brings the data of every channel here and checks it, the training data against the validation data.
+    """Fetches and checks the data of every channel, and compares the training data with the validation data.
 
     Args:
-        inputs: `train`, and perhaps `validation`.
-        session: Gives the options of object stores.
-        strategy: What the rows are for.
-        bad_rows: `refuse` ends with an error when a row is wrong, `skip` leaves it out.
+        inputs: `train` and optionally `validation`.
+        session: Has the options of object stores.
+        strategy: Training strategy of the rows.
+        bad_rows: `refuse` raises for an unusable row, `skip` leaves it out.
 
     Raises:
-        DataError: Data is missing or has unusable rows (with `skip`: no usable one); names file, row, field and remedy.
+        DataError: Data is missing or has unusable rows (with `skip`: no usable row); names file, row, field and remedy.
         StoreError: The object store cannot be read.
-        ConfigurationError: An input that is neither a path nor a URI.
+        ConfigurationError: An input is neither a path nor a URI.
     """
     from palate.sources.resolve import fetch_files
     from palate_recipes.preferences.check import read_files
@@ -173,12 +173,12 @@ def checked_inputs(
             data = given if isinstance(given, PreferenceData) else PreferenceData(uri=given)
             if not isinstance(data.uri, str | Path) or not str(data.uri):
                 raise ConfigurationError(
-                    f"inputs[{channel!r}]={data.uri!r} must be a path or a URI (file://, s3://, oss://, hf://)"
+                    f"inputs[{channel!r}]={data.uri!r} must be a path or a URI (file://, s3://, oss://, hf://, gsheet://)"
                 )
             found[channel] = data, data.as_format(), places.enter_context(fetch_files(data.uri, session))
         files = {channel: tuple((path, str(path)) for path in item.files) for channel, (_, _, item) in found.items()}
         prompts: NearIndex | None = None
-        for channel in sorted(found, key=lambda name: name != "validation"):  # the other is compared with it
+        for channel in sorted(found, key=lambda name: name != "validation"):  # first: train is compared with it
             data, form, fetched = found[channel]
             index = channel == "validation" and "train" in found
             linter = read_files(files[channel], strategy=strategy, format=form, against=prompts, index_prompts=index)

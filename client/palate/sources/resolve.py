@@ -1,4 +1,4 @@
-"""Brings preference data onto this machine: turns paths, folders, globs and URIs into local files. Knows places, no file's content."""
+"""Fetches preference data: turns paths, folders, globs and URIs into local files. Knows locations, not the files' content."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from palate_recipes.errors import ConfigurationError, DataError, ObjectNotFoundE
 from palate_recipes.text import LONGEST, expand_path, show_path
 
 KNOWN = (
-    "a path, a folder or a glob of this machine, file://, s3://, oss://, hf://datasets/OWNER/NAME, "
+    "a local path, folder or glob, file://, s3://, oss://, hf://datasets/OWNER/NAME, "
     "gsheet://ID/WORKSHEET or https://docs.google.com/spreadsheets/d/ID"
 )
-"""What `fetch_files` takes, for messages."""
+"""Supported locations, for error messages."""
 
 _SHEETS = "https://docs.google.com/spreadsheets/"
 
 
 @contextmanager
 def fetch_files(uri: str | Path, session: Session) -> Iterator[Fetched]:
-    """Brings the data files that `uri` names onto this machine for as long as the block runs.
+    """Makes the data files at `uri` available on this machine while the block runs.
 
-    Local files are used in place, those of a hub dataset lie in the hub's own cache, all others in a temporary folder
-    that vanishes at the end. A folder (or prefix) is read at any depth and must hold one split; a glob takes what it matches.
+    Local files are used in place, files of a hub dataset are in the hub's own cache, all others in a temporary folder that
+    is deleted at the end. A folder (or prefix) is read recursively and must contain one split; a glob selects files.
 
     Args:
-        uri: A path, folder or glob (`data/part-*.jsonl.gz`, `**` for any depth) here or in a store: `file://`, `s3://`,
-            `oss://`; `hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=…]`; a Google Sheet.
-        session: Gives the options of object stores.
+        uri: A local path, folder or glob (`data/part-*.jsonl.gz`, `**` for any depth), or one in a store: `file://`,
+            `s3://`, `oss://`; `hf://datasets/OWNER/NAME[@revision][/path or glob][?split=train&config=…]`; a Google Sheet.
+        session: Has the options of object stores.
 
     Raises:
-        ConfigurationError: The URI cannot be understood, or a setting for it is missing.
-        DataError: Nothing is there, it is no data file, or a folder holds several splits; says what is there.
-        MissingDependencyError: An optional package that this kind of place needs is not installed.
-        StoreError: The place refuses or does not answer.
+        ConfigurationError: The URI is invalid, or a setting for it is missing.
+        DataError: Nothing found, not a data file, or a folder with several splits; lists what exists.
+        MissingDependencyError: An optional package for this kind of location is not installed.
+        StoreError: The location refuses access or does not respond.
     """
     text = os.fspath(uri)
     scheme, separator, _ = text.partition("://")
     if not text.strip():
-        raise ConfigurationError(f"the path of the data is empty: give {KNOWN}")
+        raise ConfigurationError(f"the path of the data is empty: expected {KNOWN}")
     if len(text) >= LONGEST:
         raise ConfigurationError(
-            f"{show_path(text)} has {len(text):,} characters: a path or URI has less than {LONGEST:,}"
+            f"{show_path(text)} has {len(text):,} characters: expected a path or URI with fewer than {LONGEST:,}"
         )
     if not separator or scheme == "file":
         yield _local(text)
@@ -68,14 +68,18 @@ def fetch_files(uri: str | Path, session: Session) -> Iterator[Fetched]:
             from palate.sources.sheets import fetch_sheet
 
             yield fetch_sheet(text, Path(folder))
-        else:  # the message repeats the scheme alone: the rest may hold a password
-            hint = "; a page of the Hugging Face hub is hf://datasets/OWNER/NAME" if "huggingface.co/" in text else ""
+        else:  # the message has only the scheme: the rest may contain a password
+            hint = (
+                "; for a dataset of the Hugging Face hub use hf://datasets/OWNER/NAME"
+                if "huggingface.co/" in text
+                else ""
+            )
             raise ConfigurationError(
-                f"{scheme}:// is no place that preference data is read from: give {KNOWN}, or download it first{hint}"
+                f"{scheme}:// is not supported for preference data: expected {KNOWN}. Or download it first{hint}"
             )
 
 
-# ── this machine ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── local files ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _local(text: str) -> Fetched:
@@ -92,7 +96,9 @@ def _local(text: str) -> Fetched:
             data, other = of_folder(list(walk(path)), str(path))
             return Fetched(tuple(path / name for name in data), origin, None, other)
         if path.exists():
-            raise DataError(f"{path} is neither a file nor a folder, and is read more than once: save it as a file")
+            raise DataError(
+                f"{path} is neither a file nor a folder: save it as a file, because data is read more than once"
+            )
         if glob.has_magic(str(path)):
             base = Path(split_glob(str(path))[0] or "/")
             found = [Path(name) for name in glob.glob(REPEATED.sub("**/", str(path)), recursive=True)]
@@ -101,11 +107,11 @@ def _local(text: str) -> Fetched:
             data, other = of_glob(names, str(path), there)
             return Fetched(tuple(base / name for name in data), origin, None, other)
         near = next(folder for folder in path.parents if folder.is_dir())
-        raise DataError(f"{path}: no such file or folder. Check the path; {near} holds {few(_entries(near))}")
+        raise DataError(f"{path}: no such file or folder. Check the path; {near} contains {few(_entries(near))}")
     except OSError as error:
         raise DataError(
             f"{error.filename or path} cannot be read: {error.strerror or error}. "
-            "Give this user the right to read it, or copy it elsewhere"
+            "Give this user permission to read it, or copy it elsewhere"
         ) from error
 
 
@@ -129,7 +135,7 @@ def _from_store(uri: str, session: Session, folder: Path) -> Fetched:
             parent.download(name, folder / name)
             return Fetched((folder / name,), origin, None)
         except ObjectNotFoundError:
-            pass  # a prefix or a glob, then
+            pass  # so it is a prefix or a glob
     if glob.has_magic(key):
         base, pattern = split_glob(key)
         store = open_store(f"{scheme}://{bucket}/{base}".rstrip("/"), options=options)
@@ -140,10 +146,10 @@ def _from_store(uri: str, session: Session, folder: Path) -> Fetched:
         there = [info.key for info in store.list()]
         if not there and key:
             parent, _ = open_parent(origin, options=options)
-            # All keys of a bucket may be millions: there only its folders are named.
+            # A bucket may have millions of keys, so at its root only the folders are listed.
             beside = [info.key for info in parent.list()] if "/" in key else [f"{n}/" for n in parent.list_children()]
             raise DataError(
-                f"{origin} is not there, as an object or as a prefix; {parent.root} holds {few(beside)}: "
+                f"{origin} does not exist as an object or a prefix; {parent.root} contains {few(beside)}: "
                 "check bucket and key, or upload the file first"
             )
         data, other = of_folder(there, origin)

@@ -1,4 +1,4 @@
-"""Which of many files are the data: names that end like data, splits, shards, globs. Knows names, never a file's content."""
+"""Selects data files by name: suffixes, splits, shards, globs. Knows names, never a file's content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 COMPRESSIONS = (".gz", ".zst")
-"""Endings that may follow each of SUFFIXES."""
+"""Suffixes that may follow each of SUFFIXES."""
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -38,14 +38,14 @@ _SPLITS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Fetched:
-    """Data files that lie on this machine, in the order in which their rows are to be read.
+    """Local data files, in reading order.
 
     Attributes:
-        files: At least one; below a common folder they keep the names that they have where they come from.
-        origin: URI of the whole: `file://…` for what is local, else as it was given.
-        revision: Commit of a hub dataset; None where the origin keeps no versions.
-        passed_over: Names that were found and left out because they end like no data file or belong to no split.
-            Hidden files, `_SUCCESS`, READMEs, licences and the like are not among them.
+        files: At least one path; below a common folder they keep their original names.
+        origin: URI of the data: `file://…` for local files, else as given.
+        revision: Commit of a hub dataset; None if the origin has no versions.
+        passed_over: Files that were skipped because their name is not that of a data file or belongs to no split.
+            Does not include hidden files, `_SUCCESS`, READMEs, licences and the like.
     """
 
     files: tuple[Path, ...]
@@ -58,7 +58,7 @@ class Fetched:
 
 
 def stem_of(name: str) -> str | None:
-    """Returns a data file's name without its endings, or None for what ends like no data file."""
+    """Returns the name of a data file without its suffixes, or None if it does not have the suffix of a data file."""
     plain = name.lower()
     for compression in COMPRESSIONS:
         plain = plain.removesuffix(compression)
@@ -67,7 +67,7 @@ def stem_of(name: str) -> str | None:
 
 
 def sift(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns (data files, other files), each sorted; what is known to be neither data nor a mistake is in none of them.
+    """Returns (data files, other files), each sorted; neither includes READMEs, licences and other files known not to be data.
 
     Args:
         names: Paths relative to their common folder, with `/`.
@@ -81,7 +81,7 @@ def sift(names: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if any(part.startswith(".") for part in name.split("/")):
             continue
-        # What datasets' save_to_disk() writes beside its Arrow files.
+        # datasets' save_to_disk() writes it next to its Arrow files.
         if file == "state.json" and f"{folder}/dataset_info.json".lstrip("/") in all_names:
             continue
         (other if stem_of(file) is None else data).append(name)
@@ -89,10 +89,10 @@ def sift(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def split_of(name: str) -> str | None:
-    """Returns the split that a file belongs to by its own name or a folder's, or None; as `datasets` guesses it.
+    """Returns the split of a file, inferred from its name or a folder's as `datasets` does, or None.
 
     Source: `datasets.data_files`, with one difference: `train_prefs-00000-of-00001` and a folder `train_prefs` are
-    splits of their own, so that they are never mixed with `train_sft`.
+    separate splits, so that they are never mixed with `train_sft`.
     """
     *folders, file = name.split("/")
     for folder in folders:
@@ -109,11 +109,10 @@ def split_of(name: str) -> str | None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Says whether a relative path matches a glob: `*` stays within a part of the path, `**` spans any number of them."""
+    """Returns whether a relative path matches a glob: `*` matches within one path part, `**` any number of parts."""
     parts, patterns = name.split("/"), pattern.split("/")
-    taken = {
-        0
-    }  # numbers of parts that the patterns so far may match: a search of each way would never end for `**/*/**/*…`
+    # The numbers of leading parts that the patterns so far can match. Backtracking is exponential for `**/*/**/*…`.
+    taken = {0}
     for index, part in enumerate(patterns):
         if part == "**":
             if index == len(patterns) - 1:
@@ -127,19 +126,19 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def refuse_twins(names: Sequence[str], origin: str) -> None:
-    """Raises DataError when two files differ in their endings alone: the same rows would count twice."""
+    """Raises DataError if two files differ only in their suffix: the same rows would be read twice."""
     seen: dict[str, str] = {}
     for name in names:
         twin = seen.setdefault(stem_of(name) or name, name)
         if twin != name:
             raise DataError(
-                f"{origin} holds {twin} and {name}, which look like the same rows in two formats: "
-                "name one of them, or use a glob such as *.jsonl"
+                f"{origin} contains {twin} and {name}, which look like the same rows in two formats: "
+                "select one of them, or use a glob such as *.jsonl"
             )
 
 
 def few(names: Sequence[str]) -> str:
-    """Returns the first names for a message, and how many more there are."""
+    """Returns the first names for a message, and the number of the others."""
     if not names:
         return "nothing"
     more = len(names) - _SHOWN
@@ -147,10 +146,10 @@ def few(names: Sequence[str]) -> str:
 
 
 def nothing_there(origin: str, names: Sequence[str]) -> DataError:
-    """Returns the error for a place without a data file."""
+    """Returns the error for a location without data files."""
     endings = " ".join(SUFFIXES)
     return DataError(
-        f"{origin}: no data file is there. Looked for names that end in {endings}, each also with "
+        f"{origin}: no data files found. Expected names that end in {endings}, each optionally with "
         f"{' or '.join(COMPRESSIONS)}; found {few(sorted(names))}. Check the path, or convert the files"
     )
 
@@ -163,10 +162,10 @@ def of_folder(names: Sequence[str], origin: str) -> tuple[list[str], tuple[str, 
     for name in data:
         splits.setdefault(split_of(name), []).append(name)
     if len(splits) > 1:
-        lines = [f"{origin} holds files of several splits, which must not be mixed. Give one of them:"]
+        lines = [f"{origin} contains files of several splits, which must not be mixed. Use one of:"]
         for split, files in sorted(splits.items(), key=lambda item: str(item[0] or "~")):
             place = _place_of(split, files, data)
-            remedy = f"{origin.rstrip('/')}/{place}" if place else "(no glob fits them alone: give them a folder)"
+            remedy = f"{origin.rstrip('/')}/{place}" if place else "(no glob matches only these: move them to a folder)"
             lines.append(f"  {split or 'no split'} ({len(files)} {'file' if len(files) == 1 else 'files'}): {remedy}")
         more = len(lines) - 1 - _SPLITS_SHOWN
         lines[_SPLITS_SHOWN + 1 :] = [f"  and {more} more splits"] if more > 0 else []
@@ -176,7 +175,7 @@ def of_folder(names: Sequence[str], origin: str) -> tuple[list[str], tuple[str, 
 
 
 def _place_of(split: str | None, files: list[str], data: list[str]) -> str | None:
-    """Returns the name, folder or glob that takes `files` and no other of `data`."""
+    """Returns a name, folder or glob that selects exactly `files` from `data`."""
     if len(files) == 1:
         return files[0]
     folder = files[0].partition("/")[0]
@@ -190,7 +189,7 @@ def _place_of(split: str | None, files: list[str], data: list[str]) -> str | Non
 
 
 def split_glob(path: str) -> tuple[str, str]:
-    """Splits a path into the folder before its first part with a wildcard, and the glob below it."""
+    """Splits a path into the folder before the first part with a wildcard, and the glob below it."""
     parts = path.split("/")
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     return "/".join(parts[:first]), "/".join(parts[first:])

@@ -1,7 +1,7 @@
-"""Preference data from a Google Sheet: one worksheet becomes one CSV file, cells as they are shown. Knows no row format.
+"""Preference data from a Google Sheet: one worksheet becomes one CSV file, with the displayed values. Knows no row format.
 
-A service account reads it, by GOOGLE_SHEETS_CLIENT_EMAIL and GOOGLE_SHEETS_PRIVATE_KEY of the environment. No message holds
-the key: whatever comes from the libraries is cleaned of it.
+A service account reads it, from the variables GOOGLE_SHEETS_CLIENT_EMAIL and GOOGLE_SHEETS_PRIVATE_KEY. No message contains
+the key: it is removed from the libraries' messages.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ _GOOGLE = "https://sheets.googleapis.com"
 _GOOGLE_TOKENS = "https://oauth2.googleapis.com/token"
 _SCOPES = ("https://www.googleapis.com/auth/spreadsheets.readonly",)
 _TIMEOUT_S = 60.0
-_GRAMMAR = (
-    "gsheet://ID/Worksheet name, or the address of the open sheet: https://docs.google.com/spreadsheets/d/ID/edit#gid=0"
-)
+_GRAMMAR = "gsheet://ID/Worksheet name, or the URL of the sheet: https://docs.google.com/spreadsheets/d/ID/edit#gid=0"
 _ADDRESS = re.compile(r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/(?P<id>[\w-]{10,})(?:[/?#].*)?", re.ASCII)
 _GID = re.compile(r"[?#&]gid=(\d{1,18})(?!\d)", re.ASCII)
 
@@ -52,33 +50,35 @@ class _Account:
     private_key: str = field(repr=False)
 
     def clean(self, text: object) -> str:
-        """Returns a text of a library without anything of the key, on one line."""
+        """Returns a library's message on one line, without any part of the key."""
         said = " ".join(str(text).split())
         for line in self.private_key.split():
-            if len(line) > 8:  # shorter ones are words of the key's own frame
+            if len(line) > 8:  # shorter ones are words of the PEM header and footer
                 said = said.replace(line, "***")
         return said
 
 
 def fetch_sheet(uri: str, folder: Path) -> Fetched:
-    """Writes a worksheet to a CSV file in `folder`: its first row is the header, every other row a row.
+    """Writes a worksheet to a CSV file in `folder`; its first row is the header.
 
     Args:
-        uri: `gsheet://ID/Worksheet name` or the address of an open sheet. Without a worksheet the spreadsheet must have one alone.
-        folder: On this machine.
+        uri: `gsheet://ID/Worksheet name` or the URL of a sheet. Without a worksheet, the spreadsheet must have only one.
+        folder: Local folder.
 
     Raises:
-        ConfigurationError: The URI cannot be understood, or the service account is not set.
-        DataError: No such spreadsheet or worksheet; no header, an empty or doubled header cell, no rows.
+        ConfigurationError: The URI is invalid, or the service account is not set.
+        DataError: No such spreadsheet or worksheet; no header, an empty or duplicate header cell, no rows.
         MissingDependencyError: gspread is not installed.
-        StoreDeniedError: Google refuses the account, or the sheet is not shared with it.
-        StoreUnreachableError: Google does not answer.
+        StoreDeniedError: Google rejects the account, or the sheet is not shared with it.
+        StoreUnreachableError: Google does not respond.
     """
     key, title, gid = _parse(uri)
     try:
-        import gspread  # noqa: F401  # before the settings are asked for: without it they are of no use
+        import gspread  # noqa: F401  # before the settings are read: they are useless without it
     except ImportError:
-        raise MissingDependencyError(f"{uri} needs gspread, not installed here: pip install 'palate[data]'") from None
+        raise MissingDependencyError(
+            f"{uri} needs gspread, which is not installed: pip install 'palate[data]'"
+        ) from None
     account = _account(uri)
     with _explained(uri, account):
         spreadsheet = _connect(uri, account).open_by_key(key)
@@ -87,7 +87,7 @@ def fetch_sheet(uri: str, folder: Path) -> Fetched:
     origin = f"gsheet://{key}/{worksheet.title}"
     path = (
         folder / f"{worksheet.title.replace('/', '-').lstrip('.')[:60] or 'sheet'}.csv"
-    )  # in bytes a name may be too long
+    )  # 60 characters: file names are limited to 255 bytes
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(_table(origin, cells))
     return Fetched((path,), origin, None)
@@ -102,7 +102,7 @@ def _parse(uri: str) -> tuple[str, str | None, int | None]:
     elif found := _ADDRESS.fullmatch(uri):
         gid = _GID.findall(uri)
         return found["id"], None, int(gid[-1]) if gid else None
-    raise ConfigurationError(f"{uri!r} names no Google Sheet: write {_GRAMMAR}")
+    raise ConfigurationError(f"{uri!r} is not a Google Sheet: expected {_GRAMMAR}")
 
 
 def _account(uri: str) -> _Account:
@@ -110,10 +110,10 @@ def _account(uri: str) -> _Account:
     missing = [name for name, value in ((EMAIL, email), (PRIVATE_KEY, given)) if not value]
     if missing:
         raise ConfigurationError(
-            f"{uri} is read by a Google service account: set {' and '.join(missing)} "
+            f"{uri} needs a Google service account: set {' and '.join(missing)} "
             "(client_email and private_key of the account's JSON key file)"
         )
-    # .env files keep quotes and write line breaks as \n.
+    # Values from .env files can have quotes, and line breaks as \n.
     return _Account(email, given.strip("\"'").replace("\\n", "\n"))
 
 
@@ -129,10 +129,10 @@ def _connect(uri: str, account: _Account) -> Client:
     }
     try:
         credentials = Credentials.from_service_account_info(facts, scopes=_SCOPES)
-    except Exception:  # of several libraries, and some repeat what they were given
+    except Exception:  # from several libraries; some messages contain the key, so none is chained
         raise ConfigurationError(
-            f"{uri}: {PRIVATE_KEY} is no private key in PEM form. It begins with -----BEGIN PRIVATE KEY----- and is "
-            "the whole of private_key in the account's JSON key file; line breaks may be written \\n"
+            f"{uri}: {PRIVATE_KEY} is not a private key in PEM format. Set it to the whole private_key of the account's "
+            "JSON key file, which begins with -----BEGIN PRIVATE KEY-----; line breaks may be written as \\n"
         ) from None
     client = gspread.Client(credentials)
     client.set_timeout(_TIMEOUT_S)
@@ -141,7 +141,7 @@ def _connect(uri: str, account: _Account) -> Client:
     def request(method: str, endpoint: str, *args: Any, **options: Any) -> Any:
         return ask(method, endpoint.replace(_GOOGLE, base, 1), *args, **options)
 
-    # gspread writes Google's address into each request: this is the one place to name another.
+    # gspread hard-codes Google's URL in each request, so the endpoint can only be replaced here.
     client.http_client.request = request
     return client
 
@@ -161,14 +161,14 @@ def _worksheet(uri: str, spreadsheet: Spreadsheet, title: str | None, gid: int |
         if title
         else f"no worksheet with gid={gid}"
         if gid is not None
-        else "no worksheet named"
+        else "several worksheets, and none selected"
     )
     ways = "\n  ".join(f"gsheet://{spreadsheet.id}/{sheet.title}" for sheet in sheets)
-    raise DataError(f"{uri}: {asked} among those of {spreadsheet.title!r}. Give one of them:\n  {ways}")
+    raise DataError(f"{uri}: {asked} in {spreadsheet.title!r}. Use one of:\n  {ways}")
 
 
 def _table(origin: str, cells: list[list[str]]) -> list[list[str]]:
-    """Returns header and rows without the empty columns at the right, or raises DataError."""
+    """Returns header and rows without trailing empty columns; raises DataError for a bad header or no rows."""
     width = max((index + 1 for row in cells for index, cell in enumerate(row) if cell.strip()), default=0)
     cells = [row[:width] + [""] * (width - len(row)) for row in cells]
     if not width or not any(cell.strip() for cell in cells[0]):
@@ -178,23 +178,21 @@ def _table(origin: str, cells: list[list[str]]) -> list[list[str]]:
     header = cells[0]
     empty = [_column(index) + "1" for index, name in enumerate(header) if not name.strip()]
     if empty:
-        raise DataError(f"{origin}: empty header cell {few(empty)}. Name the column there, or delete it")
+        raise DataError(f"{origin}: empty header cell {few(empty)}. Name the column, or delete it")
     seen: dict[str, int] = {}
     for index, name in enumerate(header):
         first = seen.setdefault(name.strip(), index)
         if first != index:
             raise DataError(
-                f"{origin}: the header {name.strip()!r} stands in {_column(first)}1 and {_column(index)}1. Rename or delete one"
+                f"{origin}: the header {name.strip()!r} is in both {_column(first)}1 and {_column(index)}1. Rename or delete one"
             )
     if len(cells) == 1:
-        raise DataError(
-            f"{origin} has a header ({few(header)}) and no rows below it: add rows, or name another worksheet"
-        )
+        raise DataError(f"{origin} has a header ({few(header)}) but no rows: add rows, or select another worksheet")
     return cells
 
 
 def _column(index: int) -> str:
-    """Returns a column's letters, `A` for 0 and `AA` for 26."""
+    """Returns the letters of a column: `A` for 0, `AA` for 26."""
     letters = ""
     index += 1
     while index:
@@ -205,20 +203,20 @@ def _column(index: int) -> str:
 
 @contextmanager
 def _explained(uri: str, account: _Account) -> Iterator[None]:
-    """Turns what gspread, google-auth and requests raise into errors with URI, cause and remedy, without the key."""
+    """Turns exceptions of gspread, google-auth and requests into errors with URI, cause and remedy, without the key."""
     import requests
     from google.auth.exceptions import GoogleAuthError, TransportError
     from gspread.exceptions import APIError, GSpreadException, SpreadsheetNotFound
 
     share = f"share the sheet with {account.email} (as Viewer)"
-    # `from None` throughout: the causes hold requests, and those the signed assertion.
+    # `from None` everywhere: the causes contain requests with the signed assertion.
     try:
         yield
     except (ConfigurationError, DataError):
         raise
     except SpreadsheetNotFound:
-        raise DataError(f"{uri} is not there: check the id in its address, and {share}") from None
-    except PermissionError as error:  # open_by_key's own word for 403
+        raise DataError(f"{uri} does not exist: check the id in its URL, and {share}") from None
+    except PermissionError as error:  # open_by_key raises it for 403
         raise _denied(uri, account, error.__cause__ or error, share) from None
     except APIError as error:
         status, said = error.response.status_code, account.clean(error.error.get("message", "")) or "no reason given"
@@ -226,11 +224,11 @@ def _explained(uri: str, account: _Account) -> Iterator[None]:
             raise _denied(uri, account, error, share) from None
         if status == 429 or status >= 500:
             raise StoreUnreachableError(
-                f"{uri}: Google Sheets answers {status}: {said}. Wait a minute and try again"
+                f"{uri}: Google Sheets returned status {status}: {said}. Wait a minute and try again"
             ) from None
         raise DataError(
-            f"{uri}: Google Sheets answers {status}: {said}. Check the id, and that it is a Google Sheet and no uploaded "
-            "Excel file"
+            f"{uri}: Google Sheets returned status {status}: {said}. Check the id, and that it is a Google Sheet and not an "
+            "uploaded Excel file"
         ) from None
     except (TransportError, requests.RequestException) as error:
         raise StoreUnreachableError(
@@ -238,12 +236,12 @@ def _explained(uri: str, account: _Account) -> Iterator[None]:
         ) from None
     except GoogleAuthError as error:
         raise StoreDeniedError(
-            f"{uri}: the service account {account.email} is refused: {account.clean(error)}. Check that {EMAIL} and {PRIVATE_KEY} "
-            "belong together and are not revoked, and this machine's clock"
+            f"{uri}: Google rejected the service account {account.email}: {account.clean(error)}. Check that {EMAIL} and "
+            f"{PRIVATE_KEY} belong together and are not revoked, and check this machine's clock"
         ) from None
     except (GSpreadException, KeyError, TypeError, ValueError) as error:
         raise StoreError(
-            f"{uri}: the answer is not that of Google Sheets ({type(error).__name__}: {account.clean(error)}). Check {ENDPOINT}"
+            f"{uri}: the response is not from Google Sheets ({type(error).__name__}: {account.clean(error)}). Check {ENDPOINT}"
         ) from None
 
 
@@ -251,4 +249,4 @@ def _denied(uri: str, account: _Account, error: BaseException, share: str) -> St
     said = account.clean(error)
     if "disabled" in said or "has not been used" in said:
         return StoreDeniedError(f"{uri}: {said}. Enable the Google Sheets API in the account's project")
-    return StoreDeniedError(f"{uri} may not be read ({said}): {share}")
+    return StoreDeniedError(f"access to {uri} was denied ({said}): {share}")

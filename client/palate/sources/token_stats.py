@@ -1,4 +1,4 @@
-"""Tokens of preference data, added to a check's report: runs the trainer's measuring program. Knows its spec, no tokenizer."""
+"""Adds token counts to the report of a data check: runs a program of the trainer. Knows its spec, no tokenizer."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def measure(
     seq_length: int | None = None,
     system_prompt: str | None = None,
 ) -> None:
-    """Counts the tokens of files as a training would cut them, and adds what it finds to their report.
+    """Counts the tokens of files, truncated as in training, and adds lengths and findings to their report.
 
     Args:
-        report: Of the same files.
-        files: Path and name of each.
+        report: Report of the same files.
+        files: Path and name of each file.
         tokenizer: A model of the catalog, or a model folder.
-        strategy: What the rows are for; None takes any.
+        strategy: Training strategy of the rows; None accepts any.
         settings: Arguments of `format_for`.
-        seq_length: Most tokens of prompt and answer together; None only counts.
-        system_prompt: Of rows that bring none; None for the default of training.
+        seq_length: Maximum tokens of prompt and answer together; None only counts.
+        system_prompt: For rows without one; None for the training default.
 
     Raises:
-        UnknownModelError: No such model.
-        DataError: The tokenizer cannot be used on these rows; says why.
+        UnknownModelError: The model is not in the catalog.
+        DataError: The tokenizer does not work on these rows; contains the cause.
     """
     check_trainer()
     session = get_default_session()
@@ -78,7 +78,7 @@ def measure(
         )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError(f"the tokens could not be counted with {tokenizer}: {said[-1]}")
+        raise DataError(f"the tokens could not be counted with the tokenizer {show_path(tokenizer)}: {said[-1]}")
     found: Measured = json.loads(done.stdout.splitlines()[-1])
     for code, places in found["places"].items():
         for file, row, unit, what in places:

@@ -1,6 +1,6 @@
-"""Objects under a URI, one surface over `file://` (and plain paths), `s3://` and `oss://`. Knows no job.
+"""Object stores behind one interface: `file://` (and plain paths), `s3://` and `oss://`. Knows objects, never jobs.
 
-Loads no client library before an object store is opened.
+boto3 is imported only when an object store is opened.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = [
 
 
 def open_store(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> Store:
-    """Opens the store whose root is `uri`. Sends nothing yet: `Store.check` does.
+    """Opens the store whose root is `uri`. Sends no request; call `Store.check` to test the connection.
 
     Args:
         uri: `file:///folder`, a plain path, `s3://bucket/folder` or `oss://bucket/folder`.
-        options: Endpoint and credentials of an object store; a file store needs none.
+        options: Endpoint and credentials of an object store; ignored for a file store.
 
     Raises:
-        StoreUsageError: The URI or the options cannot work.
+        StoreUsageError: The URI or the options are invalid.
         MissingDependencyError: boto3 is not installed; only for `s3://` and `oss://`.
     """
     root = normal_uri(uri)
@@ -45,20 +45,20 @@ def open_store(uri: str | os.PathLike[str], *, options: StoreOptions | None = No
 
 
 def open_parent(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> tuple[Store, str]:
-    """Opens the folder that holds the object or folder `uri`, and returns the store and the name in it.
+    """Opens the parent folder of the object or folder `uri`; returns the store and the name in it.
 
     Raises:
-        StoreUsageError: The URI or the options cannot work, or `uri` is a whole bucket.
+        StoreUsageError: The URI or the options are invalid, or `uri` is a whole bucket.
     """
     parent, name = split_uri(uri)
     return open_store(parent, options=options), name
 
 
 def read_uri(uri: str | os.PathLike[str], *, options: StoreOptions | None = None) -> bytes:
-    """Returns the content of one object, named by its whole URI.
+    """Returns the content of the object at a full URI.
 
     Raises:
-        ObjectNotFoundError: There is none.
+        ObjectNotFoundError: The object does not exist.
     """
     store, name = open_parent(uri, options=options)
     return store.get(name)

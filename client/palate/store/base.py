@@ -1,7 +1,7 @@
-"""The surface that every store has, and whole folders moved through it. Knows keys and folders, no kind of store.
+"""The interface of every store, and the transfer of whole folders. Knows keys and folders, no particular store.
 
-A key is a relative path with `/` between its parts. A prefix is a folder: `jobs/1` never matches `jobs/10/…`,
-a slash at its end changes nothing, and `""` is the whole store.
+A key is a relative path with `/` between its parts. A prefix names a folder: `jobs/1` never matches `jobs/10/…`,
+a trailing slash is ignored, and `""` is the whole store.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from palate.store.local import crc32_of, draft_beside, in_parallel, walk
 from palate.store.uri import check_key, check_prefix
 from palate_recipes.errors import ObjectNotFoundError, StoreError, StoreUsageError
 
-Keys = list[str]  # inside Store, `list` is the method
+Keys = list[str]  # an alias, because `list` is a method inside Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class ObjectInfo:
     Attributes:
         key: Relative to the store's root.
         size: Bytes.
-        etag: Changes with the content; compare it only with etags of the same store. Empty in a file store's
-            listings, which read no content: `stat` has it.
+        etag: Changes with the content; compare it only with etags of the same store. Empty in the listings of a
+            file store, which read no content; use `stat` instead.
         modified_s: Seconds since the epoch, by the store's clock.
     """
 
@@ -39,15 +39,15 @@ class ObjectInfo:
 
 
 class Store(ABC):
-    """Objects below one root URI. Safe to use from several threads.
+    """Objects below one root URI. Thread-safe.
 
     Every method can raise StoreDeniedError, StoreUnreachableError, BucketNotFoundError or another StoreError,
     and StoreUsageError for a key or prefix that is absolute, has a `..` part or a reserved name.
 
     Attributes:
-        root: URI of the store, without a slash at its end.
-        atomic_replace: Whether the store decides `put(if_match=…)` in one step. Where it is False
-            (Alibaba OSS has no such request, some servers ignore it) the etag is compared first and the object written after.
+        root: URI of the store, without a trailing slash.
+        atomic_replace: Whether `put(if_match=…)` is atomic. If False (Alibaba OSS does not support it, some servers
+            ignore it), the etag is compared before the object is written, and two writers can race.
     """
 
     atomic_replace: bool = True
@@ -59,7 +59,7 @@ class Store(ABC):
         return f"{type(self).__name__}({self.root!r})"
 
     def uri(self, key: str = "") -> str:
-        """Returns the URI of an object or folder; of the store itself for `""`."""
+        """Returns the URI of an object or folder, or of the store itself for `""`."""
         if not key:
             return self.root
         checked = check_key(key.removesuffix("/"))
@@ -69,7 +69,7 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """Returns the content.
+        """Returns the content of an object.
 
         Raises:
             ObjectNotFoundError: No object has this key.
@@ -77,16 +77,16 @@ class Store(ABC):
 
     @abstractmethod
     def get_range(self, key: str, start: int, length: int | None = None) -> bytes:
-        """Returns a part of the content: less than `length` bytes at its end, none behind it.
+        """Returns part of the content: fewer than `length` bytes near the end, none past it.
 
         Args:
-            key: Which object.
-            start: Bytes to leave out.
-            length: Bytes at most; None goes to the end.
+            key: Key of the object.
+            start: Offset of the first byte.
+            length: Maximum number of bytes; None reads to the end.
 
         Raises:
             ObjectNotFoundError: No object has this key.
-            StoreUsageError: `start` is negative, or `length` less than 1.
+            StoreUsageError: `start` is negative, or `length` is less than 1.
         """
 
     @abstractmethod
@@ -99,102 +99,103 @@ class Store(ABC):
         if_none_match: bool = False,
         private: bool = False,
     ) -> str:
-        """Writes an object whole or not at all, and returns its etag.
+        """Writes an object atomically and returns its etag.
 
-        Two racing writers should not write the same bytes (give each an id or a time): a put that is repeated
-        because its answer got lost knows its own work only by the content.
+        Racing writers should write different bytes, for example with an id or a time: when the response to a put is
+        lost and the put is retried, only the content shows that the first try succeeded.
 
         Args:
-            key: Where.
-            data: All of it.
-            if_match: Write only over the object that has this etag.
-            if_none_match: Write only where no object is.
-            private: Readable by this user alone (file mode 0600). On S3 the bucket's policy decides.
+            key: Key of the object.
+            data: The whole content.
+            if_match: Write only if the existing object has this etag.
+            if_none_match: Write only if no object has this key.
+            private: Readable only by this user (file mode 0600). On S3 the bucket policy decides.
 
         Raises:
-            PreconditionFailedError: The condition does not hold; nothing was written.
+            PreconditionFailedError: The condition is not met; nothing was written.
         """
 
     @abstractmethod
     def stat(self, key: str) -> ObjectInfo | None:
-        """Returns what is known about an object without its content, or None where none is."""
+        """Returns the metadata of an object, or None if it does not exist."""
 
     def exists(self, key: str) -> bool:
-        """Says whether an object has this key."""
+        """Returns whether an object has this key."""
         return self.stat(key) is not None
 
     @abstractmethod
     def checksum(self, key: str) -> str | None:
-        """Returns the CRC-32 of the content as eight hex digits; None where no object is, or nobody recorded it.
+        """Returns the CRC-32 of the content as eight hex digits; None without an object or a recorded checksum.
 
-        A bucket has it for what Palate wrote: it stands in the object's metadata. A file store reads the file.
+        In a bucket it is in the metadata of every object that Palate wrote. A file store computes it from the file.
         """
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Removes an object; no error where none is."""
+        """Deletes an object. Idempotent."""
 
     # ── folders ────────────────────────────────────────────────────────────────────────────────────────────
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yields every object below a folder, at any depth, sorted by key; nothing where no folder is."""
+        """Yields every object below a folder, at any depth, sorted by key; nothing if the folder does not exist."""
 
     @abstractmethod
     def list_children(self, prefix: str = "") -> Keys:
-        """Returns the names of the folders right below a folder that hold at least one object, sorted.
+        """Returns the sorted names of the direct subfolders that contain at least one object.
 
-        A server that keeps folders (SeaweedFS) may name one for a while after its last object was deleted.
+        A server with real folders (SeaweedFS) may still list a folder shortly after its last object was deleted.
         """
 
     @abstractmethod
     def delete_tree(self, prefix: str) -> None:
-        """Removes every object below a folder; no error where none is. Refuses `""`: StoreUsageError."""
+        """Deletes every object below a folder. Idempotent. Raises StoreUsageError for `""`."""
 
     @abstractmethod
     def check(self, *, write: bool = True) -> None:
-        """Proves within seconds that the store can be used: lists it and, with `write`, writes a probe.
+        """Checks within seconds that the store is usable: lists it and, with `write`, writes a probe object.
 
-        Of an `s3://` store it also proves that conditional puts fail when they must.
-        A file store's root folder is made when `write` is set.
+        For an `s3://` store, `write` also checks that the server enforces conditional writes.
+        For a file store, `write` creates the root folder.
 
         Raises:
-            BucketNotFoundError, StoreDeniedError, StoreUnreachableError, StoreError: Why not, and the remedy.
+            BucketNotFoundError, StoreDeniedError, StoreUnreachableError, StoreError: The cause and the remedy.
         """
 
-    # ── files of this machine ──────────────────────────────────────────────────────────────────────────────
+    # ── local files ────────────────────────────────────────────────────────────────────────────────────────
 
     @abstractmethod
     def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
-        """Copies a file of any size into the store; visible when it is whole.
+        """Uploads a file of any size; the object becomes visible when it is complete.
 
         Args:
-            path: On this machine.
-            key: Where.
-            moved: Gets the number of bytes of each piece that has arrived, from several threads.
+            path: Local file.
+            key: Key of the object.
+            moved: Called from several threads with the number of bytes of each part that was transferred.
 
         Raises:
-            FileNotFoundError: `path` is no file of this machine.
+            FileNotFoundError: `path` is not a local file.
         """
 
     @abstractmethod
     def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
-        """Writes an object's content to `target`, a fresh name here. Raises ObjectNotFoundError."""
+        """Writes the content of an object to `target`, a new local file. Raises ObjectNotFoundError."""
 
     def download(self, key: str, path: str | os.PathLike[str], *, moved: Callable[[int], object] | None = None) -> None:
-        """Copies an object of any size to a file, whole or not at all; makes the folders that it needs.
+        """Downloads an object of any size to a file, atomically; creates missing folders.
 
         Args:
-            key: Which object.
-            path: On this machine.
-            moved: Gets the number of bytes of each piece that has arrived, from several threads.
+            key: Key of the object.
+            path: Local file.
+            moved: Called from several threads with the number of bytes of each part that was transferred.
 
         Raises:
-            ObjectNotFoundError: No object has this key; `path` is left as it was.
-            DigestMismatchError: What arrived is not what was uploaded; `path` is left as it was.
+            ObjectNotFoundError: No object has this key; `path` is unchanged.
+            DigestMismatchError: The downloaded bytes differ from the uploaded ones; `path` is unchanged.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        # A draft in the same folder: os.replace() is atomic only within a file system.
         draft = draft_beside(target)
         try:
             self._fetch(check_key(key), draft, moved or _ignore)
@@ -203,7 +204,7 @@ class Store(ABC):
             raise
         except OSError as error:
             raise StoreError(
-                f"{target} cannot be written: {error.strerror or error}. Check its folder and the room there"
+                f"{target} cannot be written: {error.strerror or error}. Check its folder and the free space there"
             ) from error
         finally:
             draft.unlink(missing_ok=True)
@@ -216,22 +217,22 @@ class Store(ABC):
         skip: Callable[[str], bool] | None = None,
         progress: Callable[[TransferProgress], None] | None = None,
     ) -> Keys:
-        """Copies every file below a folder of this machine, several at a time. Links are followed.
+        """Uploads every file below a local folder, several at a time. Follows symbolic links.
 
-        What is in the store already with the same size and CRC-32 is not sent again: after an error, or to bring
-        a tree up to date, call it once more.
+        Files that the store already has with the same size and CRC-32 are not sent again: call it again to retry
+        after an error or to update a tree.
 
         Args:
-            folder: On this machine.
+            folder: Local folder.
             prefix: Folder in the store.
-            skip: Gets each file's path relative to `folder` (with `/`); True leaves it out.
-            progress: Gets the state after each piece, one call at a time, from several threads.
+            skip: Called with each file's path relative to `folder` (with `/`); True skips the file.
+            progress: Called after each part, from several threads but never concurrently.
 
         Returns:
-            The relative paths that are in place now, sorted. After an error some files may be.
+            The relative paths of the tree, sorted. After an error some files may have been uploaded.
 
         Raises:
-            FileNotFoundError: `folder` is no folder, or a file in it is a link to nothing.
+            FileNotFoundError: `folder` is not a folder, or a file in it is a dangling link.
         """
 
         return upload_tree(self, folder, prefix, skip=skip, progress=progress)
@@ -239,53 +240,53 @@ class Store(ABC):
     def download_tree(
         self, prefix: str, folder: str | os.PathLike[str], *, progress: Callable[[TransferProgress], None] | None = None
     ) -> Keys:
-        """Copies every object below a folder of the store to this machine, several at a time.
+        """Downloads every object below a folder of the store, several at a time.
 
-        Files that are in `folder` already and not in the store stay. Those with the size and CRC-32 of their
-        object are not fetched again: after an error, call it once more.
+        Keeps files in `folder` that are not in the store. Files with the size and CRC-32 of their object are not
+        downloaded again: call it again to retry after an error.
 
         Args:
             prefix: Folder in the store.
-            folder: On this machine; made where it is not.
-            progress: Gets the state after each piece, one call at a time, from several threads.
+            folder: Local folder; created if missing.
+            progress: Called after each part, from several threads but never concurrently.
 
         Returns:
-            The relative paths that are in place now, sorted. After an error some files may be.
+            The relative paths of the tree, sorted. After an error some files may have been downloaded.
 
         Raises:
-            ObjectNotFoundError: Nothing stands under `prefix`.
-            DigestMismatchError: What arrived is not what was uploaded.
-            StoreUsageError: An object's key would leave `folder`.
+            ObjectNotFoundError: No object below `prefix`.
+            DigestMismatchError: The downloaded bytes differ from the uploaded ones.
+            StoreUsageError: The key of an object would escape `folder`.
         """
 
         return download_tree(self, prefix, folder, progress=progress)
 
     def local_path(self, key: str = "") -> Path | None:
-        """Returns the path of an object or folder that lies on this machine, or None: download it then."""
+        """Returns the local path of an object or folder, or None if it must be downloaded."""
         check_prefix(key)
         return None
 
 
 def check_condition(key: str, if_match: str | None, if_none_match: bool) -> None:
-    """Raises StoreUsageError when both conditions of a put are given, or an empty etag."""
+    """Raises StoreUsageError if both conditions of a put are given, or an empty etag."""
     if if_match is not None and if_none_match:
-        raise StoreUsageError(f"put of {key!r}: if_match and if_none_match exclude each other; give one")
+        raise StoreUsageError(f"put of {key!r}: if_match and if_none_match are mutually exclusive; pass one")
     if if_match == "":
-        raise StoreUsageError(f"put of {key!r}: if_match is empty; take the etag from stat() or put()")
+        raise StoreUsageError(f"put of {key!r}: if_match is empty; pass an etag from stat() or put()")
 
 
 def check_not_root(prefix: str) -> str:
     """Returns the checked prefix of a folder; raises StoreUsageError for the whole store."""
     if not prefix:
-        raise StoreUsageError("delete_tree('') would empty the whole store: name a folder in it")
+        raise StoreUsageError("delete_tree(prefix='') would delete the whole store: pass a folder in it")
     return check_prefix(prefix)
 
 
 def check_range(key: str, start: int, length: int | None) -> None:
-    """Raises StoreUsageError when no bytes can be meant."""
+    """Raises StoreUsageError for an invalid byte range."""
     if start < 0 or (length is not None and length < 1):
         raise StoreUsageError(
-            f"range of {key!r}: start={start}, length={length} names no bytes; start is 0 or more, length 1 or more"
+            f"range of {key!r}: start={start}, length={length} is invalid: expected start >= 0 and length >= 1"
         )
 
 
@@ -295,13 +296,13 @@ def _ignore(_: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferProgress:
-    """How far a tree is.
+    """Progress of a tree transfer.
 
     Attributes:
-        files_done: Files that are in place, those that were there before included.
-        files_total: Files of the tree.
-        bytes_done: Bytes that are in place; grows within a large file, too.
-        bytes_total: Bytes of the tree.
+        files_done: Completed files, including those that did not need a transfer.
+        files_total: Files in the tree.
+        bytes_done: Transferred bytes; also grows within a large file.
+        bytes_total: Bytes in the tree.
     """
 
     files_done: int
@@ -318,10 +319,13 @@ def upload_tree(
     skip: Callable[[str], bool] | None,
     progress: Callable[[TransferProgress], None] | None,
 ) -> Keys:
-    """Does what `Store.upload_tree` says."""
+    """Implements `Store.upload_tree`."""
     source, below = Path(folder), check_prefix(prefix)
     if not source.is_dir():
-        raise ObjectNotFoundError(f"{source} is no folder of this machine: nothing to upload to {store.uri(prefix)}")
+        raise ObjectNotFoundError(
+            f"{source} is not a local folder: nothing to upload to {store.uri(prefix)}. Check the path"
+        )
+    # All keys and sizes before the first upload: a bad name fails before anything is written, and progress has totals.
     sizes = {}
     for name in walk(source):
         if skip is not None and skip(name):
@@ -330,9 +334,8 @@ def upload_tree(
         try:
             sizes[name] = (source / name).stat().st_size
         except FileNotFoundError as error:
-            raise ObjectNotFoundError(
-                f"{source / name} is no file of this machine (a link to nothing?): mend or remove it"
-            ) from error
+            raise ObjectNotFoundError(f"{source / name} is a dangling link or was deleted: fix or remove it") from error
+    # One listing for the whole tree; only files of equal size cost a request for the checksum.
     there = {info.key: info.size for info in store.list(prefix)} if sizes else {}
     tally = Tally(sizes, progress)
 
@@ -351,11 +354,14 @@ def upload_tree(
 def download_tree(
     store: Store, prefix: str, folder: str | os.PathLike[str], *, progress: Callable[[TransferProgress], None] | None
 ) -> Keys:
-    """Does what `Store.download_tree` says."""
+    """Implements `Store.download_tree`."""
     below, target = check_prefix(prefix), Path(folder)
+    # check_key: a foreign object with `..` in its key must not be written outside `folder`.
     sizes = {check_key(info.key.removeprefix(below)): info.size for info in store.list(prefix)}
     if not sizes:
-        raise ObjectNotFoundError(f"{store.uri(prefix)} holds no object: check the name, or wait until it is written")
+        raise ObjectNotFoundError(
+            f"{store.uri(prefix)} contains no objects: check the name, or wait until it is written"
+        )
     target.mkdir(parents=True, exist_ok=True)
     tally = Tally(sizes, progress)
 
@@ -372,7 +378,7 @@ def download_tree(
 
 
 class Tally:
-    """Adds up what the threads of a tree report, and tells it one call at a time."""
+    """Sums the progress of the threads of a tree transfer and reports it, one call at a time."""
 
     def __init__(self, sizes: dict[str, int], tell: Callable[[TransferProgress], None] | None) -> None:
         self._tell = tell
@@ -387,6 +393,7 @@ class Tally:
         self._add(1, 0)
 
     def _add(self, files: int, size: int) -> None:
+        # The callback runs inside the lock, so callers need no lock of their own and see the counts in order.
         with self._lock:
             self._files_done += files
             self._bytes_done += size

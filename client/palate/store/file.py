@@ -1,12 +1,11 @@
-"""A store in a folder of this machine or of a shared file system. Knows files, never S3.
+"""A store in a local folder or on a shared file system. Knows files, never S3.
 
-An object is a file, written as a hidden draft beside its place and moved there in one step. Writers of one
-folder take turns through a lock file in that folder, whatever root they opened; readers need none. Unlike on S3,
-a key cannot be an object and a folder at once.
+An object is a file: written as a hidden draft in its folder, then renamed. A lock file in each folder serializes its
+writers, whatever root they opened; readers need no lock. Unlike on S3, a key cannot be both an object and a folder.
 
-What a put has written outlives a power loss: file, its name, and the folders that were made for it. A folder is deleted by
-moving it to a hidden name first. A put that races with that comes before it, and its object goes too; or after it, and the
-object is there alone, in a new folder.
+A put survives a power loss: the file, its name, and the folders created for it are synced to disk. A folder is renamed to a
+hidden name before it is deleted. A put that races with the deletion either comes first, and its object is deleted too, or
+comes second, and its object is alone in a new folder.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ from palate_recipes.errors import (
 _LOCK = f"{RESERVED}lock"
 
 _DIGEST_LIMIT = 8 << 20
-"""Bytes up to which an etag is a digest of the content. Above, size and time stand in: stat stays fast."""
+"""Maximum bytes for which an etag is a digest of the content. Above, it is size and mtime, to keep stat fast."""
 
 _CONTENDED_S = 10.0
-"""How long a put or a deletion is tried whose folder others delete or fill at the same time."""
+"""How long a put or a deletion is retried while other processes delete or fill its folder."""
 
 
 class FileStore(Store):
-    """Objects as files below a folder; folders are made with mode 0700.
+    """Objects as files below a folder; folders are created with mode 0700.
 
     Args:
-        root: `file://` and an absolute path. The folder is made by the first put, or by `check`.
+        root: `file://` and an absolute path. The first put, or `check`, creates the folder.
     """
 
     def __init__(self, root: str) -> None:
@@ -80,18 +79,20 @@ class FileStore(Store):
             while True:
                 try:
                     _make_folders(path.parent)
+                    # All steps use the descriptor, not the path: if the folder is moved away meanwhile, the object
+                    # goes with it, and never lands unlocked in a new folder of the same name.
                     with _opened(path.parent) as folder, _locked(folder):
                         self._check(key, folder, if_match, if_none_match)
                         return _replace_whole(path.name, data, folder, mode=0o600 if private else 0o666)
-                except FileNotFoundError:  # its folder was deleted
+                except FileNotFoundError:  # the folder was deleted: create it again
                     if time.monotonic() > give_up:
                         raise
 
     def _check(self, key: str, folder: int, if_match: str | None, if_none_match: bool) -> None:
-        """Raises PreconditionFailedError unless the object is as a put wants it."""
+        """Raises PreconditionFailedError unless the conditions of a put are met. Call with the folder locked."""
         name = key.rpartition("/")[2]
         if if_none_match and _is_there(name, folder):
-            raise PreconditionFailedError(f"{self.uri(key)} was not written: an object is there already")
+            raise PreconditionFailedError(f"{self.uri(key)} was not written: the object already exists; read it again")
         if if_match is not None:
             try:
                 there = _etag(name, folder)[0]
@@ -99,7 +100,7 @@ class FileStore(Store):
                 there = ""
             if there != if_match:
                 raise PreconditionFailedError(
-                    f"{self.uri(key)} was not written: etag {if_match} is no longer there; read it again"
+                    f"{self.uri(key)} was not written: the object no longer has the etag {if_match}; read it again"
                 )
 
     def stat(self, key: str) -> ObjectInfo | None:
@@ -114,7 +115,7 @@ class FileStore(Store):
     def checksum(self, key: str) -> str | None:
         try:
             with self._explained("read", key):
-                _open_file(self._path(key)).close()
+                _open_file(self._path(key)).close()  # rejects pipes and devices, which crc32_of would read forever
                 return crc32_of(self._path(key))
         except ObjectNotFoundError:
             return None
@@ -122,7 +123,7 @@ class FileStore(Store):
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._explained("deleted", key):
-            if path.is_file() or path.is_symlink():
+            if path.is_file() or path.is_symlink():  # a folder with this name is not an object
                 with suppress(FileNotFoundError), _opened(path.parent) as folder, _locked(folder):
                     os.unlink(path.name, dir_fd=folder)
 
@@ -133,7 +134,7 @@ class FileStore(Store):
                 try:
                     state = os.stat(self._folder / below / name)
                 except FileNotFoundError:
-                    continue  # deleted meanwhile, or a link to nothing
+                    continue  # deleted concurrently, or a dangling link
                 yield ObjectInfo(key=below + name, size=state.st_size, etag="", modified_s=state.st_mtime)
 
     def list_children(self, prefix: str = "") -> Keys:
@@ -148,9 +149,10 @@ class FileStore(Store):
     def delete_tree(self, prefix: str) -> None:
         folder = self._folder / check_not_root(prefix)
         with self._explained("deleted", prefix):
-            if folder.is_symlink():
+            if folder.is_symlink():  # delete the link only: its target may be outside the store
                 folder.unlink()
                 return
+            # Rename first: readers see the folder whole or not at all, and new puts go into a new folder.
             hidden = draft_beside(folder)
             try:
                 os.rename(folder, hidden)
@@ -159,21 +161,24 @@ class FileStore(Store):
             try:
                 _remove(hidden)
             except OSError:
-                with suppress(OSError):  # another folder has that name by now
+                # Restore the name so that the rest can be listed and deleted again, unless a new folder has taken it.
+                with suppress(OSError):
                     os.rename(hidden, folder)
                 raise
 
     def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
         source, target = Path(path), self._path(key)
         if not source.is_file():
-            raise ObjectNotFoundError(f"{source} is no file of this machine: nothing to upload to {self.uri(key)}")
+            raise ObjectNotFoundError(
+                f"{source} is not a local file: nothing to upload to {self.uri(key)}. Check the path"
+            )
         with self._explained("written", key):
             size = self._place(source, target)
         if moved is not None:
             moved(size)
 
     def _place(self, source: Path, target: Path) -> int:
-        """Puts a copy of a file at `target` in one step, and returns its size in bytes."""
+        """Copies a file to `target` atomically; returns its size in bytes."""
         give_up = time.monotonic() + _CONTENDED_S
         while True:
             draft = draft_beside(target)
@@ -182,15 +187,15 @@ class FileStore(Store):
                 shutil.copyfile(source, draft)
                 descriptor = os.open(draft, os.O_RDONLY)
                 try:
-                    os.fsync(descriptor)  # who names it in a status must find it after a power loss
+                    os.fsync(descriptor)  # a status that names this file must find it after a power loss
                     size = os.fstat(descriptor).st_size
                 finally:
                     os.close(descriptor)
                 os.replace(draft, target)
-                with suppress(FileNotFoundError):  # deleted with its folder since
+                with suppress(FileNotFoundError):  # the folder was deleted since, and the object with it
                     _keep_names(target.parent)
                 return size
-            except FileNotFoundError:  # its folder was deleted
+            except FileNotFoundError:  # the folder was deleted: create it again
                 if time.monotonic() > give_up or not source.exists():
                     raise
             finally:
@@ -200,7 +205,7 @@ class FileStore(Store):
         source = self._path(key)
         with self._explained("read", key):
             _open_file(source).close()
-        shutil.copyfile(source, target)  # what fails from here on is the target, and `download` says so
+        shutil.copyfile(source, target)  # outside _explained: an error here is about the target; `download` reports it
         moved(target.stat().st_size)
 
     def local_path(self, key: str = "") -> Path | None:
@@ -209,13 +214,13 @@ class FileStore(Store):
 
     def check(self, *, write: bool = True) -> None:
         if not write and not self._folder.exists():
-            raise BucketNotFoundError(f"the folder {self._folder} is not there: check the path of {self.root}")
+            raise BucketNotFoundError(f"the folder {self._folder} does not exist: check the path of {self.root}")
         with self._explained("used", ""):
             if write:
                 _make_folders(self._folder)
             if not self._folder.is_dir():
                 raise StoreError(
-                    f"{self._folder} is a file: a store needs a folder; give another path than {self.root}"
+                    f"{self._folder} is a file, but a store needs a folder: use a path other than {self.root}"
                 )
             os.scandir(self._folder).close()
             if write:
@@ -230,7 +235,7 @@ class FileStore(Store):
 
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
-        """Turns what the operating system says into a StoreError with URI and remedy."""
+        """Turns an OSError into a StoreError with URI, cause and remedy."""
         try:
             yield
         except StoreError:
@@ -239,19 +244,17 @@ class FileStore(Store):
             what = f"{self.uri(key)} cannot be {verb}: {error.strerror or error}"
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise StoreDeniedError(
-                    f"{what}. Give this user (uid {os.geteuid()}) the right to it, or choose another folder"
+                    f"{what}. Give this user (uid {os.geteuid()}) permission, or choose another folder"
                 ) from error
             if verb == "read" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
                 raise ObjectNotFoundError(
-                    f"{self.uri(key)} is not there: check the name, or wait until it is written"
+                    f"{self.uri(key)} does not exist: check the name, or wait until it is written"
                 ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreError(f"{what}. Free space there, or choose another folder") from error
             if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-                raise StoreError(
-                    f"{what}. A key cannot be an object and a folder at once: choose another key"
-                ) from error
-            raise StoreError(f"{what}. Check the file system below {self._folder}") from error
+                raise StoreError(f"{what}. A key cannot be both an object and a folder: choose another key") from error
+            raise StoreError(f"{what}. Check the file system of {self._folder}") from error
 
 
 def _make_folders(folder: Path) -> None:
@@ -259,13 +262,13 @@ def _make_folders(folder: Path) -> None:
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
-    for part in reversed(missing):  # mkdir(parents=True) would make those above with the umask's mode
+    for part in reversed(missing):  # mkdir(parents=True) would create the parents with the umask's mode, not 0700
         part.mkdir(mode=0o700, exist_ok=True)
         _keep_names(part.parent)
 
 
 def _keep_names(folder: Path) -> None:
-    """Writes through what names a folder holds: until then a power loss can take a new file or folder away again."""
+    """Syncs the entries of a folder to disk: before that, a power loss can remove a new file or folder."""
     with _opened(folder) as descriptor:
         os.fsync(descriptor)
 
@@ -281,7 +284,8 @@ def _opened(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def _locked(folder: int) -> Iterator[None]:
-    # flock on a fresh descriptor excludes threads as well as processes, and NFS carries it between machines.
+    # flock on a new descriptor excludes threads as well as processes, and works across machines on NFS.
+    # The lock file is deleted only with its folder: otherwise two writers could lock two files of the same name.
     descriptor = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666, dir_fd=folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -291,7 +295,7 @@ def _locked(folder: int) -> Iterator[None]:
 
 
 def _replace_whole(name: str, data: bytes, folder: int, *, mode: int) -> str:
-    """Writes a file in an opened folder, in one step and through to the disk; returns its etag."""
+    """Writes a file in an open folder, atomically and synced to disk; returns its etag."""
     draft = draft_beside(Path(name)).name
     try:
         state = _write_through(draft, data, mode=mode, folder=folder)
@@ -299,11 +303,12 @@ def _replace_whole(name: str, data: bytes, folder: int, *, mode: int) -> str:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(draft, dir_fd=folder)
-    os.fsync(folder)
+    os.fsync(folder)  # the rename is durable only now
     return _spelled_etag(state, data)
 
 
 def _write_through(path: str | Path, data: bytes, *, mode: int, folder: int | None = None) -> os.stat_result:
+    # O_EXCL: `mode` applies only to a new file, and a planted link of this name must not be followed.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=folder)
     with open(descriptor, "wb") as stream:
         stream.write(data)
@@ -313,7 +318,7 @@ def _write_through(path: str | Path, data: bytes, *, mode: int, folder: int | No
 
 
 def _open_file(path: str | Path, folder: int | None = None) -> IO[bytes]:
-    """Opens an object: a pipe that somebody put in its place would be waited for without end, and a device read so."""
+    """Opens an object; rejects a pipe or device in its place, which would block or be read forever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -332,7 +337,7 @@ def _is_there(name: str, folder: int) -> bool:
 
 
 def _etag(path: str | Path, folder: int | None = None) -> tuple[str, os.stat_result]:
-    """Returns the etag and the state of one and the same version: files are replaced, never changed."""
+    """Returns the etag and the stat of the same version: files are replaced, never modified."""
     with _open_file(path, folder) as stream:
         state = os.fstat(stream.fileno())
         return _spelled_etag(state, b"" if state.st_size > _DIGEST_LIMIT else stream.read()), state
@@ -350,6 +355,6 @@ def _remove(folder: Path) -> None:
         try:
             shutil.rmtree(folder)
             return
-        except OSError as error:  # a writer that had opened a folder in it put something in
+        except OSError as error:  # a writer that had already opened a subfolder added a file
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > give_up:
                 raise

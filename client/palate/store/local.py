@@ -1,6 +1,6 @@
-"""Files of this machine, threads, and CRC-32: what stores need to move trees. Knows no store.
+"""Local files, threads and CRC-32: what stores need to transfer trees. Knows files, no store.
 
-CRC-32 is what S3 itself checks uploads with. It finds damage, not forgery: who needs that compares SHA-256 digests.
+CRC-32 because S3 verifies uploads with it. It detects damage, not tampering: compare SHA-256 digests for that.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import TypeVar
 from palate.store.uri import RESERVED
 
 PARALLEL = 8
-"""Files of a tree that move at the same time."""
+"""Files of a tree that are transferred concurrently."""
 
 _Item = TypeVar("_Item")
 
 
 def draft_beside(target: Path) -> Path:
-    """Returns a fresh, hidden name in the same folder: from there os.replace() is one step."""
+    """Returns a new hidden name in the same folder, from which os.replace() is atomic."""
     return target.with_name(f"{RESERVED}draft-{os.urandom(8).hex()}")
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of every file below `folder`, with `/` and in the order of the whole paths.
+    """Yields the relative path of every file below `folder`, with `/`, sorted by the whole path.
 
-    Follows links, except one that leads back to a folder above it; leaves out reserved names, sockets, pipes.
-    A link to nothing is yielded: who reads it fails.
+    Follows links, except to a parent folder; skips reserved names, sockets and pipes.
+    Yields dangling links, so that the caller fails on them instead of skipping a file.
     """
     return _walk(folder, "", (os.path.realpath(folder),))
 
@@ -38,13 +38,13 @@ def _walk(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
         with os.scandir(folder) as found:
             entries = [(entry.name, entry.is_dir(), entry.is_file() or entry.is_symlink()) for entry in found]
     except (FileNotFoundError, NotADirectoryError):
-        return  # deleted meanwhile, or an object
-    # A folder sorts as its files do: with its slash.
+        return  # deleted concurrently, or an object and not a folder
+    # Sort a folder with its slash, or `a/b` and `a.txt` would come in another order than on S3.
     for name, is_folder, is_file in sorted(entries, key=lambda entry: entry[0] + "/" * entry[1]):
         if name.startswith(RESERVED):
             continue
         if is_folder:
-            real = os.path.realpath(folder / name)
+            real = os.path.realpath(folder / name)  # only parents are excluded: a link to a sibling is not a cycle
             if real not in above:
                 yield from _walk(folder / name, f"{below}{name}/", (*above, real))
         elif is_file:
@@ -52,7 +52,7 @@ def _walk(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def in_parallel(function: Callable[[_Item], object], items: Iterable[_Item], *, threads: int = PARALLEL) -> None:
-    """Calls `function` with each item on a few threads. The first failure drops the rest and is raised."""
+    """Calls `function` with each item in a thread pool. The first failure cancels the rest and is raised."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="palate-store") as pool:
@@ -60,7 +60,7 @@ def in_parallel(function: Callable[[_Item], object], items: Iterable[_Item], *, 
         try:
             for future in futures:
                 future.result()
-        except BaseException:
+        except BaseException:  # KeyboardInterrupt too: leaving the block waits for all queued items otherwise
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -1,4 +1,4 @@
-"""Where an object store is and who asks. Knows no client library."""
+"""Endpoint and credentials of an object store. Knows settings, no client library."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ ADDRESSING_STYLES = ("auto", "path", "virtual")
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """Endpoint and credentials of an object store. What is None comes from the environment and the AWS files.
+    """Endpoint and credentials of an object store. None values come from the environment and the AWS config files.
 
     Attributes:
-        endpoint_url: URL of an S3-compatible endpoint, no credentials in it. Default: AWS_ENDPOINT_URL_S3,
-            else AWS itself.
+        endpoint_url: URL of an S3-compatible endpoint, without credentials. Default: AWS_ENDPOINT_URL_S3, else AWS.
         region: Region of the bucket, such as `us-east-1` or `cn-hangzhou`.
-        access_key_id: Given together with `secret_access_key` or not at all.
-        secret_access_key: Never shown.
-        session_token: Of temporary credentials; never shown.
-        addressing_style: `path`, `virtual` or `auto`. Default: PALATE_S3_ADDRESSING_STYLE, else what suits
-            the endpoint.
-        anonymous: Sign nothing: for public buckets.
-        unconditional: Accept an `s3://` server that ignores conditional writes: compare first, write after. Two writers at the
-            same moment can then both win. Default: PALATE_S3_UNCONDITIONAL, else such a server is refused.
+        access_key_id: Requires `secret_access_key`.
+        secret_access_key: Requires `access_key_id`. Not in the repr.
+        session_token: Token of temporary credentials. Not in the repr.
+        addressing_style: `path`, `virtual` or `auto`. Default: PALATE_S3_ADDRESSING_STYLE, else chosen by the endpoint.
+        anonymous: Send unsigned requests, for public buckets.
+        unconditional: Accept an `s3://` server that ignores conditional writes. Palate then compares before it writes, and two
+            concurrent writers can both succeed. Default: PALATE_S3_UNCONDITIONAL, else such a server is rejected.
 
     Raises:
-        StoreUsageError: Half a key pair, an endpoint that is no http(s) URL, an unknown addressing style.
+        StoreUsageError: Half a key pair, an endpoint that is not an http(s) URL, an unknown addressing style.
     """
 
     endpoint_url: str | None = None
@@ -43,26 +41,28 @@ class StoreOptions:
     def __post_init__(self) -> None:
         if (self.access_key_id is None) != (self.secret_access_key is None):
             given = "secret_access_key" if self.access_key_id is None else "access_key_id"
-            raise StoreUsageError(f"only {given} is given: access_key_id and secret_access_key go together")
+            raise StoreUsageError(f"only {given} is given: access_key_id and secret_access_key go together, pass both")
         if self.session_token is not None and self.access_key_id is None:
-            raise StoreUsageError("session_token is given without access_key_id and secret_access_key: give all three")
+            raise StoreUsageError("session_token requires access_key_id and secret_access_key: pass all three")
         if self.endpoint_url is not None:
-            # Neither message repeats the value: it may hold a password.
+            # The messages omit the value, which may contain a password.
             if not re.match(r"https?://[^/]", self.endpoint_url):
-                raise StoreUsageError("endpoint_url is no URL: give scheme and host, such as https://s3.example.com")
+                raise StoreUsageError(
+                    "endpoint_url is not an http(s) URL: pass scheme and host, such as https://s3.example.com"
+                )
             if "@" in self.endpoint_url:
                 raise StoreUsageError(
-                    "endpoint_url holds credentials: give access_key_id and secret_access_key instead"
+                    "endpoint_url contains credentials: pass access_key_id and secret_access_key instead"
                 )
         if self.addressing_style is not None and self.addressing_style not in ADDRESSING_STYLES:
             raise StoreUsageError(
-                f"addressing_style={self.addressing_style!r} is unknown: give one of {ADDRESSING_STYLES}"
+                f"addressing_style={self.addressing_style!r} is unknown: expected one of {', '.join(ADDRESSING_STYLES)}"
             )
 
     def environment(self) -> dict[str, str]:
-        """Returns what is given here as environment variables: another process then opens the same stores.
+        """Returns these options as environment variables, so that a child process can open the same stores.
 
-        The values hold the secrets: for a child's environment only, never for a manifest or a log.
+        Includes the secrets: only for the environment of a child, never for a manifest or a log.
         """
         variables = {
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
@@ -71,7 +71,7 @@ class StoreOptions:
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
             "AWS_SESSION_TOKEN": self.session_token,
-            # The same for oss://, which reads these first: what stands in the environment must not win over what was given.
+            # oss:// reads OSS_* first: without these, a value in the parent's environment would override the options.
             "OSS_ACCESS_KEY_ID": self.access_key_id,
             "OSS_ACCESS_KEY_SECRET": self.secret_access_key,
             "OSS_SESSION_TOKEN": self.session_token,

@@ -1,10 +1,10 @@
-"""A store in a bucket behind an S3 endpoint: AWS, compatible servers, Alibaba OSS. Knows boto3, never a job.
+"""A store in an S3 bucket: AWS, compatible servers, Alibaba OSS. Knows boto3, never a job.
 
-Loading this module loads boto3, so `open_store` does it only for `s3://` and `oss://`.
+Importing this module imports boto3, so `open_store` does it only for `s3://` and `oss://`.
 
-OSS speaks S3 with three differences: virtual-hosted addressing only, no aws-chunked checksum trailers, and no
-conditional headers on puts (it answers NotImplemented). Its own `x-oss-forbid-overwrite` stands in for
-If-None-Match; nothing stands in for If-Match, so there the etag is compared before the put.
+OSS differs from S3 in three ways: virtual-hosted addressing only, no aws-chunked checksum trailers, and no conditional
+headers on puts (it returns NotImplemented). Its own header `x-oss-forbid-overwrite` replaces If-None-Match. Nothing
+replaces If-Match, so on OSS the etag is compared before the put.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class S3Store(Store):
     """Objects below a prefix of a bucket.
 
     Args:
-        root: `s3://bucket/prefix` or `oss://bucket/prefix`, as `normal_uri` spells it.
+        root: `s3://bucket/prefix` or `oss://bucket/prefix`, in the form that `normal_uri` returns.
         options: Endpoint and credentials.
 
     Raises:
-        StoreUsageError: The options cannot work, such as an `oss://` root with neither region nor endpoint.
+        StoreUsageError: The options are invalid, such as an `oss://` root with neither region nor endpoint.
     """
 
     def __init__(self, root: str, options: StoreOptions) -> None:
@@ -67,9 +67,10 @@ class S3Store(Store):
             options.unconditional or bool(os.environ.get("PALATE_S3_UNCONDITIONAL"))
         )
         self.atomic_replace = not self._is_oss and not self._is_unconditional
+        # The bucket and its conditional writes are tested once per store: each test costs a request or more.
         self._bucket_seen = False
         self._conditions_seen = not self.atomic_replace
-        self._endpoint = options.endpoint_url or "the default endpoint"
+        self._endpoint = options.endpoint_url or "the default endpoint"  # for errors before there is a client
         with self._explained("opened", ""):
             self._client: S3Client = connect(options, is_oss=self._is_oss)
         self._endpoint = self._client.meta.endpoint_url
@@ -101,8 +102,10 @@ class S3Store(Store):
         if (if_none_match or if_match is not None) and not self._conditions_seen:
             self._require_conditions(self._client)
         conditions: dict[str, str] = {}
+        # Where the server has no such condition, compare here. Another writer can get in between this and the put:
+        # `atomic_replace` is False then.
         if if_none_match and not self._is_unconditional:
-            conditions["IfNoneMatch"] = "*"
+            conditions["IfNoneMatch"] = "*"  # for OSS, s3_client translates it
         elif if_none_match:
             if self.stat(key) is not None:
                 raise self._lost(key)
@@ -118,7 +121,7 @@ class S3Store(Store):
                     etag = self._transfer.write(full, data, **conditions)
                 except ClientError as error:
                     code, status = code_of(error)
-                    # AWS: another conditional put of this key is under way, and neither has won yet.
+                    # AWS: another conditional put of this key is in progress, and neither has succeeded yet.
                     if code == "ConditionalRequestConflict" and attempt < _CONFLICT_ATTEMPTS - 1:
                         continue
                     lost = (
@@ -126,10 +129,11 @@ class S3Store(Store):
                     )
                     if not lost:
                         raise
+                    # botocore may have retried a put that had succeeded: it then fails on our own object.
                     if error.response["ResponseMetadata"].get("RetryAttempts") and (
                         written := self._etag_if_equal(key, data)
                     ):
-                        return written  # our own first try was written, only its answer got lost
+                        return written  # the first try succeeded and its response was lost
                     raise self._lost(key) from error
                 return _plain(etag)
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -154,10 +158,11 @@ class S3Store(Store):
         try:
             with self._explained("deleted", key):
                 self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
-        except ObjectNotFoundError:  # AWS answers 204, some servers 404
+        except ObjectNotFoundError:  # AWS returns 204, some servers 404
             pass
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        # Web consoles create folders as empty objects whose key ends with a slash.
         return (info for info in self._all(prefix) if not info.key.endswith("/") and not is_reserved(info.key))
 
     def list_children(self, prefix: str = "") -> Keys:
@@ -173,7 +178,7 @@ class S3Store(Store):
     def delete_tree(self, prefix: str) -> None:
         check_not_root(prefix)
 
-        # One request each: DeleteObjects wants a Content-MD5 on OSS, and botocore no longer sends one.
+        # One request per object: OSS requires a Content-MD5 for DeleteObjects, and botocore no longer sends one.
         def delete(key: str) -> None:
             with self._explained("deleted", prefix):
                 self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
@@ -183,7 +188,7 @@ class S3Store(Store):
     def upload(self, path: str | os.PathLike[str], key: str, *, moved: Callable[[int], object] | None = None) -> None:
         if not os.path.isfile(path):
             raise ObjectNotFoundError(
-                f"{os.fspath(path)} is no file of this machine: nothing to upload to {self.uri(key)}"
+                f"{os.fspath(path)} is not a local file: nothing to upload to {self.uri(key)}. Check the path"
             )
         full = self._full(key)
         with self._explained("written", key):
@@ -192,7 +197,7 @@ class S3Store(Store):
     def _fetch(self, key: str, target: Path, moved: Callable[[int], object]) -> None:
         try:
             with self._explained("read", key):
-                what = f"{self.uri(key)} at {self._endpoint} arrived damaged"
+                what = f"{self.uri(key)} at {self._endpoint} is damaged"
                 self._transfer.fetch(self._full(key), target, moved, what=what)
         except ObjectNotFoundError:
             self._require_bucket()
@@ -237,7 +242,7 @@ class S3Store(Store):
                         modified_s=entry["LastModified"].timestamp(),
                     )
                     found.append(info)
-        # AWS sorts by bytes; SeaweedFS by folders.
+        # `list` promises an order by key. AWS sorts by bytes, SeaweedFS by folder.
         yield from sorted(found, key=lambda info: info.key)
 
     def _etag_if_equal(self, key: str, data: bytes) -> str | None:
@@ -245,7 +250,7 @@ class S3Store(Store):
         return _plain(piece.etag) if piece.data == data else None
 
     def _require_bucket(self) -> None:
-        """Raises BucketNotFoundError when the bucket is missing: for HEAD that is a 404 like any other."""
+        """Raises BucketNotFoundError if the bucket does not exist: the 404 to a HEAD does not tell it from an object."""
         if self._bucket_seen:
             return
         try:
@@ -254,12 +259,12 @@ class S3Store(Store):
         except BucketNotFoundError:
             raise
         except StoreError:
-            pass  # who may not list learns nothing here, and the 404 stands
+            pass  # without permission to list, the bucket's existence is unknown: keep the 404 of the object
         self._bucket_seen = True
 
     @contextmanager
     def _probe(self, client: S3Client) -> Iterator[str]:
-        """Writes an object, and removes it at the end; yields its key in the bucket, which no other probe has."""
+        """Writes an object and deletes it at the end; yields its key in the bucket, which is unique."""
         probe = f"{self._prefix}{_PROBE}-{token_hex(8)}"
         with self._explained("written", ""):
             client.put_object(Bucket=self._bucket, Key=probe, Body=b"")
@@ -270,7 +275,10 @@ class S3Store(Store):
                 client.delete_object(Bucket=self._bucket, Key=probe)
 
     def _require_conditions(self, client: S3Client) -> None:
-        """Raises StoreError when the server takes a put that must fail: then two writers both win. Asked once a store."""
+        """Raises StoreError if the server accepts a put whose condition is not met. Tested once per store.
+
+        Records rely on conditional writes: two writers of one status must not both succeed.
+        """
         ignored = []
         with self._probe(client) as probe:
             for header, condition in (
@@ -289,21 +297,21 @@ class S3Store(Store):
                             raise
         if ignored:
             raise StoreError(
-                f"{self.root} at {self._endpoint} ignores {' and '.join(ignored)}: of two writers that race both would win, so "
-                "it cannot hold jobs and services. Use a server that honours conditional writes (AWS S3, SeaweedFS, MinIO). If only "
-                "one client and one run at a time write there, allow it with PALATE_S3_UNCONDITIONAL=1 or "
+                f"{self.root} at {self._endpoint} ignores {' and '.join(ignored)}: two racing writers would both succeed, so it is "
+                "not safe for jobs and services. Use a server that enforces conditional writes (AWS S3, SeaweedFS, MinIO). If only "
+                "one client and one run write there at a time, set PALATE_S3_UNCONDITIONAL=1 or pass "
                 "StoreOptions(unconditional=True): see docs/stores.md"
             )
         self._conditions_seen = True
 
     def _lost(self, key: str) -> PreconditionFailedError:
         return PreconditionFailedError(
-            f"{self.uri(key)} at {self._endpoint} was not written: another writer was first; read it again"
+            f"{self.uri(key)} at {self._endpoint} was not written: another writer changed it first; read it again"
         )
 
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
-        """Turns what boto3 raises into a StoreError with URI, endpoint, cause and remedy."""
+        """Turns exceptions of boto3 into a StoreError with URI, endpoint, cause and remedy."""
         try:
             yield
         except (BotoCoreError, ClientError, ResponseParserError, boto3.exceptions.Boto3Error) as error:

@@ -1,4 +1,4 @@
-"""Makes boto3 clients for S3 and OSS endpoints. Knows options and environment, no bucket and no key."""
+"""Creates boto3 clients for S3 and OSS endpoints. Knows options and environment, no bucket and no key."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ _OSS_REGION_VARIABLES = ("OSS_REGION", "ALIBABA_CLOUD_REGION_ID", "AWS_REGION", 
 
 
 def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> S3Client:
-    """Returns a client; sends nothing to the store.
+    """Returns a client; sends no request to the store.
 
     Args:
-        options: What is None comes from boto3's own chain: environment, AWS files, the machine's role.
-        is_oss: Follow Alibaba OSS's ways; OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET come before that chain.
-        impatient: Give up within about ten seconds; for checks. Otherwise an unreachable endpoint costs some
-            20 seconds, and one that accepts and stays silent five minutes.
+        options: None values come from boto3's own chain: environment, AWS config files, instance role.
+        is_oss: Use the settings for Alibaba OSS; OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET precede that chain.
+        impatient: Give up after about ten seconds, for checks. Otherwise an unreachable endpoint fails after about
+            20 seconds, and one that accepts connections but does not respond after five minutes.
 
     Raises:
-        StoreUsageError: An OSS store with neither region nor endpoint, or an unknown addressing style in the
-            environment.
+        StoreUsageError: An OSS store with neither region nor endpoint, or an invalid PALATE_S3_ADDRESSING_STYLE.
     """
     options = _with_oss_defaults(options) if is_oss else options
     style = (
@@ -47,18 +46,18 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
     )
     if style not in ADDRESSING_STYLES:
         raise StoreUsageError(
-            f"PALATE_S3_ADDRESSING_STYLE={style!r} is unknown: set one of {', '.join(ADDRESSING_STYLES)}"
+            f"PALATE_S3_ADDRESSING_STYLE={style!r} is unknown: expected one of {', '.join(ADDRESSING_STYLES)}"
         )
     settings: dict[str, Any] = {
         "s3": {"addressing_style": style},
         "retries": {"mode": "standard", "total_max_attempts": 2 if impatient else 5},
         "connect_timeout": 3,
         "read_timeout": 4 if impatient else 60,
-        "max_pool_connections": 40,  # PARALLEL files of a tree, each in several parts
+        "max_pool_connections": 40,  # PARALLEL files of a tree, each with several parts in flight
         "user_agent_appid": "palate",
         "signature_version": "s3v4",
     }
-    if is_oss:
+    if is_oss:  # OSS rejects the checksums that botocore adds to every request by default
         settings |= {
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
@@ -66,7 +65,7 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
     if options.anonymous or os.environ.get("PALATE_S3_ANONYMOUS"):
         settings["signature_version"] = UNSIGNED
     if is_loopback(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or ""):
-        settings["proxies"] = {}  # none leads there; it would see who is asked for what, and with which key
+        settings["proxies"] = {}  # a proxy cannot reach the loopback, but would see the requests and the key id
     core = botocore.session.Session()
     core.register_component("data_loader", _shared_loader())
     session = boto3.session.Session(
@@ -77,12 +76,12 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
         region_name=options.region,
     )
     client = session.client("s3", endpoint_url=options.endpoint_url, config=Config(**settings))
-    if is_loopback(client.meta.endpoint_url) and "proxies" not in settings:  # it came from a file
+    if is_loopback(client.meta.endpoint_url) and "proxies" not in settings:  # the endpoint came from an AWS config file
         settings["proxies"] = {}
         client = session.client("s3", endpoint_url=options.endpoint_url, config=Config(**settings))
     if _is_plain_loopback(client.meta.endpoint_url):
-        # Over plain HTTP every body is hashed for its signature, against those on the way; on the loopback there is nobody. Every
-        # body still has its CRC-32, under the signature.
+        # Over plain HTTP, botocore hashes every body for its signature, against tampering in transit. On the loopback there is no
+        # one to tamper, and the signature still covers the CRC-32 of every body.
         client.meta.config.s3["payload_signing_enabled"] = False  # type: ignore[attr-defined]
     client.meta.events.register_last("before-call.s3", _send_body_at_once, unique_id="palate-no-expect")
     answers = _WholeAnswers(client._endpoint.http_session)  # type: ignore[attr-defined]
@@ -93,18 +92,18 @@ def connect(options: StoreOptions, *, is_oss: bool, impatient: bool = False) -> 
 
 
 def _send_body_at_once(params: dict[str, Any], **_: object) -> None:
-    """Sends no `Expect: 100-continue`: a connection that breaks off in the answer to that lets botocore read for ever."""
+    """Removes `Expect: 100-continue`: if the connection breaks during the response to it, botocore reads forever."""
     params["headers"].pop("Expect", None)
 
 
 class _WholeHead(HTTPResponse):
-    """Raises HTTPException for an answer that broke off within its headers.
+    """Raises HTTPException for a response that breaks off within its headers.
 
-    Python takes what came by then for all of them: a value that was cut in its middle, or no Content-Length, and so no content.
+    Python treats the headers received so far as complete: a truncated value, or a missing Content-Length and so no content.
     """
 
     def begin(self) -> None:
-        if self.headers is not None:  # they are read already
+        if self.headers is not None:  # already read
             return
         file = self.fp
         lines = _Lines(file)
@@ -112,17 +111,17 @@ class _WholeHead(HTTPResponse):
         try:
             super().begin()
         finally:
-            if self.fp is lines:  # an answer without a body is closed by now
+            if self.fp is lines:  # unless a response without a body was closed by begin()
                 self.fp = file
         if lines.last not in (b"\r\n", b"\n"):
-            raise RemoteDisconnected("the connection was closed within the headers of the answer")
+            raise RemoteDisconnected("the connection was closed within the headers of the response")
         length = self.headers.get("Content-Length", "0")
-        if not (length.isascii() and length.isdigit()):  # Python would read on until the connection ends
-            raise HTTPException(f"Content-Length {length!r}")
+        if not (length.isascii() and length.isdigit()):  # Python would ignore it and read until the connection closes
+            raise HTTPException(f"invalid Content-Length {length!r}")
 
 
 class _Lines:
-    """Reads lines from a file, and keeps the last one."""
+    """Reads lines from a file and remembers the last one."""
 
     def __init__(self, file: BufferedReader) -> None:
         self._file, self.last = file, b""
@@ -136,11 +135,11 @@ class _Lines:
 
 
 class _Connection(AWSHTTPConnection):
-    response_class = _WholeHead  # type: ignore[assignment]  # AWSHTTPResponse is for `Expect` alone, which is not sent
+    response_class = _WholeHead  # type: ignore[assignment]  # AWSHTTPResponse only handles `Expect`, which is not sent
 
 
 class _SecureConnection(AWSHTTPSConnection):
-    response_class = _WholeHead  # type: ignore[assignment]  # AWSHTTPResponse is for `Expect` alone, which is not sent
+    response_class = _WholeHead  # type: ignore[assignment]  # AWSHTTPResponse only handles `Expect`, which is not sent
 
 
 class _Pool(AWSHTTPConnectionPool):
@@ -152,10 +151,10 @@ class _SecurePool(AWSHTTPSConnectionPool):
 
 
 class _WholeAnswers:
-    """Sends requests, and raises ConnectionClosedError, which is tried again, for an answer that broke off.
+    """Sends requests; raises ConnectionClosedError, which botocore retries, for a truncated response.
 
     Args:
-        session: Of the client, and of no other one.
+        session: HTTP session of the client; must not be shared, because its pool classes are replaced.
     """
 
     def __init__(self, session: Any) -> None:
@@ -166,7 +165,7 @@ class _WholeAnswers:
         answer = self._session.send(request)
         try:
             whole = _is_whole(answer, request)
-        except HTTPError as error:  # the content of a refusal broke off
+        except HTTPError as error:  # the body of an error response was truncated
             raise ConnectionClosedError(endpoint_url=request.url.partition("?")[0], error=error) from error
         if not whole:
             answer.raw.close()
@@ -175,10 +174,10 @@ class _WholeAnswers:
 
 
 def _is_whole(answer: Any, request: Any) -> bool:
-    """Whether as many bytes came as the headers say; of an object, which is read later, `Transfer.read` looks itself."""
+    """Returns whether the body has Content-Length bytes. Object bodies are read later, and `Transfer.read` checks them."""
     length: str | None = answer.headers.get("Content-Length")
     if length is None:
-        return True  # chunks say their own end; XML that was cut cannot be parsed
+        return True  # chunked encoding marks its own end; truncated XML fails to parse
     is_read_later = request.stream_output and answer.status_code < 300
     return is_read_later or request.method == "HEAD" or len(answer.content) == int(length)
 
@@ -189,7 +188,7 @@ def _is_plain_loopback(endpoint: str) -> bool:
 
 @cache
 def _shared_loader() -> Loader:
-    """Keeps S3's API description, a megabyte of JSON, parsed: each session would read it anew."""
+    """Caches the parsed API description of S3, a megabyte of JSON that each session would read again."""
     return create_loader()
 
 
@@ -199,7 +198,7 @@ def _with_oss_defaults(options: StoreOptions) -> StoreOptions:
     if endpoint is None:
         if region is None:
             raise StoreUsageError(
-                "oss:// needs a region, such as cn-hangzhou: give StoreOptions(region=…) or set OSS_REGION"
+                "oss:// needs a region, such as cn-hangzhou: pass StoreOptions(region=…) or set OSS_REGION"
             )
         endpoint = f"https://s3.oss-{region}.aliyuncs.com"
     key_id, secret, token = options.access_key_id, options.secret_access_key, options.session_token
@@ -219,6 +218,6 @@ def _with_oss_defaults(options: StoreOptions) -> StoreOptions:
 
 
 def _forbid_overwrite(params: dict[str, Any], **_: object) -> None:
-    """Says If-None-Match in OSS's own words, before the request is signed."""
+    """Replaces If-None-Match with OSS's own header, before the request is signed."""
     if params["headers"].pop("If-None-Match", None):
         params["headers"]["x-oss-forbid-overwrite"] = "true"

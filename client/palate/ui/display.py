@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on, behind one interface: nothing, plain lines, or the live view. Knows no run.
+"""Progress of a run behind one interface: nothing, plain lines, or the live view. Knows logs and metrics, no run.
 
-All of it goes to stderr: stdout belongs to results.
+All output goes to stderr: stdout is for results.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from palate_recipes.text import visible
 
 
 class Display(Protocol):
-    """Receives what a run says; a context manager, so that a terminal is always given back."""
+    """Receives the logs and metrics of a run; a context manager, so that the terminal is always restored."""
 
     wants_news: bool
-    """False when logs and metrics need not be fetched at all."""
+    """False if logs and metrics need not be fetched at all."""
 
     def log(self, text: str) -> None:
-        """Takes a piece of the log, whole lines."""
+        """Shows whole lines of the log."""
         ...
 
     def metrics(self, data: bytes) -> None:
-        """Takes a piece of metrics.jsonl, whole lines."""
+        """Shows whole lines of metrics.jsonl."""
         ...
 
     def __enter__(self) -> Display: ...
@@ -49,7 +49,7 @@ class NoDisplay:
 
 
 class PlainDisplay(NoDisplay):
-    """Log lines, for pipes, CI and notebooks: the trainer's own lines already carry step, loss and rate."""
+    """Log lines, for pipes, CI and notebooks: the trainer's lines already contain step, loss and throughput."""
 
     wants_news = True
 

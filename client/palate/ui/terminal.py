@@ -1,4 +1,4 @@
-"""All that looks different on a terminal: the live training view and tables. The one module that imports rich."""
+"""Terminal output: the live training view and tables. The only module that imports rich."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from palate_recipes.specs.events import Curves, duration
 from palate_recipes.text import visible
 
 _QUIET = ("step ", "validation at step ", "reading: ")
-"""Lines that the live view itself shows better."""
+"""Starts of log lines that the live view replaces."""
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 40
@@ -28,9 +28,9 @@ _REFRESHES_A_SECOND = 4
 
 
 class LiveDisplay:
-    """Log lines above; below them a block with progress, the last figures, time left, and the curve of the loss.
+    """Log lines, and below them a block with progress, the latest metrics, the time left and the loss curve.
 
-    All of it comes from logs and metrics, so any process that reaches the record can show it, from any moment on.
+    Everything comes from logs and metrics, so any process that can read the record can show it, at any time.
     """
 
     wants_news = True
@@ -95,12 +95,12 @@ class LiveDisplay:
 
 
 def facts(entry: dict[str, Any], validation_loss: float | None = None, *, passed_s: float = 0.0) -> str:
-    """Returns the figures of a `train` event as one short line: losses, margin, accuracy, rate, time left.
+    """Returns the metrics of a `train` event as one short line: losses, margin, accuracy, throughput, time left.
 
     Args:
         entry: The event.
-        validation_loss: Of the last evaluation, if there was one.
-        passed_s: Seconds since the event was seen, taken off the time left.
+        validation_loss: Loss of the last evaluation, if there was one.
+        passed_s: Seconds since the event; subtracted from the time left.
     """
     shown = (
         ("loss", "loss {:.3f}"),
@@ -120,7 +120,7 @@ def facts(entry: dict[str, Any], validation_loss: float | None = None, *, passed
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
-    """Returns a curve as at most `width` block characters, from the lowest value to the highest."""
+    """Returns a curve as up to `width` block characters, scaled from the lowest to the highest value."""
     cells = min(width, len(values))
     edges = [len(values) * cell // cells for cell in range(cells + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -130,13 +130,13 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
 
 
 def bars(counts: Sequence[int]) -> str:
-    """Returns a histogram as one block character a step; a step without any is a space."""
+    """Returns a histogram with one block character per bin; an empty bin is a space."""
     top = max(counts, default=0)
     return "".join(_SPARKS[min(7, 8 * count // (top + 1))] if count else " " for count in counts)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-    """Prints rows to stdout: a table on a terminal, tab-separated lines with a header elsewhere."""
+    """Prints rows to stdout: a table on a terminal, otherwise tab-separated lines with a header."""
     if not sys.stdout.isatty():
         for row in (columns, *rows):
             print("\t".join(visible(str(cell)).replace("\t", " ").replace("\n", " ") for cell in row))
@@ -150,10 +150,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, tit
 
 
 def print_side_by_side(question: str, left: tuple[str, str], right: tuple[str, str]) -> None:
-    """Prints a question and two answers, beside each other on a terminal, below each other elsewhere.
+    """Prints a question and two answers: side by side on a terminal, otherwise one below the other.
 
     Args:
-        question: What was asked.
+        question: The prompt.
         left: (heading, answer).
         right: (heading, answer).
     """
