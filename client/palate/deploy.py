@@ -14,7 +14,7 @@ from palate.backends import PlacementRequest
 from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.runs.handle import RunHandle
-from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.record import TOKEN_KEY, Record, versions
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, NameTakenError
 from palate_recipes.specs.run import Deployment, ServeManifest
@@ -72,6 +72,7 @@ def start_service(
         name=service_name,
         backend=session.backend.name,
         labels=dict(served.labels),
+        versions=versions(),
         body=Deployment(
             **served.facts(session, session.backend),
             options=checked,

@@ -152,7 +152,7 @@ class TrainingJob:
 
         Events of `kind` `train` have step, epoch, loss, learning_rate, rewards/margins and so on. Events of `kind` `eval` have
         eval_loss, eval_rewards/accuracies and so on. `start` is first and has sizes; `end` is last and has the final figures and
-        the reading. After a resume each step occurs once, and there is one `start` per attempt.
+        the reading. After a resume each step occurs once, and there is one `start` per attempt (two if its fast path failed).
         """
         return events_once(self._run.record.metrics())
 

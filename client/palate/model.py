@@ -1,11 +1,12 @@
 """Recipes and catalog models: what to train, how, and on what; what to serve as it is. Knows the schema and the catalog, no run.
 
-The parameters are those of PAI's `ModelTrainingRecipe`, in its order; what has no meaning here is refused by name.
+The parameters are those of PAI's `ModelTrainingRecipe`, in its order; parameters that Palate does not support are rejected by name.
 """
 
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from palate.backends.limits import ResourceConfig as ResourceConfig
 from palate.common.utils import check_name, unique_name
 from palate.job import TrainingJob
 from palate.session import Session, get_default_session
-from palate.submit import refuse, submit
+from palate.submit import check_channels, refuse, submit
 from palate.weights import LABEL as STAND_IN_LABEL
 from palate.weights import find_weights, stand_in_for
 from palate_recipes.catalog import Model, find_model, models
@@ -46,25 +47,25 @@ class ModelTrainingRecipe:
         model_provider: Publisher, checked against the catalog; `pai` matches any.
         model_uri: A folder or object-store URI with config, weights and tokenizer; overrides the catalog's source.
         method: `LoRA_LLM` (default), `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
-        source_dir: Refused.
-        model_channel_name: Refused unless `model`, PAI's default.
+        source_dir: Not supported.
+        model_channel_name: Must be `model`, PAI's default.
         hyperparameters: By PAI's names, validated now; see `hyperparameter_definitions` and docs/hyperparameters.md.
-        job_type: Refused.
+        job_type: Not supported.
         image_uri: Image of the trainer, on backends that run images.
-        command: Refused.
+        command: Not supported.
         instance_count: Number of machines, on backends that support it.
         instance_type: Type of machine, on backends that support it.
-        spot_spec: Refused.
+        spot_spec: Not supported.
         instance_spec: Limits such as `{"cpu": 8, "memory": "32g"}`, on backends that support them.
-        resource_id: Refused.
-        resource_type: Refused.
-        user_vpc_config: Refused.
+        resource_id: Not supported.
+        resource_type: Not supported.
+        user_vpc_config: Not supported.
         labels: Key-value pairs, recorded with the job.
-        requirements: Refused.
+        requirements: Not supported.
         environments: Environment variables of the training program; their values are never recorded.
-        experiment_config: Refused.
-        input_channels: Refused.
-        output_channels: Refused.
+        experiment_config: Not supported.
+        input_channels: Not supported.
+        output_channels: Not supported.
         max_run_time: Time limit of one attempt in seconds; then the job fails and its checkpoints are kept.
         default_training_inputs: Inputs of `train()` when none are given.
         base_job_name: Prefix of job ids; default: model and strategy.
@@ -75,7 +76,7 @@ class ModelTrainingRecipe:
     Raises:
         HyperparameterError: Lists every bad value with its bounds, every unknown name with the nearest known one.
         UnknownModelError: Names the nearest models.
-        UnsupportedParameterError: Names the parameter and why it has no meaning here.
+        UnsupportedParameterError: Names the parameter and why Palate does not support it.
     """
 
     def __init__(
@@ -127,13 +128,18 @@ class ModelTrainingRecipe:
         )
         if model_channel_name != "model":
             raise UnsupportedParameterError(
-                f"model_channel_name={model_channel_name!r} has no meaning here: the channel is 'model'"
+                f"model_channel_name={model_channel_name!r} is not supported: the channel is always 'model'; omit it"
             )
-        if max_run_time is not None and max_run_time <= 0:
-            raise ConfigurationError(f"max_run_time={max_run_time!r} must be above 0 seconds, or None for no limit")
+        if max_run_time is not None and not (
+            isinstance(max_run_time, int | float)
+            and not isinstance(max_run_time, bool)
+            and math.isfinite(max_run_time)
+            and max_run_time > 0
+        ):
+            raise ConfigurationError(f"max_run_time={max_run_time!r}: expected seconds above 0, or None for no limit")
         if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
             raise ConfigurationError(
-                f"max_attempts={max_attempts!r} must be a whole number from 1, 1 for no second try"
+                f"max_attempts={max_attempts!r} must be a whole number, 1 or more; 1 means no retry"
             )
         self.session = _with_backend(session or get_default_session(), backend)
         self.placement = self.session.backend.place(
@@ -159,7 +165,7 @@ class ModelTrainingRecipe:
             )
         elif model_uri is None:
             raise ConfigurationError(
-                "no model is named: give model_name= (`palate models` lists them) or model_uri= (any folder)"
+                "no model given: set model_name= (`palate models` lists them) or model_uri= (any folder)"
             )
         else:
             self._row = None
@@ -206,7 +212,7 @@ class ModelTrainingRecipe:
                 `oss://`, `hf://`, `gsheet://`), or a `PreferenceData` that says how to read it.
                 `adapter` is the model folder of a finished LoRA job to continue from (`job.model_uri`), such as SFT before
                 DPO: its rank, alpha and layers apply, and under DPO it is also the reference.
-            outputs: Refused: outputs are in the job's prefix.
+            outputs: Not supported: outputs are in the job's folder.
             wait: Whether to wait until the job has succeeded.
             job_name: The job's id; default: a unique one from `base_job_name`.
             show_logs: With `wait`: a live view on a terminal, log lines elsewhere, on stderr.
@@ -221,12 +227,16 @@ class ModelTrainingRecipe:
             TrainingJobError: With `wait`: the job failed or was stopped; has the reason and the last log lines.
         """
         refuse(outputs=outputs)
+        given = self.default_inputs if inputs is None else inputs
+        check_channels(given)
+        if job_name is not None:
+            check_name("job_name", job_name)
         spec = self._spec()
         base_name = self.base_job_name or f"{self.model_name}-{spec.hyperparameters.training_strategy}"
         job = submit(
             spec,
             self.session,
-            inputs=self.default_inputs if inputs is None else inputs,
+            inputs=given,
             row=self._row,
             job_name=check_name("job_name", job_name or unique_name(base_name)),
             labels=self.labels,
@@ -283,7 +293,7 @@ class ModelTrainingRecipe:
 
     def retrieve_scripts(self, local_path: str) -> None:
         raise UnsupportedParameterError(
-            f"retrieve_scripts({local_path!r}): the training program is the package palate_trainer, installed beside this one"
+            f"retrieve_scripts({local_path!r}): not supported: the training program is the installed package palate_trainer"
         )
 
     # ── serving ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,12 +322,12 @@ class ModelTrainingRecipe:
             instance_count: Number of machines, on backends that support it.
             resource_config: Limits, on backends that support them: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
                 or a dict with these keys.
-            resource_id: Refused.
+            resource_id: Not supported.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
                 (default: 12 hours; None: never), `engine_args` (list of str).
             wait: Whether to wait until the service has answered a real request.
-            inference_spec: Refused.
+            inference_spec: Not supported.
             show_logs: With `wait`: whether to show the engine's log.
 
         Returns:
@@ -395,7 +405,7 @@ class RegisteredModel:
         """Returns the catalog's models.
 
         Args:
-            task: Only those fit for it: `chat` or `text-generation`.
+            task: Only models for this task: `chat` or `text-generation`.
             session: Default: the default session.
         """
         return [cls(row.name, session=session) for row in models(task)]

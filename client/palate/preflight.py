@@ -73,7 +73,7 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
     where = (
         f"{device.gpu_name or 'the GPU'} has {there:.1f} GiB{f' ({gpus} GPUs)' if gpus > 1 else ''}"
         if device.cuda
-        else f"its memory limit is {there:.2g} GiB"
+        else f"the run's memory limit is {there:.2g} GiB"
         if device.memory_is_limited
         else f"this machine has {there:.1f} GiB free"
     )

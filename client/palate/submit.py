@@ -5,7 +5,6 @@ The order matters: everything that can be rejected is rejected before the first 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +15,11 @@ from palate.adapter_input import CHANNEL, keep_adapter, read_adapter
 from palate.job import TrainingJob
 from palate.preflight import check_memory, check_trainer
 from palate.runs.handle import RunHandle
-from palate.runs.record import Record
+from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
 from palate.sources.inputs import Input, PreferenceData, checked_inputs
 from palate.ui import note
 from palate.weights import reachable_weights
-from palate_recipes import __version__
 from palate_recipes.catalog import Model
 from palate_recipes.errors import ConfigurationError, NameTakenError, UnsupportedParameterError
 from palate_recipes.specs.run import TrainManifest
@@ -59,7 +57,6 @@ def submit(
     Raises:
         PalateError: Something cannot work. Nothing has been written. See `ModelTrainingRecipe.train`.
     """
-    _check_channels(inputs)
     source = reachable_weights(spec.model.source, session, session.backend)
     spec = replace(spec, model=replace(spec.model, source=source))
     with checked_inputs(
@@ -75,16 +72,18 @@ def submit(
                 spec = replace(spec, notes=(*spec.notes, note))
         record = Record(session.store, "jobs", job_name)
         _check_place(spec, record, session, row)
-        kept = {channel: item.keep(record, channel) for channel, item in checked.items()}
-        if adapter:
-            kept[CHANNEL] = keep_adapter(record, adapter, session).as_input()
         manifest = TrainManifest(
             name=job_name,
             backend=session.backend.name,
-            body=replace(spec, inputs=kept),
+            body=spec,
             labels=labels,
-            versions={"palate": __version__, "python": platform.python_version()},
+            versions=versions(),
         )
+        check_manifest(manifest)
+        kept = {channel: item.keep(record, channel) for channel, item in checked.items()}
+        if adapter:
+            kept[CHANNEL] = keep_adapter(record, adapter, session).as_input()
+        manifest = replace(manifest, body=replace(spec, inputs=kept))
         record.create(manifest)
         job = TrainingJob(record, session)
         RunHandle(record, session).start(environments)
@@ -106,7 +105,8 @@ def _check_place(spec: TrainSpec, record: Record, session: Session, row: Model |
         )
 
 
-def _check_channels(inputs: Mapping[str, Any]) -> None:
+def check_channels(inputs: Mapping[str, Any]) -> None:
+    """Rejects input channels that do not exist, and a training without data."""
     for channel in inputs:
         if channel not in CHANNELS:
             hint = did_you_mean(channel, CHANNELS)

@@ -37,20 +37,22 @@ def log(line: str) -> None:
 class Metrics:
     """Appends events (`start`, `train`, `eval`, `end`) to metrics.jsonl, one JSON object per line, and reads them back.
 
-    Only rank 0 writes. Events of a later attempt have its number: a runner that was considered lost may still push its last events
+    Only rank 0 writes. Events have the number of their attempt: a runner that was considered lost may still push its last events
     after those of the next attempt.
     """
 
     def __init__(self, output_dir: Path, *, attempt: int = 1) -> None:
         self.path = output_dir / METRICS_FILE
-        self._mark = {"attempt": attempt} if attempt > 1 else {}
+        self._attempt = attempt
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
         if not is_main():
             return
         # One write call per line, so that a reader never sees half a line. JSON has no NaN, so it becomes null.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **self._mark, **_without_nan(values)}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"kind": kind, "attempt": self._attempt, **_without_nan(values)}, ensure_ascii=False) + "\n"
+            )
 
     def read(self) -> list[dict[str, Any]]:
         """All events so far, including those before a resume."""
@@ -101,7 +103,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.startup = startup
         self.trainer: Any = None
         self.last: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
-        self.step_losses: list[float] = []  # (steps of this process,)
+        self.step_losses: list[float] = []  # one per step of this process
         self._last_window = 0  # steps in the last log line
         self._logged_steps = 0
         self._pace = Throughput()

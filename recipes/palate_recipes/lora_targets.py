@@ -84,7 +84,7 @@ class AdapterShape:
                 target_modules=_modules(config["target_modules"]),
                 base_model=str(config.get("base_model_name_or_path") or ""),
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{where}/{ADAPTER_CONFIG} does not describe a LoRA adapter ({type(error).__name__}: {error})."
                 " Give the model folder of a finished LoRA run."

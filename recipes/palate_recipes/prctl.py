@@ -1,4 +1,4 @@
-"""What a process asks of the Linux kernel about ends: to die with its parent, to adopt orphans. Does nothing elsewhere."""
+"""Linux process control: end with the parent, adopt orphans. Does nothing on other systems."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIBC = ctypes.CDLL(None)  # opened here: between fork and exec as little as pos
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends; fit to be a `preexec_fn`."""
+    """Has the kernel kill this process when the thread that started it ends. Can be used as `preexec_fn`."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

@@ -384,8 +384,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
     loss_type: Annotated[
         str,
         Meta(
-            description="loss over a pair under dpo, by TRL's names; sigmoid is the one of the DPO paper; several are "
-            "added up",
+            description="loss over a pair in dpo, with TRL's names; sigmoid is the DPO paper's; several are summed",
             extra={"form": "names", "choices": LOSS_TYPES},
         ),
     ] = "sigmoid"
@@ -400,7 +399,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             lt=0.5,
-            description="share of pairs whose labels are taken to be flipped, in the losses robust, exo_pair (above 0), "
+            description="assumed share of pairs with flipped labels, in the losses robust, exo_pair (above 0), "
             "aot and aot_unpaired",
             extra={"unit": "fraction"},
         ),
@@ -424,7 +423,9 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
             description="factor of the loss of good answers in kto, to balance unequal numbers of good and bad answers",
         ),
     ] = 1.0
-    undesirable_weight: Annotated[float, Meta(ge=0, le=1000, description="the same for bad answers")] = 1.0
+    undesirable_weight: Annotated[
+        float, Meta(ge=0, le=1000, description="factor of the loss of bad answers in kto")
+    ] = 1.0
     bad_rows: Annotated[
         Literal["refuse", "skip"],
         Meta(

@@ -176,11 +176,19 @@ def _reap() -> None:
 
 def _descendants() -> list[psutil.Process]:
     """Returns the live descendants of this process, without zombies."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
+    below: dict[int, list[psutil.Process]] = {}
+    for pid in psutil.pids():
+        # Another user's process may be hidden (hidepid); `Process.children` fails altogether if one is.
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
             if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                found.append(process)
+                below.setdefault(process.ppid(), []).append(process)
+    found: list[psutil.Process] = []
+    parents = [os.getpid()]
+    while parents:
+        children = below.pop(parents.pop(), [])
+        found += children
+        parents += [child.pid for child in children]
     return found
 
 

@@ -48,7 +48,7 @@ def train(
 def test_a_training_that_takes_too_much_memory_says_so(containers: ContainerHands, tiny: Path, tmp_path: Path) -> None:
     setup_default_session()
     # What can be foreseen is refused.
-    with pytest.raises(NotEnoughMemoryError, match=r"its memory limit is 0\.29 GiB: use instance_spec="):
+    with pytest.raises(NotEnoughMemoryError, match=r"the run's memory limit is 0\.29 GiB: use instance_spec="):
         train(tiny, _long_rows(tmp_path, words=1), "foreseen", memory="300m")
     with pytest.raises(TrainingJobError, match=r"out of memory.*its memory limit of 0\.781 GiB.*instance_spec"):
         train(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from msgspec.structs import replace
 
 from palate import Session, TrainingJob
@@ -17,6 +18,7 @@ from palate.backends import get_backend
 from palate.paths import stale_work_folders, work_folder
 from palate.runs.lease import LEASE_KEY, lease_here
 from palate.runs.record import Record
+from palate_recipes.errors import DamagedFilesError
 from palate_recipes.specs.codec import encode
 from palate_recipes.specs.run import Lease
 from tests.support.elsewhere import on_another_machine
@@ -162,3 +164,19 @@ def test_the_runner_of_a_damaged_record_counts_and_is_ended_by_delete(session: S
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_job_that_a_newer_version_wrote_is_neither_damaged_nor_removed(session: Session, home: Path) -> None:
+    job = run(session, "jobs", "newer", replace(FAR, released=True))
+    key = job.key("manifest.json")
+    values = json.loads(session.store.get(key))
+    values["versions"] = {"palate": "9.0"}
+    values["body"]["hyperparameters"]["lr_scheduler_type"] = "wsd"
+    session.store.put(key, json.dumps(values).encode())
+    assert clean(home, "--yes")[0] == set()
+    with pytest.raises(DamagedFilesError, match=r"written by Palate '9\.0'\. Use that version") as refused:
+        job.manifest()
+    assert "delete" not in str(refused.value)
+    values["versions"] = {}
+    session.store.put(key, json.dumps(values).encode())
+    assert clean(home)[0] == {("damaged record", "jobs/newer")}

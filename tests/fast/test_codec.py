@@ -44,6 +44,9 @@ def changed(data: bytes, path: str, value: object) -> bytes:
         (b"[]", "it is list, not an object"),
         (b"{}", "it has no state"),
         (b'{"state": 7}', "state is 7: "),
+        (b'{"state": "x - at `$.q"}', "state is 'x - at `\\$.q': invalid enum value$"),
+        (b'{"state": "it\'s - at `$.q`"}', "state is .*: invalid enum value$"),
+        (b'{"state": "' + b"x" * 1_000_000 + b'"}', "state is 'xxx"),
         (b'{"state": "Done"}', "state is 'Done': "),
         (b'{"state": "Failed", "attempt": 0}', "attempt is 0: expected int >= 1"),
         (b'{"state": "Failed", "attempt": true}', "attempt is True: expected int, got bool"),
@@ -141,3 +144,21 @@ def test_the_first_use_of_a_type_may_be_that_of_several_threads() -> None:
         command = [sys.executable, "-c", FIRST_USE, train_manifest().encode().decode()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+
+
+def test_what_passes_can_be_written_from_a_deeper_stack() -> None:
+    """A heartbeat reads and rewrites a status some frames below where it was read."""
+
+    def rewritten(status: Status, frames: int) -> bytes:
+        return rewritten(status, frames - 1) if frames else status.encode()
+
+    taken = 0
+    for depth in range(800, 1100):
+        try:
+            status = Status.decode(b'{"state": "Failed", "details": {"x": ' + b"[" * depth + b"]" * depth + b"}}")
+        except ValueError as error:
+            assert str(error) == "it is nested too deeply"  # noqa: PT017
+            continue
+        taken += 1
+        rewritten(status, 30)
+    assert taken < 300

@@ -120,7 +120,7 @@ def code_lines(text: str) -> str:
         (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "lr=1"], ["lr", "learning_rate"]),
         (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "lr"], ["NAME=VALUE"]),
         (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "system_prompt=\udcff"], ["system_prompt"]),
-        (["train", "{prefs}"], ["no model is named"]),
+        (["train", "{prefs}"], ["no model given"]),
         (["train", "{prefs}", "--recipe", "/nowhere.toml"], ["/nowhere.toml"]),
         (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
         (["deploy", "no-such-model", "--base"], ["no-such-model", "palate models"]),

@@ -401,6 +401,20 @@ def test_the_last_words_of_a_lost_attempt_hide_nothing_of_the_next_one() -> None
         assert [event["step"] for event in events if event["kind"] == "start"] == [0, 2, 2]
 
 
+def test_a_fast_path_that_failed_in_an_attempt_doubles_no_step() -> None:
+    # It began anew, so its attempt has two starts; the next one went on from step 2.
+    one = [
+        {"kind": "start", "step": 0},
+        {"kind": "start", "step": 0},
+        *({"kind": "train", "step": s} for s in (1, 2, 3)),
+    ]
+    two = [{"kind": "start", "step": 2}, *({"kind": "train", "step": step} for step in (3, 4))]
+    numbered = [*({**event, "attempt": 1} for event in one), *({**event, "attempt": 2} for event in two)]
+    before = [*one, *({**event, "attempt": 2} for event in two)]  # the first attempt was one of an earlier version
+    for events in (numbered, before, [*one, *two]):
+        assert [event["step"] for event in events_once(events) if event["kind"] == "train"] == [1, 2, 3, 4]
+
+
 def palate_run(record: Record) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "palate.runner", record.uri]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)

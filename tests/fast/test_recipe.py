@@ -49,6 +49,9 @@ def prefs(tmp_path: Path) -> Path:
         ({"model_name": MODEL, "image_uri": "img:1"}, UnsupportedParameterError, ["image_uri", "img:1"]),
         ({"model_name": MODEL, "model_channel_name": "other"}, UnsupportedParameterError, ["model_channel_name"]),
         ({"model_name": MODEL, "max_run_time": 0}, ConfigurationError, ["max_run_time"]),
+        ({"model_name": MODEL, "max_run_time": True}, ConfigurationError, ["max_run_time=True"]),
+        ({"model_name": MODEL, "max_run_time": float("nan")}, ConfigurationError, ["max_run_time=nan"]),
+        ({"model_name": MODEL, "max_run_time": "60"}, ConfigurationError, ["max_run_time='60'"]),
         ({"model_name": MODEL, "backend": "proces"}, ConfigurationError, ["proces", "'process'"]),
     ],
 )  # fmt: skip
@@ -171,3 +174,15 @@ def test_secrets_are_shown_nowhere(home: Path, prefs: Path) -> None:
         assert "s3cr3t-value" not in text
         assert "t0ken-value" not in text
     assert session.environment()["AWS_SECRET_ACCESS_KEY"] == "s3cr3t-value"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [({"inputs": {"trian": "p.json"}}, "trian"), ({"inputs": {"train": "p.json"}, "job_name": "a/b"}, "job_name")],
+)
+def test_what_costs_nothing_to_check_is_checked_before_the_weights_are_looked_for(
+    arguments: dict[str, Any], word: str
+) -> None:
+    recipe = ModelTrainingRecipe(model_name="mine", model_uri="/nowhere/at/all")
+    with pytest.raises(ConfigurationError, match=word):
+        recipe.train(**arguments)

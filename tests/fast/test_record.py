@@ -133,6 +133,7 @@ def test_a_line_that_was_cut_short_is_no_event_and_stops_none(store: Store, tmp_
 _STRANGE_EVENTS = [
     b'{"a": 1}', b'{"kind": "start"}', b'{"kind": "train", "step": "x"}', b'{"kind": [], "step": {}}', b"[" * 100_000,
     b'{"kind": "train", "step": 1, "loss": "x"}', b'{"kind": "eval", "step": 1, "eval_loss": 1' + b"0" * 400 + b"}",
+    b'{"kind": "end", "step": 1, "reading": {}}', b'{"kind": "train", "step": 1, "\\ud800": 1}',
     b'{"kind": "start", "step": 0, "attempt": [2]}',
     b'{"kind": "start", "step": 0, "total_steps": "x"}', b'{"kind": "start", "step": 0, "train_rows": []}',
     b'{"kind": "end", "step": 1, "reading": "x"}', b'{"kind": "end", "step": 1, "reading": {"verdict": 1}}',

@@ -82,3 +82,21 @@ def test_the_exit_code_comes_through(tmp_path: Path) -> None:
         held = Supervised([sys.executable, "-c", code], env=environment(), cwd=tmp_path, grace_s=1, on_end=ended.set)
         assert ended.wait(20)
         assert held.returncode == seen
+
+
+def test_a_process_that_may_not_be_read_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hidepid, psutil lists processes of other users and may not read them."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    read = psutil.Process.status
+
+    def status(process: psutil.Process) -> str:
+        if process.pid == 1:
+            raise psutil.AccessDenied(process.pid)
+        return read(process)
+
+    monkeypatch.setattr(psutil.Process, "status", status)
+    try:
+        assert child.pid in [process.pid for process in supervisor._descendants()]
+    finally:
+        child.kill()
+        child.wait()

@@ -37,7 +37,7 @@ class MemoryGuard:
         which = f"its memory limit of {limit / (1 << 30):.3g} GiB" if limit else "the memory of its machine"
         return (
             f"out of memory: the kernel killed it at {which}. Raise the limit (instance_spec={{'memory': ...}} on the container "
-            "backend), or need less: a smaller per_device_train_batch_size or max_length, or QLoRA_LLM"
+            "backend), or need less: a smaller per_device_train_batch_size or seq_length, or QLoRA_LLM"
         )
 
     def _kills(self) -> int:

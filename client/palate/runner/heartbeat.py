@@ -318,7 +318,9 @@ class Heartbeat:
         except Exception as error:
             if not self._failing:
                 cause = str(error) if isinstance(error, PalateError | OSError) else repr(error)
-                self._say(f"note: the store fails; the run continues, and its {what} will follow: {cause}")
+                self._say(
+                    f"note: the store or the run's record cannot be used; the run continues, and its {what} will follow: {cause}"
+                )
             self._failing.add(what)
         else:
             if self._failing:

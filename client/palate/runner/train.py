@@ -160,7 +160,7 @@ def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[Trai
         output_dir=str(output),
         cache_dir=str(work / "cache"),
         resume_from=str(resumed_from) if resumed_from else None,
-        attempt=earlier.attempt,
+        attempt=context.heartbeat.attempt,
     )
     task = TrainTask(spec=spec, files=files)
     task.write(work / "spec.json")
@@ -175,10 +175,13 @@ def _stage_metrics(context: RunContext, output: Path, resumed_from: Path | None)
     if resumed_from is None:
         return 0
     step = int(resumed_from.name.rpartition("-")[2])
-    resumed = {"kind": "start", "step": step, "attempt": context.heartbeat.attempt}
-    events = events_once([*context.retry(lambda: [*context.direct.metrics()]), resumed])[:-1]
-    text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
-    (output / METRICS_FILE).write_text(text, encoding="utf-8")
+    events = [
+        event
+        for event in events_once(context.retry(lambda: [*context.direct.metrics()]))
+        if event["kind"] == "start" or (event["kind"] != "end" and event["step"] <= step)
+    ]
+    text = "".join(json.dumps(event) + "\n" for event in events)  # ASCII: a store may have half characters
+    (output / METRICS_FILE).write_text(text, encoding="ascii")
     key = context.record.key(TENSORBOARD_DIR)
     if context.retry(lambda: any(True for _ in context.direct.store.list(key))):
         context.record.store.download_tree(key, output / TENSORBOARD_DIR)

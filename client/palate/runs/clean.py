@@ -88,7 +88,8 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                 ttl_s = manifest.body.time_to_live_s if isinstance(manifest, ServeManifest) else None
                 cause = "" if status.is_terminal else handle.lost(status)
             except DamagedFilesError as error:
-                if not _may_run(record):
+                # A newer version may have written what this one cannot read. Only `palate delete` removes that.
+                if not record.other_version and not _may_run(record):
                     yield Leftover(kind="damaged record", what=f"{kind}/{name}", why=str(error), remove=handle.delete)
                 continue
             except (RunNotFoundError, ConfigurationError):

@@ -12,6 +12,7 @@ belongs to the runner (see `palate.runs.lease`). `palate/schemas` has their JSON
 from __future__ import annotations
 
 import json
+import platform
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -21,6 +22,7 @@ from msgspec.structs import replace
 
 from palate.common.utils import check_name
 from palate.store import Store
+from palate_recipes import __version__
 from palate_recipes.errors import (
     ConfigurationError,
     DamagedFilesError,
@@ -28,7 +30,7 @@ from palate_recipes.errors import (
     PreconditionFailedError,
     RunNotFoundError,
 )
-from palate_recipes.specs.codec import decode, encode
+from palate_recipes.specs.codec import decode, encode, parse_object, shown
 from palate_recipes.specs.events import is_event
 from palate_recipes.specs.run import (
     ACTIVE,
@@ -81,7 +83,9 @@ class Record:
 
         Raises:
             NameTakenError: A run with this name exists.
+            ConfigurationError: The manifest could not be read after it was written.
         """
+        check_manifest(manifest)
         try:
             self.store.put(self.key("manifest.json"), _encode(manifest), if_none_match=True)
         except PreconditionFailedError:
@@ -124,7 +128,22 @@ class Record:
                 "PALATE_STORE or Session(store=…) selects another store"
             ) from None
 
+    @property
+    def other_version(self) -> str:
+        """The Palate version that wrote the manifest, if it is another one than this; else ""."""
+        try:
+            versions = parse_object(self.manifest_bytes()).get("versions")
+        except (RunNotFoundError, ValueError):
+            return ""
+        written = versions.get("palate") if isinstance(versions, dict) else None
+        return written if isinstance(written, str) and written != __version__ else ""
+
     def _raise_damaged(self, name: str, error: ValueError) -> NoReturn:
+        if other := self.other_version:
+            raise DamagedFilesError(
+                f"{name} of {self.name} cannot be read by Palate {__version__} ({error}): it was written by Palate "
+                f"{shown(other)}. Use that version"
+            ) from None
         raise DamagedFilesError(
             f"{name} of {self.name} is damaged ({error}): restore {self.uri}/{name}, or remove the whole "
             f"{'job' if self.kind == 'jobs' else 'service'} with `palate delete {self.name}`"
@@ -137,6 +156,7 @@ class Record:
             ConfigurationError: The manifest is not the known one: somebody else has replaced it.
             RunNotFoundError: There is none.
         """
+        check_manifest(new)
         key = self.key("manifest.json")
         info = self.store.stat(key)  # before the read: a later write must not match
         try:
@@ -407,14 +427,14 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         attempts.setdefault(event.get("attempt", max(1, unnumbered)), []).append(event)
     kept: list[dict[str, Any]] = []
     for _, own in sorted(attempts.items()):
-        step = next((event["step"] for event in own if event["kind"] == "start"), None)
-        if step is not None:
-            kept = [
-                earlier
-                for earlier in kept
-                if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= step)
-            ]
-        kept += own
+        for event in own:
+            if event["kind"] == "start":  # a second one in an attempt: its fast path failed in the first step
+                kept = [
+                    earlier
+                    for earlier in kept
+                    if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= event["step"])
+                ]
+            kept.append(event)
     return kept
 
 
@@ -424,6 +444,19 @@ _PART = re.compile(r"[0-9]{6,18}")
 LONGEST_LINE = 1024**2
 _TAIL_BYTES = 256 * 1024
 """`last_log_lines` reads this many bytes from the end."""
+
+
+def versions() -> dict[str, str]:
+    """Returns Palate's version and Python's, for a manifest."""
+    return {"palate": __version__, "python": platform.python_version()}
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raises ConfigurationError if a manifest could not be read after it was written."""
+    try:
+        type(manifest).decode(_encode(manifest))
+    except ValueError as error:
+        raise ConfigurationError(f"the settings of {manifest.name} cannot be recorded: {error}") from None
 
 
 def _encode(manifest: Manifest) -> bytes:

@@ -96,7 +96,7 @@ class Input:
         lines = [f"note: {channel}: {describe_skipped(self.skipped)}"] if self.skipped and skipped else []
         if self.fetched.passed_over:
             lines.append(
-                f"note: {channel}: skipped (not data files by name): {', '.join(self.fetched.passed_over[:8])}"
+                f"note: {channel}: skipped, because their names are not those of data files: {', '.join(self.fetched.passed_over[:8])}"
             )
         found = self.report.lines(("warning",))[:-1]
         lines += [f"{channel}: {line}" for line in found[:_REMARKS_SHOWN]]

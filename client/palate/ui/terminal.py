@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def facts(entry: dict[str, Any], validation_loss: float | None = None, *, passed
     values = {**entry, "validation": validation_loss}
     parts = [form.format(values[name]) for name, form in shown if values.get(name) is not None]
     left = entry.get("seconds_left")
-    if left is not None and entry["step"] < entry["total_steps"]:
+    if left is not None and entry["step"] < entry.get("total_steps", 0):
         parts.append(f"{duration(max(0.0, left - passed_s))} left")
     return "  ".join(parts)
 
@@ -125,7 +126,7 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     edges = [len(values) * cell // cells for cell in range(cells + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    scale = (len(_SPARKS) - 1) / (high - low) if low < high < math.inf else 0.0
     return "".join(_SPARKS[round((value - low) * scale)] for value in means)
 
 

@@ -23,6 +23,9 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _LARGEST = 64 * 1024**2
 """Bytes. A record has a few KiB, and parsing needs a multiple of an object's size in memory."""
 
+_ROOM = 100
+"""Levels of nesting that are left for the stack of those who read and write a record."""
+
 _Record = TypeVar("_Record", bound=Struct)
 
 
@@ -31,13 +34,18 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
     Raises:
         ValueError: It is too large, not UTF-8, not JSON, nested too deeply, not an object, or contains a value that cannot be
-            written (a lone surrogate, NaN). The message says which, in one line.
+            written (a lone surrogate, NaN). The message is one line.
     """
     if len(data) > _LARGEST:
         raise ValueError(f"it has {len(data):,} bytes, more than {_LARGEST:,}")
     try:
         values = msgspec.json.decode(data)
-        msgspec.json.encode(values)  # fails here, not in a heartbeat, if it is nested too deeply to be written
+        nested: object = values
+        for _ in range(
+            _ROOM
+        ):  # fails here, not in a heartbeat with a deeper stack, if it is nested too deeply to be written
+            nested = [nested]
+        msgspec.json.encode(nested)
     except UnicodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
@@ -91,28 +99,33 @@ def encode(value: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=1)
 
 
-_ERROR = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*?)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
+_QUOTED = re.compile(r"(Invalid (?:enum )?value) ['\"].*", re.DOTALL)
 _STEP = re.compile(r"\.(?P<field>[^.\[]+)|\[(?P<index>[0-9]+|\.\.\.)\]")
 
 
 def _explained(message: str, values: dict[str, Any], kind: type[Struct]) -> str:
-    found = _ERROR.fullmatch(message)
-    assert found is not None
+    # The last path is msgspec's own: a value that it quotes may contain the same words.
+    what, _, place = message.rpartition(" - at `")
+    if not what:
+        what, place = message, ""
     value: Any = values
     path = ""  # as far as msgspec gives it: it omits the keys of a dict
-    for step in _STEP.finditer(found["path"] or ""):
+    for step in _STEP.finditer(place.removesuffix("`")):
         if step["index"] == "...":
             break
-        value = value[int(step["index"]) if step["index"] else step["field"]]
+        try:
+            value = value[int(step["index"]) if step["index"] else step["field"]]
+        except (LookupError, TypeError):
+            break
         path += f"[{step['index']}]" if step["index"] else f".{step['field']}"
     path = path.removeprefix(".")
-    if missing := _MISSING.fullmatch(found["what"]):
+    if missing := _MISSING.fullmatch(what):
         if path:
             return f"{path} has no {missing['name']}"
         required = [field.encode_name for field in msgspec.structs.fields(kind) if field.required]
         return f"it has no {' and no '.join(name for name in required if name not in values) or missing['name']}"
-    what = found["what"].replace("`", "")
+    what = _QUOTED.sub(r"\1", what).replace("`", "")  # `shown` has the value, truncated
     return f"{path or 'it'} is {shown(value)}: {what[:1].lower()}{what[1:]}"
 
 

@@ -156,7 +156,7 @@ def _not_learning(run: _Run) -> str | None:
     if run.first - run.end > run.flat:
         return None
     margins = [point.margin for point in run.curves.last(0.5) if point.margin is not None]
-    size = math.sqrt(sum(margin**2 for margin in margins) / max(1, len(margins)))
+    size = math.sqrt(sum(margin * margin for margin in margins) / max(1, len(margins)))
     # A DPO loss falls as soon as margins grow. A KTO loss falls by an eighth of them, so it may still look flat.
     growing = not run.curves.is_dpo and sum(margins) > len(margins) * size / 2
     answers = "chosen and rejected answers" if run.curves.is_dpo else "good and bad answers"

@@ -14,8 +14,8 @@ from palate_recipes.specs.codec import Int, convert
 
 
 class _Words(Struct, frozen=True):
-    verdict: str = ""
-    text: str = ""
+    verdict: str
+    text: str
 
 
 class _Event(Struct):
@@ -25,7 +25,7 @@ class _Event(Struct):
     step: Int
     total_steps: Int = 0
     attempt: Int = 1
-    reading: _Words = _Words()
+    reading: _Words = _Words("", "")
 
 
 class Start(Struct, frozen=True, kw_only=True):
@@ -53,7 +53,7 @@ def is_event(values: object) -> bool:
         event = convert(values, _Event)
         if event.kind == "start":
             convert(values, Start)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeError):  # the latter for a field name with half a character
         return False
     assert isinstance(values, dict)
     if event.kind not in ("train", "eval"):
@@ -96,6 +96,8 @@ def progress_line(event: Mapping[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """Formats seconds with the precision of an estimate: `40 s`, `4 min`, `2 h 10 min`, `3 d 4 h`."""
+    if not math.isfinite(seconds):
+        return "unknown time"
     if seconds < 90:
         return f"{round(seconds)} s"
     minutes = round(seconds / 60)
@@ -214,14 +216,14 @@ def mean(points: Sequence[Point], name: str) -> float | None:
 
 
 def _point(event: Mapping[str, Any], prefix: str, steps: int) -> Point:
-    def number(name: str) -> float | None:
+    def number(name: str, prefix: str = prefix) -> float | None:
         value = event.get(prefix + name)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
     return Point(
         step=event["step"],
         steps=steps,
-        epoch=float(event.get("epoch") or 0.0),
+        epoch=number("epoch", "") or 0.0,
         loss=number("loss"),
         margin=number("rewards/margins"),
         accuracy=number("rewards/accuracies"),
