@@ -250,8 +250,8 @@ class Campaign:
             tally.resumed_by_hand += sum(event["what"] == "resumed" for event in events)
             tally.clients += len(run.clients)
             for attempt in status.attempts:
-                tally.causes[_class_of(attempt["reason"])] += 1
-                if not attempt["reason"]:
+                tally.causes[_class_of(attempt.reason)] += 1
+                if not attempt.reason:
                     auditor.findings.lies.append(f"{run.name}: attempt {attempt['attempt']} ended without a reason")
             tally.lost += auditor.findings.lost
             tally.lies += auditor.findings.lies

@@ -80,7 +80,7 @@ def test_plain_text_takes_no_conversation(renderer: Any) -> None:
 
     from palate_recipes.errors import TrainerError
 
-    with pytest.raises(TrainerError, match="row 3 is a conversation of 3 turns"):
+    with pytest.raises(TrainerError, match="Row 3 is a conversation of 3 turns"):
         replace(renderer, apply_chat_template=False).encode(TURNS[2])
 
 
