@@ -252,7 +252,7 @@ class Campaign:
             for attempt in status.attempts:
                 tally.causes[_class_of(attempt.reason)] += 1
                 if not attempt.reason:
-                    auditor.findings.lies.append(f"{run.name}: attempt {attempt['attempt']} ended without a reason")
+                    auditor.findings.lies.append(f"{run.name}: attempt {attempt.attempt} ended without a reason")
             tally.lost += auditor.findings.lost
             tally.lies += auditor.findings.lies
         self._say(f"      {run.name} ended: {status.state} after {happened} faults, attempt {status.attempt}")
