@@ -170,19 +170,20 @@ def die_with_launcher() -> None:
 
 
 def leave(code: int) -> int:
-    """Leaves the process group. Exits the process at once if `code` is not 0.
+    """Leaves the process group and exits the process, if it is one of several workers.
 
-    An orderly shutdown waits for all workers, and a failed one is out of step with the others: it would hang.
+    With code 0 it waits for all workers. A failed worker is out of step with the others and would hang.
     """
     if world_size() > 1:
         import torch.distributed as dist
 
-        if code != 0:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        if dist.is_initialized():
+        if code == 0 and dist.is_initialized():
             dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not through the interpreter's shutdown: a thread of torch that is still running then can abort the process
+        # ("terminate called without an active exception"), and the job would fail although its model is complete.
+        os._exit(code)
     return code
 
 
