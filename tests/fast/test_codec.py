@@ -153,7 +153,7 @@ def test_what_passes_can_be_written_from_a_deeper_stack() -> None:
         return rewritten(status, frames - 1) if frames else status.encode()
 
     taken = 0
-    for depth in range(800, 1100):
+    for depth in range(500, 1100):
         try:
             status = Status.decode(b'{"state": "Failed", "details": {"x": ' + b"[" * depth + b"]" * depth + b"}}")
         except ValueError as error:
@@ -161,4 +161,4 @@ def test_what_passes_can_be_written_from_a_deeper_stack() -> None:
             continue
         taken += 1
         rewritten(status, 30)
-    assert taken < 300
+    assert 0 < taken < 600
