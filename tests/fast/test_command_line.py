@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +20,7 @@ import pytest
 from palate.errors import ConfigurationError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
+from palate_recipes.catalog import models
 from palate_recipes.text import visible
 from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest, train_manifest
@@ -321,3 +326,70 @@ with LiveDisplay("[red]" + {ATTACK!r}) as display:
 )
 def test_text_is_made_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
+
+
+def on_terminal(*arguments: str, home: Path, width: int = 80) -> list[str]:
+    """Runs a command on a terminal of this width and returns the lines it shows, colours removed."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "palate.cli", *arguments],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**environment, "PALATE_HOME": str(home), "TERM": "xterm"},
+    )
+    os.close(follower)
+    shown = b""
+    with suppress(OSError):  # EIO: the program has exited
+        while piece := os.read(leader, 65536):
+            shown += piece
+    os.close(leader)
+    assert process.wait(timeout=120) == 0
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()]
+
+
+def test_a_model_is_one_line_at_80_characters_and_its_name_is_whole(home: Path) -> None:
+    names = [model.name for model in models()]
+    shown = on_terminal("models", home=home)
+    assert [line.split()[0] for line in shown[1 : 1 + len(names)]] == names
+    assert max(map(len, shown)) <= 80
+    assert any(line.startswith("not shown at this width: context, licence") for line in shown)
+
+
+def test_wide_shows_all_columns_and_one_line_for_each_row(home: Path) -> None:
+    shown = on_terminal("models", "qwen2-0.5b-instruct", "--wide", home=home)
+    (row,) = (line for line in shown if line.startswith("qwen2-0.5b-instruct "))
+    assert "Apache-2.0" in row
+    assert "The place to start, for most conversation." in row
+    assert not any(line.startswith("not shown") for line in shown)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_ids_are_never_broken_or_cut(home: Path, width: int) -> None:
+    long_id = "smollm2-135m-instruct-dpo-20261129-054441-" + "a1b2c3d4" * 5
+    Record(open_store(str(home / "store")), "jobs", long_id).create(train_manifest(long_id))
+    shown = on_terminal("jobs", "--timeout", "20", home=home, width=width)
+    assert sum(long_id in line for line in shown) == 2  # in the table and in the next command
+
+
+def test_a_job_is_deleted_without_a_terminal_only_with_yes(home: Path) -> None:
+    record = Record(open_store(str(home / "store")), "jobs", "keep-me")
+    record.create(train_manifest("keep-me"))
+    done = palate("delete", "keep-me", home=home)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "job keep-me with model and checkpoints; confirm with --yes" in done.stderr
+    assert record.exists()
+    assert palate("delete", "keep-me", "not-there", "--yes", home=home).returncode == 1
+    assert record.exists(), "one wrong name, and nothing is deleted"
+    assert palate("delete", "keep-me", "--yes", home=home).stdout == "keep-me\tdeleted\n"
+    assert not record.exists()
+
+
+def test_jobs_as_json_have_hyperparameters_data_and_uris(home: Path) -> None:
+    Record(open_store(str(home / "store")), "jobs", "one").create(train_manifest("one"))
+    (row,) = json.loads(palate("jobs", "--json", home=home).stdout)
+    assert row["hyperparameters"]["seq_length"] > 0
+    assert set(row) >= {"id", "uri", "state", "model", "given", "data", "model_uri", "labels", "reason"}
+    assert row["model_uri"] is None, "it has no model yet"

@@ -118,7 +118,7 @@ def test_a_stranger_sets_up_trains_and_deploys(project: Path, tmp_path: Path, ti
         (service,) = json.loads(run("services", "--json").stdout)
         assert "transformers" in json.dumps(service), service
     finally:
-        deleted = run("delete", "first")
+        deleted = run("delete", "--yes", "first")
     assert deleted.returncode == 0, deleted.stderr
     taken = sum(path.lstat().st_size for path in (project / ".venv").rglob("*") if path.is_file())
     print(f"setup {setup_s:.0f} s, {taken / 1e9:.1f} GB; to the deleted service {time.monotonic() - begun:.0f} s")

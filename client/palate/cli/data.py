@@ -216,10 +216,10 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         rows = [{"name": name, "fields": one.fields, "written": one.write is not None} for name, one in FORMATS.items()]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    from palate.ui.terminal import print_table
+    from palate.ui.terminal import Column, print_table
 
     print_table(
-        ("format", "fields", "written"),
+        ("format", Column("fields", wraps=True), "written"),
         [(name, one.fields, "yes" if one.write else "no") for name, one in FORMATS.items()],
     )
 
@@ -345,12 +345,12 @@ _PARTS = {
 
 
 def _describe(report: Report) -> None:
-    from palate.ui.terminal import bars, print_table
+    from palate.ui.terminal import Column, bars, print_table
 
     shapes = ", ".join(f"{name} {count:,}" for name, count in report.formats.items())
     print(f"{report.usable:,} of {report.rows:,} rows are usable; {shapes or 'no known format'}")
     print_table(
-        ("length of", "mean", "median", "95%", "99%", "longest", "distribution up to 99%"),
+        ("length of", "mean", "median", "95%", "99%", "longest", Column("distribution up to 99%", wraps=True)),
         [
             (
                 _PARTS[name],

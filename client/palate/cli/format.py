@@ -6,9 +6,14 @@ import re
 import shlex
 import sys
 import time
+from typing import Annotated
+
+import typer
 
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import visible
+
+Wide = Annotated[bool, typer.Option("--wide", help="Show all columns and whole lines, however long.")]
 
 _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from palate.cli.format import Wide
 from palate_recipes.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -18,20 +19,25 @@ if TYPE_CHECKING:
 
 
 def models(
+    search: Annotated[
+        str | None, typer.Argument(help="Show only models whose name or publisher contains this.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Show only models for this task, such as chat.")] = None,
     kind: Annotated[str | None, typer.Option(help="Show only this kind: instruct, thinking, base or moe.")] = None,
     hyperparameters: Annotated[
         bool, typer.Option("--hyperparameters", help="List the hyperparameters instead.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    wide: Wide = False,
 ) -> None:
-    """List the models of the catalog with the memory they need, or the hyperparameters."""
+    """List the models of the catalog, or the hyperparameters."""
     if hyperparameters:
-        _hyperparameters(as_json)
+        _hyperparameters(as_json, wide)
         return
     from palate_recipes.catalog import models as catalog
 
-    rows = catalog(task, kind)
+    wanted = (search or "").lower()
+    rows = [row for row in catalog(task, kind) if wanted in row.name or wanted in row.hub_id.lower()]
     if as_json:
         print(
             json.dumps(
@@ -43,10 +49,11 @@ def models(
             )
         )
         return
-    from palate.ui.terminal import print_table
+    from palate.ui.terminal import Column, print_table
 
+    columns = ("model", "kind", "params", Column("context", 3), Column("licence", 4), "LoRA GiB")
     print_table(
-        ("model", "kind", "params", "context", "licence", "LoRA GiB", "QLoRA GiB", "full GiB", "guidance"),
+        (*columns, Column("QLoRA GiB", 1), Column("full GiB", 2), Column("guidance", 5)),
         [
             (
                 row.name,
@@ -59,23 +66,34 @@ def models(
             )
             for row in rows
         ],
+        wide=wide,
     )
+    if not rows:
+        print(f"no model of the catalog contains {search!r}; next: palate models", file=sys.stderr)
+        return
     print("GiB: minimum GPU memory at batch size 1. For any other model: --model-uri FOLDER", file=sys.stderr)
     print("next: palate train DATA --model NAME", file=sys.stderr)
 
 
-def _hyperparameters(as_json: bool) -> None:
+def _hyperparameters(as_json: bool, wide: bool) -> None:
     from palate_recipes.hyperparameters import HYPERPARAMETERS, as_definitions
     from palate_recipes.schema import show
 
     if as_json:
         print(json.dumps(as_definitions(), indent=1))
         return
-    from palate.ui.terminal import print_table
+    from palate.ui.terminal import Column, print_table
 
     print_table(
-        ("name", "default", "values", "unit", "meaning"),
+        (
+            "name",
+            Column("default", wraps=True),
+            Column("values", 2, wraps=True),
+            Column("unit", 1),
+            Column("meaning", wraps=True),
+        ),
         [(row.name, show(row.default), row.expectation, row.unit, row.meaning) for row in HYPERPARAMETERS.values()],
+        wide=wide,
     )
 
 
@@ -95,10 +113,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             )
         )
     else:
-        from palate.ui.terminal import print_table
+        from palate.ui.terminal import Column, print_table
 
         print_table(
-            ("", "topic", "fact", "remedy"), [(item.state, item.topic, item.fact, item.remedy) for item in findings]
+            ("", "topic", Column("fact", wraps=True), Column("remedy", wraps=True)),
+            [(item.state, item.topic, item.fact, item.remedy) for item in findings],
         )
     if any(item.state == "broken" for item in findings):
         raise typer.Exit(1)
@@ -168,18 +187,18 @@ def build(
 
 
 @images.command("list")
-def list_(engine: _Engine = None, as_json: _Json = False) -> None:
+def list_(engine: _Engine = None, as_json: _Json = False, wide: Wide = False) -> None:
     """List Palate's images, newest first."""
     from palate.backends.engine import find_engine
     from palate.backends.images import list_images
 
     found = list_images(find_engine(engine))
-    _show(found, as_json)
+    _show(found, as_json, wide)
     if not found:
         print("no images yet; next: palate images build", file=sys.stderr)
 
 
-def _show(found: list[ImageFacts], as_json: bool) -> None:
+def _show(found: list[ImageFacts], as_json: bool, wide: bool = False) -> None:
     from palate.backends.images import PROGRAM_LABEL, VARIANT_LABEL
 
     rows = [
@@ -201,7 +220,7 @@ def _show(found: list[ImageFacts], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from palate.ui.terminal import print_table
+    from palate.ui.terminal import Column, print_table
 
     shown = [
         (
@@ -214,7 +233,8 @@ def _show(found: list[ImageFacts], as_json: bool) -> None:
         )
         for row in rows
     ]
-    print_table(("image", "program", "variant", "version", "size", "id"), shown)
+    columns = ("image", Column("program", 4), Column("variant", 3), Column("version", 2), "size", Column("id", 1))
+    print_table(columns, shown, wide=wide)
 
 
 def _pair(given: str) -> tuple[str, str]:

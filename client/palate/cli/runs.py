@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from palate.cli.format import age, pairs, seconds
-from palate_recipes.errors import DamagedFilesError, RunNotFoundError
+from palate.cli.format import Wide, age, pairs, seconds
+from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
@@ -47,16 +47,17 @@ def jobs(
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
     as_json: _Json = False,
+    wide: Wide = False,
 ) -> None:
     """List training jobs, newest first."""
     wanted = _wanted(status, name, model, label, since, attempts)
     listing = _list_runs("jobs", wanted, limit, timeout)
     rows = [_job(found) for found in (*listing.runs, *listing.unread)]
-    columns = ("job", "state", "model", "method", "strategy", "age", "reason")
+    columns = ("job", "state", ("model", 1), ("method", 3), ("strategy", 2), "age", ("reason", 4))
     shown = [
         (*(row[key] for key in ("id", "state", "model", "method", "strategy")), _age(row), _why(row)) for row in rows
     ]
-    _show(rows, columns, shown, as_json=as_json)
+    _show(rows, columns, shown, as_json=as_json, wide=wide)
     _end("jobs", wanted, listing, {"Succeeded": "deploy", "Creating": "watch", "Running": "watch"}, "palate quickstart")
 
 
@@ -69,16 +70,17 @@ def services(
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
     as_json: _Json = False,
+    wide: Wide = False,
 ) -> None:
     """List services, newest first."""
     wanted = _wanted(status, name, model, label, since, 1)
     listing = _list_runs("services", wanted, limit, timeout)
     rows = [_service(found) for found in (*listing.runs, *listing.unread)]
-    columns = ("service", "state", "model", "endpoint", "age", "reason")
+    columns = ("service", "state", ("model", 2), "endpoint", ("age", 1), ("reason", 3))
     shown = [
         (*(row[key] for key in ("ServiceName", "Status", "Model", "Endpoint")), _age(row), _why(row)) for row in rows
     ]
-    _show(rows, columns, shown, as_json=as_json)
+    _show(rows, columns, shown, as_json=as_json, wide=wide)
     _end("services", wanted, listing, {"Running": "chat", "Stopped": "start"}, "palate deploy JOB")
 
 
@@ -107,16 +109,23 @@ def _list_runs(kind: Literal["jobs", "services"], wanted: RunFilter, limit: int 
 
 
 def _job(found: RunSummary) -> dict[str, Any]:
+    from msgspec.structs import asdict
+
     from palate_recipes.specs.run import TrainManifest
 
     manifest, status = found.manifest, found.status
     spec = manifest.body if isinstance(manifest, TrainManifest) else None
     return {
         "id": found.name,
+        "uri": found.handle.record.uri,
         "state": status.state if status else None,
         "model": manifest.model_name if manifest else "",
         "method": spec.method if spec else "",
         "strategy": spec.hyperparameters.training_strategy if spec else "",
+        "hyperparameters": asdict(spec.hyperparameters) if spec else {},
+        "given": spec.given if spec else {},
+        "data": {channel: given.origin or given.uri for channel, given in spec.inputs.items()} if spec else {},
+        "model_uri": f"{found.handle.record.uri}/model" if status and status.state == "Succeeded" else None,
         "labels": manifest.labels if manifest else {},
         "created_at": manifest.created_at if manifest else None,
         "attempt": status.attempt if status else None,
@@ -140,13 +149,25 @@ def _service(found: RunSummary) -> dict[str, Any]:
     }
 
 
-def _show(rows: list[dict[str, Any]], columns: Sequence[str], shown: list[tuple[Any, ...]], *, as_json: bool) -> None:
+def _show(
+    rows: list[dict[str, Any]],
+    columns: Sequence[str | tuple[str, int]],
+    shown: list[tuple[Any, ...]],
+    *,
+    as_json: bool,
+    wide: bool,
+) -> None:
+    """Prints rows as JSON or as a table. A column with a number may be left out, the highest number first."""
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from palate.ui.terminal import print_table
+    from palate.ui.terminal import Column, print_table
 
-    print_table(columns, [["?" if cell is None else cell for cell in row] for row in shown])
+    print_table(
+        [one if isinstance(one, str) else Column(*one, wraps=one[0] == "reason") for one in columns],
+        [["?" if cell is None else cell for cell in row] for row in shown],
+        wide=wide,
+    )
 
 
 def _age(row: dict[str, Any]) -> str | None:
@@ -198,6 +219,7 @@ def watch(
 def metrics(
     name: Annotated[str, typer.Argument(help="Job id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
+    wide: Wide = False,
 ) -> None:
     """Print a job's metrics and their reading in words. A running job shows the metrics so far."""
     from palate.job import TrainingJob
@@ -208,7 +230,7 @@ def metrics(
         for event in events:
             print(json.dumps(event))
         return
-    from palate.ui.terminal import print_table
+    from palate.ui.terminal import Column, print_table
 
     columns = ("loss", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "grad_norm", "learning_rate")
     rows = []
@@ -218,7 +240,9 @@ def metrics(
             values = (event.get(prefix + column) for column in columns)
             shown = ("" if value is None else f"{value:.4g}" for value in values)
             rows.append(("validation" if prefix else "training", event["step"], event.get("epoch", ""), *shown))
-    print_table(("", "step", "epoch", *columns), rows)
+    # Of two columns that tell the same, the one that fewer people read is left out first.
+    table = (Column("epoch", 3), "loss", Column("rewards/margins", 1), Column("rewards/accuracies", 2))
+    print_table(("", "step", *table, *(Column(name, 4 + at) for at, name in enumerate(columns[3:]))), rows, wide=wide)
     print(visible(f"reading: {job.reading()}"), file=sys.stderr)
 
 
@@ -284,17 +308,21 @@ def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete services and jobs with all their files."""
+    """Delete jobs and services with all their files."""
     from palate.job import TrainingJob
 
-    for name in names:
-        found = _open_run(name)
-        if isinstance(found, TrainingJob):
-            if not yes and sys.stdin.isatty():
-                typer.confirm(f"delete job {name} with its model and checkpoints?", abort=True)
-            found.delete()
+    found = {name: _open_run(name) for name in names}  # a wrong name is an error before anything is deleted
+    jobs = [name for name, run in found.items() if isinstance(run, TrainingJob)]
+    if jobs and not yes:
+        what = f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)} with model and checkpoints"
+        if not sys.stdin.isatty():
+            raise ConfigurationError(f"nothing was deleted: this would delete {what}; confirm with --yes")
+        typer.confirm(visible(f"delete {what}?"), abort=True)
+    for name, run in found.items():
+        if isinstance(run, TrainingJob):
+            run.delete()
         else:
-            found.delete_service()
+            run.delete_service()
         print(f"{name}\tdeleted")
 
 
@@ -329,9 +357,9 @@ def clean(
     if as_json:
         print(json.dumps([{"kind": item.kind, "what": item.what, "why": item.why} for item in found], indent=1))
     else:
-        from palate.ui.terminal import print_table
+        from palate.ui.terminal import Column, print_table
 
-        print_table(("kind", "what", "why"), [(item.kind, item.what, item.why) for item in found])
+        print_table(("kind", "what", Column("why", wraps=True)), [(item.kind, item.what, item.why) for item in found])
     if not found:
         print("nothing to clean", file=sys.stderr)
     elif yes:

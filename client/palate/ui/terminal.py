@@ -6,9 +6,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -136,18 +138,78 @@ def bars(counts: Sequence[int]) -> str:
     return "".join(_SPARKS[min(7, 8 * count // (top + 1))] if count else " " for count in counts)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-    """Prints rows to stdout: a table on a terminal, otherwise tab-separated lines with a header."""
+@dataclass(frozen=True)
+class Column:
+    """A column of `print_table`.
+
+    Attributes:
+        title: Header.
+        drop: On a narrow terminal, columns with the highest number are left out first; 0 is never left out.
+        wraps: Text that may take several lines. Other cells, such as ids, are never broken, so that they can be copied.
+    """
+
+    title: str
+    drop: int = 0
+    wraps: bool = False
+
+
+_GAP = 2
+_LEAST_TEXT_WIDTH = 24
+"""Width in characters below which a column of text is left out instead of wrapped."""
+
+
+def print_table(
+    columns: Sequence[str | Column], rows: Sequence[Sequence[object]], *, wide: bool = False, title: str = ""
+) -> None:
+    """Prints rows to stdout: a table on a terminal, otherwise tab-separated lines with a header and all columns.
+
+    Args:
+        columns: The columns; a plain title is a column that is always shown and never broken.
+        rows: A cell per column.
+        wide: Show all columns, one line per row, however long.
+        title: Shown above a table.
+    """
+    every = [Column(column) if isinstance(column, str) else column for column in columns]
     if not sys.stdout.isatty():
-        for row in (columns, *rows):
-            print("\t".join(visible(str(cell)).replace("\t", " ").replace("\n", " ") for cell in row))
+        for row in ([column.title for column in every], *rows):
+            print("\t".join(_one_line(cell) for cell in row))
         return
-    table = Table(title=Text(visible(title)) if title else None, header_style="bold", title_justify="left")
-    for column in columns:
-        table.add_column(Text(visible(column)), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(visible(str(cell))) for cell in row))
-    Console().print(table)
+    cells = [[_one_line(cell) if wide else visible(str(cell)) for cell in row] for row in rows]
+    widths = [_width(every[at], [row[at] for row in cells], whole=wide) + _GAP for at in range(len(every))]
+    shown = list(range(len(every)))
+    console = Console()
+    while not wide and sum(widths[at] for at in shown) - _GAP > console.width:
+        last = max(shown, key=lambda at: every[at].drop)
+        if not every[last].drop:
+            break
+        shown.remove(last)
+    # If the rest is still too wide, the terminal breaks the lines: an id that rich has cut or broken could not be copied.
+    console = Console(width=max(console.width, sum(widths[at] for at in shown)))
+    table = Table(
+        title=Text(visible(title)) if title else None,
+        header_style="bold",
+        title_justify="left",
+        box=None,
+        padding=(0, _GAP, 0, 0),
+        pad_edge=False,
+    )
+    for at in shown:
+        table.add_column(Text(visible(every[at].title)), no_wrap=wide or not every[at].wraps, overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(row[at]) for at in shown))
+    console.print(table, crop=False)
+    if hidden := [every[at].title for at in range(len(every)) if at not in shown]:
+        print(f"not shown at this width: {', '.join(hidden)}; --wide shows all", file=sys.stderr)
+
+
+def _one_line(cell: object) -> str:
+    return visible(str(cell)).replace("\t", " ").replace("\n", " ")
+
+
+def _width(column: Column, cells: Sequence[str], *, whole: bool) -> int:
+    """Returns the characters that a column needs; for text that wraps, unless `whole`, those that it needs at least."""
+    full = max(cell_len(line) for line in (column.title, *(line for cell in cells for line in cell.splitlines())))
+    return min(full, _LEAST_TEXT_WIDTH) if column.wraps and not whole else full
 
 
 def print_side_by_side(question: str, left: tuple[str, str], right: tuple[str, str]) -> None:
