@@ -7,6 +7,7 @@ The page is committed, so that it can be read on GitHub and the site needs no in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -43,11 +44,11 @@ def _verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _section(name: str, command: Any) -> str:
-    # What follows the first paragraph is an example, laid out for a terminal.
-    first, _, example = (command.help or "").replace("\b\n", "").partition("\n\n")
-    lines = [f"## {name}", "", first.strip(), ""]
-    if example.strip():
-        lines += ["```text", example.strip(), "```", ""]
+    # What follows the first \b is laid out for a terminal.
+    text, _, program = (command.help or "").partition("\b\n")
+    lines = [f"## {name}", "", inspect.cleandoc(text), ""]
+    if program.strip():
+        lines += ["```text", program.replace("\b\n", "").strip(), "```", ""]
     arguments = [item for item in command.params if item.param_type_name == "argument"]
     options = [item for item in command.params if item.param_type_name == "option" and item.name != "help"]
     usage = [name, *(_usage(item) for item in arguments), *(["[OPTIONS]"] if options else [])]
@@ -57,7 +58,8 @@ def _section(name: str, command: Any) -> str:
         lines += [_row(_name(item), item) for item in arguments]
         lines += [_row(", ".join([*item.opts, *item.secondary_opts]), item) for item in options]
         lines.append("")
-    return "\n".join(lines)
+    examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
+    return "\n".join([*lines, "```bash", *examples, "```", ""])
 
 
 def _usage(argument: Any) -> str:

@@ -38,6 +38,7 @@ __all__ = [
     "as_definitions",
     "check_method",
     "describe",
+    "differences",
     "resolve",
     "validate",
 ]
@@ -172,6 +173,15 @@ def validate(values: Mapping[str, object] | Hyperparameters | None, *, method: s
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise HyperparameterError(f"{count} in the hyperparameters for {method}:\n  " + "\n  ".join(problems))
     return given
+
+
+def differences(values: Hyperparameters) -> list[tuple[str, str, str]]:
+    """Returns name, value and default, formatted, of each hyperparameter that does not have its default."""
+    return [
+        (name, show(value), show(row.default))
+        for name, row in HYPERPARAMETERS.items()
+        if (value := getattr(values, name)) != row.default
+    ]
 
 
 def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: str, device: DeviceFacts) -> Resolved:

@@ -7,21 +7,29 @@ import json
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+import typer
+from msgspec import structs
 
+from palate.cli import app
+from palate.cli.examples import EXAMPLES
 from palate.errors import ConfigurationError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
+from palate_recipes import __version__
 from palate_recipes.catalog import models
 from palate_recipes.text import visible
+from tests.support.command_lines import parse
 from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest, train_manifest
 
@@ -393,3 +401,76 @@ def test_jobs_as_json_have_hyperparameters_data_and_uris(home: Path) -> None:
     assert row["hyperparameters"]["seq_length"] > 0
     assert set(row) >= {"id", "uri", "state", "model", "given", "data", "model_uri", "labels", "reason"}
     assert row["model_uri"] is None, "it has no model yet"
+
+
+def test_the_version_is_printed(home: Path) -> None:
+    assert palate("--version", home=home).stdout == f"palate {__version__}\n"
+
+
+def commands(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    for verb, found in command.commands.items():
+        if hasattr(found, "commands"):
+            yield from commands(found, f"{name}{verb} ")
+        else:
+            yield f"{name}{verb}", found
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["store"], ["images"]])
+def test_no_summary_is_cut_at_80_characters(home: Path, group: list[str]) -> None:
+    done = palate(*group, "--help", home=home, COLUMNS="80")
+    assert "..." not in done.stdout.partition("Commands:")[2]
+
+
+def test_every_command_has_examples_that_the_parser_accepts() -> None:
+    found = dict(commands(typer.main.get_command(app)))
+    assert set(found) == set(EXAMPLES)
+    for name, lines in EXAMPLES.items():
+        assert lines
+        for line in lines:
+            program, *arguments = shlex.split(line)
+            assert program == "palate"
+            assert arguments[: len(name.split())] == name.split()
+            parse(arguments)
+            assert f"\n  {line}" in found[name].epilog
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands(home: Path, shell: str) -> None:
+    script = palate("--show-completion", shell, home=home, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_PALATE_COMPLETE" in script.stdout
+    variables = {
+        "bash": {"COMP_WORDS": "palate ser", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "palate ser"},
+        "fish": {"_TYPER_COMPLETE_ARGS": "palate ser", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    done = palate(home=home, _PALATE_COMPLETE=f"complete_{shell}", **variables)
+    assert "services" in done.stdout
+    assert "train" not in done.stdout
+
+
+def test_a_job_is_shown_on_a_page(home: Path) -> None:
+    manifest = train_manifest("one", labels={"team": "search"})
+    Record(open_store(str(home / "store")), "jobs", "one").create(manifest)
+    done = palate("show", "one", home=home)
+    lines = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert lines["job"].endswith("one")
+    assert "Creating" in lines["state"] or "Failed" in lines["state"]
+    assert manifest.body.model.name in lines["base model"]
+    assert "team=search" in lines["labels"]
+    assert f"{home}/store/jobs/one" in lines["record"]
+    assert "next: palate" in done.stderr
+    assert json.loads(palate("show", "one", "--json", home=home).stdout)["manifest"]["name"] == "one"
+
+
+def test_only_what_differs_from_the_defaults_is_shown(home: Path) -> None:
+    Record(open_store(str(home / "store")), "jobs", "one").create(train_manifest("one"))
+    usual = palate("show", "one", home=home).stdout
+    given = train_manifest("two")
+    changed = structs.replace(
+        given.body, hyperparameters=structs.replace(given.body.hyperparameters, learning_rate=0.5)
+    )
+    Record(open_store(str(home / "store")), "jobs", "two").create(structs.replace(given, body=changed))
+    shown = palate("show", "two", home=home).stdout
+    assert "learning_rate=0.5 (default 5e-5)" in shown
+    assert "learning_rate=0.5" not in usual
+    assert "per_device_eval_batch_size" not in shown

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from palate.cli import machine, runs, train
 from palate.cli.data import data
+from palate.cli.examples import add_examples
 from palate.cli.machine import images, store
+from palate_recipes import __version__
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
 
 app = typer.Typer(
     name="palate",
-    help="Preference-tune an open model and serve it behind an OpenAI-compatible endpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
 )
 train.register(app)
 runs.register(app)
@@ -30,12 +31,28 @@ machine.register(app)
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")
+add_examples(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"palate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Preference-tune an open model and serve it behind an OpenAI-compatible endpoint."""
 
 
 def main() -> None:
     """Runs the command line. Prints Palate's errors as one message and exits with 1."""
     try:
-        app()
+        app(prog_name="palate")  # also with `python -m palate.cli`
     except PalateError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -76,7 +76,10 @@ def check(
     fix: Annotated[Path | None, typer.Option(help="Write the usable rows, cleaned, to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check every row, as train() does. The exit code is 1 if there are errors."""
+    """Check every row, as train() does.
+
+    The exit code is 1 if there are errors.
+    """
     from palate_recipes.preferences.check import check as check_files
     from palate_recipes.preferences.transform import clean
 
@@ -131,7 +134,7 @@ def convert(
     unpair: Annotated[bool, typer.Option("--unpair", help="Split each pair into two labelled rows (for KTO).")] = False,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows and report them.")] = False,
 ) -> None:
-    """Convert data to another row format or file type and print the output path."""
+    """Convert data to another row format or file type."""
     from palate_recipes.preferences.formats import format_named
     from palate_recipes.preferences.transform import convert as convert_files
 
@@ -161,7 +164,10 @@ def split(
     seed: Annotated[int, typer.Option(help="Random seed of the split.")] = 0,
     from_: From = None,
 ) -> None:
-    """Split data into training and validation without a shared prompt and print both paths."""
+    """Split data into training and validation.
+
+    No prompt is in both. Prints both paths.
+    """
     from palate_recipes.preferences.transform import split as split_files
 
     beside = validation or output.with_name(_beside(output.name))
@@ -232,7 +238,7 @@ def demo(
     direction: Annotated[str, typer.Option(help="Preferred answers: honest, flattering, blunt or gentle.")] = "honest",
     per_topic: Annotated[int, typer.Option(help="Pairs per topic, 1 to 4; the quickstart uses 2.")] = 4,
 ) -> None:
-    """Write the demo data with the chosen preference and print both paths."""
+    """Write the demo data with the chosen preference."""
     from palate_recipes.demo import write_demo
 
     files = write_demo(folder, direction, per_topic=per_topic)

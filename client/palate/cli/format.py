@@ -1,4 +1,4 @@
-"""Parses and formats values of the command line: NAME=VALUE, ages, the next command. Knows no command."""
+"""What the commands share: NAME=VALUE, ages, a run by its name, the next command. Knows no command."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import re
 import shlex
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate_recipes.errors import ConfigurationError
+from palate_recipes.errors import ConfigurationError, RunNotFoundError
 from palate_recipes.text import visible
+
+if TYPE_CHECKING:
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
 
 Wide = Annotated[bool, typer.Option("--wide", help="Show all columns and whole lines, however long.")]
 
@@ -55,3 +59,21 @@ def say_next(*words: object) -> None:
         words: The arguments of `palate`.
     """
     print(visible(f"next: {shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)
+
+
+def open_run(name: str) -> TrainingJob | Predictor:
+    """Returns the job or, if there is none, the service with this name."""
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
+    from palate.session import get_default_session
+
+    try:
+        return TrainingJob.get(name)
+    except RunNotFoundError:
+        pass
+    try:
+        return Predictor(name)
+    except RunNotFoundError:
+        raise RunNotFoundError(
+            f"no job or service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
+        ) from None

@@ -69,7 +69,10 @@ def generate(
         bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost without sending any request.")
     ] = False,
 ) -> None:
-    """Generate preference pairs: models answer, a judge compares each two twice, the best and worst become a pair."""
+    """Generate preference pairs with models and a judge.
+
+    Models answer, the judge compares each two answers twice, and the best and the worst become a pair.
+    """
     from palate.generate import generate_pairs, plan_pairs
     from palate.generate.judge import RUBRIC
     from palate.generate.pairs import PairSettings

@@ -98,7 +98,7 @@ def _hyperparameters(as_json: bool, wide: bool) -> None:
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show what is installed, what is missing and what will be used."""
+    """Show what is installed, missing and used."""
     from palate.doctor import examine
 
     findings = examine()
@@ -161,7 +161,7 @@ def build(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Build the container images from this checkout or installed package."""
+    """Build the images from this checkout or installed package."""
     from palate.backends.engine import find_engine
     from palate.backends.images import build_image
     from palate_recipes.device import local_device
@@ -262,7 +262,10 @@ def up(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; the next four are used as well.")] = 8333,
     bucket: Annotated[str, typer.Option(help="Bucket; created if missing.")] = "palate",
 ) -> None:
-    """Run an S3 server until Ctrl-C and print its settings. The secret key is shown only at the first start."""
+    """Run an S3 server until Ctrl-C and print its settings.
+
+    The secret key is shown only at the first start.
+    """
     from palate.paths import palate_home
     from palate.store.server import REGION, running_server
 

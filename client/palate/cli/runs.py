@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from palate.cli.format import Wide, age, pairs, seconds
-from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
+from palate.cli.format import Wide, age, open_run, pairs, seconds
+from palate.cli.show import show
+from palate_recipes.errors import ConfigurationError, DamagedFilesError
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from palate.job import TrainingJob
-    from palate.predictor import Predictor
     from palate.runs.list import Listing, RunFilter, RunSummary
     from palate_recipes.specs.run import State
 
@@ -207,7 +206,10 @@ def watch(
         float | None, typer.Option(help="Stop watching after this many seconds; the job continues.")
     ] = None,
 ) -> None:
-    """Follow a job until it ends: a live view on a terminal, log lines elsewhere. Ctrl-C leaves the job running."""
+    """Follow a job until it ends; Ctrl-C leaves it running.
+
+    A live view on a terminal, log lines elsewhere.
+    """
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -221,7 +223,7 @@ def metrics(
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
     wide: Wide = False,
 ) -> None:
-    """Print a job's metrics and their reading in words. A running job shows the metrics so far."""
+    """Print a job's metrics so far and their reading in words."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -251,7 +253,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
 ) -> None:
     """Print the log of a job or service."""
-    for line in _open_run(name).logs(follow=follow):
+    for line in open_run(name).logs(follow=follow):
         print(visible(line), flush=follow)
 
 
@@ -259,7 +261,10 @@ def save(
     name: Annotated[str, typer.Argument(help="Id or URI of a succeeded job.")],
     uri: Annotated[str, typer.Argument(help="Target: a folder, s3://, oss:// or hf://OWNER/NAME.")],
 ) -> None:
-    """Copy a job's model, with a model card, to a folder, a bucket or the Hugging Face hub and print its URI."""
+    """Copy a job's model to a folder, a bucket or the hub.
+
+    Adds a model card and prints the URI of the copy.
+    """
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
@@ -269,10 +274,13 @@ def save(
 
 
 def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
-    """Stop a job (it writes a checkpoint first) or a service (`palate start` restarts it)."""
+    """Stop a job or a service.
+
+    A job writes a checkpoint first: `palate resume` continues it. `palate start` restarts a service.
+    """
     from palate.job import TrainingJob
 
-    found = _open_run(name)
+    found = open_run(name)
     if isinstance(found, TrainingJob):
         found.stop()
         print(f"{name}\t{found.status}")
@@ -295,7 +303,10 @@ def update(
     job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job to serve.")],
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Switch a service to another job's model. If that model does not start, the service keeps the old one."""
+    """Switch a service to another job's model.
+
+    If that model does not start, the service keeps the old one.
+    """
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
@@ -311,7 +322,7 @@ def delete(
     """Delete jobs and services with all their files."""
     from palate.job import TrainingJob
 
-    found = {name: _open_run(name) for name in names}  # a wrong name is an error before anything is deleted
+    found = {name: open_run(name) for name in names}  # a wrong name is an error before anything is deleted
     jobs = [name for name, run in found.items() if isinstance(run, TrainingJob)]
     if jobs and not yes:
         what = f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)} with model and checkpoints"
@@ -326,30 +337,16 @@ def delete(
         print(f"{name}\tdeleted")
 
 
-def _open_run(name: str) -> TrainingJob | Predictor:
-    from palate.job import TrainingJob
-    from palate.predictor import Predictor
-    from palate.session import get_default_session
-
-    try:
-        return TrainingJob.get(name)
-    except RunNotFoundError:
-        pass
-    try:
-        return Predictor(name)
-    except RunNotFoundError:
-        raise RunNotFoundError(
-            f"no job or service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"
-        ) from None
-
-
 def clean(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Remove what was found. Without it nothing changes.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what lost runs left behind: processes, leases, folders, expired services. --yes removes it."""
+    """List what lost runs left behind; --yes removes it.
+
+    Processes, leases, folders and expired services.
+    """
     from palate.runs.clean import find_leftovers
     from palate.session import get_default_session
 
@@ -372,5 +369,5 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, watch, metrics, logs, save, stop, start, update, delete, clean):
+    for verb in (jobs, services, show, watch, metrics, logs, save, stop, start, update, delete, clean):
         app.command()(verb)

@@ -81,7 +81,7 @@ def resume(
     name: Annotated[str, typer.Argument(help="Id of a failed or stopped job.")],
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
-    """Continue a failed or stopped job from its last complete checkpoint."""
+    """Continue a failed or stopped job from its last checkpoint."""
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name).resume(wait=wait)
@@ -105,7 +105,10 @@ def deploy(
     wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Serve a job's model behind an OpenAI-compatible endpoint and print its name and endpoint."""
+    """Serve a job's model behind an OpenAI-compatible endpoint.
+
+    Prints the service's name and endpoint.
+    """
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
 
@@ -194,7 +197,9 @@ def chat(
         ask(line.strip())
 
 
-QUICKSTART_HELP = """Train a small model not to flatter, then ask it and its base the same questions.
+QUICKSTART_HELP = """Train a small model not to flatter, and compare it.
+
+It and its base answer the same questions.
 
 The same in Python, from a local file that `palate data demo --per-topic 2` writes:
 
@@ -242,7 +247,10 @@ def run(
     script: Annotated[str, typer.Argument(help="Python script written for PAI's SDK; - reads it from stdin.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the script, passed on unchanged.")] = None,
 ) -> None:
-    """Run a script written for PAI's SDK unchanged: like `python SCRIPT`, with `import pai` resolved to Palate."""
+    """Run a script written for PAI's SDK, unchanged.
+
+    Like `python SCRIPT`, with `import pai` resolved to Palate.
+    """
     from palate.pai import run_script
 
     run_script(script, arguments or [])

@@ -1,0 +1,75 @@
+"""The examples in each command's `--help`. A test parses every line, so that none names an option that does not exist."""
+
+from __future__ import annotations
+
+import typer
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "train": (
+        "palate train prefs.jsonl --model qwen2-0.5b-instruct",
+        "palate train s3://bucket/prefs.json --model qwen2-0.5b-instruct --validation held-out.json -s num_train_epochs=3",
+        "palate train answers.jsonl --model smollm2-135m-instruct --strategy sft --name first",
+        "palate train prefs.jsonl --recipe recipe.toml --no-wait",
+    ),
+    "resume": ("palate resume JOB", "palate resume JOB --no-wait"),
+    "deploy": (
+        "palate deploy JOB",
+        "palate deploy JOB --name assistant --port 8000 --idle-time-to-live 3600",
+        "palate deploy smollm2-135m-instruct --base --engine transformers",
+    ),
+    "chat": (
+        "palate chat SERVICE",
+        'palate chat SERVICE "Is the earth flat?"',
+        'palate chat SERVICE "Is the earth flat?" --model base --temperature 0',
+    ),
+    "quickstart": ("palate quickstart", "palate quickstart --direction blunt --folder try"),
+    "run": ("palate run pai_script.py", "palate run pai_script.py --epochs 3"),
+    "jobs": ("palate jobs", "palate jobs --status Failed --since 7d", "palate jobs --model 'qwen2-*' --json"),
+    "services": ("palate services", "palate services --status Running --json"),
+    "show": ("palate show JOB", "palate show SERVICE --json"),
+    "watch": ("palate watch JOB", "palate watch JOB --timeout 60"),
+    "metrics": ("palate metrics JOB", "palate metrics JOB --json"),
+    "logs": ("palate logs JOB", "palate logs -f SERVICE"),
+    "save": (
+        "palate save JOB models/first",
+        "palate save JOB s3://bucket/models/first",
+        "palate save JOB hf://OWNER/NAME",
+    ),
+    "stop": ("palate stop JOB", "palate stop SERVICE"),
+    "start": ("palate start SERVICE",),
+    "update": ("palate update SERVICE JOB",),
+    "delete": ("palate delete JOB", "palate delete --yes JOB SERVICE"),
+    "clean": ("palate clean", "palate clean --yes"),
+    "models": ("palate models", "palate models qwen --wide", "palate models --hyperparameters"),
+    "doctor": ("palate doctor", "palate doctor --json"),
+    "data check": (
+        "palate data check prefs.jsonl",
+        "palate data check table.csv --input-column question --label-column better --label-column worse",
+        "palate data check prefs.jsonl --fix fixed.jsonl",
+    ),
+    "data convert": ("palate data convert prefs.csv --to trl --output prefs.jsonl",),
+    "data split": ("palate data split prefs.jsonl --output train.jsonl",),
+    "data stats": ("palate data stats prefs.jsonl", "palate data stats prefs.jsonl --json"),
+    "data formats": ("palate data formats",),
+    "data demo": ("palate data demo", "palate data demo my-demo --direction gentle --per-topic 2"),
+    "data generate": (
+        "palate data generate prompts.txt -o pairs.jsonl --service SERVICE --judge-model gpt-4o-mini --dry-run",
+        "palate data generate prompts.txt -o pairs.jsonl --base-url http://127.0.0.1:8000/v1 --model a --model b",
+    ),
+    "store up": ("palate store up", "palate store up --folder s3-data --port 9000"),
+    "images build": ("palate images build", "palate images build trainer --variant cuda"),
+    "images list": ("palate images list",),
+}
+"""Command lines by command."""
+
+
+def add_examples(app: typer.Typer, group: str = "") -> None:
+    """Adds the examples to the help of every command of `app`."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = group + (command.name or command.callback.__name__)
+        # \b keeps click from joining the lines into a paragraph.
+        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])
+    for member in app.registered_groups:
+        assert member.typer_instance is not None
+        add_examples(member.typer_instance, f"{member.name} ")

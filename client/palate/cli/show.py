@@ -1,0 +1,145 @@
+"""The command `show`: everything about one job or service on a page. Knows records and output, no other command."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palate.cli.format import age, open_run, say_next
+from palate_recipes.specs.events import duration
+from palate_recipes.text import visible
+
+if TYPE_CHECKING:
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
+    from palate_recipes.specs.run import Status
+    from palate_recipes.specs.train import InputFile, TrainSpec
+    from palate_recipes.specs.weights import BaseModel
+
+_DETAILS_HIDDEN = ("model_digest", "digests")
+"""Long digests: `--json` has them."""
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="Job id or service name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print manifest and status as JSON.")] = False,
+) -> None:
+    """Show one job or service: state, model, data, settings.
+
+    Only hyperparameters that differ from the defaults are listed; --json has all.
+    """
+    from palate.job import TrainingJob
+
+    found = open_run(name)
+    status = found.describe() if isinstance(found, TrainingJob) else found._run.refresh()
+    if as_json:
+        import msgspec
+
+        record = {"manifest": msgspec.to_builtins(found.manifest), "status": msgspec.to_builtins(status)}
+        print(json.dumps(record, indent=1))
+        return
+    facts = _job(found, status) if isinstance(found, TrainingJob) else _service(found, status)
+    width = max(len(title) for title, _ in facts)
+    for title, value in facts:
+        for line in visible(str(value)).splitlines() or [""]:
+            print(f"{title:{width}}  {line}".rstrip())
+            title = ""
+    for verb in _following(isinstance(found, TrainingJob), status):
+        say_next(verb, found.id if isinstance(found, TrainingJob) else found.service_name)
+
+
+def _job(job: TrainingJob, status: Status) -> list[tuple[str, object]]:
+    manifest, spec = job.manifest, job.manifest.body
+    facts: list[tuple[str, object]] = [
+        ("job", job.id),
+        *_state(status, manifest.created_at),
+        ("base model", _model(spec.model)),
+        ("training", f"{spec.hyperparameters.training_strategy}, {spec.method}, {spec.precision}"),
+        *((f"data {channel}", _data(given)) for channel, given in sorted(spec.inputs.items())),
+        ("differs", "\n".join(_differences(spec)) or "nothing: all hyperparameters have their defaults"),
+        *(("note", note) for note in spec.notes),
+    ]
+    if status.state == "Succeeded":
+        facts.append(("model", job.output_path("model")))
+    return [*facts, *_rest(manifest.labels, manifest.backend, status), ("record", job.uri)]
+
+
+def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
+    manifest, body = service.manifest, service.manifest.body
+    lives = {"time_to_live_s": body.time_to_live_s, "idle_time_to_live_s": body.idle_time_to_live_s}
+    given = {**body.options, **{name: value for name, value in lives.items() if value is not None}}
+    return [
+        ("service", service.service_name),
+        *_state(status, manifest.created_at),
+        ("endpoint", f"{status.endpoint}/v1" if status.endpoint else "none: it is not running"),
+        ("default", body.tuned_uri or "the base model"),
+        ("base", _model(body.model)),
+        *((("system prompt", body.system_prompt),) if body.system_prompt else ()),
+        ("options", "\n".join(f"{name}={value!r}" for name, value in sorted(given.items())) or "the defaults"),
+        *_rest(manifest.labels, manifest.backend, status),
+        ("record", service._run.record.uri),
+    ]
+
+
+def _state(status: Status, created_at: float) -> list[tuple[str, object]]:
+    tries = f", attempt {status.attempt} of {status.last_attempt}" if status.last_attempt > 1 else ""
+    facts: list[tuple[str, object]] = [("state", f"{status.state}{tries}")]
+    if status.reason:
+        facts.append(("reason", status.reason))
+    facts.append(("created", f"{_moment(created_at)} ({age(created_at)} ago)"))
+    if status.started_at:
+        end = status.finished_at or (time.time() if not status.is_terminal else status.updated_at)
+        facts.append(("ran", f"{duration(max(0.0, end - status.started_at))} in this attempt"))
+    for attempt in status.attempts:
+        facts.append((f"attempt {attempt.attempt}", attempt.reason or "no reason recorded"))
+    return facts
+
+
+def _rest(labels: dict[str, str], backend: str, status: Status) -> list[tuple[str, object]]:
+    told = {name: value for name, value in status.details.items() if name not in _DETAILS_HIDDEN}
+    return [
+        ("labels", ", ".join(f"{name}={value}" for name, value in sorted(labels.items())) or "none"),
+        ("backend", backend),
+        *(
+            (("details", "\n".join(f"{name}: {_short(value)}" for name, value in sorted(told.items()))),)
+            if told
+            else ()
+        ),
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _model(model: BaseModel) -> str:
+    source = model.source
+    where = {"hub": "hf://", "package": "package "}.get(source.kind, "") + source.location
+    return f"{model.name}, from {where}{'@' if source.revision else ''}{source.revision}"
+
+
+def _data(given: InputFile) -> str:
+    rows = "" if given.rows is None else f", {given.rows:,} rows"
+    skipped = f", {len(given.skipped_rows):,} skipped" if given.skipped_rows else ""
+    return f"{given.origin or given.uri}{rows}{skipped}"
+
+
+def _differences(spec: TrainSpec) -> list[str]:
+    from palate_recipes.hyperparameters import differences
+
+    return [f"{name}={value} (default {default})" for name, value, default in differences(spec.hyperparameters)]
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _following(is_job: bool, status: Status) -> tuple[str, ...]:
+    if is_job:
+        verbs = {"Succeeded": ("metrics", "deploy"), "Failed": ("logs", "resume"), "Stopped": ("logs", "resume")}
+        return verbs.get(status.state, ("watch",))
+    return {"Running": ("chat",), "Creating": ("logs",)}.get(status.state, ("logs", "start"))
