@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
 import os
 import pty
@@ -23,6 +24,7 @@ from msgspec import structs
 
 from palate.cli import app
 from palate.cli.examples import EXAMPLES
+from palate.cli.flags import options_of, reworded
 from palate.errors import ConfigurationError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
@@ -474,3 +476,101 @@ def test_only_what_differs_from_the_defaults_is_shown(home: Path) -> None:
     assert "learning_rate=0.5 (default 5e-5)" in shown
     assert "learning_rate=0.5" not in usual
     assert "per_device_eval_batch_size" not in shown
+
+
+def without(module: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command as if these packages were not installed."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({module.split(',')!r})); from palate.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PALATE_HOME": str(home)},
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("boto3,botocore", ["store", "up", "--folder", "{tmp}/s3", "--port", "29111"], "palate[store-server]"),
+        ("cryptography", ["store", "up", "--folder", "{tmp}/s3", "--port", "29111"], "palate[store-server]"),
+        ("boto3,botocore", ["train", "s3://bucket/x.json", "--model", "smollm2-135m-instruct"], "palate[s3]"),
+        ("pyarrow", ["data", "convert", "{prefs}", "--to", "trl", "--output", "{tmp}/x.parquet"], "palate[data]"),
+        ("huggingface_hub", ["data", "check", "hf://owner/name"], "palate[data]"),
+        ("gspread", ["data", "check", "gsheet://abc"], "palate[data]"),
+        (
+            "openai",
+            [
+                "data",
+                "generate",
+                "{prefs}",
+                "-o",
+                "{tmp}/x.jsonl",
+                "--model",
+                "a",
+                "--base-url",
+                "http://127.0.0.1:9/v1",
+            ],
+            "the package openai is required",
+        ),
+    ],
+)
+def test_a_missing_package_is_one_line_with_the_remedy(
+    home: Path, tmp_path: Path, prefs: Path, module: str, arguments: list[str], words: str
+) -> None:
+    done = without(module, *(word.format(tmp=tmp_path, prefs=prefs) for word in arguments), home=home)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "pip install" in done.stderr
+
+
+BAD_LINES = [
+    (["train", "{prefs}"], ["--model", "--model-uri"]),
+    (["train", "{prefs}", "--model", "smollm2-135m-instruct", "--name", ""], ["--name ''"]),
+    (["train", "{prefs}", "--model", "smollm2-135m-instruct", "--max-attempts", "0"], ["--max-attempts 0"]),
+    (["train", "{prefs}", "--model", "smollm2-135m-instruct", "--max-run-time", "0"], ["--max-run-time 0"]),
+    (["train", "{prefs}", "--model", "smollm2-135m-instruct", "--method", "LoRA"], ["--method 'LoRA'"]),
+    (["train", "{prefs}", "--model", "smollm2-135m-instruct", "--strategy", "x"], ['--strategy "x"']),
+    (["train", "{prefs}", "--model", "smollm2-135m-instruct", "--adapter", "/nowhere"], ["--adapter must"]),
+    (["train", "{prefs}", "--model-uri", "/nowhere"], ["--model-uri '/nowhere'"]),
+    (["deploy", "smollm2-135m-instruct", "--base", "--engine", "x"], ["--engine is 'x'"]),
+    (["deploy", "smollm2-135m-instruct", "--base", "--port", "99999999"], ["--port is 99999999"]),
+    (["deploy", "smollm2-135m-instruct", "--base", "--max-model-len", "-5"], ["--max-model-len is -5", "omit it"]),
+    (["deploy", "smollm2-135m-instruct", "--base", "--time-to-live", "-5"], ["--time-to-live -5"]),
+    (["jobs", "--status", "x"], ["--status 'x'"]),
+    (["models", "--kind", "x"], ["--kind 'x'"]),
+    (["data", "split", "{prefs}", "--output", "{tmp}/x.json", "--share", "5"], ["--share 5.0"]),
+    (["data", "demo", "{tmp}/demo", "--per-topic", "9"], ["--per-topic 9"]),
+    (["data", "check", "{prefs}", "--label-column", "chosen=x"], ["--input-column PLACEHOLDER=COLUMN"]),
+    (["watch", "nothing"], ["PALATE_STORE selects"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_LINES, ids=[" ".join(line) for line, _ in BAD_LINES])
+def test_errors_name_the_options_that_were_typed(
+    home: Path, tmp_path: Path, prefs: Path, arguments: list[str], words: list[str]
+) -> None:
+    done = palate(*(word.format(tmp=tmp_path, prefs=prefs) for word in arguments), home=home)
+    assert (done.returncode, done.stdout) == (1, "")
+    (message,) = (line for line in [done.stderr.partition("error: ")[2]] if line)
+    for word in words:
+        assert word in message
+    assert not re.search(r"\b[a-z]+(?:_[a-z]+)+ ?=|Session\(|\bNone\b|inputs\[", message)
+
+
+def test_words_of_the_user_are_not_reworded() -> None:
+    options = {"model_uri": ("--model-uri", ""), "share": ("--share", "")}
+    for words in ("/data/model_uri/x", "'share=5'", "job.model_uri", "model_uri_of_mine", "/a/share=5"):
+        assert reworded(f"{words} is not there", options) == f"{words} is not there"
+    assert reworded("set model_uri= or share=5", options) == "set --model-uri or --share 5"
+
+
+def test_every_command_knows_its_options() -> None:
+    for name, command in commands(typer.main.get_command(app)):
+        options = options_of(inspect.unwrap(command.callback))
+        real = {option for item in command.params for option in item.opts if option.startswith("--")}
+        flags = {flag for flag, _ in options.values() if flag.startswith("--")}
+        assert flags <= real, name

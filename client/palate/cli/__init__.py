@@ -14,6 +14,7 @@ import typer
 from palate.cli import machine, runs, train
 from palate.cli.data import data
 from palate.cli.examples import add_examples
+from palate.cli.flags import name_flags
 from palate.cli.machine import images, store
 from palate_recipes import __version__
 from palate_recipes.errors import PalateError
@@ -32,6 +33,7 @@ app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")
 add_examples(app)
+name_flags(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,6 +57,16 @@ def main() -> None:
         app(prog_name="palate")  # also with `python -m palate.cli`
     except PalateError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        # Optional packages have their own errors, with the extra that has them. A missing required one is a broken installation.
+        if (error.name or "palate").partition(".")[0].startswith("palate"):
+            raise
+        print(
+            f"error: the package {(error.name or '').partition('.')[0]} is required, and it is missing or damaged:"
+            " pip install --force-reinstall palate",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print(

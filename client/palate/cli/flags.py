@@ -1,0 +1,110 @@
+"""Errors in the words of the command line: `max_attempts=0` is `--max-attempts 0` to somebody who typed the flag. Knows no command.
+
+Errors are worded once, for Python callers. A command's errors are shown with its own options in place of the arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+import typer
+
+from palate_recipes.errors import PalateError
+
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "model_name": ("model", "job_id"),
+    "model_uri": ("model_uri", "tokenizer"),
+    "job_name": ("name",),
+    "service_name": ("name", "service"),
+    "training_job_id": ("name", "job_id"),
+    "training_strategy": ("strategy",),
+    "time_to_live_s": ("time_to_live",),
+    "idle_time_to_live_s": ("idle_time_to_live",),
+    "input_columns": ("input_column",),
+    "label_columns": ("label_column",),
+    "hyperparameters": ("set_",),
+}
+"""Arguments of the Python API whose option has another name: the names in the commands, of which a command has one."""
+
+_CHANNELS = {"train": "data", "validation": "validation", "adapter": "adapter"}
+_PHRASES = (
+    ("; PALATE_STORE or Session(store=…) selects another store", "; PALATE_STORE selects another store"),
+    (" (job.model_uri)", " (`palate show JOB` prints its URI)"),
+    (", or None for no limit", "; omit it for no limit"),
+    (", or None", "; or omit it"),
+)
+
+
+def name_flags(app: typer.Typer) -> None:
+    """Makes every command of `app` print its errors with its own options, and exit with 1."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        command.callback = _naming_flags(command.callback)
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        name_flags(group.typer_instance)
+
+
+def _naming_flags(command: Callable[..., None]) -> Callable[..., None]:
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PalateError as error:
+            print(f"error: {reworded(str(error), options_of(command))}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def reworded(message: str, options: Mapping[str, tuple[str, str]]) -> str:
+    """Returns a message with options in place of Python arguments.
+
+    Args:
+        message: The message for Python callers.
+        options: By parameter of the command: the flag (or the argument's name in capitals) and the form of its value.
+    """
+    for python, shell in _PHRASES:
+        message = message.replace(python, shell)
+    for channel, parameter in _CHANNELS.items():
+        if parameter in options:
+            message = re.sub(rf"inputs\[['\"]{channel}['\"]\]", options[parameter][0], message)
+    names = {name: name for name in options} | {
+        python: next(name for name in shell if name in options)
+        for python, shell in _ALIASES.items()
+        if any(name in options for name in shell)
+    }
+    for python in sorted(names, key=len, reverse=True):
+        flag, form = options[names[python]]
+        # Not inside a path, an attribute or quotes: those are the user's own words.
+        word = rf"(?<![\w/.'\"`-]){re.escape(python)}"
+        message = re.sub(rf"(?:deploy option )?{word} ?= ?\{{[^}}]*\}}", f"{flag} {form}".rstrip(), message)
+        message = re.sub(rf"(?:deploy option )?{word} ?=(?= ?['\"\d-])[ ]?", f"{flag} ", message)
+        message = re.sub(rf"(?:deploy option )?{word}=(?!\w)", flag, message)
+        message = re.sub(rf"deploy option {re.escape(python)}\b", flag, message)
+        if "_" in python:
+            message = re.sub(rf"{word}(?![\w/='\"`(-])", flag, message)
+    return message
+
+
+def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:
+    """Returns the flag (or the argument's name in capitals) and the form of its value, by parameter of a command."""
+    found = {}
+    hints = get_type_hints(command, include_extras=True)
+    for name in inspect.signature(command).parameters:
+        info = next(iter(getattr(hints[name], "__metadata__", ())), None)
+        form = str(getattr(info, "metavar", None) or "")
+        if isinstance(info, typer.models.OptionInfo):
+            # In Annotated, the first name stands where `typer.Option` takes the default.
+            names = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]
+            flags = [one.partition("/")[0] for one in names if one.startswith("--")]
+            found[name] = (flags[0] if flags else f"--{name.strip('_').replace('_', '-')}", form)
+        else:
+            found[name] = (name.strip("_").upper(), form)
+    return found
