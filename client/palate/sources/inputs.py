@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -137,7 +138,7 @@ class Input:
         from palate_recipes.preferences.load import read_rows
         from palate_recipes.preferences.writing import write_rows
 
-        bad_rows: BadRows = "skip" if self.skipped else "refuse"
+        bad_rows: BadRows = "skip" if self.skipped else "refuse"  # all were checked and reported
         rows = (
             plain_raw(row)
             for path in self.fetched.files
@@ -184,7 +185,7 @@ def checked_inputs(
             linter = read_files(files[channel], strategy=strategy, format=form, against=prompts, index_prompts=index)
             report = linter.finish()
             _refuse(linter, data, strategy, bad_rows)
-            skipped = {number: problem for _, number, problem in linter.wrong}
+            skipped = {number: problem for _, number, problem in sorted((*linter.wrong, *linter.left_out))}
             checked[channel] = Input(
                 fetched=fetched, report=report, rows=report.usable, skipped=skipped, format=form, strategy=strategy
             )
@@ -194,8 +195,10 @@ def checked_inputs(
 
 
 def _refuse(linter: Linter, data: PreferenceData, strategy: Strategy, bad_rows: BadRows) -> None:
+    from palate_recipes.preferences.check import column_flags
     from palate_recipes.preferences.files import open_container
-    from palate_recipes.preferences.load import UNREADABLE, nothing_in, refusal, unreadable
+    from palate_recipes.preferences.formats.fields import listed
+    from palate_recipes.preferences.load import UNREADABLE, nothing_in, only_ties, refusal, unreadable
     from palate_recipes.preferences.row import Fault
 
     report = linter.report
@@ -207,6 +210,14 @@ def _refuse(linter: Linter, data: PreferenceData, strategy: Strategy, bad_rows: 
     if linter.wrong and (bad_rows == "refuse" or not report.usable):
         many = len(report.files) > 1
         first = [f"{problem} ({Path(file).name})" if many else problem for file, _, problem in linter.wrong]
+        columns = linter.columns()
+        if columns is not None:
+            labels = {key: column for key, column in columns.items() if key != "prompt"}
+            raise DataError(
+                f"{name}: no format has its fields {listed(linter.fields(), most=12)}. Name the columns: "
+                f"PreferenceData(uri={name!r}, input_columns={ {'prompt': columns['prompt']} }, label_columns={labels}), or write "
+                f"a file to train on: {shlex.join(['palate', 'data', 'convert', name])} {column_flags(columns)} -o NEW.jsonl"
+            )
         raise DataError(refusal(name, first, linter.wrong_rows, report.rows, strategy))
     if not report.usable:
-        raise DataError(nothing_in(name, strategy))
+        raise DataError(only_ties(name, len(linter.left_out)) if linter.left_out else nothing_in(name, strategy))

@@ -31,6 +31,42 @@ _ENCODED = re.compile(r"""\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 _TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]*")
 
 
+MEDIA = frozenset(
+    (
+        "image",
+        "images",
+        "image_url",
+        "rejected_images",
+        "audio",
+        "audios",
+        "input_audio",
+        "video",
+        "videos",
+        "video_url",
+    )
+)
+"""Fields and parts that are not text: those of TRL, LLaMA-Factory, ms-swift, OpenAI and Ollama."""
+
+
+def refuse_media(value: dict[str, Any], where: str = "") -> None:
+    """Raises RowFaults if a row, a turn or a part has an image, audio or video. Null and empty ones do not count.
+
+    Args:
+        value: The object.
+        where: Its field; empty for a row.
+    """
+    if MEDIA.isdisjoint(value):
+        return
+    for name in value:
+        if name in MEDIA and value[name] not in (None, "", [], {}):
+            field = f"{where}.{name}" if where else name
+            raise fault("not-text-content", field, f"`{field}` is {_a_medium(name)}; Palate trains on text alone")
+
+
+def _a_medium(name: str) -> str:
+    return "an image" if "image" in name else "audio" if "audio" in name else "a video"
+
+
 def kind(value: Any) -> str:
     """Describes the type of a value."""
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
@@ -95,6 +131,7 @@ def read_content(value: Any, field: str) -> str:
             continue
         if not isinstance(part, dict):
             raise fault("not-text", field, f"`{field}[{index}]` is {kind(part)}, not a part with text")
+        refuse_media(part, f"{field}[{index}]")
         sort = part.get("type") or "text"  # in Parquet and Arrow each part has all fields, and missing ones are null
         text = next((part[name] for name in ("text", "value", "content") if isinstance(part.get(name), str)), None)
         if sort not in ("text", "input_text", "output_text") or text is None:
@@ -122,6 +159,7 @@ def read_message(value: Any, field: str) -> Message:
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None and role != "function_call":  # ShareGPT's name for a tool call
         raise fault("bad-role", field, f"`{field}` has the role {shown(role)}; use system, user, assistant or tool")
+    refuse_media(value, field)
     content = value.get("content", value.get("value", value.get("text")))
     if known is None or value.get("tool_calls") or value.get("function_call"):
         raise fault("not-text-content", field, f"`{field}` is a tool call; Palate trains on text alone")
