@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,14 @@ def test_images_audio_and_video_are_refused_by_row(row: dict[str, Any]) -> None:
     with pytest.raises(RowFaults) as found:
         read_row(row, 1)
     assert found.value.faults[0].code == "not-text-content"
+
+
+def test_an_object_around_the_rows_is_read(tmp_path: Path) -> None:
+    rows = [OTHERS[0][2], OTHERS[2][2]]
+    path = tmp_path / "wrapped.json"
+    for text in (json.dumps({"data": rows}), json.dumps({"data": rows, "version": "1"}, indent=1)):
+        path.write_text(text)
+        assert [(row.number, row.chosen) for row in read_rows(path)] == [(1, A), (2, A)]
 
 
 def test_a_list_in_a_row_of_json_lines_is_not_called_the_file(tmp_path: Path) -> None:

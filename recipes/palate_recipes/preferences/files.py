@@ -30,7 +30,7 @@ from palate_recipes.preferences.row import Fault
 from palate_recipes.preferences.tables import DELIMITERS, TABLES, pyarrow
 from palate_recipes.text import expand_path, show_path
 
-Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
+Kind = Literal["json", "wrapped", "jsonl", "csv", "parquet", "arrow"]
 Compression = Literal["", "gzip", "zstd"]
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -123,6 +123,9 @@ def open_container(path: str | Path) -> Container:
     except _DAMAGED as error:
         raise _cannot_be_read(path, compression, error) from None
     kind = _kind(path, start)
+    if kind == "jsonl" and _WRAPPER.match(start.removeprefix(codecs.BOM_UTF8)):
+        with _unpacked(path, compression) as stream:
+            kind = "wrapped" if _wrapped(stream.read(row_limit() + 1)) is not None else kind
     return Container(path, kind, compression, start.startswith(codecs.BOM_UTF8))
 
 
@@ -238,6 +241,31 @@ def _is_one_object(path: Path) -> bool:
         return False
 
 
+# An object around the rows.
+
+_WRAPPER = re.compile(rb'\s*\{\s*"(?:data|rows|examples|instances|items|records|pairs)"\s*:\s*\[\s*\{')
+"""Beginning of a file that may be one object around its rows; a row of JSON lines can begin like this, too."""
+
+
+def _wrapped(text: bytes) -> list[Any] | None:
+    """Returns the only list of objects in an object that is the whole file, or None."""
+    try:
+        whole = json.loads(text.removeprefix(codecs.BOM_UTF8)) if len(text) <= row_limit() else None
+    except (ValueError, RecursionError):
+        return None
+    lists = [value for value in whole.values() if _are_objects(value)] if isinstance(whole, dict) else []
+    return lists[0] if len(lists) == 1 else None
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _wrapped_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    with container.open() as stream:
+        yield list(enumerate(_wrapped(stream.read(row_limit() + 1)) or (), start=1))
+
+
 # A JSON array.
 
 
@@ -254,6 +282,7 @@ def _table_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
 
 _READERS = {
     "json": _array_blocks,
+    "wrapped": _wrapped_blocks,
     "jsonl": _line_blocks,
     "csv": _table_blocks,
     "parquet": _table_blocks,

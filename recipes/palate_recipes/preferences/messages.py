@@ -131,7 +131,6 @@ def read_content(value: Any, field: str) -> str:
             continue
         if not isinstance(part, dict):
             raise fault("not-text", field, f"`{field}[{index}]` is {kind(part)}, not a part with text")
-        refuse_media(part, f"{field}[{index}]")
         sort = part.get("type") or "text"  # in Parquet and Arrow each part has all fields, and missing ones are null
         text = next((part[name] for name in ("text", "value", "content") if isinstance(part.get(name), str)), None)
         if sort not in ("text", "input_text", "output_text") or text is None:
@@ -139,6 +138,7 @@ def read_content(value: Any, field: str) -> str:
                 f"`{field}[{index}]` is of type {shown(sort)}" if sort != "text" else f"`{field}[{index}]` has no text"
             )
             raise fault("not-text-content", field, f"{what}; Palate trains on text alone")
+        refuse_media(part, f"{field}[{index}]")
         texts.append(text)
     return read_text("".join(texts), field)
 
