@@ -18,7 +18,7 @@ from palate.preflight import check_memory, check_trainer
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
-from palate.sources.inputs import Input, PreferenceData, checked_inputs
+from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
 from palate.weights import reachable_weights
 from palate_recipes.catalog import Model
@@ -34,7 +34,7 @@ def submit(
     spec: TrainSpec,
     session: Session,
     *,
-    inputs: Mapping[str, str | Path | PreferenceData],
+    inputs: Mapping[str, str | Path | Rows | PreferenceData],
     row: Model | None,
     job_name: str,
     labels: dict[str, str],

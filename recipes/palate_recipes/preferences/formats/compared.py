@@ -89,8 +89,8 @@ def _winner(row: Raw, names: Compared) -> float:
             return value
     if said.startswith(_TIES):
         return 0
-    end = names.first.rsplit("_", 1)[-1], names.second.rsplit("_", 1)[-1]
-    raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not {end[0]!r}, {end[1]!r} or 'tie'")
+    ends = names.first.rsplit("_", 1)[-1], names.second.rsplit("_", 1)[-1]
+    raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not {ends[0]!r}, {ends[1]!r} or 'tie'")
 
 
 def _marked(row: Raw, names: Compared) -> float:
@@ -143,8 +143,8 @@ def read_compared(row: Raw) -> Parts:
     if given(row):
         prompt = read_question(row)
     else:  # an arena's conversations: the question is in both
-        first, second = (read_messages(row[name], name) for name in names[:2])
-        prompt = check_prompt(with_system(row, shared_turns(first, second, *names[:2])), names.first)
+        one, other = (read_messages(row[name], name) for name in names[:2])
+        prompt = check_prompt(with_system(row, shared_turns(one, other, *names[:2])), names.first)
     first, second = (read_answer(row[name], name, prompt) for name in names[:2])
     return (prompt, first, second) if better > 0 else (prompt, second, first)
 
