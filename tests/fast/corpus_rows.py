@@ -49,6 +49,9 @@ _BASES: dict[str, dict[str, Any]] = {
     "sharegpt-sft": {"conversations": [HUMAN, GPT]},
     "instructions": {"instruction": "q", "output": "good"},
     "completions": {"prompt": "q", "completion": "good"},
+    "named-pairs": {"query": "q", "response": "a", "rejected_response": "b"},
+    "compared": {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"},
+    "ranked": {"prompt": "q", "completions": ["a", "b"], "scores": [2, 1]},
 }
 _STRATEGIES: dict[str, Strategy] = {
     "unpaired": "kto",
@@ -255,6 +258,10 @@ ROWS = [
          "not-text-content", "messages[1].candidates[0].content", "no text"),
     _row("nothing asked", "nova", {"messages": [_BASES["nova"]["messages"][1]]},
          "turn-order", "messages", "no user turn"),
+    # Other projects.
+    _row("number for an answer", "named-pairs", {"rejected_response": 3}, "not-text", "rejected_response", "a number"),
+    _row("unknown winner", "compared", {"winner": "c"}, "bad-label", "winner", "'c', not 'a', 'b' or 'tie'"),
+    _row("no score", "ranked", {"scores": [1, None]}, "bad-label", "scores[1]", "None, not a number"),
     # Unpaired.
     _row("label in words", "unpaired", {"label": "good"}, "bad-label", "label", "'good', not true or false"),
     _row("score", "unpaired", {"label": 0.7}, "bad-label", "label", "0.7"),

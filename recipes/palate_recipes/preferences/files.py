@@ -25,7 +25,16 @@ import orjson
 
 from palate_recipes.errors import DataError
 from palate_recipes.preferences.json_array import JsonArray, advice, plain
-from palate_recipes.preferences.limits import BLOCK_BYTES, Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
+from palate_recipes.preferences.limits import (
+    BLOCK_BYTES,
+    Meter,
+    Rows,
+    RowTooLarge,
+    Unpacked,
+    check_packed_rows,
+    in_blocks,
+    row_limit,
+)
 from palate_recipes.preferences.row import Fault
 from palate_recipes.preferences.tables import DELIMITERS, TABLES, pyarrow
 from palate_recipes.text import expand_path, show_path
@@ -82,7 +91,11 @@ class Container:
     def raw_blocks(self) -> Iterator[list[tuple[int, Any]]]:
         """Yields the rows of `raw_rows` in lists of bounded size. Raises as `raw_rows`."""
         try:
-            yield from _READERS[self.kind](self)
+            packed = bool(self.compression) or self.kind in ("parquet", "arrow")
+            for block in _READERS[self.kind](self):
+                if packed:
+                    check_packed_rows(self.path, block[-1][0] if block else 0)
+                yield block
         except _DAMAGED as error:
             raise _cannot_be_read(self.path, self.compression, error) from None
         except RowTooLarge as error:
@@ -194,7 +207,10 @@ def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
             try:
                 block.append((number, orjson.loads(line)))
             except ValueError:
-                if not line.isspace():
+                if line.isspace():
+                    if container.compression and not number % 65536:
+                        check_packed_rows(container.path, number)
+                else:
                     block.append((number, parse_line(line, number, container.path)))
             held += size
             if held > BLOCK_BYTES:  # `in_blocks`, inlined for speed: files can have millions of lines
