@@ -17,6 +17,7 @@ import pytest
 
 from palate_recipes.errors import DataError
 from palate_recipes.preferences.check import check
+from palate_recipes.preferences.files import open_container
 from palate_recipes.preferences.limits import ROW_VARIABLE, UNPACKED_VARIABLE
 from palate_recipes.preferences.load import read_rows
 
