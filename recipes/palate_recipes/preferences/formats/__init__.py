@@ -13,7 +13,7 @@ from palate_recipes.preferences.formats import unpaired as unpaired_answers
 from palate_recipes.preferences.formats.fields import PROMPTS, Raw, listed, missing_fields, nearest
 from palate_recipes.preferences.formats.fields import Format as Format
 from palate_recipes.preferences.formats.question import given
-from palate_recipes.preferences.messages import kind, refuse_media
+from palate_recipes.preferences.messages import MEDIA, kind, refuse_media
 from palate_recipes.preferences.row import Fault, Row, RowFaults, Strategy, fault
 from palate_recipes.text import did_you_mean
 
@@ -42,7 +42,7 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
             raise RowFaults(value)
         raise fault("not-an-object", "", f"is {kind(value)}, not an object with fields")
     form = format or detect(value, strategy)
-    if form.name != "columns":  # named columns say what is read
+    if not MEDIA.isdisjoint(value) and form.name != "columns":  # named columns say what is read
         refuse_media(value)
     prompt, chosen, rejected = form.read(value)
     if strategy == "dpo" and (chosen is None or rejected is None):
