@@ -183,7 +183,7 @@ def test_a_file_of_wrong_rows_keeps_but_the_first(tmp_path: Path) -> None:
     assert int(done.stdout.splitlines()[-1]) < 150_000  # KiB; 300,000 kept faults take 60,000
 
 
-TEXT = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+ONE_ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 
 def test_a_small_file_of_millions_of_rows_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_a_small_file_of_millions_of_rows_is_refused_soon(tmp_path: Path, monkey
 
     path = tmp_path / "rows.jsonl.gz"
     for line in (b"{}\n", b"\n"):
-        path.write_bytes(gzip.compress(TEXT + line * 1_200_000))
+        path.write_bytes(gzip.compress(ONE_ROW + line * 1_200_000))
         with pytest.raises(DataError, match=r"more than 1,000,000 rows.*PALATE_MAX_PACKED_ROWS=4000000"):
             for _ in open_container(path).raw_rows():
                 pass
