@@ -29,7 +29,7 @@ from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor
-    from palate.sources.inputs import PreferenceData
+    from palate.sources.inputs import PreferenceData, Rows
 
 
 # A PAI script finds both in this module.
@@ -199,7 +199,7 @@ class ModelTrainingRecipe:
 
     def train(
         self,
-        inputs: Mapping[str, str | Path | PreferenceData] | None = None,
+        inputs: Mapping[str, str | Path | Rows | PreferenceData] | None = None,
         outputs: object = None,
         wait: bool = True,
         job_name: str | None = None,
@@ -209,7 +209,8 @@ class ModelTrainingRecipe:
 
         Args:
             inputs: Preference data by channel: `train`, and optionally `validation`; a path, folder, glob or URI (`file://`, `s3://`,
-                `oss://`, `hf://`, `gsheet://`), or a `PreferenceData` that says how to read it.
+                `oss://`, `hf://`, `gsheet://`), rows (a list of dicts,
+                `datasets.Dataset`, `pandas.DataFrame`), or a `PreferenceData` that says how to read it.
                 `adapter` is the model folder of a finished LoRA job to continue from (`job.model_uri`), such as SFT before
                 DPO: its rank, alpha and layers apply, and under DPO it is also the reference.
             outputs: Not supported: outputs are in the job's folder.

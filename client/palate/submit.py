@@ -5,6 +5,7 @@ The order matters: everything that can be rejected is rejected before the first 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from palate.preflight import check_memory, check_trainer
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
-from palate.sources.inputs import Input, PreferenceData, checked_inputs
+from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
 from palate.weights import reachable_weights
 from palate_recipes.catalog import Model
@@ -33,7 +34,7 @@ def submit(
     spec: TrainSpec,
     session: Session,
     *,
-    inputs: Mapping[str, str | Path | PreferenceData],
+    inputs: Mapping[str, str | Path | Rows | PreferenceData],
     row: Model | None,
     job_name: str,
     labels: dict[str, str],
@@ -70,6 +71,9 @@ def submit(
             spec = adapter.settle(spec)
             if note := adapter.base_note(spec.model.name, row):
                 spec = replace(spec, notes=(*spec.notes, note))
+        if text := imitation_note(spec, checked):
+            warnings.warn(text, UserWarning, stacklevel=3)
+            spec = replace(spec, notes=(*spec.notes, text))
         record = Record(session.store, "jobs", job_name)
         _check_place(spec, record, session, row)
         manifest = TrainManifest(
@@ -90,6 +94,18 @@ def submit(
         if announce:
             _announce(job, manifest.body, checked, notes=notes)
     return job
+
+
+def imitation_note(spec: TrainSpec, checked: Mapping[str, Input]) -> str:
+    """Returns a warning if pairs are trained on with SFT by default, as in PAI, and nobody asked for SFT; else ""."""
+    if spec.hyperparameters.training_strategy != "sft" or "training_strategy" in spec.given:
+        return ""
+    if not any("unread-rejected" in item.report.findings for item in checked.values()):
+        return ""
+    return (
+        "the rows are preference pairs, but training_strategy is sft, the default: `rejected` is ignored. For DPO set "
+        'hyperparameters={"training_strategy": "dpo"}; to keep SFT without this warning set "sft"'
+    )
 
 
 def _check_place(spec: TrainSpec, record: Record, session: Session, row: Model | None) -> None:

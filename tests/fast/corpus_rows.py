@@ -49,6 +49,9 @@ _BASES: dict[str, dict[str, Any]] = {
     "sharegpt-sft": {"conversations": [HUMAN, GPT]},
     "instructions": {"instruction": "q", "output": "good"},
     "completions": {"prompt": "q", "completion": "good"},
+    "named-pairs": {"query": "q", "response": "a", "rejected_response": "b"},
+    "compared": {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"},
+    "ranked": {"prompt": "q", "completions": ["a", "b"], "scores": [2, 1]},
 }
 _STRATEGIES: dict[str, Strategy] = {
     "unpaired": "kto",
@@ -122,7 +125,7 @@ ROWS = [
     _row("half in a name", "pai", {"prompt": ..., "chosen": ..., "rejected": ..., HALF: 1},
          "unknown-format", "", "\\ud83d"),
     _row("nested rows", "pai", {"prompt": ..., "chosen": ..., "rejected": ..., "rows": [GOOD]},
-         "unknown-format", "", "`rows` holds them"),
+         "unknown-format", "", "it has `rows`"),
     # TRL.
     _row("role misspelled", "trl", {"prompt": [{"role": "usr", "content": "q"}]},
          "bad-role", "prompt[0]", "the role 'usr'"),
@@ -189,7 +192,7 @@ ROWS = [
     _row("output of the user", "openai", {"preferred_output": [ASK]}, "bad-role", "preferred_output", "of the user"),
     _row("image", "openai", {"input": {"messages": [IMAGE]}},
          "not-text-content", "input.messages[0].content", "'image_url'"),
-    _row("same outputs", "openai", {"non_preferred_output": [SAY]}, "same-answers", "rejected", "same text"),
+    _row("same outputs", "openai", {"non_preferred_output": [SAY]}, "same-answers", "", "same text"),
     # ShareGPT.
     _row("role misspelled", "sharegpt", {"conversations": [{"from": "humann", "value": "q"}]},
          "bad-role", "conversations[0]", "'humann'"),
@@ -214,7 +217,7 @@ ROWS = [
     _row("one answer", "alpaca-ranking", {"output": ["a"]}, "wrong-kind", "output", "has 1 answers; expected two"),
     _row("three answers", "alpaca-ranking", {"output": ["a", "b", "c"]}, "wrong-kind", "output", "has 3 answers"),
     _row("null answer", "alpaca-ranking", {"output": ["a", None]}, "not-text", "output[1]", "null"),
-    _row("same answers", "alpaca-ranking", {"output": ["a", "a"]}, "same-answers", "rejected", "same text"),
+    _row("same answers", "alpaca-ranking", {"output": ["a", "a"]}, "same-answers", "", "same text"),
     # HH.
     _row("no transcripts", "hh", {"chosen": "a", "rejected": "b"},
          "missing-field", "prompt", "not transcripts that contain it"),
@@ -235,7 +238,7 @@ ROWS = [
     _row("answers alone", "typed-messages", {"chosen_messages": [SAY], "rejected_messages": [BAD]},
          "missing-field", "prompt", "no turns before"),
     _row("other lengths", "typed-messages", {"rejected_messages": [ASK, SAY, ASK, BAD]},
-         "different-prompts", "rejected", "differ at turn"),
+         "different-prompts", "rejected_messages", "differ at turn"),
     _row("image", "typed-messages", {"chosen_messages": [IMAGE, SAY]},
          "not-text-content", "chosen_messages[0].content", "'image_url'"),
     _row("other label", "nova", _candidates(_labelled("best"), _labelled("non-preferred")),
@@ -255,6 +258,10 @@ ROWS = [
          "not-text-content", "messages[1].candidates[0].content", "no text"),
     _row("nothing asked", "nova", {"messages": [_BASES["nova"]["messages"][1]]},
          "turn-order", "messages", "no user turn"),
+    # Other projects.
+    _row("number for an answer", "named-pairs", {"rejected_response": 3}, "not-text", "rejected_response", "a number"),
+    _row("unknown winner", "compared", {"winner": "c"}, "bad-label", "winner", "'c', not 'a', 'b' or 'tie'"),
+    _row("no score", "ranked", {"scores": [1, None]}, "bad-label", "scores[1]", "None, not a number"),
     # Unpaired.
     _row("label in words", "unpaired", {"label": "good"}, "bad-label", "label", "'good', not true or false"),
     _row("score", "unpaired", {"label": 0.7}, "bad-label", "label", "0.7"),

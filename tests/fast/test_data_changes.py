@@ -296,3 +296,21 @@ def test_the_docs_know_every_rule_and_every_format() -> None:
 
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     assert [code for code in (*RULES, *FORMATS) if f"| `{code}` |" not in text] == []
+
+
+def test_an_input_is_never_an_output(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"}\n')
+    before = path.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for out in (path, link):
+        with pytest.raises(DataError, match="is also an input"):
+            clean([path], out)
+        with pytest.raises(DataError, match="is also an input"):
+            convert([path], out, FORMATS["trl"])
+        with pytest.raises(DataError, match="is also an input"):
+            split([path], out, tmp_path / "held.jsonl")
+    with pytest.raises(DataError, match="two outputs"):
+        split([path], tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    assert path.read_bytes() == before

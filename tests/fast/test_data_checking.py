@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from palate import Session
+import pytest
+
+from palate import Session, get_default_session
 from palate.sources.inputs import PreferenceData, checked_inputs
+from palate_recipes.errors import PalateError
 
 COUNTED = """
 import json, sys
@@ -68,3 +72,36 @@ def test_validation_data_is_read_in_its_own_format(session: Session, tmp_path: P
     with checked_inputs(inputs, session, strategy="dpo", bad_rows="refuse") as checked:
         (place,) = checked["train"].report.findings["leakage"].places
     assert (place.row, place.what.endswith("held.csv, row 1")) == (4, True)
+
+
+def test_rows_in_memory_are_checked_and_written_as_a_file() -> None:
+    import datasets
+    import pandas
+
+    rows = [{"prompt": f"Ask {n}", "chosen": f"Yes {n}", "rejected": f"No {n} é"} for n in range(3)]
+    contents = set()
+    for given in (rows, datasets.Dataset.from_list(rows), pandas.DataFrame(rows), PreferenceData(uri=rows)):
+        with checked_inputs({"train": given}, get_default_session(), strategy="dpo", bad_rows="refuse") as checked:
+            assert checked["train"].rows == 3
+            contents.add(checked["train"].fetched.files[0].read_bytes())
+    assert len(contents) == 1
+
+
+def test_what_is_no_table_is_refused_with_what_to_give_instead() -> None:
+    import datasets
+
+    table = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for given, words in (
+        (table.to_iterable_dataset(), r"list\(dataset.take\(N\)\)"),
+        (datasets.DatasetDict(train=table), r"dataset\['train'\]"),
+        ((row for row in [{}]), "expected a path"),
+        ([], "has no rows"),
+        ([{"prompt": "a", "chosen": "b"}], r"inputs\['train'\].*line 1: `rejected` is missing"),
+        ([{"prompt": object()}], "row 1: `prompt` is object"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c", "image": object()}], "`image` is an image"),
+    ):
+        with (
+            pytest.raises(PalateError, match=re.compile(words, re.S)),
+            checked_inputs({"train": given}, get_default_session(), strategy="dpo", bad_rows="refuse"),
+        ):
+            pass

@@ -254,3 +254,27 @@ def test_wrong_rows_stop_it_or_are_left_out_and_named(session: Session, tmp_path
 def test_what_is_no_place_is_refused(session: Session, tmp_path: Path, uri: Any) -> None:
     with pytest.raises(ConfigurationError, match="must be a path or a URI"):
         kept(session, tmp_path, {"train": uri})
+
+
+def test_other_column_names_get_the_one_command_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from palate.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    for name, header in (("a.csv", "question_text,good answer,bad answer"), ("b.csv", "Prompt;Chosen;Rejected")):
+        separator = ";" if ";" in header else ","
+        rows = [separator.join((f"ask {n}", f"yes {n}", f"no {n}")) for n in range(24)]
+        Path(name).write_text("\n".join([header, *rows]) + "\n")
+        first = CliRunner().invoke(app, ["data", "check", name])
+        assert first.exit_code == 1
+        assert first.output.count("--label-column chosen=") + first.output.count("--label-column 'chosen=") == 1
+        command = shlex.split(first.output.split("Read them by name: palate ")[1].split(". Or rename")[0])
+        second = CliRunner().invoke(app, command)
+        assert second.exit_code == 0, second.output
+        assert "24 of 24 rows are usable" in second.output
+        assert "unread" not in second.output

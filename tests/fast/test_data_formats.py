@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palate_recipes.errors import DataError
+from palate_recipes.preferences.check import read_files
 from palate_recipes.preferences.formats import FORMATS, detect, format_named, read_row
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.preferences.row import Message, Row, RowFaults, Strategy
@@ -37,6 +39,77 @@ def typed(text: str) -> list[dict[str, str]]:
 
 EARLIER = (Message("user", "Hello"), Message("assistant", "Hi."))
 PAIR = (A, B)
+
+OTHERS: list[tuple[str, str, dict[str, Any], tuple[Message, ...]]] = [
+    ("ms-swift", "named-pairs", {"query": Q, "response": A, "rejected_response": B}, (USER,)),
+    (
+        "ms-swift with turns before",
+        "named-pairs",
+        {"query": Q, "response": A, "rejected_response": B, "history": [["Hello", "Hi."]], "system": "Be brief."},
+        (SYSTEM, *EARLIER, USER),
+    ),
+    ("argilla", "named-pairs", {"instruction": Q, "chosen_response": A, "rejected_response": B}, (USER,)),
+    ("distilabel", "named-pairs", {"system": "Be brief.", "input": Q, "chosen": A, "rejected": B}, (SYSTEM, USER)),
+    ("axolotl", "named-pairs", {"input": Q, "chosen_response": A, "rejected_response": B}, (USER,)),
+    ("SHP", "compared", {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1, "score_A": 9}, (USER,)),
+    ("SHP, the second", "compared", {"history": Q, "human_ref_A": B, "human_ref_B": A, "labels": 0}, (USER,)),
+    ("HelpSteer2", "compared", {"prompt": Q, "response_1": A, "response_2": B, "preference_strength": -2}, (USER,)),
+    (
+        "HelpSteer3",
+        "compared",
+        {"context": [says("user", Q)], "response1": B, "response2": A, "overall_preference": 1},
+        (USER,),
+    ),
+    (
+        "PKU-SafeRLHF",
+        "compared",
+        {"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1, "safer_response_id": 0},
+        (USER,),
+    ),
+    ("AlpacaFarm", "compared", {"instruction": Q, "input": "", "output_1": A, "output_2": B, "preference": 1}, (USER,)),
+    ("an arena", "compared", {"prompt": Q, "response_a": B, "response_b": A, "winner": "model_b"}, (USER,)),
+    (
+        "an arena's conversations",
+        "compared",
+        {
+            "conversation_a": [says("user", Q), says("assistant", A)],
+            "conversation_b": [says("user", Q), says("assistant", B)],
+            "winner": "model_a",
+        },
+        (USER,),
+    ),
+    (
+        "nectar",
+        "ranked",
+        {
+            "prompt": f"\n\nHuman: {Q}\n\nAssistant: ",
+            "answers": [{"answer": B, "rank": 7.0}, {"answer": "Mars.", "rank": 2.0}, {"answer": A, "rank": 1.0}],
+        },
+        (USER,),
+    ),
+    (
+        "NeMo RL",
+        "ranked",
+        {
+            "context": [says("user", Q)],
+            "completions": [
+                {"rank": 1, "completion": [says("assistant", B)]},
+                {"rank": 0, "completion": [says("assistant", A)]},
+            ],
+        },
+        (USER,),
+    ),
+    (
+        "UltraFeedback with scores",
+        "ranked",
+        {
+            "instruction": Q,
+            "completions": [{"response": B, "overall_score": 2.0}, {"response": A, "overall_score": 8.5}],
+        },
+        (USER,),
+    ),
+    ("lists of texts and scores", "ranked", {"prompt": Q, "completions": [A, B], "scores": [0.9, 0.1]}, (USER,)),
+]
 
 PAIRS: list[tuple[str, str, dict[str, Any], tuple[Message, ...]]] = [
     ("PAI", "pai", {"prompt": Q, "chosen": A, "rejected": B}, (USER,)),
@@ -216,6 +289,8 @@ PAIRS: list[tuple[str, str, dict[str, Any], tuple[Message, ...]]] = [
     ),
 ]
 
+PAIRS += OTHERS
+
 SINGLE: list[tuple[str, str, Strategy, dict[str, Any], tuple[str | None, str | None]]] = [
     ("TRL, unpaired texts", "unpaired", "kto", {"prompt": Q, "completion": A, "label": True}, (A, None)),
     (
@@ -345,3 +420,77 @@ def test_real_files_are_read_whole(name: str, strategy: Strategy, count: int) ->
     assert all(row.prompt[-1].role == "user" for row in rows)
     if strategy == "kto":
         assert {row.chosen is None for row in rows} == {True, False}
+
+
+TIES: list[dict[str, Any]] = [
+    {"prompt": Q, "response_1": A, "response_2": B, "preference_strength": 0},
+    {"instruction": Q, "output_1": A, "output_2": B, "preference": 1.5},
+    {"prompt": Q, "response_a": A, "response_b": B, "winner": "tie (bothbad)"},
+    {"prompt": Q, "response_a": A, "response_b": B, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
+    {"prompt": Q, "completions": [{"text": A, "score": 3}, {"text": B, "score": 3}]},
+]
+
+
+def test_ties_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "compared.jsonl"
+    write_rows(path, [*TIES, OTHERS[7][2]])
+    skipped: dict[int, str] = {}
+    assert [row.number for row in read_rows(path, on_skip=skipped.__setitem__)] == [6]
+    assert list(skipped) == [1, 2, 3, 4, 5]
+    assert all(": is a tie" in reason for reason in skipped.values())
+    report = read_files([(path, path.name)]).finish()
+    assert (report.usable, report.findings["tie"].count, report.count("error")) == (1, 5, 0)
+    write_rows(path, TIES)
+    with pytest.raises(DataError, match="5 rows are ties"):
+        read_rows(path)
+
+
+def test_fields_of_several_formats_are_an_error_that_names_them() -> None:
+    both = {"prompt": Q, "response_a": A, "response_b": B, "winner": "a", "completions": [A, B], "scores": [2, 1]}
+    with pytest.raises(RowFaults, match="compared or ranked: name one with --from") as found:
+        read_row(both, 1)
+    assert found.value.faults[0].code == "ambiguous-format"
+    assert read_row(both, 1, format=FORMATS["compared"]).chosen == A
+    for row in ({"prompt": Q, "question": "Why?", "response": A, "rejected_response": B},):
+        with pytest.raises(RowFaults, match="`prompt` and `question` may each be the question"):
+            read_row(row, 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "chosen": A, "rejected": B, "images": ["cat.png"]},
+        {"prompt": Q, "chosen": A, "rejected": B, "image": {"bytes": "…", "path": None}},
+        {
+            "conversations": [turn("human", Q)],
+            "chosen": turn("gpt", A),
+            "rejected": turn("gpt", B),
+            "videos": ["a.mp4"],
+        },
+        {"messages": [says("user", Q), says("assistant", A)], "rejected_response": B, "audios": ["a.wav"]},
+        {"prompt": [{**says("user", Q), "images": ["a"]}], "chosen": A, "rejected": B},
+        {"prompt": [says("user", [{"text": Q, "image": "a.png"}])], "chosen": A, "rejected": B},
+        {"prompt": [says("user", [{"type": "image"}, {"type": "text", "text": Q}])], "chosen": A, "rejected": B},
+    ],
+)
+def test_images_audio_and_video_are_refused_by_row(row: dict[str, Any]) -> None:
+    with pytest.raises(RowFaults) as found:
+        read_row(row, 1)
+    assert found.value.faults[0].code == "not-text-content"
+
+
+def test_an_object_around_the_rows_is_read(tmp_path: Path) -> None:
+    rows = [OTHERS[0][2], OTHERS[2][2]]
+    path = tmp_path / "wrapped.json"
+    for text in (json.dumps({"data": rows}), json.dumps({"data": rows, "version": "1"}, indent=1)):
+        path.write_text(text)
+        assert [(row.number, row.chosen) for row in read_rows(path)] == [(1, A), (2, A)]
+
+
+def test_a_list_in_a_row_of_json_lines_is_not_called_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"topic": "a", "turns": [{"x": 1}, {"x": 2}]}] * 2)
+    with pytest.raises(DataError) as found:
+        read_rows(path)
+    assert "alone the file" not in str(found.value)
+    assert "it has `topic`, `turns`" in str(found.value)

@@ -17,6 +17,7 @@ import pytest
 
 from palate_recipes.errors import DataError
 from palate_recipes.preferences.check import check
+from palate_recipes.preferences.files import open_container
 from palate_recipes.preferences.limits import ROW_VARIABLE, UNPACKED_VARIABLE
 from palate_recipes.preferences.load import read_rows
 
@@ -180,3 +181,19 @@ def test_a_file_of_wrong_rows_keeps_but_the_first(tmp_path: Path) -> None:
     assert "300000 of 300000 lines are invalid" in done.stdout, done.stderr
     assert "and 299995 more" in done.stdout
     assert int(done.stdout.splitlines()[-1]) < 150_000  # KiB; 300,000 kept faults take 60,000
+
+
+ONE_ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+def test_a_small_file_of_millions_of_rows_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gzip
+
+    path = tmp_path / "rows.jsonl.gz"
+    for line in (b"{}\n", b"\n"):
+        path.write_bytes(gzip.compress(ONE_ROW + line * 1_200_000))
+        with pytest.raises(DataError, match=r"more than 1,000,000 rows.*PALATE_MAX_PACKED_ROWS=4000000"):
+            for _ in open_container(path).raw_rows():
+                pass
+    monkeypatch.setenv("PALATE_MAX_PACKED_ROWS", "2000000")
+    assert sum(1 for _ in open_container(path).raw_rows()) == 1

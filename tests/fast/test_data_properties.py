@@ -23,6 +23,7 @@ from palate_recipes.preferences.json_array import JsonArray
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.preferences.report import RULES
 from palate_recipes.preferences.row import Fault, Message, Row, RowFaults, Strategy
+from tests.fast.test_data_formats import PAIRS
 
 STRATEGIES: tuple[Strategy | None, ...] = ("dpo", "sft", "kto", None)
 NO_WORDS_FOR_PEOPLE = ("Traceback", "Error(", "KeyError", "NoneType", " object at 0x")
@@ -365,3 +366,23 @@ def test_neither_order_nor_space_nor_container_changes_the_rows(
         (tmp_path / f"c-{name}").write_bytes(write(raw))
     for other in tmp_path.iterdir():
         assert outcome(other) == expected, other.name
+
+
+@CALM
+@given(st.data())
+def test_a_fault_names_a_field_that_the_row_has(data: st.DataObject) -> None:
+    row = dict(data.draw(st.sampled_from([case[2] for case in PAIRS])))
+    for name in data.draw(st.lists(st.sampled_from(sorted(row)), max_size=2, unique=True)):
+        how = data.draw(st.sampled_from(("drop", "rename", "change")))
+        value = row.pop(name)
+        if how != "drop":
+            row[f"my_{name}" if how == "rename" else name] = value if how == "rename" else data.draw(values)
+    try:
+        read_row(row, 1)
+    except RowFaults as error:
+        for fault in error.faults:
+            if fault.code != "missing-field":  # it names what is missing, and lists what there is
+                assert re.split(r"[.\[]", fault.field)[0] in {"", *row}, (row, fault)
+            if "the row has " in fault.what:
+                listed = re.findall(r"`(\w+)`", fault.what.split("the row has ")[1])
+                assert set(listed) <= set(row), (row, fault)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +27,19 @@ if TYPE_CHECKING:
 
 _REMARKS_SHOWN = 12
 
+MEMORY = "memory:"
+"""Origin of rows that were given themselves."""
+
+Rows = Sequence[Mapping[str, Any]]
+"""Rows in memory; `palate.sources.memory` says what else is accepted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceData:
     """Data with instructions on how to read it; `inputs={"train": …}` accepts it in place of a path.
 
     Attributes:
-        uri: A path, folder, glob or URI, see docs/data.md.
+        uri: A path, folder, glob or URI, see docs/data.md; or the rows: a list of dicts, `datasets.Dataset`, `pandas.DataFrame`.
         format: Name of the row format. Default: detected from the fields of each row.
         input_columns: For a table: maps placeholders of the prompt template to columns; without a template, one column.
         label_columns: For a table: the columns of `chosen` and `rejected`, or several by key, which form a JSON object.
@@ -40,7 +47,7 @@ class PreferenceData:
         prompt_name: Name of the template, if the file has several.
     """
 
-    uri: str | Path
+    uri: str | Path | Rows
     format: str | None = None
     input_columns: Mapping[str, str] | None = None
     label_columns: Mapping[str, str | Mapping[str, str]] | None = None
@@ -118,7 +125,7 @@ class Input:
             facts["skipped_rows"] = list(self.skipped)
         if plain and origin.startswith(("s3://", "oss://")):
             return InputFile(uri=origin, **file_facts(path), **facts)
-        if plain and origin.startswith("file://"):
+        if plain and origin.startswith(("file://", MEMORY)):
             key = record.key("inputs", channel, path.name)
             record.store.upload(path, key)
             return InputFile(uri=record.store.uri(key), **file_facts(path), **facts)
@@ -137,7 +144,7 @@ class Input:
         from palate_recipes.preferences.load import read_rows
         from palate_recipes.preferences.writing import write_rows
 
-        bad_rows: BadRows = "skip" if self.skipped else "refuse"
+        bad_rows: BadRows = "skip" if self.skipped else "refuse"  # all were checked and reported
         rows = (
             plain_raw(row)
             for path in self.fetched.files
@@ -148,7 +155,7 @@ class Input:
 
 @contextmanager
 def checked_inputs(
-    inputs: Mapping[str, str | Path | PreferenceData], session: Session, *, strategy: Strategy, bad_rows: BadRows
+    inputs: Mapping[str, str | Path | Rows | PreferenceData], session: Session, *, strategy: Strategy, bad_rows: BadRows
 ) -> Iterator[dict[str, Input]]:
     """Fetches and checks the data of every channel, and compares the training data with the validation data.
 
@@ -163,7 +170,9 @@ def checked_inputs(
         StoreError: The object store cannot be read.
         ConfigurationError: An input is neither a path nor a URI.
     """
+    from palate.sources.memory import are_rows, write_memory
     from palate.sources.resolve import fetch_files
+    from palate.sources.select import Fetched
     from palate_recipes.preferences.check import read_files
 
     checked: dict[str, Input] = {}
@@ -171,12 +180,25 @@ def checked_inputs(
         found: dict[str, tuple[PreferenceData, Format | None, Fetched]] = {}
         for channel, given in inputs.items():
             data = given if isinstance(given, PreferenceData) else PreferenceData(uri=given)
+            if are_rows(data.uri):
+                folder = Path(places.enter_context(tempfile.TemporaryDirectory(prefix="palate-")))
+                path = folder / f"{channel}.jsonl"
+                write_memory(data.uri, path, channel)
+                if not path.stat().st_size:
+                    raise DataError(f"inputs[{channel!r}] has no rows.")
+                found[channel] = data, data.as_format(), Fetched((path,), MEMORY, None)
+                continue
             if not isinstance(data.uri, str | Path) or not str(data.uri):
                 raise ConfigurationError(
                     f"inputs[{channel!r}]={data.uri!r} must be a path or a URI (file://, s3://, oss://, hf://, gsheet://)"
                 )
             found[channel] = data, data.as_format(), places.enter_context(fetch_files(data.uri, session))
-        files = {channel: tuple((path, str(path)) for path in item.files) for channel, (_, _, item) in found.items()}
+        files = {
+            channel: tuple(
+                (path, f"inputs[{channel!r}]" if item.origin == MEMORY else str(path)) for path in item.files
+            )
+            for channel, (_, _, item) in found.items()
+        }
         prompts: NearIndex | None = None
         for channel in sorted(found, key=lambda name: name != "validation"):  # first: train is compared with it
             data, form, fetched = found[channel]
@@ -184,7 +206,7 @@ def checked_inputs(
             linter = read_files(files[channel], strategy=strategy, format=form, against=prompts, index_prompts=index)
             report = linter.finish()
             _refuse(linter, data, strategy, bad_rows)
-            skipped = {number: problem for _, number, problem in linter.wrong}
+            skipped = {number: problem for _, number, problem in sorted((*linter.wrong, *linter.left_out))}
             checked[channel] = Input(
                 fetched=fetched, report=report, rows=report.usable, skipped=skipped, format=form, strategy=strategy
             )
@@ -194,8 +216,10 @@ def checked_inputs(
 
 
 def _refuse(linter: Linter, data: PreferenceData, strategy: Strategy, bad_rows: BadRows) -> None:
+    from palate_recipes.preferences.check import column_flags
     from palate_recipes.preferences.files import open_container
-    from palate_recipes.preferences.load import UNREADABLE, nothing_in, refusal, unreadable
+    from palate_recipes.preferences.formats.fields import listed
+    from palate_recipes.preferences.load import UNREADABLE, nothing_in, only_ties, refusal, unreadable
     from palate_recipes.preferences.row import Fault
 
     report = linter.report
@@ -207,6 +231,14 @@ def _refuse(linter: Linter, data: PreferenceData, strategy: Strategy, bad_rows: 
     if linter.wrong and (bad_rows == "refuse" or not report.usable):
         many = len(report.files) > 1
         first = [f"{problem} ({Path(file).name})" if many else problem for file, _, problem in linter.wrong]
+        columns = linter.columns()
+        if columns is not None:
+            labels = {key: column for key, column in columns.items() if key != "prompt"}
+            raise DataError(
+                f"{name}: no format has its fields {listed(linter.fields(), most=12)}. Name the columns: "
+                f"PreferenceData(uri={name!r}, input_columns={ {'prompt': columns['prompt']} }, label_columns={labels}), or write "
+                f"a file to train on: {shlex.join(['palate', 'data', 'convert', name])} {column_flags(columns)} -o NEW.jsonl"
+            )
         raise DataError(refusal(name, first, linter.wrong_rows, report.rows, strategy))
     if not report.usable:
-        raise DataError(nothing_in(name, strategy))
+        raise DataError(only_ties(name, len(linter.left_out)) if linter.left_out else nothing_in(name, strategy))

@@ -6,6 +6,7 @@ Memory is bounded: only the `Facts` of a row are kept.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from itertools import repeat
@@ -15,9 +16,9 @@ from typing import Any
 
 from palate_recipes.preferences import heuristics
 from palate_recipes.preferences.files import Container, open_container
-from palate_recipes.preferences.formats import KNOWN_FIELDS, Format, detect, read_row
-from palate_recipes.preferences.formats.fields import OTHER_PROMPTS, listed
-from palate_recipes.preferences.messages import gives_tools, weights
+from palate_recipes.preferences.formats import FORMATS, KNOWN_FIELDS, REJECTED, Format, detect, read_row
+from palate_recipes.preferences.formats.fields import OTHER_PROMPTS, Raw, listed
+from palate_recipes.preferences.messages import gives_tools, quoted, weights
 from palate_recipes.preferences.near_duplicates import NearIndex
 from palate_recipes.preferences.report import PLACES_SHOWN, Location, Report
 from palate_recipes.preferences.row import Row, RowFaults, Strategy
@@ -27,6 +28,7 @@ FEW_ROWS, MANY_ROWS = 100, 100_000
 """Usual number of rows for DPO, from the published guidance of several platforms."""
 
 WRONG_KEPT = 10_000
+_COLUMNS_KEPT = 40
 
 _LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
 _OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
@@ -57,6 +59,7 @@ class Linter:
         prompts: Prompts of the files that were read with `index_prompts`.
         wrong: File, number and error of the first WRONG_KEPT invalid rows.
         wrong_rows: Total number of invalid rows.
+        left_out: File, number and reason of the first WRONG_KEPT valid rows that say no preference.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Linter:
         self.prompts = NearIndex()
         self.wrong: list[tuple[str, int, str]] = []
         self.wrong_rows = 0
+        self.left_out: list[tuple[str, int, str]] = []
         self._strategy, self._format, self._against = strategy, format, against
         self._starts: list[tuple[int, str, str]] = []  # first index of each file, its name, its unit
         self._facts = Facts()
@@ -73,6 +77,8 @@ class Linter:
         self._unread: Counter[str] = Counter()
         self._tools = 0
         self._languages: Counter[str] = Counter()
+        self._passed_over: Counter[str] = Counter()  # the worse answers that SFT does not read, by field
+        self._foreign: Counter[tuple[str, ...]] = Counter()  # fields of rows of no known format
 
     def read(self, file: str | Path | Container, *, name: str | None = None, index_prompts: bool = False) -> None:
         """Checks every row of a file.
@@ -109,6 +115,8 @@ class Linter:
                     row = read_row(value, number, strategy=self._strategy, format=form)
                 except RowFaults as error:
                     self._note_wrong(error, number, name, unit)
+                    if error.faults[0].code in ("unknown-format", "missing-field") and type(value) is dict:
+                        self._foreign[tuple(value)[:_COLUMNS_KEPT]] += 1
                     continue
                 fields = (form.name, *value)  # type: ignore[union-attr]
                 if fields != shape:
@@ -120,7 +128,7 @@ class Linter:
                 if form.name != "pai":  # type: ignore[union-attr]
                     for field, what in weights(value):
                         report.add("unread-weight", Location(name, number, unit, field, what))
-                self._look(row, name, unit)
+                self._look(row, name, unit, value)
                 if index_prompts:
                     self.prompts.add(row, Location(name, number, unit, "", ""))
         if not total:
@@ -131,13 +139,21 @@ class Linter:
         for (form_name, *names), count in shapes.items():
             if count:
                 report.formats[form_name] = report.formats.get(form_name, 0) + count
-                self._unread.update({field: count for field in names if field not in KNOWN_FIELDS})
+                read = form_reads(form_name, self._format)
+                self._unread.update({field: count for field in names if field not in read})
+                if self._strategy == "sft":
+                    self._passed_over.update({field: count for field in names if field in REJECTED})
 
     def _begin(self, name: str, unit: str) -> None:
         self.report.files.append(name)
         self._starts.append((self._count, name, unit))
 
     def _note_wrong(self, error: RowFaults, number: int, name: str, unit: str) -> None:
+        if error.is_tie:
+            if len(self.left_out) < WRONG_KEPT:
+                self.left_out.append((name, number, f"{unit} {number}: {error}"))
+            self.report.add("tie", Location(name, number, unit, error.faults[0].field, error.faults[0].what))
+            return
         self.wrong_rows += 1
         if len(self.wrong) < WRONG_KEPT:
             self.wrong.append((name, number, f"{unit} {number}: {error}"))
@@ -183,39 +199,50 @@ class Linter:
                 self._guess(number, asked, good, bad, name, unit)
         return ("pai", *block[0][1])
 
-    def _look(self, row: Row, name: str, unit: str) -> None:
+    def _look(self, row: Row, name: str, unit: str, value: Raw) -> None:
         number, prompt, chosen, rejected = row
         chosen, rejected = chosen or "", rejected or ""
         asked = prompt[0].content if len(prompt) == 1 else "\n".join([turn.content for turn in prompt])
-        self._remark(number, asked, chosen, rejected, name, unit)
+        self._remark(number, asked, chosen, rejected, name, unit, value)
         self._facts.keep(number, asked, chosen, rejected)
         self._count += 1
         if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
-            self._guess(number, asked, chosen, rejected, name, unit)
+            self._guess(number, asked, chosen, rejected, name, unit, value)
         if self._against is not None:
             self._compare(row, name, unit)
 
-    def _remark(self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str) -> None:
+    def _remark(
+        self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str, value: Raw | None = None
+    ) -> None:
         whole = asked + chosen + rejected
         if "<" in whole or "[" in whole or not whole.isascii():
-            self._look_closely(number, (("prompt", asked), ("chosen", chosen), ("rejected", rejected)), name, unit)
+            texts = (("prompt", asked), ("chosen", chosen), ("rejected", rejected))
+            self._look_closely(number, texts, name, unit, value)
         if abs(len(chosen) - len(rejected)) < _NEARLY and chosen and rejected and same_words(chosen, rejected):
-            what = "`chosen` and `rejected` differ only in case, spaces or punctuation"
-            self.report.add("nearly-same-answers", Location(name, number, unit, "rejected", what))
+            (_, good), (field, bad) = part("chosen", value), part("rejected", value)
+            what = f"{good} and {bad} differ only in case, spaces or punctuation"
+            self.report.add("nearly-same-answers", Location(name, number, unit, field, what))
 
-    def _look_closely(self, number: int, texts: tuple[tuple[str, str], ...], name: str, unit: str) -> None:
+    def _look_closely(
+        self, number: int, texts: tuple[tuple[str, str], ...], name: str, unit: str, value: Raw | None
+    ) -> None:
         for field, text in texts:
             if ("<" in text or "[" in text) and (found := MARKS.search(text)):
-                what = f"`{field}` holds {found.group()!r}"
-                self.report.add("template-residue", Location(name, number, unit, field, what))
+                there, called = part(field, value)
+                what = f"{called} holds {found.group()!r}"
+                self.report.add("template-residue", Location(name, number, unit, there, what))
             if "\ufffd" in text:
-                self.report.add("damaged-text", Location(name, number, unit, field, f"`{field}` holds U+FFFD"))
+                there, called = part(field, value)
+                self.report.add("damaged-text", Location(name, number, unit, there, f"{called} holds U+FFFD"))
 
-    def _guess(self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str) -> None:
+    def _guess(
+        self, number: int, asked: str, chosen: str, rejected: str, name: str, unit: str, value: Raw | None = None
+    ) -> None:
         self._languages[heuristics.language(f"{asked} {chosen or rejected}")] += 1
         for field, text in (("prompt", asked), ("chosen", chosen), ("rejected", rejected)):
             if text and (found := heuristics.personal_data(text)):
-                place = Location(name, number, unit, field, f"`{field}` seems to hold {found}")
+                there, called = part(field, value)
+                place = Location(name, number, unit, there, f"{called} seems to hold {found}")
                 self.report.add("personal-data", place)
 
     def _compare(self, row: Row, name: str, unit: str) -> None:
@@ -231,6 +258,7 @@ class Linter:
         """Adds the findings about all rows together, and returns the report."""
         report = self.report
         self._judge_fields()
+        self._suggest_columns()
         if len(report.formats) > 1:
             shapes = ", ".join(f"{count} {name}" for name, count in report.formats.items())
             report.add(
@@ -256,9 +284,43 @@ class Linter:
         for code, what in (
             ("unread-tools", f"`tools` in {tools:,} rows" if tools else ""),
             ("unread-fields", f"not read: {listed(unread, most=12)}" if unread else ""),
+            ("unread-rejected", self._worse_answers()),
         ):
             if what:
                 self.report.add(code, Location(self.report.files[0], 0, "row", "", what))
+
+    def _worse_answers(self) -> str:
+        return ", ".join(f"`{field}` in {count:,} rows" for field, count in self._passed_over.most_common(2))
+
+    def fields(self) -> list[str]:
+        """Returns the fields of the first rows that have no known format."""
+        return list(next(iter(self._foreign), ()))
+
+    def columns(self) -> dict[str, str] | None:
+        """Returns the columns that most likely have `prompt`, `chosen` and `rejected`, if no row has a known format.
+
+        Only a table qualifies: all its rows have the same fields.
+        """
+        if self.report.usable or self._format or len(self._foreign) != 1 or self._strategy not in ("dpo", None):
+            return None
+        (names, count), *_ = self._foreign.items()
+        return guess_columns(names) if count == self.wrong_rows else None
+
+    def _suggest_columns(self) -> None:
+        found = self.columns()
+        if found is None:
+            return
+        count = 0
+        for code in ("unknown-format", "missing-field"):
+            if code in self.report.findings:
+                count += self.report.findings.pop(code).count
+        names = ", ".join(quoted(name) for name in self.fields())
+        what = (
+            f"the fields are {names}. Read them by name: {shlex.join(['palate', 'data', 'check', *self.report.files])}"
+        )
+        what += f" {column_flags(found)}"
+        self.report.add("unmapped-columns", Location(", ".join(self.report.files), 0, "row", "", what))
+        self.report.findings["unmapped-columns"].count = count
 
     def _find_repeats(self) -> None:
         self._add("duplicate", *self._facts.repeats(), "the same pair as {}")
@@ -316,6 +378,50 @@ class Linter:
         for code, odd in (("few-rows", rows < FEW_ROWS), ("many-rows", rows > MANY_ROWS)):
             if odd:
                 self.report.add(code, Location(files, 0, "row", "", f"{rows:,} {'row' if rows == 1 else 'rows'}"))
+
+
+def part(name: str, value: Raw | None) -> tuple[str, str]:
+    """Returns field and description of a part of a row: a finding names no field that the row does not have."""
+    return (name, f"`{name}`") if value is None or name in value else ("", _PARTS[name])
+
+
+_PARTS = {"prompt": "the prompt", "chosen": "the chosen answer", "rejected": "the rejected answer"}
+
+
+def form_reads(name: str, given: Format | None) -> frozenset[str]:
+    """Returns the fields that a format reads."""
+    return (given or FORMATS[name]).reads or KNOWN_FIELDS
+
+
+_COLUMN_WORDS = {
+    "prompt": "prompt question query instruction input text ask user request problem context",
+    "chosen": "chosen good better best preferred accepted accept winner win positive pos up like",
+    "rejected": "rejected reject bad worse worst other dispreferred lose loser negative neg down dislike",
+}
+
+
+def guess_columns(names: Sequence[str]) -> dict[str, str] | None:
+    """Returns the columns of `prompt`, `chosen` and `rejected` by words in their names, or None if that is not clear."""
+    found: dict[str, str] = {}
+    for part_name, known in _COLUMN_WORDS.items():
+        words = known.split()
+        split = {
+            str(name): re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)).lower()) for name in names
+        }
+        fitting = [name for name, parts in split.items() if name not in found.values() and set(parts) & set(words)]
+        exact = [name for name in fitting if split[name] == [part_name]]
+        if len(exact or fitting) != 1:
+            return None
+        found[part_name] = (exact or fitting)[0]
+    return found
+
+
+def column_flags(columns: dict[str, str]) -> str:
+    """Returns the options of `palate data` that read these columns, quoted for a shell."""
+    flags = ["--input-column", f"prompt={columns['prompt']}"]
+    for name in ("chosen", "rejected"):
+        flags += ["--label-column", f"{name}={columns[name]}"]
+    return shlex.join(flags)
 
 
 def same_words(one: str, other: str) -> bool:

@@ -88,7 +88,14 @@ class Columns:
 
     def as_format(self) -> Format:
         """Returns the table's row format."""
-        return Format("columns", "columns by name", self._read)
+        answers = [
+            column
+            for columns in self.label_columns.values()
+            for column in ([columns] if isinstance(columns, str) else columns.values())
+        ]
+        return Format(
+            "columns", "columns by name", self._read, reads=frozenset((*self.input_columns.values(), *answers))
+        )
 
     def _read(self, row: Raw) -> Parts:
         values = {name: _value(row, column) for name, column in self.input_columns.items()}

@@ -25,12 +25,21 @@ import orjson
 
 from palate_recipes.errors import DataError
 from palate_recipes.preferences.json_array import JsonArray, advice, plain
-from palate_recipes.preferences.limits import BLOCK_BYTES, Meter, Rows, RowTooLarge, Unpacked, in_blocks, row_limit
+from palate_recipes.preferences.limits import (
+    BLOCK_BYTES,
+    Meter,
+    Rows,
+    RowTooLarge,
+    Unpacked,
+    check_packed_rows,
+    in_blocks,
+    row_limit,
+)
 from palate_recipes.preferences.row import Fault
 from palate_recipes.preferences.tables import DELIMITERS, TABLES, pyarrow
 from palate_recipes.text import expand_path, show_path
 
-Kind = Literal["json", "jsonl", "csv", "parquet", "arrow"]
+Kind = Literal["json", "wrapped", "jsonl", "csv", "parquet", "arrow"]
 Compression = Literal["", "gzip", "zstd"]
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -82,7 +91,11 @@ class Container:
     def raw_blocks(self) -> Iterator[list[tuple[int, Any]]]:
         """Yields the rows of `raw_rows` in lists of bounded size. Raises as `raw_rows`."""
         try:
-            yield from _READERS[self.kind](self)
+            packed = bool(self.compression) or self.kind in ("parquet", "arrow")
+            for block in _READERS[self.kind](self):
+                if packed:
+                    check_packed_rows(self.path, block[-1][0] if block else 0)
+                yield block
         except _DAMAGED as error:
             raise _cannot_be_read(self.path, self.compression, error) from None
         except RowTooLarge as error:
@@ -123,6 +136,9 @@ def open_container(path: str | Path) -> Container:
     except _DAMAGED as error:
         raise _cannot_be_read(path, compression, error) from None
     kind = _kind(path, start)
+    if kind == "jsonl" and _WRAPPER.match(start.removeprefix(codecs.BOM_UTF8)):
+        with _unpacked(path, compression) as stream:
+            kind = "wrapped" if _wrapped(stream.read(row_limit() + 1)) is not None else kind
     return Container(path, kind, compression, start.startswith(codecs.BOM_UTF8))
 
 
@@ -191,7 +207,10 @@ def _line_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
             try:
                 block.append((number, orjson.loads(line)))
             except ValueError:
-                if not line.isspace():
+                if line.isspace():
+                    if container.compression and not number % 65536:
+                        check_packed_rows(container.path, number)
+                else:
                     block.append((number, parse_line(line, number, container.path)))
             held += size
             if held > BLOCK_BYTES:  # `in_blocks`, inlined for speed: files can have millions of lines
@@ -238,6 +257,31 @@ def _is_one_object(path: Path) -> bool:
         return False
 
 
+# An object around the rows.
+
+_WRAPPER = re.compile(rb'\s*\{\s*"(?:data|rows|examples|instances|items|records|pairs)"\s*:\s*\[\s*\{')
+"""Beginning of a file that may be one object around its rows; a row of JSON lines can begin like this, too."""
+
+
+def _wrapped(text: bytes) -> list[Any] | None:
+    """Returns the only list of objects in an object that is the whole file, or None."""
+    try:
+        whole = json.loads(text.removeprefix(codecs.BOM_UTF8)) if len(text) <= row_limit() else None
+    except (ValueError, RecursionError):
+        return None
+    lists = [value for value in whole.values() if _are_objects(value)] if isinstance(whole, dict) else []
+    return lists[0] if len(lists) == 1 else None
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _wrapped_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
+    with container.open() as stream:
+        yield list(enumerate(_wrapped(stream.read(row_limit() + 1)) or (), start=1))
+
+
 # A JSON array.
 
 
@@ -254,6 +298,7 @@ def _table_blocks(container: Container) -> Iterator[list[tuple[int, Any]]]:
 
 _READERS = {
     "json": _array_blocks,
+    "wrapped": _wrapped_blocks,
     "jsonl": _line_blocks,
     "csv": _table_blocks,
     "parquet": _table_blocks,

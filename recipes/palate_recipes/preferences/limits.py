@@ -13,7 +13,12 @@ from palate_recipes.errors import DataError
 ROW_VARIABLE = "PALATE_MAX_ROW_MIB"
 UNPACKED_VARIABLE = "PALATE_MAX_UNPACKED_MIB"
 
+PACKED_ROWS_VARIABLE = "PALATE_MAX_PACKED_ROWS"
+
 MIB = 1 << 20
+_PACKED_ROWS = 1_000_000
+_BYTES_A_ROW = 16
+"""A row of text takes more than this when compressed; only a file made to keep its reader busy has more rows."""
 _ROW_MIB = 8
 """Default limit of a row. A row of a million tokens has about 4 MiB. Parsed JSON takes up to 25 times its bytes (`[[],[],…`)."""
 BLOCK_BYTES = MIB // 4
@@ -94,6 +99,17 @@ def unpacked_limit(packed: int) -> int:
     return mib * MIB if mib else max(_UNPACKED_MIB * MIB, _UNPACKED_RATIO * packed)
 
 
+def check_packed_rows(path: Path, rows: int) -> None:
+    """Raises DataError if a compressed file has more rows (or lines) than its size explains: each takes time, also empty ones."""
+    packed = path.stat().st_size
+    limit = _setting(PACKED_ROWS_VARIABLE, "rows") or max(_PACKED_ROWS, packed // _BYTES_A_ROW)
+    if rows > limit:
+        raise DataError(
+            f"{path} has {packed:,} bytes and more than {limit:,} rows, the limit for compressed files of this size. "
+            f"If you trust the file, raise the limit: {PACKED_ROWS_VARIABLE}={4 * limit} in the environment."
+        )
+
+
 def unpacks_too_far(path: Path, packed: int, met: int | None = None) -> DataError:
     """Returns the error for a file whose uncompressed size exceeds `unpacked_limit`.
 
@@ -139,9 +155,9 @@ class Unpacked(io.RawIOBase):
         return count
 
 
-def _setting(name: str) -> int:
+def _setting(name: str, unit: str = "MiB") -> int:
     """The variable's value; 0 if it is not set."""
     text = os.environ.get(name, "").strip()
     if text and not (text.isascii() and text.isdigit() and len(text) < 9 and int(text)):
-        raise DataError(f"{name}={text[:40]!r}: expected a whole number of MiB from 1 to 99999999")
+        raise DataError(f"{name}={text[:40]!r}: expected a whole number of {unit} from 1 to 99999999")
     return int(text or 0)

@@ -42,7 +42,8 @@ def read_rows(
         path: JSON array, JSON lines, CSV, Parquet or Arrow, plain, .gz or .zst; text in UTF-8.
         strategy: `dpo` needs two answers per row. `sft` needs one and ignores `rejected`; each assistant turn of `messages`
             becomes a row with the same number. `kto` needs one answer and its label; a pair becomes two rows.
-        bad_rows: `refuse` raises if a row is invalid, `skip` skips invalid rows. A damaged file (JSON, encoding, cells) always
+        bad_rows: `refuse` raises if a row is invalid, `skip` skips invalid rows. Ties are always skipped.
+            A damaged file (JSON, encoding, cells) always
             raises, because other rows may be lost.
         on_skip: Called with number and error of each skipped row: 3, "row 3: `rejected` is missing".
         format: Row format; None detects it per row.
@@ -59,6 +60,7 @@ def read_rows(
     container = open_container(path)
     rows: list[Row] = []
     problems: dict[int, str] = {}
+    ties: dict[int, str] = {}
     wrong = total = 0
     for number, value in container.raw_rows():
         total += 1
@@ -66,6 +68,9 @@ def read_rows(
             row = read_row(value, number, strategy=strategy, format=format)
         except RowFaults as error:
             first = error.faults[0]
+            if error.is_tie:
+                ties[number] = f"{container.unit} {number}: {error}"
+                continue
             if first.code in UNREADABLE:
                 raise DataError(unreadable(container, number, first)) from None
             wrong += 1
@@ -81,8 +86,8 @@ def read_rows(
     if problems and (bad_rows == "refuse" or not rows):
         raise DataError(refusal(path, list(problems.values()), wrong, total, strategy))
     if not rows:
-        raise DataError(nothing_in(path, strategy))
-    for number, problem in problems.items():
+        raise DataError(only_ties(path, len(ties)) if ties else nothing_in(path, strategy))
+    for number, problem in sorted((problems | ties).items()):
         on_skip(number, problem)
     return rows
 
@@ -110,6 +115,11 @@ def nothing_in(path: str | Path, strategy: Strategy) -> str:
     return f"{path} is empty: it has no rows. {_REMEDIES[strategy]}"
 
 
+def only_ties(path: str | Path, count: int) -> str:
+    """Returns the error message for a file whose valid rows are all ties."""
+    return f"{path}: no row is left: {count} rows are ties, which say no preference. Use data with a winner."
+
+
 def unreadable(container: Container, number: int, fault: Fault) -> str:
     """Returns the error message for a file that cannot be read beyond a row."""
     where = "" if " line " in fault.what else f" {container.unit} {number},"
@@ -127,9 +137,20 @@ def unreadable(container: Container, number: int, fault: Fault) -> str:
 
 
 def describe_skipped(skipped: Mapping[int, str]) -> str:
-    """Returns a log line about skipped rows."""
+    """Returns a log line about skipped rows: invalid ones, and ties."""
+    ties = {number: problem for number, problem in skipped.items() if ": is a tie" in problem}
+    wrong = {number: problem for number, problem in skipped.items() if number not in ties}
+    return "; ".join(
+        _describe(rows, one, many)
+        for rows, one, many in (
+            (wrong, "invalid row is skipped (bad_rows=skip)", "invalid rows are skipped (bad_rows=skip)"),
+            (ties, "tie is left out", "ties are left out"),
+        )
+        if rows
+    )
+
+
+def _describe(skipped: Mapping[int, str], one: str, many: str) -> str:
     shown = "; ".join(list(skipped.values())[:ROWS_SHOWN])
     more = f"; and {len(skipped) - ROWS_SHOWN} more" if len(skipped) > ROWS_SHOWN else ""
-    return (
-        f"{len(skipped)} invalid {'row is' if len(skipped) == 1 else 'rows are'} skipped (bad_rows=skip): {shown}{more}"
-    )
+    return f"{len(skipped)} {one if len(skipped) == 1 else many}: {shown}{more}"

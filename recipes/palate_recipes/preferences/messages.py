@@ -31,6 +31,42 @@ _ENCODED = re.compile(r"""\[\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 _TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]*")
 
 
+MEDIA = frozenset(
+    (
+        "image",
+        "images",
+        "image_url",
+        "rejected_images",
+        "audio",
+        "audios",
+        "input_audio",
+        "video",
+        "videos",
+        "video_url",
+    )
+)
+"""Fields and parts that are not text: those of TRL, LLaMA-Factory, ms-swift, OpenAI and Ollama."""
+
+
+def refuse_media(value: dict[str, Any], where: str = "") -> None:
+    """Raises RowFaults if a row, a turn or a part has an image, audio or video. Null and empty ones do not count.
+
+    Args:
+        value: The object.
+        where: Its field; empty for a row.
+    """
+    if MEDIA.isdisjoint(value):
+        return
+    for name in value:
+        if name in MEDIA and value[name] not in (None, "", [], {}):
+            field = f"{where}.{name}" if where else name
+            raise fault("not-text-content", field, f"`{field}` is {_a_medium(name)}; Palate trains on text alone")
+
+
+def _a_medium(name: str) -> str:
+    return "an image" if "image" in name else "audio" if "audio" in name else "a video"
+
+
 def kind(value: Any) -> str:
     """Describes the type of a value."""
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
@@ -102,6 +138,7 @@ def read_content(value: Any, field: str) -> str:
                 f"`{field}[{index}]` is of type {shown(sort)}" if sort != "text" else f"`{field}[{index}]` has no text"
             )
             raise fault("not-text-content", field, f"{what}; Palate trains on text alone")
+        refuse_media(part, f"{field}[{index}]")
         texts.append(text)
     return read_text("".join(texts), field)
 
@@ -122,6 +159,7 @@ def read_message(value: Any, field: str) -> Message:
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None and role != "function_call":  # ShareGPT's name for a tool call
         raise fault("bad-role", field, f"`{field}` has the role {shown(role)}; use system, user, assistant or tool")
+    refuse_media(value, field)
     content = value.get("content", value.get("value", value.get("text")))
     if known is None or value.get("tool_calls") or value.get("function_call"):
         raise fault("not-text-content", field, f"`{field}` is a tool call; Palate trains on text alone")

@@ -42,12 +42,13 @@ RULES: dict[str, Rule] = {
         "error", "a row that is not an object", f"{_CORRECT}: it must be an object with fields", "drop"
     ),
     "unknown-format": Rule("error", "fields that no known format has", "Rename the fields, or map columns", "drop"),
+    "unmapped-columns": Rule("error", "columns with names that no format has", "Or rename the columns"),
     "missing-field": Rule("error", "a field is missing", f"{_CORRECT}, or rename the field", "drop"),
     "empty-field": Rule("error", "a field is empty", _CORRECT, "drop"),
     "not-text": Rule("error", "a field that should be text", _CORRECT, "drop"),
     "bad-text": Rule("error", "text that tokenizers cannot encode", "Remove the lone surrogate", "drop"),
     "not-text-content": Rule(
-        "error", "a turn with an image, audio or a tool call", f"{_CORRECT}: turns must be text", "drop"
+        "error", "an image, audio, video or a tool call", f"{_CORRECT}: Palate trains on text", "drop"
     ),
     "bad-role": Rule("error", "an unknown role", "Use system, user, assistant or tool", "drop"),
     "turn-order": Rule(
@@ -62,6 +63,12 @@ RULES: dict[str, Rule] = {
     "bad-label": Rule("error", "an invalid label", "Use true or false", "drop"),
     "wrong-kind": Rule(
         "error", "a row that the training strategy cannot use", "Use another training_strategy, or another file", "drop"
+    ),
+    "ambiguous-format": Rule(
+        "error", "fields of several formats", "Name the format with --from, or remove the fields of the others", "drop"
+    ),
+    "tie": Rule(
+        "warning", "a comparison without a winner, which is left out", "Nothing: it says no preference", "drop"
     ),
     "same-answers": Rule("error", "chosen and rejected are the same", f"{_CORRECT}: it teaches nothing", "drop"),
     # The text of a row.
@@ -81,6 +88,11 @@ RULES: dict[str, Rule] = {
         "warning",
         "a turn with a weight, which is ignored: all answers have the same weight",
         "Remove turns that should not be trained on",
+    ),
+    "unread-rejected": Rule(
+        "info",
+        "worse answers, which training_strategy=sft does not read",
+        'To learn from the preference set training_strategy=dpo (hyperparameters={"training_strategy": "dpo"}, `--strategy dpo`)',
     ),
     "unread-fields": Rule("info", "fields that are ignored", "Nothing"),
     # The file as a whole.

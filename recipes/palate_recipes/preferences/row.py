@@ -70,6 +70,11 @@ class RowFaults(Exception):
         super().__init__("; ".join(fault.what for fault in faults))
         self.faults = faults
 
+    @property
+    def is_tie(self) -> bool:
+        """Whether the row is valid but says nothing: no answer is better. It is left out, with a message, and refuses no file."""
+        return all(fault.code == "tie" for fault in self.faults)
+
 
 def fault(code: str, field: str, what: str) -> RowFaults:
     """Returns an exception for one fault."""

@@ -75,7 +75,7 @@ def convert(
     if write is None:
         written = ", ".join(name for name, one in FORMATS.items() if one.write)
         raise DataError(f"the format {to.name!r} can only be read, not written: choose one of {written}")
-    check_name(out)
+    check_outputs(files, out)
     change = Change()
 
     def converted() -> Iterator[dict[str, Any]]:
@@ -96,8 +96,23 @@ def convert(
     return change
 
 
+def check_outputs(files: Sequence[Path], *outs: Path) -> None:
+    """Raises DataError if an output cannot be written, or is an input or another output.
+
+    An input is never replaced: the rows that are left out would be lost, and `split` reads its files several times.
+    """
+    for index, out in enumerate(outs):
+        check_name(out)
+        if any(Path(path).exists() and out.exists() and Path(path).samefile(out) for path in files):
+            raise DataError(f"{out} is also an input: write to another file, so that no row is lost.")
+        if any(out.absolute() == other.absolute() for other in outs[:index]):
+            raise DataError(f"{out} is given for two outputs. Choose another name for one of them.")
+
+
 def _refuse(change: Change, bad_rows: str, what: str) -> None:
-    count = change.dropped.total()
+    count = change.dropped.total() - change.dropped["tie"]  # a tie is valid and has nothing to write
+    if change.rows and change.dropped["tie"] == change.rows:
+        raise DataError(f"all {change.rows} rows are ties, which say no preference. Use data with a winner.")
     if count and (bad_rows == "refuse" or count == change.rows):
         more = [f"  and {count - len(change.faults)} more"] if count > len(change.faults) else []
         verb = "is invalid or" if count == 1 else "are invalid or"
@@ -136,7 +151,7 @@ def clean(
     Raises:
         DataError: A file cannot be read at all, or no row is left.
     """
-    check_name(out)
+    check_outputs(files, out)
     change = Change()
     seen: set[int] = set()
 
@@ -210,8 +225,7 @@ def split(
     """
     if not 0 < share < 1:
         raise DataError(f"share={share} is out of range: expected a number between 0 and 1, such as 0.1")
-    for out in (train_out, validation_out):
-        check_name(out)
+    check_outputs(files, train_out, validation_out)
     change = Change()
     sizes: Counter[bytes] = Counter()
     for row, _ in _rows(files, format, change):

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from palate_recipes.errors import DataError
-from palate_recipes.preferences.formats import alpaca, hh, nova, openai, sharegpt, trl
+from palate_recipes.preferences.formats import alpaca, compared, hh, named, nova, openai, ranked, sharegpt, trl
 from palate_recipes.preferences.formats import unpaired as unpaired_answers
 from palate_recipes.preferences.formats.fields import PROMPTS, Raw, listed, missing_fields, nearest
 from palate_recipes.preferences.formats.fields import Format as Format
-from palate_recipes.preferences.messages import kind, quoted
+from palate_recipes.preferences.formats.question import given
+from palate_recipes.preferences.messages import MEDIA, kind, refuse_media
 from palate_recipes.preferences.row import Fault, Row, RowFaults, Strategy, fault
 from palate_recipes.text import did_you_mean
 
@@ -20,7 +21,7 @@ _FIELDS = ("prompt", "chosen", "rejected", "messages", "instruction", "output", 
 
 
 _READ = """prompt question query messages conversations instruction input history system system_prompt chosen rejected output
- completion response label kto_tag chosen_messages rejected_messages rejected_response preferred_output non_preferred_output
+ completion response label answer kto_tag chosen_messages rejected_messages rejected_response preferred_output non_preferred_output
  schemaVersion"""
 
 
@@ -40,7 +41,11 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
         if isinstance(value, Fault):  # the container could not read it
             raise RowFaults(value)
         raise fault("not-an-object", "", f"is {kind(value)}, not an object with fields")
-    prompt, chosen, rejected = (format or detect(value, strategy)).read(value)
+    form = format or detect(value, strategy)
+    plain = len(value) == 3 and form is _PAI  # for speed: most rows have just its fields
+    if not plain and not MEDIA.isdisjoint(value) and form.name != "columns":  # named columns say what is read
+        refuse_media(value)
+    prompt, chosen, rejected = form.read(value)
     if strategy == "dpo" and (chosen is None or rejected is None):
         what = "is unpaired: it has a label, not two answers" if _is_unpaired(value) else "has one answer, not two"
         raise fault("wrong-kind", "", f"{what}; training_strategy=dpo needs two")
@@ -55,7 +60,9 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
             )
         rejected = None
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
-        raise fault("same-answers", "rejected", "`chosen` and `rejected` are the same text, which teaches nothing")
+        usual = "chosen" in value and "rejected" in value
+        what = f"{'`chosen` and `rejected`' if usual else 'the two answers'} are the same text, which teaches nothing"
+        raise fault("same-answers", "rejected" if usual else "", what)
     return Row(number, prompt, chosen, rejected)
 
 
@@ -112,6 +119,8 @@ def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
             return FORMATS["alpaca"]
         if has("messages") or has("question") or has("query"):
             return FORMATS["trl"]
+        if type(row.get("input")) is str and _is_answer_alone(row["chosen"]):
+            return FORMATS["named-pairs"]
         if type(row["chosen"]) is str:
             return FORMATS["hh"]
         if type(row["chosen"]) is list:
@@ -125,6 +134,11 @@ def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
             return FORMATS["messages"]
         if _has_candidates(row["messages"]):
             return FORMATS["nova"]
+    if len(found := _of_other_projects(row)) == 1:
+        return FORMATS[found[0]]
+    if found:
+        what = f"may be read as {' or '.join(found)}: name one with --from or PreferenceData(format=…)"
+        raise fault("ambiguous-format", "", what)
     if _is_unpaired(row):
         return FORMATS["unpaired"]
     if has("instruction") and has("output"):
@@ -136,7 +150,29 @@ def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
             return FORMATS["sharegpt-sft"]
         if has("prompt") and (has("completion") or has("response")):
             return FORMATS["completions"]
+        if given(row) and any(has(name) for name in trl.ANSWERS):
+            return FORMATS["completions"]
     raise _unknown(row, strategy)
+
+
+def _of_other_projects(row: Raw) -> list[str]:
+    """Returns the formats with two or more answers whose fields a row has, besides those with `chosen` and `rejected`."""
+    return [
+        name
+        for name, there in (
+            ("named-pairs", named.matches(row)),
+            ("compared", compared.kinds_of(row)),
+            ("ranked", ranked.list_of(row)),
+        )
+        if there
+    ]
+
+
+def _is_answer_alone(answer: Any) -> bool:
+    """Whether an answer does not begin with its question, as a transcript and a whole conversation do."""
+    if isinstance(answer, str):
+        return not answer.startswith(("\n\nHuman:", "Human:"))
+    return not isinstance(answer, list) or len(answer) == 1
 
 
 def _unknown(row: Raw, strategy: Strategy | None) -> Exception:
@@ -152,15 +188,8 @@ def _unknown(row: Raw, strategy: Strategy | None) -> Exception:
     there = [name for name in row if name not in wanted]
     if not any(nearest(name, there) for name in missing) and not any(name in row for name in (*_FIELDS, *wanted)):
         what = f"has none of the fields of a known format; it has {listed(there) or 'no fields'}"
-        inner = next((name for name, value in row.items() if _are_rows(value)), None)
-        if inner is not None:
-            what = f"is an object around the rows: {quoted(inner)} holds them; make its list alone the file"
         return fault("unknown-format", "", what)
     return missing_fields(missing, there)
-
-
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value[:2])
 
 
 def _is_unpaired(row: Raw) -> bool:
@@ -168,7 +197,9 @@ def _is_unpaired(row: Raw) -> bool:
         return False
     if "instruction" in row and "output" in row:  # with instructions, `label` can also be a topic
         return "kto_tag" in row or type(row["label"]) is bool
-    return any(name in row for name in ("completion", "messages", "conversations", "response"))
+    if any(name in row for name in ("completion", "messages", "conversations", "response")):
+        return True
+    return "answer" in row and ("kto_tag" in row or type(row["label"]) is bool)
 
 
 def _has_candidates(messages: Any) -> bool:
@@ -198,6 +229,9 @@ _ORDER = (
     "hh",
     "typed-messages",
     "nova",
+    "named-pairs",
+    "compared",
+    "ranked",
     "unpaired",
     "chat",
     "sharegpt-sft",
@@ -206,11 +240,14 @@ _ORDER = (
 )
 """In the order of `palate data formats`: pairs first."""
 
-_ALL = {
-    form.name: form for family in (trl, openai, sharegpt, alpaca, hh, nova, unpaired_answers) for form in family.FORMATS
-}
+_FAMILIES = (trl, openai, sharegpt, alpaca, hh, nova, named, compared, ranked, unpaired_answers)
+_ALL = {form.name: form for family in _FAMILIES for form in family.FORMATS}
 FORMATS: dict[str, Format] = {name: _ALL[name] for name in _ORDER}
 """All formats by name."""
+_PAI = FORMATS["pai"]
+
+REJECTED = frozenset(("rejected", "rejected_response", "rejected_messages", "non_preferred_output", "response_k"))
+"""Fields with the worse answer of a pair, which SFT does not read."""
 
 KNOWN_FIELDS = frozenset(_READ.split())
 """Fields that at least one format reads."""

@@ -31,6 +31,12 @@ def read_instruction(row: Raw) -> Turns:
     if more is not None and type(more) is not str:
         raise fault("not-text", "input", f"`input` is {kind(more)}, not text")
     check_characters(more or "", "input")
+    turns = (*read_history(row), Message("user", f"{asked}\n{more}" if more and more.strip() else asked))
+    return with_system(row, turns)
+
+
+def read_history(row: Raw) -> Turns:
+    """The turns before the question: `history`, a list of [question, answer]."""
     turns: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list):
@@ -42,8 +48,7 @@ def read_instruction(row: Raw) -> Turns:
             )
         turns += [Message("user", read_text(turn[0], f"history[{index}][0]"))]
         turns += [Message("assistant", read_text(turn[1], f"history[{index}][1]"))]
-    turns.append(Message("user", f"{asked}\n{more}" if more and more.strip() else asked))
-    return with_system(row, tuple(turns))
+    return tuple(turns)
 
 
 def read_alpaca(row: Raw) -> Parts:

@@ -45,6 +45,7 @@ class Format:
         read: Converts a raw row to its parts.
         write: Converts a row to a raw row; None if the format is read-only.
         every_turn: Whether SFT trains on all assistant turns, not only the last.
+        reads: Fields that it reads; empty: those of `KNOWN_FIELDS`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Format:
     read: Callable[[Raw], Parts]
     write: Callable[[Row], Raw] | None = None
     every_turn: bool = False
+    reads: frozenset[str] = frozenset()
 
 
 def listed(names: list[Any], most: int = 4) -> str:
@@ -99,14 +101,15 @@ def with_system(row: Raw, prompt: Turns, *names: str) -> Turns:
     return prompt
 
 
-def shared_turns(chosen: Turns, rejected: Turns) -> Turns:
+def shared_turns(chosen: Turns, rejected: Turns, one: str = "chosen", other: str = "rejected") -> Turns:
+    """Returns the turns before both answers; `one` and `other` are the names of their fields."""
     if chosen[:-1] != rejected[:-1]:
         at = next(
             (n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
             min(len(chosen), len(rejected)),
         )
-        what = f"`chosen` and `rejected` differ at turn {at + 1}, before the last: they answer different conversations"
-        raise fault("different-prompts", "rejected", what)
+        what = f"`{one}` and `{other}` differ at turn {at + 1}, before the last: they answer different conversations"
+        raise fault("different-prompts", other, what)
     if len(chosen) == 1:
         raise fault("missing-field", "prompt", "`prompt` is missing, and there are no turns before the answers")
     return chosen[:-1]

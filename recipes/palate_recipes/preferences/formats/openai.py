@@ -65,7 +65,7 @@ def write_messages(row: Row) -> Raw:
 def read_typed_messages(row: Raw) -> Parts:
     need(row, "chosen_messages", "rejected_messages")
     chosen, rejected = (read_messages(row[name], name) for name in ("chosen_messages", "rejected_messages"))
-    prompt = check_prompt(shared_turns(chosen, rejected), "chosen_messages")
+    prompt = check_prompt(shared_turns(chosen, rejected, "chosen_messages", "rejected_messages"), "chosen_messages")
     for name, turns in (("chosen_messages", chosen), ("rejected_messages", rejected)):
         if turns[-1].role != "assistant":
             raise fault("bad-role", name, f"`{name}` ends with a turn of the {turns[-1].role}, not of the assistant")

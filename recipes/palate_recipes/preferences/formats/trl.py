@@ -18,6 +18,7 @@ from palate_recipes.preferences.formats.fields import (
     turns_as_json,
     with_system,
 )
+from palate_recipes.preferences.formats.question import given, read_question
 from palate_recipes.preferences.messages import (
     check_prompt,
     read_answer,
@@ -106,11 +107,18 @@ def write_trl(row: Row) -> Raw:
 
 
 def read_completions(row: Raw) -> Parts:
-    need(row, "prompt")
-    prompt = check_prompt(with_system(row, read_prompt(row["prompt"], "prompt")), "prompt")
-    name = next((name for name in ("chosen", "completion", "response") if name in row), "completion")
+    if "prompt" in row:
+        prompt = check_prompt(with_system(row, read_prompt(row["prompt"], "prompt")), "prompt")
+    else:
+        need(row, *(() if given(row) else ("prompt",)))
+        prompt = read_question(row)
+    name = next((name for name in ("chosen", *ANSWERS) if name in row), "completion")
     need(row, name)
     return prompt, read_answer(row[name], name, prompt), None
+
+
+ANSWERS = ("completion", "response", "answer", "output")
+"""Fields of a single answer, in order of precedence."""
 
 
 def write_completions(row: Row) -> Raw:
@@ -127,7 +135,7 @@ FORMATS = (
     ),
     Format(
         "completions",
-        "`prompt`, and `completion`, `response` or `chosen`",
+        "`prompt`, `question` or `query`, and `completion`, `response`, `answer` or `chosen`",
         read_completions,
         write_completions,
     ),

@@ -31,7 +31,7 @@ def read_unpaired(row: Raw) -> Parts:
     name = "kto_tag" if "kto_tag" in row and "label" not in row else "label"
     need(row, name)
     label = _label(row[name], name)
-    answer = next((field for field in ("completion", "response") if field in row), None)
+    answer = next((field for field in ("completion", "response", "answer") if field in row), None)
     if answer is not None:
         asked = next((field for field in PROMPTS if field in row), None)
         if asked is None:
