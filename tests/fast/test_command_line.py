@@ -571,6 +571,6 @@ def test_words_of_the_user_are_not_reworded() -> None:
 def test_every_command_knows_its_options() -> None:
     for name, command in commands(typer.main.get_command(app)):
         options = options_of(inspect.unwrap(command.callback))
-        real = {option for item in command.params for option in item.opts if option.startswith("--")}
-        flags = {flag for flag, _ in options.values() if flag.startswith("--")}
+        real = {option for item in command.params for option in item.opts}
+        flags = {flag for flag, _ in options.values() if flag.startswith("-")}
         assert flags <= real, name

@@ -103,7 +103,7 @@ def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:
         if isinstance(info, typer.models.OptionInfo):
             # In Annotated, the first name stands where `typer.Option` takes the default.
             names = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]
-            flags = [one.partition("/")[0] for one in names if one.startswith("--")]
+            flags = sorted((one.partition("/")[0] for one in names if one.startswith("-")), key=len, reverse=True)
             found[name] = (flags[0] if flags else f"--{name.strip('_').replace('_', '-')}", form)
         else:
             found[name] = (name.strip("_").upper(), form)
