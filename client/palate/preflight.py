@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from palate_recipes.catalog import Model
+from msgspec.structs import replace
+
+from palate_recipes.catalog import Model, models
 from palate_recipes.device import installed_version
 from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError
 from palate_recipes.hyperparameters import DeviceFacts
@@ -80,17 +82,37 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
     values, method = spec.hyperparameters, spec.method
     quantised = values.load_in_4bit or values.load_in_8bit
     remedies = [f'instance_spec={{"memory": "{math.ceil(needed)}g"}}'] if device.memory_is_limited else []
-    if method == "Standard_LLM":
+    shardable = not quantised and values.training_strategy != "kto"
+    if method == "Standard_LLM" and _fits(replace(spec, method="LoRA_LLM"), parameters, there, gpus):
         remedies.append('method="LoRA_LLM"')
     if device.cuda and not values.load_in_4bit and values.fsdp == "off":
-        remedies.append('method="QLoRA_LLM"')
-    shardable = not quantised and values.training_strategy != "kto"
+        four_bit = replace(values, load_in_4bit=True, load_in_8bit=False)
+        if _fits(replace(spec, method="QLoRA_LLM", hyperparameters=four_bit), parameters, there, gpus):
+            remedies.append('method="QLoRA_LLM"')
     if gpus > 1 and values.fsdp == "off" and shardable:
-        remedies.append('fsdp="full_shard"')
-    remedies.append("a smaller model (`palate models`)")
-    if row is not None and not device.cuda:
+        sharded = replace(values, fsdp="full_shard")
+        if _fits(replace(spec, hyperparameters=sharded), parameters, there, gpus):
+            remedies.append('fsdp="full_shard"')
+    smaller = [
+        model.name
+        for model in sorted(models("chat"), key=lambda model: -model.parameters_b)
+        if _fits(spec, model.parameters_b * 1e9, there, gpus)
+    ]
+    remedies.append(
+        f"a smaller model (`palate models`), such as {', '.join(smaller[:3])}"
+        if smaller
+        else "a machine with more memory"
+    )
+    if device.cuda:
+        remedies.append(f"a GPU with {needed:.0f} GiB or more")
+    elif row is not None:
         remedies.append(f"a GPU with {row.min_gpu_memory(method):.0f} GiB")
     raise NotEnoughMemoryError(
         f"{spec.model.name} with {method} in {spec.precision} needs at least {needed:.1f} GiB of memory, but {where}: "
         f"use {', or '.join(remedies)}"
     )
+
+
+def _fits(spec: TrainSpec, parameters: float, there: float, gpus: int) -> bool:
+    """Whether the training's minimum memory is available, by the formula that rejects it."""
+    return training_memory_gib(parameters, spec, gpus=gpus) <= there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from palate_trainer.sharding import is_sharded, whole_weights
 from palate_trainer.tokenize import TokenPair
 
 PROBE_ROWS = 8
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
@@ -44,8 +46,7 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     if isinstance(model, PeftModel):
-        # A local path means nothing on another machine.
-        model.peft_config["default"].base_model_name_or_path = task.spec.model.name or Path(task.files.model_dir).name
+        _name_base(task, model.peft_config["default"])
         # Adapters on linear layers never resize embeddings. Without this flag PEFT looks up the base config to check.
         model.save_pretrained(draft, state_dict=weights, save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
@@ -61,6 +62,17 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
         shutil.rmtree(folder)
     draft.rename(folder)
     return folder
+
+
+def _name_base(task: TrainTask, config: Any) -> None:
+    """Writes the base's hub id and commit, by which PEFT finds it on any machine, or its name if it has no hub id."""
+    model, folder = task.spec.model, Path(task.files.model_dir)
+    # A local path means nothing on another machine.
+    config.base_model_name_or_path = model.hub_id or model.name or folder.name
+    config.revision = None
+    if model.hub_id and model.source.kind == "hub":
+        # The hub's cache names a snapshot by its commit, which is exact where the asked revision is a branch or empty.
+        config.revision = folder.name if _COMMIT.fullmatch(folder.name) else model.source.revision or None
 
 
 def _probe(task: TrainTask, model: Any, rows: list[TokenPair]) -> dict[str, Any]:

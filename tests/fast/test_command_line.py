@@ -165,6 +165,13 @@ def test_an_error_is_one_message_on_stderr_and_exit_code_1(
     assert not (home / "store" / "jobs").exists()
 
 
+def test_training_without_a_model_names_the_flag(home: Path, prefs: Path) -> None:
+    done = palate("train", str(prefs), home=home)
+    assert done.returncode == 1
+    assert "--model smollm2-135m-instruct" in done.stderr
+    assert "model_name=" not in done.stderr
+
+
 def test_watch_and_metrics_need_only_the_record(home: Path) -> None:
     from palate.runs.record import Record
     from palate.store import open_store

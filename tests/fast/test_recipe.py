@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from palate import ModelTrainingRecipe, RegisteredModel, Session, TrainingJob, setup_default_session
 from palate.errors import (
@@ -19,6 +20,7 @@ from palate.errors import (
     UnsupportedParameterError,
 )
 from palate.preflight import check_memory
+from palate_recipes.catalog import find_model
 from palate_recipes.hyperparameters import DeviceFacts
 from tests.support.manifests import train_spec
 
@@ -125,9 +127,24 @@ def test_a_model_that_cannot_fit_is_refused(session: Session, prefs: Path, monke
     recipe = ModelTrainingRecipe("qwen2-72b-instruct", method="Standard_LLM", hyperparameters=DPO)
     with pytest.raises(NotEnoughMemoryError) as caught:
         recipe.train(inputs={"train": prefs})
-    for word in ("qwen2-72b-instruct", "Standard_LLM", "8.0 GiB", "LoRA_LLM", "palate models"):
+    for word in ("qwen2-72b-instruct", "Standard_LLM", "8.0 GiB", "palate models"):
         assert word in str(caught.value)
+    assert '"LoRA_LLM"' not in str(caught.value)  # 16-bit weights of 72B parameters do not fit in 8 GiB either
     assert TrainingJob.list() == []
+
+
+@pytest.mark.parametrize(("parameters", "advised"), [(2e9, True), (70e9, False)])
+def test_a_method_is_advised_only_where_it_fits(parameters: float, advised: bool) -> None:
+    gpu = DeviceFacts(cuda=True, bf16=True, fp16=True, gpu_name="A10G", gpu_memory_gib=23.0, gpu_count=1)
+    spec = structs.replace(
+        train_spec("a model", precision="bfloat16", hyperparameters={"load_in_4bit": False}), method="Standard_LLM"
+    )
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        check_memory(spec, parameters, device=gpu, row=None)
+    message = str(caught.value)
+    assert ('method="LoRA_LLM"' in message, 'method="QLoRA_LLM"' in message) == (advised, advised)
+    for name in message.partition("such as ")[2].split(", or ")[0].split(", "):
+        check_memory(spec, find_model(name).parameters_b * 1e9, device=gpu, row=None)
 
 
 def test_weights_that_are_split_fit_where_a_copy_does_not() -> None:

@@ -55,6 +55,7 @@ def train(
 ) -> None:
     """Train a model on preference data and print the job's id."""
     from palate.model import ModelTrainingRecipe
+    from palate_recipes.errors import ConfigurationError
     from palate_recipes.recipe_file import read_recipe
 
     settings: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
@@ -68,6 +69,11 @@ def train(
     for key, value in (("method", method), ("max_run_time", max_run_time), ("max_attempts", max_attempts)):
         if value is not None:
             settings[key] = value
+    if not (settings.get("model_name") or settings.get("model_uri")):
+        raise ConfigurationError(
+            "no model given: add --model NAME (`palate models` lists them), --model-uri FOLDER, or --recipe FILE with "
+            "model_name. A small model for a first try on any machine: --model smollm2-135m-instruct"
+        )
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend)
     given = {"train": data, "validation": validation, "adapter": adapter}
     inputs = {channel: uri for channel, uri in given.items() if uri}
