@@ -16,6 +16,7 @@ from palate.predictor import Predictor, ServedModel
 from palate.runs.handle import RunHandle
 from palate.runs.record import TOKEN_KEY, Record, versions
 from palate.session import Session
+from palate.ui import note
 from palate_recipes.errors import ConfigurationError, NameTakenError
 from palate_recipes.specs.run import Deployment, ServeManifest
 from palate_recipes.specs.serve import ServeSpec
@@ -59,7 +60,7 @@ def start_service(
         options: See `ModelTrainingRecipe.deploy`.
         where: Placement; default: the backend's.
         wait: Wait until it answers.
-        show_logs: Show the engine's log while waiting.
+        show_logs: Show the engine's log while waiting; otherwise the steps of the start, on stderr.
     """
     check_name("service name", service_name)
     checked = _check_options(service_name, dict(options or {}))
@@ -87,8 +88,9 @@ def start_service(
     predictor = Predictor(service_name, session=session)
     predictor._run.start()
     if wait:
+        note(f"service {service_name} is starting; `palate logs -f {service_name}` shows the engine's log")
         try:
-            predictor.wait_for_ready(show_logs=show_logs)
+            predictor.wait_for_ready(show_logs=show_logs, show_stages=True)
         except BaseException:
             predictor._run.stop(grace_s=5.0)  # on Ctrl-C too: a service that nobody waits for must not stay
             raise

@@ -289,12 +289,15 @@ class Predictor:
 
     # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def wait_for_ready(self, timeout_s: float | None = None, *, show_logs: bool = False) -> Predictor:
+    def wait_for_ready(
+        self, timeout_s: float | None = None, *, show_logs: bool = False, show_stages: bool = False
+    ) -> Predictor:
         """Waits until the service has answered a real request.
 
         Args:
             timeout_s: Default: the service's start_timeout_s plus 900 s for staging its model.
             show_logs: Show the engine's log while waiting.
+            show_stages: If not, show the steps of the start with their time. Both go to stderr.
 
         Raises:
             ServiceError: It failed or was stopped. Has the reason and the last lines of the engine's log.
@@ -308,6 +311,7 @@ class Predictor:
             timeout_s=timeout_s,
             interval_s=0.5,
             what="readiness",
+            stages=show_stages,
         )
         if status.state != "Running":
             raise self._failure(status)
@@ -319,17 +323,20 @@ class Predictor:
         """Does nothing, because the properties always read the current state. Kept for PAI's scripts."""
 
     def start_service(self, wait: bool = True) -> None:
-        """Starts a stopped or failed service again with its model and settings. Does nothing if it is running."""
+        """Starts a stopped or failed service again with its model and settings, on the same port. Does nothing if it is running.
+
+        If another program has taken the port meanwhile, the service takes a free one; with a port chosen at the deploy it fails.
+        """
         status = self._run.refresh()
         self._run.restart(expect={"Stopped", "Failed"}, attempt=status.attempt, more=1, environments={})
         if wait:
-            self.wait_for_ready()
+            self.wait_for_ready(show_stages=True)
 
     def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
         """Serves another job's model under this name, with the same token and settings.
 
-        The service is down until the new model answers, and `endpoint` may change, as with `start_service()`. If the new model
-        does not start, the service returns to the previous one.
+        The service is down until the new model answers. Its port stays the same, as with `start_service()`, unless another program
+        has taken it. If the new model does not start, the service returns to the previous one.
 
         Args:
             job: A succeeded job.
@@ -347,7 +354,7 @@ class Predictor:
         self.stop_service()
         try:
             self.start_service(wait=False)
-            return self.wait_for_ready(show_logs=show_logs)
+            return self.wait_for_ready(show_logs=show_logs, show_stages=True)
         except BaseException as error:
             self.stop_service()
             self._run.replace_manifest(after, before)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from palate.adapter_input import CHANNEL, keep_adapter, read_adapter
 from palate.job import TrainingJob
@@ -23,6 +23,7 @@ from palate.ui import note
 from palate.weights import reachable_weights
 from palate_recipes.catalog import Model
 from palate_recipes.errors import ConfigurationError, NameTakenError, UnsupportedParameterError
+from palate_recipes.hyperparameters import differences
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.text import did_you_mean
@@ -142,8 +143,9 @@ def _announce(job: TrainingJob, spec: TrainSpec, inputs: Mapping[str, Input], *,
     rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
     lines = [f"job {job.id} submitted: {rows}", *(f"note: {text}" for text in spec.notes if notes)]
     lines += [line for channel, item in inputs.items() for line in item.remarks(channel, skipped=notes)]
-    shown = "  ".join(f"{name}={value}" for name, value in asdict(spec.hyperparameters).items() if name != "precision")
-    lines += [f"precision={spec.precision}  {shown}"]
+    shown = [f"{name}={value}" for name, value, _ in differences(spec.hyperparameters) if name != "precision"]
+    more = f"; `palate show {job.id}` lists the data and settings" if shown else ""
+    lines.append(f"{spec.method} in {spec.precision}, defaults but for: {', '.join(shown) or 'nothing'}{more}")
     note("\n".join(lines))
 
 

@@ -193,7 +193,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
             traceback.print_exc(file=sys.stderr)
             return EXIT_STOPPED
         raise
-    log(f"{folder} written, {summary['seconds']} s in all")
+    log(f"model written, {summary['seconds']} s in all")
     log("reading: {verdict}. {text}".format(**summary["reading"]))
     return 0
 

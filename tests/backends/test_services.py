@@ -268,18 +268,20 @@ def damaged_copy(job: TrainingJob) -> TrainingJob:
 
 def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands: Hands, job: TrainingJob) -> None:
     predictor = untuned(job, "untuned")
-    client = predictor.openai()
+    client, endpoint = predictor.openai(), predictor.endpoint
     assert [model.id for model in client.models.list().data] == ["default", "untuned"]
     before = ask(client, "default")
     predictor.stop_service()
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     predictor.start_service()
-    assert ask(predictor.openai(), "untuned") == before
+    assert predictor.endpoint == endpoint
+    assert ask(client, "untuned") == before, "the client of before works again: the port stayed"
 
     # What it serves is another job's from now on; one that does not come up changes nothing.
     token = predictor.access_token
     predictor.update_service(job)
     assert predictor.labels == {"job": job.id}
+    assert predictor.endpoint == endpoint
     assert [model.id for model in predictor.openai().models.list().data] == ["default", "untuned", "base"]
     tuned = ask(predictor.openai(), "default")
     assert (tuned != before, predictor.access_token) == (True, token)

@@ -129,12 +129,11 @@ def deploy(
     else:
         source = TrainingJob.get(job_id)
         source.require_model()
-    service_name = name or f"{job_id}-{'base' if base else 'service'}"
-    if wait:
-        print(f"starting {service_name}; `palate logs -f {service_name}` shows the engine's log", file=sys.stderr)
+    of = source.model_name if isinstance(source, RegisteredModel) else source.id
+    service_name = f"{of}-{'base' if base else 'service'}" if name is None else name
     predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
-    print(f"next: palate chat {predictor.service_name}", file=sys.stderr)
+    print(f"next: palate {'chat' if wait else 'logs -f'} {predictor.service_name}", file=sys.stderr)
 
 
 def chat(

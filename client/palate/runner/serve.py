@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from palate.checksums import read_model_digests
 from palate.runner.child_process import Child, log_tail, watch
@@ -34,10 +38,10 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
         work_dir=str(work),
         idle_after_s=body.idle_time_to_live_s,
-        **{**options, "engine_args": tuple(options.get("engine_args", ()))},
+        **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
-    context.say(f"starting the engine for {body.model.name}")
+    context.say(f"starting the engine for {body.model.name}; it loads the model and answers a first request")
     child = Child(
         [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
         log=context.log,
@@ -62,11 +66,17 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
                 attempt=context.heartbeat.attempt,
                 started_at=time.time(),
                 endpoint=ready.endpoint,
-                details={"engine": ready.engine, "models": ready.models, "start_s": round(time.monotonic() - begun, 1)},
+                details={
+                    "engine": ready.engine,
+                    "models": ready.models,
+                    "start_s": round(time.monotonic() - begun, 1),
+                    "port": urlsplit(ready.endpoint).port,
+                },
             )
         except StoreError:
             return  # retried at the next tick
         announced = True
+        context.say(f"{ready.engine} has answered its first request, {time.monotonic() - begun:.0f} s after the start")
 
     with child:
         outcome = watch(
@@ -92,6 +102,31 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         exit_code=code,
         log_tail=log_tail(context.log),
     )
+
+
+def _port(context: RunContext, options: Mapping[str, Any]) -> int:
+    """Returns the port to bind: the given one, else the one of the last start, else 0.
+
+    Clients keep the URL of a service, so it stays the same over stop, start and update. If another program has taken the port,
+    the service takes a free one and says so: nobody asked for that number, and a service that answers is worth more.
+    """
+    if given := options.get("port", 0):
+        return int(given)
+    last = context.record.status().details.get("port")
+    if not isinstance(last, int) or not 1024 <= last <= 65535:  # the record is not trusted
+        return 0
+    host = str(options.get("host", "127.0.0.1"))
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, last))
+    except OSError as error:
+        context.say(
+            f"note: port {last}, which this service had, cannot be bound ({error.strerror}): it takes a free one, and its URL "
+            "changes. Deploy with a fixed port to make that an error"
+        )
+        return 0
+    return last
 
 
 def _stage_tuned(context: RunContext, uri: str, digest: str | None) -> Path:

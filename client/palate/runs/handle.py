@@ -222,11 +222,12 @@ class RunHandle:
         timeout_s: float | None = None,
         interval_s: float = FOLLOW_INTERVAL_S,
         what: str,
+        stages: bool = False,
     ) -> Status:
         """Waits until `until(status)` is true or the run has ended, and shows its output. Raises WaitTimeoutError after `timeout_s`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         log_part = metric_part = 0
-        with make_display(show_logs, self.record.name) as display:
+        with make_display(show_logs, self.record.name, stages=stages) as display:
             while True:
                 status = self.refresh()
                 log_part, metric_part = self._show_news(display, log_part, metric_part)

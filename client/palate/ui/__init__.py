@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from palate.ui.display import Display, NoDisplay, PlainDisplay
+from palate.ui.display import Display, NoDisplay, PlainDisplay, StageDisplay
 from palate_recipes.text import visible
 
 
@@ -13,15 +13,16 @@ def note(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)
 
 
-def make_display(show: bool, title: str) -> Display:
+def make_display(show: bool, title: str, *, stages: bool = False) -> Display:
     """Returns the live view if stderr is a terminal, else plain lines.
 
     Args:
-        show: False for no output.
+        show: Whether to show the whole log.
         title: Name of the run.
+        stages: If not, whether to show the steps of a service's start; otherwise nothing.
     """
     if not show:
-        return NoDisplay()
+        return StageDisplay() if stages else NoDisplay()
     if not sys.stderr.isatty():
         return PlainDisplay()
     from palate.ui.terminal import LiveDisplay

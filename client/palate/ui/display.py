@@ -6,9 +6,16 @@ All output goes to stderr: stdout is for results.
 from __future__ import annotations
 
 import sys
+import time
 from typing import Protocol
 
 from palate_recipes.text import visible
+
+STAGE_PREFIX = "palate: "
+"""Start of the runner's own lines in a log; the others are the program's."""
+
+_QUIET_S = 10.0
+_ENGINE_LINE_WIDTH = 100
 
 
 class Display(Protocol):
@@ -56,3 +63,21 @@ class PlainDisplay(NoDisplay):
     def log(self, text: str) -> None:
         text = visible(text)
         print(text, end="" if text.endswith("\n") else "\n", file=sys.stderr, flush=True)
+
+
+class StageDisplay(NoDisplay):
+    """The steps of a service's start with their time, and now and then the engine's last line, so that a long step is no silence."""
+
+    wants_news = True
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.monotonic()
+
+    def log(self, text: str) -> None:
+        lines = [line for line in visible(text).splitlines() if line.strip()]
+        stages = [line.removeprefix(STAGE_PREFIX) for line in lines if line.startswith(STAGE_PREFIX)]
+        if not stages and lines and time.monotonic() - self._last >= _QUIET_S:
+            stages = [f"  {lines[-1].strip()[:_ENGINE_LINE_WIDTH]}"]
+        for stage in stages:
+            self._last = time.monotonic()
+            print(f"[{self._last - self._begun:4.0f} s] {stage}", file=sys.stderr, flush=True)
