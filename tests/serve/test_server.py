@@ -103,6 +103,46 @@ def test_prompt_and_answer_stay_within_the_context(server: Server) -> None:
         server.client().completions.create(model="base", prompt="one two " * 300, max_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("response_format", {"type": "json_object"}),
+        ("stop", ["."]),
+        ("presence_penalty", 1),
+    ],
+)
+def test_a_parameter_of_openai_is_done_or_rejected_by_name(server: Server, name: str, value: Any) -> None:
+    ask: Any = server.client().chat.completions.create
+    whole = {"model": "base", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    assert ask(**whole, user="u", stream_options=None, **{name: None}).choices[0].message.content
+    if "transformers" in server.ready.engine:  # type: ignore[union-attr]
+        with pytest.raises(openai.BadRequestError, match=f"{name}=.* is not supported") as caught:
+            ask(**whole, **{name: value})
+        assert caught.value.param == name
+        return
+    answer = ask(**{**whole, "temperature": 0.7}, **{name: value})
+    assert len(answer.choices) == (2 if name == "n" else 1)
+    assert (answer.choices[0].logprobs is not None) == (name == "logprobs")
+    if name == "response_format":
+        assert (answer.choices[0].message.content or "").lstrip().startswith("{")
+    if name == "stop":
+        assert "." not in (answer.choices[0].message.content or "")
+
+
+def test_a_stream_can_have_its_usage(server: Server) -> None:
+    stream = server.client().chat.completions.create(
+        model="base", messages=MESSAGES, stream=True, max_tokens=2, stream_options={"include_usage": True}
+    )
+    assert any(chunk.usage and chunk.usage.completion_tokens == 2 for chunk in stream)
+
+
+def test_the_token_alone_is_accepted_as_pai_eas_does(server: Server) -> None:
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": TOKEN}).status_code == 200
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
+
+
 def test_every_error_has_the_form_that_clients_read(server: Server) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     asked = [
