@@ -39,6 +39,7 @@ from palate_recipes.specs.serve import (
     Ready,
     ServeSpec,
 )
+from palate_server.parsers import with_parsers
 from palate_server.plan import check, engine_command, engine_environment
 from palate_server.supervisor import Supervised
 
@@ -100,6 +101,14 @@ def serve(spec: ServeSpec) -> None:
     work_dir = Path(spec.work_dir)
     plan = check(spec)
     title = f"{plan.engine.distribution} {plan.engine.version}"
+    if plan.engine.name == "vllm":
+        found = with_parsers(
+            spec.engine_args,
+            model_name=spec.model_name,
+            tokenizer_dir=plan.tokenizer_dir,
+            model_dir=Path(spec.model_dir),
+        )
+        spec = replace(spec, engine_args=found)
     spec_file = work_dir / "engine-spec.json"
     spec.write(spec_file)
     events: SimpleQueue[str | ServerError] = SimpleQueue()

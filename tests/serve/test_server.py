@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -194,6 +195,60 @@ def test_full_weights_answer_as_default_and_kill_9_leaves_nothing(base_model: st
         server.process.kill()
         assert psutil.wait_procs(family, timeout=STOP_GRACE_S + 5)[1] == []
         assert port_is_free(server.url)
+
+
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}}
+]
+TEMPLATE = (
+    "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
+"""A chat template in the format of Hermes and Qwen, as far as a parser is chosen by it."""
+
+
+@pytest.fixture(scope="module")
+def caller(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """vLLM with a model that is in no catalog, whose template has tools."""
+    require("vllm")
+    folder = tmp_path_factory.mktemp("caller")
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    with running(folder / "work", model_dir=str(folder / "model"), engine="vllm", max_model_len=512) as started:
+        yield started
+
+
+def test_tools_work_where_the_template_has_them(caller: Server) -> None:
+    ask: Any = caller.client().chat.completions.create
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        answer = ask(model="default", messages=MESSAGES, tools=TOOLS, max_tokens=4, **choice)
+        assert answer.choices[0].finish_reason == "length"
+    named = {"type": "function", "function": {"name": "weather"}}
+    call = ask(model="default", messages=MESSAGES, tools=TOOLS, tool_choice=named, max_tokens=8)
+    assert call.choices[0].message.tool_calls[0].function.name == "weather"
+
+
+def test_an_engine_killed_for_memory_is_reported_with_the_cause_first(caller: Server) -> None:
+    """The last test with this server: kills its engine core, as the kernel does when memory is short."""
+    family = caller.family()
+    core = next(process for process in family if "EngineCore" in process.name() or "EngineCore" in process.cmdline()[0])
+    core.kill()
+    assert caller.process.wait(timeout=60) == 1
+    print(caller.error())
+    first, *rest = caller.error().splitlines()
+    assert "was killed" in first
+    assert "memory" in first
+    assert "code 0" not in first
+    assert len(rest) <= 14
+    assert_nothing_left(caller, family)
+
+
+def test_tools_without_a_parser_are_rejected_with_what_to_do(base_model: str, server: Server) -> None:
+    if "vllm" not in server.ready.engine:  # type: ignore[union-attr]
+        pytest.skip("transformers reads tool calls by the model's own response template")
+    with pytest.raises(openai.BadRequestError, match="--engine-arg tool-call-parser=NAME") as caught:
+        server.client().chat.completions.create(model="base", messages=MESSAGES, tools=TOOLS)
+    assert caught.value.param == "tools"
 
 
 def test_an_engine_that_cannot_start_tells_its_own_cause(base_model: str, tmp_path: Path) -> None:
