@@ -30,8 +30,9 @@ from palate_recipes.specs.serve import (
     engine_args_of,
 )
 from palate_server import plan
+from palate_server.causes import root_cause
 from palate_server.plan import engine_command, engine_environment
-from palate_server.server import main, root_cause
+from palate_server.server import main
 
 from .conftest import TOKEN, installed
 
