@@ -20,7 +20,7 @@ _WRAPPERS = (
 
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL|WARNING|INFO)\s[\d-]+\s[\d:]+\s\[[^\]]*\]\s*)?")
 _ERROR = re.compile(
-    r"^([\w.]*(Error|Exception|Exit|Interrupt)\b.*|[\w.\- ]+: error: .*|error: .*|Killed.*|Segmentation fault.*)$"
+    r"^([\w.]*(Error|Exception|Exit|Interrupt)\b.*|[\w.\- ]+: error: .*|error: .*|(Fatal Python error: |Killed|Segmentation fault).*)$"
 )
 _WORKER = re.compile(r"^RuntimeError: Worker failed with error '(.*)', please check the stack.*$")
 _KILLED = re.compile(r"(EngineCore|[Ww]orker|Engine core)\S*.*(died unexpectedly|terminated unexpectedly|is dead)")
@@ -94,12 +94,12 @@ def root_cause(lines: Sequence[str]) -> str | None:
 
 def _cause(lines: Sequence[str], returncode: int | None, free_bytes: int | None) -> str:
     if returncode is not None and returncode > 128:
-        return _signalled("it", returncode - 128, free_bytes)
+        return _signalled(returncode, free_bytes)
     found = root_cause(lines)
     died = next((line for line in lines if _KILLED.search(line)), None)
     if found is None and (died or any("EngineDeadError" in line for line in lines)):
-        # The parent only sees that the process is gone. An engine process that ends by itself logs an error first.
-        return _signalled("its engine process", signal.SIGKILL, free_bytes)
+        # vLLM does not say how the process ended. One that ends by itself logs an error first, and SIGKILL allows none.
+        return f"its engine process vanished without an error, as one killed by signal 9 (SIGKILL) does. {_memory(free_bytes)}"
     for pattern, meaning, remedy in _SIGNS if found else ():
         if re.search(pattern, found or ""):
             return f"{meaning}: {found}. Remedy: {remedy}"
@@ -107,19 +107,22 @@ def _cause(lines: Sequence[str], returncode: int | None, free_bytes: int | None)
     return f"{found}{code}" if found else f"it ended without an error in its log{code}"
 
 
-def _signalled(who: str, number: int, free_bytes: int | None) -> str:
+def _signalled(returncode: int, free_bytes: int | None) -> str:
+    number = returncode - 128
     try:
         name = signal.Signals(number).name
     except ValueError:
         name = "unknown"
-    text = f"{who} was killed by signal {number} ({name})"
-    if number == signal.SIGKILL:
-        free = "" if free_bytes is None else f" ({free_bytes / GIB:.1f} GiB were still free after the start)"
-        text += (
-            f". The usual cause is the kernel, because memory ran out{free}. "
-            "Set a smaller max_model_len, use a smaller model, or stop other programs"
-        )
-    return text
+    text = f"it was killed by signal {number} ({name})"
+    return f"{text}. {_memory(free_bytes)}" if number == signal.SIGKILL else text
+
+
+def _memory(free_bytes: int | None) -> str:
+    free = "" if free_bytes is None else f" ({free_bytes / GIB:.1f} GiB were free after the start)"
+    return (
+        f"The usual cause is the kernel, when memory runs out{free}: set a smaller max_model_len, use a smaller model, "
+        "or stop other programs"
+    )
 
 
 def _relevant(lines: Sequence[str]) -> list[str]:
