@@ -34,7 +34,8 @@ ask = dict(
     messages=[{"role": "user", "content": "What is the capital of France?"}],
 )
 print(litellm.completion(**ask).choices[0].message.content)
-print("".join(c.choices[0].delta.content or "" for c in litellm.completion(**ask, stream=True, stream_options={"include_usage": True})))
+stream = litellm.completion(**ask, stream=True, stream_options={"include_usage": True})
+print("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
 """
 LANGCHAIN = """
 import os
@@ -129,7 +130,7 @@ def test_instructor_gets_a_typed_answer(service: Service, tmp_path: Path) -> Non
 
 def test_the_llm_command_answers(service: Service, tmp_path: Path) -> None:
     (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- model_id: mine\n  model_name: default\n  api_base: {service.url}\n"
+        f"- model_id: mine\n  model_name: default\n  api_base: {service.url}\n  api_key_name: mine\n"
     )
     options = ["-m", "mine", "--key", TOKEN, "-o", "max_tokens", "8", "-o", "temperature", "0"]
     assert "Paris" in run(service, tmp_path, "-m", "llm", *options, "What is the capital of France?")
