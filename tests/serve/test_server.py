@@ -162,6 +162,14 @@ def test_every_error_has_the_form_that_clients_read(server: Server) -> None:
         assert error["message"], (method, path)
 
 
+def test_tools_without_a_parser_are_rejected_with_what_to_do(server: Server) -> None:
+    if "vllm" not in server.ready.engine:  # type: ignore[union-attr]
+        pytest.skip("transformers reads tool calls by the model's own response template")
+    with pytest.raises(openai.BadRequestError, match="--engine-arg tool-call-parser=NAME") as caught:
+        server.client().chat.completions.create(model="base", messages=MESSAGES, tools=TOOLS)
+    assert caught.value.param == "tools"
+
+
 def test_the_token_is_in_no_argv_and_no_file(server: Server) -> None:
     assert not any(TOKEN in " ".join(process.cmdline()) for process in server.family())
     texts = [f for f in Path(server.spec.work_dir).iterdir() if f.is_file()]
@@ -242,14 +250,6 @@ def test_an_engine_killed_for_memory_is_reported_with_the_cause_first(caller: Se
     assert len(rest) <= 10
     assert rest[-1] == "The whole log: palate logs smol_example"
     assert_nothing_left(caller, family)
-
-
-def test_tools_without_a_parser_are_rejected_with_what_to_do(base_model: str, server: Server) -> None:
-    if "vllm" not in server.ready.engine:  # type: ignore[union-attr]
-        pytest.skip("transformers reads tool calls by the model's own response template")
-    with pytest.raises(openai.BadRequestError, match="--engine-arg tool-call-parser=NAME") as caught:
-        server.client().chat.completions.create(model="base", messages=MESSAGES, tools=TOOLS)
-    assert caught.value.param == "tools"
 
 
 def test_an_engine_that_cannot_start_tells_its_own_cause(base_model: str, tmp_path: Path) -> None:
