@@ -47,6 +47,8 @@ class Model:
     default_system_prompt: str
     dated: bool
     system_role: bool
+    tool_parser: str
+    reasoning_parser: str
     gated: bool
     package: str
     guidance: str
@@ -195,6 +197,7 @@ def _model(family: str, row: dict[str, Any]) -> Model:
     kinds = row["kind"].split("+")
     if "base" in kinds:  # base models are not trained on the family's chat template
         row.update(chat_template="", default_system_prompt="", dated=False, system_role=True, guidance="")
+        row.update(tool_parser="", reasoning_parser="")
     moe = "moe" in kinds
     memory = {
         "LoRA_LLM": _memory_gib(row["parameters_b"], 16, moe=moe),
@@ -206,6 +209,8 @@ def _model(family: str, row: dict[str, Any]) -> Model:
         "default_system_prompt": "",
         "dated": False,
         "system_role": True,
+        "tool_parser": "",
+        "reasoning_parser": "",
         "gated": False,
         "package": "",
     }

@@ -44,6 +44,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
+Parameters = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class Activity:
@@ -88,9 +89,23 @@ class Gateway:
     """ASGI middleware around an OpenAI-compatible app that serves the models `default` and, for adapters, `base`."""
 
     def __init__(
-        self, app: App, *, spec: ServeSpec | None = None, token: str | None = None, activity: Activity = ACTIVITY
+        self,
+        app: App,
+        *,
+        spec: ServeSpec | None = None,
+        token: str | None = None,
+        activity: Activity = ACTIVITY,
+        parameters: Parameters | None = None,
     ) -> None:
-        """Wraps the app. Spec and token default to those named in the environment."""
+        """Wraps the app.
+
+        Args:
+            app: The engine's app.
+            spec: Defaults to the one named in the environment.
+            token: Defaults to the one in the environment.
+            activity: Where requests are counted.
+            parameters: Returns a JSON request, given with its path, as the engine should get it. Raises Refused.
+        """
         self._app = app
         spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
         self._token = (token or os.environ[TOKEN_VARIABLE]).encode()
@@ -101,6 +116,7 @@ class Gateway:
             for name, target in self._engine_names.items()
         }
         self._activity = activity
+        self._parameters = parameters or _calls_need_a_parser(spec)
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,9 +148,12 @@ class Gateway:
             await self._post(scope, receive, send)
 
     def _has_token(self, headers: Headers) -> bool:
-        scheme, _, given = _header(headers, b"authorization").partition(b" ")
+        given = _header(headers, b"authorization").strip()
+        scheme, _, rest = given.partition(b" ")
+        if scheme.lower() == b"bearer":  # PAI EAS expects the token alone, and scripts for it send that
+            given = rest.strip()
         # Constant-time comparison, so that response times do not reveal a prefix of the token.
-        return scheme.lower() == b"bearer" and secrets.compare_digest(given.strip(), self._token)
+        return secrets.compare_digest(given, self._token)
 
     async def _prove(self, scope: Scope, challenge: str, send: Send) -> None:
         """Proves to a client that this service knows the token, before the client sends it.
@@ -172,14 +191,21 @@ class Gateway:
                     return
                 scope, content = named
             await self._counted(scope, _replay(content, receive), send)
-        except _Refused as refused:
-            await _complain(send, refused.status, str(refused), headers=[_CLOSE])
+        except Refused as refused:
+            # A request with a bad parameter was read to the end: the connection stays usable.
+            await _complain(
+                send, refused.status, str(refused), param=refused.param, headers=[] if refused.param else [_CLOSE]
+            )
         finally:
             # Also after a refusal or a disconnect: the sum must return to 0, or the service would refuse all requests.
             self._held_bytes -= body.size
 
     async def _named(self, scope: Scope, content: bytes, send: Send) -> tuple[Scope, bytes] | None:
-        """Returns the request to forward, or None if the model is unknown (then the 404 is already sent)."""
+        """Returns the request to forward, or None if the model is unknown (then the 404 is already sent).
+
+        Raises:
+            Refused: A parameter that the engine does not support.
+        """
         try:
             request = json.loads(content)
         except (ValueError, RecursionError):
@@ -190,8 +216,9 @@ class Gateway:
             if target is None:
                 await self._unknown(send, wanted)
                 return None
-            if request.get("model") != target:  # an unchanged body is forwarded byte for byte
-                content = json.dumps({**request, "model": target}).encode()
+            wanted_request = {**self._parameters(scope["path"], request), "model": target}
+            if wanted_request != request:  # an unchanged body is forwarded byte for byte
+                content = json.dumps(wanted_request).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(content))}
         return scope, content
 
@@ -222,10 +249,29 @@ class Gateway:
         await _complain(send, 404, message, param="model")
 
     def hold(self, size: int) -> None:
-        """Adds to the bytes held by all bodies. Raises _Refused if the total is over the limit."""
+        """Adds to the bytes held by all bodies. Raises Refused if the total is over the limit."""
         self._held_bytes += size
         if self._held_bytes > BODIES_LIMIT_BYTES:
-            raise _Refused(503, f"The bodies of all open requests exceed {BODIES_LIMIT_BYTES} bytes. Try again later.")
+            raise Refused(503, f"The bodies of all open requests exceed {BODIES_LIMIT_BYTES} bytes. Try again later.")
+
+
+def _calls_need_a_parser(spec: ServeSpec) -> Parameters:
+    """Returns the check that rejects tools if nothing reads tool calls out of the model's text."""
+    reads_calls = any(re.match("--tool[-_]call[-_]parser", argument) for argument in spec.engine_args)
+
+    def check(path: str, request: dict[str, Any]) -> dict[str, Any]:
+        wants_calls = path == "/v1/chat/completions" and request.get("tools")
+        if wants_calls and request.get("tool_choice", "auto") == "auto" and not reads_calls:
+            raise Refused(
+                400,
+                "This service reads no tool calls: no parser is known for the model's chat template. If it was trained to "
+                "call tools, deploy it with the parser of its format: palate deploy ... --engine-arg tool-call-parser=NAME "
+                "(hermes, llama3_json, mistral, ...). Otherwise omit tools.",
+                param="tools",
+            )
+        return request
+
+    return check
 
 
 def error_body(message: str, *, kind: str, param: str | None, code: int | str) -> dict[str, Any]:
@@ -255,12 +301,13 @@ _CLOSE = (b"connection", b"close")
 """Sent if the body was not read to the end: the server would parse the rest as the next request."""
 
 
-class _Refused(Exception):
-    """Rejects a request with an HTTP status."""
+class Refused(Exception):
+    """Rejects a request with an HTTP status, and with the name of the parameter at fault."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.param = param
 
 
 class _Body:
@@ -278,7 +325,7 @@ class _Body:
             claimed: The Content-Length header. A value over the limit is rejected before reading.
 
         Raises:
-            _Refused: The body is too large, alone or together with those of other requests.
+            Refused: The body is too large, alone or together with those of other requests.
         """
         # 20 digits are enough to exceed the limit. Python refuses to parse numbers of several thousand digits.
         if claimed.isdigit() and int(claimed[:20]) > BODY_LIMIT_BYTES:
@@ -298,8 +345,8 @@ class _Body:
         return b"".join(parts)
 
 
-def _too_large() -> _Refused:
-    return _Refused(413, f"The request's body is larger than {BODY_LIMIT_BYTES} bytes. Send a smaller request.")
+def _too_large() -> Refused:
+    return Refused(413, f"The request's body is larger than {BODY_LIMIT_BYTES} bytes. Send a smaller request.")
 
 
 class _Answer:

@@ -71,7 +71,7 @@ def check(spec: ServeSpec) -> EnginePlan:
     if engine.name == "transformers" and spec.engine_args:
         raise BadSpec(
             f"engine_args={' '.join(spec.engine_args)!r}, but the transformers engine accepts none: "
-            "omit engine_args, or install vLLM"
+            "omit engine_args (--engine-arg), or install vLLM"
         )
     tuned = Path(spec.model_dir)
     weights_dir = Path(spec.base_model_dir) if spec.base_model_dir else tuned

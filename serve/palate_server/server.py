@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from typing import IO
 
 from msgspec.structs import replace
 
+from palate_recipes.device import available_memory
 from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, PortTaken, ServerError, StartTimeout
 from palate_recipes.specs.serve import (
     ACTIVITY_PATH,
@@ -39,12 +39,13 @@ from palate_recipes.specs.serve import (
     Ready,
     ServeSpec,
 )
+from palate_server.causes import failure
+from palate_server.parsers import with_parsers
 from palate_server.plan import check, engine_command, engine_environment
 from palate_server.supervisor import Supervised
 
 logger = logging.getLogger(__name__)
 
-_TAIL_LINES = 30
 _KEPT_LINES = 400
 _PROBE_EVERY_S = 0.25
 _LINE_BYTES = 64 * 1024
@@ -53,8 +54,6 @@ _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
 """An engine hangs if requests make no progress, and a one-token request gets no answer, for this many times `hang_after_s`."""
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-_WRAPPERS = ("Engine core initialization failed", "See root cause above", "WorkerProc initialization failed")
-"""Errors of vLLM that only point to an earlier one."""
 
 
 def main(argv: list[str]) -> int:
@@ -100,6 +99,14 @@ def serve(spec: ServeSpec) -> None:
     work_dir = Path(spec.work_dir)
     plan = check(spec)
     title = f"{plan.engine.distribution} {plan.engine.version}"
+    if plan.engine.name == "vllm":
+        found = with_parsers(
+            spec.engine_args,
+            model_name=spec.model_name,
+            tokenizer_dir=plan.tokenizer_dir,
+            model_dir=Path(spec.model_dir),
+        )
+        spec = replace(spec, engine_args=found)
     spec_file = work_dir / "engine-spec.json"
     spec.write(spec_file)
     events: SimpleQueue[str | ServerError] = SimpleQueue()
@@ -126,9 +133,11 @@ def serve(spec: ServeSpec) -> None:
         asking = _Asking(endpoint, token)
         threading.Thread(target=_probe, args=(asking, spec, events), daemon=True).start()
         ended = threading.Event()
+        free_bytes: int | None = None
         try:
             event = _next(events, timeout_s=spec.start_timeout_s)
             if event == "answered":
+                free_bytes = available_memory()
                 seconds = round(time.monotonic() - began, 1)
                 Ready(endpoint=endpoint, engine=title, models=spec.models, seconds=seconds).write(work_dir / READY_FILE)
                 logger.info("ready after %.1f s: %s/v1", seconds, endpoint)
@@ -138,6 +147,11 @@ def serve(spec: ServeSpec) -> None:
             ended.set()
             engine.end()
             log.finish()
+
+    def story(returncode: int | None) -> str:
+        command = f"palate logs {spec.service_name}"
+        return failure(log.lines(), returncode=returncode, free_bytes=free_bytes, log=command)
+
     if event == "stop":
         logger.info("stopped")
     elif event == "idle":
@@ -145,15 +159,15 @@ def serve(spec: ServeSpec) -> None:
         (work_dir / IDLE_FILE).write_text(f"{reason}\n", encoding="utf-8")
         logger.info("stopped: %s", reason)
     elif event == "ended":
-        raise EngineFailed(f"{title} exited unexpectedly with code {engine.returncode}: {log.story()}")
+        raise EngineFailed(f"{title} ended unexpectedly: {story(engine.returncode)}")
     elif isinstance(event, EngineHung):
-        raise EngineHung(f"{title} hangs: {event}. It was stopped; start the service again. {log.story()}")
+        raise EngineHung(f"{title} hangs: {event}. It was stopped; start the service again. {story(None)}")
     elif isinstance(event, ServerError):
-        raise EngineFailed(f"{title} started, but {event}: {log.story()}")
+        raise EngineFailed(f"{title} started, but {event}: {story(None)}")
     else:
         raise StartTimeout(
             f"{title} did not answer within start_timeout_s={spec.start_timeout_s:g}: set a higher value, or look for the "
-            f"cause: {log.story()}"
+            f"cause: {story(None)}"
         )
 
 
@@ -243,8 +257,10 @@ def _probe(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerErr
                 break
             except urllib.error.HTTPError as error:
                 if error.code != 503:  # 503: the engine is still starting
-                    text = error.read(2000).decode(errors="replace")
-                    events.put(ServerError(f"its model '{model}' answered its first request with {error.code} {text}"))
+                    # A server error's text only points to the log, which has the cause.
+                    text = error.read(2000).decode(errors="replace") if error.code < 500 else ""
+                    answered = f"its model '{model}' answered its first request with {error.code} {text}"
+                    events.put(ServerError(answered.rstrip()))
                     return
             except OSError:
                 pass  # the engine does not accept connections yet
@@ -319,26 +335,6 @@ class _Log:
         """Waits until all output of the ended engine is read."""
         self._reader.join(timeout=5.0)
 
-    def story(self) -> str:
-        """Returns the likely cause and the last lines."""
-        lines = [line for line in self._lines if line.strip()]
-        cause = root_cause(lines)
-        last = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
-        return f"{cause or 'no error line in its log'}\nLast lines of the engine:\n{last or '  (none)'}"
-
-
-_PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|CRITICAL)\s[\d-]+\s[\d:]+\s\[[^\]]*\]\s*)?")
-_ERROR = re.compile(
-    r"^([\w.]*(Error|Exception|Exit|Interrupt)\b.*|[\w.\- ]+: error: .*|Killed.*|Segmentation fault.*)$"
-)
-
-
-def root_cause(lines: list[str]) -> str | None:
-    """Returns the last line that states an error itself, not one that points to an earlier error."""
-    for number in range(len(lines) - 1, -1, -1):
-        text = _PREFIX.sub("", lines[number])
-        if _ERROR.match(text) and not any(wrapper in text for wrapper in _WRAPPERS):
-            follows = _PREFIX.sub("", lines[number + 1]) if number + 1 < len(lines) else ""
-            # pydantic's first line only counts the errors; the next line has the first one
-            return f"{text}: {follows.strip()}" if "validation error" in text and follows.startswith(" ") else text
-    return None
+    def lines(self) -> list[str]:
+        """Returns the last lines that are not empty."""
+        return [line for line in self._lines if line.strip()]

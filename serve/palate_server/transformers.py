@@ -3,8 +3,8 @@
 The server runs it as a program and never imports it. An adapter is first merged into its base, in the base's dtype. The app
 loads models by name from the current folder, which has only the links `default` and `base`. So responses carry these names, and
 no request can load another model. Differences to vLLM that a plain client would notice are removed: max_completion_tokens,
-sampling by default, the context limit, `[DONE]` at the end of a stream, the error format. Remaining differences: logprobs, n and
-response_format are ignored, unknown fields are rejected with 422, and a model answers one request at a time.
+sampling by default, the context limit, `[DONE]` at the end of a stream, the error format. Remaining differences: parameters that
+transformers ignores are rejected (see transformers_parameters), and a model answers one request at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastapi import FastAPI, HTTPException
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, ServeSpec
 from palate_server.gateway import ACTIVITY, Gateway
 from palate_server.listener import serve_on, take_listener
+from palate_server.transformers_parameters import supported
 
 _CLOSE_S = 3
 """Time for open requests to finish after SIGTERM."""
@@ -136,7 +137,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
         generation_state=state,
     )
 
-    app.add_middleware(Gateway)
+    app.add_middleware(Gateway, parameters=supported)
     return app
 
 

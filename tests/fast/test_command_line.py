@@ -138,6 +138,10 @@ def code_lines(text: str) -> str:
         (["train", "{prefs}"], ["no model given"]),
         (["train", "{prefs}", "--recipe", "/nowhere.toml"], ["/nowhere.toml"]),
         (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
+        (
+            ["deploy", "x", "--engine-arg", "max-num-seq=8"],
+            ["--engine-arg 'max-num-seq=8'", "'max-num-seqs'", "Allowed"],
+        ),
         (["deploy", "no-such-model", "--base"], ["no-such-model", "palate models"]),
         (["logs", "nothing"], ["nothing", "palate jobs"]),
         (["watch", "nothing"], ["nothing", "palate jobs"]),

@@ -41,14 +41,54 @@ def ask(method: str, path: str, *, headers: dict[str, str] | None = None, **opti
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/metrics", "/invocations", "/"])
 @pytest.mark.parametrize(
-    "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer réight"}]
+    "authorization",
+    [
+        "",
+        "Bearer wrong",
+        "Bearer",
+        "Bearer ",
+        "wrong",
+        "righ",
+        "rightx",
+        f"Basic {TOKEN}",
+        f"Token {TOKEN}",
+        f"{TOKEN} x",
+        f"Bearer {TOKEN} x",
+        f"Bearer Bearer {TOKEN}",
+        f"{TOKEN}, Bearer x",
+        f"Bearer{TOKEN}",
+        "RIGHT",
+        "Bearer réight",
+    ],
 )
-def test_nothing_but_health_answers_without_the_token(path: str, headers: dict[str, str]) -> None:
-    raw = {name: value.encode() for name, value in headers.items()}
+def test_nothing_but_health_answers_without_the_token(path: str, authorization: str) -> None:
+    raw = {"Authorization": authorization.encode()} if authorization else {}
     answer = ask("POST", path, headers=raw, json={"model": "default"})  # type: ignore[arg-type]
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
     assert TOKEN not in answer.text.replace("right.", "")
+
+
+@pytest.mark.parametrize("authorization", [f"Bearer {TOKEN}", f"bearer  {TOKEN}", TOKEN, f" {TOKEN} "])
+def test_the_token_is_accepted_with_bearer_or_alone_as_pai_eas_does(authorization: str) -> None:
+    assert ask("GET", "/v1/models", headers={"Authorization": authorization}).status_code == 200
+
+
+def test_the_token_is_accepted_in_no_other_header_and_not_in_the_url() -> None:
+    for headers in ({"X-Api-Key": TOKEN}, {"Token": TOKEN}, {"Proxy-Authorization": f"Bearer {TOKEN}"}):
+        assert ask("GET", "/v1/models", headers=headers).status_code == 401
+    assert ask("GET", f"/v1/models?token={TOKEN}&access_token={TOKEN}", headers={}).status_code == 401
+
+
+def test_tools_without_a_parser_are_rejected_with_what_to_do() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for request in ({"tools": tools}, {"tools": tools, "tool_choice": "auto"}):
+        answer = ask("POST", "/v1/chat/completions", json=request)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "tools"
+        assert "--engine-arg tool-call-parser=NAME" in answer.json()["error"]["message"]
+    for request in ({"tools": []}, {"tools": tools, "tool_choice": "none"}, {"tools": None}):
+        assert ask("POST", "/v1/chat/completions", json=request).status_code == 200
 
 
 def test_health_is_open_but_only_to_get() -> None:

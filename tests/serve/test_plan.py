@@ -15,7 +15,7 @@ import pytest
 
 from palate_recipes import device
 from palate_recipes.device import free_gpu_memory
-from palate_recipes.errors import BadSpec, OutOfMemory, ServerError
+from palate_recipes.errors import BadSpec, ConfigurationError, OutOfMemory, ServerError
 from palate_recipes.specs.serve import (
     _NAMES_ONLY,
     _SETTINGS,
@@ -27,10 +27,12 @@ from palate_recipes.specs.serve import (
     ServeSpec,
     check_engine_args,
     describe_engines,
+    engine_args_of,
 )
 from palate_server import plan
+from palate_server.causes import root_cause
 from palate_server.plan import engine_command, engine_environment
-from palate_server.server import main, root_cause
+from palate_server.server import main
 
 from .conftest import TOKEN, installed
 
@@ -233,6 +235,42 @@ def test_every_error_has_a_standard_base() -> None:
     bases = {error: error.__bases__[1] for error in ServerError.__subclasses__()}
     assert len(bases) == 7
     assert all(base.__module__ == "builtins" and base is not Exception for base in bases.values()), bases
+
+
+def test_engine_args_of_the_command_line_become_arguments() -> None:
+    given = [
+        "max-num-seqs=8",
+        "--seed=-1",
+        "tool_call_parser=hermes",
+        "enforce-eager",
+        "no-enable-prefix-caching",
+        "-tp=2",
+    ]
+    expected = ["--max-num-seqs=8", "--seed=-1", "--tool-call-parser=hermes", "--enforce-eager"]
+    assert engine_args_of(given) == [*expected, "--no-enable-prefix-caching", "--tensor-parallel-size=2"]
+    check_engine_args(engine_args_of(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("max-num-seq=8", "max-num-seqs"),
+        ("max-num-seqs", "has no value: write max-num-seqs=VALUE"),
+        ("enforce-eager=true", "is a switch without a value"),
+        ("port=80", "which Palate sets itself"),
+        ("middleware=x.y", "is not allowed"),
+        ("trust-remote-code", "is not allowed"),
+        ("generation-config=/etc", "choose one of auto, vllm"),
+        ("=8", "has no name"),
+        ("", "has no name"),
+    ],
+)
+def test_an_engine_arg_that_is_not_allowed_names_the_flag_and_what_is(given: str, says: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        engine_args_of([given])
+    assert str(caught.value).startswith(f"--engine-arg {given!r}")
+    assert says in str(caught.value)
+    assert "Allowed options of vLLM: aggregate-engine-logging, all2all-backend, " in str(caught.value)
 
 
 def test_the_root_cause_is_found_below_what_only_points_to_it() -> None:

@@ -103,6 +103,46 @@ def test_prompt_and_answer_stay_within_the_context(server: Server) -> None:
         server.client().completions.create(model="base", prompt="one two " * 300, max_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("response_format", {"type": "json_object"}),
+        ("stop", ["."]),
+        ("presence_penalty", 1),
+    ],
+)
+def test_a_parameter_of_openai_is_done_or_rejected_by_name(server: Server, name: str, value: Any) -> None:
+    ask: Any = server.client().chat.completions.create
+    whole = {"model": "base", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    assert ask(**whole, user="u", stream_options=None, **{name: None}).choices[0].message.content
+    if "transformers" in server.ready.engine:  # type: ignore[union-attr]
+        with pytest.raises(openai.BadRequestError, match=f"{name}=.* is not supported") as caught:
+            ask(**whole, **{name: value})
+        assert caught.value.param == name
+        return
+    answer = ask(**{**whole, "temperature": 0.7}, **{name: value})
+    assert len(answer.choices) == (2 if name == "n" else 1)
+    assert (answer.choices[0].logprobs is not None) == (name == "logprobs")
+    if name == "response_format":
+        assert (answer.choices[0].message.content or "").lstrip().startswith("{")
+    if name == "stop":
+        assert "." not in (answer.choices[0].message.content or "")
+
+
+def test_a_stream_can_have_its_usage(server: Server) -> None:
+    stream = server.client().chat.completions.create(
+        model="base", messages=MESSAGES, stream=True, max_tokens=2, stream_options={"include_usage": True}
+    )
+    assert any(chunk.usage and chunk.usage.completion_tokens == 2 for chunk in stream)
+
+
+def test_the_token_alone_is_accepted_as_pai_eas_does(server: Server) -> None:
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": TOKEN}).status_code == 200
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
+
+
 def test_every_error_has_the_form_that_clients_read(server: Server) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     asked = [
@@ -120,6 +160,14 @@ def test_every_error_has_the_form_that_clients_read(server: Server) -> None:
         error = answer.json()["error"]
         assert set(error) >= {"message", "type", "param", "code"}, (method, path, error)
         assert error["message"], (method, path)
+
+
+def test_tools_without_a_parser_are_rejected_with_what_to_do(server: Server) -> None:
+    if "vllm" not in server.ready.engine:  # type: ignore[union-attr]
+        pytest.skip("transformers reads tool calls by the model's own response template")
+    with pytest.raises(openai.BadRequestError, match="--engine-arg tool-call-parser=NAME") as caught:
+        server.client().chat.completions.create(model="base", messages=MESSAGES, tools=TOOLS)
+    assert caught.value.param == "tools"
 
 
 def test_the_token_is_in_no_argv_and_no_file(server: Server) -> None:
@@ -156,13 +204,77 @@ def test_full_weights_answer_as_default_and_kill_9_leaves_nothing(base_model: st
         assert port_is_free(server.url)
 
 
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}}
+]
+TEMPLATE = (
+    "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
+"""A chat template in the format of Hermes and Qwen, as far as a parser is chosen by it."""
+
+
+@pytest.fixture(scope="module")
+def caller(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """vLLM with a model that is in no catalog, whose template has tools."""
+    require("vllm")
+    folder = tmp_path_factory.mktemp("caller")
+    (folder / "model").mkdir()
+    for file in Path(base_model).iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / "model" / file.name).symlink_to(file)
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    with running(folder / "work", model_dir=str(folder / "model"), engine="vllm", max_model_len=512) as started:
+        yield started
+
+
+def test_tools_work_where_the_template_has_them(caller: Server) -> None:
+    ask: Any = caller.client().chat.completions.create
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        answer = ask(model="default", messages=MESSAGES, tools=TOOLS, max_tokens=4, **choice)
+        assert answer.choices[0].finish_reason == "length"
+
+
+def test_an_engine_killed_for_memory_is_reported_with_the_cause_first(caller: Server) -> None:
+    """The last test with this server: kills its engine core, as the kernel does when memory is short."""
+    family = caller.family()
+    core = next(process for process in family if "EngineCore" in process.name() or "EngineCore" in process.cmdline()[0])
+    core.kill()
+    assert caller.process.wait(timeout=60) == 1
+    print(caller.error())
+    first, *rest = caller.error().splitlines()
+    assert (
+        "ended unexpectedly: its engine process vanished without an error, as one killed by signal 9 (SIGKILL)" in first
+    )
+    assert "GiB were free after the start" in first
+    assert len(rest) <= 10
+    assert rest[-1] == "The whole log: palate logs smol_example"
+    assert_nothing_left(caller, family)
+
+
 def test_an_engine_that_cannot_start_tells_its_own_cause(base_model: str, tmp_path: Path) -> None:
     require("vllm")
     server = start(tmp_path, model_dir=base_model, engine="vllm", engine_args=("--max-num-seqs=many",))
     assert server.process.wait(timeout=60) == 1
-    assert "exited unexpectedly with code 2" in server.error()
+    assert "ended unexpectedly" in server.error()
+    assert "(exit code 2)" in server.error().splitlines()[0]
     assert "error: argument --max-num-seqs" in server.error().splitlines()[0]
     assert "  | " in server.error()
+
+
+def test_an_engine_that_cannot_compute_the_model_tells_the_cause_below_its_wrappers(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    require("vllm")
+    server = start(tmp_path, model_dir=tiny_llama, engine="vllm", max_model_len=256)
+    if server.ready is not None:  # this processor has a kernel for the model's small heads
+        server.process.terminate()
+        server.process.wait(timeout=30)
+        pytest.skip("the engine computes heads of 16 here")
+    assert server.process.wait(timeout=60) == 1
+    first, *rest = server.error().splitlines()
+    assert "answered its first request with 500: Unsupported CPU attention configuration: head_dim=16" in first
+    assert len(rest) <= 10
 
 
 def test_weights_that_cannot_be_read_fail_with_the_engines_lines(tiny_model: Path, tmp_path: Path) -> None:
@@ -189,7 +301,7 @@ def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: P
         engine = next(p for p in family if "palate_server.transformers" in p.cmdline()[2:4])
         os.kill(engine.pid, signal.SIGKILL)
         assert server.process.wait(timeout=20) == 1
-        assert "exited unexpectedly with code 137" in server.error()
+        assert "ended unexpectedly: it was killed by signal 9 (SIGKILL)" in server.error().splitlines()[0]
         assert_nothing_left(server, family)
 
 

@@ -108,6 +108,10 @@ def deploy(
         float | None,
         typer.Option(help="Stop the service after this many seconds without a request. Default: never."),
     ] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An option of vLLM as NAME=VALUE, or NAME for a switch, such as max-num-seqs=8. Repeatable."),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
@@ -117,12 +121,15 @@ def deploy(
     """
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
+    from palate_recipes.specs.serve import engine_args_of
 
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
     if time_to_live is not None:
         options["time_to_live_s"] = time_to_live
+    if engine_arg:
+        options["engine_args"] = engine_args_of(engine_arg)
     source: RegisteredModel | TrainingJob
     if base:
         source = RegisteredModel(job_id)

@@ -38,6 +38,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
         work_dir=str(work),
         idle_after_s=body.idle_time_to_live_s,
+        model_name=body.model.name,
         **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")

@@ -21,7 +21,9 @@ from typing import Literal, get_args
 from msgspec import Struct
 
 from palate_recipes.device import installed_version
+from palate_recipes.errors import ConfigurationError
 from palate_recipes.specs.codec import decode, encode
+from palate_recipes.text import did_you_mean
 
 ERROR_FILE = "error.txt"
 IDLE_FILE = "idle.txt"
@@ -84,6 +86,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             none.
         hang_after_s: Seconds without progress after which the engine counts as hung and is stopped.
         idle_after_s: Seconds without a request after which the service stops; None: never.
+        model_name: The base model's name in the catalog, which knows its parsers; any other text is ignored.
     """
 
     service_name: str
@@ -99,6 +102,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine_args: tuple[str, ...] = ()
     hang_after_s: float = HANG_AFTER_S
     idle_after_s: float | None = None
+    model_name: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of bounds. The message has field, value and remedy."""
@@ -278,6 +282,36 @@ def check_engine_args(arguments: Sequence[str]) -> None:
                 f"open no other port are. Omit it, or allow it by its full name on the machine that serves: "
                 f"{ENGINE_ARGS_VARIABLE}={option or 'name'}"
             )
+
+
+def engine_args_of(given: Sequence[str]) -> list[str]:
+    """Returns `engine_args` for values of `--engine-arg`: NAME=VALUE, or NAME for a switch, with or without dashes.
+
+    Raises:
+        ConfigurationError: An option that is not allowed, or has no name. The message names the flag and what is allowed.
+    """
+    arguments = []
+    for text in given:
+        name, has_value, value = text.strip().partition("=")
+        option = _plain(_SHORT.get(name.strip(), name))
+        problem = ""
+        if not option:
+            problem = "has no name"
+        elif option.removeprefix("no-") in _SWITCHES and has_value:
+            problem = f"is a switch without a value: write {option}, or no-{option} to turn it off"
+        elif (option in _SETTINGS or option in _NAMES_ONLY) and not value:
+            problem = f"has no value: write {option}=VALUE"
+        else:
+            try:
+                check_engine_args([f"--{option}{has_value}{value}"])
+            except ValueError as error:
+                problem = f"is rejected: {error}"
+        if problem:
+            near = did_you_mean(option, [*_SETTINGS, *_SWITCHES, *_NAMES_ONLY])
+            allowed = ", ".join(sorted([*_SETTINGS, *_SWITCHES, *_NAMES_ONLY]))
+            raise ConfigurationError(f"--engine-arg {text!r} {problem}. {near}Allowed options of vLLM: {allowed}")
+        arguments.append(f"--{option}{has_value}{value}")
+    return arguments
 
 
 def _plain(name: str) -> str:
