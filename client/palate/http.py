@@ -56,7 +56,7 @@ def checked_endpoint(endpoint: str) -> str:
     if not is_url:
         raise ServiceError(
             f"the service's endpoint {endpoint[:200]!r} is not the URL of a server",
-            reason="its status.json is damaged. Run `palate stop` and `palate start` to write it again",
+            reason="its status.json is damaged. Run `palate stop NAME` and `palate start NAME` to write it again",
         )
     return endpoint
 
@@ -121,7 +121,7 @@ def check_service(endpoint: str, token: str) -> None:
     except httpx.HTTPError as error:
         raise ServiceError(
             f"the service at {endpoint} does not respond",
-            reason=f"{type(error).__name__}: {error}. Run `palate services` to see whether it runs, `palate start` to start it again",
+            reason=f"{type(error).__name__}: {error}. Run `palate services` to see whether it runs, `palate start NAME` to start it",
         ) from error
 
 
@@ -247,5 +247,5 @@ class _Challenge:
                 f"the listener at {self._endpoint} is not the service",
                 reason="it does not know the service's token, which was not sent. The service may have ended and another program "
                 "taken its port, or an older version of Palate started it. Run `palate services` to see whether it runs, "
-                "`palate stop` and `palate start` to restart it",
+                "`palate stop NAME` and `palate start NAME` to restart it",
             )

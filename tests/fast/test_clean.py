@@ -103,7 +103,7 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
             ("orphan run", f"process {process.pid}: palate-run {stuck.uri}"),
         }
         until(lambda: clean(home)[0] == expected)
-        assert "6 found, nothing changed; next: palate clean --yes" in clean(home)[1]
+        assert "6 found, nothing changed\nnext: palate clean --yes" in clean(home)[1]
         assert lost.status().state == "Running"
         assert process.poll() is None
 

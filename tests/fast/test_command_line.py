@@ -22,6 +22,7 @@ import pytest
 import typer
 from msgspec import structs
 
+import palate as palate_package
 from palate.cli import app
 from palate.cli.examples import EXAMPLES
 from palate.cli.flags import options_of, reworded
@@ -585,3 +586,20 @@ def test_every_command_knows_its_options() -> None:
         real = {option for item in command.params for option in item.opts}
         flags = {flag for flag, _ in options.values() if flag.startswith("-")}
         assert flags <= real, name
+
+
+def test_a_reader_that_stops_early_is_no_error(home: Path) -> None:
+    """As in `palate models --json | head -1`: the output is larger than a pipe holds."""
+    script = f"{shlex.quote(sys.executable)} -m palate.cli models --hyperparameters --json | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PALATE_HOME": str(home)}, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[\n", "")
+
+
+def test_next_commands_are_printed_in_one_way() -> None:
+    """`say_next` quotes for a shell, and tests/slow/test_next_commands.py runs what it prints."""
+    folder = Path(palate_package.__file__).parent / "cli"
+    for file in folder.glob("*.py"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            assert "next: " not in line or "shlex.join" in line, f"{file.name}: {line.strip()}"

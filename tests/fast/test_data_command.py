@@ -76,7 +76,8 @@ def test_the_next_command_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
             *("--model", "smollm2-135m-instruct"),
         ],
         ("split", "my data/all.json", "-o", "my data/a.json"): [
-            *("train", "my data/a.json", "--validation", "my data/a.validation.json", "--model", "NAME"),
+            *("train", "my data/a.json", "--validation", "my data/a.validation.json"),
+            *("--model", "smollm2-135m-instruct"),
         ],
         ("convert", "my data/all.json", "-o", "my data/b.json"): ["data", "check", "my data/b.json"],
         ("stats", "my data/all.json"): ["data", "check", "my data/all.json"],

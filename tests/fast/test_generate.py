@@ -211,7 +211,7 @@ def test_the_command_line_killed_and_run_again_asks_nothing_twice(server: ChatSe
     assert out == f"{output}\n"
     assert "19 sent, 13 taken from" in err
     assert "cost of all calls: " in err
-    assert err.splitlines()[-1] == f"next: palate train {output} --model NAME"
+    assert err.splitlines()[-1] == f"next: palate train {output} --model smollm2-135m-instruct"
     assert KEY not in out + err
     # 32 calls are 32 answers: what was asked more often was in flight when the process died.
     assert len(server.asked) == 32 + 3

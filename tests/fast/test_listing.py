@@ -160,7 +160,7 @@ def test_the_command_shows_what_was_asked_for(home: Path) -> None:
     assert (row["id"], row["attempt"], row["reason"]) == ("smol", 3, "out of memory\nall of it")
     (row,) = json.loads(palate("services", "--name", "ans*", "--json", home=home).stdout)
     assert (row["ServiceName"], row["Status"]) == ("answers", "Stopped")
-    assert palate("jobs", "--model", "llama*", home=home).stderr == "no jobs match; next: palate jobs\n"
+    assert palate("jobs", "--model", "llama*", home=home).stderr == "no jobs match\nnext: palate jobs\n"
 
 
 @pytest.mark.parametrize(

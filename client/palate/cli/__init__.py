@@ -74,10 +74,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of stdout has exited (`palate logs … | head`), which is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         # An error with a path is the user's. Without one it is a bug, and the traceback is needed.
         if error.filename is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palate.cli.format import say_next
+from palate.cli.format import EXAMPLE_MODEL, say_next
 from palate.cli.generate import generate
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import visible
@@ -177,7 +177,7 @@ def split(
         )
     _say(change)
     print(f"{output}\n{beside}")
-    say_next("train", output, "--validation", beside, "--model", "NAME")
+    say_next("train", output, "--validation", beside, "--model", EXAMPLE_MODEL)
 
 
 @data.command()
@@ -243,7 +243,7 @@ def demo(
 
     files = write_demo(folder, direction, per_topic=per_topic)
     print("\n".join(str(path) for path in files.values()))
-    say_next("train", files["train"], "--validation", files["validation"], "--model", "smollm2-135m-instruct")
+    say_next("train", files["train"], "--validation", files["validation"], "--model", EXAMPLE_MODEL)
 
 
 data.command()(generate)

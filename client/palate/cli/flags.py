@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -56,6 +57,11 @@ def _naming_flags(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()  # here, so that a closed pipe is noticed while it can be handled
+        except BrokenPipeError:
+            # The reader of stdout has exited (`palate logs … | head`), which is not an error. Typer would exit with 1.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
         except PalateError as error:
             print(f"error: {reworded(str(error), options_of(command))}", file=sys.stderr)
             raise typer.Exit(1) from None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
+EXAMPLE_MODEL = "smollm2-135m-instruct"
+"""The model in printed commands: it trains on any machine, so that the line works as it stands."""
+
 Wide = Annotated[bool, typer.Option("--wide", help="Show all columns and whole lines, however long.")]
 
 _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate.cli.format import say_next
+from palate.cli.format import EXAMPLE_MODEL, say_next
 from palate_recipes.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -97,10 +96,10 @@ def generate(
         prices=_prices(price or []),
     )
     plan = plan_pairs(prompts, output=output, settings=settings)
-    command = shlex.join(["palate", *sys.argv[1:]])
+    command = sys.argv[1:]
     if dry_run:
         _print_plan(plan, settings)
-        print(f"next: {command.replace(' --dry-run', '')}", file=sys.stderr)
+        say_next(*(word for word in command if word != "--dry-run"))
         return
     print(
         f"{plan.prompts} prompts: up to {plan.calls} calls ({plan.finished} already finished), "
@@ -112,17 +111,19 @@ def generate(
         result = generate_pairs(prompts, output=output, settings=settings, progress=news)
     except EndpointError as error:
         news.end()  # here, because `finally` would run after the message
-        print(f"error: {error}\nnext: {command}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        say_next(*command)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         news.end()
-        print(f"interrupted; finished calls are kept\nnext: {command}", file=sys.stderr)
+        print("interrupted; finished calls are kept", file=sys.stderr)
+        say_next(*command)
         raise typer.Exit(130) from None
     finally:
         news.end()
     _print_result(result)
     print(result.output)
-    say_next("train", result.output, "--model", "NAME")
+    say_next("train", result.output, "--model", EXAMPLE_MODEL)
 
 
 def _endpoint(service: str | None, base_url: str | None, api_key_env: str | None) -> Endpoint:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from palate.cli.format import Wide
+from palate.cli.format import Wide, say_next
 from palate_recipes.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -69,10 +69,11 @@ def models(
         wide=wide,
     )
     if not rows:
-        print(f"no model of the catalog contains {search!r}; next: palate models", file=sys.stderr)
+        print(f"no model of the catalog contains {search!r}", file=sys.stderr)
+        say_next("models")
         return
     print("GiB: minimum GPU memory at batch size 1. For any other model: --model-uri FOLDER", file=sys.stderr)
-    print("next: palate train DATA --model NAME", file=sys.stderr)
+    say_next("data", "demo")
 
 
 def _hyperparameters(as_json: bool, wide: bool) -> None:
@@ -183,7 +184,7 @@ def build(
         for name in wanted
     ]
     _show(built, as_json)
-    print("next: palate images list", file=sys.stderr)
+    say_next("images", "list")
 
 
 @images.command("list")
@@ -195,7 +196,8 @@ def list_(engine: _Engine = None, as_json: _Json = False, wide: Wide = False) ->
     found = list_images(find_engine(engine))
     _show(found, as_json, wide)
     if not found:
-        print("no images yet; next: palate images build", file=sys.stderr)
+        print("no images yet", file=sys.stderr)
+        say_next("images", "build")
 
 
 def _show(found: list[ImageFacts], as_json: bool, wide: bool = False) -> None:
@@ -282,7 +284,7 @@ def up(
             else:
                 print("the secret access key is the one shown at the first start", file=sys.stderr)
             print("serving until Ctrl-C; run the lines above in another terminal", file=sys.stderr)
-            print("next: palate doctor", file=sys.stderr, flush=True)
+            say_next("doctor")
             server.wait()
     except (KeyboardInterrupt, _Stopped):
         print("stopped; the data is kept", file=sys.stderr)

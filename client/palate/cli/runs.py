@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from palate.cli.format import Wide, age, open_run, pairs, seconds
+from palate.cli.format import Wide, age, open_run, pairs, say_next, seconds
 from palate.cli.show import show
 from palate_recipes.errors import ConfigurationError, DamagedFilesError
 from palate_recipes.text import visible
@@ -57,7 +57,7 @@ def jobs(
         (*(row[key] for key in ("id", "state", "model", "method", "strategy")), _age(row), _why(row)) for row in rows
     ]
     _show(rows, columns, shown, as_json=as_json, wide=wide)
-    _end("jobs", wanted, listing, {"Succeeded": "deploy", "Creating": "watch", "Running": "watch"}, "palate quickstart")
+    _end("jobs", wanted, listing, {"Succeeded": "deploy", "Creating": "watch", "Running": "watch"}, "quickstart")
 
 
 def services(
@@ -80,7 +80,7 @@ def services(
         (*(row[key] for key in ("ServiceName", "Status", "Model", "Endpoint")), _age(row), _why(row)) for row in rows
     ]
     _show(rows, columns, shown, as_json=as_json, wide=wide)
-    _end("services", wanted, listing, {"Running": "chat", "Stopped": "start"}, "palate deploy JOB")
+    _end("services", wanted, listing, {"Running": "chat", "Stopped": "start"}, "jobs")
 
 
 def _wanted(
@@ -187,17 +187,18 @@ def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], 
             file=sys.stderr,
         )
         damaged = next((found.name for found in listing.unread if isinstance(found.error, DamagedFilesError)), None)
-        remedy = f"delete {damaged}" if damaged else f"{kind} --timeout 300"
-        print(visible(f"next: palate {remedy}"), file=sys.stderr)
+        say_next(*(("delete", damaged) if damaged else (kind, "--timeout", 300)))
         raise typer.Exit(1)
     if listing.runs:
         newest = listing.runs[0]
         verb = verbs.get(newest.status.state if newest.status else "", "logs")
-        print(visible(f"next: palate {verb} {newest.name}"), file=sys.stderr)
+        say_next(verb, newest.name)
     elif wanted.is_everything:
-        print(f"no {kind} yet; next: {first}", file=sys.stderr)
+        print(f"no {kind} yet", file=sys.stderr)
+        say_next(first)
     else:
-        print(f"no {kind} match; next: palate {kind}", file=sys.stderr)
+        print(f"no {kind} match", file=sys.stderr)
+        say_next(kind)
 
 
 def watch(
@@ -215,7 +216,7 @@ def watch(
     job = TrainingJob.get(name)
     job.wait(timeout_s=timeout)
     print(f"{name}\t{job.status}")
-    print(f"next: palate deploy {name}", file=sys.stderr)
+    say_next("deploy", name)
 
 
 def metrics(
@@ -270,7 +271,7 @@ def save(
     job = TrainingJob.get(name)
     print(f"checking and copying the model of {job.id}", file=sys.stderr)
     print(job.save_model(uri))
-    print(f"next: palate deploy {name}", file=sys.stderr)
+    say_next("deploy", name)
 
 
 def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
@@ -312,7 +313,7 @@ def update(
 
     predictor = Predictor(name).update_service(TrainingJob.get(job_id), show_logs=show_logs)
     print(f"{name}\t{predictor.endpoint}")
-    print(f"next: palate chat {name}", file=sys.stderr)
+    say_next("chat", name)
 
 
 def delete(
@@ -362,9 +363,11 @@ def clean(
     elif yes:
         for item in found:
             item.remove()
-        print(f"{len(found)} removed; next: palate jobs", file=sys.stderr)
+        print(f"{len(found)} removed", file=sys.stderr)
+        say_next("jobs")
     else:
-        print(f"{len(found)} found, nothing changed; next: palate clean --yes", file=sys.stderr)
+        print(f"{len(found)} found, nothing changed", file=sys.stderr)
+        say_next("clean", "--yes")
 
 
 def register(app: typer.Typer) -> None:

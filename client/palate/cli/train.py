@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palate.cli.format import pairs
+from palate.cli.format import pairs, say_next
 from palate_recipes.text import visible
 
 
@@ -79,8 +79,7 @@ def train(
     inputs = {channel: uri for channel, uri in given.items() if uri}
     job = recipe.train(inputs=inputs, wait=wait, job_name=name)
     print(job.id)
-    following = f"palate deploy {job.id}" if wait else f"palate watch {job.id}"
-    print(f"next: {following}", file=sys.stderr)
+    say_next("deploy" if wait else "watch", job.id)
 
 
 def resume(
@@ -92,7 +91,7 @@ def resume(
 
     job = TrainingJob.get(name).resume(wait=wait)
     print(job.id)
-    print(f"next: palate {'deploy' if wait else 'watch'} {job.id}", file=sys.stderr)
+    say_next("deploy" if wait else "watch", job.id)
 
 
 def deploy(
@@ -140,7 +139,7 @@ def deploy(
     service_name = f"{of}-{'base' if base else 'service'}" if name is None else name
     predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
-    print(f"next: palate {'chat' if wait else 'logs -f'} {predictor.service_name}", file=sys.stderr)
+    say_next(*(("chat",) if wait else ("logs", "-f")), predictor.service_name)
 
 
 def chat(
