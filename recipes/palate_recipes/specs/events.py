@@ -171,6 +171,8 @@ class Curves:
             before = self.train[-1].step if self.train else self.start.step
             self.train.append(_point(event, "", max(1, event["step"] - before)))
         elif kind == "eval":
+            # A resumed run repeats the evaluation that its checkpoint was written without.
+            self.validation = [point for point in self.validation if point.step != event["step"]]
             self.validation.append(_point(event, "eval_", 0))
 
     @property
