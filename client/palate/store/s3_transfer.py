@@ -45,6 +45,7 @@ PART = 8 << 20
 
 _PARTS_AT_A_TIME = 4
 _PARTS_IN_MEMORY = 8
+_WRITE_BLOCK = 256 << 10
 _MOST_PARTS = 10_000  # S3's limit per upload
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.4
@@ -348,9 +349,11 @@ def _read_at(descriptor: int, start: int, length: int, path: str | os.PathLike[s
 
 
 def _write_at(descriptor: int, data: bytes, start: int) -> None:
+    # In small blocks: for one large write, Linux 6.16 and newer allocates its page cache as huge folios. In a virtual machine
+    # whose host has not backed that memory yet, this measured 12 times slower than blocks of this size.
     view = memoryview(data)
     while view:
-        written = os.pwrite(descriptor, view, start)
+        written = os.pwrite(descriptor, view[:_WRITE_BLOCK], start)
         view, start = view[written:], start + written
 
 
