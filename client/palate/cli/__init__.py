@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from palate.cli import machine, runs, train
+from palate.cli import chat, machine, runs, train
 from palate.cli.data import data
 from palate.cli.machine import images, store
 from palate_recipes.errors import PalateError
@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
 )
 train.register(app)
+chat.register(app)
 runs.register(app)
 machine.register(app)
 app.add_typer(data, name="data")
