@@ -88,9 +88,11 @@ def start_service(
     predictor._run.start()
     if wait:
         try:
-            predictor.wait_for_ready(show_logs=show_logs)
-        except BaseException:
+            predictor._wait_until_ready(show_logs=show_logs)
+        except BaseException as error:
             predictor._run.stop(grace_s=5.0)  # on Ctrl-C too: a service that nobody waits for must not stay
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
     return predictor
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
+import typer.core
 
 from palate.cli import chat, machine, runs, train
 from palate.cli.data import data
@@ -16,8 +18,24 @@ from palate.cli.machine import images, store
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
 
+
+class _Interrupted(Exception):
+    """Ctrl-C was pressed. typer ends the process without a word on KeyboardInterrupt."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, with Ctrl-C passed on to `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted(*getattr(interrupt, "__notes__", ())) from interrupt
+
+
 app = typer.Typer(
     name="palate",
+    cls=_Commands,
     help="Preference-tune an open model and serve it behind an OpenAI-compatible endpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,11 +58,10 @@ def main() -> None:
     except PalateError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; submitted jobs and services keep running: `palate jobs` and `palate services` list them",
-            file=sys.stderr,
-        )
+    except (_Interrupted, KeyboardInterrupt) as interrupt:
+        known = [note for note in interrupt.args if isinstance(note, str)]  # what was waited for, and how to go on
+        general = "submitted jobs and services keep running: `palate jobs` and `palate services` list them"
+        print(visible("\n".join(["interrupted", *(known or [general])])), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of stdout has exited (`palate logs … | head`), which is not an error.

@@ -434,7 +434,8 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                     for earlier in kept
                     if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= event["step"])
                 ]
-            elif event["kind"] == "eval":  # a resumed run repeats the evaluation that its checkpoint was written without
+            elif event["kind"] == "eval":
+                # A resumed run repeats the evaluation that its checkpoint was written without.
                 kept = [earlier for earlier in kept if (earlier["kind"], earlier["step"]) != ("eval", event["step"])]
             kept.append(event)
     return kept
