@@ -267,6 +267,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Whether an evaluation was due at the checkpoint's step, and the checkpoint was written without it."""
         if any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history):
             return False
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            return True
         if args.eval_strategy == "epoch":
             return math.isclose(float(state.epoch or 0.0) % 1.0, 0.0, abs_tol=1e-9)
         return args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0
