@@ -90,9 +90,11 @@ def start_service(
     if wait:
         note(f"service {service_name} is starting; `palate logs -f {service_name}` shows the engine's log")
         try:
-            predictor.wait_for_ready(show_logs=show_logs, show_stages=True)
-        except BaseException:
+            predictor._wait_until_ready(show_logs=show_logs, show_stages=True)
+        except BaseException as error:
             predictor._run.stop(grace_s=5.0)  # on Ctrl-C too: a service that nobody waits for must not stay
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
     return predictor
 

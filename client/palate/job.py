@@ -195,7 +195,7 @@ class TrainingJob:
         Args:
             interval: Seconds between polls.
             show_logs: Show a live view on a terminal, log lines elsewhere, on stderr.
-            timeout_s: Time limit in seconds; None: no limit. The job continues after a timeout.
+            timeout_s: Time limit in seconds; None: no limit. The job continues after a timeout, and after Ctrl-C.
 
         Returns:
             The job itself.
@@ -204,13 +204,19 @@ class TrainingJob:
             TrainingJobError: It failed or was stopped. Has the reason and the last log lines.
             WaitTimeoutError: It has not ended within `timeout_s`.
         """
-        status = self._run.follow(
-            until=lambda status: status.is_terminal,
-            show_logs=show_logs,
-            timeout_s=timeout_s,
-            interval_s=interval,
-            what="the end of the training",
-        )
+        try:
+            status = self._run.follow(
+                until=lambda status: status.is_terminal,
+                show_logs=show_logs,
+                timeout_s=timeout_s,
+                interval_s=interval,
+                what="the end of the training",
+            )
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(
+                f"job {self.id} continues: `palate watch {self.id}` follows it, `palate stop {self.id}` stops it"
+            )
+            raise
         if status.state != "Succeeded":
             verb = "was stopped" if status.state == "Stopped" else "failed"
             raise TrainingJobError(f"job {self.id} {verb}", reason=status.reason, log_tail=list(status.log_tail))

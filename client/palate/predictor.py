@@ -303,6 +303,18 @@ class Predictor:
             ServiceError: It failed or was stopped. Has the reason and the last lines of the engine's log.
             WaitTimeoutError: It is not ready in time. It keeps starting; `stop_service()` stops it.
         """
+        try:
+            return self._wait_until_ready(timeout_s, show_logs=show_logs, show_stages=show_stages)
+        except KeyboardInterrupt as interrupt:
+            name = self.service_name
+            interrupt.add_note(
+                f"service {name} keeps starting: `palate services` shows it, `palate stop {name}` stops it"
+            )
+            raise
+
+    def _wait_until_ready(
+        self, timeout_s: float | None = None, *, show_logs: bool = False, show_stages: bool = False
+    ) -> Predictor:
         if timeout_s is None:
             timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
         status = self._run.follow(
@@ -354,12 +366,14 @@ class Predictor:
         self.stop_service()
         try:
             self.start_service(wait=False)
-            return self.wait_for_ready(show_logs=show_logs, show_stages=True)
+            return self._wait_until_ready(show_logs=show_logs, show_stages=True)
         except BaseException as error:
             self.stop_service()
             self._run.replace_manifest(after, before)
             if was_active:
                 self.start_service(wait=isinstance(error, Exception))
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(f"service {self.service_name} keeps its previous model")
             if isinstance(error, ServiceError | WaitTimeoutError):
                 raise ServiceError(
                     f"service {self.service_name} could not be updated to job {job.id}, and "

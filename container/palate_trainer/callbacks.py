@@ -109,6 +109,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._pace = Throughput()
         self._watch = DivergenceWatch()
         self._epoch_mark = 0.0
+        self._owed_evaluation = False
 
     def attach(self, trainer: Any) -> None:
         """Connects to the trainer, and removes its callback that prints raw dicts."""
@@ -139,8 +140,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         log(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
         if state.global_step:
             log(f"resumed after step {state.global_step}")
+            self._owed_evaluation = self._is_evaluation_missing(args, state)
         if state.global_step >= state.max_steps:
+            self._evaluate_if_owed()
             raise StopRequested  # resumed after the last step: transformers would run one step too many
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not in on_train_begin: the checkpoint's random state is loaded only now, and an evaluation changes it.
+        self._evaluate_if_owed()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate's wrappers do not always pass the epoch on to the sampler, and the row order of a resumed run needs it.
@@ -249,6 +256,22 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         }
         self.metrics.write("end", event)
         return event
+
+    def _evaluate_if_owed(self) -> None:
+        """Makes the evaluation that a stop or a kill left out after the checkpoint's step."""
+        if self._owed_evaluation:
+            self._owed_evaluation = False
+            self.trainer.evaluate()
+
+    def _is_evaluation_missing(self, args: Any, state: Any) -> bool:
+        """Whether an evaluation was due at the checkpoint's step, and the checkpoint was written without it."""
+        if any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history):
+            return False
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            return True
+        if args.eval_strategy == "epoch":
+            return math.isclose(float(state.epoch or 0.0) % 1.0, 0.0, abs_tol=1e-9)
+        return bool(args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0)
 
     def _to_come(self, args: Any, state: Any) -> dict[str, int]:
         """Counts the remaining work. The evaluation and checkpoint of the step being logged are still to come."""

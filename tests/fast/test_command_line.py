@@ -255,7 +255,7 @@ def test_a_list_may_be_waited_for_without_end(home: Path, verb: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["hi", "--model", "other"], ["answered 404", "other", "This service has: default, svc"]),
+        (["hi", "--model", "other"], ["--model 'other'", "no such model", "It has: default, svc"]),
         (["\udcff"], [r"message '\udcff'", "UTF-8"]),
         (["hi", "--system", "\udcff"], ["--system", "UTF-8"]),
     ],

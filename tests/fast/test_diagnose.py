@@ -245,3 +245,43 @@ def test_durations_fit_an_estimate() -> None:
     assert [duration(s) for s in (0.4, 89, 90, 3599, 7800, 90000)] == [
         "0 s", "89 s", "2 min", "1 h", "2 h 10 min", "1 d 1 h",
     ]  # fmt: skip
+
+
+def running(margins: list[float], *, total: int, every: int = 2, **fields: Any) -> list[dict[str, Any]]:
+    """The events of a run with more steps to come."""
+    return [{**event, "total_steps": total} for event in run(margins, every=every, **fields)]
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        # Two evaluations that rise by chance, a loss that rises by chance: five steps prove neither.
+        (run([0, 0.3], every=5, validation=[0.5, 0.6]), "10 steps are too few"),
+        (run([0, -0.6, -0.8, -0.9]), "8 steps are too few"),
+        (running([0, -0.6, -0.8, -0.9], total=400), "Step 8 of 400 is too early for a verdict"),
+        (running([0, 0.02, 0.01] * 5, total=400), "Step 30 of 400 is too early for a verdict"),
+        (running([0, 0.5], every=20, total=400), "2 log lines in 40 steps"),
+        (run([0, 0.5], every=20), "Lower logging_steps"),
+    ],
+)
+def test_too_little_to_read_is_said_and_no_verdict_given(events: list[dict[str, Any]], words: str) -> None:
+    reading = read_run(events)
+    assert reading.verdict == "too early to tell"
+    assert words in reading.text
+
+
+@pytest.mark.parametrize(
+    ("margins", "verdict"),
+    [([0, 1, 1.5, 2.0], "learning"), ([0, -3, -4, -5], "unstable")],
+)
+def test_what_is_clear_needs_no_twenty_steps(margins: list[float], verdict: str) -> None:
+    assert read_run(run(margins)).verdict == verdict
+
+
+def test_the_reading_of_a_run_with_steps_to_come_says_where_it_is() -> None:
+    reading = read_run(running(ramp(0, 1.5), total=400))
+    assert reading.verdict == "learning"
+    assert reading.text.startswith("At step 40 of 400: ")
+    assert "at the end" not in reading.text
+    flat = read_run(running([0, 0.01, 0.02] * 8, total=400))
+    assert (flat.verdict, flat.text[:18]) == ("not learning", "At step 48 of 400:")

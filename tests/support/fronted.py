@@ -33,7 +33,7 @@ class FrontedService:
 
 @contextmanager
 def fronted_service(
-    token: str, *, port: int = 0, http: str = "auto", hangs: bool = False, **limits: float
+    token: str, *, port: int = 0, http: str = "auto", hangs: bool = False, chats: bool = False, **limits: float
 ) -> Iterator[FrontedService]:
     """Runs it until the block ends. It answers with what reached it, and never at `/hang`.
 
@@ -42,6 +42,7 @@ def fronted_service(
         port: 0 takes a free one.
         http: Which of uvicorn's protocols.
         hangs: Whether it answers no POST at all.
+        chats: Whether it streams chat answers; see `talk`.
         limits: Constants of palate_server.listener and palate_server.gateway to be set to other values.
     """
     with socket.socket() as listener:
@@ -54,7 +55,15 @@ def fronted_service(
             LISTENER_VARIABLE: str(listener.fileno()),
             "PYTHONPATH": os.pathsep.join([str(Path(palate_server.__file__).parents[1]), os.getcwd()]),
         }
-        command = [sys.executable, "-m", __name__, http, json.dumps(limits), "POST" if hangs else ""]
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            http,
+            json.dumps(limits),
+            "POST" if hangs else "",
+            "talk" if chats else "echo",
+        ]
         process = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()])
         port = listener.getsockname()[1]
     try:
@@ -81,6 +90,37 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": said.encode()})
 
 
+async def talk(scope: Any, receive: Any, send: Any) -> None:
+    """Streams what it was asked, in words. `forever` gets an answer that never ends, `refuse` an error."""
+    if scope["type"] != "http":
+        return
+    if scope["method"] != "POST":  # a health check
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+        return
+    asked = json.loads((await receive())["body"])
+    said = asked["messages"][-1]["content"]
+    if said == "refuse":
+        await send({"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b'{"error": {"message": "no"}}'})
+        return
+    roles = "".join(message["role"][0] for message in asked["messages"])
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+
+    async def tell(content: str, *, more: bool = True) -> None:
+        event = f"data: {content}\n\n".encode()
+        await send({"type": "http.response.body", "body": event, "more_body": more})
+
+    for word in (f"[{roles}]", f" {asked['model']}", f" {asked['temperature']:g}", f" {said}."):
+        choice = {"index": 0, "delta": {"content": word}}
+        await tell(json.dumps({"id": "x", "object": "chat.completion.chunk", "choices": [choice]}))
+    if said.startswith("forever"):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
+    await tell("[DONE]", more=False)
+
+
 def main() -> None:
     import uvicorn
 
@@ -93,7 +133,9 @@ def main() -> None:
             if hasattr(module, name):
                 setattr(module, name, value)
     listener.serve_on(listener.take_listener())
-    app = gateway.Gateway(echo, spec=ServeSpec(service_name="svc", model_dir="m", work_dir="w"))
+    app = gateway.Gateway(
+        {"echo": echo, "talk": talk}[sys.argv[4]], spec=ServeSpec(service_name="svc", model_dir="m", work_dir="w")
+    )
     uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_level="warning")).run()  # type: ignore[arg-type]
 
 

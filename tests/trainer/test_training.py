@@ -217,6 +217,45 @@ def test_sigterm_leaves_a_whole_checkpoint_and_says_so_in_the_exit_code(tiny: Pa
     assert not (tmp_path / "out" / "model").exists()
 
 
+def evaluations(metrics: list[dict[str, Any]]) -> dict[int, float]:
+    return {entry["step"]: entry["eval_loss"] for entry in metrics if entry["kind"] == "eval"}
+
+
+@pytest.mark.parametrize("every", [{"eval_steps": 2}, {"eval_steps": 0}], ids=["steps", "epoch"])
+def test_a_run_that_was_stopped_during_an_evaluation_makes_it_when_it_resumes(
+    tiny: Path, tmp_path: Path, every: dict[str, int]
+) -> None:
+    """The evaluation draws from the random state too: with dropout, later losses show whether it was made at its place."""
+    settings: dict[str, Any] = {
+        "rows": 8,
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lora_dropout": 0.1,
+        "held_out": preference_rows(300),
+        "num_train_epochs": 3,
+        **every,
+    }
+    whole = train(spec(tiny, tmp_path / "whole", **settings))
+    assert list(evaluations(whole)) == [2, 4, 5]
+    process = program(spec(tiny, tmp_path / "stopped", **settings), tmp_path / "stopped")
+    out = tmp_path / "stopped" / "out"
+    deadline = time.monotonic() + 90
+    while not ((out / "metrics.jsonl").exists() and '"step": 2,' in (out / "metrics.jsonl").read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output[-2000:]
+    checkpoint = out / "checkpoints" / "checkpoint-2"
+    assert (checkpoint / COMPLETE_MARK).exists()
+    assert '"eval"' not in (out / "metrics.jsonl").read_text()
+    resumed = train(spec(tiny, tmp_path / "resumed", resume_from=str(checkpoint), **settings))
+    assert evaluations(resumed) == pytest.approx(evaluations(whole), abs=1e-5)
+    assert losses(resumed) == pytest.approx(losses(whole)[2:], abs=1e-5)
+
+
 def test_sigterm_before_the_first_step_has_the_same_exit_code(tiny: Path, tmp_path: Path) -> None:
     process = program(spec(tiny, tmp_path), tmp_path)
     deadline = time.monotonic() + 30
@@ -302,3 +341,11 @@ def test_gradients_through_4_bit_weights_are_those_of_the_same_weights_in_float3
         gradients.append(torch.cat([p.grad.float().flatten() for p in adapted.parameters() if p.grad is not None]))
     found, expected = gradients
     assert (found - expected).norm() <= (1e-4 if precision == "float32" else 0.05) * expected.norm()
+
+
+def test_quantised_training_on_a_cpu_prints_no_warning_of_torch(small: Path, tmp_path: Path) -> None:
+    wanted = spec(small, tmp_path, method="QLoRA_LLM", rows=2, max_steps=1, per_device_train_batch_size=1)
+    process = program(wanted, tmp_path)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-2000:]
+    assert "Warning" not in output

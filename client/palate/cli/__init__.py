@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from palate.cli import machine, runs, train
+from palate.cli import chat, machine, runs, train
 from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags
@@ -20,13 +21,30 @@ from palate_recipes import __version__
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
 
+
+class _Interrupted(Exception):
+    """Ctrl-C was pressed. typer ends the process without a word on KeyboardInterrupt."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, with Ctrl-C passed on to `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted(*getattr(interrupt, "__notes__", ())) from interrupt
+
+
 app = typer.Typer(
     name="palate",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 train.register(app)
+chat.register(app)
 runs.register(app)
 machine.register(app)
 app.add_typer(data, name="data")
@@ -68,11 +86,10 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; submitted jobs and services keep running: `palate jobs` and `palate services` list them",
-            file=sys.stderr,
-        )
+    except (_Interrupted, KeyboardInterrupt) as interrupt:
+        known = [note for note in interrupt.args if isinstance(note, str)]  # what was waited for, and how to go on
+        general = "submitted jobs and services keep running: `palate jobs` and `palate services` list them"
+        print(visible("\n".join(["interrupted", *(known or [general])])), file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         # An error with a path is the user's. Without one it is a bug, and the traceback is needed.

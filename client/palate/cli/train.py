@@ -1,15 +1,13 @@
-"""Commands: train, resume, deploy, chat, quickstart, and run for PAI scripts."""
+"""Commands: train, resume, deploy, quickstart, and run for PAI scripts."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from palate.cli.format import pairs, say_next
-from palate_recipes.text import visible
 
 
 def train(
@@ -139,73 +137,7 @@ def deploy(
     service_name = f"{of}-{'base' if base else 'service'}" if name is None else name
     predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
-    say_next(*(("chat",) if wait else ("logs", "-f")), predictor.service_name)
-
-
-def chat(
-    service: Annotated[str, typer.Argument(help="Service name.")],
-    message: Annotated[
-        str | None, typer.Argument(help="One message. Without it: a conversation from the terminal or stdin.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Model to ask: default (tuned) or base.")] = "default",
-    system: Annotated[str | None, typer.Option(help="System prompt. Default: the one used in training.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
-) -> None:
-    """Chat with a service; answers stream to stdout."""
-    import httpx2
-    import openai
-
-    from palate.predictor import Predictor
-    from palate_recipes.errors import ConfigurationError, ServiceError
-
-    def text_of(what: str, text: str) -> str:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ConfigurationError(f"{what} {text!r} is not valid UTF-8: check the terminal's encoding") from None
-        return text
-
-    if system is not None:
-        text_of("--system", system)
-    predictor = Predictor(service)
-    client = predictor.openai()
-    if system is None:
-        system = predictor.manifest.body.system_prompt
-    history: list[Any] = [{"role": "system", "content": system}] if system else []
-
-    def ask(text: str) -> None:
-        history.append({"role": "user", "content": text_of("the message", text)})
-        answer = ""
-        try:
-            stream: Any = client.chat.completions.create(
-                model=model, messages=history, stream=True, max_tokens=max_tokens, temperature=temperature
-            )
-            for event in stream:
-                piece = (event.choices[0].delta.content or "") if event.choices else ""
-                answer += piece
-                print(visible(piece), end="", flush=True)
-        except (openai.OpenAIError, httpx2.HTTPError) as error:  # HTTPError: an interrupted stream
-            if answer:
-                print()
-            said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
-            raise ServiceError(f"service {service} {said}", reason=visible(str(error))) from error
-        print()
-        history.append({"role": "assistant", "content": answer})
-
-    if message is not None:
-        ask(message)
-        return
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print(f"{service}, model {model}; an empty line or Ctrl-D ends", file=sys.stderr)
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line.strip():
-            return
-        ask(line.strip())
+    say_next("chat" if wait else "show", predictor.service_name)
 
 
 QUICKSTART_HELP = """Train a small model not to flatter, and compare it.
@@ -269,7 +201,7 @@ def run(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (train, resume, deploy, chat):
+    for verb in (train, resume, deploy):
         app.command()(verb)
     app.command(help=QUICKSTART_HELP)(quickstart)
     # Arguments after the script belong to the script, options included.

@@ -21,6 +21,8 @@ from palate_recipes.specs.run import Deployment
 from palate_recipes.specs.serve import ERROR_FILE, IDLE_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
 STOP_GRACE_S = 20.0
+_PORT_RELEASE_S = 10.0
+"""How long the engine of a killed attempt may take to release its port."""
 
 
 def run_service(context: RunContext, body: Deployment) -> Ending:
@@ -117,17 +119,21 @@ def _port(context: RunContext, options: Mapping[str, Any]) -> int:
     if not isinstance(last, int) or not 1024 <= last <= 65535:  # the record is not trusted
         return 0
     host = str(options.get("host", "127.0.0.1"))
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, last))
-    except OSError as error:
-        context.say(
-            f"note: port {last}, which this service had, cannot be bound ({error.strerror}): it takes a free one, and its URL "
-            "changes. Deploy with a fixed port to make that an error"
-        )
-        return 0
-    return last
+    deadline = time.monotonic() + _PORT_RELEASE_S
+    while True:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, last))
+            return last
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                context.say(
+                    f"note: port {last}, which this service had, cannot be bound ({error.strerror}): it takes a free one, and its "
+                    "URL changes. Deploy with a fixed port to make that an error"
+                )
+                return 0
+        time.sleep(0.1)
 
 
 def _stage_tuned(context: RunContext, uri: str, digest: str | None) -> Path:

@@ -434,6 +434,9 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                     for earlier in kept
                     if earlier["kind"] == "start" or (earlier["kind"] != "end" and earlier["step"] <= event["step"])
                 ]
+            elif event["kind"] == "eval":
+                # A resumed run repeats the evaluation that its checkpoint was written without.
+                kept = [earlier for earlier in kept if (earlier["kind"], earlier["step"]) != ("eval", event["step"])]
             kept.append(event)
     return kept
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
@@ -215,6 +217,22 @@ class PalateMixin(DistributedMixin):
         else:
             self.order = SimilarLengths(list(rows["length"]), args.per_device_train_batch_size, args.seed)
         return self.order
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates. If that is cut short, random numbers continue as before it.
+
+        The checkpoint that a stop writes then holds the state after its step, and a resumed run can repeat the evaluation.
+        """
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+            torch.cuda.set_rng_state_all(cuda)
+            raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if world_size() > 1:

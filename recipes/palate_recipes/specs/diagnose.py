@@ -22,7 +22,9 @@ ADVICE_NAMES = ("learning_rate", "num_train_epochs", "dpo_beta", "loss_type")
 
 # Thresholds. Loss thresholds are shares of the first loss, the loss before training.
 ENOUGH_STEPS = 20  # a shorter run gets a verdict only if its result is clear
+ENOUGH_LINES = 4  # the same for fewer log lines: the last quarter would be one batch
 CLEAR = 0.5  # a fall of this much is clear
+WARM = 0.1  # share of a run after which a flat loss counts: the learning rate may rise until then (warm-up)
 FLAT = 0.03  # a smaller fall is none
 FLAT_SFT = 0.01  # lower for SFT: most of its loss is text entropy, which training cannot remove
 MEMORIZED = 0.8  # training loss below this while the validation loss never improved
@@ -66,6 +68,15 @@ class _Run:
         return self.first * (FLAT if self.curves.has_reference else FLAT_SFT)
 
     @property
+    def is_clear(self) -> bool:
+        return self.first - self.end > CLEAR * self.first
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is still running, or ended early."""
+        return self.curves.steps < self.curves.total_steps
+
+    @property
     def validation(self) -> list[Point]:
         """The last evaluation, or nothing if it is older than half the run."""
         return [p for p in self.curves.validation[-1:] if p.loss is not None and p.step >= self.curves.steps / 2]
@@ -78,7 +89,8 @@ def read_run(events: Iterable[Mapping[str, Any]]) -> Reading:
         events: The objects of metrics.jsonl in order, as `TrainingJob.metrics` returns them.
 
     Returns:
-        The first verdict that applies. "unstable" and "over-fitting" come first: the others assume a run without either.
+        The first verdict that applies. Too few steps or log lines for one come first, then "unstable" and "over-fitting": the
+        others assume a run without either. The text of a run with steps to come says at which step it was read.
     """
     curves = Curves.of(events)
     if not curves.train:
@@ -89,14 +101,18 @@ def read_run(events: Iterable[Mapping[str, Any]]) -> Reading:
         return Reading("unstable", f"The loss at step {lost} is not finite. {_sentence(change_rate(curves, 0.1))}.")
     run = _Run(curves, first, end)
     looks: tuple[tuple[Verdict, str | None], ...] = (
+        ("too early to tell", _too_early(run)),
         ("unstable", _unstable(run)),
         ("over-fitting", _over_fitting(run)),
-        ("too early to tell", _too_early(run)),
+        ("too early to tell", _still_flat(run)),
         ("not learning", _not_learning(run)),
         ("saturated", _saturated(run)),
         ("learning", _learning(run)),
     )
-    return next(Reading(verdict, text) for verdict, text in looks if text)
+    verdict, text = next((verdict, text) for verdict, text in looks if text)
+    if run.is_partial and verdict != "too early to tell":
+        text = f"At step {curves.steps} of {curves.total_steps}: {text}"
+    return Reading(verdict, text)
 
 
 # One function per verdict: its text, or None if it does not apply.
@@ -144,11 +160,30 @@ def _over_fitting(run: _Run) -> str | None:
 
 
 def _too_early(run: _Run) -> str | None:
-    if run.curves.steps >= ENOUGH_STEPS or run.first - run.end > CLEAR * run.first:
+    steps, total, lines = run.curves.steps, run.curves.total_steps, len(run.curves.train)
+    if run.is_clear or run.end > SPIKE * run.first:
+        return None  # a loss that has halved, or doubled, needs no more steps
+    if steps < ENOUGH_STEPS <= total:
+        return f"Step {steps} of {total} is too early for a verdict: {_figures(run)}. Read it again after step {ENOUGH_STEPS}."
+    if steps < ENOUGH_STEPS:
+        return (
+            f"{steps} steps are too few for a verdict: {_figures(run)}. Train for {ENOUGH_STEPS} steps or more: more"
+            " epochs, more rows, or a smaller gradient_accumulation_steps."
+        )
+    if lines < ENOUGH_LINES:
+        remedy = "Read it again later, or lower logging_steps" if run.is_partial else "Lower logging_steps"
+        return f"{lines} log lines in {steps} steps are too few for a verdict: {_figures(run)}. {remedy}."
+    return None
+
+
+def _still_flat(run: _Run) -> str | None:
+    """A loss that has not fallen yet, early in a run that is not over."""
+    warm = math.ceil(WARM * run.curves.total_steps)
+    if not run.is_partial or run.curves.steps >= warm or run.first - run.end > run.flat:
         return None
     return (
-        f"{run.curves.steps} steps are too few for a verdict: {_figures(run)}. Train for {ENOUGH_STEPS} steps or more: more"
-        " epochs, more rows, or a smaller gradient_accumulation_steps."
+        f"Step {run.curves.steps} of {run.curves.total_steps} is too early for a verdict: {_figures(run)}."
+        f" Read it again after step {warm}."
     )
 
 
@@ -214,7 +249,7 @@ def _behind(run: _Run) -> str:
 def _still_falling(run: _Run) -> str:
     before = mean([point for point in run.curves.last(0.5) if point not in run.curves.last()], "loss")
     rising = any(_loss(last) > _loss(previous) for previous, last in pairwise(run.curves.validation[-2:]))
-    if before is None or rising or run.curves.steps < ENOUGH_STEPS or before - run.end < STILL_FALLING * run.first:
+    if before is None or rising or run.is_partial or run.curves.steps < ENOUGH_STEPS or before - run.end < STILL_FALLING * run.first:
         return ""
     return "The loss was still falling at the end: another epoch may improve the model."
 

@@ -146,11 +146,13 @@ class Curves:
     Attributes:
         start: The last `start` event.
         train, validation: Points in order of steps. Steps that a resumed run repeated occur once.
+        total_steps: Steps of the whole run; 0 if no event has it.
     """
 
     start: Start = field(default_factory=Start)
     train: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
+    total_steps: int = 0
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> Curves:
@@ -163,6 +165,7 @@ class Curves:
     def add(self, event: Mapping[str, Any]) -> None:
         """Adds an event. Ignores kinds other than `start`, `train` and `eval`."""
         kind = event["kind"]
+        self.total_steps = event.get("total_steps") or self.total_steps
         if kind == "start":
             self.start = convert(dict(event), Start)
             self.train = [point for point in self.train if point.step <= event["step"]]
@@ -171,6 +174,8 @@ class Curves:
             before = self.train[-1].step if self.train else self.start.step
             self.train.append(_point(event, "", max(1, event["step"] - before)))
         elif kind == "eval":
+            # A resumed run repeats the evaluation that its checkpoint was written without.
+            self.validation = [point for point in self.validation if point.step != event["step"]]
             self.validation.append(_point(event, "eval_", 0))
 
     @property

@@ -1,0 +1,354 @@
+"""The command `chat`: one message, messages from a pipe, or a conversation at a terminal. Knows a service's client, no engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from palate.paths import palate_home
+from palate_recipes.errors import ConfigurationError, PalateError, ServiceError
+from palate_recipes.text import expand_path, visible
+
+HISTORY_FILE = "chat_history"
+HISTORY_LINES = 1000
+
+_HELP = """/help              show this list
+/reset             forget the conversation; the system prompt stays
+/system [TEXT]     show or change the system prompt; "" removes it
+/model [NAME]      show or change the model
+/temperature [X]   show or change the sampling temperature
+/save FILE         write the conversation to a new JSON file
+//TEXT             send a message that starts with /
+Ctrl-C stops an answer, Ctrl-D leaves."""
+
+_CTRL_C_HINT = "Ctrl-D leaves, /help lists the commands"
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """The messages so far, and how the next one is asked.
+
+    Attributes:
+        service: The service's name, for messages.
+        client: Its OpenAI client.
+        model: Model name.
+        system: System prompt; "" sends none.
+        max_tokens: Maximum tokens of an answer.
+        temperature: Sampling temperature.
+        turns: Messages of the user and answers, alternating. A failed question is not in it.
+    """
+
+    service: str
+    client: Any
+    model: str
+    system: str
+    max_tokens: int
+    temperature: float
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Yields the answer in pieces. If it is stopped midway, the conversation keeps the pieces that were shown.
+
+        Raises:
+            ServiceError: The service answered with an error or the connection broke. The conversation is unchanged.
+        """
+        import httpx2
+        import openai
+
+        question = {"role": "user", "content": text}
+        answer = ""
+        failed = False
+        stream: Any = None
+        try:
+            stream = self.client.chat.completions.create(
+                model=self.model,
+                messages=[*self.messages, question],
+                stream=True,
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+            )
+            for event in stream:
+                piece = (event.choices[0].delta.content or "") if event.choices else ""
+                if piece:
+                    answer += piece
+                    yield piece
+        except (openai.OpenAIError, httpx2.HTTPError) as error:  # HTTPError: an interrupted stream
+            failed = True
+            raise self._failure(error) from error
+        finally:
+            if stream is not None:
+                stream.close()  # the service stops generating when the client leaves
+            if answer and not failed:
+                self.turns += [question, {"role": "assistant", "content": answer}]
+
+    def model_names(self) -> list[str]:
+        """Returns the names of the service's models. Raises ServiceError as `ask`."""
+        import httpx2
+        import openai
+
+        try:
+            return [row.id for row in self.client.models.list().data]
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
+            raise self._failure(error) from error
+
+    def choose_model(self, name: str, given_as: str) -> None:
+        """Sets the model. Raises ConfigurationError with the names that exist if the service lacks it."""
+        names = self.model_names()
+        if name not in names:
+            raise ConfigurationError(
+                f"{given_as} {name!r}: service {self.service} has no such model. It has: {', '.join(names)}"
+            )
+        self.model = name
+
+    def _failure(self, error: Exception) -> ServiceError:
+        import openai
+
+        said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
+        return ServiceError(f"service {self.service} {said}", reason=visible(str(error)))
+
+
+def chat(
+    service: Annotated[str, typer.Argument(help="Service name.")],
+    message: Annotated[
+        str | None, typer.Argument(help="One message. Without it: a conversation from the terminal or stdin.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model to ask: default (tuned) or base.")] = "default",
+    system: Annotated[str | None, typer.Option(help="System prompt. Default: the one used in training.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
+) -> None:
+    """Chat with a service; answers stream to stdout. At a terminal /help lists the commands of the conversation."""
+    from palate.predictor import Predictor
+
+    if system is not None:
+        _check_text("--system", system)
+    if message is not None:
+        _check_text("the message", message)
+    predictor = Predictor(service)
+    talk = Conversation(
+        service=service,
+        client=predictor.openai(),
+        model=model,
+        system=predictor.manifest.body.system_prompt if system is None else system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+    )
+    if model != "default":  # which every service has
+        talk.choose_model(model, "--model")
+    if message is not None:
+        _answer(talk, message)
+    elif sys.stdin.isatty():
+        _converse(talk)
+    else:
+        for line in sys.stdin:
+            if text := line.strip():
+                _check_text("the message", text)
+                _answer(talk, text)
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{what} {text!r} is not valid UTF-8: check the terminal's encoding") from None
+
+
+def _answer(talk: Conversation, text: str) -> None:
+    """Prints the answer as it comes. The line is ended in any case, so that what follows starts on its own."""
+    pieces = talk.ask(text)
+    shown = False
+    try:
+        for piece in pieces:
+            print(visible(piece), end="", flush=True)
+            shown = True
+    except BaseException:
+        pieces.close()  # type: ignore[attr-defined]  # a generator; keeps what was shown before the next question
+        if shown:
+            print(flush=True)
+        raise
+    print(flush=True)
+
+
+# ── the conversation at a terminal ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _converse(talk: Conversation) -> None:
+    _say(f"{talk.service}, model {talk.model}; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    lines = _LineReader(palate_home() / HISTORY_FILE)
+    while True:
+        try:
+            line = lines.read("> ")
+            if line is None:
+                _say("")
+                return
+            text = line.strip()
+            if text.startswith("/") and not text.startswith("//"):
+                _command(talk, text)
+            elif text:
+                _check_text("the message", text)
+                with _keys_ignored():
+                    _answer(talk, text.removeprefix("/"))
+        except KeyboardInterrupt:
+            # The terminal echoes ^C without a line end at the prompt. A stopped answer has ended its line.
+            _say(f"\n{_CTRL_C_HINT}" if lines.is_reading else "stopped")
+        except PalateError as error:
+            _say(f"error: {error}")
+
+
+def _command(talk: Conversation, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    match name:
+        case "/help":
+            _say(_HELP)
+        case "/reset":
+            talk.turns.clear()
+            _say("the conversation is forgotten")
+        case "/system":
+            if rest:
+                _check_text("the system prompt", rest)
+                talk.system = "" if rest in ('""', "''") else rest
+            _say(f"system prompt: {talk.system}" if talk.system else "no system prompt")
+        case "/model":
+            if rest:
+                talk.choose_model(rest, "/model")
+            _say(f"model {talk.model}" + ("" if rest else f"; the service has: {', '.join(talk.model_names())}"))
+        case "/temperature":
+            if rest:
+                talk.temperature = _temperature(rest)
+            _say(f"temperature {talk.temperature:g}")
+        case "/save":
+            _save(talk, rest)
+        case _:
+            _say(f"{name} is not a command: /help lists them. To send it as a message write /{line}")
+
+
+def _temperature(given: str) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:  # also for NaN
+        raise ConfigurationError(f"/temperature {given!r}: expected a number from 0 to 2")
+    return value
+
+
+def _save(talk: Conversation, given: str) -> None:
+    if not given:
+        raise ConfigurationError("/save needs a file name, such as /save talk.json")
+    try:
+        path = Path(expand_path(given))
+        with path.open("x", encoding="utf-8") as file:  # x: never over a file of the user's
+            json.dump([{"messages": talk.messages}], file, ensure_ascii=False, indent=1)
+            file.write("\n")
+    except FileExistsError:
+        raise ConfigurationError(f"/save {given}: the file exists; choose another name") from None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"/save {given}: {getattr(error, 'strerror', None) or error}") from None
+    _say(f"saved {len(talk.messages)} messages to {path}")
+
+
+def _say(text: str) -> None:
+    """Prints what is not an answer, on stderr: stdout has answers only."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+class _LineReader:
+    """Reads lines with editing and a history, which is kept in a file between sessions.
+
+    Args:
+        file: The history: one line per entry, oldest first, private to the user.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.is_reading = False
+        self._file = file
+        # input() edits lines only if stdout is the terminal too. Otherwise its prompt would be in the redirected answers.
+        self._edits = sys.stdout.isatty()
+        try:
+            import readline
+        except ImportError:  # some builds of Python lack it: lines are read without editing
+            self._readline: Any = None
+        else:
+            self._readline = readline
+            # Palate writes the history itself: libedit has another file format, and neither makes the file private.
+            readline.set_auto_history(False)
+            readline.clear_history()
+            for line in self._kept():
+                readline.add_history(line)
+
+    def read(self, prompt: str) -> str | None:
+        """Returns the next line, or None at the end of the input."""
+        self.is_reading = True
+        try:
+            if self._edits:
+                line = input(prompt)
+            else:
+                print(prompt, end="", file=sys.stderr, flush=True)
+                if not (line := sys.stdin.readline()):
+                    return None
+        except EOFError:
+            return None
+        except UnicodeDecodeError:
+            raise ConfigurationError("the line is not valid UTF-8: check the terminal's encoding") from None
+        self.is_reading = False
+        if line.strip():
+            self._keep(line)
+        return line
+
+    def _keep(self, line: str) -> None:
+        entry = " ".join(line.splitlines())  # a pasted text has line ends
+        if self._readline is not None:
+            self._readline.add_history(entry)
+        with suppress(OSError, UnicodeError):  # a history that cannot be written does not end the conversation
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            with open(os.open(self._file, flags, 0o600), "a", encoding="utf-8") as file:
+                file.write(f"{entry}\n")
+
+    def _kept(self) -> list[str]:
+        try:
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if len(lines) > 2 * HISTORY_LINES:  # rarely: a session beside this one could lose its newest line
+                draft = self._file.with_name(f"{HISTORY_FILE}.{os.getpid()}")
+                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines[-HISTORY_LINES:])
+                draft.replace(self._file)
+        except OSError:
+            return []
+        return lines[-HISTORY_LINES:]
+
+
+@contextmanager
+def _keys_ignored() -> Iterator[None]:
+    """Keeps keys pressed during an answer out of it and out of the next prompt. Ctrl-C still interrupts."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = termios.tcgetattr(terminal)
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)  # FLUSH: drops what was typed and not read
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command()(chat)

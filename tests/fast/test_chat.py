@@ -1,0 +1,204 @@
+"""`palate chat` at a real pseudo-terminal, with a service that streams what it was asked."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import stat
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from palate.runs.record import TOKEN_KEY, Record
+from palate.store import open_store
+from tests.support.fronted import fronted_service
+from tests.support.manifests import serve_manifest
+
+TOKEN = "a-token-for-tests"
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.fixture
+def service(home: Path) -> Iterator[str]:
+    store = open_store(f"file://{home}/store")
+    record = Record(store, "services", "svc")
+    record.create(serve_manifest(system_prompt="Be brief"))
+    store.put(record.key(TOKEN_KEY), TOKEN.encode(), private=True)
+    with fronted_service(TOKEN, chats=True) as fronted:
+        record.advance("Running", expect={"Creating"}, endpoint=fronted.endpoint, engine_id="elsewhere:1:2:x")
+        yield "svc"
+
+
+class Terminal:
+    """A process and the terminal that it holds: what is typed, what was shown."""
+
+    def __init__(self, process: subprocess.Popen[bytes], controller: int) -> None:
+        self.process = process
+        self._controller = controller
+        self._seen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._controller, keys.encode())
+
+    def shown(self, until: str) -> str:
+        """Waits for a text; returns what was shown since the last one, up to it."""
+        deadline = time.monotonic() + 60
+        while until not in self._seen:
+            ready, _, _ = select.select([self._controller], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{until!r} was not shown, but {self._seen!r}"
+            try:
+                data = os.read(self._controller, 65536)
+            except OSError:  # EIO: the process has closed its terminal
+                data = b""
+            assert data, f"it ended before {until!r}: {self._seen!r}"
+            self._seen = ESCAPES.sub("", self._seen + data.decode())
+        before, found, self._seen = self._seen.partition(until)
+        return before + found
+
+    def interrupt(self, until: str) -> None:
+        """Presses Ctrl-C until the text is shown: Python's readline misses one that comes just before it waits for a key."""
+        deadline = time.monotonic() + 60
+        while until not in self._seen and time.monotonic() < deadline:
+            self.type("\x03")
+            if select.select([self._controller], [], [], 5)[0]:
+                self._seen = ESCAPES.sub("", self._seen + os.read(self._controller, 65536).decode())
+        self.shown(until)
+
+    def ask(self, text: str, answer: str) -> str:
+        self.type(f"{text}\n")
+        return self.shown(answer) + self.shown("\n> ")
+
+
+def _own_terminal() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@contextmanager
+def chatting(home: Path, *arguments: str) -> Iterator[Terminal]:
+    controller, held = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "palate.cli", "chat", *arguments],
+        stdin=held,
+        stdout=held,
+        stderr=held,
+        preexec_fn=_own_terminal,
+        env={**os.environ, "PALATE_HOME": str(home), "TERM": "xterm", "INPUTRC": "/dev/null"},
+    )
+    os.close(held)
+    try:
+        yield Terminal(process, controller)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
+def test_a_conversation_with_its_commands(home: Path, service: str, tmp_path: Path) -> None:
+    with chatting(home, service) as terminal:
+        assert "Ctrl-D leaves" in terminal.shown("\n> ")
+        terminal.ask("hello", "[su] default 0.7 hello.")
+        terminal.ask("again", "[suau] default 0.7 again.")
+        terminal.ask("/temperature 0.2", "temperature 0.2")
+        terminal.ask("/model svc", "model svc")
+        terminal.ask("third", "[suauau] default 0.2 third.")  # the gateway knows svc as default
+        terminal.ask("/temperature hot", "error: /temperature 'hot': expected a number from 0 to 2")
+        terminal.ask("/model gpt", "no such model. It has: default, svc")
+        terminal.ask("/modle svc", "/modle is not a command: /help lists them")
+        terminal.ask("//etc is a folder", "/etc is a folder.")
+        terminal.ask("/reset", "forgotten")
+        terminal.ask('/system ""', "no system prompt")
+        terminal.ask("fresh", "[u] default 0.2 fresh.")
+        terminal.ask("/system Be kind", "system prompt: Be kind")
+        terminal.type("\n")  # asks nothing
+        terminal.shown("\n> ")
+        file = tmp_path / "talk.json"
+        terminal.ask(f"/save {file}", "saved 3 messages")
+        assert [row["role"] for row in json.loads(file.read_text())[0]["messages"]] == ["system", "user", "assistant"]
+        terminal.ask(f"/save {file}", "the file exists")
+        terminal.ask("/save", "needs a file name")
+        terminal.ask("/help", "/temperature [X]")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_session(home: Path, service: str) -> None:
+    with chatting(home, service) as terminal:
+        terminal.shown("\n> ")
+        terminal.type("forever\n")
+        terminal.shown("[su] default 0.7 forever.")
+        terminal.type("typed ahead\n\x04")
+        terminal.type("\x03")
+        between = terminal.shown("\n> ")
+        assert "stopped" in between
+        assert "typed ahead" not in between
+        # The stopped answer is part of the conversation, and what was typed meanwhile is not asked.
+        shown = terminal.ask("next", "[suau] default 0.7 next.")
+        assert "typed" not in shown
+        terminal.type("half a li")
+        terminal.shown("half a li")
+        terminal.interrupt("Ctrl-D leaves")
+        terminal.shown("\n> ")
+        terminal.ask("whole", "[suauau] default 0.7 whole.")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+
+
+def test_lines_can_be_edited_and_are_found_again_in_the_next_session(home: Path, service: str) -> None:
+    pytest.importorskip("readline")
+    with chatting(home, service) as terminal:
+        terminal.shown("\n> ")
+        terminal.ask("hxllo\x1b[D\x1b[D\x1b[D\x7fe", "0.7 hello.")  # three to the left, backspace, e
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+    history = home / "chat_history"
+    assert history.read_text() == "hello\n"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    with chatting(home, service) as terminal:
+        terminal.shown("\n> ")
+        terminal.ask("\x1b[A", "[su] default 0.7 hello.")
+
+
+def test_a_long_history_is_shortened(home: Path, service: str) -> None:
+    home.mkdir(exist_ok=True)
+    history = home / "chat_history"
+    history.write_text("".join(f"line {number}\n" for number in range(2500)))
+    with chatting(home, service) as terminal:
+        terminal.shown("\n> ")
+        terminal.ask("hi", "0.7 hi.")
+    lines = history.read_text().splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (1001, "line 1500", "hi")
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_a_failed_question_leaves_the_conversation_as_it_was(home: Path, service: str) -> None:
+    with chatting(home, service) as terminal:
+        terminal.shown("\n> ")
+        terminal.ask("one", "[su] default 0.7 one.")
+        terminal.ask("too hot", "[suau] default 0.7 too hot.")
+        terminal.ask("refuse", "error: service svc answered 400")
+        terminal.ask("two", "[suauau] default 0.7 two.")
+
+
+def test_messages_from_a_pipe_are_no_commands(home: Path, service: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "palate.cli", "chat", service],
+        input="one\n\n/help\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PALATE_HOME": str(home)},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "[su] default 0.7 one.\n[suau] default 0.7 /help.\n"
+    assert not (home / "chat_history").exists()
