@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,12 @@ from palate_recipes.text import visible
 
 def train(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="Preference data: a file, folder, glob or URI (s3://, oss://, hf://, gsheet://); see docs/data.md."
+            help="Preference data: a file, folder, glob or URI (s3://, oss://, hf://, gsheet://); see docs/data.md. "
+            "Default: the recipe file's."
         ),
-    ],
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model name; `palate models` lists them.")] = None,
     model_uri: Annotated[
         str | None, typer.Option(help="Folder or object-store URI of a model, instead of --model.")
@@ -43,7 +45,7 @@ def train(
         ),
     ] = None,
     recipe_file: Annotated[
-        Path | None, typer.Option("--recipe", help="TOML file with model, method and hyperparameters.")
+        Path | None, typer.Option("--recipe", help="TOML file with model, method, hyperparameters and data.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Job id. Default: a unique one.")] = None,
     max_run_time: Annotated[int | None, typer.Option(help="Time limit of one attempt in seconds.")] = None,
@@ -51,14 +53,19 @@ def train(
         int | None, typer.Option(help="Maximum number of attempts; each continues from the last checkpoint.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Backend. Default: the session's.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Folder or bucket for the job. Default: the recipe file's, else PALATE_STORE.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
     """Train a model on preference data and print the job's id."""
     from palate.model import ModelTrainingRecipe
+    from palate.session import Session, get_default_session
     from palate_recipes.errors import ConfigurationError
-    from palate_recipes.recipe_file import read_recipe
+    from palate_recipes.recipe_file import read_recipe_file
 
-    settings: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
+    file = read_recipe_file(recipe_file) if recipe_file else None
+    settings: dict[str, Any] = dict(file.arguments) if file else {}
     hyperparameters: dict[str, Any] = {**settings.pop("hyperparameters", {})}
     # The command line wins over the file. The default strategy of this command is DPO.
     if strategy or "training_strategy" not in hyperparameters:
@@ -74,12 +81,22 @@ def train(
             "no model given: add --model NAME (`palate models` lists them), --model-uri FOLDER, or --recipe FILE with "
             "model_name. A small model for a first try on any machine: --model smollm2-135m-instruct"
         )
-    recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend)
-    given = {"train": data, "validation": validation, "adapter": adapter}
-    inputs = {channel: uri for channel, uri in given.items() if uri}
-    job = recipe.train(inputs=inputs, wait=wait, job_name=name)
+    flags = {"train": data, "validation": validation, "adapter": adapter}
+    given = {channel: uri for channel, uri in flags.items() if uri}
+    inputs: dict[str, str] = {**settings.pop("default_training_inputs", {}), **given}
+    if "train" not in inputs:
+        where = (
+            f", or a line `train = …` to {recipe_file}" if recipe_file else ", or --recipe FILE with a line `train = …`"
+        )
+        raise ConfigurationError(f"no training data given: add DATA, a file, folder, glob or URI{where}")
+    store = store or (file.store if file else None)
+    session = Session(store=store) if store else None
+    recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend, session=session)
+    job = recipe.train(inputs=inputs, wait=wait, job_name=file.name if file and name is None else name)
     print(job.id)
     following = f"palate deploy {job.id}" if wait else f"palate watch {job.id}"
+    if recipe.session.store_uri != get_default_session().store_uri:  # where the next command would look for the job
+        following = f"PALATE_STORE={shlex.quote(recipe.session.store_uri)} {following}"
     print(f"next: {following}", file=sys.stderr)
 
 
