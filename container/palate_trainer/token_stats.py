@@ -37,7 +37,7 @@ def measured(
         DataError: A file cannot be read at all.
         TrainerError: The chat template rejects a conversation.
     """
-    found: Measured = {"counts": {}, "places": {}, "lengths": {}, "histogram": []}
+    found: Measured = {"counts": {}, "places": {}, "lengths": {}, "histogram": [], "kept": 0, "tokens": 0}
     lengths = array("I")
     for path, name in files:
         container = open_container(path)
@@ -45,6 +45,10 @@ def measured(
         for whole, _ in renderer.encode_all(rows):
             lengths.append(whole.length)
             code, what = _judge(whole, renderer.seq_length)
+            if code in ("", "cut"):
+                room = renderer.seq_length - len(whole.prompt_ids)
+                found["kept"] += 1
+                found["tokens"] += len(whole.prompt_ids) + len(whole.chosen_ids[:room]) + len(whole.rejected_ids[:room])
             if code:
                 found["counts"][code] = found["counts"].get(code, 0) + 1
                 places = found["places"].setdefault(code, [])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from palate.cli.format import pairs
 from palate_recipes.text import visible
+
+if TYPE_CHECKING:
+    from palate.estimate import Estimate
 
 
 def train(
@@ -56,6 +59,9 @@ def train(
     store: Annotated[
         str | None, typer.Option(help="Folder or bucket for the job. Default: the recipe file's, else PALATE_STORE.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print an estimate; submit nothing.")
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
     """Train a model on preference data and print the job's id."""
@@ -92,12 +98,58 @@ def train(
     store = store or (file.store if file else None)
     session = Session(store=store) if store else None
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend, session=session)
-    job = recipe.train(inputs=inputs, wait=wait, job_name=file.name if file and name is None else name)
+    job_name = file.name if file and name is None else name
+    if dry_run:
+        _print_estimate(recipe.estimate(inputs, job_name=job_name))
+        return
+    job = recipe.train(inputs=inputs, wait=wait, job_name=job_name)
     print(job.id)
     following = f"palate deploy {job.id}" if wait else f"palate watch {job.id}"
     if recipe.session.store_uri != get_default_session().store_uri:  # where the next command would look for the job
         following = f"PALATE_STORE={shlex.quote(recipe.session.store_uri)} {following}"
     print(f"next: {following}", file=sys.stderr)
+
+
+def _print_estimate(found: Estimate) -> None:
+    """Prints an estimate as a table, problems to stderr. Exits with 1 if the training would be rejected."""
+    from palate.ui.terminal import Column, print_table
+    from palate_recipes.specs.events import duration
+
+    def number(value: int | None, unit: str = "") -> str:
+        return "not known" if value is None else f"{value:,}{unit}"
+
+    time = "not known: no succeeded job in this store has this model, method and device"
+    if found.tokens is None:
+        time = "not known without token counts"
+    elif found.seconds and found.tokens_per_s:
+        shortest, longest = map(duration, found.seconds)
+        low, high = found.tokens_per_s
+        sources = found.rate_source
+        time = (
+            f"{shortest} to {longest} of training, at {low:,.0f} to {high:,.0f} tokens/s of {len(sources)} earlier "
+            f"{'job' if len(sources) == 1 else 'jobs'} ({', '.join(sources[:3])}{', …' if len(sources) > 3 else ''})"
+        )
+    needed = "not known" if found.memory_gib is None else f"at least {found.memory_gib:.1f} GiB"
+    rows = [
+        ("rows", f"{number(found.rows)} usable, {number(found.skipped_rows)} skipped"),
+        ("tokens", f"{number(found.tokens)} per epoch"),
+        ("row length", f"median {number(found.median_row)}, longest {number(found.longest_row)} tokens"),
+        (
+            f"at seq_length={found.seq_length}",
+            f"{number(found.truncated_rows)} rows truncated, {number(found.dropped_rows)} dropped",
+        ),
+        ("optimizer steps", number(found.steps)),
+        ("memory", f"{needed}; the device has {found.memory_available_gib:.1f} GiB"),
+        ("runs on", f"{found.backend} backend, {found.device}, {found.precision}"),
+        ("time", time),
+    ]
+    print_table(("what", Column("estimate", wraps=True)), rows)
+    for level, texts in (("warning", found.warnings), ("error", found.errors)):
+        for text in texts:
+            print(visible(f"{level}: {text}"), file=sys.stderr)
+    if found.errors:
+        raise typer.Exit(1)
+    print("nothing was submitted; the same command without --dry-run trains", file=sys.stderr)
 
 
 def resume(
