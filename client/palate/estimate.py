@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,10 +91,6 @@ class Estimate:
     rate_source: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all values by name."""
-        return asdict(self)
 
 
 def estimate(
@@ -262,14 +258,14 @@ def _with_rows(
     found = replace(found, rows=item.rows, skipped_rows=len(item.skipped))
     examples = item.rows
     if measured is not None:
-        counts, examples = measured["counts"], measured["kept"]
+        examples = measured["kept"]
         found = replace(
             found,
             tokens=measured["tokens"],
             longest_row=measured["lengths"].get("max", 0),
             median_row=measured["lengths"].get("p50", 0),
-            truncated_rows=counts.get("cut", 0),
-            dropped_rows=sum(counts.get(code, 0) for code in ("no-room", "same-after-cut", "same-tokens")),
+            truncated_rows=measured["truncated_rows"],
+            dropped_rows=measured["dropped_rows"],
         )
         if not examples:
             errors.append(f"train has no row left to train on at seq_length={found.seq_length}: raise it")

@@ -40,8 +40,8 @@ def test_an_estimate_is_what_the_training_does(session: Session, tiny: Path, tmp
     trained = [event for event in events if event["kind"] == "train"]
     assert found.steps == start["total_steps"]
     assert found.truncated_rows == start["truncated_rows"]
-    assert found.dropped_rows is not None
-    assert found.dropped_rows >= len(start["dropped_rows"]) > 0
+
+    assert found.dropped_rows == len(set(start["dropped_rows"])) > 0
     assert found.tokens is not None
     assert 3 * found.tokens == sum(event["tokens"] for event in trained)
     assert found.memory_gib is not None

@@ -192,6 +192,7 @@ class Measured(TypedDict):
         histogram: Number of rows by length in tokens, see `palate_recipes.preferences.statistics.histogram`.
         kept: Examples that are trained on in an epoch.
         tokens: Their tokens after truncation, the prompt of a pair once.
+        truncated_rows, dropped_rows: Number of rows; a row with several answers counts once.
     """
 
     counts: dict[str, int]
@@ -200,3 +201,5 @@ class Measured(TypedDict):
     histogram: list[int]
     kept: int
     tokens: int
+    truncated_rows: int
+    dropped_rows: int
