@@ -28,6 +28,7 @@ from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
+    from palate.estimate import Estimate
     from palate.predictor import Predictor
     from palate.sources.inputs import PreferenceData, Rows
 
@@ -251,6 +252,32 @@ class ModelTrainingRecipe:
         return job
 
     run = train
+
+    def estimate(
+        self,
+        inputs: Mapping[str, str | Path | Rows | PreferenceData] | None = None,
+        *,
+        job_name: str | None = None,
+    ) -> Estimate:
+        """Checks a training as `train()` does and estimates its size, memory and time. Submits nothing and loads no weights.
+
+        Args:
+            inputs: As in `train()`.
+            job_name: The job's id, checked whether it is taken; None for a unique one.
+
+        Returns:
+            The estimate. Problems with data, memory or store are its `errors` and `warnings`.
+
+        Raises:
+            HyperparameterError: A hyperparameter is invalid.
+            ConfigurationError: The model's folder is unusable, or `job_name` is no valid id.
+        """
+        from palate.estimate import estimate
+
+        given = self.default_inputs if inputs is None else inputs
+        if job_name is not None:
+            check_name("job_name", job_name)
+        return estimate(self._spec(), self.session, inputs=given, row=self._row, job_name=job_name)
 
     def _spec(self) -> TrainSpec:
         """Returns the training as far as the recipe knows it: without its data."""

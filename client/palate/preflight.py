@@ -63,13 +63,18 @@ def training_memory_gib(parameters: float, spec: TrainSpec, *, gpus: int = 1) ->
     return weights / _GIB + _PROCESS_GIB
 
 
+def available_memory_gib(device: DeviceFacts) -> float:
+    """Returns the memory that a training may use in GiB: of the first GPU, or of the machine without one. 0 if unknown."""
+    return device.gpu_memory_gib if device.cuda else device.memory_gib
+
+
 def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row: Model | None) -> None:
     """Raises NotEnoughMemoryError if the training does not fit. The message has required and available memory, and the remedy."""
     if not parameters:
         return
     gpus = device.gpu_count if device.cuda else 1
     needed = training_memory_gib(parameters, spec, gpus=gpus)
-    there = device.gpu_memory_gib if device.cuda else device.memory_gib
+    there = available_memory_gib(device)
     if not there or needed <= there:
         return
     where = (

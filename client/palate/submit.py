@@ -6,7 +6,7 @@ The order matters: everything that can be rejected is rejected before the first 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,7 +76,8 @@ def submit(
             warnings.warn(text, UserWarning, stacklevel=3)
             spec = replace(spec, notes=(*spec.notes, text))
         record = Record(session.store, "jobs", job_name)
-        _check_place(spec, record, session, row)
+        for check in place_checks(spec, record, session, row):
+            check()
         manifest = TrainManifest(
             name=job_name,
             backend=session.backend.name,
@@ -109,17 +110,32 @@ def imitation_note(spec: TrainSpec, checked: Mapping[str, Input]) -> str:
     )
 
 
-def _check_place(spec: TrainSpec, record: Record, session: Session, row: Model | None) -> None:
-    """Rejects a training that does not fit its machine, or whose name is taken."""
-    if session.backend.uses_this_python:
-        check_trainer()  # elsewhere the libraries are in the image
-    check_memory(spec, _parameters(spec, row), device=session.backend.device(spec.placement), row=row)
-    session.store.check()
-    if record.exists():
-        raise NameTakenError(
-            f"job name {record.name!r} is taken in {session.store.root}: choose another, or delete it first "
-            f"(`palate delete {record.name}`)"
-        )
+def place_checks(
+    spec: TrainSpec, record: Record | None, session: Session, row: Model | None
+) -> list[Callable[[], None]]:
+    """Returns the checks that reject a training that does not fit its machine or store, or whose name is taken, in order.
+
+    Args:
+        spec: The training.
+        record: Where the job would be, or None if it has no name yet.
+        session: Store and backend.
+        row: The model's catalog row, if it has one.
+    """
+
+    def check_name_is_free() -> None:
+        if record is not None and record.exists():
+            raise NameTakenError(
+                f"job name {record.name!r} is taken in {session.store.root}: choose another, or delete it first "
+                f"(`palate delete {record.name}`)"
+            )
+
+    device = session.backend.device(spec.placement)
+    return [
+        *([check_trainer] if session.backend.uses_this_python else []),  # elsewhere the libraries are in the image
+        lambda: check_memory(spec, parameter_count(spec, row), device=device, row=row),
+        lambda: session.store.check(),
+        check_name_is_free,
+    ]
 
 
 def check_channels(inputs: Mapping[str, Any]) -> None:
@@ -134,7 +150,7 @@ def check_channels(inputs: Mapping[str, Any]) -> None:
         raise ConfigurationError('no training data: give inputs={"train": "<path or URI of a preference file>"}')
 
 
-def _parameters(spec: TrainSpec, row: Model | None) -> float:
+def parameter_count(spec: TrainSpec, row: Model | None) -> float:
     """Returns the number of parameters: from the catalog, else from the weights' size (taken as 16 bit), else 0."""
     return row.parameters_b * 1e9 if row is not None else spec.model.source.size_bytes / 2
 

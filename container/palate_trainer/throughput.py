@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from palate_trainer.distributed import world_size
+
 RECENT_WINDOWS = 5
 """Log lines over which the rate is averaged. It varies with the machine's load and the row lengths."""
 
@@ -156,6 +158,15 @@ def peak_memory_gb() -> float | None:
     except (OSError, StopIteration):
         return None
     return round(kib * 1024 / 1e9, 3)
+
+
+def device_name() -> str:
+    """What the run trains on, as an estimate names it: `CPU`, a GPU, or `2 x` a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return "CPU"
+    name, processes = str(torch.cuda.get_device_name()), world_size()
+    return f"{processes} x {name}" if processes > 1 else name
 
 
 class StartupTimes:

@@ -6,6 +6,7 @@ import json
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,19 +38,54 @@ def measured(
         DataError: A file cannot be read at all.
         TrainerError: The chat template rejects a conversation.
     """
-    found: Measured = {"counts": {}, "places": {}, "lengths": {}, "histogram": []}
+    from palate_trainer.tokenize import told_both_ways_in
+
+    found: Measured = {
+        "counts": {},
+        "places": {},
+        "lengths": {},
+        "histogram": [],
+        "kept": 0,
+        "tokens": 0,
+        "truncated_rows": 0,
+        "dropped_rows": 0,
+    }
     lengths = array("I")
+
+    def count(one: TokenPair) -> None:
+        found["kept"] += 1
+        found["tokens"] += len(one.prompt_ids) + len(one.chosen_ids) + len(one.rejected_ids)
+
     for path, name in files:
         container = open_container(path)
         rows = _rows(container.raw_rows(), strategy, format)
+        kept: list[TokenPair] = []
+        truncated, dropped = set[int](), set[int]()
         for whole, _ in renderer.encode_all(rows):
             lengths.append(whole.length)
             code, what = _judge(whole, renderer.seq_length)
+            if code in ("", "cut"):
+                room = renderer.seq_length - len(whole.prompt_ids)
+                cut = replace(whole, chosen_ids=whole.chosen_ids[:room], rejected_ids=whole.rejected_ids[:room])
+                if code:
+                    truncated.add(whole.row)
+                if strategy == "kto":  # the two answers of a pair are compared below
+                    kept.append(cut)
+                else:
+                    count(cut)
+            else:
+                dropped.add(whole.row)
             if code:
                 found["counts"][code] = found["counts"].get(code, 0) + 1
                 places = found["places"].setdefault(code, [])
                 if len(places) < PLACES_SHOWN:
                     places.append((name, whole.row, container.unit, what))
+        both_ways = set(told_both_ways_in(kept))
+        for cut in kept:
+            if cut.row not in both_ways:
+                count(cut)
+        found["truncated_rows"] += len(truncated - both_ways)
+        found["dropped_rows"] += len(dropped | both_ways)
     if lengths:
         found["lengths"], found["histogram"] = percentiles(_as_numbers(lengths)), histogram(_as_numbers(lengths))
     return found

@@ -347,7 +347,7 @@ def encode_pairs(rows: Iterable[Row], renderer: Renderer, *, name: str) -> tuple
         if cut != whole:
             report.cut.append(whole.row)
         kept.append(cut)
-    told_both_ways = _told_both_ways(kept)
+    told_both_ways = told_both_ways_in(kept)
     kept = [one for one in kept if one.row not in told_both_ways]
     for row in told_both_ways:
         (report.same_after_cut if row in report.cut else report.same_tokens).append(row)
@@ -359,7 +359,7 @@ def encode_pairs(rows: Iterable[Row], renderer: Renderer, *, name: str) -> tuple
     return kept, report
 
 
-def _told_both_ways(kept: list[TokenPair]) -> list[int]:
+def told_both_ways_in(kept: list[TokenPair]) -> list[int]:
     """Rows that were split into a good and a bad answer with the same tokens."""
     labels: dict[tuple[int, tuple[int, ...]], set[bool]] = {}
     for one in kept:

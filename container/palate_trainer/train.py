@@ -28,7 +28,7 @@ from palate_recipes.specs.train import (
 from palate_trainer.distributed import join_group, wait_for_all, world_size
 from palate_trainer.env import keep_one_gpu, lean_imports, prepare_environment, use_available_cores
 from palate_trainer.failures import explain, is_out_of_memory
-from palate_trainer.throughput import StartupTimes
+from palate_trainer.throughput import StartupTimes, device_name
 
 
 def run(task: TrainTask, *, own_process: bool = False) -> int:
@@ -252,6 +252,7 @@ def _fit(
             "method": task.spec.method,
             "model_name": task.spec.model.name,
             "precision": task.spec.precision,
+            "device": device_name(),
             "processes": world_size(),
             "train_rows": len(train),
             "validation_rows": len(validation),

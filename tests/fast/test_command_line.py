@@ -138,6 +138,7 @@ def code_lines(text: str) -> str:
         (["train", "{prefs}", "--model", "smollm2-135m-instruct", "-s", "system_prompt=\udcff"], ["system_prompt"]),
         (["train", "{prefs}"], ["no model given"]),
         (["train", "{prefs}", "--recipe", "/nowhere.toml"], ["/nowhere.toml"]),
+        (["train", "--model", "smollm2-135m-instruct"], ["no training data", "add DATA", "--recipe FILE"]),
         (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
         (
             ["deploy", "x", "--engine-arg", "max-num-seq=8"],
@@ -603,3 +604,19 @@ def test_next_commands_are_printed_in_one_way() -> None:
     for file in folder.glob("*.py"):
         for line in file.read_text(encoding="utf-8").splitlines():
             assert "next: " not in line or "shlex.join" in line, f"{file.name}: {line.strip()}"
+
+
+def test_a_recipe_file_names_the_data_and_the_command_overrides_it(home: Path, tmp_path: Path, prefs: Path) -> None:
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (folder / "r.toml").write_text(
+        'model_name = "smollm2-135m-instruct"\nname = "a/b"\n[inputs]\ntrain = "absent.json"'
+    )
+    recipe = ["train", "--recipe", str(folder / "r.toml")]
+    assert "a/b" in palate(*recipe, home=home).stderr  # the file's job id is checked first
+    done = palate(*recipe, "--name", "one", home=home)
+    assert f"{folder / 'absent.json'}: no such file" in done.stderr
+    assert "ftp://" in palate(*recipe, str(prefs), "--name", "one", "--store", "ftp://x", home=home).stderr
+    other = palate(*recipe, str(tmp_path / "other.json"), "--name", "one", home=home)
+    assert f"{tmp_path / 'other.json'}: no such file" in other.stderr
+    assert {done.returncode, other.returncode} == {1}

@@ -19,7 +19,7 @@ import yaml
 import palate
 import palate.errors
 from palate_recipes.demo import write_demo
-from palate_recipes.recipe_file import read_recipe
+from palate_recipes.recipe_file import read_recipe_file
 from tests.support.command_lines import parse
 from tests.support.documents import LINKING_PAGES, PAGES, ROOT, Block, anchors, blocks, commands, links, name_of, prose
 from tests.support.example_code import Example
@@ -94,7 +94,7 @@ def test_every_palate_command_line_is_one_that_the_parser_takes() -> None:
 
 
 def test_the_parser_of_these_tests_refuses_what_the_command_line_refuses() -> None:
-    for line in ("train", "train x --modl y", "jobs --limit 0", "train x --set lr=1", "fly", "data fly"):
+    for line in ("resume", "train x --modl y", "jobs --limit 0", "train x --set lr=1", "fly", "data fly"):
         with pytest.raises(ValueError, match=r"."):
             parse(line.split())
     assert parse(["train", "x", "--model", "smollm2-135m-instruct", "--set", "num_train_epochs=2"])["data"] == "x"
@@ -138,7 +138,7 @@ def test_data_blocks_can_be_read(block: Block, tmp_path: Path) -> None:
     if block.language == "toml":
         if "model_name" in tomllib.loads(block.text):
             (tmp_path / "recipe.toml").write_text(block.text)
-            assert read_recipe(tmp_path / "recipe.toml")["model_name"]
+            assert read_recipe_file(tmp_path / "recipe.toml").arguments["model_name"]
     elif block.language == "yaml":
         assert yaml.safe_load(block.text)
     else:

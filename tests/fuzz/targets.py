@@ -189,6 +189,7 @@ def _read_hyperparameters(given: tuple[Any, Any], world: World) -> None:
 
 
 _RECIPE = """model_name = "qwen2-0.5b-instruct"\nmethod = "LoRA_LLM"\nmax_run_time = 3600
+train = "p.json"\n[inputs]\nvalidation = "v/*"
 [labels]\nteam = "a"\n[hyperparameters]\nlearning_rate = 5e-5\nseq_length = 512\ntarget_modules = ["q_proj"]\nsystem_prompt = ""
 """
 _TEMPLATES = """- name: support\n  system: &s You answer for a shop.\n  user: "A customer asks in {language}: {query}"

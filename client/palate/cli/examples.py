@@ -9,6 +9,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "palate train prefs.jsonl --model qwen2-0.5b-instruct",
         "palate train s3://bucket/prefs.json --model qwen2-0.5b-instruct --validation held-out.json -s num_train_epochs=3",
         "palate train answers.jsonl --model smollm2-135m-instruct --strategy sft --name first",
+        "palate train --recipe recipe.toml",
+        "palate train prefs.jsonl --model qwen2-0.5b-instruct --dry-run",
         "palate train prefs.jsonl --recipe recipe.toml --no-wait",
     ),
     "resume": ("palate resume JOB", "palate resume JOB --no-wait"),

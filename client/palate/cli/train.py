@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from palate.cli.format import pairs, say_next
 
+if TYPE_CHECKING:
+    from palate.estimate import Estimate
+
 
 def train(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="Preference data: a file, folder, glob or URI (s3://, oss://, hf://, gsheet://); see docs/data.md."
+            help="Preference data: a file, folder, glob or URI (s3://, oss://, hf://, gsheet://); see docs/data.md. "
+            "Default: the recipe file's."
         ),
-    ],
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model name; `palate models` lists them.")] = None,
     model_uri: Annotated[
         str | None, typer.Option(help="Folder or object-store URI of a model, instead of --model.")
@@ -41,7 +46,7 @@ def train(
         ),
     ] = None,
     recipe_file: Annotated[
-        Path | None, typer.Option("--recipe", help="TOML file with model, method and hyperparameters.")
+        Path | None, typer.Option("--recipe", help="TOML file with model, method, hyperparameters and data.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Job id. Default: a unique one.")] = None,
     max_run_time: Annotated[int | None, typer.Option(help="Time limit of one attempt in seconds.")] = None,
@@ -49,14 +54,22 @@ def train(
         int | None, typer.Option(help="Maximum number of attempts; each continues from the last checkpoint.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Backend. Default: the session's.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Folder or bucket for the job. Default: the recipe file's, else PALATE_STORE.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print an estimate; submit nothing.")
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
     """Train a model on preference data and print the job's id."""
     from palate.model import ModelTrainingRecipe
+    from palate.session import Session, get_default_session
     from palate_recipes.errors import ConfigurationError
-    from palate_recipes.recipe_file import read_recipe
+    from palate_recipes.recipe_file import read_recipe_file
 
-    settings: dict[str, Any] = read_recipe(recipe_file) if recipe_file else {}
+    file = read_recipe_file(recipe_file) if recipe_file else None
+    settings: dict[str, Any] = dict(file.arguments) if file else {}
     hyperparameters: dict[str, Any] = {**settings.pop("hyperparameters", {})}
     # The command line wins over the file. The default strategy of this command is DPO.
     if strategy or "training_strategy" not in hyperparameters:
@@ -72,12 +85,68 @@ def train(
             "no model given: add --model NAME (`palate models` lists them), --model-uri FOLDER, or --recipe FILE with "
             "model_name. A small model for a first try on any machine: --model smollm2-135m-instruct"
         )
-    recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend)
-    given = {"train": data, "validation": validation, "adapter": adapter}
-    inputs = {channel: uri for channel, uri in given.items() if uri}
-    job = recipe.train(inputs=inputs, wait=wait, job_name=name)
+    flags = {"train": data, "validation": validation, "adapter": adapter}
+    given = {channel: uri for channel, uri in flags.items() if uri}
+    inputs: dict[str, str] = {**settings.pop("default_training_inputs", {}), **given}
+    if "train" not in inputs:
+        where = (
+            f", or a line `train = …` to {recipe_file}" if recipe_file else ", or --recipe FILE with a line `train = …`"
+        )
+        raise ConfigurationError(f"no training data given: add DATA, a file, folder, glob or URI{where}")
+    store = store or (file.store if file else None)
+    session = Session(store=store) if store else None
+    recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend, session=session)
+    job_name = file.name if file and name is None else name
+    if dry_run:
+        _print_estimate(recipe.estimate(inputs, job_name=job_name))
+        return
+    job = recipe.train(inputs=inputs, wait=wait, job_name=job_name)
     print(job.id)
-    say_next("deploy" if wait else "watch", job.id)
+    # Where the next command would look for the job.
+    elsewhere = recipe.session.store_uri != get_default_session().store_uri
+    say_next("deploy" if wait else "watch", job.uri if elsewhere else job.id)
+
+
+def _print_estimate(found: Estimate) -> None:
+    """Prints an estimate as a table, problems to stderr. Exits with 1 if the training would be rejected."""
+    from palate.ui.terminal import Column, print_table
+    from palate_recipes.specs.events import duration
+
+    def number(value: int | None, unit: str = "") -> str:
+        return "not known" if value is None else f"{value:,}{unit}"
+
+    time = "not known: no succeeded job in this store has this model, method and device"
+    if found.tokens is None:
+        time = "not known without token counts"
+    elif found.seconds and found.tokens_per_s:
+        shortest, longest = map(duration, found.seconds)
+        low, high = found.tokens_per_s
+        sources = found.rate_source
+        time = (
+            f"{shortest} to {longest} of training, at {low:,.0f} to {high:,.0f} tokens/s of {len(sources)} earlier "
+            f"{'job' if len(sources) == 1 else 'jobs'} ({', '.join(sources[:3])}{', …' if len(sources) > 3 else ''})"
+        )
+    needed = "not known" if found.memory_gib is None else f"at least {found.memory_gib:.1f} GiB"
+    rows = [
+        ("rows", f"{number(found.rows)} usable, {number(found.skipped_rows)} skipped"),
+        ("tokens", f"{number(found.tokens)} per epoch"),
+        ("row length", f"median {number(found.median_row)}, longest {number(found.longest_row)} tokens"),
+        (
+            f"at seq_length={found.seq_length}",
+            f"{number(found.truncated_rows)} rows truncated, {number(found.dropped_rows)} dropped",
+        ),
+        ("optimizer steps", number(found.steps)),
+        ("memory", f"{needed}; the device has {found.memory_available_gib:.1f} GiB"),
+        ("runs on", f"{found.backend} backend, {found.device}, {found.precision}"),
+        ("time", time),
+    ]
+    print_table(("what", Column("estimate", wraps=True)), rows)
+    for level, texts in (("warning", found.warnings), ("error", found.errors)):
+        for text in texts:
+            print(visible(f"{level}: {text}"), file=sys.stderr)
+    if found.errors:
+        raise typer.Exit(1)
+    print("nothing was submitted; the same command without --dry-run trains", file=sys.stderr)
 
 
 def resume(

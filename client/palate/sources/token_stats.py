@@ -33,7 +33,8 @@ def measure(
     settings: dict[str, Any],
     seq_length: int | None = None,
     system_prompt: str | None = None,
-) -> None:
+    apply_chat_template: bool = True,
+) -> Measured:
     """Counts the tokens of files, truncated as in training, and adds lengths and findings to their report.
 
     Args:
@@ -44,6 +45,10 @@ def measure(
         settings: Arguments of `format_for`.
         seq_length: Maximum tokens of prompt and answer together; None only counts.
         system_prompt: For rows without one; None for the training default.
+        apply_chat_template: As in training.
+
+    Returns:
+        The counts that were added.
 
     Raises:
         UnknownModelError: The model is not in the catalog.
@@ -66,6 +71,7 @@ def measure(
         settings=settings,
         seq_length=seq_length or sys.maxsize,
         system_prompt=str(prompt),
+        apply_chat_template=apply_chat_template,
     )
     with tempfile.TemporaryDirectory(prefix="palate-") as work:
         spec.write(Path(work) / "measure.json")
@@ -86,3 +92,4 @@ def measure(
         report.findings[code].count += found["counts"][code] - len(places)
     if found["lengths"]:
         report.lengths["tokens"], report.histograms["tokens"] = found["lengths"], found["histogram"]
+    return found

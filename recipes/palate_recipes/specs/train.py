@@ -190,9 +190,16 @@ class Measured(TypedDict):
         places: The first places of each code: file, row number, unit, detail.
         lengths: Percentiles of row lengths in tokens before truncation.
         histogram: Number of rows by length in tokens, see `palate_recipes.preferences.statistics.histogram`.
+        kept: Examples that are trained on in an epoch.
+        tokens: Their tokens after truncation, the prompt of a pair once.
+        truncated_rows, dropped_rows: Number of rows; a row with several answers counts once.
     """
 
     counts: dict[str, int]
     places: dict[str, list[tuple[str, int, str, str]]]
     lengths: dict[str, int]
     histogram: list[int]
+    kept: int
+    tokens: int
+    truncated_rows: int
+    dropped_rows: int

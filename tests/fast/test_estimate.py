@@ -1,0 +1,79 @@
+"""What an estimate says when something is wrong or not known: a problem is in it, not an exception."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from palate import ModelTrainingRecipe, Session, TrainingJob
+from palate.errors import ConfigurationError, HyperparameterError
+from palate.estimate import optimizer_steps
+from palate_recipes.hyperparameters import DeviceFacts
+from tests.support.manifests import train_spec
+
+DPO = {"training_strategy": "dpo"}
+ROW = {"prompt": "Is it?", "chosen": "Yes, it is.", "rejected": "No."}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_problems_are_in_the_estimate(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = DeviceFacts(cuda=False, bf16=False, fp16=False, memory_gib=8.0)
+    monkeypatch.setattr(type(session.backend), "device", lambda self, placement=None: small)
+    recipe = ModelTrainingRecipe("qwen2-72b-instruct", method="Standard_LLM", hyperparameters=DPO)
+    found = recipe.estimate({"train": tmp_path / "absent.json", "adapter": "/nowhere/adapter"})
+    adapter, data, memory = found.errors
+    assert "/nowhere/adapter" in adapter
+    assert "absent.json: no such file" in data
+    assert "needs at least 10" in memory
+    assert (found.rows, found.tokens, found.steps) == (None, None, None)
+    assert found.memory_gib is not None
+    assert found.memory_gib > 1000
+    assert found.memory_available_gib == 8.0
+    assert "no training data" in recipe.estimate({}).errors[0]
+    assert TrainingJob.list() == []
+
+
+def test_a_tokenizer_out_of_reach_leaves_the_tokens_out(session: Session, tmp_path: Path) -> None:
+    data = write(tmp_path / "p.json", *[{**ROW, "prompt": f"Is it {number}?"} for number in range(9)], {"a": 1})
+    recipe = ModelTrainingRecipe(
+        "qwen2-0.5b-instruct",
+        hyperparameters={**DPO, "bad_rows": "skip", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    )
+    found = recipe.estimate({"train": data})
+    assert (found.rows, found.skipped_rows, found.tokens, found.truncated_rows, found.errors) == (9, 1, None, None, ())
+    assert found.steps == optimizer_steps(9, recipe._spec(), gpus=1)
+    assert any("tokens are not counted: the tokenizer of Qwen/Qwen2-0.5B-Instruct" in text for text in found.warnings)
+
+
+def test_a_bad_setting_or_model_is_an_exception(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(HyperparameterError):
+        ModelTrainingRecipe("qwen2-0.5b-instruct", hyperparameters={"lr": 1}).estimate({})
+    with pytest.raises(ConfigurationError, match="not a folder"):
+        ModelTrainingRecipe(model_uri=str(tmp_path / "absent")).estimate({})
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "steps"),
+    [
+        ({"num_train_epochs": 3}, 1, 9),  # 5 batches, 3 steps an epoch
+        ({"num_train_epochs": 1.5}, 1, 5),
+        ({"num_train_epochs": 3}, 4, 3),
+        ({"max_steps": 7}, 1, 7),
+    ],
+)
+def test_steps(settings: dict[str, float], gpus: int, steps: int) -> None:
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert optimizer_steps(10, train_spec(hyperparameters={**batches, **settings}), gpus=gpus) == steps

@@ -1,0 +1,54 @@
+"""An estimate beside the training that follows it: same rows, tokens and steps, and its rate for the next estimate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate import ModelTrainingRecipe, Session, TrainingJob
+from tests.support.rows import preference_rows
+
+pytestmark = pytest.mark.slow
+
+BASE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "precision": "float32"}
+
+
+def write_rows(path: Path) -> Path:
+    rows = preference_rows(11)
+    rows[1]["chosen"] += " and more" * 40
+    rows[2]["prompt"] += " really" * 70
+    rows[3]["chosen"], rows[3]["rejected"] = "same " * 60 + "a", "same " * 60 + "b"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("strategy", ["dpo", "kto", "sft"])
+def test_an_estimate_is_what_the_training_does(session: Session, tiny: Path, tmp_path: Path, strategy: str) -> None:
+    data = write_rows(tmp_path / "p.json")
+    settings: dict[str, Any] = {**BASE, "training_strategy": strategy, "seq_length": 64, "num_train_epochs": 3}
+    recipe = ModelTrainingRecipe("tiny", model_uri=str(tiny), hyperparameters=settings)
+    found = recipe.estimate({"train": data})
+    assert TrainingJob.list() == []
+    assert (found.errors, found.rows, found.skipped_rows) == ((), 11, 0)
+    assert (found.tokens_per_s, found.seconds, found.rate_source) == (None, None, ())
+    assert (found.device, found.precision, found.backend) == ("CPU", "float32", "process")
+    job = recipe.train({"train": data}, job_name="one", show_logs=False)
+    start, *events = job.metrics()
+    trained = [event for event in events if event["kind"] == "train"]
+    assert found.steps == start["total_steps"]
+    assert found.truncated_rows == start["truncated_rows"]
+
+    assert found.dropped_rows == len(set(start["dropped_rows"])) > 0
+    assert found.tokens is not None
+    assert 3 * found.tokens == sum(event["tokens"] for event in trained)
+    assert found.memory_gib is not None
+    # The libraries are most of it: 0.7 GiB by the formula.
+    assert found.memory_gib == pytest.approx(events[-1]["memory_gb"] * 1e9 / 1024**3, abs=0.4)
+    again = recipe.estimate({"train": data}, job_name="one")
+    assert again.rate_source == ("one",)
+    assert again.tokens_per_s == (events[-1]["tokens_per_s"],) * 2
+    assert again.seconds == (pytest.approx(events[-1]["train_seconds"], rel=0.1, abs=0.1),) * 2
+    assert "'one' is taken" in again.errors[0]
