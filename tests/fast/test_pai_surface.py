@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,15 @@ def test_what_palate_provides_is_pais() -> None:
     names = surface()["modules"]
     for module, provided in PROVIDED.items():
         assert provided.keys() <= set(names[module]), module
+
+
+def test_the_documented_names_are_those_provided() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pai.md").read_text()
+    table = page.partition("| module | names |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines() if line.startswith("| `")]
+    assert {module: set(names) for module, *names in rows} == {
+        module: set(names) for module, names in PROVIDED.items() if names
+    }
 
 
 @pytest.mark.parametrize("owner", sorted(HOMES))
