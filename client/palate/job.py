@@ -22,6 +22,8 @@ from palate_recipes.specs.run import State, Status, TrainManifest
 if TYPE_CHECKING:
     from palate.predictor import Predictor, ServedModel
 
+OUTPUT_CHANNELS = ("model", "checkpoints", "tensorboard")
+
 
 class TrainingJob:
     """A training job in a store.
@@ -170,10 +172,9 @@ class TrainingJob:
         Args:
             channel_name: `model` (adapter or weights), `checkpoints`, or `tensorboard`.
         """
-        channels = ("model", "checkpoints", "tensorboard")
-        if channel_name not in channels:
+        if channel_name not in OUTPUT_CHANNELS:
             raise ConfigurationError(
-                f"channel_name={channel_name!r} is not an output of a job: choose one of {', '.join(channels)}"
+                f"channel_name={channel_name!r} is not an output of a job: choose one of {', '.join(OUTPUT_CHANNELS)}"
             )
         return f"{self.uri}/{channel_name}"
 

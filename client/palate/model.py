@@ -16,14 +16,14 @@ from msgspec.structs import asdict
 from palate.backends import Backend, PlacementRequest, get_backend
 from palate.backends.limits import ResourceConfig as ResourceConfig
 from palate.common.utils import check_name, unique_name
-from palate.job import TrainingJob
+from palate.job import OUTPUT_CHANNELS, TrainingJob
 from palate.session import Session, get_default_session
-from palate.submit import check_channels, refuse, submit
+from palate.submit import CHANNELS, check_channels, refuse, submit
 from palate.weights import LABEL as STAND_IN_LABEL
-from palate.weights import find_weights, stand_in_for
+from palate.weights import find_weights, has_stand_in, stand_in_for
 from palate_recipes.catalog import Model, find_model, models
 from palate_recipes.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
-from palate_recipes.hyperparameters import Resolved, as_definitions, check_method, resolve, validate
+from palate_recipes.hyperparameters import METHODS, Resolved, as_definitions, check_method, resolve, validate
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
 
@@ -38,6 +38,9 @@ __all__ = ["ModelTrainingRecipe", "RegisteredModel"]
 
 DEFAULT_METHOD = "LoRA_LLM"
 
+# The name that a notebook of PAI's SDK uses.
+_PAI_METHODS = {"Standard": "Standard_LLM"}
+
 
 class ModelTrainingRecipe:
     """A model, a method and hyperparameters, ready to train on preference data.
@@ -47,7 +50,7 @@ class ModelTrainingRecipe:
         model_version: Revision of the weights on the hub: branch, tag or commit.
         model_provider: Publisher, checked against the catalog; `pai` matches any.
         model_uri: A folder or object-store URI with config, weights and tokenizer; overrides the catalog's source.
-        method: `LoRA_LLM` (default), `QLoRA_LLM` or `Standard_LLM` (full fine-tuning).
+        method: `LoRA_LLM` (default), `QLoRA_LLM` or `Standard_LLM` (full fine-tuning, also `Standard`).
         source_dir: Not supported.
         model_channel_name: Must be `model`, PAI's default.
         hyperparameters: By PAI's names, validated now; see `hyperparameter_definitions` and docs/hyperparameters.md.
@@ -152,13 +155,18 @@ class ModelTrainingRecipe:
                 instance_spec=instance_spec,
             )
         )
+        self.image_uri = image_uri
+        self.instance_type = instance_type
+        self.instance_count = instance_count
+        self.input_channels = builtins.list(CHANNELS)
+        self.output_channels = builtins.list(OUTPUT_CHANNELS)
         self.model_provider = model_provider
         self.labels = dict(labels or {})
         if model_name is not None and model_uri is None and (other := stand_in_for(model_name)):
             # A revision and a publisher are those of the model that was asked for.
             model_name, model_uri, model_version, model_provider = other.name, other.uri, None, None
             self.labels[STAND_IN_LABEL] = other.for_name
-        self.method = check_method(method or DEFAULT_METHOD)
+        self.method = check_method(_PAI_METHODS.get(method or DEFAULT_METHOD, method or DEFAULT_METHOD))
         self._given = validate(hyperparameters, method=self.method)
         if model_name is not None:
             self._row: Model | None = (
@@ -301,6 +309,10 @@ class ModelTrainingRecipe:
             environment_names=tuple(sorted(self.environments)),
         )
 
+    def job_name(self, job_name: str | None = None) -> str:
+        """Returns `job_name`, or a new unique id for a job of this recipe."""
+        return job_name or unique_name(self.base_job_name or self.model_name)
+
     @property
     def latest_job(self) -> TrainingJob | None:
         """The last job submitted by this recipe, or None."""
@@ -411,6 +423,9 @@ class RegisteredModel:
         model_provider: Publisher, or `pai`, which stands for any.
         session: Default: the default session.
 
+    Attributes:
+        row: The catalog's row; None for a name that only PALATE_MODEL_STAND_IN knows.
+
     Raises:
         UnknownModelError: Names the nearest models.
     """
@@ -422,21 +437,80 @@ class RegisteredModel:
         model_provider: str | None = None,
         session: Session | None = None,
     ) -> None:
-        self.row = find_model(model_name, provider=model_provider)
-        self.model_name = self.row.name
+        # As in a recipe, a name that is replaced need not be in the catalog.
+        replaced = has_stand_in(model_name)
+        self.row = _row_if_known(model_name) if replaced else find_model(model_name, provider=model_provider)
+        self.model_name = self.row.name if self.row else model_name
         self.model_version = model_version
-        self.model_provider = self.row.provider
+        self.model_provider = self.row.provider if self.row else model_provider
         self._session = session
 
+    @property
+    def task(self) -> str | None:
+        """`chat` or `text-generation`."""
+        return self.row.tasks[-1] if self.row else None
+
+    @property
+    def model_data(self) -> str:
+        """URI of the weights on the Hub, `hf://OWNER/NAME`, or of what stands in."""
+        if other := stand_in_for(self.model_name):
+            return other.uri or f"hf://{find_model(other.name).hub_id}"
+        assert self.row is not None  # a name without a row has a stand-in
+        return f"hf://{self.row.hub_id}" + (f"@{self.model_version}" if self.model_version else "")
+
+    @property
+    def version_labels(self) -> dict[str, str]:
+        """What the catalog knows of the model: family, kind, size, licence, context, and the revision if one is set."""
+        if self.row is None:
+            return {}
+        labels = {
+            "family": self.row.family,
+            "kind": self.row.kind,
+            "model_size": f"{self.row.parameters_b * 1e9:.0f}",
+            "license": self.row.licence,
+            "context": str(self.row.context),
+        }
+        return {**labels, "revision": self.model_version} if self.model_version else labels
+
+    @property
+    def training_spec(self) -> dict[str, Any]:
+        """Methods, channels and hyperparameters of its training."""
+        return {
+            "methods": dict(METHODS),
+            "input_channels": builtins.list(CHANNELS),
+            "output_channels": builtins.list(OUTPUT_CHANNELS),
+            "hyperparameters": as_definitions(),
+        }
+
+    @property
+    def inference_spec(self) -> dict[str, Any]:
+        """The model and engine of its service. `deploy(options=...)` sets the rest."""
+        return {"model": self.model_data, "engine": "auto"}
+
     @classmethod
-    def list(cls, task: str | None = None, session: Session | None = None) -> builtins.list[RegisteredModel]:
+    def list(
+        cls,
+        model_name: str | None = None,
+        model_provider: str | None = None,
+        task: str | None = None,
+        session: Session | None = None,
+    ) -> builtins.list[RegisteredModel]:
         """Returns the catalog's models.
 
         Args:
-            task: Only models for this task: `chat` or `text-generation`.
+            model_name: Only models with this text in their name or hub id.
+            model_provider: Only models of this publisher; `pai` and `huggingface` match any.
+            task: Only models for this task: `chat`, `text-generation`, or PAI's `large-language-model`, which all are.
             session: Default: the default session.
         """
-        return [cls(row.name, session=session) for row in models(task)]
+        text = (model_name or "").casefold()
+        publisher = (model_provider or "pai").casefold()
+        return [
+            cls(row.name, session=session)
+            for row in models(None if task == "large-language-model" else task)
+            if (text in row.name.casefold() or text in row.hub_id.casefold())
+            and publisher in ("pai", "huggingface", row.provider)
+        ]
 
     def training_recipe(
         self, method: str | None = None, hyperparameters: Mapping[str, Any] | None = None
@@ -453,22 +527,46 @@ class RegisteredModel:
 
     def deploy(
         self,
-        service_name: str,
-        instance_type: str | None = None,
+        service_name: str | None = None,
         instance_count: int | None = 1,
+        instance_type: str | None = None,
         resource_config: object = None,
         resource_id: str | None = None,
         options: Mapping[str, Any] | None = None,
+        service_type: str | None = None,
         wait: bool = True,
-        inference_spec: object = None,
+        serializer: object = None,
+        inference_method: str | None = None,
         *,
+        inference_spec: object = None,
         show_logs: bool = False,
     ) -> Predictor:
-        """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`."""
+        """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`, in PAI's order.
+
+        Args:
+            service_name: Default: the model's name with a unique suffix.
+            instance_count: Number of machines, on backends that support it.
+            instance_type: Type of machine, on backends that support it.
+            resource_config: Limits, on backends that support them.
+            resource_id: Not supported.
+            options: See `ModelTrainingRecipe.deploy`.
+            service_type: Not supported.
+            wait: Whether to wait until the service has answered a real request.
+            serializer: Not supported.
+            inference_method: Not supported.
+            inference_spec: Not supported.
+            show_logs: With `wait`: whether to show the engine's log.
+        """
         from palate.deploy import start_service
         from palate.predictor import ServedModel
 
-        refuse(resource_id=resource_id, inference_spec=inference_spec)
+        refuse(
+            resource_id=resource_id,
+            service_type=service_type,
+            serializer=serializer,
+            inference_method=inference_method,
+            inference_spec=inference_spec,
+        )
         session = self._session or get_default_session()
         name, uri, version, labels = self.model_name, None, self.model_version, {}
         if other := stand_in_for(name):
@@ -476,7 +574,7 @@ class RegisteredModel:
         source, row = find_weights(session, model_name=None if uri else name, model_uri=uri, model_version=version)
         return start_service(
             session,
-            service_name=service_name,
+            service_name=service_name or unique_name(name),
             served=ServedModel(
                 model=BaseModel(name=name, source=source, hub_id=row.hub_id if row else None), labels=labels
             ),

@@ -89,6 +89,22 @@ class Session:
             self._store = open_store(self.store_uri, options=self.options_for(self.store_uri))
         return self._store
 
+    @property
+    def workspace_name(self) -> str:
+        """The workspace's id, or `default`. PAI's scripts print it; Palate has no workspaces."""
+        return str(self.workspace_id or "default")
+
+    @property
+    def oss_bucket_name(self) -> str | None:
+        """The bucket of an `oss://` or `s3://` store; None if the store is a folder."""
+        scheme, separator, rest = self.store_uri.partition("://")
+        return rest.partition("/")[0] if separator and scheme in ("oss", "s3") else None
+
+    @property
+    def oss_endpoint(self) -> str | None:
+        """The endpoint that was given, saved or is in AWS_ENDPOINT_URL_S3; None: that of the region."""
+        return self.options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
+
     def options_for(self, uri: str) -> StoreOptions:
         """Returns the options to open `uri` with. OSS endpoints are built from the region."""
         if uri.startswith("oss://") and self.options.region is None:
@@ -99,9 +115,9 @@ class Session:
         """Returns the environment variables for another process to reach the same stores. Contains credentials."""
         return self.options.environment()
 
-    def save_config(self, path: str | Path | None = None) -> Path:
+    def save_config(self, config_path: str | Path | None = None) -> Path:
         """Saves region, workspace, store, endpoint and backend, without credentials. Returns the path."""
-        target = Path(path) if path else _config_file()
+        target = Path(config_path) if config_path else _config_file()
         values = {
             "region_id": self.region_id,
             "workspace_id": self.workspace_id,

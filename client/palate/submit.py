@@ -178,6 +178,9 @@ _NO_MEANING = {
     "input_channels": f"the channels are fixed: {', '.join(CHANNELS)}",
     "output_channels": "outputs are fixed: model, checkpoints, tensorboard; see job.output_path()",
     "outputs": "outputs are stored in the job's folder: see job.output_path(), and Session(store=…) to choose the store",
+    "service_type": "every service answers requests as they come",
+    "serializer": "predict() and raw_predict() use JSON",
+    "inference_method": "a model is served in one way; options= sets engine, port and limits",
     "inference_spec": "the job determines what a service runs; options= sets engine, port and limits",
 }
 

@@ -253,18 +253,30 @@ def stand_in_for(model_name: str) -> StandIn | None:
         ConfigurationError: The setting is invalid.
         UnknownModelError: OTHER is neither in the catalog nor a path.
     """
+    other = _setting_for(model_name)
+    if other is None:
+        return None
+    found = _resolve(model_name, other)
+    note(
+        f"STAND-IN: {found.uri or found.name} replaces {model_name}, because {SETTING} is set. "
+        f"The result is not {model_name}"
+    )
+    return found
+
+
+def has_stand_in(model_name: str) -> bool:
+    """Returns whether PALATE_MODEL_STAND_IN replaces a model, and prints nothing."""
+    return _setting_for(model_name) is not None
+
+
+def _setting_for(model_name: str) -> str | None:
     setting = os.environ.get(SETTING, "")
     for entry in filter(None, (part.strip() for part in setting.split(","))):
         name, separator, other = (part.strip() for part in entry.partition("="))
         if not (separator and name and other):
             raise ConfigurationError(f"{SETTING}={setting!r}: {entry!r} is not NAME=OTHER: give both, or unset it")
         if _canonical(name) == _canonical(model_name):
-            found = _resolve(model_name, other)
-            note(
-                f"STAND-IN: {found.uri or found.name} replaces {model_name}, because {SETTING} is set. "
-                f"The result is not {model_name}"
-            )
-            return found
+            return other
     return None
 
 

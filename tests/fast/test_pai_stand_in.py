@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palate import ModelTrainingRecipe
+from palate import ModelTrainingRecipe, RegisteredModel
 from palate.errors import ConfigurationError, UnknownModelError
 from palate.weights import SETTING, stand_in_for
 
@@ -37,6 +37,19 @@ def test_a_folder_stands_in_under_its_own_name(home: Path, monkeypatch: pytest.M
     monkeypatch.setenv(SETTING, f"qwen2-0.5b-instruct={tmp_path / 'small'}/")
     recipe = ModelTrainingRecipe("qwen2-0.5b-instruct")
     assert (recipe.model_name, recipe.model_uri) == ("small", f"{tmp_path / 'small'}/")
+
+
+@pytest.mark.parametrize("asked", ["chatglm2-6b", "qwen2-0.5b-instruct"])
+def test_a_registered_model_is_replaced_as_in_a_recipe(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    monkeypatch.setenv(SETTING, f"{asked}=smollm2-135m-instruct")
+    model = RegisteredModel(asked, model_provider="pai")
+    assert capsys.readouterr().err == ""
+    assert model.model_data == "hf://HuggingFaceTB/SmolLM2-135M-Instruct"
+    recipe = model.training_recipe(method="LoRA_LLM")
+    assert (recipe.model_name, recipe.labels) == ("smollm2-135m-instruct", {"stand_in_for": asked})
+    assert "STAND-IN" in capsys.readouterr().err
 
 
 def test_a_folder_that_the_script_names_itself_wins(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
