@@ -55,13 +55,15 @@ def age(since: float) -> str:
     return f"{passed} s"
 
 
-def say_next(*words: object) -> None:
+def say_next(*words: object, store: str | None = None) -> None:
     """Prints the next command, quoted for a shell, on stderr.
 
     Args:
         words: The arguments of `palate`.
+        store: Where the command has to look, if that is not the default store.
     """
-    print(visible(f"next: {shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)
+    where = f"PALATE_STORE={shlex.quote(store)} " if store else ""
+    print(visible(f"next: {where}{shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)
 
 
 def open_run(name: str) -> TrainingJob | Predictor:

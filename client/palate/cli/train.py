@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palate.cli.format import pairs, say_next
+from palate_recipes.text import visible
 
 if TYPE_CHECKING:
     from palate.estimate import Estimate
@@ -102,9 +103,8 @@ def train(
         return
     job = recipe.train(inputs=inputs, wait=wait, job_name=job_name)
     print(job.id)
-    # Where the next command would look for the job.
-    elsewhere = recipe.session.store_uri != get_default_session().store_uri
-    say_next("deploy" if wait else "watch", job.uri if elsewhere else job.id)
+    is_elsewhere = recipe.session.store_uri != get_default_session().store_uri
+    say_next("deploy" if wait else "watch", job.id, store=recipe.session.store_uri if is_elsewhere else None)
 
 
 def _print_estimate(found: Estimate) -> None:
