@@ -18,6 +18,7 @@ from palate.preflight import check_memory, check_trainer
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
+from palate.sources.hub_model import check_architecture
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
 from palate.weights import reachable_weights
@@ -112,6 +113,8 @@ def _check_place(spec: TrainSpec, record: Record, session: Session, row: Model |
     """Rejects a training that does not fit its machine, or whose name is taken."""
     if session.backend.uses_this_python:
         check_trainer()  # elsewhere the libraries are in the image
+        if spec.model.source.kind == "hub" and row is None:
+            check_architecture(spec.model.source)
     check_memory(spec, _parameters(spec, row), device=session.backend.device(spec.placement), row=row)
     session.store.check()
     if record.exists():
@@ -134,8 +137,9 @@ def check_channels(inputs: Mapping[str, Any]) -> None:
 
 
 def _parameters(spec: TrainSpec, row: Model | None) -> float:
-    """Returns the number of parameters: from the catalog, else from the weights' size (taken as 16 bit), else 0."""
-    return row.parameters_b * 1e9 if row is not None else spec.model.source.size_bytes / 2
+    """Returns the number of parameters: from catalog or hub, else from the weights' size (taken as 16 bit), else 0."""
+    source = spec.model.source
+    return row.parameters_b * 1e9 if row is not None else source.parameters or source.size_bytes / 2
 
 
 def _announce(job: TrainingJob, spec: TrainSpec, inputs: Mapping[str, Input], *, notes: bool) -> None:
