@@ -18,14 +18,14 @@ from palate.backends.limits import ResourceConfig as ResourceConfig
 from palate.common.utils import check_name, unique_name
 from palate.job import OUTPUT_CHANNELS, TrainingJob
 from palate.session import Session, get_default_session
+from palate.sources.hub_model import hub_model
 from palate.submit import CHANNELS, check_channels, refuse, submit
 from palate.weights import LABEL as STAND_IN_LABEL
-from palate.weights import find_weights, has_stand_in, stand_in_for
+from palate.weights import base_model, find_row, find_weights, has_stand_in, one_revision, stand_in_for
 from palate_recipes.catalog import Model, find_model, models
 from palate_recipes.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate_recipes.hyperparameters import METHODS, Resolved, as_definitions, check_method, resolve, validate
 from palate_recipes.specs.train import TrainSpec
-from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     from palate.estimate import Estimate
@@ -46,10 +46,11 @@ class ModelTrainingRecipe:
     """A model, a method and hyperparameters, ready to train on preference data.
 
     Args:
-        model_name: A name of the catalog (`palate models`).
+        model_name: A name of the catalog (`palate models`), or the id of any other model on the hub: `OWNER/NAME` or
+            `hf://OWNER/NAME[@revision]`.
         model_version: Revision of the weights on the hub: branch, tag or commit.
         model_provider: Publisher, checked against the catalog; `pai` matches any.
-        model_uri: A folder or object-store URI with config, weights and tokenizer; overrides the catalog's source.
+        model_uri: A folder, object-store URI or `hf://` URI with config, weights and tokenizer; overrides the catalog's source.
         method: `LoRA_LLM` (default), `QLoRA_LLM` or `Standard_LLM` (full fine-tuning, also `Standard`).
         source_dir: Not supported.
         model_channel_name: Must be `model`, PAI's default.
@@ -162,6 +163,8 @@ class ModelTrainingRecipe:
         self.output_channels = builtins.list(OUTPUT_CHANNELS)
         self.model_provider = model_provider
         self.labels = dict(labels or {})
+        if model_name is not None and model_uri is None and (found := hub_model(model_name)):
+            model_name, model_version = found.repo, one_revision(model_name, model_version)
         if model_name is not None and model_uri is None and (other := stand_in_for(model_name)):
             # A revision and a publisher are those of the model that was asked for.
             model_name, model_uri, model_version, model_provider = other.name, other.uri, None, None
@@ -170,7 +173,7 @@ class ModelTrainingRecipe:
         self._given = validate(hyperparameters, method=self.method)
         if model_name is not None:
             self._row: Model | None = (
-                find_model(model_name, provider=model_provider) if model_uri is None else _row_if_known(model_name)
+                find_row(model_name, provider=model_provider) if model_uri is None else _row_if_known(model_name)
             )
         elif model_uri is None:
             raise ConfigurationError(
@@ -178,7 +181,7 @@ class ModelTrainingRecipe:
             )
         else:
             self._row = None
-        self.model_name = model_name or str(model_uri).rstrip("/").rpartition("/")[2]
+        self.model_name = model_name or _name_in(str(model_uri))
         self.model_version = model_version
         self.model_uri = model_uri
         self.environments = dict(environments or {})
@@ -297,7 +300,7 @@ class ModelTrainingRecipe:
             model_version=self.model_version,
         )
         return TrainSpec(
-            model=BaseModel(name=self.model_name, source=source, hub_id=row.hub_id if row else None),
+            model=base_model(self.model_name, source, row),
             method=self.method,
             hyperparameters=resolved.values,
             given=self._given,
@@ -407,6 +410,11 @@ def _with_backend(session: Session, backend: str | Backend | None) -> Session:
     return Session(session.region_id, store=session.store_uri, backend=chosen, options=session.options)
 
 
+def _name_in(uri: str) -> str:
+    found = hub_model(uri) if uri.startswith("hf://") else None
+    return found.repo if found else uri.rstrip("/").rpartition("/")[2]
+
+
 def _row_if_known(name: str) -> Model | None:
     try:
         return find_model(name)
@@ -415,10 +423,10 @@ def _row_if_known(name: str) -> Model | None:
 
 
 class RegisteredModel:
-    """A model of the catalog.
+    """A model of the catalog, or any model on the hub.
 
     Args:
-        model_name: A name, alias or hub id.
+        model_name: A name or alias of the catalog, or a hub id: `OWNER/NAME` or `hf://OWNER/NAME[@revision]`.
         model_version: Revision of the weights on the hub.
         model_provider: Publisher, or `pai`, which stands for any.
         session: Default: the default session.
@@ -439,10 +447,12 @@ class RegisteredModel:
     ) -> None:
         # As in a recipe, a name that is replaced need not be in the catalog.
         replaced = has_stand_in(model_name)
-        self.row = _row_if_known(model_name) if replaced else find_model(model_name, provider=model_provider)
-        self.model_name = self.row.name if self.row else model_name
-        self.model_version = model_version
-        self.model_provider = self.row.provider if self.row else model_provider
+        self.row = _row_if_known(model_name) if replaced else find_row(model_name, provider=model_provider)
+        found = None if replaced else hub_model(model_name)
+        self.model_name = self.row.name if self.row else found.repo if found else model_name
+        self.model_version = one_revision(model_name, model_version)
+        owner = self.model_name.partition("/")[0] if found else None
+        self.model_provider = self.row.provider if self.row else owner or model_provider
         self._session = session
 
     @property
@@ -455,8 +465,8 @@ class RegisteredModel:
         """URI of the weights on the Hub, `hf://OWNER/NAME`, or of what stands in."""
         if other := stand_in_for(self.model_name):
             return other.uri or f"hf://{find_model(other.name).hub_id}"
-        assert self.row is not None  # a name without a row has a stand-in
-        return f"hf://{self.row.hub_id}" + (f"@{self.model_version}" if self.model_version else "")
+        repo = self.row.hub_id if self.row else self.model_name  # without a row it is the id of another hub model
+        return f"hf://{repo}" + (f"@{self.model_version}" if self.model_version else "")
 
     @property
     def version_labels(self) -> dict[str, str]:
@@ -575,9 +585,7 @@ class RegisteredModel:
         return start_service(
             session,
             service_name=service_name or unique_name(name),
-            served=ServedModel(
-                model=BaseModel(name=name, source=source, hub_id=row.hub_id if row else None), labels=labels
-            ),
+            served=ServedModel(model=base_model(name, source, row), labels=labels),
             options=options,
             where=PlacementRequest(
                 kind="services",

@@ -23,7 +23,6 @@ from palate.paths import palate_home
 from palate.store import Store, open_parent
 from palate.store.local import walk
 from palate.store.uri import normal_uri
-from palate_recipes.catalog import Model, find_model
 from palate_recipes.errors import (
     ConfigurationError,
     MissingDependencyError,
@@ -32,6 +31,7 @@ from palate_recipes.errors import (
     StoreError,
     StoreUnreachableError,
 )
+from palate_recipes.model_card import CARD_FILE, base_name, card_head, card_summary, card_usage
 
 if TYPE_CHECKING:
     from palate.runs.record import Record
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from palate_recipes.specs.train import InputFile
 
 
-def model_card(manifest: TrainManifest, status: Status, files: Collection[str], *, tags_adapter: bool) -> str:
+def model_card(manifest: TrainManifest, status: Status, files: Collection[str], *, place: str = ".") -> str:
     """Returns the model card in Markdown, with the Hub's metadata block.
 
     Has the names and digests of the data, never their folder or bucket.
@@ -48,34 +48,14 @@ def model_card(manifest: TrainManifest, status: Status, files: Collection[str], 
     Args:
         manifest, status: Of the succeeded job.
         files: Names of the model's files.
-        tags_adapter: Whether the model is an adapter rather than full weights.
-
-    Source: https://huggingface.co/docs/hub/model-cards
+        place: The model's id on the Hub, or "." for a card whose code runs in the model's folder.
     """
     body = manifest.body
-    model = body.model
-    row = _row(model.name)
-    strategy = body.hyperparameters.training_strategy
-    settings: dict[str, Any] = {
-        "base_model": model.hub_id,
-        "base_model_relation": "adapter" if tags_adapter else "finetune",
-        "library_name": "peft" if tags_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["palate", "trl", strategy, *(["lora"] if tags_adapter else [])],
-    }
-    if row is not None and row.licence:
-        settings["license_name"] = row.licence  # the base model's; the Hub's list of identifiers differs
-        settings["license"] = "other"
-    if settings["base_model"] is None:
-        del settings["base_model"], settings["base_model_relation"]
-    # JSON is valid YAML, so no name can break the block.
-    head = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
-    kind = "adapter for" if tags_adapter else "full fine-tuning of"
     facts = {
-        "base model": model.hub_id or model.name,
+        "base model": base_name(body.model),
         "base revision": status.details.get("model_revision", "unknown"),
         "method": body.method,
-        "strategy": strategy,
+        "strategy": body.hyperparameters.training_strategy,
         "precision": body.precision,
         "job": manifest.name,
         **{f"label {name}": value for name, value in manifest.labels.items()},
@@ -83,13 +63,15 @@ def model_card(manifest: TrainManifest, status: Status, files: Collection[str], 
     versions = {**manifest.versions, **status.details.get("versions", {})}
     return "\n".join(
         [
-            "---",
-            head,
-            "---",
+            *card_head(body, files),
             "",
             f"# {manifest.name}",
             "",
-            f"A {strategy.upper()} {kind} {facts['base model']}, trained with Palate.",
+            card_summary(body, files),
+            "",
+            *card_usage(body, files, place=place),
+            "",
+            "## Training",
             "",
             *_table(("fact", "value"), facts),
             "",
@@ -128,13 +110,6 @@ def _data_row(channel: str, entry: InputFile) -> str:
 
 def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _row(name: str) -> Model | None:
-    try:
-        return find_model(name)
-    except LookupError:
-        return None
 
 
 _URI = re.compile(r"hf://(?:models/)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/?")
@@ -235,9 +210,6 @@ def _git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-CARD_FILE = "README.md"
-
-
 def save(record: Record, manifest: TrainManifest, status: Status, target: str | Path, session: Session) -> str:
     """Copies the model of a succeeded job. See `TrainingJob.save_model`."""
     where = str(target)
@@ -250,8 +222,9 @@ def save(record: Record, manifest: TrainManifest, status: Status, target: str | 
     with TemporaryDirectory(prefix="save-", dir=work) as scratch:
         folder = Path(scratch) / "model"
         _fetch(record, folder)
-        names = [name for name in walk(folder) if name != DIGESTS_FILE]
-        card = model_card(manifest, status, names, tags_adapter="adapter_config.json" in names)
+        names = [name for name in walk(folder) if name not in (DIGESTS_FILE, CARD_FILE)]
+        hub_model = _URI.fullmatch(where)
+        card = model_card(manifest, status, names, place=hub_model["repo"] if hub_model else ".")
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         digests = Checksums.of(folder)
         (folder / DIGESTS_FILE).write_bytes(digests.encode())

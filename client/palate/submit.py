@@ -18,6 +18,7 @@ from palate.preflight import check_memory, check_trainer
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
+from palate.sources.hub_model import check_architecture
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
 from palate.weights import reachable_weights
@@ -130,8 +131,11 @@ def place_checks(
             )
 
     device = session.backend.device(spec.placement)
+    source = spec.model.source
+    here = session.backend.uses_this_python  # elsewhere the libraries are in the image
     return [
-        *([check_trainer] if session.backend.uses_this_python else []),  # elsewhere the libraries are in the image
+        *([check_trainer] if here else []),
+        *([lambda: check_architecture(source)] if here and source.kind == "hub" and row is None else []),
         lambda: check_memory(spec, parameter_count(spec, row), device=device, row=row),
         lambda: session.store.check(),
         check_name_is_free,
@@ -151,8 +155,9 @@ def check_channels(inputs: Mapping[str, Any]) -> None:
 
 
 def parameter_count(spec: TrainSpec, row: Model | None) -> float:
-    """Returns the number of parameters: from the catalog, else from the weights' size (taken as 16 bit), else 0."""
-    return row.parameters_b * 1e9 if row is not None else spec.model.source.size_bytes / 2
+    """Returns the number of parameters: from catalog or hub, else from the weights' size (taken as 16 bit), else 0."""
+    source = spec.model.source
+    return row.parameters_b * 1e9 if row is not None else source.parameters or source.size_bytes / 2
 
 
 def _announce(job: TrainingJob, spec: TrainSpec, inputs: Mapping[str, Input], *, notes: bool) -> None:

@@ -21,11 +21,13 @@ from palate.backends import Backend
 from palate.env_file import without_credentials
 from palate.paths import palate_home
 from palate.session import Session
+from palate.sources.hub import connect
+from palate.sources.hub_model import HubModel, find_on_hub, hub_model
 from palate.store import open_store
 from palate.ui import note
-from palate_recipes.catalog import Model, find_model
+from palate_recipes.catalog import Model, check_provider, find_model
 from palate_recipes.errors import ConfigurationError, UnknownModelError, WeightsError
-from palate_recipes.specs.weights import WeightsSource
+from palate_recipes.specs.weights import BaseModel, WeightsSource
 from palate_recipes.text import expand_path, show_path
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -39,17 +41,22 @@ def find_weights(
 
     Args:
         session: For URIs of object stores.
-        model_name: A name of the catalog.
-        model_uri: A folder or object-store URI. Overrides the catalog's source.
+        model_name: A name of the catalog, or a hub id (`OWNER/NAME`, `hf://OWNER/NAME[@revision]`).
+        model_uri: A folder, object-store URI or `hf://` URI. Overrides the catalog's source.
         model_version: Hub revision (branch, tag or commit).
 
     Returns:
-        The source, and the catalog row if `model_name` has one.
+        The source, and the catalog row if `model_name` has one. A hub model that is not in the catalog, or given as URI, is
+        pinned to its commit.
 
     Raises:
-        UnknownModelError: The name is not in the catalog, and no URI is given.
+        UnknownModelError: The name is neither in the catalog nor on the hub, and no URI is given.
+        StoreError: The hub refuses access to a model that is not in the catalog, or does not respond.
         ConfigurationError: Neither is given, or the folder has no usable model.
     """
+    if model_uri and model_uri.startswith("hf://"):
+        row = find_row(model_name) if model_name else None
+        return _from_hub_id(model_uri, model_version), row
     if model_uri and model_version:
         raise ConfigurationError(
             f"model_version={model_version!r} is a revision on the Hub, and model_uri={model_uri!r} another source: give one of them"
@@ -61,7 +68,10 @@ def find_weights(
         raise ConfigurationError(
             "no model given: set model_name= (`palate models` lists them) or model_uri= (any folder)"
         )
-    model = find_model(model_name)
+    model = find_row(model_name)
+    if model is None:
+        return _from_hub_id(model_name, model_version), None
+    model_version = one_revision(model_name, model_version)
     if model.package and not model_version:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -70,6 +80,49 @@ def find_weights(
         except PackageNotFoundError:
             pass
     return WeightsSource(kind="hub", location=model.hub_id, revision=model_version or ""), model
+
+
+def find_row(name: str, *, provider: str | None = None) -> Model | None:
+    """Returns the catalog row of a model, or None for the id of another hub model, which is not looked up.
+
+    Raises:
+        UnknownModelError: The name is neither in the catalog nor a hub id, or its publisher is not `provider`.
+    """
+    found = hub_model(name)
+    if found is None:
+        return find_model(name, provider=provider)
+    try:
+        find_model(found.repo)
+    except UnknownModelError:
+        check_provider(found.repo, found.repo.partition("/")[0], provider)
+        return None
+    return find_model(found.repo, provider=provider)
+
+
+def one_revision(name: str, version: str | None) -> str | None:
+    """Returns the revision of a model from `name@revision` or `version`. Raises ConfigurationError if they differ."""
+    found = hub_model(name)
+    given = found.revision if found else None
+    if version and given and version != given:
+        raise ConfigurationError(f"{name!r} has a revision, and model_version={version!r} is another: give one of them")
+    return version or given
+
+
+def base_model(name: str, source: WeightsSource, row: Model | None) -> BaseModel:
+    """Returns the model of a run. What comes from the hub has the id that it comes from."""
+    return BaseModel(
+        name=name, source=source, hub_id=source.location if source.kind == "hub" else row.hub_id if row else None
+    )
+
+
+def _from_hub_id(text: str, version: str | None) -> WeightsSource:
+    found = hub_model(text)
+    assert found is not None, "the callers ask for hub ids only"
+    if os.path.isdir(text):
+        raise ConfigurationError(f"model_name={text!r} is a folder: set model_uri={text!r} instead")
+    source, names = find_on_hub(HubModel(found.repo, one_revision(text, version)))
+    check_model_files(str(found), names)
+    return source
 
 
 def _from_uri(session: Session, uri: str) -> WeightsSource:
@@ -187,13 +240,16 @@ def _from_package(name: str, folder: Path) -> None:
 
 
 def _from_hub(source: WeightsSource, say: Callable[[str], None]) -> tuple[Path, str]:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise WeightsError("huggingface_hub is not installed here: pip install 'palate[train]'") from None
+    api, _, _, kept, offline = connect(source.location, repo_type="model")
     say(f"downloading {source.location} from the Hugging Face Hub (or its cache)")
     try:
-        path = snapshot_download(source.location, revision=source.revision or None, ignore_patterns=_IGNORED_ON_HUB)
+        path = api.snapshot_download(
+            source.location,
+            revision=source.revision or None,
+            ignore_patterns=_IGNORED_ON_HUB,
+            local_files_only=offline,
+            **kept,
+        )
     except Exception as error:  # the Hub client raises a dozen unrelated types
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(

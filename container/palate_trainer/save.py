@@ -1,4 +1,4 @@
-"""Writes the tuned model's folder: adapter or weights, tokenizer, probe. Knows the output folder, no training loop."""
+"""Writes the tuned model's folder: adapter or weights, tokenizer, card, probe. Knows the output folder, no training loop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from palate_recipes.model_card import CARD_FILE, folder_card
 from palate_recipes.specs.train import MODEL_DIR, PROBE_FILE, TrainTask
 from palate_trainer.distributed import is_main
 from palate_trainer.model import DTYPES
@@ -49,7 +50,6 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
         _name_base(task, model.peft_config["default"])
         # Adapters on linear layers never resize embeddings. Without this flag PEFT looks up the base config to check.
         model.save_pretrained(draft, state_dict=weights, save_embedding_layers=False)
-        (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
     else:
         model.config.use_cache = True
         if not sharded:
@@ -57,6 +57,9 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
         model.config.dtype = dtype
         model.save_pretrained(draft, state_dict=weights)
     tokenizer.save_pretrained(draft)
+    # Also replaces PEFT's template of a card, which is empty.
+    card = folder_card(task.spec, [path.name for path in draft.iterdir()])
+    (draft / CARD_FILE).write_text(card, encoding="utf-8")
     (draft / PROBE_FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)

@@ -119,15 +119,20 @@ def find_model(name: str, *, provider: str | None = None) -> Model:
     model = _index().get(str(name).strip().casefold())
     if model is None:
         raise UnknownModelError(
-            f"model {str(name)[:200]!r} is not in the catalog; the most similar names are {', '.join(_nearest(str(name)))}. "
-            "`palate models` lists all. For any other model, give its folder as model_uri."
+            f"model {str(name)[:200]!r} is not in the catalog; the most similar names are {', '.join(nearest_names(str(name)))}. "
+            "`palate models` lists all. For any other model, give its hub id (OWNER/NAME), or its folder as model_uri."
         )
-    if provider is not None and provider.strip().casefold() not in _ANY_PROVIDER | {model.provider}:
-        raise UnknownModelError(
-            f"model {name!r} is from provider {model.provider!r}, not {provider!r}: "
-            f'set model_provider="{model.provider}" or omit it.'
-        )
+    check_provider(name, model.provider, provider)
     return model
+
+
+def check_provider(name: str, publisher: str, provider: str | None) -> None:
+    """Raises UnknownModelError if a model's publisher is not the provider that was asked for."""
+    if provider is not None and provider.strip().casefold() not in _ANY_PROVIDER | {publisher.casefold()}:
+        raise UnknownModelError(
+            f"model {name!r} is from provider {publisher!r}, not {provider!r}: "
+            f'set model_provider="{publisher}" or omit it.'
+        )
 
 
 def describe() -> str:
@@ -245,7 +250,8 @@ def _index() -> Mapping[str, Model]:
     return index
 
 
-def _nearest(name: str) -> list[str]:
+def nearest_names(name: str) -> list[str]:
+    """Returns the three names of the catalog that are most similar to a name."""
     import difflib  # imported here, because only error messages need it
 
     wanted = name.strip().casefold().split("/")[-1][:100]  # cut to bound the time: the comparison is quadratic

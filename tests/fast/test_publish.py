@@ -89,6 +89,7 @@ def test_the_card_says_what_it_was_trained_from(job: TrainingJob, tmp_path: Path
     settings = yaml.safe_load(head)
     assert settings["base_model"] == "Qwen/Qwen2-0.5B-Instruct"
     assert (settings["base_model_relation"], settings["library_name"]) == ("adapter", "peft")
+    assert settings["license"] == "apache-2.0"
     assert {"dpo", "lora"} <= set(settings["tags"])
     for line in (
         "| base revision | abc123 |",
@@ -189,6 +190,7 @@ def test_the_hub_receives_one_commit_in_a_private_repository(job: TrainingJob, h
     assert uri.startswith("hf://me/tuned@")
     assert hub.repos["me/tuned"].keys() == {*FILES, "README.md", DIGESTS_FILE}
     assert {name: hub.repos["me/tuned"][name] for name in FILES} == FILES
+    assert 'place = "me/tuned"\n' in hub.repos["me/tuned"]["README.md"].decode()
     assert hub.private == {"me/tuned": True}
     assert sum("/commit/" in line for line in hub.asked) == 1
     assert job.save_model("hf://models/me/tuned/").startswith("hf://me/tuned@")  # a repository has a history

@@ -47,5 +47,7 @@ def _check_train(given: dict[str, Any]) -> None:
         name, equals, _ = setting.partition("=")
         if not equals or name not in HYPERPARAMETERS:
             raise ValueError(f"--set {setting}: no such hyperparameter")
-    if given["model"] and not given["model"].isupper():  # NAME is for the reader to fill in
+    if (
+        given["model"] and not given["model"].isupper() and "OWNER/NAME" not in given["model"]
+    ):  # for the reader to fill in
         find_model(given["model"])

@@ -155,7 +155,8 @@ class Example:
     def _recipe(self, node: ast.Call) -> None:
         given = {word.arg: word.value for word in node.keywords if word.arg is not None}
         try:
-            if isinstance(name := given.get("model_name"), ast.Constant):
+            name = given.get("model_name")
+            if isinstance(name, ast.Constant) and "OWNER/NAME" not in str(name.value):  # for the reader to fill in
                 find_model(str(name.value))
             if isinstance(values := given.get("hyperparameters"), ast.Dict) and not _holds_names(values):
                 method = given.get("method")

@@ -1,6 +1,7 @@
-"""A server that speaks the few routes of the Hugging Face hub that a dataset is read by. Knows nothing of Palate.
+"""A server that speaks the few routes of the Hugging Face hub by which datasets and models are read. Knows nothing of Palate.
 
-Routes: `/api/datasets/ID[/revision/REV]`, `/api/datasets/ID/tree/REV`, `/datasets/ID/resolve/REV/PATH`.
+Routes: `/api/KIND/ID[/revision/REV]`, `/api/KIND/ID/tree/REV` with KIND `datasets` or `models`, and the files at
+`/datasets/ID/resolve/REV/PATH` and `/ID/resolve/REV/PATH`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _PAGE = 3
@@ -19,24 +21,28 @@ _PAGE = 3
 
 
 @dataclass
-class Dataset:
-    """One repository, with one commit.
+class Repository:
+    """A dataset or model, with one commit.
 
     Attributes:
         files: Path to content.
         gated: Its files need `token`; its listing does not.
         private: All of it needs `token`.
         revisions: Names that lead to the commit.
+        facts: Further keys of its description, such as `safetensors`.
     """
 
     files: dict[str, bytes]
     gated: bool = False
     private: bool = False
     revisions: tuple[str, ...] = ("main",)
+    facts: dict[str, object] = field(default_factory=dict)
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(json.dumps(sorted(self.files)).encode()).hexdigest()
+        return hashlib.sha1(
+            json.dumps({name: _oid(self.files[name]) for name in sorted(self.files)}).encode()
+        ).hexdigest()
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Hub:
 
     Attributes:
         endpoint: For HF_ENDPOINT.
-        datasets: By id; a test puts in what it needs.
+        datasets, models: By id; a test puts in what it needs.
         token: That opens what is gated or private.
         asked: Method and path of every request, in order.
         failing: Answers every request with this status when it is set.
@@ -53,14 +59,20 @@ class Hub:
 
     endpoint: str
     token: str
-    datasets: dict[str, Dataset] = field(default_factory=dict)
+    datasets: dict[str, Repository] = field(default_factory=dict)
+    models: dict[str, Repository] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     failing: int = 0
 
-    def add(self, repo: str, files: Mapping[str, str | bytes], **settings: object) -> Dataset:
+    def add(self, repo: str, files: Mapping[str, str | bytes], **settings: object) -> Repository:
         content = {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
-        self.datasets[repo] = Dataset(content, **settings)  # type: ignore[arg-type]
+        self.datasets[repo] = Repository(content, **settings)  # type: ignore[arg-type]
         return self.datasets[repo]
+
+    def add_model(self, repo: str, folder: Path, **settings: object) -> Repository:
+        content = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.models[repo] = Repository(content, **settings)  # type: ignore[arg-type]
+        return self.models[repo]
 
 
 @contextmanager
@@ -93,9 +105,10 @@ def running_hub(token: str) -> Iterator[Hub]:
         def _route(self, path: str, query: dict[str, list[str]]) -> tuple[int, dict[str, str], bytes]:
             if hub.failing:
                 return hub.failing, {}, b"no"
-            api = path.startswith("/api/datasets/")
-            repo, rest = _split(path.removeprefix("/api/datasets/" if api else "/datasets/"))
-            found = hub.datasets.get(repo)
+            api, there = path.startswith("/api/"), path.removeprefix("/api")
+            of_datasets = there.startswith("/datasets/")
+            repo, rest = _split(there.removeprefix("/datasets/" if of_datasets else "/models/" if api else "/"))
+            found = (hub.datasets if of_datasets else hub.models).get(repo)
             allowed = self.headers.get("Authorization") == f"Bearer {hub.token}"
             if found is None or (found.private and not allowed):
                 return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
@@ -107,7 +120,11 @@ def running_hub(token: str) -> Iterator[Hub]:
             if kind and revision is None:
                 return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b""
             if kind in ("", "revision"):
-                return 200, {}, json.dumps({"id": repo, "sha": found.commit, "siblings": []}).encode()
+                siblings = [
+                    {"rfilename": name, "size": len(data), "blobId": _oid(data)} for name, data in found.files.items()
+                ]
+                facts = {"id": repo, "sha": found.commit, "siblings": siblings, **found.facts}
+                return 200, {}, json.dumps(facts).encode()
             if kind == "tree":
                 return self._tree(found, path, int(query.get("cursor", ["0"])[0]))
             name = rest.removeprefix(f"{revision}/")
@@ -116,7 +133,7 @@ def running_hub(token: str) -> Iterator[Hub]:
             content = found.files[name]
             return 200, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": found.commit}, content
 
-        def _tree(self, found: Dataset, path: str, start: int) -> tuple[int, dict[str, str], bytes]:
+        def _tree(self, found: Repository, path: str, start: int) -> tuple[int, dict[str, str], bytes]:
             names = sorted(found.files)
             entries = [
                 {"type": "file", "path": name, "size": len(found.files[name]), "oid": _oid(found.files[name])}

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from palate.adapter_input import fetch_adapter
 from palate.checksums import DIGESTS_FILE, Checksums
 from palate.runner.checkpoints import CheckpointPusher, stage_last_checkpoint
@@ -127,7 +129,10 @@ def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[Trai
     """Stages everything that the trainer reads. Returns its task and the checkpoint to resume from."""
     retry, work = context.retry, context.work
     earlier = context.record.status()
-    model_dir, revision = retry(lambda: fetch_weights(spec.model.source, context.session, say=context.say))
+    source = spec.model.source
+    if source.kind == "hub" and "model_revision" in earlier.details:
+        source = replace(source, revision=earlier.details["model_revision"])  # a branch may have moved since
+    model_dir, revision = retry(lambda: fetch_weights(source, context.session, say=context.say))
     resumed_from = None
     if earlier.attempt > 1:
         resumed_from = retry(lambda: stage_last_checkpoint(context.record, output / CHECKPOINTS_DIR, context.say))

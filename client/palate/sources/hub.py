@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
 from palate.sources.select import Fetched, few, matches, nothing_there, refuse_twins, sift, split_of
@@ -20,6 +20,7 @@ from palate_recipes.errors import (
     ConfigurationError,
     DataError,
     MissingDependencyError,
+    PalateError,
     StoreDeniedError,
     StoreError,
     StoreUnreachableError,
@@ -50,6 +51,11 @@ class _DatasetRef:
     path: str
     split: str | None
     config: str | None
+    grammar = _GRAMMAR
+
+    @property
+    def page(self) -> str:
+        return f"datasets/{self.repo}"
 
     def uri(self, *, path: str = "", **query: str | None) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -77,21 +83,8 @@ def fetch_dataset(uri: str) -> Fetched:
         StoreError: The hub refuses access or does not respond.
     """
     place = _parse(uri)
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import constants
-    except ImportError:
-        raise MissingDependencyError(
-            f"{place} needs huggingface_hub, which is not installed: pip install 'palate[data]'"
-        ) from None
-    # Read at each call: huggingface_hub reads its variables only once, when it is imported.
-    offline = constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    home = os.environ.get("HF_HOME")
-    cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
-    api = hub.HfApi(endpoint=endpoint, library_name="palate")
-    kept: dict[str, Any] = {"repo_type": "dataset", "cache_dir": cache}
-    with _explained(place, endpoint, offline):
+    api, hub, endpoint, kept, offline = connect(str(place), repo_type="dataset")
+    with explained(place, endpoint, offline, absent=DataError):
         commit, names = _listing(hub, api, place, kept, offline)
         kept |= {"revision": commit, "local_files_only": offline}
         declared: dict[str, Splits] = {}
@@ -101,6 +94,28 @@ def fetch_dataset(uri: str) -> Fetched:
         files, passed_over = _choose(place, names, declared)
         folder = api.snapshot_download(place.repo, allow_patterns=[glob.escape(name) for name in files], **kept)
     return Fetched(tuple(Path(folder) / name for name in files), str(place), commit, passed_over)
+
+
+def connect(what: str, *, repo_type: str) -> tuple[Any, Any, str, dict[str, Any], bool]:
+    """Returns the hub's client, its module, the endpoint, arguments for reading one repository, and whether it is offline.
+
+    Raises:
+        MissingDependencyError: huggingface_hub is not installed; names `what`, which needs it.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants
+    except ImportError:
+        raise MissingDependencyError(
+            f"{what} needs huggingface_hub, which is not installed: pip install 'palate[data]'"
+        ) from None
+    # Read at each call: huggingface_hub reads its variables only once, when it is imported.
+    offline = constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    home = os.environ.get("HF_HOME")
+    cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
+    api = hub.HfApi(endpoint=endpoint, library_name="palate")
+    return api, hub, endpoint, {"repo_type": repo_type, "cache_dir": cache}, offline
 
 
 def _parse(uri: str) -> _DatasetRef:
@@ -255,9 +270,25 @@ def _settings(readme: str, names: list[str], place: _DatasetRef) -> dict[str, Sp
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Place(Protocol):
+    """A repository: `page` is its path on the hub's site, `grammar` the form of its URI."""
+
+    @property
+    def repo(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def page(self) -> str: ...
+    @property
+    def grammar(self) -> str: ...
+
+
 @contextmanager
-def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[None]:
-    """Turns exceptions of the hub's client into errors with URI, endpoint, cause and remedy, without the token."""
+def explained(place: _Place, endpoint: str, offline: bool, *, absent: type[PalateError]) -> Iterator[None]:
+    """Turns exceptions of the hub's client into errors with URI, endpoint, cause and remedy, without the token.
+
+    `absent` is raised for what does not exist there, or not in the cache while offline.
+    """
     import httpx2
     from huggingface_hub import errors, get_token
 
@@ -270,23 +301,21 @@ def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[Non
     )
     try:
         yield
-    except (DataError, ConfigurationError):
+    except PalateError:
         raise
     except errors.GatedRepoError as error:
         raise StoreDeniedError(
-            f"{where} is gated: accept its terms at {endpoint}/datasets/{place.repo}, then set HF_TOKEN to a token of "
+            f"{where} is gated: accept its terms at {endpoint}/{place.page}, then set HF_TOKEN to a token of "
             "that account"
         ) from error
     except errors.RepositoryNotFoundError as error:
         hint = "check that HF_TOKEN belongs to an account with access" if get_token() else "set HF_TOKEN"
-        raise DataError(
-            f"{where} does not exist or is private: check owner and name; if it is private, {hint}"
-        ) from error
+        raise absent(f"{where} does not exist or is private: check owner and name; if it is private, {hint}") from error
     except errors.RevisionNotFoundError as error:
-        raise DataError(f"{where}: no revision {place.revision!r}. Use a branch, a tag or a commit") from error
+        raise absent(f"{where}: no revision {place.revision!r}. Use a branch, a tag or a commit") from error
     except missing as error:
         if offline:
-            raise DataError(
+            raise absent(
                 f"{place} is not complete in the hub's cache, and HF_HUB_OFFLINE is set: unset it once while the hub is "
                 "reachable, or pass the path of a local copy"
             ) from error
@@ -302,7 +331,7 @@ def _explained(place: _DatasetRef, endpoint: str, offline: bool) -> Iterator[Non
             raise StoreUnreachableError(f"{where}: {said} (HTTP {status}). Try again later, or set HF_TOKEN") from error
         raise StoreError(f"{where}: {said} (HTTP {status}). Check HF_ENDPOINT and the URI") from error
     except errors.HFValidationError as error:
-        raise ConfigurationError(f"{place} is not a valid hub dataset ({error}): expected {_GRAMMAR}") from None
+        raise ConfigurationError(f"{place} is not a valid hub id ({error}): expected {place.grammar}") from None
     except (errors.FileMetadataError, ValueError) as error:
         raise StoreError(f"{where} does not respond like a Hugging Face hub ({error}): check HF_ENDPOINT") from error
     except OSError as error:

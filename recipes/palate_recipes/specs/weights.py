@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from palate_recipes.specs.codec import Natural
 
@@ -17,12 +17,14 @@ class WeightsSource(Struct, frozen=True, kw_only=True):
         location: Path, URI, hub id, or package name.
         revision: Version of a package, hub revision, or "" for the latest.
         size_bytes: Size of the weights in bytes, or 0 if unknown.
+        parameters: Number of weights of a hub model; unset if unknown.
     """
 
     kind: Literal["folder", "store", "hub", "package"]
     location: str
     revision: str = ""
     size_bytes: Natural = 0
+    parameters: Natural | UnsetType = UNSET
 
 
 class BaseModel(Struct, frozen=True, kw_only=True):
@@ -31,7 +33,7 @@ class BaseModel(Struct, frozen=True, kw_only=True):
     Attributes:
         name: Display name: from the catalog, or the user's own.
         source: Source of the weights.
-        hub_id: Hub id of a catalog model, or None.
+        hub_id: Hub id, or None for a model that is not on the Hub.
     """
 
     name: str
