@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,20 @@ def test_an_estimate_is_what_the_training_does(session: Session, tiny: Path, tmp
     assert again.tokens_per_s == (events[-1]["tokens_per_s"],) * 2
     assert again.seconds == (pytest.approx(events[-1]["train_seconds"], rel=0.1, abs=0.1),) * 2
     assert "'one' is taken" in again.errors[0]
+
+
+def test_a_dry_run_prints_the_estimate_and_submits_nothing(session: Session, tiny: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "p.json")
+    (tmp_path / "r.toml").write_text(f'model_uri = "{tiny}"\ntrain = "{data.name}"\n[hyperparameters]\nseq_length = 64')
+    command = [sys.executable, "-m", "palate.cli", "train", "--recipe", str(tmp_path / "r.toml"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    table = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert done.returncode == 0, done.stderr
+    assert table["rows"] == "11 usable, 0 skipped"
+    assert table["at seq_length=64"] == "1 rows truncated, 2 dropped"
+    assert table["time"].startswith("not known: no succeeded job")
+    assert "nothing was submitted" in done.stderr
+    data.write_text("[]")
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert (done.returncode, "error: " in done.stderr, "rows\tnot known usable" in done.stdout) == (1, True, True)
+    assert TrainingJob.list() == []
