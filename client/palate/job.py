@@ -376,5 +376,21 @@ class TrainingJob:
             labels={"job": self.id},
         )
 
+    def _repr_html_(self) -> str:
+        """The job in a notebook: state, model, settings that differ from the defaults, progress, loss curve and reading."""
+        from palate.ui.notebook import run_html
+        from palate_recipes.hyperparameters import differences
+
+        status, spec = self._run.refresh(), self.manifest.body
+        differs = ", ".join(f"{name}={value}" for name, value, _ in differences(spec.hyperparameters))
+        facts = [
+            ("state", status.state + (f": {status.reason}" if status.reason else "")),
+            ("base model", spec.model.name),
+            ("training", f"{spec.hyperparameters.training_strategy}, {spec.method}, {spec.precision}"),
+            ("differs from the defaults", differs or "nothing"),
+            ("record", self.uri),
+        ]
+        return run_html(f"job {self.id}", self.metrics(), facts)
+
     def __repr__(self) -> str:
         return f"TrainingJob(id={self.id!r}, uri={self.uri!r})"

@@ -414,6 +414,15 @@ class Predictor:
     def __exit__(self, *exception: object) -> None:
         self.delete_service()
 
+    def _repr_html_(self) -> str:
+        """The service in a notebook, without its token."""
+        from palate.ui.notebook import facts_html
+
+        told = self.describe_service()
+        names = ("Status", "Reason", "Endpoint", "Model", "ModelUri")
+        facts = [(name, told[name]) for name in names if told.get(name)]
+        return facts_html([("service", self.service_name), *facts])
+
     def __repr__(self) -> str:
         return f"Predictor(service_name={self.service_name!r}, uri={self._run.record.uri!r})"
 

@@ -14,7 +14,7 @@ def note(text: str) -> None:
 
 
 def make_display(show: bool, title: str, *, stages: bool = False) -> Display:
-    """Returns the live view if stderr is a terminal, else plain lines.
+    """Returns a view that is updated in place in a notebook and on a terminal, else plain lines.
 
     Args:
         show: Whether to show the whole log.
@@ -23,6 +23,11 @@ def make_display(show: bool, title: str, *, stages: bool = False) -> Display:
     """
     if not show:
         return StageDisplay() if stages else NoDisplay()
+    if "IPython" in sys.modules:
+        from palate.ui.notebook import NotebookDisplay, in_notebook
+
+        if in_notebook():
+            return NotebookDisplay(title)
     if not sys.stderr.isatty():
         return PlainDisplay()
     from palate.ui.terminal import LiveDisplay

@@ -249,7 +249,13 @@ def _behind(run: _Run) -> str:
 def _still_falling(run: _Run) -> str:
     before = mean([point for point in run.curves.last(0.5) if point not in run.curves.last()], "loss")
     rising = any(_loss(last) > _loss(previous) for previous, last in pairwise(run.curves.validation[-2:]))
-    if before is None or rising or run.is_partial or run.curves.steps < ENOUGH_STEPS or before - run.end < STILL_FALLING * run.first:
+    if (
+        before is None
+        or rising
+        or run.is_partial
+        or run.curves.steps < ENOUGH_STEPS
+        or before - run.end < STILL_FALLING * run.first
+    ):
         return ""
     return "The loss was still falling at the end: another epoch may improve the model."
 

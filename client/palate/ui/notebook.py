@@ -1,0 +1,156 @@
+"""HTML for notebooks: a run's progress and curve, a service, a data report. Self-contained; knows texts and events, no run.
+
+Everything shown may come from a store, so every text is escaped. There is no script and no address.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from palate.runs.record import events_in
+from palate.ui.display import Display
+from palate_recipes.specs.events import Curves, Point, duration
+from palate_recipes.text import visible
+
+_WIDTH, _HEIGHT, _MARGIN = 480, 120, 6
+_UPDATE_S = 0.5
+"""Least seconds between two updates of the page."""
+
+_LOG_LINES = 6
+"""Log lines below the curve; the others are in `job.logs()`."""
+
+
+def in_notebook() -> bool:
+    """Returns whether this process is the kernel of a notebook. Imports nothing."""
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module is not None and hasattr(module, "get_ipython") else None
+    return hasattr(shell, "kernel")
+
+
+class NotebookDisplay:
+    """A progress bar, the curve of the loss and the last log lines, in one output that is updated in place."""
+
+    wants_news = True
+
+    def __init__(self, title: str) -> None:
+        self._title, self._lines, self._events = title, list[str](), list[dict[str, Any]]()
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def log(self, text: str) -> None:
+        self._lines = [*self._lines, *text.splitlines()][-_LOG_LINES:]
+        self._show()
+
+    def metrics(self, data: bytes) -> None:
+        self._events += events_in(data)
+        self._show()
+
+    def __enter__(self) -> Display:
+        from IPython.display import HTML, display
+
+        self._handle = display(HTML(self._html()), display_id=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._show(now=True)
+
+    def _show(self, *, now: bool = False) -> None:
+        if self._handle is None or not (now or time.monotonic() - self._shown >= _UPDATE_S):
+            return
+        from IPython.display import HTML
+
+        self._shown = time.monotonic()
+        self._handle.update(HTML(self._html()))
+
+    def _html(self) -> str:
+        log = f"<pre>{_text(chr(10).join(self._lines))}</pre>" if self._lines else ""
+        return run_html(self._title, self._events) + log
+
+
+def run_html(title: str, events: Iterable[Mapping[str, Any]], facts: Sequence[tuple[str, object]] = ()) -> str:
+    """Returns a run as HTML: its facts, a progress bar, the last metrics, the loss curve and the reading.
+
+    Args:
+        title: Name of the run.
+        events: Metrics events, in order.
+        facts: Name and value of what else to show.
+    """
+    events = list(events)
+    curves = Curves.of(events)
+    parts = [f"<b>{_text(title)}</b>", facts_html(facts)]
+    if curves.total_steps:
+        share = min(1.0, curves.steps / curves.total_steps)
+        parts.append(
+            f'<div><progress value="{share:.4f}" max="1" style="width:{_WIDTH}px"></progress>'
+            f" step {curves.steps} of {curves.total_steps}</div>"
+        )
+    last = next((event for event in reversed(events) if event.get("kind") == "train"), None)
+    if last is not None:
+        parts.append(f"<div>{_text(_metrics(last))}</div>")
+    parts.append(_curve(curves))
+    end = next((event for event in reversed(events) if event.get("kind") == "end"), None)
+    reading = end.get("reading") if end else None
+    if isinstance(reading, Mapping):
+        parts.append(f"<div><b>{_text(reading.get('verdict', ''))}.</b> {_text(reading.get('text', ''))}</div>")
+    return f"<div>{''.join(parts)}</div>"
+
+
+def facts_html(facts: Sequence[tuple[str, object]]) -> str:
+    """Returns names and values as a table; "" if there are none."""
+    rows = "".join(
+        f'<tr><td style="text-align:left">{_text(name)}</td><td style="text-align:left">{_text(value)}</td></tr>'
+        for name, value in facts
+    )
+    return f"<table>{rows}</table>" if rows else ""
+
+
+def _metrics(event: Mapping[str, Any]) -> str:
+    named = (("loss", "loss {:.3f}"), ("rewards/margins", "margin {:+.2f}"), ("rewards/accuracies", "accuracy {:.2f}"))
+    rate = (("tokens_per_s", "{:.0f} tokens/s"), ("memory_gb", "{:.1f} GB"))
+    parts = [form.format(event[name]) for name, form in (*named, *rate) if isinstance(event.get(name), int | float)]
+    left = event.get("seconds_left")
+    if isinstance(left, int | float) and event["step"] < event.get("total_steps", 0):
+        parts.append(f"{duration(left)} left")
+    return ", ".join(parts)
+
+
+def _curve(curves: Curves) -> str:
+    """Returns the loss over the steps as SVG: training as a line, validation as a dashed one; "" with fewer than two points."""
+    series = {
+        "training": [(point.step, point.loss) for point in _known(curves.train)],
+        "validation": [(point.step, point.loss) for point in _known(curves.validation)],
+    }
+    losses = [loss for points in series.values() for _, loss in points]
+    if len(series["training"]) < 2:
+        return ""
+    low, high = min(losses), max(losses)
+    steps = max(curves.total_steps, max(step for points in series.values() for step, _ in points))
+
+    def at(step: int, loss: float) -> str:
+        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * step / steps
+        down = _MARGIN + (_HEIGHT - 2 * _MARGIN) * ((high - loss) / (high - low) if high > low else 0.5)
+        return f"{across:.1f},{down:.1f}"
+
+    lines = [
+        f'<polyline fill="none" stroke="currentColor" stroke-width="1.5"{dash} points="{" ".join(at(*point) for point in points)}">'
+        f"<title>{name} loss</title></polyline>"
+        for (name, points), dash in zip(series.items(), ("", ' stroke-dasharray="4 3"'), strict=True)
+        if points
+    ]
+    legend = f"loss {high:.3f} (top) to {low:.3f}" + (", validation dashed" if series["validation"] else "")
+    return (
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{legend}">'
+        f"{''.join(lines)}</svg><div><small>{legend}</small></div>"
+    )
+
+
+def _known(points: Iterable[Point]) -> list[Any]:
+    return [point for point in points if point.loss is not None]
+
+
+def _text(value: object) -> str:
+    return escape(visible(str(value)))
