@@ -20,6 +20,8 @@ from palate.errors import (
     UnsupportedParameterError,
 )
 from palate.preflight import check_memory
+from palate.sources.inputs import checked_inputs
+from palate.submit import imitation_note
 from palate_recipes.catalog import find_model
 from palate_recipes.hyperparameters import DeviceFacts
 from tests.support.manifests import train_spec
@@ -204,3 +206,23 @@ def test_what_costs_nothing_to_check_is_checked_before_the_weights_are_looked_fo
     recipe = ModelTrainingRecipe(model_name="mine", model_uri="/nowhere/at/all")
     with pytest.raises(ConfigurationError, match=word):
         recipe.train(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "warns"),
+    [
+        ([{"prompt": "p", "chosen": "c", "rejected": "r"}], {}, True),
+        ([{"prompt": "p", "chosen": "c", "rejected": "r"}], {"training_strategy": "sft"}, False),
+        ([{"instruction": "p", "output": "c"}], {}, False),
+    ],
+)
+def test_sft_by_default_on_pairs_says_that_rejected_is_ignored(
+    session: Session, rows: list[dict[str, str]], given: dict[str, str], warns: bool
+) -> None:
+    spec = train_spec(given=given)
+    with checked_inputs({"train": rows}, session, strategy="sft", bad_rows="refuse") as checked:
+        text = imitation_note(spec, checked)
+    assert bool(text) is warns
+    if warns:
+        assert "`rejected` is ignored" in text
+        assert 'hyperparameters={"training_strategy": "dpo"}' in text
