@@ -37,7 +37,8 @@ QUICK = {
 @pytest.fixture
 def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING_FACE")):
+        # TRANSFORMERS_OFFLINE too: a trainer that ran in this process has set it, and huggingface_hub obeys it.
+        if name.startswith(("HF_", "HUGGING_FACE", "TRANSFORMERS_OFFLINE")):
             monkeypatch.delenv(name)
     with running_hub(TOKEN) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
