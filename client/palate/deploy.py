@@ -6,13 +6,13 @@ import errno
 import math
 import secrets
 import socket
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from palate.backends import PlacementRequest
 from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
+from palate.processes import bind_error
 from palate.runs.handle import RunHandle
 from palate.runs.record import TOKEN_KEY, Record, versions
 from palate.session import Session
@@ -154,21 +154,14 @@ def _check_port(options: dict[str, Any]) -> None:
     port, host = options.get("port", 0), options.get("host", "127.0.0.1")
     if not port and host == "127.0.0.1":
         return
-    deadline = time.monotonic() + 1.0
-    while True:  # retry: a port that was just released may not be free yet
-        try:
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
-            return
-        except OSError as error:
-            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise ConfigurationError(
-                    f"deploy option host={host!r} cannot be bound: {error.strerror}. Set it to an address of this machine, such as"
-                    " 127.0.0.1"
-                ) from None
-            if time.monotonic() >= deadline:
-                raise ConfigurationError(
-                    f"port {port} on {host} cannot be bound: {error.strerror}. Choose another port, or omit it for a free one"
-                ) from None
-            time.sleep(0.1)
+    error = bind_error(host, port, within_s=1.0)
+    if error is None:
+        return
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        raise ConfigurationError(
+            f"deploy option host={host!r} cannot be bound: {error.strerror}. Set it to an address of this machine, such as"
+            " 127.0.0.1"
+        )
+    raise ConfigurationError(
+        f"port {port} on {host} cannot be bound: {error.strerror}. Choose another port, or omit it for a free one"
+    )

@@ -10,7 +10,7 @@ import glob
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,8 @@ from palate.preflight import available_memory_gib, training_memory_gib
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record, events_once
 from palate.session import Session
+from palate.sources.hub import connect, explained
+from palate.sources.hub_model import HubModel
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.store import open_store
 from palate.submit import check_channels, imitation_note, parameter_count, place_checks
@@ -46,7 +48,7 @@ _TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "addi
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a training would do, as far as it is known before it runs. None: not known; `errors` or `warnings` has the reason.
+    """The estimated size, memory and time of a training. A field is None if it is unknown; `errors` or `warnings` has the reason.
 
     Attributes:
         rows: Usable training rows.
@@ -231,24 +233,19 @@ def _tokenizer_folder(source: WeightsSource, session: Session) -> Iterator[Path]
 
 
 def _hub_tokenizer(source: WeightsSource) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingDependencyError("huggingface_hub is not installed here: pip install 'palate[train]'") from None
-    revision, patterns = source.revision or None, list(_TOKENIZER_FILES)
-    try:
-        there = Path(snapshot_download(source.location, revision=revision, local_files_only=True))
+    what = HubModel(source.location, source.revision or None)
+    api, _, endpoint, kept, offline = connect(str(what), repo_type="model")
+    with suppress(PalateError), explained(what, endpoint, True, absent=WeightsError):
+        there = Path(api.snapshot_download(what.repo, revision=what.revision, local_files_only=True, **kept))
         if (there / "config.json").is_file():
             return there
-    except Exception:  # not in the cache; the Hub client raises a dozen unrelated types
-        pass
-    try:
-        # A cache of its own: a snapshot without weights in the Hub's cache would look like a complete model offline.
-        cache = palate_home() / "cache" / "tokenizers"
-        return Path(snapshot_download(source.location, revision=revision, allow_patterns=patterns, cache_dir=cache))
-    except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"the tokenizer of {source.location} is not reachable: {cause}") from error
+    # A cache of its own: a snapshot without weights in the Hub's cache would look like a complete model offline.
+    kept["cache_dir"] = palate_home() / "cache" / "tokenizers"
+    with explained(what, endpoint, offline, absent=WeightsError):
+        found = api.snapshot_download(
+            what.repo, revision=what.revision, allow_patterns=list(_TOKENIZER_FILES), local_files_only=offline, **kept
+        )
+    return Path(found)
 
 
 def _with_rows(

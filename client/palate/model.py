@@ -281,7 +281,7 @@ class ModelTrainingRecipe:
 
         Raises:
             HyperparameterError: A hyperparameter is invalid.
-            ConfigurationError: The model's folder is unusable, or `job_name` is no valid id.
+            ConfigurationError: The model's folder is unusable, or `job_name` is not a valid id.
         """
         from palate.estimate import estimate
 
@@ -462,7 +462,7 @@ class RegisteredModel:
 
     @property
     def model_data(self) -> str:
-        """URI of the weights on the Hub, `hf://OWNER/NAME`, or of what stands in."""
+        """URI of the weights on the Hub, `hf://OWNER/NAME`, or of its stand-in."""
         if other := stand_in_for(self.model_name):
             return other.uri or f"hf://{find_model(other.name).hub_id}"
         repo = self.row.hub_id if self.row else self.model_name  # without a row it is the id of another hub model
@@ -551,7 +551,7 @@ class RegisteredModel:
         inference_spec: object = None,
         show_logs: bool = False,
     ) -> Predictor:
-        """Serves the model as it is, untuned; parameters as in `ModelTrainingRecipe.deploy`, in PAI's order.
+        """Serves the untuned model. The parameters are those of `ModelTrainingRecipe.deploy`, in PAI's order.
 
         Args:
             service_name: Default: the model's name with a unique suffix.

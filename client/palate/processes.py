@@ -1,15 +1,39 @@
-"""Processes of this machine: identity, state, sessions, signals. Knows /proc, no run."""
+"""Processes and ports of this machine: identity, state, sessions, signals. Knows /proc, no run."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Literal
 
 ProcessState = Literal["alive", "dead", "unknown"]
+
+
+def bind_error(host: str, port: int, *, within_s: float) -> OSError | None:
+    """Returns why a TCP port cannot be bound, or None if it can. Retries, because a port that was just released may not be free yet.
+
+    Args:
+        host: Address of this machine.
+        port: 0 to 65535.
+        within_s: Seconds to retry.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+            return None
+        except OSError as error:
+            # A wrong address does not become right.
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL or time.monotonic() >= deadline:
+                return error
+        time.sleep(0.1)
 
 
 def start_time(pid: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from msgspec.structs import asdict
 
 from palate.checksums import DIGESTS_FILE, Checksums, file_facts
 from palate.paths import palate_home
+from palate.sources.hub_model import hub_model
 from palate.store import Store, open_parent
 from palate.store.local import walk
 from palate.store.uri import normal_uri
@@ -112,8 +112,12 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-_URI = re.compile(r"hf://(?:models/)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)/?")
-_OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/", "models/")
+def _repository(uri: str) -> str:
+    """Returns OWNER/NAME of an `hf://` URI. Raises ConfigurationError if it is not a model on the Hub, or has a revision."""
+    found = hub_model(uri)
+    if found is None or found.revision:
+        raise ConfigurationError(f"{uri!r} is not a model repository to write to: expected hf://OWNER/NAME")
+    return found.repo
 
 
 def push(folder: Path, uri: str, *, message: str) -> str:
@@ -135,10 +139,7 @@ def push(folder: Path, uri: str, *, message: str) -> str:
         MissingDependencyError: huggingface_hub is not installed.
         StoreError: The Hub rejects the upload, does not answer, or has different files.
     """
-    found = _URI.fullmatch(uri)
-    if found is None or f"{found['repo']}/".startswith(_OTHER_KINDS):
-        raise ConfigurationError(f"{uri!r} is not a model on the Hub: expected hf://OWNER/NAME")
-    repo = found["repo"]
+    repo = _repository(uri)
     try:
         import huggingface_hub as hub
         from huggingface_hub import constants
@@ -213,7 +214,10 @@ def _git_blob_id(path: Path) -> str:
 def save(record: Record, manifest: TrainManifest, status: Status, target: str | Path, session: Session) -> str:
     """Copies the model of a succeeded job. See `TrainingJob.save_model`."""
     where = str(target)
-    if not where.startswith("hf://"):
+    if where.startswith("hf://"):
+        place = _repository(where)  # before the model is fetched
+    else:
+        place = "."
         where = normal_uri(target)
         if where == normal_uri(record.store.uri(record.key("model"))):
             raise ConfigurationError(f"uri={where} is the model's current location: give another one")
@@ -223,8 +227,7 @@ def save(record: Record, manifest: TrainManifest, status: Status, target: str | 
         folder = Path(scratch) / "model"
         _fetch(record, folder)
         names = [name for name in walk(folder) if name not in (DIGESTS_FILE, CARD_FILE)]
-        hub_model = _URI.fullmatch(where)
-        card = model_card(manifest, status, names, place=hub_model["repo"] if hub_model else ".")
+        card = model_card(manifest, status, names, place=place)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         digests = Checksums.of(folder)
         (folder / DIGESTS_FILE).write_bytes(digests.encode())

@@ -77,17 +77,17 @@ def _trained_to_think(model_dir: Path, tokenizer_dir: Path) -> bool:
     try:
         rows = json.loads((model_dir / "probe.json").read_text(encoding="utf-8"))["rows"]
         tokens = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
-    except (OSError, ValueError, KeyError):
+        ends = {token["id"] for token in tokens if token["content"] == "</think>"}
+        return any(ends.intersection(row["completion_ids"]) for row in rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # absent, or of another shape than expected
         return True
-    ends = {token["id"] for token in tokens if token["content"] == "</think>"}
-    return any(ends.intersection(row["completion_ids"]) for row in rows)
 
 
 def chat_template(tokenizer_dir: Path) -> str:
     """Returns the template that the tokenizer uses; "" if it has none."""
     file = tokenizer_dir / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     try:
         found = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
     except (OSError, ValueError, AttributeError):
@@ -105,7 +105,7 @@ def _matches(template: str, has: Sequence[str], lacks: Sequence[str]) -> bool:
 def _if_possible(parser: str, tokenizer_dir: Path) -> str:
     token = _NEEDS_TOKEN.get(parser)
     file = tokenizer_dir / "tokenizer.json"
-    missing = token and file.exists() and json.dumps(token) not in file.read_text(encoding="utf-8")
+    missing = token and file.exists() and json.dumps(token) not in file.read_text(encoding="utf-8", errors="replace")
     return "" if missing else parser
 
 

@@ -568,7 +568,7 @@ def test_errors_name_the_options_that_were_typed(
 ) -> None:
     done = palate(*(word.format(tmp=tmp_path, prefs=prefs) for word in arguments), home=home)
     assert (done.returncode, done.stdout) == (1, "")
-    (message,) = (line for line in [done.stderr.partition("error: ")[2]] if line)
+    message = done.stderr.partition("error: ")[2]
     for word in words:
         assert word in message
     assert not re.search(r"\b[a-z]+(?:_[a-z]+)+ ?=|Session\(|\bNone\b|inputs\[", message)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +16,8 @@ from palate.backends import EngineStatus
 from palate.backends.process import ProcessBackend
 from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError
+from palate.runner.context import RunContext
+from palate.runner.serve import _port
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import Store
 from palate_recipes.specs.weights import BaseModel, WeightsSource
@@ -133,3 +137,28 @@ def test_a_host_that_cannot_be_bound_is_refused_before_anything_is_written(
     with pytest.raises(ConfigurationError, match=r"host.*127\.0\.0\.1"):
         deploy(store, NothingStarts(), model, host=host)
     assert not Record(store, "services", "svc").exists()
+
+
+def test_a_service_keeps_its_port_and_takes_another_if_that_one_is_taken(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("palate.runner.serve._PORT_RELEASE_S", 0.2)
+    record = Record(session.store, "services", "svc")
+    record.create(serve_manifest("svc"))
+    said: list[str] = []
+    context = cast(RunContext, SimpleNamespace(record=record, say=said.append))
+    assert _port(context, {}) == 0, "the first start has no port to keep"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        record.note(attempt=1, details={"port": port})
+        assert _port(context, {}) == 0
+        assert f"port {port}" in said[0]
+        assert "its URL changes" in said[0]
+        assert _port(context, {"port": port}) == port, "a port that was asked for is not replaced: binding it fails"
+    assert _port(context, {}) == port
+    assert len(said) == 1
+    for value in (80, 70_000, -1, "8000", True, None):  # the record is not trusted
+        record.note(attempt=1, details={"port": value})
+        assert _port(context, {}) == 0

@@ -16,7 +16,7 @@ from palate.sources.resolve import fetch_files
 from palate.sources.select import Fetched, matches, split_of
 from palate.store.uri import normal_uri
 from palate_recipes.errors import StoreDeniedError, StoreError, StoreUnreachableError, StoreUsageError
-from tests.support.hub import Hub, running_hub
+from tests.support.hub import Hub, used_hub
 from tests.support.sheets import Sheets, Spreadsheet, as_pem, make_key, running_sheets
 
 ROW = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
@@ -231,13 +231,7 @@ def test_globs_of_stores_and_of_the_hub(name: str, pattern: str, does: bool) -> 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub")
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING_FACE")):
-            monkeypatch.delenv(name)
-    with running_hub(HUB_TOKEN) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setenv("HF_TOKEN", "")
+    with used_hub(HUB_TOKEN, tmp_path / "hub-cache", monkeypatch) as server:
         yield server
 
 

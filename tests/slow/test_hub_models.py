@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from palate.checksums import DIGESTS_FILE
 from palate.errors import ConfigurationError, StoreDeniedError, UnknownModelError
 from palate.sources.hub_model import HubModel, hub_model
 from palate.weights import find_weights
-from tests.support.hub import Hub, running_hub
+from tests.support.hub import Hub, used_hub
 
 pytestmark = pytest.mark.slow
 
@@ -36,14 +35,7 @@ QUICK = {
 
 @pytest.fixture
 def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    for name in list(os.environ):
-        # TRANSFORMERS_OFFLINE too: a trainer that ran in this process has set it, and huggingface_hub obeys it.
-        if name.startswith(("HF_", "HUGGING_FACE", "TRANSFORMERS_OFFLINE")):
-            monkeypatch.delenv(name)
-    with running_hub(TOKEN) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setenv("HF_TOKEN", "")
+    with used_hub(TOKEN, tmp_path / "hub-cache", monkeypatch) as server:
         yield server
 
 

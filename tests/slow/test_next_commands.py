@@ -86,5 +86,5 @@ def test_every_next_command_works_as_it_is_printed(home: Path, tmp_path: Path) -
         services = run(["services"]).stdout.splitlines()[1:]
         run(["delete", "--yes", *(row.split("\t")[0] for row in services)])
     verbs = {kind(line)[0] for line in printed}
-    assert {"data", "train", "deploy", "chat", "logs", "metrics", "jobs", "quickstart"} <= verbs | {"quickstart"}
+    assert {"data", "train", "deploy", "chat", "metrics", "jobs", "show"} <= verbs
     assert not any(word in ("NAME", "JOB", "DATA", "SERVICE") for line in printed for word in line)

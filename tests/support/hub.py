@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 _PAGE = 3
 """Files a page of the listing: small, so that every test turns pages."""
@@ -163,3 +166,16 @@ def _split(path: str) -> tuple[str, str]:
 
 def _oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def used_hub(token: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Runs a hub that this process reads, with an empty cache and no other setting of the hub's client."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING_FACE")):
+            monkeypatch.delenv(name)
+    with running_hub(token) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_TOKEN", "")
+        yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,13 @@ from tests.trainer.support import QUICK
 
 
 @pytest.fixture(autouse=True)
-def keep_signals() -> Iterator[None]:
-    """The program takes SIGTERM for itself; the test process wants it back."""
-    before = signal.getsignal(signal.SIGTERM)
+def keep_process() -> Iterator[None]:
+    """The program takes SIGTERM for itself and makes its libraries offline by variables; the tests after it want both back."""
+    before, environment = signal.getsignal(signal.SIGTERM), dict(os.environ)
     yield
     signal.signal(signal.SIGTERM, before)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture

@@ -199,15 +199,20 @@ def program(wanted: TrainTask, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def wait_for(process: subprocess.Popen[str], out: Path, text: str) -> None:
+    """Waits until a running program has written a text to its metrics."""
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and text in metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @pytest.mark.usefixtures("precision")
 def test_sigterm_leaves_a_whole_checkpoint_and_says_so_in_the_exit_code(tiny: Path, tmp_path: Path) -> None:
     process = program(spec(tiny, tmp_path, num_train_epochs=1000), tmp_path)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, tmp_path / "out", '"kind": "train"')
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output[-2000:]
@@ -240,11 +245,7 @@ def test_a_run_that_was_stopped_during_an_evaluation_makes_it_when_it_resumes(
     assert list(evaluations(whole)) == [2, 4, 5]
     process = program(spec(tiny, tmp_path / "stopped", **settings), tmp_path / "stopped")
     out = tmp_path / "stopped" / "out"
-    deadline = time.monotonic() + 90
-    while not ((out / "metrics.jsonl").exists() and '"step": 2,' in (out / "metrics.jsonl").read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for(process, out, '"step": 2,')
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, output[-2000:]

@@ -320,7 +320,7 @@ class _LineReader:
     def _kept(self) -> list[str]:
         try:
             lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if len(lines) > 2 * HISTORY_LINES:  # rarely: a session beside this one could lose its newest line
+            if len(lines) > 2 * HISTORY_LINES:  # rare: a concurrent session may lose its last line
                 draft = self._file.with_name(f"{HISTORY_FILE}.{os.getpid()}")
                 with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines[-HISTORY_LINES:])

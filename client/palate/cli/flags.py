@@ -107,7 +107,7 @@ def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:
         info = next(iter(getattr(hints[name], "__metadata__", ())), None)
         form = str(getattr(info, "metavar", None) or "")
         if isinstance(info, typer.models.OptionInfo):
-            # In Annotated, the first name stands where `typer.Option` takes the default.
+            # With Annotated, typer stores the first flag in `default`.
             names = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]
             flags = sorted((one.partition("/")[0] for one in names if one.startswith("-")), key=len, reverse=True)
             found[name] = (flags[0] if flags else f"--{name.strip('_').replace('_', '-')}", form)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from palate.predictor import Predictor
 
 EXAMPLE_MODEL = "smollm2-135m-instruct"
-"""The model in printed commands: it trains on any machine, so that the line works as it stands."""
+"""The model in printed commands. It trains on any machine, so the printed line runs unchanged."""
 
 Wide = Annotated[bool, typer.Option("--wide", help="Show all columns and whole lines, however long.")]
 

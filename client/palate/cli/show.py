@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from palate_recipes.specs.train import InputFile, TrainSpec
     from palate_recipes.specs.weights import BaseModel
 
-_DETAILS_HIDDEN = ("model_digest", "digests")
-"""Long digests: `--json` has them."""
+_DETAILS_HIDDEN = ("model_digest",)
+"""Details that only `--json` shows."""
 
 
 def show(

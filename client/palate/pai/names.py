@@ -1,6 +1,6 @@
 """Names of PAI's SDK that Palate provides, and remedies for those it does not. Data only; knows no import machinery.
 
-`surface.json` beside this module has all names of the SDK, written by docs/tools/pai_surface.py.
+`surface.json` in this folder lists all names of the SDK; docs/tools/pai_surface.py writes it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from palate.checksums import read_model_digests
+from palate.processes import bind_error
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
 from palate.runs.record import TOKEN_KEY
@@ -119,21 +119,14 @@ def _port(context: RunContext, options: Mapping[str, Any]) -> int:
     if not isinstance(last, int) or not 1024 <= last <= 65535:  # the record is not trusted
         return 0
     host = str(options.get("host", "127.0.0.1"))
-    deadline = time.monotonic() + _PORT_RELEASE_S
-    while True:
-        try:
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, last))
-            return last
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                context.say(
-                    f"note: port {last}, which this service had, cannot be bound ({error.strerror}): it takes a free one, and its "
-                    "URL changes. Deploy with a fixed port to make that an error"
-                )
-                return 0
-        time.sleep(0.1)
+    error = bind_error(host, last, within_s=_PORT_RELEASE_S)
+    if error is None:
+        return last
+    context.say(
+        f"note: port {last}, which this service had, cannot be bound ({error.strerror}): it takes a free one, and its URL changes. "
+        "Deploy with a fixed port to make that an error"
+    )
+    return 0
 
 
 def _stage_tuned(context: RunContext, uri: str, digest: str | None) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -45,6 +46,9 @@ STOP_GRACE_S = 120.0
 _FULL_BYTES = 1 << 20
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "palate")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+"""What the hub's client returns as revision. Anything else in a record is not trusted with a file name."""
 
 
 def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
@@ -130,8 +134,9 @@ def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[Trai
     retry, work = context.retry, context.work
     earlier = context.record.status()
     source = spec.model.source
-    if source.kind == "hub" and "model_revision" in earlier.details:
-        source = replace(source, revision=earlier.details["model_revision"])  # a branch may have moved since
+    known = str(earlier.details.get("model_revision"))
+    if source.kind == "hub" and _COMMIT.fullmatch(known):
+        source = replace(source, revision=known)  # a branch may have moved since
     model_dir, revision = retry(lambda: fetch_weights(source, context.session, say=context.say))
     resumed_from = None
     if earlier.attempt > 1:

@@ -118,7 +118,7 @@ def check_architecture(source: WeightsSource) -> None:
         path = api.hf_hub_download(
             model.repo, "config.json", revision=source.revision, local_files_only=offline, **kept
         )
-    config = _read(path)
+        config = _read(path)
     kind, names = str(config.get("model_type") or ""), ", ".join(map(str, config.get("architectures") or ["unknown"]))
     done = subprocess.run(
         [sys.executable, "-P", "-m", "palate_trainer.architectures"],

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from palate_recipes.specs.events import duration
 from palate_recipes.text import visible
 
 STAGE_PREFIX = "palate: "
@@ -81,3 +83,28 @@ class StageDisplay(NoDisplay):
         for stage in stages:
             self._last = time.monotonic()
             print(f"[{self._last - self._begun:4.0f} s] {stage}", file=sys.stderr, flush=True)
+
+
+def metrics_line(entry: Mapping[str, Any], validation_loss: float | None = None, *, passed_s: float = 0.0) -> str:
+    """Returns the metrics of a `train` event as one short line: losses, margin, accuracy, throughput, time left.
+
+    Args:
+        entry: The event.
+        validation_loss: Loss of the last evaluation, if there was one.
+        passed_s: Seconds since the event; subtracted from the time left.
+    """
+    shown = (
+        ("loss", "loss {:.3f}"),
+        ("validation", "validation {:.3f}"),
+        ("rewards/margins", "margin {:+.2f}"),
+        ("rewards/accuracies", "accuracy {:.2f}"),
+        *([] if "rewards/margins" in entry else [("mean_token_accuracy", "token accuracy {:.2f}")]),
+        ("tokens_per_s", "{:.0f} tokens/s"),
+        ("memory_gb", "{:.1f} GB"),
+    )
+    values = {**entry, "validation": validation_loss}
+    parts = [form.format(values[name]) for name, form in shown if isinstance(values.get(name), int | float)]
+    left = entry.get("seconds_left")
+    if isinstance(left, int | float) and entry["step"] < entry.get("total_steps", 0):
+        parts.append(f"{duration(max(0.0, left - passed_s))} left")
+    return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""HTML for notebooks: a run's progress and curve, a service, a data report. Self-contained; knows texts and events, no run.
+"""HTML for notebooks: a run's progress and curve, and facts as a table. Self-contained; knows texts and events, no run.
 
 Everything shown may come from a store, so every text is escaped. There is no script and no address.
 """
@@ -12,8 +12,8 @@ from html import escape
 from typing import Any
 
 from palate.runs.record import events_in
-from palate.ui.display import Display
-from palate_recipes.specs.events import Curves, Point, duration
+from palate.ui.display import Display, metrics_line
+from palate_recipes.specs.events import Curves, Point
 from palate_recipes.text import visible
 
 _WIDTH, _HEIGHT, _MARGIN = 480, 120, 6
@@ -90,7 +90,7 @@ def run_html(title: str, events: Iterable[Mapping[str, Any]], facts: Sequence[tu
         )
     last = next((event for event in reversed(events) if event.get("kind") == "train"), None)
     if last is not None:
-        parts.append(f"<div>{_text(_metrics(last))}</div>")
+        parts.append(f"<div>{_text(metrics_line(last))}</div>")
     parts.append(_curve(curves))
     end = next((event for event in reversed(events) if event.get("kind") == "end"), None)
     reading = end.get("reading") if end else None
@@ -108,21 +108,11 @@ def facts_html(facts: Sequence[tuple[str, object]]) -> str:
     return f"<table>{rows}</table>" if rows else ""
 
 
-def _metrics(event: Mapping[str, Any]) -> str:
-    named = (("loss", "loss {:.3f}"), ("rewards/margins", "margin {:+.2f}"), ("rewards/accuracies", "accuracy {:.2f}"))
-    rate = (("tokens_per_s", "{:.0f} tokens/s"), ("memory_gb", "{:.1f} GB"))
-    parts = [form.format(event[name]) for name, form in (*named, *rate) if isinstance(event.get(name), int | float)]
-    left = event.get("seconds_left")
-    if isinstance(left, int | float) and event["step"] < event.get("total_steps", 0):
-        parts.append(f"{duration(left)} left")
-    return ", ".join(parts)
-
-
 def _curve(curves: Curves) -> str:
     """Returns the loss over the steps as SVG: training as a line, validation as a dashed one; "" with fewer than two points."""
     series = {
-        "training": [(point.step, point.loss) for point in _known(curves.train)],
-        "validation": [(point.step, point.loss) for point in _known(curves.validation)],
+        "training": _losses(curves.train),
+        "validation": _losses(curves.validation),
     }
     losses = [loss for points in series.values() for _, loss in points]
     if len(series["training"]) < 2:
@@ -148,8 +138,10 @@ def _curve(curves: Curves) -> str:
     )
 
 
-def _known(points: Iterable[Point]) -> list[Any]:
-    return [point for point in points if point.loss is not None]
+def _losses(points: Sequence[Point]) -> list[tuple[int, float]]:
+    """Returns step and loss of at most one point per pixel, so that a long run does not fill the notebook. Keeps the last."""
+    known = [(point.step, point.loss) for point in points if point.loss is not None]
+    return known[:: -(len(known) // _WIDTH + 1)][::-1]
 
 
 def _text(value: object) -> str:

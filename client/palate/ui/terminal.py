@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from palate.runs.record import events_in
-from palate.ui.display import Display
-from palate_recipes.specs.events import Curves, duration
+from palate.ui.display import Display, metrics_line
+from palate_recipes.specs.events import Curves
 from palate_recipes.text import visible
 
 _QUIET = ("step ", "validation at step ", "reading: ")
@@ -84,7 +84,9 @@ class LiveDisplay:
         if self._last:
             passed = time.monotonic() - self._seen
             validation = self._curves.validation[-1] if self._curves.validation else None
-            lines.append(Text("  " + facts(self._last, validation.loss if validation else None, passed_s=passed)))
+            lines.append(
+                Text("  " + metrics_line(self._last, validation.loss if validation else None, passed_s=passed))
+            )
         losses = [point.loss for point in self._curves.train if point.loss is not None]
         if len(losses) > 1 and not self._console.options.ascii_only:
             lines.append(Text(f"  loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", style="cyan"))
@@ -95,31 +97,6 @@ class LiveDisplay:
                 )
             )
         return Group(*lines)
-
-
-def facts(entry: dict[str, Any], validation_loss: float | None = None, *, passed_s: float = 0.0) -> str:
-    """Returns the metrics of a `train` event as one short line: losses, margin, accuracy, throughput, time left.
-
-    Args:
-        entry: The event.
-        validation_loss: Loss of the last evaluation, if there was one.
-        passed_s: Seconds since the event; subtracted from the time left.
-    """
-    shown = (
-        ("loss", "loss {:.3f}"),
-        ("validation", "validation {:.3f}"),
-        ("rewards/margins", "margin {:+.2f}"),
-        ("rewards/accuracies", "accuracy {:.2f}"),
-        *([] if "rewards/margins" in entry else [("mean_token_accuracy", "token accuracy {:.2f}")]),
-        ("tokens_per_s", "{:.0f} tokens/s"),
-        ("memory_gb", "{:.1f} GB"),
-    )
-    values = {**entry, "validation": validation_loss}
-    parts = [form.format(values[name]) for name, form in shown if values.get(name) is not None]
-    left = entry.get("seconds_left")
-    if left is not None and entry["step"] < entry.get("total_steps", 0):
-        parts.append(f"{duration(max(0.0, left - passed_s))} left")
-    return "  ".join(parts)
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
