@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from tests.support.models import PACKAGE, package_gguf, smollm2, tiny_model
 from tests.support.rows import preference_rows
 from tests.support.schemas import check_records
 from tests.support.seaweed import SeaweedServer, find_weed, running_seaweed
+
+with suppress(
+    ImportError
+):  # now, because it reads HF_HUB_OFFLINE once, and a test that sets it must not set it for the others
+    import huggingface_hub.constants  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: torch in each of them, on all, would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
