@@ -33,6 +33,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "hang_after_s": (int, float),
     "time_to_live_s": (int, float),
     "idle_time_to_live_s": (int, float, type(None)),
+    "verify": (bool, str),
 }
 _LIVES = ("time_to_live_s", "idle_time_to_live_s")
 """Options of the service that the server program does not get."""
@@ -96,7 +97,21 @@ def start_service(
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
+        if served.tuned_uri:
+            _tell_parity(predictor.describe_service().get("parity"))
     return predictor
+
+
+def _tell_parity(parity: object) -> None:
+    if not isinstance(parity, dict):  # verify=False, or an untuned model
+        return
+    verdict, text = parity.get("verdict"), str(parity.get("text"))
+    if verdict == "same":
+        note(f"the service answers as the trained model: {text}")
+    elif verdict == "different":
+        note(f"WARNING: what is served is not what was trained: {text}\n{parity.get('table', '')}")
+    else:
+        note(f"not compared with the trained model: {text}")
 
 
 def _take_over_failed(record: Record, manifest: ServeManifest, session: Session) -> bool:
@@ -134,14 +149,17 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
         if name not in _OPTIONS:
             hint = did_you_mean(name, _OPTIONS)
             raise ConfigurationError(f"unknown deploy option {name!r}: {hint}valid options: {', '.join(_OPTIONS)}")
-        if isinstance(value, bool) or not isinstance(value, _OPTIONS[name]):
-            wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in _OPTIONS[name])
+        kinds = _OPTIONS[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
             raise ConfigurationError(f"deploy option {name}={value!r}: expected {wanted}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigurationError(f"deploy option {name}={value!r} is not finite: expected a finite number")
     for name in _LIVES:
         if (value := options.get(name)) is not None and not value > 0:
             raise ConfigurationError(f"deploy option {name}={value!r}: expected a number of seconds above 0")
+    if "verify" in options:
+        options["verify"] = {True: "error", False: "off"}.get(options["verify"], options["verify"])
     settings = {name: value for name, value in options.items() if name not in _LIVES}
     try:
         ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # checks the bounds

@@ -336,6 +336,7 @@ class TrainingJob:
         options: dict[str, Any] | None = None,
         wait: bool = True,
         show_logs: bool = False,
+        verify: bool | str = True,
     ) -> Predictor:
         """Serves the job's model. See `ModelTrainingRecipe.deploy`.
 
@@ -350,7 +351,7 @@ class TrainingJob:
             self._run.session,
             service_name=service_name or f"{self.id}-service",
             served=self.served_model(),
-            options=options,
+            options={"verify": verify, **(options or {})},
             where=PlacementRequest(
                 kind="services",
                 instance_type=instance_type,

@@ -353,6 +353,7 @@ class ModelTrainingRecipe:
         inference_spec: object = None,
         *,
         show_logs: bool = False,
+        verify: bool | str = True,
     ) -> Predictor:
         """Serves the latest job's model behind an OpenAI-compatible endpoint.
 
@@ -372,6 +373,8 @@ class ModelTrainingRecipe:
             wait: Whether to wait until the service has answered a real request.
             inference_spec: Not supported.
             show_logs: With `wait`: whether to show the engine's log.
+            verify: Whether to compare the service's log-probs with the trainer's before it counts as ready. True stops a service
+                that does not answer as the trained model, "warn" keeps it and says so, False does not compare.
 
         Returns:
             The predictor. As a context manager it deletes the service at the end.
@@ -390,6 +393,7 @@ class ModelTrainingRecipe:
             options=dict(options or {}),
             wait=wait,
             show_logs=show_logs,
+            verify=verify,
         )
 
     def _need_job(self) -> TrainingJob:

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from peft import PeftModel
 
 from palate_recipes.model_card import CARD_FILE, folder_card
-from palate_recipes.specs.train import MODEL_DIR, PROBE_FILE, TrainTask
+from palate_recipes.preferences.row import Row
+from palate_recipes.specs.probe import PROBE_FILE, Probe, ProbeRow, Turn
+from palate_recipes.specs.train import MODEL_DIR, TrainTask
 from palate_trainer.distributed import is_main
 from palate_trainer.model import DTYPES
 from palate_trainer.sharding import is_sharded, whole_weights
-from palate_trainer.tokenize import TokenPair
+from palate_trainer.tokenize import Renderer, TokenPair
 
 PROBE_ROWS = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[TokenPair]) -> Path:
+def save_model(
+    task: TrainTask, trainer: Any, renderer: Renderer, probe_rows: list[TokenPair], rows: Sequence[Row]
+) -> Path:
     """Writes `<output_dir>/model`: what a server needs, and a probe to check the server with. Only rank 0 writes.
 
     Args:
         task: The run.
         trainer: After its last step. Its model is a PeftModel or the full network.
-        tokenizer: With the chat template used in training.
+        renderer: Its tokenizer has the chat template used in training.
         probe_rows: Rows to score into probe.json. The first eight are used.
+        rows: The rows that they were tokenized from, among others.
 
     Returns:
         The folder. It is renamed into place last, so if it exists it is complete.
@@ -38,10 +44,10 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
     folder = Path(task.files.output_dir) / MODEL_DIR
     model = trainer.model
     sharded = is_sharded(task)
-    probe = _probe(task, model, probe_rows[:PROBE_ROWS]) if sharded or is_main() else {}
+    probe = _probe(task, model, renderer, probe_rows[:PROBE_ROWS], rows) if sharded or is_main() else None
     dtype = None if isinstance(model, PeftModel) else DTYPES[task.spec.precision]
     weights = whole_weights(model, trainable_only=dtype is None, dtype=dtype) if sharded else None
-    if not is_main():
+    if not is_main() or probe is None:
         return folder
     draft = folder.with_name(f".{MODEL_DIR}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -56,11 +62,11 @@ def save_model(task: TrainTask, trainer: Any, tokenizer: Any, probe_rows: list[T
             model.to(dtype)
         model.config.dtype = dtype
         model.save_pretrained(draft, state_dict=weights)
-    tokenizer.save_pretrained(draft)
+    renderer.tokenizer.save_pretrained(draft)
     # Also replaces PEFT's template of a card, which is empty.
     card = folder_card(task.spec, [path.name for path in draft.iterdir()])
     (draft / CARD_FILE).write_text(card, encoding="utf-8")
-    (draft / PROBE_FILE).write_text(json.dumps(probe) + "\n", encoding="utf-8")
+    (draft / PROBE_FILE).write_bytes(msgspec.json.encode(probe) + b"\n")
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)
@@ -78,17 +84,35 @@ def _name_base(task: TrainTask, config: Any) -> None:
         config.revision = folder.name if _COMMIT.fullmatch(folder.name) else model.source.revision or None
 
 
-def _probe(task: TrainTask, model: Any, rows: list[TokenPair]) -> dict[str, Any]:
+def _probe(task: TrainTask, model: Any, renderer: Renderer, probe_rows: list[TokenPair], rows: Sequence[Row]) -> Probe:
     model.eval()
+    hyperparameters = task.spec.hyperparameters
     scored = []
-    for row in rows:
-        entry = {"row": row.row, "prompt_ids": row.prompt_ids, "completion_ids": row.answer_ids}
-        entry["logps"] = _logps(task, model, row)
+    for row in probe_rows:
+        base_logps: list[float] = []
         if isinstance(model, PeftModel):
             with model.disable_adapter():
-                entry["base_logps"] = _logps(task, model, row)
-        scored.append(entry)
-    return {"precision": task.spec.precision, "model_name": task.spec.model.name, "rows": scored}
+                base_logps = _logps(task, model, row)
+        # A conversation with several answers becomes several rows with one number.
+        same = (renderer.messages(read.prompt) for read in rows if read.number == row.row)
+        turns = next((turns for turns in same if renderer.prompt_ids(turns) == row.prompt_ids), [])
+        scored.append(
+            ProbeRow(
+                row=row.row,
+                prompt_ids=tuple(row.prompt_ids),
+                completion_ids=tuple(row.answer_ids),
+                logps=tuple(_logps(task, model, row)),
+                base_logps=tuple(base_logps),
+                messages=tuple(Turn(**turn) for turn in turns) if renderer.apply_chat_template else (),
+                prompt=turns[-1]["content"] if turns and not renderer.apply_chat_template else "",
+            )
+        )
+    return Probe(
+        precision=task.spec.precision,
+        quantization="4 bit" if hyperparameters.load_in_4bit else "8 bit" if hyperparameters.load_in_8bit else "",
+        model_name=task.spec.model.name,
+        rows=tuple(scored),
+    )
 
 
 def _logps(task: TrainTask, model: Any, row: TokenPair) -> list[float]:

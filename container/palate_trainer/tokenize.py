@@ -149,6 +149,10 @@ class Renderer:
             return turns
         return [{"role": "system", "content": self.system_prompt}, *turns]
 
+    def prompt_ids(self, turns: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to the answer, as an engine renders them."""
+        return self._ids([self._rendered(turns, None)])[0]
+
     def encode(self, row: Row) -> tuple[TokenPair, bool]:
         """Token ids of one row, not truncated, and whether an answer had to be separated from the end of its prompt.
 

@@ -180,7 +180,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
         stop.deferred = True  # only saving is left, so a stop must not interrupt it
-        save_model(task, trainer, tokenizer, validation_rows or train_rows)
+        save_model(task, trainer, renderer, validation_rows or train_rows, validation_data or train_data)
         summary = callback.finish(seconds=startup.seconds)
         wait_for_all()
     except StopRequested:

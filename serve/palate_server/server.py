@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,11 +17,13 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 from msgspec.structs import replace
 
@@ -36,12 +39,14 @@ from palate_recipes.specs.serve import (
     STOP_GRACE_S,
     TOKEN_VARIABLE,
     TUNED_MODEL,
+    Parity,
     Ready,
     ServeSpec,
 )
 from palate_server.causes import failure
+from palate_server.parity import Check, OwnScores, ParityFailed, VllmScores, compare, read_probe, refusal
 from palate_server.parsers import with_parsers
-from palate_server.plan import check, engine_command, engine_environment
+from palate_server.plan import EnginePlan, check, engine_command, engine_environment
 from palate_server.supervisor import Supervised
 
 logger = logging.getLogger(__name__)
@@ -53,7 +58,19 @@ _BACKLOG = 2048
 _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
 """An engine hangs if requests make no progress, and a one-token request gets no answer, for this many times `hang_after_s`."""
+_PARITY_TOKENS_ON_CPU = 512
+"""Tokens to score per model: a processor takes about a second for them."""
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """The engine has answered, and was compared with the trained model if that was asked for."""
+
+    parity: Parity | None
+
+
+Event = str | ServerError | _Answered
 
 
 def main(argv: list[str]) -> int:
@@ -109,7 +126,7 @@ def serve(spec: ServeSpec) -> None:
         spec = replace(spec, engine_args=found)
     spec_file = work_dir / "engine-spec.json"
     spec.write(spec_file)
-    events: SimpleQueue[str | ServerError] = SimpleQueue()
+    events: SimpleQueue[Event] = SimpleQueue()
     with (
         _signals_to(events),
         _listening(spec.host, spec.port) as listener,
@@ -131,15 +148,16 @@ def serve(spec: ServeSpec) -> None:
         log = _Log(engine.output)
         endpoint = _endpoint(spec.host, port)
         asking = _Asking(endpoint, token)
-        threading.Thread(target=_probe, args=(asking, spec, events), daemon=True).start()
+        threading.Thread(target=_probe, args=(asking, spec, plan, events), daemon=True).start()
         ended = threading.Event()
         free_bytes: int | None = None
         try:
             event = _next(events, timeout_s=spec.start_timeout_s)
-            if event == "answered":
+            if isinstance(event, _Answered):
                 free_bytes = available_memory()
                 seconds = round(time.monotonic() - began, 1)
-                Ready(endpoint=endpoint, engine=title, models=spec.models, seconds=seconds).write(work_dir / READY_FILE)
+                ready = Ready(endpoint=endpoint, engine=title, models=spec.models, seconds=seconds, parity=event.parity)
+                ready.write(work_dir / READY_FILE)
                 logger.info("ready after %.1f s: %s/v1", seconds, endpoint)
                 threading.Thread(target=_watch, args=(asking, spec, events, ended), daemon=True).start()
                 event = _next(events, timeout_s=None)
@@ -162,6 +180,8 @@ def serve(spec: ServeSpec) -> None:
         raise EngineFailed(f"{title} ended unexpectedly: {story(engine.returncode)}")
     elif isinstance(event, EngineHung):
         raise EngineHung(f"{title} hangs: {event}. It was stopped; start the service again. {story(None)}")
+    elif isinstance(event, ParityFailed):
+        raise event
     elif isinstance(event, ServerError):
         raise EngineFailed(f"{title} started, but {event}: {story(None)}")
     else:
@@ -171,7 +191,7 @@ def serve(spec: ServeSpec) -> None:
         )
 
 
-def _next(events: SimpleQueue[str | ServerError], *, timeout_s: float | None) -> str | ServerError | None:
+def _next(events: SimpleQueue[Event], *, timeout_s: float | None) -> Event | None:
     try:
         return events.get(timeout=timeout_s)
     except Empty:
@@ -185,7 +205,7 @@ def _absolute(spec: ServeSpec, work_dir: Path) -> ServeSpec:
 
 
 @contextmanager
-def _signals_to(events: SimpleQueue[str | ServerError]) -> Iterator[None]:
+def _signals_to(events: SimpleQueue[Event]) -> Iterator[None]:
     # put() of a SimpleQueue is safe in a signal handler. An Event or a Queue could deadlock there.
     before = {s: signal.signal(s, lambda *_: events.put("stop")) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -233,6 +253,16 @@ class _Asking:
         body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 1}).encode()
         self._get("/v1/completions", body, timeout_s)
 
+    def json(self, path: str, request: dict[str, Any], *, timeout_s: float) -> Any:
+        """Posts a request and returns the answer's JSON. Raises ServerError."""
+        try:
+            return json.loads(self._get(path, json.dumps(request).encode(), timeout_s))
+        except urllib.error.HTTPError as error:
+            text = error.read(2000).decode(errors="replace")
+            raise ServerError(f"it answered {path} with {error.code} {text}".rstrip()) from error
+        except (OSError, ValueError) as error:
+            raise ServerError(f"it did not answer {path} ({error})") from error
+
     def activity(self, *, timeout_s: float) -> dict[str, float]:
         """Returns the gateway's `Activity.facts`. Raises OSError or ValueError."""
         facts: dict[str, float] = json.loads(self._get(ACTIVITY_PATH, None, timeout_s))
@@ -248,8 +278,11 @@ class _Asking:
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
-def _probe(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerError]) -> None:
-    """Requests one token from each model until it answers, then reports. Reports an error answer at once."""
+def _probe(asking: _Asking, spec: ServeSpec, plan: EnginePlan, events: SimpleQueue[Event]) -> None:
+    """Requests one token from each model until it answers, compares the service with the trained model, then reports.
+
+    Reports an error answer at once.
+    """
     for model in [TUNED_MODEL, *([BASE_MODEL] if spec.base_model_dir else [])]:
         while True:
             try:
@@ -265,10 +298,48 @@ def _probe(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerErr
             except OSError:
                 pass  # the engine does not accept connections yet
             time.sleep(_PROBE_EVERY_S)
-    events.put("answered")
+    try:
+        events.put(_Answered(_parity(asking, spec, plan)))
+    except ServerError as error:
+        events.put(error)
 
 
-def _watch(asking: _Asking, spec: ServeSpec, events: SimpleQueue[str | ServerError], ended: threading.Event) -> None:
+def _parity(asking: _Asking, spec: ServeSpec, plan: EnginePlan) -> Parity | None:
+    """Returns the comparison with the trained model; None if it is off or there is nothing to compare.
+
+    Raises:
+        ParityFailed: They differ, and `verify` is `error`.
+        ServerError: The service does not answer the comparison's requests.
+    """
+    if spec.verify == "off":
+        return None
+    try:
+        probe = read_probe(Path(spec.model_dir))
+        if probe is None:
+            return Parity(verdict="not verified", text="the model's folder has no probe.json")
+        check = Check(
+            probe=probe,
+            service_name=spec.service_name,
+            has_base=spec.base_model_dir is not None,
+            dtype=plan.computes_in,
+            quantised=any(re.match("--(quantization|kv[-_]cache[-_]dtype)|-q", one) for one in spec.engine_args),
+            on_head=plan.on_head,
+            max_model_len=spec.max_model_len,
+            token_budget=_PARITY_TOKENS_ON_CPU if plan.on_cpu else Check.token_budget,
+        )
+        kind = VllmScores if plan.engine.name == "vllm" else OwnScores
+        parity = compare(kind(partial(asking.json, timeout_s=spec.start_timeout_s)), check)
+    except ServerError as error:
+        if spec.verify == "error":
+            raise
+        parity = Parity(verdict="not verified", text=str(error))
+    logger.info("compared with the trained model: %s: %s", parity.verdict, parity.text)
+    if parity.verdict == "different" and spec.verify == "error":
+        raise refusal(parity)
+    return parity
+
+
+def _watch(asking: _Asking, spec: ServeSpec, events: SimpleQueue[Event], ended: threading.Event) -> None:
     """Polls the engine every few seconds, and reports once if it hangs or is idle.
 
     A busy engine is not a hung one. The gateway answers from an event loop that does no computing, so if it is silent, the

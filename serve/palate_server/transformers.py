@@ -25,6 +25,7 @@ from fastapi import FastAPI, HTTPException
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, ServeSpec
 from palate_server.gateway import ACTIVITY, Gateway
 from palate_server.listener import serve_on, take_listener
+from palate_server.parity import RENDER_PATH, SCORE_PATH
 from palate_server.transformers_parameters import supported
 
 _CLOSE_S = 3
@@ -137,8 +138,32 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str) -> FastAPI:
         generation_state=state,
     )
 
+    add_scoring(app, models)
     app.add_middleware(Gateway, parameters=supported)
     return app
+
+
+def add_scoring(app: FastAPI, models: Any) -> None:
+    """Adds what the comparison with the trained model needs and transformers' app lacks: log-probs and rendered tokens."""
+    import torch
+
+    @app.post(SCORE_PATH)
+    def score(request: dict[str, Any]) -> dict[str, Any]:
+        model, _ = models.load_model_and_processor(request["model"])
+        prompt, answer = request["prompt_ids"], request["completion_ids"]
+        ids = torch.tensor([[*prompt, *answer]], device=model.device)  # (1, tokens)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :].unsqueeze(1))
+        return {"logps": picked.squeeze(1).tolist()}
+
+    @app.post(RENDER_PATH)
+    def render(request: dict[str, Any]) -> dict[str, Any]:
+        _, tokenizer = models.load_model_and_processor(request["model"])
+        if "messages" not in request:
+            return {"tokens": tokenizer(request["prompt"])["input_ids"]}
+        text = tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
+        return {"tokens": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
 
 def _limit(inputs: Any, config: Any, max_model_len: int | None) -> None:

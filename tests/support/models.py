@@ -27,8 +27,11 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def tiny_model(folder: Path, base: Path) -> Path:
-    """Writes a random two-layer Llama with the tokenizer and chat template of `base`: trains in seconds, knows nothing."""
+def tiny_model(folder: Path, base: Path, *, hidden_size: int = 64, heads: int = 4) -> Path:
+    """Writes a random two-layer Llama with the tokenizer and chat template of `base`: trains in seconds, knows nothing.
+
+    vLLM's CPU build computes heads of 64, not those of 16 that the default has.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -36,11 +39,11 @@ def tiny_model(folder: Path, base: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

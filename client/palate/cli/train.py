@@ -178,6 +178,9 @@ def deploy(
         list[str] | None,
         typer.Option(help="An option of vLLM as NAME=VALUE, or NAME for a switch, such as max-num-seqs=8. Repeatable."),
     ] = None,
+    verify: Annotated[
+        str, typer.Option(help="If it does not answer as the trained model: error, warn, or off (do not compare).")
+    ] = "error",
     wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
@@ -190,6 +193,8 @@ def deploy(
     from palate_recipes.specs.serve import engine_args_of
 
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
+    if not base:
+        options["verify"] = verify
     if max_model_len is not None:
         options["max_model_len"] = max_model_len
     if time_to_live is not None:

