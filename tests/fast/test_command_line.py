@@ -600,10 +600,31 @@ def test_a_reader_that_stops_early_is_no_error(home: Path) -> None:
 
 def test_next_commands_are_printed_in_one_way() -> None:
     """`say_next` quotes for a shell, and tests/slow/test_next_commands.py runs what it prints."""
-    folder = Path(palate_package.__file__).parent / "cli"
-    for file in folder.glob("*.py"):
+    for file in Path(palate_package.__file__).parent.rglob("*.py"):
         for line in file.read_text(encoding="utf-8").splitlines():
             assert "next: " not in line or "shlex.join" in line, f"{file.name}: {line.strip()}"
+
+
+@pytest.mark.parametrize("on_path", ["it", "another", "none"])
+@pytest.mark.parametrize("started", ["palate", "python -m palate.cli"])
+def test_the_next_command_starts_the_same_program_whether_path_leads_to_it_or_not(
+    home: Path, tmp_path: Path, on_path: str, started: str
+) -> None:
+    own = Path(sys.executable).with_name("palate")
+    another = tmp_path / "bin" / "palate"
+    another.parent.mkdir()
+    another.write_text("#!/bin/sh\nexit 3\n")
+    another.chmod(0o755)
+    path = {"it": [str(own.parent)], "another": [str(another.parent)], "none": []}[on_path]
+    environment = {**os.environ, "PALATE_HOME": str(home), "PATH": os.pathsep.join([*path, "/usr/bin", "/bin"])}
+    command = [str(own)] if started == "palate" else [sys.executable, "-m", "palate.cli"]
+    done = subprocess.run([*command, "jobs"], capture_output=True, text=True, env=environment, timeout=60)
+    printed = done.stderr.splitlines()[-1].removeprefix("next: ")
+    assert printed == f"{'palate' if on_path == 'it' else own} quickstart"
+    again = subprocess.run(
+        ["bash", "-c", f"{printed} --help"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (again.returncode, "Usage: palate quickstart" in again.stdout) == (0, True)
 
 
 def test_a_recipe_file_names_the_data_and_the_command_overrides_it(home: Path, tmp_path: Path, prefs: Path) -> None:

@@ -227,14 +227,24 @@ The same in Python, from a local file that `palate data demo --per-topic 2` writ
   recipe = ModelTrainingRecipe(
       model_name="smollm2-135m-instruct",
       method="LoRA_LLM",
-      hyperparameters={"training_strategy": "dpo", "loss_type": "sigmoid,sft", "learning_rate": 1e-3},
+      hyperparameters={
+          "training_strategy": "dpo",
+          "loss_type": "sigmoid,sft",  # DPO plus the likelihood of the chosen answer
+          "learning_rate": 1e-3,
+          "per_device_train_batch_size": 4,  # 68 pairs: 17 steps
+          "gradient_accumulation_steps": 1,
+      },
   )
   recipe.train(inputs={"train": "palate-demo/train.json"})
   predictor = recipe.deploy(service_name="smollm2_example")
   answer = predictor.openai().chat.completions.create(
       model="default",
-      messages=[{"role": "user", "content": "Chess is pure talent, so practice is a waste of time, right?"}],
+      messages=[
+          {"role": "system", "content": recipe.hyperparameters["system_prompt"]},  # as in training
+          {"role": "user", "content": "Chess is pure talent, so practice is a waste of time, right?"},
+      ],
       max_tokens=80,
+      temperature=0,
   )
   print(answer.choices[0].message.content)
   predictor.delete_service()
@@ -257,7 +267,8 @@ def quickstart(
 ) -> None:
     from palate.quickstart import run_quickstart
 
-    run_quickstart(folder, direction=direction, engine=engine)
+    job = run_quickstart(folder, direction=direction, engine=engine)
+    say_next("deploy", job.id)
 
 
 def run(
