@@ -174,7 +174,7 @@ def _shown(value: object, *names: str) -> str:
         keys = [f"{str(key)[:20]!r}: ..." for key in list(value)[:3]]
         return "{" + ", ".join([*keys, *(["..."] if len(value) > 3 else [])]) + "}"
     if isinstance(value, list | tuple):
-        items = [_shown(item) for item in value[:3]]
+        items = ["[...]" if isinstance(item, list | tuple) else _shown(item) for item in value[:3]]  # no cycles
         return "[" + ", ".join([*items, *(["..."] if len(value) > 3 else [])]) + "]"
     if isinstance(value, str | PurePath):
         text = _SECRET_IN_TEXT.sub(r"\1...", _USER_IN_URL.sub("//...@", str(value)[:1000]))

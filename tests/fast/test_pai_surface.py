@@ -219,6 +219,7 @@ def test_a_misspelt_keyword_of_openais_client_is_refused_before_the_service_is_a
         ("ModelTrainingRecipe", "command", "train --token s3cret --fast", "'train --token ...'"),
         ("ModelTrainingRecipe", "requirements", ["git+https://me:s3cret@example.com/x"], "['git+https://...@example.com/x']"),
         ("ModelTrainingRecipe", "comands", list("abcde"), "['a', 'b', 'c', ...]"),
+        ("ModelTrainingRecipe", "comands", [1, [2, [3]]], "[1, [...]]"),
         ("ModelTrainingRecipe.train", "job_nam", "x" * 5000, "'" + "x" * 57 + "...'"),
         ("ModelTrainingRecipe.train", "rows", 10**40, "<int>"),
         ("Predictor.raw_predict", "hooks", object(), "<object>"),
