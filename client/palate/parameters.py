@@ -109,7 +109,7 @@ def reject_unknown_keywords(target: T) -> T:
         if isinstance(value, FunctionType):
             setattr(target, name, _checked(value, what))
         elif isinstance(value, classmethod):
-            setattr(target, name, classmethod(_checked(value.__func__, what)))
+            setattr(target, name, classmethod(_checked(cast(FunctionType, value.__func__), what)))
     return target
 
 
