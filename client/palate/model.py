@@ -17,9 +17,10 @@ from palate.backends import Backend, PlacementRequest, get_backend
 from palate.backends.limits import ResourceConfig as ResourceConfig
 from palate.common.utils import check_name, unique_name
 from palate.job import OUTPUT_CHANNELS, TrainingJob
+from palate.parameters import refuse, reject_unknown_keywords
 from palate.session import Session, get_default_session
 from palate.sources.hub_model import hub_model
-from palate.submit import CHANNELS, check_channels, refuse, submit
+from palate.submit import CHANNELS, check_channels, submit
 from palate.weights import LABEL as STAND_IN_LABEL
 from palate.weights import base_model, find_row, find_weights, has_stand_in, one_revision, stand_in_for
 from palate_recipes.catalog import Model, find_model, models
@@ -42,6 +43,7 @@ DEFAULT_METHOD = "LoRA_LLM"
 _PAI_METHODS = {"Standard": "Standard_LLM"}
 
 
+@reject_unknown_keywords
 class ModelTrainingRecipe:
     """A model, a method and hyperparameters, ready to train on preference data.
 
@@ -426,6 +428,7 @@ def _row_if_known(name: str) -> Model | None:
         return None  # with model_uri=, the name is the user's own
 
 
+@reject_unknown_keywords
 class RegisteredModel:
     """A model of the catalog, or any model on the hub.
 

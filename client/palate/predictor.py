@@ -14,6 +14,7 @@ from msgspec import structs
 from palate.backends import Backend
 from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
+from palate.parameters import reject_unknown_keywords
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
@@ -79,6 +80,7 @@ class HasModel(Protocol):
     def served_model(self) -> ServedModel: ...
 
 
+@reject_unknown_keywords
 class Predictor:
     """A service in a store. As a context manager it deletes the service at the end.
 

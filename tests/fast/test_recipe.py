@@ -135,6 +135,17 @@ def test_a_model_that_cannot_fit_is_refused(session: Session, prefs: Path, monke
     assert TrainingJob.list() == []
 
 
+def test_a_warning_points_at_the_line_that_trains(
+    session: Session, prefs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = DeviceFacts(cuda=False, bf16=False, fp16=False, memory_gib=8.0)
+    monkeypatch.setattr(type(session.backend), "device", lambda self, placement=None: small)
+    recipe = ModelTrainingRecipe("qwen2-72b-instruct", method="Standard_LLM")
+    with pytest.warns(UserWarning, match="preference pairs") as warned, pytest.raises(NotEnoughMemoryError):
+        recipe.train(inputs={"train": prefs})
+    assert [one.filename for one in warned] == [__file__]
+
+
 @pytest.mark.parametrize(("parameters", "advised"), [(2e9, True), (70e9, False)])
 def test_a_method_is_advised_only_where_it_fits(parameters: float, advised: bool) -> None:
     gpu = DeviceFacts(cuda=True, bf16=True, fp16=True, gpu_name="A10G", gpu_memory_gib=23.0, gpu_count=1)
