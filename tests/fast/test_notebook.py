@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -14,8 +13,9 @@ from palate.runs.record import TOKEN_KEY, Record, events_in
 from palate.store import open_store
 from palate.ui import make_display
 from palate.ui.notebook import NotebookDisplay, run_html
-from palate_recipes.preferences.check import check as check_files
+from palate_recipes.preferences.check import check
 from palate_recipes.text import html_table, visible
+from tests.support.html import check_html
 from tests.support.manifests import serve_manifest, train_manifest
 
 ATTACK = "</pre><script src='http://x'>alert(1)</script>\x1b[2J"
@@ -31,23 +31,10 @@ def events(steps: int = 4, validation: bool = True) -> list[dict[str, object]]:
     return found
 
 
-def check(html: str) -> ElementTree.Element:
-    """Parses it as XML, which is stricter than a browser; asserts that nothing in it acts or loads or is typeset as TeX."""
-    root = ElementTree.fromstring(f"<x>{html}</x>")
-    (block,) = root
-    assert block.get("class") == "tex2jax_ignore mathjax_ignore"
-    assert not root.text
-    assert not block.tail
-    for element in root.iter():
-        assert element.tag not in ("script", "img", "iframe", "link", "object", "style")
-        assert not any(name.startswith("on") or name in ("href", "src") for name in element.attrib)
-    return root
-
-
 def test_a_run_has_a_bar_a_curve_and_its_reading() -> None:
     end = {"kind": "end", "step": 4, "reading": {"verdict": "learning", "text": "It goes <down>."}}
     html = run_html("one", [*events(), end], [("state", "Succeeded")])
-    root = check(html)
+    root = check_html(html)
     assert root.find(".//progress").get("value") == "1.0000"  # type: ignore[union-attr]
     training, validation = root.findall(".//polyline")
     points = [tuple(map(float, point.split(","))) for point in (training.get("points") or "").split()]
@@ -69,15 +56,15 @@ def test_a_run_has_a_bar_a_curve_and_its_reading() -> None:
 
 
 def test_a_run_without_events_is_its_name() -> None:
-    root = check(run_html("one", []))
+    root = check_html(run_html("one", []))
     assert "".join(root.itertext()) == "one"
     assert root.find(".//svg") is None
 
 
 def test_a_flat_loss_and_one_point_are_shown() -> None:
     flat = [{**event, **({"loss": 0.5} if event["kind"] == "train" else {})} for event in events(validation=False)]
-    assert len(check(run_html("one", flat)).findall(".//polyline")) == 1
-    assert check(run_html("one", events(1, validation=False))).find(".//svg") is None
+    assert len(check_html(run_html("one", flat)).findall(".//polyline")) == 1
+    assert check_html(run_html("one", events(1, validation=False))).find(".//svg") is None
 
 
 def test_a_curve_of_any_numbers_is_drawn_inside_its_box() -> None:
@@ -92,7 +79,7 @@ def test_a_curve_of_any_numbers_is_drawn_inside_its_box() -> None:
         ]
         found = list(events_in("\n".join(lines).encode()))
         assert len(found) == 3
-        (curve,) = check(run_html("one", found)).findall(".//polyline")
+        (curve,) = check_html(run_html("one", found)).findall(".//polyline")
         points = [tuple(map(float, point.split(","))) for point in (curve.get("points") or "").split()]
         assert all(0 <= across <= 480 and 0 <= down <= 120 for across, down in points), points
 
@@ -100,7 +87,7 @@ def test_a_curve_of_any_numbers_is_drawn_inside_its_box() -> None:
 def test_of_a_progress_bar_in_the_log_the_last_state_is_shown() -> None:
     display = NotebookDisplay("one")
     display.log("loading\nfiles:   0%\rfiles:  50%\rfiles: 100%\n")
-    (log,) = check(display._html()).findall(".//pre")
+    (log,) = check_html(display._html()).findall(".//pre")
     assert log.text == "loading\nfiles: 100%"
 
 
@@ -128,8 +115,8 @@ def test_a_report_shows_what_the_command_prints(tmp_path: Path) -> None:
     rows = [{"prompt": f"Ask {n}", "chosen": "Yes, it is.", "rejected": "No."} for n in range(8)]
     path = tmp_path / "prefs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows, {"prompt": "Ask", "chosen": "Yes"}]))
-    report = check_files([(path, "prefs.jsonl")])
-    root = check(report._repr_html_())
+    report = check([(path, "prefs.jsonl")])
+    root = check_html(report._repr_html_())
     summary, files, findings, lengths = root[0]
     assert summary.text == report.lines()[-1]
     assert files.text == "prefs.jsonl"
@@ -154,8 +141,8 @@ def test_what_a_data_file_says_is_text(tmp_path: Path) -> None:
     ]
     path = tmp_path / "prefs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    html = check_files([(path, f"{ATTACK}.jsonl")], strategy=None)._repr_html_()
-    text = "".join(check(html).itertext())
+    html = check([(path, f"{ATTACK}.jsonl")], strategy=None)._repr_html_()
+    text = "".join(check_html(html).itertext())
     for words in (
         f"it has `<b>`, `{attack}`",
         f"has the role '{attack}'",
@@ -175,7 +162,7 @@ def test_what_a_store_says_is_text(home: Path) -> None:
     end = {"kind": "end", "step": 4, "reading": {"verdict": ATTACK, "text": ATTACK}}
     job.store.put(job.key("metrics/000001.jsonl"), "\n".join(map(json.dumps, [*events(), end])).encode() + b"\n")
     html = TrainingJob.get("one")._repr_html_()
-    root = check(html)
+    root = check_html(html)
     assert "alert(1)" in "".join(root.itertext())
     assert "\x1b" not in html
 
@@ -183,5 +170,5 @@ def test_what_a_store_says_is_text(home: Path) -> None:
     service.create(serve_manifest("svc", model=ATTACK))
     service.store.put(service.key(TOKEN_KEY), b"secret-token", private=True)
     html = Predictor("svc")._repr_html_()
-    assert "alert(1)" in "".join(check(html).itertext())
+    assert "alert(1)" in "".join(check_html(html).itertext())
     assert "secret-token" not in html
