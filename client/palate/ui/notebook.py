@@ -15,6 +15,7 @@ from palate_recipes.specs.events import Curves, Point
 from palate_recipes.text import html_block, html_table, html_text, visible
 
 _WIDTH, _HEIGHT, _MARGIN = 480, 120, 6
+
 _LOG_LINES = 6
 """Log lines below the curve; the others are in `job.logs()`."""
 
