@@ -418,12 +418,12 @@ class Predictor:
 
     def _repr_html_(self) -> str:
         """The service in a notebook, without its token."""
-        from palate.ui.notebook import facts_html
+        from palate_recipes.text import html_block, html_table
 
         told = self.describe_service()
         names = ("Status", "Reason", "Endpoint", "Model", "ModelUri")
         facts = [(name, told[name]) for name in names if told.get(name)]
-        return facts_html([("service", self.service_name), *facts])
+        return html_block(html_table([("service", self.service_name), *facts]))
 
     def __repr__(self) -> str:
         return f"Predictor(service_name={self.service_name!r}, uri={self._run.record.uri!r})"

@@ -258,6 +258,7 @@ class RunHandle:
         for number, data in self.record.parts("metrics", after=metric_part):
             metric_part = number
             display.metrics(data)
+        display.flush()
         return log_part, metric_part
 
     def lines(self, *, follow: bool) -> Iterator[str]:

@@ -71,6 +71,9 @@ class LiveDisplay:
             if "total_steps" in entry:
                 self._progress.update(self._task, total=entry["total_steps"], completed=entry["step"])
 
+    def flush(self) -> None:
+        pass  # the block is drawn by a timer
+
     def __enter__(self) -> Display:
         self._live.start()
         return self
