@@ -15,6 +15,7 @@ import pytest
 from palate import Session, get_default_session
 from palate.sources.inputs import PreferenceData, checked_inputs
 from palate_recipes.errors import PalateError
+from palate_recipes.preferences.check import read_files
 
 COUNTED = """
 import json, sys
@@ -105,3 +106,36 @@ def test_what_is_no_table_is_refused_with_what_to_give_instead() -> None:
             checked_inputs({"train": given}, get_default_session(), strategy="dpo", bad_rows="refuse"),
         ):
             pass
+
+
+def test_a_table_that_would_lose_a_column_or_is_only_one_is_refused() -> None:
+    import datasets
+    import pandas
+    import pyarrow
+
+    names, cells = ["prompt", "chosen", "rejected", "chosen"], ["a", "b", "c", "d"]
+    nested = pyarrow.StructArray.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["x", "x"])
+    late = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    for given, words in (
+        (pandas.DataFrame([cells], columns=names), "two columns are named 'chosen'"),
+        (pyarrow.table([[cell] for cell in cells], names=names), "two columns are named 'chosen'"),
+        (pyarrow.table([nested], names=["prompt"]), "Table cannot be converted to rows"),
+        (pyarrow.table([late], names=["prompt"]), "Table cannot be converted to rows"),
+        ([{"1": "a", 1: "b"}], "row 1: two fields are named '1'"),
+        (pandas.Series(["a"]), "is Series: expected a path"),
+        (pandas.Index(["a"]), "is Index: expected a path"),
+        (datasets.Dataset.from_list([{"prompt": "a"}])["prompt"], "is Column: expected a path"),
+    ):
+        with (
+            pytest.raises(PalateError, match=re.compile(words, re.S)),
+            checked_inputs({"train": given}, get_default_session(), strategy="dpo", bad_rows="refuse"),
+        ):
+            pass
+
+
+def test_rows_of_different_unknown_fields_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({f"field {number}": "x" * 1000}) + "\n" for number in range(1000)))
+    linter = read_files([(path, path.name)])
+    assert (linter.wrong_rows, linter.columns(), linter.fields()) == (1000, None, ["field 0"])
+    assert len(linter._foreign) < 3
