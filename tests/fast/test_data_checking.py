@@ -14,8 +14,9 @@ import pytest
 
 from palate import Session, get_default_session
 from palate.sources.inputs import PreferenceData, checked_inputs
-from palate_recipes.errors import PalateError
+from palate_recipes.errors import DataError, PalateError
 from palate_recipes.preferences.check import read_files
+from palate_recipes.preferences.load import read_rows
 
 COUNTED = """
 import json, sys
@@ -139,3 +140,28 @@ def test_rows_of_different_unknown_fields_take_no_memory(tmp_path: Path) -> None
     linter = read_files([(path, path.name)])
     assert (linter.wrong_rows, linter.columns(), linter.fields()) == (1000, None, ["field 0"])
     assert len(linter._foreign) < 3
+
+
+def test_a_row_with_a_list_of_examples_is_not_a_wrapper_around_them(tmp_path: Path) -> None:
+    path, row = tmp_path / "one.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path.write_text(json.dumps({"examples": [{"prompt": "d", "chosen": "e", "rejected": "f"}], **row}) + "\n")
+    assert [one.chosen for one in read_rows(path)] == ["b"]
+    path.write_text(json.dumps({"data": [row], "version": "1"}))
+    assert [one.chosen for one in read_rows(path)] == ["b"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_file_with_two_columns_of_one_name_is_refused(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    names = ["prompt", "chosen", "rejected", "chosen"]
+    table, path = pyarrow.table([["a"], ["b"], ["c"], ["d"]], names=names), tmp_path / f"p.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=r"two columns are named 'chosen'\. Rename one"):
+        read_rows(path)

@@ -270,7 +270,9 @@ def _wrapped(text: bytes) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None
     lists = [value for value in whole.values() if _are_objects(value)] if isinstance(whole, dict) else []
-    return lists[0] if len(lists) == 1 else None
+    if len(lists) != 1 or whole.keys() & lists[0][0].keys():  # a row that has examples has the fields of a row itself
+        return None
+    return lists[0]
 
 
 def _are_objects(value: Any) -> bool:
