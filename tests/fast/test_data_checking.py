@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -164,4 +166,14 @@ def test_a_file_with_two_columns_of_one_name_is_refused(tmp_path: Path, kind: st
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
     with pytest.raises(DataError, match=r"two columns are named 'chosen'\. Rename one"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("end", ["cut", "damaged"])
+def test_a_damaged_compressed_wrapper_is_refused_in_words(tmp_path: Path, end: str) -> None:
+    whole = json.dumps({"data": [{"prompt": str(random.random())} for _ in range(60_000)]}).encode()
+    packed, path = gzip.compress(whole), tmp_path / "p.json.gz"
+    half = len(packed) * 3 // 4  # after the block that the type is detected from
+    path.write_bytes(packed[:half] if end == "cut" else packed[:half] + b"\xff" * 1000 + packed[half + 1000 :])
+    with pytest.raises(DataError, match="damaged or truncated: copy the file again"):
         read_rows(path)
