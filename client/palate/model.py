@@ -39,9 +39,6 @@ __all__ = ["ModelTrainingRecipe", "RegisteredModel"]
 
 DEFAULT_METHOD = "LoRA_LLM"
 
-# The name that a notebook of PAI's SDK uses.
-_PAI_METHODS = {"Standard": "Standard_LLM"}
-
 
 @reject_unknown_keywords
 class ModelTrainingRecipe:
@@ -171,7 +168,8 @@ class ModelTrainingRecipe:
             # A revision and a publisher are those of the model that was asked for.
             model_name, model_uri, model_version, model_provider = other.name, other.uri, None, None
             self.labels[STAND_IN_LABEL] = other.for_name
-        self.method = check_method(_PAI_METHODS.get(method or DEFAULT_METHOD, method or DEFAULT_METHOD))
+        # `Standard` is the name that a notebook of PAI's SDK uses.
+        self.method = check_method("Standard_LLM" if method == "Standard" else method or DEFAULT_METHOD)
         self._given = validate(hyperparameters, method=self.method)
         if model_name is not None:
             self._row: Model | None = (

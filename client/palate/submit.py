@@ -144,6 +144,10 @@ def place_checks(
 
 def check_channels(inputs: Mapping[str, Any]) -> None:
     """Rejects input channels that do not exist, and a training without data."""
+    if not isinstance(inputs, Mapping):
+        raise ConfigurationError(
+            f'inputs is {type(inputs).__name__}, not a dict by channel: give inputs={{"train": …}} with the data as value'
+        )
     for channel in inputs:
         if channel not in CHANNELS:
             hint = did_you_mean(channel, CHANNELS)

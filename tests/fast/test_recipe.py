@@ -41,6 +41,8 @@ def prefs(tmp_path: Path) -> Path:
     ("arguments", "kind", "words"),
     [
         ({"model_name": "qwen2-0.5-instruct"}, UnknownModelError, ["qwen2-0.5-instruct", "qwen2-0.5b-instruct", "palate models"]),
+        ({"model_name": 5}, UnknownModelError, ["model '5'", "palate models"]),
+        ({"model_name": MODEL, "method": ["LoRA_LLM"]}, HyperparameterError, ["['LoRA_LLM']"]),
         ({}, ConfigurationError, ["model_name=", "model_uri="]),
         ({"model_name": MODEL, "method": "LoRA"}, HyperparameterError, ["LoRA", "LoRA_LLM"]),
         ({"model_name": MODEL, "hyperparameters": {"lr": 1}}, HyperparameterError, ["lr", "learning_rate"]),

@@ -48,6 +48,7 @@ def hub_model(text: str) -> HubModel | None:
     Raises:
         ConfigurationError: An `hf://` URI that is not a model.
     """
+    text = str(text)  # find_model() rejects what is not a text, in words
     found = _ID.fullmatch(text.strip())
     if found is not None and not (found["scheme"] and f"{found['repo']}/".startswith(_OTHER_KINDS)):
         return HubModel(found["repo"], found["revision"])
