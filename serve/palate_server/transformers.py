@@ -1,11 +1,12 @@
 """The fallback engine: the app of `transformers serve` with the tuned and the base model. The only module that imports torch.
 
-The server runs it as a program and never imports it. In float32 an adapter is first merged into its base. In 16 bits it is
-applied beside the base, as in training: 16-bit weights round off most of an adapter that is small beside them (a training of 12
-steps at 1e-4 keeps 45 % of its effect). The app loads models by name from the current folder, which has only the links `default` and `base`. So responses carry these names, and
-no request can load another model. Differences to vLLM that a plain client would notice are removed: max_completion_tokens,
-sampling by default, the context limit, `[DONE]` at the end of a stream, the error format. Remaining differences: parameters that
-transformers ignores are rejected (see transformers_parameters), and a model answers one request at a time.
+The server runs it as a program and never imports it. In float32 an adapter is first merged into its base. In 16 bits it is applied
+beside the base, as in training: 16-bit weights round off most of an adapter that is small beside them (of a training of 12 steps
+at 1e-4, they keep 45 % of the effect). The app loads models by name from the current folder, which has only the links `default` and
+`base`. So responses carry these names, and no request can load another model. Differences to vLLM that a plain client would notice
+are removed: max_completion_tokens, sampling by default, the context limit, `[DONE]` at the end of a stream, the error format.
+Remaining differences: parameters that transformers ignores are rejected (see transformers_parameters), and a model answers one
+request at a time.
 """
 
 from __future__ import annotations
