@@ -118,7 +118,7 @@ def _curve(curves: Curves) -> str:
     if len(series["training"]) < 2:
         return ""
     low, high = min(losses), max(losses)
-    steps = max(curves.total_steps, max(step for points in series.values() for step, _ in points))
+    steps = max(1, curves.total_steps, *(step for points in series.values() for step, _ in points))
 
     def at(step: int, loss: float) -> str:
         across = _MARGIN + (_WIDTH - 2 * _MARGIN) * step / steps
