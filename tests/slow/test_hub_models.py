@@ -142,7 +142,7 @@ def test_a_damaged_config_is_the_models_fault_not_the_hubs(hub: Hub, home: Path,
 
 def test_a_commit_is_pinned_only_if_it_is_one(hub: Hub, home: Path, tiny: Path) -> None:
     hub.add_model("me/tiny", tiny, facts={"sha": "main"})
-    with pytest.raises(StoreError, match="does not respond like a Hugging Face hub .*'main'"):
+    with pytest.raises(StoreError, match=r"does not respond like a Hugging Face hub .*'main'"):
         find_weights(Session(), model_name="me/tiny", model_uri=None)
 
 
