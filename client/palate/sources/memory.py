@@ -51,7 +51,9 @@ def _rows(given: Any, where: str) -> Iterable[Any]:
                     f"Choose other data, or remove_columns({column!r}) if the text does not need it."
                 )
         return given.with_format(None)  # type: ignore[no-any-return]
-    if library == "pandas":
+    if library == "pandas" and hasattr(given, "columns"):
+        if twice := given.columns[given.columns.duplicated()].tolist():
+            raise DataError(f"{where} has two columns {str(twice[0])!r}, of which only one can be kept: rename one.")
         return given.astype(object).where(given.notna(), None).to_dict("records")  # type: ignore[no-any-return]
     if hasattr(given, "to_pylist"):
         return given.to_pylist()  # type: ignore[no-any-return]
