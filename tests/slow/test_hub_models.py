@@ -153,6 +153,13 @@ def test_architectures_of_another_shape_are_not_known(hub: Hub, home: Path, tiny
         check_architecture(source)
 
 
+def test_a_service_of_a_hub_model_needs_no_name(hub: Hub, home: Path, tiny: Path) -> None:
+    hub.add_model("me/Tiny-1", tiny)
+    command = [sys.executable, "-m", "palate.cli", "deploy", "me/Tiny-1", "--base", "--engine", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "--engine is 'x'" in done.stderr  # its name is checked first
+
+
 def test_ids_and_names() -> None:
     assert hub_model("qwen2-0.5b") is None
     assert hub_model("hf://models/me/x@refs/pr/1") == HubModel("me/x", "refs/pr/1")
