@@ -308,14 +308,21 @@ class Predictor:
         try:
             return self._wait_until_ready(timeout_s, show_logs=show_logs, show_stages=show_stages)
         except KeyboardInterrupt as interrupt:
-            name = self.service_name
-            interrupt.add_note(
-                f"service {name} keeps starting: `palate services` shows it, `palate stop {name}` stops it"
-            )
+            interrupt.add_note(self._keeps_starting)
             raise
 
+    @property
+    def _keeps_starting(self) -> str:
+        name = self.service_name
+        return f"service {name} keeps starting: `palate services` shows it, `palate stop {name}` stops it"
+
     def _wait_until_ready(
-        self, timeout_s: float | None = None, *, show_logs: bool = False, show_stages: bool = False
+        self,
+        timeout_s: float | None = None,
+        *,
+        show_logs: bool = False,
+        show_stages: bool = False,
+        after_log_part: int = 0,
     ) -> Predictor:
         if timeout_s is None:
             timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
@@ -326,6 +333,7 @@ class Predictor:
             interval_s=0.5,
             what="readiness",
             stages=show_stages,
+            after_log_part=after_log_part,
         )
         if status.state != "Running":
             raise self._failure(status)
@@ -342,9 +350,15 @@ class Predictor:
         If another program has taken the port meanwhile, the service takes a free one; with a port chosen at the deploy it fails.
         """
         status = self._run.refresh()
+        shown = self._run.record.last_part("logs")  # the new start continues the log
         self._run.restart(expect={"Stopped", "Failed"}, attempt=status.attempt, more=1, environments={})
-        if wait:
-            self.wait_for_ready(show_stages=True)
+        if not wait:
+            return
+        try:
+            self._wait_until_ready(show_stages=True, after_log_part=shown)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(self._keeps_starting)
+            raise
 
     def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
         """Serves another job's model under this name, with the same token and settings.
@@ -367,8 +381,9 @@ class Predictor:
         self._run.replace_manifest(before, after)
         self.stop_service()
         try:
+            shown = self._run.record.last_part("logs")
             self.start_service(wait=False)
-            return self._wait_until_ready(show_logs=show_logs, show_stages=True)
+            return self._wait_until_ready(show_logs=show_logs, show_stages=True, after_log_part=shown)
         except BaseException as error:
             self.stop_service()
             self._run.replace_manifest(after, before)

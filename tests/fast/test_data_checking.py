@@ -93,12 +93,15 @@ def test_rows_in_memory_are_checked_and_written_as_a_file() -> None:
 
 def test_what_is_no_table_is_refused_with_what_to_give_instead() -> None:
     import datasets
+    import pandas
 
     table = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     for given, words in (
         (table.to_iterable_dataset(), r"list\(dataset.take\(N\)\)"),
         (datasets.DatasetDict(train=table), r"dataset\['train'\]"),
         ((row for row in [{}]), "expected a path"),
+        (pandas.Series(["a"]), "is Series: expected a path"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns 'prompt'"),
         ([], "has no rows"),
         ([{"prompt": "a", "chosen": "b"}], r"inputs\['train'\].*line 1: `rejected` is missing"),
         ([{"prompt": object()}], "row 1: `prompt` is object"),
