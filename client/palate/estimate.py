@@ -27,6 +27,7 @@ from palate.sources.hub import connect, explained
 from palate.sources.hub_model import HubModel
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.store import open_store
+from palate.store.uri import check_key
 from palate.submit import check_channels, imitation_note, parameter_count, place_checks
 from palate.weights import fetch_weights
 from palate_recipes.catalog import Model
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _JOBS_READ = 20
 """Maximum number of earlier jobs whose metrics are read, newest first."""
 _LISTING_S = 30.0
+_LOWEST_RATE = 1e-9
+"""Tokens per second. No job is slower than this, or faster than its inverse."""
 
 _TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "additional_chat_templates/*")
 """What a tokenizer and its chat template need. An index of weight shards matches too; it has no weights."""
@@ -129,6 +132,9 @@ def estimate(
         warnings.extend(filter(None, [adapter.base_note(spec.model.name, row)]))
 
     attempt(lambda: check_channels(inputs))
+    if not isinstance(inputs, Mapping):
+        inputs = {}  # check_channels has said so
+    examples = 0
     if CHANNEL in inputs:
         attempt(continue_from_adapter)
     device = session.backend.device(spec.placement)
@@ -159,7 +165,8 @@ def estimate(
                 warnings += [line.removeprefix("note: ") for line in item.remarks(channel, skipped=True)]
             if "train" in checked:
                 measured = _measured(checked["train"], data["train"], spec, session, warnings)
-                found = _with_rows(found, checked["train"], measured, spec, gpus, errors)
+                examples = checked["train"].rows if measured is None else measured["kept"]
+                found = _with_rows(found, checked["train"], measured, examples, spec, gpus, errors)
     except PalateError as error:
         errors.append(str(error))
     record = Record(session.store, "jobs", job_name) if job_name is not None else None
@@ -167,7 +174,7 @@ def estimate(
         attempt(check)
     if found.tokens is not None:
         try:
-            found = _with_time(found, spec, session, gpus)
+            found = _with_time(found, examples, spec, session, gpus)
         except PalateError as error:
             warnings.append(f"earlier jobs cannot be read for their rate: {error}")
     return replace(found, errors=tuple(errors), warnings=tuple(warnings))
@@ -225,8 +232,11 @@ def _tokenizer_folder(source: WeightsSource, session: Session) -> Iterator[Path]
         with tempfile.TemporaryDirectory(prefix="palate-") as work:
             for info in store.list(""):
                 key = info.key.lstrip("/")
+                # Path.match() compares the end of a path: without this, also checkpoints below, and keys with `..`.
+                if not key.startswith("additional_chat_templates/") and "/" in key:
+                    continue
                 if any(Path(key).match(pattern) for pattern in _TOKENIZER_FILES):
-                    store.download(key, Path(work) / key)
+                    store.download(check_key(key), Path(work) / key)
             yield Path(work)
     else:
         yield _hub_tokenizer(source)
@@ -249,13 +259,17 @@ def _hub_tokenizer(source: WeightsSource) -> Path:
 
 
 def _with_rows(
-    found: Estimate, item: Input, measured: Measured | None, spec: TrainSpec, gpus: int, errors: list[str]
+    found: Estimate,
+    item: Input,
+    measured: Measured | None,
+    examples: int,
+    spec: TrainSpec,
+    gpus: int,
+    errors: list[str],
 ) -> Estimate:
     """Adds rows, tokens and steps."""
     found = replace(found, rows=item.rows, skipped_rows=len(item.skipped))
-    examples = item.rows
     if measured is not None:
-        examples = measured["kept"]
         found = replace(
             found,
             tokens=measured["tokens"],
@@ -280,23 +294,27 @@ def optimizer_steps(examples: int, spec: TrainSpec, *, gpus: int) -> int:
     values = spec.hyperparameters
     if not examples or values.max_steps:
         return values.max_steps if examples else 0
+    return math.ceil(values.num_train_epochs * _steps_an_epoch(examples, spec, gpus=gpus))
+
+
+def _steps_an_epoch(examples: int, spec: TrainSpec, *, gpus: int) -> int:
+    values = spec.hyperparameters
     batches = math.ceil(examples / (values.per_device_train_batch_size * gpus))
-    return math.ceil(values.num_train_epochs * math.ceil(batches / values.gradient_accumulation_steps))
+    return math.ceil(batches / values.gradient_accumulation_steps)
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _with_time(found: Estimate, spec: TrainSpec, session: Session, gpus: int) -> Estimate:
+def _with_time(found: Estimate, examples: int, spec: TrainSpec, session: Session, gpus: int) -> Estimate:
     """Adds the rates of earlier jobs and the time that follows from them."""
     rates = _earlier_rates(found.device, spec, session)
     values = spec.hyperparameters
     if not rates or not found.tokens or not found.steps:
         return found
     epochs = float(values.num_train_epochs)
-    if values.max_steps and found.rows:
-        a_step = values.per_device_train_batch_size * values.gradient_accumulation_steps * gpus
-        epochs = values.max_steps / max(1, math.ceil((found.rows - (found.dropped_rows or 0)) / a_step))
+    if values.max_steps:
+        epochs = values.max_steps / _steps_an_epoch(examples, spec, gpus=gpus)
     low, high = min(rates.values()), max(rates.values())
     total = found.tokens * epochs
     return replace(
@@ -324,7 +342,8 @@ def _earlier_rates(device: str, spec: TrainSpec, session: Session) -> dict[str, 
         events = events_once(record.metrics())
         start = next((event for event in events if event["kind"] == "start"), {})
         rate = events[-1].get("tokens_per_s") if events and events[-1]["kind"] == "end" else None
-        if start.get("device") == device and isinstance(rate, int | float) and rate > 0:
+        # A store may contain anything, such as a number that is no float.
+        if start.get("device") == device and isinstance(rate, int | float) and _LOWEST_RATE < rate < 1 / _LOWEST_RATE:
             rates[run.name] = float(rate)
     return rates
 

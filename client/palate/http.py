@@ -10,11 +10,13 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
+from inspect import signature
 from ipaddress import ip_address
 from secrets import compare_digest, token_hex
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from palate.parameters import check_keywords
 from palate_recipes.errors import ServiceError
 from palate_recipes.specs.serve import CHALLENGE_HEADER, HEALTH_PATH, token_proof
 
@@ -70,6 +72,7 @@ def openai_client(endpoint: str, token: str, url_suffix: str, options: dict[str,
     import httpx2
     import openai
 
+    check_keywords("Predictor.openai", options, signature(openai.OpenAI).parameters)
     check_service(endpoint, token)
     defaults: dict[str, Any] = {"timeout": openai.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)}
     if (transport := _transport(httpx2, endpoint, token)) is not None:
@@ -81,6 +84,7 @@ def async_openai_client(endpoint: str, token: str, url_suffix: str, options: dic
     """Returns the asynchronous client; see `openai_client`."""
     import openai
 
+    check_keywords("Predictor.async_openai", options, signature(openai.AsyncOpenAI).parameters)
     check_service(endpoint, token)
     defaults: dict[str, Any] = {"timeout": openai.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)}
     defaults["http_client"] = async_http_client(endpoint, token)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from palate.backends import PlacementRequest
 from palate.checksums import read_model_digests
 from palate.common.utils import check_name
+from palate.parameters import reject_unknown_keywords
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record, events_once, locate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 OUTPUT_CHANNELS = ("model", "checkpoints", "tensorboard")
 
 
+@reject_unknown_keywords
 class TrainingJob:
     """A training job in a store.
 

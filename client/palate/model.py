@@ -17,9 +17,10 @@ from palate.backends import Backend, PlacementRequest, get_backend
 from palate.backends.limits import ResourceConfig as ResourceConfig
 from palate.common.utils import check_name, unique_name
 from palate.job import OUTPUT_CHANNELS, TrainingJob
+from palate.parameters import refuse, reject_unknown_keywords
 from palate.session import Session, get_default_session
 from palate.sources.hub_model import hub_model
-from palate.submit import CHANNELS, check_channels, refuse, submit
+from palate.submit import CHANNELS, check_channels, submit
 from palate.weights import LABEL as STAND_IN_LABEL
 from palate.weights import base_model, find_row, find_weights, has_stand_in, one_revision, stand_in_for
 from palate_recipes.catalog import Model, find_model, models
@@ -38,10 +39,8 @@ __all__ = ["ModelTrainingRecipe", "RegisteredModel"]
 
 DEFAULT_METHOD = "LoRA_LLM"
 
-# The name that a notebook of PAI's SDK uses.
-_PAI_METHODS = {"Standard": "Standard_LLM"}
 
-
+@reject_unknown_keywords
 class ModelTrainingRecipe:
     """A model, a method and hyperparameters, ready to train on preference data.
 
@@ -169,7 +168,8 @@ class ModelTrainingRecipe:
             # A revision and a publisher are those of the model that was asked for.
             model_name, model_uri, model_version, model_provider = other.name, other.uri, None, None
             self.labels[STAND_IN_LABEL] = other.for_name
-        self.method = check_method(_PAI_METHODS.get(method or DEFAULT_METHOD, method or DEFAULT_METHOD))
+        # `Standard` is the name that a notebook of PAI's SDK uses.
+        self.method = check_method("Standard_LLM" if method == "Standard" else method or DEFAULT_METHOD)
         self._given = validate(hyperparameters, method=self.method)
         if model_name is not None:
             self._row: Model | None = (
@@ -426,6 +426,7 @@ def _row_if_known(name: str) -> Model | None:
         return None  # with model_uri=, the name is the user's own
 
 
+@reject_unknown_keywords
 class RegisteredModel:
     """A model of the catalog, or any model on the hub.
 

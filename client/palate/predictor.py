@@ -14,6 +14,7 @@ from msgspec import structs
 from palate.backends import Backend
 from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
+from palate.parameters import reject_unknown_keywords
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
@@ -79,6 +80,7 @@ class HasModel(Protocol):
     def served_model(self) -> ServedModel: ...
 
 
+@reject_unknown_keywords
 class Predictor:
     """A service in a store. As a context manager it deletes the service at the end.
 
@@ -306,14 +308,21 @@ class Predictor:
         try:
             return self._wait_until_ready(timeout_s, show_logs=show_logs, show_stages=show_stages)
         except KeyboardInterrupt as interrupt:
-            name = self.service_name
-            interrupt.add_note(
-                f"service {name} keeps starting: `palate services` shows it, `palate stop {name}` stops it"
-            )
+            interrupt.add_note(self._keeps_starting)
             raise
 
+    @property
+    def _keeps_starting(self) -> str:
+        name = self.service_name
+        return f"service {name} keeps starting: `palate services` shows it, `palate stop {name}` stops it"
+
     def _wait_until_ready(
-        self, timeout_s: float | None = None, *, show_logs: bool = False, show_stages: bool = False
+        self,
+        timeout_s: float | None = None,
+        *,
+        show_logs: bool = False,
+        show_stages: bool = False,
+        after_log_part: int = 0,
     ) -> Predictor:
         if timeout_s is None:
             timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
@@ -324,6 +333,7 @@ class Predictor:
             interval_s=0.5,
             what="readiness",
             stages=show_stages,
+            after_log_part=after_log_part,
         )
         if status.state != "Running":
             raise self._failure(status)
@@ -340,9 +350,15 @@ class Predictor:
         If another program has taken the port meanwhile, the service takes a free one; with a port chosen at the deploy it fails.
         """
         status = self._run.refresh()
+        shown = self._run.record.last_part("logs")  # the new start continues the log
         self._run.restart(expect={"Stopped", "Failed"}, attempt=status.attempt, more=1, environments={})
-        if wait:
-            self.wait_for_ready(show_stages=True)
+        if not wait:
+            return
+        try:
+            self._wait_until_ready(show_stages=True, after_log_part=shown)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(self._keeps_starting)
+            raise
 
     def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
         """Serves another job's model under this name, with the same token and settings.
@@ -365,8 +381,9 @@ class Predictor:
         self._run.replace_manifest(before, after)
         self.stop_service()
         try:
+            shown = self._run.record.last_part("logs")
             self.start_service(wait=False)
-            return self._wait_until_ready(show_logs=show_logs, show_stages=True)
+            return self._wait_until_ready(show_logs=show_logs, show_stages=True, after_log_part=shown)
         except BaseException as error:
             self.stop_service()
             self._run.replace_manifest(after, before)
@@ -416,12 +433,12 @@ class Predictor:
 
     def _repr_html_(self) -> str:
         """The service in a notebook, without its token."""
-        from palate.ui.notebook import facts_html
+        from palate_recipes.text import html_block, html_table
 
         told = self.describe_service()
         names = ("Status", "Reason", "Endpoint", "Model", "ModelUri")
         facts = [(name, told[name]) for name in names if told.get(name)]
-        return facts_html([("service", self.service_name), *facts])
+        return html_block(html_table([("service", self.service_name), *facts]))
 
     def __repr__(self) -> str:
         return f"Predictor(service_name={self.service_name!r}, uri={self._run.record.uri!r})"

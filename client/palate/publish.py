@@ -31,7 +31,7 @@ from palate_recipes.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from palate_recipes.model_card import CARD_FILE, base_name, card_head, card_summary, card_usage
+from palate_recipes.model_card import CARD_FILE, base_name, card_head, card_summary, card_usage, inline
 
 if TYPE_CHECKING:
     from palate.runs.record import Record
@@ -60,12 +60,13 @@ def model_card(manifest: TrainManifest, status: Status, files: Collection[str], 
         "job": manifest.name,
         **{f"label {name}": value for name, value in manifest.labels.items()},
     }
-    versions = {**manifest.versions, **status.details.get("versions", {})}
+    libraries = status.details.get("versions")
+    versions = {**manifest.versions, **(libraries if isinstance(libraries, dict) else {})}
     return "\n".join(
         [
             *card_head(body, files),
             "",
-            f"# {manifest.name}",
+            f"# {inline(manifest.name)}",
             "",
             card_summary(body, files),
             "",
@@ -99,17 +100,13 @@ def model_card(manifest: TrainManifest, status: Status, files: Collection[str], 
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
-    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items())]
+    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {inline(k)} | {inline(v)} |" for k, v in rows.items())]
 
 
 def _data_row(channel: str, entry: InputFile) -> str:
     name = PurePosixPath(entry.uri).name
     rows = "" if entry.rows is None else entry.rows
-    return f"| {channel} | {_cell(name)} | {rows} | `{entry.sha256 or ''}` |"
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return f"| {inline(channel)} | {inline(name)} | {rows} | `{entry.sha256 or ''}` |"
 
 
 def _repository(uri: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.backends import Backend, get_backend
+from palate.parameters import refuse, reject_unknown_keywords
 from palate.paths import palate_home
 from palate.store import Store, StoreOptions, open_store
 from palate_recipes.errors import ConfigurationError, UnsupportedParameterError
@@ -23,6 +24,7 @@ DEFAULT_REGION = "cn-hangzhou"
 _REGION_VARIABLES = ("PALATE_REGION", "OSS_REGION", "ALIBABA_CLOUD_REGION_ID", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
+@reject_unknown_keywords
 class Session:
     """A store, its credentials, and a backend.
 
@@ -142,6 +144,7 @@ class Session:
 _default: Session | None = None
 
 
+@reject_unknown_keywords
 def setup_default_session(
     access_key_id: str | None = None,
     access_key_secret: str | None = None,
@@ -162,8 +165,7 @@ def setup_default_session(
         UnsupportedParameterError: `network` is given. Palate uses endpoints, not Alibaba's networks.
     """
     global _default
-    if network is not None:
-        raise UnsupportedParameterError(f"network={network!r} is not supported: give oss_endpoint instead")
+    refuse(network=network)
     options = StoreOptions(
         access_key_id=access_key_id, secret_access_key=access_key_secret, session_token=security_token
     )
@@ -180,6 +182,7 @@ def setup_default_session(
     return _default
 
 
+@reject_unknown_keywords
 def get_default_session() -> Session:
     """Returns the default session. Creates it from the environment and saved configuration if needed."""
     global _default

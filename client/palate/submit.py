@@ -23,7 +23,7 @@ from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
 from palate.weights import reachable_weights
 from palate_recipes.catalog import Model
-from palate_recipes.errors import ConfigurationError, NameTakenError, UnsupportedParameterError
+from palate_recipes.errors import ConfigurationError, NameTakenError
 from palate_recipes.hyperparameters import differences
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import TrainSpec
@@ -74,7 +74,7 @@ def submit(
             if note := adapter.base_note(spec.model.name, row):
                 spec = replace(spec, notes=(*spec.notes, note))
         if text := imitation_note(spec, checked):
-            warnings.warn(text, UserWarning, stacklevel=3)
+            warnings.warn(text, UserWarning, stacklevel=4)  # the caller of train(), which has the decorator's frame
             spec = replace(spec, notes=(*spec.notes, text))
         record = Record(session.store, "jobs", job_name)
         for check in place_checks(spec, record, session, row):
@@ -144,6 +144,10 @@ def place_checks(
 
 def check_channels(inputs: Mapping[str, Any]) -> None:
     """Rejects input channels that do not exist, and a training without data."""
+    if not isinstance(inputs, Mapping):
+        raise ConfigurationError(
+            f'inputs is {type(inputs).__name__}, not a dict by channel: give inputs={{"train": …}} with the data as value'
+        )
     for channel in inputs:
         if channel not in CHANNELS:
             hint = did_you_mean(channel, CHANNELS)
@@ -168,39 +172,3 @@ def _announce(job: TrainingJob, spec: TrainSpec, inputs: Mapping[str, Input], *,
     more = f"; `palate show {job.id}` lists the data and settings" if shown else ""
     lines.append(f"{spec.method} in {spec.precision}, defaults but for: {', '.join(shown) or 'nothing'}{more}")
     note("\n".join(lines))
-
-
-_NO_MEANING = {
-    "source_dir": "the training program is Palate's own; its behaviour is set by hyperparameters",
-    "command": "the training program is Palate's own; its behaviour is set by hyperparameters",
-    "requirements": "the training program runs in a pinned environment: add packages to the environment or the image",
-    "job_type": "every training is one job of one program",
-    "spot_spec": "the backend decides where a run is placed, and has no spot market",
-    "resource_id": "the backend decides where a run is placed: choose backend=",
-    "resource_type": "the backend decides where a run is placed: choose backend=",
-    "user_vpc_config": "Palate uses endpoints, not Alibaba's networks",
-    "experiment_config": "metrics and TensorBoard files are stored with the job: see job.metrics() and job.output_path('tensorboard')",
-    "input_channels": f"the channels are fixed: {', '.join(CHANNELS)}",
-    "output_channels": "outputs are fixed: model, checkpoints, tensorboard; see job.output_path()",
-    "outputs": "outputs are stored in the job's folder: see job.output_path(), and Session(store=…) to choose the store",
-    "service_type": "every service answers requests as they come",
-    "serializer": "predict() and raw_predict() use JSON",
-    "inference_method": "a model is served in one way; options= sets engine, port and limits",
-    "inference_spec": "the job determines what a service runs; options= sets engine, port and limits",
-}
-
-
-def refuse(**parameters: object) -> None:
-    """Rejects the parameters that were given.
-
-    Args:
-        parameters: Values by name, from the names in `_NO_MEANING`; None if not given.
-
-    Raises:
-        UnsupportedParameterError: Has the parameter, its value, and why Palate does not support it.
-    """
-    for name, value in parameters.items():
-        if value is not None:
-            raise UnsupportedParameterError(
-                f"{name}={value!r} is not supported by Palate: {_NO_MEANING[name]}. Omit it"
-            )

@@ -34,6 +34,18 @@ CLASSES = {
 }
 """The classes that Palate has too, and whose members the table lists."""
 
+FORWARDED = {
+    "Session": [],
+    "setup_default_session": ["pai.session.Session.__init__"],
+    "ModelTrainingRecipe": ["pai.model.ModelRecipe.__init__"],
+    "ModelTrainingRecipe.deploy": ["pai.model.Model.deploy", "pai.model._model.ModelBase._deploy"],
+    "RegisteredModel": [],
+    "RegisteredModel.deploy": ["pai.model._model.ModelBase._deploy"],
+    "Predictor.openai": [],
+    "Predictor.raw_predict": ["pai.predictor.Predictor._send_request", "requests.Session.request"],
+}
+"""The callables of Palate's that take `**kwargs` in PAI's SDK, and the functions that these are passed to, one after the other."""
+
 
 def surface() -> dict[str, Any]:
     """Returns modules with their names, functions with their parameters, and classes with their members."""
@@ -53,6 +65,7 @@ def surface() -> dict[str, Any]:
         "modules": {name: public_names(module) for name, module in modules.items()},
         "functions": functions,
         "classes": {name: members(getattr(modules[module], name)) for name, module in sorted(CLASSES.items())},
+        "keywords": {name: keywords(name, receivers) for name, receivers in sorted(FORWARDED.items())},
     }
 
 
@@ -119,11 +132,65 @@ def parameters(function: Any) -> list[list[Any]]:
     ]
 
 
+def keywords(name: str, receivers: list[str]) -> list[str]:
+    """Names that a callable takes through `**kwargs`: it removes them, or passes them on to a parameter that it does not set."""
+    owner, _, method = name.partition(".")
+    path = f"{CLASSES[owner]}.{owner}.{method or '__init__'}" if owner in CLASSES else f"pai.session.{name}"
+    found: set[str] = set()
+    given: set[str] = set()
+    chain = [located(step) for step in (path, *receivers)]
+    for function in chain:
+        own = {item[0] for item in parameters(function) if not item[1].startswith("VAR_")}
+        found |= (own - given) | removed(function)
+        given |= own | passed(function)
+    return sorted(found - {"self", *(item[0] for item in parameters(chain[0]))})
+
+
+def located(path: str) -> Any:
+    """The function or method with this full name."""
+    value: Any = None
+    for part in path.split("."):
+        value = getattr(value, part, None) or importlib.import_module(f"{value.__name__}.{part}" if value else part)
+    return value
+
+
+def removed(function: Any) -> set[str]:
+    """Names that the function takes out of its `kwargs`."""
+    return {
+        node.args[0].value
+        for node in calls(function)
+        if isinstance(node.func, ast.Attribute)
+        and node.func.attr == "pop"
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "kwargs"
+        and isinstance(node.args[0], ast.Constant)
+    }
+
+
+def passed(function: Any) -> set[str]:
+    """Names that the function sets itself in its calls with `**kwargs`."""
+    return {
+        word.arg
+        for node in calls(function)
+        if any(
+            word.arg is None and isinstance(word.value, ast.Name) and word.value.id == "kwargs"
+            for word in node.keywords
+        )
+        for word in node.keywords
+        if word.arg is not None
+    }
+
+
+def calls(function: Any) -> list[ast.Call]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
 def as_text(table: dict[str, Any]) -> str:
     """JSON with one module, function or member in a line, so that a new release makes a readable difference."""
     text = json.dumps(table, indent=1, sort_keys=True)
     lines = [f' "version": {json.dumps(table["version"])}']
-    for part in ("modules", "functions"):
+    for part in ("modules", "functions", "keywords"):
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in table[part].items())
         lines.append(f' "{part}": {{\n{rows}\n }}')
     classes = []

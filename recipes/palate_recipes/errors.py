@@ -5,7 +5,7 @@ PalateError
 ├── UnknownModelError (LookupError)             not in the catalog
 ├── DataError (ValueError)                      a preference file cannot be used
 ├── ConfigurationError (ValueError)             an invalid argument or setting
-│   └── UnsupportedParameterError               a parameter of PAI's SDK has no meaning here
+│   └── UnsupportedParameterError (TypeError)   a parameter of PAI's SDK has no meaning here, or none has this name
 ├── MissingDependencyError (ImportError)        an optional package is not installed
 ├── NotEnoughMemoryError (MemoryError)          the model does not fit; checked before anything starts
 ├── NameTakenError (FileExistsError)            a job or service with this name exists
@@ -74,8 +74,8 @@ class ConfigurationError(PalateError, ValueError):
     """An argument or setting is invalid."""
 
 
-class UnsupportedParameterError(ConfigurationError):
-    """A parameter of PAI's SDK has no meaning here. It is rejected, not ignored."""
+class UnsupportedParameterError(ConfigurationError, TypeError):
+    """A parameter of PAI's SDK has no meaning here, or no parameter has this name. It is rejected, not ignored."""
 
 
 class MissingDependencyError(PalateError, ImportError):

@@ -6,16 +6,22 @@ Source: https://huggingface.co/docs/hub/model-cards
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
 from palate_recipes.catalog import Model, find_model
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
+from palate_recipes.text import visible
 
 CARD_FILE = "README.md"
 _TEMPLATE_FILE = "chat_template.jinja"
 _ADAPTER_FILE = "adapter_config.json"
+
+_MARKUP = re.compile(r"[`*\[\]<>&|~]|\\(?=[!-/:-@\[-`{-~])")
+_NOT_PLAIN = re.compile("[^ -~\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Controls, line separators, bidirectional overrides and what YAML does not allow. All have four hexadecimal digits."""
 
 
 def folder_card(spec: TrainSpec, files: Collection[str]) -> str:
@@ -24,7 +30,7 @@ def folder_card(spec: TrainSpec, files: Collection[str]) -> str:
     lines = [
         *card_head(spec, files),
         "",
-        f"# {spec.model.name}, {strategy.upper()}",
+        f"# {inline(spec.model.name)}, {strategy.upper()}",
         "",
         card_summary(spec, files),
         "",
@@ -51,14 +57,14 @@ def card_head(spec: TrainSpec, files: Collection[str]) -> list[str]:
     elif row is not None:
         settings["license"] = row.licence.lower()
     # JSON is valid YAML, so no name can break the block.
-    return ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()), "---"]
+    return ["---", *(f"{key}: {_quoted(value)}" for key, value in settings.items()), "---"]
 
 
 def card_summary(spec: TrainSpec, files: Collection[str]) -> str:
     """Returns one sentence: what the model is, and its base."""
     kind = "adapter for" if _ADAPTER_FILE in files else "full fine-tuning of"
     strategy = spec.hyperparameters.training_strategy.upper()
-    return f"A {strategy} {kind} {base_name(spec.model)}, trained with Palate."
+    return f"A {strategy} {kind} {inline(base_name(spec.model))}, trained with Palate."
 
 
 def base_name(model: BaseModel) -> str:
@@ -75,7 +81,7 @@ def card_usage(spec: TrainSpec, files: Collection[str], *, place: str = ".") -> 
         place: The model's id on the Hub, or "." for code that runs in the model's folder.
     """
     remark = "  # this folder" if place == "." else ""
-    start, note = [f"place = {json.dumps(place)}{remark}"], []
+    start, note = [f"place = {_quoted(place)}{remark}"], []
     if _ADAPTER_FILE not in files:
         imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
         load = ["model = AutoModelForCausalLM.from_pretrained(place)"]
@@ -87,11 +93,11 @@ def card_usage(spec: TrainSpec, files: Collection[str], *, place: str = ".") -> 
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
         ]
-        start.append(f"base = {json.dumps(spec.model.name)}  # the folder of the base model")
+        start.append(f"base = {_quoted(spec.model.name)}  # the folder of the base model")
         load = [
             "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), place)",
         ]
-        note = [f"Base model: {spec.model.name}, not on the Hub. Set `base` to its folder.", ""]
+        note = [f"Base model: {inline(spec.model.name)}, not on the Hub. Set `base` to its folder.", ""]
     question = ['inputs = tokenizer("The capital of France is", return_tensors="pt")']
     if _TEMPLATE_FILE in files and spec.hyperparameters.apply_chat_template:
         question = [
@@ -115,6 +121,16 @@ def card_usage(spec: TrainSpec, files: Collection[str], *, place: str = ".") -> 
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
     ]
+
+
+def inline(value: object) -> str:
+    """Returns a value as one line of plain text in Markdown. Names come from records, and a card is published."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(visible(str(value)).split()))
+
+
+def _quoted(value: object) -> str:
+    """Returns strings and lists as they are written in YAML and in Python."""
+    return _NOT_PLAIN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _row(hub_id: str) -> Model | None:

@@ -132,7 +132,7 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
         values["default_training_inputs"] = {
             channel: _beside(folder, inputs[channel]) for channel in CHANNELS if channel in inputs
         }
-    if "model_uri" in values:
+    if values.get("model_uri"):
         values["model_uri"] = _beside(folder, values["model_uri"])
     store, name = values.pop("store", None), values.pop("name", None)
     return RecipeFile(arguments=values, store=store and _beside(folder, store), name=name)
@@ -151,5 +151,7 @@ def _beside(folder: Path, location: str) -> str:
     if "://" in location or location.startswith("~") or os.path.isabs(location):
         return location
     # The folder's own brackets are no wildcards.
-    start = glob.escape(str(folder)) if glob.has_magic(location) and not (folder / location).exists() else str(folder)
+    start = (
+        glob.escape(str(folder)) if glob.has_magic(location) and not os.path.exists(folder / location) else str(folder)
+    )
     return os.path.normpath(os.path.join(start, location)) + "/" * location.endswith("/")

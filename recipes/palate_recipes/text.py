@@ -1,10 +1,10 @@
-"""Untrusted text: escaping for terminals, suggestions for misspelled names, paths, YAML. Knows no file and no setting."""
+"""Untrusted text: escaping for terminals and HTML, suggestions for misspelled names, paths, YAML. Knows no file and no setting."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _CONTROLS = re.compile(
@@ -12,7 +12,9 @@ _CONTROLS = re.compile(
     "\u202a-\u202e\u2066-\u2069"  # bidirectional overrides: they change the displayed order of a line
     "\ud800-\udfff]"  # lone surrogates: they cannot be encoded
 )
-_OVERWRITTEN = re.compile(r"[^\r\n]*\r+(?=[^\r\n])")
+_OVERWRITTEN = re.compile(
+    r"^[^\n]*\r(?=[^\r\n])", re.MULTILINE
+)  # tried once per line, so that a long one takes linear time
 
 
 def visible(text: str) -> str:
@@ -28,6 +30,27 @@ def visible(text: str) -> str:
 
 def _written_out(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode("ascii")
+
+
+def html_text(value: object) -> str:
+    """Returns a value as the text of an HTML element or of an attribute in quotes; control characters are escaped as `visible` does."""
+    from html import escape  # imported here, because only notebooks need it
+
+    return escape(visible(str(value)))
+
+
+def html_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """Returns rows of values as an HTML table, with every value escaped; "" without rows."""
+    style = 'style="text-align:left;vertical-align:top;white-space:pre-line"'
+    body = "".join(f"<tr>{''.join(f'<td {style}>{html_text(value)}</td>' for value in row)}</tr>" for row in rows)
+    titles = "".join(f"<th {style}>{html_text(name)}</th>" for name in head)
+    return f"<table>{f'<tr>{titles}</tr>' if head else ''}{body}</table>" if body else ""
+
+
+def html_block(*parts: str) -> str:
+    """Returns escaped parts as one element that notebooks show unchanged: they would typeset text between dollar signs as TeX."""
+    # The classes by which MathJax 2 and MathJax 3 skip an element.
+    return f'<div class="tex2jax_ignore mathjax_ignore">{"".join(parts)}</div>'
 
 
 _LONGEST = 100

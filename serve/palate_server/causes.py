@@ -23,7 +23,11 @@ _ERROR = re.compile(
     r"^([\w.]*(Error|Exception|Exit|Interrupt)\b.*|[\w.\- ]+: error: .*|error: .*|(Fatal Python error: |Killed|Segmentation fault).*)$"
 )
 _WORKER = re.compile(r"^RuntimeError: Worker failed with error '(.*)', please check the stack.*$")
-_KILLED = re.compile(r"(EngineCore|[Ww]orker|Engine core)\S*.*(died unexpectedly|terminated unexpectedly|is dead)")
+_PROCESS = re.compile(r"EngineCore|[Ww]orker|Engine core")
+_DIED = re.compile(r"died unexpectedly|terminated unexpectedly|is dead")
+
+_LINE_CHARACTERS = 2000
+"""Lines are cut to this length: an engine may log a request's whole text, and `.*` in a pattern takes quadratic time."""
 
 _SIGNS: tuple[tuple[str, str, str], ...] = (
     (
@@ -75,6 +79,7 @@ def failure(lines: Sequence[str], *, returncode: int | None, free_bytes: int | N
         free_bytes: Memory that was free while the engine was running; None if unknown.
         log: Command that shows the whole log.
     """
+    lines = [line[:_LINE_CHARACTERS] for line in lines]
     shown = "\n".join(f"  | {line}" for line in _relevant(lines)) or "  (none)"
     return f"{_cause(lines, returncode, free_bytes)}\nLast lines of the engine:\n{shown}\nThe whole log: {log}"
 
@@ -93,10 +98,10 @@ def root_cause(lines: Sequence[str]) -> str | None:
 
 
 def _cause(lines: Sequence[str], returncode: int | None, free_bytes: int | None) -> str:
-    if returncode is not None and returncode > 128:
-        return _signalled(returncode, free_bytes)
+    if signalled := _signalled(returncode, free_bytes):
+        return signalled
     found = root_cause(lines)
-    died = next((line for line in lines if _KILLED.search(line)), None)
+    died = next((line for line in lines if _is_death(line)), None)
     if found is None and (died or any("EngineDeadError" in line for line in lines)):
         # vLLM does not say how the process ended. One that ends by itself logs an error first, and SIGKILL allows none.
         return f"its engine process vanished without an error, as one killed by signal 9 (SIGKILL) does. {_memory(free_bytes)}"
@@ -107,12 +112,19 @@ def _cause(lines: Sequence[str], returncode: int | None, free_bytes: int | None)
     return f"{found}{code}" if found else f"it ended without an error in its log{code}"
 
 
-def _signalled(returncode: int, free_bytes: int | None) -> str:
-    number = returncode - 128
+def _is_death(line: str) -> bool:
+    """Whether a line says that an engine process is dead. Two searches: in one pattern they would take cubic time."""
+    process = _PROCESS.search(line)
+    return process is not None and _DIED.search(line, process.end()) is not None
+
+
+def _signalled(returncode: int | None, free_bytes: int | None) -> str:
+    """Returns which signal ended the engine; "" if none did."""
+    number = (returncode or 0) - 128
     try:
         name = signal.Signals(number).name
-    except ValueError:
-        name = "unknown"
+    except ValueError:  # not above 128, or a code of the program's own, such as the 255 of sys.exit(-1)
+        return ""
     text = f"it was killed by signal {number} ({name})"
     return f"{text}. {_memory(free_bytes)}" if number == signal.SIGKILL else text
 
@@ -128,6 +140,6 @@ def _memory(free_bytes: int | None) -> str:
 def _relevant(lines: Sequence[str]) -> list[str]:
     """Returns the last different lines that state an error; without one, the last lines."""
     plain = [_PREFIX.sub("", line).rstrip() for line in lines]
-    errors = [line for line in plain if _ERROR.match(line) or _KILLED.search(line)]
+    errors = [line for line in plain if _ERROR.match(line) or _is_death(line)]
     chosen = errors or [line for line in plain if line and "resource_tracker" not in line and "[shutdown]" not in line]
     return [line[:300] for line in list(dict.fromkeys(chosen))[-_SHOWN_LINES:]]

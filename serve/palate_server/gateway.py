@@ -186,7 +186,10 @@ class Gateway:
             if content is None:
                 return
             if _is_json(scope["headers"]):
-                named = await self._named(scope, content, send)
+                try:
+                    named = await self._named(scope, content, send)
+                except RecursionError:  # what could just be read can be nested too deeply to be written
+                    raise Refused(400, "The request's JSON is nested too deeply.") from None
                 if named is None:
                     return
                 scope, content = named
@@ -245,7 +248,7 @@ class Gateway:
         await answer.finish()
 
     async def _unknown(self, send: Send, wanted: object) -> None:
-        message = f"The model `{wanted}` does not exist. This service has: {', '.join(self._engine_names)}."
+        message = f"The model `{str(wanted)[:200]}` does not exist. This service has: {', '.join(self._engine_names)}."
         await _complain(send, 404, message, param="model")
 
     def hold(self, size: int) -> None:

@@ -23,11 +23,13 @@ from palate_recipes.errors import ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, Parity
 
-DRIFT_LIMITS = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.1}
+DRIFT_LIMITS = {"float32": 0.01, "float16": 0.03, "bfloat16": 0.15}
 """Largest mean |Δ log-prob| per token that rounding explains, by the coarser dtype of training and service, in nats.
 See docs/deployment.md for the measurements."""
-QUANTISED_LIMIT = 0.5
-"""The same if training or service rounds the weights to 8 or 4 bits."""
+QUANTISED_LIMIT = 1.0
+"""The same if training or service rounds the weights to 8 or 4 bits. The tuned model may then drift little more than the base."""
+_AS_BASE = (1.25, 0.05)
+"""The drift that the base's own explains: a factor and nats per token."""
 
 EFFECT_RANGE = (0.7, 1.3)
 _CLEAR = 4.0
@@ -321,7 +323,9 @@ def _problems(
             return [
                 f"the service shows {effect:.2f} of the training's change: {what} (modules, lora_alpha or rank differ)"
             ]
-    if drift <= check.limit:
+    rounded = check.quantised or bool(check.probe.quantization)
+    factor, more = _AS_BASE
+    if drift <= check.limit and (not rounded or base_drift is None or drift <= factor * base_drift + more):
         return []
     told = f"log-probs differ by {drift:.3f} nats per token from the trainer's (limit {check.limit:g})"
     if base_drift is not None and base_drift > check.limit:

@@ -75,25 +75,31 @@ def _trained_to_think(model_dir: Path, tokenizer_dir: Path) -> bool:
     vLLM's parsers take an answer without `</think>` for an unfinished thought, and return it without content.
     """
     try:
-        rows = json.loads((model_dir / "probe.json").read_text(encoding="utf-8"))["rows"]
-        tokens = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+        rows = json.loads(_text(model_dir / "probe.json"))["rows"]
+        tokens = json.loads(_text(tokenizer_dir / "tokenizer.json")).get("added_tokens", [])
         ends = {token["id"] for token in tokens if token["content"] == "</think>"}
         return any(ends.intersection(row["completion_ids"]) for row in rows)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # absent, or of another shape than expected
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # absent, or of another shape than expected
         return True
 
 
 def chat_template(tokenizer_dir: Path) -> str:
     """Returns the template that the tokenizer uses; "" if it has none."""
     file = tokenizer_dir / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8", errors="replace")
+    if file.is_file():
+        return _text(file)
     try:
-        found = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
+        found = json.loads(_text(tokenizer_dir / "tokenizer_config.json")).get("chat_template")
+    except (ValueError, AttributeError, RecursionError):
         return ""
     if isinstance(found, list):  # several named templates: with tools, the one of that name is used
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("tool_use") or named.get("default")
     return found if isinstance(found, str) else ""
 
@@ -104,9 +110,16 @@ def _matches(template: str, has: Sequence[str], lacks: Sequence[str]) -> bool:
 
 def _if_possible(parser: str, tokenizer_dir: Path) -> str:
     token = _NEEDS_TOKEN.get(parser)
-    file = tokenizer_dir / "tokenizer.json"
-    missing = token and file.exists() and json.dumps(token) not in file.read_text(encoding="utf-8", errors="replace")
-    return "" if missing else parser
+    tokenizer = _text(tokenizer_dir / "tokenizer.json") if token else ""
+    return "" if tokenizer and json.dumps(token) not in tokenizer else parser
+
+
+def _text(file: Path) -> str:
+    """Returns the text of a model's file; "" if it cannot be read, which the engine reports better."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:

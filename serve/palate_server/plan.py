@@ -138,7 +138,9 @@ def _adapter(spec: ServeSpec, engine: EngineInfo) -> dict[str, Any] | None:
         raise BadSpec(f"model_dir {tuned} has neither {' nor '.join(_ADAPTER_WEIGHTS)}: copy one of them there")
     adapter = _read_json(config_file)
     if engine.name == "vllm" and (reason := _beyond_vllm(adapter)):
-        raise BadSpec(f"vLLM cannot serve the adapter in {tuned}: {reason}. Set engine='transformers', which merges it")
+        raise BadSpec(
+            f"vLLM cannot serve the adapter in {tuned}: {reason}. Set engine='transformers', which applies it"
+        )
     return adapter
 
 
@@ -168,7 +170,7 @@ def _rank(adapter: dict[str, Any]) -> int:
 
 
 def _lora_rank(adapter: dict[str, Any]) -> int:
-    """Returns the rank rounded up to one that vLLM accepts. Higher ranks never reach vLLM: transformers merges them."""
+    """Returns the rank rounded up to one that vLLM accepts. Higher ranks never reach vLLM: transformers applies them."""
     return next((allowed for allowed in LORA_RANKS if allowed >= _rank(adapter)), LORA_RANKS[-1])
 
 
@@ -283,6 +285,8 @@ def engine_command(spec: ServeSpec, plan: EnginePlan, *, spec_file: Path, port: 
     """Returns the command that serves the spec on the inherited socket, which is bound to `port`."""
     if plan.engine.name == "transformers":
         settings = [f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
+        if spec.base_model_dir is not None and plan.computes_in == "float32":
+            settings.append("--merge")
         return [sys.executable, "-P", "-m", "palate_server.transformers", str(spec_file), *settings]
     command = [
         *(sys.executable, "-P", "-m", "palate_server.vllm"),

@@ -190,15 +190,37 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(home: Path, service
         terminal.ask("two", "[suauau] default 0.7 two.")
 
 
-def test_messages_from_a_pipe_are_no_commands(home: Path, service: str) -> None:
+def piped(home: Path, service: str, messages: bytes, **environment: str) -> tuple[int, str, str]:
+    """Returns exit code, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "palate.cli", "chat", service],
-        input="one\n\n/help\n",
+        input=messages,
         capture_output=True,
-        text=True,
-        env={**os.environ, "PALATE_HOME": str(home)},
+        env={**os.environ, "PALATE_HOME": str(home), **environment},
         timeout=120,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "[su] default 0.7 one.\n[suau] default 0.7 /help.\n"
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_messages_from_a_pipe_are_no_commands(home: Path, service: str) -> None:
+    shown = "[su] default 0.7 one.\n[suau] default 0.7 /help.\n"
+    assert piped(home, service, b"one\n\n/help\n") == (0, shown, "")
     assert not (home / "chat_history").exists()
+
+
+def test_half_a_character_in_an_answer_does_not_end_the_conversation(home: Path, service: str) -> None:
+    shown = "[su] default 0.7 half.?\n[suau] default 0.7 two.\n"
+    assert piped(home, service, b"half\ntwo\n") == (0, shown, "")
+
+
+def test_an_answer_that_was_cut_says_so(home: Path, service: str) -> None:
+    code, shown, note = piped(home, service, b"long\ntwo\n")
+    assert (code, shown.count("\n")) == (0, 2)
+    assert note == "note: cut at 512 tokens, thoughts included; --max-tokens sets the limit\n"
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_messages_in_another_encoding_are_an_error_of_one_line(home: Path, service: str, locale: str) -> None:
+    code, shown, error = piped(home, service, b"caf\xe9\n", LC_ALL=locale, PYTHONIOENCODING="utf-8:strict")
+    assert (code, shown) == (1, "")
+    assert re.fullmatch(r"error: the messages on stdin are not valid UTF-8.*\n", error)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -478,7 +479,8 @@ def test_a_job_is_shown_on_a_page(home: Path) -> None:
 
 
 def test_only_what_differs_from_the_defaults_is_shown(home: Path) -> None:
-    Record(open_store(str(home / "store")), "jobs", "one").create(train_manifest("one"))
+    early = structs.replace(train_manifest("one"), created_at=-1e300)  # a record may contain any number
+    Record(open_store(str(home / "store")), "jobs", "one").create(early)
     usual = palate("show", "one", home=home).stdout
     given = train_manifest("two")
     changed = structs.replace(
@@ -574,10 +576,31 @@ def test_errors_name_the_options_that_were_typed(
     assert not re.search(r"\b[a-z]+(?:_[a-z]+)+ ?=|Session\(|\bNone\b|inputs\[", message)
 
 
+def test_a_long_message_is_reworded_at_once() -> None:
+    options = {"model_uri": ("--model-uri", "")}
+    for part in ("'", "' ", '"\\', "`", "inputs['", "'\\'", "  | \n", "last log lines:\n  "):
+        begun = time.process_time()
+        reworded(part * 20_000, options)
+        assert time.process_time() - begun < 2
+
+
 def test_words_of_the_user_are_not_reworded() -> None:
     options = {"model_uri": ("--model-uri", ""), "share": ("--share", "")}
     for words in ("/data/model_uri/x", "'share=5'", "job.model_uri", "model_uri_of_mine", "/a/share=5"):
         assert reworded(f"{words} is not there", options) == f"{words} is not there"
+    for words in (
+        "'the data = {x}, share=5'",
+        '"it\'s share = {x}"',
+        "service failed:\n  | ValueError: share=5 of model_uri",
+        "job failed: bad\nlast log lines:\n  share = 5\n  it's model_uri=",
+        "`palate data split --set share=5`",
+        "the jobs' row 3: 'a share=5, or None'",
+    ):
+        assert reworded(f"{words} is not there", options) == f"{words} is not there"
+    said = "model_uri='share=5' of the job's \"x\": share={'a': 'b'} and model_uri='' or share='x"
+    assert (
+        reworded(said, options) == "--model-uri 'share=5' of the job's \"x\": --share and --model-uri '' or --share 'x"
+    )
     assert reworded("set model_uri= or share=5", options) == "set --model-uri or --share 5"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import pytest
 
 from palate import Session, get_default_session
 from palate.sources.inputs import PreferenceData, checked_inputs
-from palate_recipes.errors import PalateError
+from palate_recipes.errors import DataError, PalateError
+from palate_recipes.preferences.check import read_files
+from palate_recipes.preferences.load import read_rows
 
 COUNTED = """
 import json, sys
@@ -89,12 +93,15 @@ def test_rows_in_memory_are_checked_and_written_as_a_file() -> None:
 
 def test_what_is_no_table_is_refused_with_what_to_give_instead() -> None:
     import datasets
+    import pandas
 
     table = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     for given, words in (
         (table.to_iterable_dataset(), r"list\(dataset.take\(N\)\)"),
         (datasets.DatasetDict(train=table), r"dataset\['train'\]"),
         ((row for row in [{}]), "expected a path"),
+        (pandas.Series(["a"]), "is Series: expected a path"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns 'prompt'"),
         ([], "has no rows"),
         ([{"prompt": "a", "chosen": "b"}], r"inputs\['train'\].*line 1: `rejected` is missing"),
         ([{"prompt": object()}], "row 1: `prompt` is object"),
@@ -105,3 +112,71 @@ def test_what_is_no_table_is_refused_with_what_to_give_instead() -> None:
             checked_inputs({"train": given}, get_default_session(), strategy="dpo", bad_rows="refuse"),
         ):
             pass
+
+
+def test_a_table_that_would_lose_a_column_or_is_only_one_is_refused() -> None:
+    import datasets
+    import pandas
+    import pyarrow
+
+    names, cells = ["prompt", "chosen", "rejected", "chosen"], ["a", "b", "c", "d"]
+    nested = pyarrow.StructArray.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["x", "x"])
+    late = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    for given, words in (
+        (pandas.DataFrame([cells], columns=names), "two columns are named 'chosen'"),
+        (pyarrow.table([[cell] for cell in cells], names=names), "two columns are named 'chosen'"),
+        (pyarrow.table([nested], names=["prompt"]), "Table cannot be converted to rows"),
+        (pyarrow.table([late], names=["prompt"]), "Table cannot be converted to rows"),
+        ([{"1": "a", 1: "b"}], "row 1: two fields are named '1'"),
+        (pandas.Series(["a"]), "is Series: expected a path"),
+        (pandas.Index(["a"]), "is Index: expected a path"),
+        (datasets.Dataset.from_list([{"prompt": "a"}])["prompt"], "is Column: expected a path"),
+    ):
+        with (
+            pytest.raises(PalateError, match=re.compile(words, re.S)),
+            checked_inputs({"train": given}, get_default_session(), strategy="dpo", bad_rows="refuse"),
+        ):
+            pass
+
+
+def test_rows_of_different_unknown_fields_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({f"field {number}": "x" * 1000}) + "\n" for number in range(1000)))
+    linter = read_files([(path, path.name)])
+    assert (linter.wrong_rows, linter.columns(), linter.fields()) == (1000, None, ["field 0"])
+    assert len(linter._foreign) < 3
+
+
+def test_a_row_with_a_list_of_examples_is_not_a_wrapper_around_them(tmp_path: Path) -> None:
+    path, row = tmp_path / "one.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path.write_text(json.dumps({"examples": [{"prompt": "d", "chosen": "e", "rejected": "f"}], **row}) + "\n")
+    assert [one.chosen for one in read_rows(path)] == ["b"]
+    path.write_text(json.dumps({"data": [row], "version": "1"}))
+    assert [one.chosen for one in read_rows(path)] == ["b"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_file_with_two_columns_of_one_name_is_refused(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    names = ["prompt", "chosen", "rejected", "chosen"]
+    table, path = pyarrow.table([["a"], ["b"], ["c"], ["d"]], names=names), tmp_path / f"p.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=r"two columns are named 'chosen'\. Rename one"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("end", ["cut", "damaged"])
+def test_a_damaged_compressed_wrapper_is_refused_in_words(tmp_path: Path, end: str) -> None:
+    whole = json.dumps({"data": [{"prompt": str(random.random())} for _ in range(60_000)]}).encode()
+    packed, path = gzip.compress(whole), tmp_path / "p.json.gz"
+    half = len(packed) * 3 // 4  # after the block that the type is detected from
+    path.write_bytes(packed[:half] if end == "cut" else packed[:half] + b"\xff" * 1000 + packed[half + 1000 :])
+    with pytest.raises(DataError, match="damaged or truncated: copy the file again"):
+        read_rows(path)

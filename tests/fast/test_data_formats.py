@@ -494,3 +494,121 @@ def test_a_list_in_a_row_of_json_lines_is_not_called_the_file(tmp_path: Path) ->
         read_rows(path)
     assert "alone the file" not in str(found.value)
     assert "it has `topic`, `turns`" in str(found.value)
+
+
+COMPETITION: dict[str, Any] = {
+    "id": 30192,
+    "model_a": "x",
+    "model_b": "y",
+    "prompt": json.dumps([Q]),
+    "response_a": json.dumps([B]),
+    "response_b": json.dumps([A]),
+    "winner_model_a": 0,
+    "winner_model_b": 1,
+    "winner_tie": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "prompt"),
+    [
+        (  # the fields of openai/webgpt_comparisons
+            {
+                "question": {"dataset": "eli5", "id": "1", "full_text": Q},
+                "quotes_0": {"title": [], "extract": []},
+                "answer_0": B,
+                "answer_1": A,
+                "score_0": -0.5,
+                "score_1": 0.5,
+            },
+            "compared",
+            (USER,),
+        ),
+        (COMPETITION, "compared", (USER,)),  # LMSYS's competition: JSON lists of turns, written as text
+        (
+            COMPETITION
+            | {
+                "prompt": json.dumps(["Hello", Q]),
+                "response_a": json.dumps(["Hi.", B]),
+                "response_b": json.dumps(["Hi.", A]),
+            },
+            "compared",
+            (*EARLIER, USER),
+        ),
+        ({"input": Q, "candidates": [B, A], "ranks": [2, 1]}, "ranked", (USER,)),  # distilabel's PairRM
+        (
+            {"instruction": Q, "generations": [B, A], "ratings": ["1", "5"]},
+            "ranked",
+            (USER,),
+        ),  # distilabel's UltraFeedback
+        (  # a Parquet file has all fields in all answers
+            {
+                "prompt": Q,
+                "completions": [{"text": B, "rank": None, "score": 2}, {"text": A, "rank": None, "score": 5}],
+            },
+            "ranked",
+            (USER,),
+        ),
+        (
+            {
+                "prompt": Q,
+                "chosen": [says("system", ""), says("user", Q), says("assistant", A)],
+                "rejected": [says("system", ""), says("user", Q), says("assistant", B)],
+            },
+            "trl",
+            (USER,),
+        ),
+    ],
+)
+def test_rows_as_the_public_files_have_them_are_read(
+    row: dict[str, Any], name: str, prompt: tuple[Message, ...]
+) -> None:
+    assert detect(row).name == name
+    assert read_row(row, 1) == Row(1, prompt, A, B)
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        # HelpSteer2 in NeMo's form: 1 favours the second answer. Elsewhere 1 is the first answer.
+        ({"prompt": Q, "response_1": B, "response_2": A, "preference": 1}, "ambiguous-format"),
+        ({"prompt": Q, "response_1": B, "response_2": A, "preference": 0}, "ambiguous-format"),
+        # 0 and 1 count from 0; AlpacaFarm counts from 1.
+        ({"instruction": Q, "output_1": A, "output_2": B, "preference": 0}, "bad-label"),
+        ({"instruction": Q, "output_1": A, "output_2": B, "preference": True}, "bad-label"),
+        ({"instruction": Q, "output_1": A, "output_2": B, "preference": False}, "bad-label"),
+        ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": True}, "bad-label"),
+        ({"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": False}, "bad-label"),
+        ({"prompt": Q, "response_1": A, "response_2": B, "preference_strength": -100}, "bad-label"),
+        # Infinite scores have no difference.
+        ({"question": Q, "answer_0": A, "answer_1": B, "score_0": float("inf"), "score_1": float("inf")}, "bad-label"),
+        ({"question": Q, "answer_0": A, "answer_1": B, "score_0": HUGE, "score_1": HUGE}, "bad-label"),
+        ({"prompt": Q, "completions": [A, B], "scores": [float("inf"), 1]}, "bad-label"),
+        # A rank and a score cannot be compared, and of two lists one may contradict the other.
+        ({"prompt": Q, "completions": [{"text": A, "rank": 1}, {"text": B, "score": 9}]}, "bad-label"),
+        (
+            {"prompt": Q, "answers": [{"answer": A, "rank": 1}, {"answer": B, "rank": 2}], "scores": [0, 1]},
+            "ambiguous-format",
+        ),
+        ({"prompt": Q, "responses": [A, B], "ranks": [2, 1], "scores": [2, 1]}, "ambiguous-format"),
+        ({"prompt": Q, "responses": [A, B], "candidates": [B, A], "scores": [2, 1]}, "ambiguous-format"),
+        (COMPETITION | {"response_b": json.dumps([A, A])}, "different-prompts"),
+        (
+            COMPETITION
+            | {
+                "prompt": json.dumps(["Hello", Q]),
+                "response_a": json.dumps(["Hi.", B]),
+                "response_b": json.dumps(["Hello.", A]),
+            },
+            "different-prompts",
+        ),
+        (COMPETITION | {"response_a": "[null]"}, "not-text"),
+    ],
+)
+def test_a_comparison_that_may_mean_the_other_answer_is_refused(row: dict[str, Any], code: str) -> None:
+    with pytest.raises(RowFaults) as found:
+        read_row(row, 1)
+    assert [fault.code for fault in found.value.faults] == [code]

@@ -11,15 +11,15 @@ from typing import Any, cast
 
 import pytest
 
-from palate import Session
+from palate import Predictor, Session
 from palate.backends import EngineStatus
 from palate.backends.process import ProcessBackend
 from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
-from palate.errors import ConfigurationError, NameTakenError
+from palate.errors import ConfigurationError, NameTakenError, ServiceError
 from palate.runner.context import RunContext
 from palate.runner.serve import _port
 from palate.runs.record import TOKEN_KEY, Record
-from palate.store import Store
+from palate.store import Store, open_store
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.support.manifests import serve_manifest
 from tests.support.stores import empty_store
@@ -162,3 +162,14 @@ def test_a_service_keeps_its_port_and_takes_another_if_that_one_is_taken(
     for value in (80, 70_000, -1, "8000", True, None):  # the record is not trusted
         record.note(attempt=1, details={"port": value})
         assert _port(context, {}) == 0
+
+
+def test_a_new_start_shows_nothing_of_the_starts_before(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = Record(open_store(f"file://{home}/store"), "services", "svc")
+    record.create(serve_manifest())  # its model is nowhere, so the start fails
+    record.store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
+    record.append("logs", 1, b"palate: vllm has answered its first request, 24 s after the start\n")
+    record.advance("Stopped", expect={"Creating"}, attempt=1)
+    with pytest.raises(ServiceError, match="not on this machine"):
+        Predictor("svc").start_service()
+    assert "has answered" not in capsys.readouterr().err

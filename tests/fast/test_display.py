@@ -8,6 +8,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from palate.ui.terminal import sparkline
+
 SCRIPT = """
 import json
 from palate.ui import make_display
@@ -68,3 +72,12 @@ def test_a_pipe_shows_the_log_as_it_is() -> None:
 
 def test_nothing_is_shown_when_nothing_was_asked_for() -> None:
     assert run(False, terminal=False) == ("the result\n", "")
+
+
+@pytest.mark.parametrize("losses", [[-1e308, 1e308], [1.7e308] * 130, [-1.7e308, 1.7e308] * 65, [5e-324, 1e-323]])
+def test_a_curve_of_any_size_is_drawn(losses: list[float]) -> None:
+    assert len(sparkline(losses)) == min(40, len(losses))
+
+
+def test_a_curve_reaches_from_the_lowest_to_the_highest_block() -> None:
+    assert sparkline([1.0, 4.5, 8.0]) == "▁▅█"

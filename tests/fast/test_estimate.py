@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
 from palate.errors import ConfigurationError, HyperparameterError
-from palate.estimate import optimizer_steps
+from palate.estimate import Estimate, _earlier_rates, _tokenizer_folder, _with_time, optimizer_steps
+from palate.runs.record import Record
 from palate_recipes.hyperparameters import DeviceFacts
-from tests.support.manifests import train_spec
+from palate_recipes.specs.weights import WeightsSource
+from tests.support.manifests import train_manifest, train_spec
 
 DPO = {"training_strategy": "dpo"}
 ROW = {"prompt": "Is it?", "chosen": "Yes, it is.", "rejected": "No."}
@@ -82,3 +85,50 @@ def test_a_bad_setting_or_model_is_an_exception(session: Session, tmp_path: Path
 def test_steps(settings: dict[str, float], gpus: int, steps: int) -> None:
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert optimizer_steps(10, train_spec(hyperparameters={**batches, **settings}), gpus=gpus) == steps
+
+
+@pytest.mark.parametrize("inputs", ["p.json", [ROW], [("train", "p.json")], 5])
+def test_inputs_that_are_not_by_channel_are_an_error_in_words(session: Session, inputs: Any) -> None:
+    recipe = ModelTrainingRecipe("qwen2-0.5b-instruct", hyperparameters=DPO)
+    assert "not a dict by channel" in recipe.estimate(inputs).errors[0]
+    with pytest.raises(ConfigurationError, match="not a dict by channel"):
+        recipe.train(inputs)
+
+
+def earlier_job(session: Session, name: str, rate: str) -> None:
+    """Writes the record of a succeeded job that logged this number, as JSON, as its rate."""
+    record = Record(session.store, "jobs", name)
+    record.create(train_manifest(name))
+    record.append("metrics", 1, b'{"kind": "start", "step": 0, "device": "CPU"}\n')
+    record.append("metrics", 2, b'{"kind": "end", "step": 1, "tokens_per_s": ' + rate.encode() + b"}\n")
+    record.advance("Succeeded", expect={"Creating"})
+
+
+def test_rates_that_no_job_can_have_are_left_out(session: Session) -> None:
+    for index, rate in enumerate(("1" + "0" * 400, "1e999", "NaN", "-3", "0", "5e-324", '"9"', "null", "2.5")):
+        earlier_job(session, f"job-{index}", rate)
+    assert _earlier_rates("CPU", train_spec(), session) == {"job-8": 2.5}
+
+
+def test_the_time_of_a_number_of_steps_counts_the_answers_of_pairs(session: Session) -> None:
+    earlier_job(session, "one", "100")
+    spec = train_spec(
+        hyperparameters={"max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    )
+    known = Estimate(
+        rows=20, tokens=4000, dropped_rows=0, steps=10, seq_length=64, memory_available_gib=1,
+        backend="process", device="CPU", precision="float32",
+    )  # fmt: skip
+    # 40 answers of 20 pairs, 4 a step: 10 steps are one epoch.
+    assert _with_time(known, 40, spec, session, 1).seconds == (40.0, 40.0)
+
+
+def test_a_tokenizer_in_a_store_takes_no_file_outside_its_folder(tmp_path: Path, session: Session) -> None:
+    model = tmp_path / "bucket" / "model"
+    for name in ("config.json", "checkpoint-1/trainer_state.json", "additional_chat_templates/a.jinja"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("{}")
+    source = WeightsSource(kind="store", location=model.as_uri())
+    with _tokenizer_folder(source, session) as folder:
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"config.json", "additional_chat_templates/a.jinja"}

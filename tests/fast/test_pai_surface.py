@@ -1,4 +1,4 @@
-"""Every name, parameter and attribute of PAI's SDK works under `import pai`, or raises Palate's error with a remedy.
+"""Every name, parameter, keyword and attribute of PAI's SDK works under `import pai`, or raises Palate's error with a remedy.
 
 The list is client/palate/pai/surface.json; CI compares it with the installed package (docs/tools/pai_surface.py check).
 """
@@ -10,15 +10,18 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import palate.pai
-from palate import ModelTrainingRecipe, RegisteredModel, Session
+from palate import ModelTrainingRecipe, PreferenceData, RegisteredModel, Session
+from palate.backends.limits import ResourceConfig
 from palate.errors import PaiAttributeError, PaiNameError, PalateError, UnsupportedParameterError
+from palate.http import async_openai_client, openai_client
 from palate.pai.finder import surface
 from palate.pai.names import ATTRIBUTES, PROVIDED, VERSION
 
@@ -137,6 +140,99 @@ def test_every_function_takes_pais_parameters_in_pais_order(installed: None, nam
     function = getattr(importlib.import_module("pai.session"), name)
     ours = list(inspect.signature(function).parameters)
     assert ours[: len(theirs)] == theirs
+
+
+def public_callables() -> dict[str, Callable[..., Any]]:
+    """All that users of PAI's SDK call, by the name that messages have; methods take None for `self`."""
+    homes = {**HOMES, "PreferenceData": PreferenceData.__module__, "ResourceConfig": ResourceConfig.__module__}
+    kinds = {owner: getattr(importlib.import_module(module), owner) for owner, module in homes.items()}
+    found: dict[str, Callable[..., Any]] = dict(kinds)
+    for owner, kind in kinds.items():
+        for name, value in vars(kind).items():
+            if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, classmethod)):
+                bound = getattr(kind, name)
+                found[f"{owner}.{name}"] = partial(bound, None) if inspect.isfunction(value) else bound
+    for name in ("get_default_session", "setup_default_session"):
+        found[name] = getattr(importlib.import_module("palate.session"), name)
+    found["random_str"] = importlib.import_module("palate.common.utils").random_str
+    return found
+
+
+CALLABLES = public_callables()
+
+OPEN = {"Predictor.openai", "Predictor.async_openai"}
+"""They take the keywords of openai's client."""
+
+
+@pytest.mark.parametrize("what", sorted(surface()["keywords"]))
+def test_what_pai_takes_through_kwargs_is_refused_with_the_reason(home: Path, what: str) -> None:
+    for name in surface()["keywords"][what]:
+        with pytest.raises(UnsupportedParameterError) as refused:
+            CALLABLES[what](**{name: 7})
+        said = str(refused.value)
+        assert isinstance(refused.value, TypeError)
+        assert said.startswith((f"{name}=7 is not supported by Palate: ", f"{name}=... is not supported by Palate: "))
+        assert said.endswith(". Omit it")
+
+
+def test_the_table_has_the_keywords_of_every_function_that_takes_any(installed: None) -> None:
+    table = surface()
+    functions = {name.rpartition(".")[2]: rows for name, rows in table["functions"].items() if "pai.session." in name}
+    taking = {name for name, rows in functions.items() if any(row[1] == "VAR_KEYWORD" for row in rows)}
+    for owner, members in table["classes"].items():
+        for name, rows in members.items():
+            if rows and any(row[1] == "VAR_KEYWORD" for row in rows):
+                taking.add(owner if name == "__init__" else f"{owner}.{name}")
+    assert taking & CALLABLES.keys() == table["keywords"].keys()
+
+
+@pytest.mark.parametrize("what", sorted(CALLABLES.keys() - OPEN))
+def test_a_misspelt_keyword_is_refused_with_the_nearest(home: Path, what: str) -> None:
+    parameters = inspect.signature(CALLABLES[what]).parameters
+    assert "VAR_KEYWORD" not in {item.kind.name for item in parameters.values()}
+    for name in (*parameters, "no_such_keyword"):
+        wrong = f"{name}x"
+        assert wrong not in parameters
+        with pytest.raises(UnsupportedParameterError) as refused:
+            CALLABLES[what](**{wrong: 7})
+        said = str(refused.value)
+        assert said.startswith((f"{what}() has no parameter {wrong}=7: ", f"{what}() has no parameter {wrong}=...: "))
+        if name == "no_such_keyword":
+            assert said.partition(": ")[2].startswith("valid parameters: " if parameters else "it has none")
+        elif len(name) > 1:
+            assert f"did you mean {name!r}?" in said
+
+
+def test_a_misspelt_keyword_of_openais_client_is_refused_before_the_service_is_asked() -> None:
+    for client in (openai_client, async_openai_client):
+        with pytest.raises(UnsupportedParameterError, match=r"has no parameter time_out=3: did you mean 'timeout'\?"):
+            client("http://127.0.0.1:1", "token", "v1", {"time_out": 3})  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "value", "shown"),
+    [
+        ("setup_default_session", "acces_key_id", "s3cret", "..."),
+        ("setup_default_session", "password", "s3cret", "..."),
+        ("Session", "header", {"Authorization": "s3cret"}, "{'Authorization': ...}"),
+        ("ModelTrainingRecipe", "environment", {"HF_TOKEN": "s3cret"}, "{'HF_TOKEN': ...}"),
+        ("ModelTrainingRecipe", "command", "train --token s3cret --fast", "'train --token ...'"),
+        ("ModelTrainingRecipe", "requirements", ["git+https://me:s3cret@example.com/x"], "['git+https://...@example.com/x']"),
+        ("ModelTrainingRecipe", "comands", list("abcde"), "['a', 'b', 'c', ...]"),
+        ("ModelTrainingRecipe", "comands", [1, [2, [3]]], "[1, [...]]"),
+        ("ModelTrainingRecipe.train", "job_nam", "x" * 5000, "'" + "x" * 57 + "...'"),
+        ("ModelTrainingRecipe.train", "rows", 10**40, "<int>"),
+        ("Predictor.raw_predict", "hooks", object(), "<object>"),
+    ],
+)  # fmt: skip
+def test_a_value_is_shown_short_and_without_secrets(
+    home: Path, what: str, name: str, value: object, shown: str
+) -> None:
+    with pytest.raises(UnsupportedParameterError) as refused:
+        CALLABLES[what](**{name: value})
+    said = str(refused.value)
+    assert f"{name}={shown}" in said
+    assert len(said) < 600
 
 
 def refusals(owner: str, thing: object) -> Iterator[tuple[str, str, str]]:

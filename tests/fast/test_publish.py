@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -16,9 +17,11 @@ from msgspec.structs import replace
 from palate import Session, TrainingJob
 from palate.checksums import DIGESTS_FILE, Checksums
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, NameTakenError
+from palate.publish import model_card
 from palate.runs.record import Record
 from palate_recipes.errors import StoreDeniedError, StoreError, StoreUnreachableError
-from palate_recipes.specs.run import TrainManifest
+from palate_recipes.model_card import card_head, folder_card
+from palate_recipes.specs.run import Status, TrainManifest
 from palate_recipes.specs.train import InputFile
 from tests.support.hub_models import ModelHub, running_model_hub
 from tests.support.manifests import base_model, train_spec
@@ -101,6 +104,40 @@ def test_the_card_says_what_it_was_trained_from(job: TrainingJob, tmp_path: Path
     ):
         assert line in text.splitlines()
     assert "secret-bucket" not in text
+
+
+HOSTILE = [
+    "a\n---\nlicense: mit\n```python\nimport os\n```\n# b",
+    "x\x7f\x85\u2028\u202e\x9b31m\ufffey",
+    "\U0001f600 <img src=x> ![a](http://b) `c`",
+    "\\| a \\",
+]
+
+
+def structure(card: str) -> list[str]:
+    """Returns what a Markdown text consists of, without the words."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+    return [part.type for token in tokens for part in (token, *(token.children or ())) if part.type != "text"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("of_hub", [True, False])
+def test_no_name_of_a_record_can_add_to_a_card(name: str, of_hub: bool) -> None:
+    import yaml
+
+    body = replace(BODY, model=base_model(name, hub_id=name if of_hub else None))
+    manifest = TrainManifest(name="one", backend="process", body=body, labels={name: name})
+    status = Status(state="Succeeded", details={"versions": "of another shape", "model_revision": name})
+    card = model_card(manifest, status, FILES)
+    plain = replace(body, model=base_model("plain", hub_id="plain" if of_hub else None))
+    assert structure(card) == structure(model_card(replace(manifest, body=plain, labels={"a": "b"}), status, FILES))
+    head = yaml.safe_load("\n".join(card_head(body, FILES)[1:-1]))
+    assert head.get("base_model") == (name if of_hub else None)
+    if not of_hub:
+        (line,) = [line for line in folder_card(body, FILES).splitlines() if line.startswith("base = ")]
+        assert ast.literal_eval(line.removeprefix("base = ").partition("  #")[0]) == name
 
 
 def test_a_place_that_holds_something_is_refused(job: TrainingJob, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def prefs(tmp_path: Path) -> Path:
     ("arguments", "kind", "words"),
     [
         ({"model_name": "qwen2-0.5-instruct"}, UnknownModelError, ["qwen2-0.5-instruct", "qwen2-0.5b-instruct", "palate models"]),
+        ({"model_name": 5}, UnknownModelError, ["model '5'", "palate models"]),
+        ({"model_name": MODEL, "method": ["LoRA_LLM"]}, HyperparameterError, ["['LoRA_LLM']"]),
         ({}, ConfigurationError, ["model_name=", "model_uri="]),
         ({"model_name": MODEL, "method": "LoRA"}, HyperparameterError, ["LoRA", "LoRA_LLM"]),
         ({"model_name": MODEL, "hyperparameters": {"lr": 1}}, HyperparameterError, ["lr", "learning_rate"]),
@@ -133,6 +135,17 @@ def test_a_model_that_cannot_fit_is_refused(session: Session, prefs: Path, monke
         assert word in str(caught.value)
     assert '"LoRA_LLM"' not in str(caught.value)  # 16-bit weights of 72B parameters do not fit in 8 GiB either
     assert TrainingJob.list() == []
+
+
+def test_a_warning_points_at_the_line_that_trains(
+    session: Session, prefs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = DeviceFacts(cuda=False, bf16=False, fp16=False, memory_gib=8.0)
+    monkeypatch.setattr(type(session.backend), "device", lambda self, placement=None: small)
+    recipe = ModelTrainingRecipe("qwen2-72b-instruct", method="Standard_LLM")
+    with pytest.warns(UserWarning, match="preference pairs") as warned, pytest.raises(NotEnoughMemoryError):
+        recipe.train(inputs={"train": prefs})
+    assert [one.filename for one in warned] == [__file__]
 
 
 @pytest.mark.parametrize(("parameters", "advised"), [(2e9, True), (70e9, False)])

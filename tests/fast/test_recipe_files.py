@@ -111,3 +111,10 @@ def test_store_and_model_folder_are_beside_the_file(tmp_path: Path) -> None:
     found = read_recipe_file(path)
     assert found.arguments == {"model_uri": str(tmp_path.parent / "models" / "mine")}
     assert (found.store, found.name) == (str(tmp_path / "runs"), None)
+
+
+def test_an_empty_model_folder_and_a_name_that_no_file_can_have_stay_what_they_are(tmp_path: Path) -> None:
+    path, long = tmp_path / "r.toml", "x" * 300 + "*.json"
+    path.write_text(f'model_uri = ""\ntrain = "{long}"\n')
+    found = read_recipe(path)
+    assert found == {"model_uri": "", "default_training_inputs": {"train": str(tmp_path / long)}}

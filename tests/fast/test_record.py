@@ -270,3 +270,24 @@ def test_a_log_that_waits_for_its_store_is_left_out_before_the_disk_is_full(
         "palate: 1500 bytes of the log were discarded: the store was unreachable",
         "kept",
     ]
+
+
+class _Counted(dict[str, object]):
+    """An event that counts how often its fields are read."""
+
+    reads = 0
+
+    def __getitem__(self, name: str) -> object:
+        _Counted.reads += 1
+        return super().__getitem__(name)
+
+
+def test_evaluations_are_merged_in_linear_time() -> None:
+    events = [_Counted(kind="start", step=0)]
+    for step in range(1, 1001):
+        events += [_Counted(kind="train", step=step), _Counted(kind="eval", step=step)]
+    again = [_Counted(kind="start", step=1000, attempt=2), _Counted(kind="eval", step=1000, attempt=2, repeated=True)]
+    once = events_once([*events, *again])
+    assert len(once) == len(events) + 1
+    assert [event for event in once if event["kind"] == "eval"][-1].get("repeated")
+    assert _Counted.reads < 20 * len(events)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 import traceback
 from pathlib import Path
 
@@ -107,3 +108,15 @@ def test_other_causes_have_a_remedy(line: str, says: str) -> None:
     assert says in first
     assert line in first
     assert "Remedy: " in first
+
+
+@pytest.mark.parametrize("line", ["worker" * 11_000, "Worker" + "a" * 65_000, "ValueError: " + "KV cache" * 8000])
+def test_a_long_line_of_a_request_in_the_log_takes_no_time(line: str) -> None:
+    begun = time.process_time()
+    told = story(*[line] * 400, returncode=1)
+    assert time.process_time() - begun < 5
+    assert max(map(len, told)) < 2100
+
+
+def test_an_exit_code_of_the_program_is_no_signal() -> None:
+    assert story("ValueError: bad", returncode=255)[0] == "ValueError: bad (exit code 255)"

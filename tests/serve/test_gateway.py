@@ -148,6 +148,18 @@ def test_an_unknown_model_is_answered_with_404(name: object) -> None:
     assert "default, svc, base" in error["message"]
 
 
+def test_an_unknown_name_is_not_repeated_whole() -> None:
+    answer = ask("POST", "/v1/completions", json={"model": "a" * 100_000})
+    assert (answer.status_code, len(answer.content) < 1000) == (404, True)
+
+
+def test_a_request_of_any_depth_gets_an_answer() -> None:
+    for depth in (10, *range(800, 1000, 7), *range(960, 1000), 20_000):
+        for body in (f'{{"a": {"[" * depth}{"]" * depth}}}', f'{{"model": {"[" * depth}{"]" * depth}}}'):
+            answer = ask("POST", "/v1/completions", content=body.encode(), headers=WITH_TOKEN)
+            assert answer.status_code in (200, 400, 404)
+
+
 def test_big_bodies_in_many_parts_arrive_whole() -> None:
     request = {"model": "svc", "prompt": "x" * 5_000_000}
 

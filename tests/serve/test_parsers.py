@@ -82,6 +82,20 @@ def test_a_template_in_its_own_file_or_with_a_name_for_tools_is_read(tmp_path: P
     assert find_parsers("", tmp_path)[0] == ""
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "probe.json", "chat_template.jinja"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"chat_template": [{"name": [], "template": 1}]}', None])
+def test_a_damaged_file_of_a_model_is_left_to_the_engine(tmp_path: Path, file: str, content: str | None) -> None:
+    folder = tokenizer(tmp_path, HERMES, "<think>")
+    (folder / "probe.json").write_text(json.dumps({"rows": []}))
+    (folder / file).unlink(missing_ok=True)
+    if content is None:
+        (folder / file).mkdir()
+    else:
+        (folder / file).write_text(content)
+    with_parsers((), model_name="qwen3-0.6b", tokenizer_dir=folder, model_dir=folder)
+    assert set(find_parsers("somebody/else", folder)) <= {"", "hermes"}
+
+
 def test_the_catalog_decides_for_its_models_if_the_template_has_tools(tmp_path: Path) -> None:
     folder = tokenizer(tmp_path, HERMES, "<think>")
     assert find_parsers("qwen3-0.6b", folder) == ("hermes", "qwen3")

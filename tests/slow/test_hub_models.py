@@ -14,8 +14,8 @@ import pytest
 
 from palate import ModelTrainingRecipe, RegisteredModel, Session, TrainingJob
 from palate.checksums import DIGESTS_FILE
-from palate.errors import ConfigurationError, StoreDeniedError, UnknownModelError
-from palate.sources.hub_model import HubModel, hub_model
+from palate.errors import ConfigurationError, StoreDeniedError, StoreError, UnknownModelError
+from palate.sources.hub_model import HubModel, check_architecture, hub_model
 from palate.weights import find_weights
 from tests.support.hub import Hub, used_hub
 
@@ -131,6 +131,33 @@ def test_facts_of_a_hub_model_come_without_its_weights(hub: Hub, home: Path, tin
     base.facts = {}
     assert find_weights(Session(), model_name="me/tiny", model_uri=None)[0].parameters == size // 4
     assert not any("safetensors" in line for line in hub.asked)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]", b"\xff"])
+def test_a_damaged_config_is_the_models_fault_not_the_hubs(hub: Hub, home: Path, tiny: Path, content: bytes) -> None:
+    hub.add_model("me/tiny", tiny).files["config.json"] = content
+    with pytest.raises(ConfigurationError, match=r"config\.json of the model is not a JSON object"):
+        find_weights(Session(), model_name="me/tiny", model_uri=None)
+
+
+def test_a_commit_is_pinned_only_if_it_is_one(hub: Hub, home: Path, tiny: Path) -> None:
+    hub.add_model("me/tiny", tiny, facts={"sha": "main"})
+    with pytest.raises(StoreError, match=r"does not respond like a Hugging Face hub .*'main'"):
+        find_weights(Session(), model_name="me/tiny", model_uri=None)
+
+
+def test_architectures_of_another_shape_are_not_known(hub: Hub, home: Path, tiny: Path, tmp_path: Path) -> None:
+    hub.add_model("me/odd", changed(tiny, tmp_path / "odd", model_type="odd", architectures=5))
+    source, _ = find_weights(Session(), model_name="me/odd", model_uri=None)
+    with pytest.raises(ConfigurationError, match=r"architecture unknown \(model_type odd\)"):
+        check_architecture(source)
+
+
+def test_a_service_of_a_hub_model_needs_no_name(hub: Hub, home: Path, tiny: Path) -> None:
+    hub.add_model("me/Tiny-1", tiny)
+    command = [sys.executable, "-m", "palate.cli", "deploy", "me/Tiny-1", "--base", "--engine", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "--engine is 'x'" in done.stderr  # its name is checked first
 
 
 def test_ids_and_names() -> None:

@@ -91,7 +91,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def talk(scope: Any, receive: Any, send: Any) -> None:
-    """Streams what it was asked, in words. `forever` gets an answer that never ends, `refuse` an error."""
+    """Streams what it was asked, in words.
+
+    `forever` gets an answer that never ends, `refuse` an error, `half` also half a character, `long` an answer that is cut.
+    """
     if scope["type"] != "http":
         return
     if scope["method"] != "POST":  # a health check
@@ -111,8 +114,9 @@ async def talk(scope: Any, receive: Any, send: Any) -> None:
         event = f"data: {content}\n\n".encode()
         await send({"type": "http.response.body", "body": event, "more_body": more})
 
-    for word in (f"[{roles}]", f" {asked['model']}", f" {asked['temperature']:g}", f" {said}."):
-        choice = {"index": 0, "delta": {"content": word}}
+    half = "\ud83d" if said == "half" else ""
+    for word in (f"[{roles}]", f" {asked['model']}", f" {asked['temperature']:g}", f" {said}.{half}"):
+        choice = {"index": 0, "delta": {"content": word}, "finish_reason": "length" if said == "long" else None}
         await tell(json.dumps({"id": "x", "object": "chat.completion.chunk", "choices": [choice]}))
     if said.startswith("forever"):
         while (await receive())["type"] != "http.disconnect":

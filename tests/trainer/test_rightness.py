@@ -120,7 +120,8 @@ def logps(model: Any, row: dict[str, Any]) -> list[float]:
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("stored", ["bfloat16", "4 bit"])
 def test_merged_weights_answer_as_the_adapter_does_and_are_never_4_bit(tiny: Path, tmp_path: Path, stored: str) -> None:
-    """The transformers engine merges. Its log-probabilities are the adapter's within 2e-2, a mean over tokens."""
+    """The transformers engine merges in float32. Its log-probs are the adapter's within 2e-2, a mean over tokens: in 16 bits
+    the adapter itself is off by that much."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -136,7 +137,7 @@ def test_merged_weights_answer_as_the_adapter_does_and_are_never_4_bit(tiny: Pat
     config = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in config
     answers = load(merged)
-    assert {parameter.dtype for parameter in answers.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in answers.parameters()} == {torch.float32}
     rows = json.loads((adapter / "probe.json").read_text())["rows"]
     with_adapter = load(base, adapter)
     apart = [abs(a - b) for row in rows for a, b in zip(logps(answers, row), logps(with_adapter, row), strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from palate.parameters import reject_unknown_keywords
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import did_you_mean
 
@@ -23,6 +24,7 @@ _HELP = {
 _BARE_UNIT = {"instance_spec": 1 << 30, "resource_config": 1 << 20}
 
 
+@reject_unknown_keywords
 @dataclass(frozen=True)
 class ResourceConfig:
     """Resource limits of a service (PAI's class of this name).

@@ -44,6 +44,7 @@ class Conversation:
         max_tokens: Maximum tokens of an answer.
         temperature: Sampling temperature.
         turns: Messages of the user and answers, alternating. A failed question is not in it.
+        was_cut: Whether the last answer ended at `max_tokens`.
     """
 
     service: str
@@ -53,6 +54,7 @@ class Conversation:
     max_tokens: int
     temperature: float
     turns: list[dict[str, str]] = field(default_factory=list)
+    was_cut: bool = False
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -69,7 +71,7 @@ class Conversation:
 
         question = {"role": "user", "content": text}
         answer = ""
-        failed = False
+        failed = self.was_cut = False
         stream: Any = None
         try:
             stream = self.client.chat.completions.create(
@@ -80,7 +82,10 @@ class Conversation:
                 temperature=self.temperature,
             )
             for event in stream:
-                piece = (event.choices[0].delta.content or "") if event.choices else ""
+                choice = event.choices[0] if event.choices else None
+                self.was_cut = self.was_cut or (choice is not None and choice.finish_reason == "length")
+                # Half a character, which JSON can contain, could not be sent back with the next question.
+                piece = ((choice.delta.content if choice else "") or "").encode(errors="replace").decode()
                 if piece:
                     answer += piece
                     yield piece
@@ -152,10 +157,13 @@ def chat(
     elif sys.stdin.isatty():
         _converse(talk)
     else:
-        for line in sys.stdin:
-            if text := line.strip():
-                _check_text("the message", text)
-                _answer(talk, text)
+        try:
+            for line in sys.stdin:
+                if text := line.strip():
+                    _check_text("the message", text)
+                    _answer(talk, text)
+        except UnicodeDecodeError:
+            raise ConfigurationError("the messages on stdin are not valid UTF-8: convert them, as with iconv") from None
 
 
 def _check_text(what: str, text: str) -> None:
@@ -179,6 +187,8 @@ def _answer(talk: Conversation, text: str) -> None:
             print(flush=True)
         raise
     print(flush=True)
+    if talk.was_cut:  # of a model that thinks first, nothing may have been shown
+        _say(f"note: cut at {talk.max_tokens} tokens, thoughts included; --max-tokens sets the limit")
 
 
 # ── the conversation at a terminal ──────────────────────────────────────────────────────────────────────────────────

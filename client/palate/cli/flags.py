@@ -39,6 +39,12 @@ _PHRASES = (
     (", or None for no limit", "; omit it for no limit"),
     (", or None", "; or omit it"),
 )
+_NOT_OURS = re.compile(
+    r"""^  \| .*$|^last log lines:(?:\n  .*)+|(?<!inputs\[)(?<!\w)(?P<quote>['"])(?P<text>(?:(?!(?P=quote)).)*)(?P=quote)(?!\w)"""
+    r"|`[^`\n]*`",
+    re.MULTILINE,
+)
+"""Lines of a log, quoted names and values, and commands."""
 
 
 def name_flags(app: typer.Typer) -> None:
@@ -76,6 +82,14 @@ def reworded(message: str, options: Mapping[str, tuple[str, str]]) -> str:
         message: The message for Python callers.
         options: By parameter of the command: the flag (or the argument's name in capitals) and the form of its value.
     """
+    kept: list[str] = []
+
+    def hide(found: re.Match[str]) -> str:
+        quote = found["quote"] or ""
+        kept.append(found[0] if found["text"] is None else found["text"])
+        return f"{quote}\0{len(kept) - 1}\0{quote}"
+
+    message = _NOT_OURS.sub(hide, message.replace("\0", ""))
     for python, shell in _PHRASES:
         message = message.replace(python, shell)
     for channel, parameter in _CHANNELS.items():
@@ -88,7 +102,7 @@ def reworded(message: str, options: Mapping[str, tuple[str, str]]) -> str:
     }
     for python in sorted(names, key=len, reverse=True):
         flag, form = options[names[python]]
-        # Not inside a path, an attribute or quotes: those are the user's own words.
+        # Not inside a path or an attribute: those are the user's own words, as what is quoted.
         word = rf"(?<![\w/.'\"`-]){re.escape(python)}"
         message = re.sub(rf"(?:deploy option )?{word} ?= ?\{{[^}}]*\}}", f"{flag} {form}".rstrip(), message)
         message = re.sub(rf"(?:deploy option )?{word} ?=(?= ?['\"\d-])[ ]?", f"{flag} ", message)
@@ -96,7 +110,7 @@ def reworded(message: str, options: Mapping[str, tuple[str, str]]) -> str:
         message = re.sub(rf"deploy option {re.escape(python)}\b", flag, message)
         if "_" in python:
             message = re.sub(rf"{word}(?![\w/='\"`(-])", flag, message)
-    return message
+    return re.sub(r"\0(\d+)\0", lambda found: kept[int(found[1])], message)
 
 
 def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:

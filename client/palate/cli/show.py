@@ -135,7 +135,10 @@ def _differences(spec: TrainSpec) -> list[str]:
 
 
 def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # a record may contain any number
+        return f"{seconds:g} s since 1970"
 
 
 def _following(is_job: bool, status: Status) -> tuple[str, ...]:

@@ -208,6 +208,7 @@ def deploy(
         source = TrainingJob.get(job_id)
         source.require_model()
     of = source.model_name if isinstance(source, RegisteredModel) else source.id
+    of = of.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters
     service_name = f"{of}-{'base' if base else 'service'}" if name is None else name
     predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")

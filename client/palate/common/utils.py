@@ -7,6 +7,7 @@ import re
 import string
 from datetime import UTC, datetime
 
+from palate.parameters import reject_unknown_keywords
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import show_path
 
@@ -14,6 +15,7 @@ _ALPHABET = string.ascii_lowercase + string.digits
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+@reject_unknown_keywords
 def random_str(n: int) -> str:
     """Returns `n` random lowercase letters and digits. Same name as in PAI's SDK."""
     return "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(n))

@@ -223,10 +223,15 @@ class RunHandle:
         interval_s: float = FOLLOW_INTERVAL_S,
         what: str,
         stages: bool = False,
+        after_log_part: int = 0,
     ) -> Status:
-        """Waits until `until(status)` is true or the run has ended, and shows its output. Raises WaitTimeoutError after `timeout_s`."""
+        """Waits until `until(status)` is true or the run has ended, and shows its output, of the log what is after a part.
+
+        Raises:
+            WaitTimeoutError: It took longer than `timeout_s`.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        log_part = metric_part = 0
+        log_part, metric_part = after_log_part, 0
         with make_display(show_logs, self.record.name, stages=stages) as display:
             while True:
                 status = self.refresh()
@@ -258,6 +263,7 @@ class RunHandle:
         for number, data in self.record.parts("metrics", after=metric_part):
             metric_part = number
             display.metrics(data)
+        display.flush()
         return log_part, metric_part
 
     def lines(self, *, follow: bool) -> Iterator[str]:

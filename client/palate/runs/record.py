@@ -426,6 +426,7 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             unnumbered += event["kind"] == "start"
         attempts.setdefault(event.get("attempt", max(1, unnumbered)), []).append(event)
     kept: list[dict[str, Any]] = []
+    evaluated = set[int]()
     for _, own in sorted(attempts.items()):
         for event in own:
             if event["kind"] == "start":  # a second one in an attempt: its fast path failed in the first step
@@ -436,7 +437,9 @@ def events_once(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 ]
             elif event["kind"] == "eval":
                 # A resumed run repeats the evaluation that its checkpoint was written without.
-                kept = [earlier for earlier in kept if (earlier["kind"], earlier["step"]) != ("eval", event["step"])]
+                if event["step"] in evaluated:
+                    kept = [one for one in kept if (one["kind"], one["step"]) != ("eval", event["step"])]
+                evaluated.add(event["step"])
             kept.append(event)
     return kept
 

@@ -23,6 +23,7 @@ _GRAMMAR = "OWNER/NAME or hf://OWNER/NAME[@revision]"
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _ID = re.compile(rf"(?P<scheme>hf://(?:models/)?)?(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[^@?]+?))?/?", re.ASCII)
 _OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/", "models/")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 30.0
 
 
@@ -48,6 +49,7 @@ def hub_model(text: str) -> HubModel | None:
     Raises:
         ConfigurationError: An `hf://` URI that is not a model.
     """
+    text = str(text)  # find_model() rejects what is not a text, in words
     found = _ID.fullmatch(text.strip())
     if found is not None and not (found["scheme"] and f"{found['repo']}/".startswith(_OTHER_KINDS)):
         return HubModel(found["repo"], found["revision"])
@@ -80,6 +82,8 @@ def find_on_hub(model: HubModel) -> tuple[WeightsSource, set[str]]:
                 commit = str(info.sha)
                 sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
                 total = info.safetensors.total if info.safetensors else 0
+            if not _COMMIT.fullmatch(commit):  # the manifest pins it, and the client makes file names of it
+                raise ValueError(f"it has the commit {commit[:100]!r}")
             config = {}
             if "config.json" in sizes:
                 config = _read(
@@ -119,7 +123,8 @@ def check_architecture(source: WeightsSource) -> None:
             model.repo, "config.json", revision=source.revision, local_files_only=offline, **kept
         )
         config = _read(path)
-    kind, names = str(config.get("model_type") or ""), ", ".join(map(str, config.get("architectures") or ["unknown"]))
+    kind, listed = str(config.get("model_type") or ""), config.get("architectures")
+    names = ", ".join(map(str, listed)) if isinstance(listed, list) and listed else "unknown"
     done = subprocess.run(
         [sys.executable, "-P", "-m", "palate_trainer.architectures"],
         capture_output=True,
@@ -143,8 +148,11 @@ def check_architecture(source: WeightsSource) -> None:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Returns a model's config; ValueError if it is no JSON object."""
-    found = json.loads(Path(path).read_bytes())
+    """Returns a model's config; ConfigurationError if it is no JSON object."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        found = None
     if not isinstance(found, dict):
         raise ConfigurationError("config.json of the model is not a JSON object: choose another revision")
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.checksums import file_facts
+from palate.parameters import reject_unknown_keywords
 from palate_recipes.errors import ConfigurationError, DataError
 from palate_recipes.specs.train import InputFile
 
@@ -34,6 +35,7 @@ Rows = Sequence[Mapping[str, Any]]
 """Rows in memory; `palate.sources.memory` says what else is accepted."""
 
 
+@reject_unknown_keywords
 @dataclass(frozen=True, kw_only=True)
 class PreferenceData:
     """Data with instructions on how to read it; `inputs={"train": …}` accepts it in place of a path.

@@ -44,6 +44,8 @@ def _rows(given: Any, where: str) -> Iterable[Any]:
             raise ConfigurationError(
                 f"{where} is {name} with {', '.join(given)}: give one split, such as dataset['train']"
             )
+        if not isinstance(getattr(given, "features", None), Mapping):  # one column of a dataset
+            raise _not_a_table(name, where)
         for column, feature in given.features.items():
             if type(feature).__name__ in _MEDIA_FEATURES:
                 raise DataError(
@@ -52,19 +54,44 @@ def _rows(given: Any, where: str) -> Iterable[Any]:
                 )
         return given.with_format(None)  # type: ignore[no-any-return]
     if library == "pandas":
+        if not hasattr(given, "columns"):  # a Series or an Index
+            raise _not_a_table(name, where)
+        _check_names(given.columns, where)
         return given.astype(object).where(given.notna(), None).to_dict("records")  # type: ignore[no-any-return]
     if hasattr(given, "to_pylist"):
-        return given.to_pylist()  # type: ignore[no-any-return]
+        _check_names(given.schema.names if hasattr(given, "schema") else (), where)
+        try:
+            return given.to_pylist()  # type: ignore[no-any-return]
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # a date that Python does not have, two fields of a struct with one name
+            raise DataError(f"{where}: {name} cannot be converted to rows: {str(error).rstrip('.')}.") from None
     if isinstance(given, list | tuple):
         return given
-    raise ConfigurationError(
+    raise _not_a_table(name, where)
+
+
+def _not_a_table(name: str, where: str) -> ConfigurationError:
+    return ConfigurationError(
         f"{where} is {name}: expected a path, a URI, a list of dicts, a datasets.Dataset or a pandas.DataFrame"
     )
 
 
+def _check_names(names: Iterable[object], where: str) -> None:
+    """Raises DataError if two columns have one name: a dict of a row keeps only the last one."""
+    seen: set[str] = set()
+    for name in map(str, names):
+        if name in seen:
+            raise DataError(f"{where}: two columns are named {name!r}. Rename one of them.")
+        seen.add(name)
+
+
 def _line(row: Mapping[str, Any], place: str) -> bytes:
-    fields = {}
+    fields: dict[str, str] = {}
     for field, value in row.items():
+        if str(field) in fields:
+            raise DataError(f"{place}: two fields are named {str(field)!r}. Rename one of them.")
         try:
             fields[str(field)] = json.dumps(value, ensure_ascii=True, default=_plain)
         except (TypeError, ValueError, RecursionError):

@@ -34,6 +34,10 @@ class Display(Protocol):
         """Shows whole lines of metrics.jsonl."""
         ...
 
+    def flush(self) -> None:
+        """Called after each poll that may have brought logs and metrics; a view that collects them shows them now."""
+        ...
+
     def __enter__(self) -> Display: ...
 
     def __exit__(self, *exception: object) -> None: ...
@@ -50,6 +54,9 @@ class NoDisplay:
     def metrics(self, data: bytes) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def __enter__(self) -> Display:
         return self
 
@@ -58,7 +65,7 @@ class NoDisplay:
 
 
 class PlainDisplay(NoDisplay):
-    """Log lines, for pipes, CI and notebooks: the trainer's lines already contain step, loss and throughput."""
+    """Log lines, for pipes and CI: the trainer's lines already contain step, loss and throughput."""
 
     wants_news = True
 

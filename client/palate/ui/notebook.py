@@ -1,4 +1,4 @@
-"""HTML for notebooks: a run's progress and curve, and facts as a table. Self-contained; knows texts and events, no run.
+"""HTML for notebooks: a run's progress, facts and curve. Self-contained; knows texts and events, no run.
 
 Everything shown may come from a store, so every text is escaped. There is no script and no address.
 """
@@ -6,19 +6,15 @@ Everything shown may come from a store, so every text is escaped. There is no sc
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from palate.runs.record import events_in
 from palate.ui.display import Display, metrics_line
 from palate_recipes.specs.events import Curves, Point
-from palate_recipes.text import visible
+from palate_recipes.text import html_block, html_table, html_text, visible
 
 _WIDTH, _HEIGHT, _MARGIN = 480, 120, 6
-_UPDATE_S = 0.5
-"""Least seconds between two updates of the page."""
 
 _LOG_LINES = 6
 """Log lines below the curve; the others are in `job.logs()`."""
@@ -39,15 +35,20 @@ class NotebookDisplay:
     def __init__(self, title: str) -> None:
         self._title, self._lines, self._events = title, list[str](), list[dict[str, Any]]()
         self._handle: Any = None
-        self._shown = 0.0
+        self._has_news = False
 
     def log(self, text: str) -> None:
-        self._lines = [*self._lines, *text.splitlines()][-_LOG_LINES:]
-        self._show()
+        # Made visible first: splitlines() would take each state of a progress bar for a line.
+        self._lines = [*self._lines, *visible(text).splitlines()][-_LOG_LINES:]
+        self._has_news = True
 
     def metrics(self, data: bytes) -> None:
         self._events += events_in(data)
-        self._show()
+        self._has_news = True
+
+    def flush(self) -> None:
+        if self._has_news:
+            self._show()
 
     def __enter__(self) -> Display:
         from IPython.display import HTML, display
@@ -56,19 +57,17 @@ class NotebookDisplay:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._show(now=True)
+        self._show()
 
-    def _show(self, *, now: bool = False) -> None:
-        if self._handle is None or not (now or time.monotonic() - self._shown >= _UPDATE_S):
-            return
+    def _show(self) -> None:
         from IPython.display import HTML
 
-        self._shown = time.monotonic()
+        self._has_news = False
         self._handle.update(HTML(self._html()))
 
     def _html(self) -> str:
-        log = f"<pre>{_text(chr(10).join(self._lines))}</pre>" if self._lines else ""
-        return run_html(self._title, self._events) + log
+        log = f"<pre>{html_text(chr(10).join(self._lines))}</pre>" if self._lines else ""
+        return html_block(run_html(self._title, self._events), log)
 
 
 def run_html(title: str, events: Iterable[Mapping[str, Any]], facts: Sequence[tuple[str, object]] = ()) -> str:
@@ -81,31 +80,22 @@ def run_html(title: str, events: Iterable[Mapping[str, Any]], facts: Sequence[tu
     """
     events = list(events)
     curves = Curves.of(events)
-    parts = [f"<b>{_text(title)}</b>", facts_html(facts)]
-    if curves.total_steps:
-        share = min(1.0, curves.steps / curves.total_steps)
+    parts = [f"<b>{html_text(title)}</b>", html_table(facts)]
+    if curves.total_steps > 0:
+        share = max(0.0, min(1.0, curves.steps / curves.total_steps))
         parts.append(
             f'<div><progress value="{share:.4f}" max="1" style="width:{_WIDTH}px"></progress>'
             f" step {curves.steps} of {curves.total_steps}</div>"
         )
     last = next((event for event in reversed(events) if event.get("kind") == "train"), None)
     if last is not None:
-        parts.append(f"<div>{_text(metrics_line(last))}</div>")
+        parts.append(f"<div>{html_text(metrics_line(last))}</div>")
     parts.append(_curve(curves))
     end = next((event for event in reversed(events) if event.get("kind") == "end"), None)
     reading = end.get("reading") if end else None
     if isinstance(reading, Mapping):
-        parts.append(f"<div><b>{_text(reading.get('verdict', ''))}.</b> {_text(reading.get('text', ''))}</div>")
-    return f"<div>{''.join(parts)}</div>"
-
-
-def facts_html(facts: Sequence[tuple[str, object]]) -> str:
-    """Returns names and values as a table; "" if there are none."""
-    rows = "".join(
-        f'<tr><td style="text-align:left">{_text(name)}</td><td style="text-align:left">{_text(value)}</td></tr>'
-        for name, value in facts
-    )
-    return f"<table>{rows}</table>" if rows else ""
+        parts.append(f"<div><b>{html_text(reading.get('verdict', ''))}.</b> {html_text(reading.get('text', ''))}</div>")
+    return html_block(*parts)
 
 
 def _curve(curves: Curves) -> str:
@@ -118,11 +108,13 @@ def _curve(curves: Curves) -> str:
     if len(series["training"]) < 2:
         return ""
     low, high = min(losses), max(losses)
-    steps = max(curves.total_steps, max(step for points in series.values() for step, _ in points))
+    # A store may say that all steps are 0.
+    steps = max(1, curves.total_steps, *(step for points in series.values() for step, _ in points))
 
     def at(step: int, loss: float) -> str:
-        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * step / steps
-        down = _MARGIN + (_HEIGHT - 2 * _MARGIN) * ((high - loss) / (high - low) if high > low else 0.5)
+        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * max(0, step) / steps
+        # Halves, because the difference of two floats can be infinite.
+        down = _MARGIN + (_HEIGHT - 2 * _MARGIN) * ((high / 2 - loss / 2) / (high / 2 - low / 2) if high > low else 0.5)
         return f"{across:.1f},{down:.1f}"
 
     lines = [
@@ -142,7 +134,3 @@ def _losses(points: Sequence[Point]) -> list[tuple[int, float]]:
     """Returns step and loss of at most one point per pixel, so that a long run does not fill the notebook. Keeps the last."""
     known = [(point.step, point.loss) for point in points if point.loss is not None]
     return known[:: -(len(known) // _WIDTH + 1)][::-1]
-
-
-def _text(value: object) -> str:
-    return escape(visible(str(value)))

@@ -71,6 +71,9 @@ class LiveDisplay:
             if "total_steps" in entry:
                 self._progress.update(self._task, total=entry["total_steps"], completed=entry["step"])
 
+    def flush(self) -> None:
+        pass  # the block is drawn by a timer
+
     def __enter__(self) -> Display:
         self._live.start()
         return self
@@ -103,10 +106,10 @@ def sparkline(values: Sequence[float], width: int = _SPARK_WIDTH) -> str:
     """Returns a curve as up to `width` block characters, scaled from the lowest to the highest value."""
     cells = min(width, len(values))
     edges = [len(values) * cell // cells for cell in range(cells + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (len(_SPARKS) - 1) / (high - low) if low < high < math.inf else 0.0
-    return "".join(_SPARKS[round((value - low) * scale)] for value in means)
+    # Of half the values: the sum or the difference of two floats can be infinite.
+    means = [math.fsum(value / 2 / (b - a) for value in values[a:b]) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(_SPARKS[round((value - low) / span * (len(_SPARKS) - 1)) if span else 0] for value in means)
 
 
 def bars(counts: Sequence[int]) -> str:

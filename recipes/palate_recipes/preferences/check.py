@@ -116,7 +116,7 @@ class Linter:
                 except RowFaults as error:
                     self._note_wrong(error, number, name, unit)
                     if error.faults[0].code in ("unknown-format", "missing-field") and type(value) is dict:
-                        self._foreign[tuple(value)[:_COLUMNS_KEPT]] += 1
+                        self._note_foreign(tuple(value)[:_COLUMNS_KEPT])
                     continue
                 fields = (form.name, *value)  # type: ignore[union-attr]
                 if fields != shape:
@@ -159,6 +159,12 @@ class Linter:
             self.wrong.append((name, number, f"{unit} {number}: {error}"))
         for fault in error.faults:
             self.report.add(fault.code, Location(name, number, unit, fault.field, fault.what))
+
+    def _note_foreign(self, fields: tuple[str, ...]) -> None:
+        if (
+            fields in self._foreign or len(self._foreign) < 2
+        ):  # two different rows are not a table, and bound the memory
+            self._foreign[fields] += 1
 
     def _take_plain(self, block: list[tuple[int, Any]], name: str, unit: str) -> tuple[str, ...]:
         """Adds a block of valid rows with three texts at once, in a third of the time. Returns their fields.

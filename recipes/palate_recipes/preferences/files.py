@@ -131,14 +131,14 @@ def open_container(path: str | Path) -> Container:
         )
         with _unpacked(path, compression) as stream:
             start = stream.read(_BLOCK)
+        kind = _kind(path, start)
+        if kind == "jsonl" and _WRAPPER.match(start.removeprefix(codecs.BOM_UTF8)):
+            with _unpacked(path, compression) as stream:
+                kind = "wrapped" if _wrapped(stream.read(row_limit() + 1)) is not None else kind
     except FileNotFoundError:
         raise DataError(f"preference file {path} does not exist. Check the path.") from None
     except _DAMAGED as error:
         raise _cannot_be_read(path, compression, error) from None
-    kind = _kind(path, start)
-    if kind == "jsonl" and _WRAPPER.match(start.removeprefix(codecs.BOM_UTF8)):
-        with _unpacked(path, compression) as stream:
-            kind = "wrapped" if _wrapped(stream.read(row_limit() + 1)) is not None else kind
     return Container(path, kind, compression, start.startswith(codecs.BOM_UTF8))
 
 
@@ -269,8 +269,12 @@ def _wrapped(text: bytes) -> list[Any] | None:
         whole = json.loads(text.removeprefix(codecs.BOM_UTF8)) if len(text) <= row_limit() else None
     except (ValueError, RecursionError):
         return None
-    lists = [value for value in whole.values() if _are_objects(value)] if isinstance(whole, dict) else []
-    return lists[0] if len(lists) == 1 else None
+    if not isinstance(whole, dict):
+        return None
+    lists: list[list[Any]] = [value for value in whole.values() if _are_objects(value)]
+    if len(lists) != 1 or whole.keys() & lists[0][0].keys():  # a row that has examples has the fields of a row itself
+        return None
+    return lists[0]
 
 
 def _are_objects(value: Any) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from palate_recipes.text import html_block, html_table, html_text
+
 Level = Literal["error", "warning", "info"]
 
 
@@ -134,6 +136,12 @@ RULES: dict[str, Rule] = {
 PLACES_SHOWN = 5
 """Places listed per finding; the rest is counted."""
 
+_FILES_SHOWN = 5
+"""Files named in a notebook; the rest is counted."""
+
+_LENGTHS = {"mean": "mean", "p50": "median", "p95": "95%", "p99": "99%", "max": "longest"}
+"""Titles of the statistics in `Report.lengths`."""
+
 _MARKS: dict[Level, str] = {"error": "error", "warning": "warning", "info": "note"}
 
 
@@ -182,14 +190,28 @@ class Finding:
     def lines(self) -> list[str]:
         """Text: description, count, remedy, then the first places."""
         rule = RULES[self.code]
-        if not any(place.row for place in self.places):
-            return [f"{_MARKS[rule.level]}[{self.code}]: {place}. {rule.remedy}." for place in self.places]
+        if not self._has_rows():
+            return [f"{self.title}: {place}. {rule.remedy}." for place in self.places]
         times = f", {self.count} times" if self.count > 1 else ""
-        lines = [f"{_MARKS[rule.level]}[{self.code}]: {rule.meaning}{times}. {rule.remedy}."]
-        lines += [f"  {place}" for place in self.places]
-        if self.count > len(self.places):
-            lines.append(f"  and {self.count - len(self.places)} more")
+        return [
+            f"{self.title}: {rule.meaning}{times}. {rule.remedy}.",
+            *(f"  {line}" for line in self.place_lines()),
+        ]
+
+    @property
+    def title(self) -> str:
+        """Level and rule, such as `warning[duplicate]`."""
+        return f"{_MARKS[RULES[self.code].level]}[{self.code}]"
+
+    def place_lines(self) -> list[str]:
+        """Text: the first places; if they are rows, then how many more there are."""
+        lines = [str(place) for place in self.places]
+        if self._has_rows() and self.count > len(self.places):
+            lines.append(f"and {self.count - len(self.places)} more")
         return lines
+
+    def _has_rows(self) -> bool:
+        return any(place.row for place in self.places)
 
 
 @dataclass
@@ -265,14 +287,43 @@ class Report:
             lines.append(
                 "tokens: median {p50:,}, 95% {p95:,}, maximum {max:,}: seq_length={max} keeps all".format(**tokens)
             )
+        lines.append(self.summary())
+        return lines
+
+    def summary(self) -> str:
+        """Usable rows, format, and numbers of errors and warnings, on one line."""
         shapes = ", ".join(
             f"{name}" if len(self.formats) == 1 else f"{name} {count:,}" for name, count in self.formats.items()
         )
-        lines.append(
+        return (
             f"{self.usable:,} of {self.rows:,} rows are usable ({self.strategy}{f', format {shapes}' if shapes else ''}):"
             f" {_many(self.count('error'), 'error')}, {_many(self.count('warning'), 'warning')}"
         )
-        return lines
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: summary, files, findings with their first places, and lengths."""
+        more = len(self.files) - _FILES_SHOWN
+        files = ", ".join(self.files[:_FILES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+        findings = [
+            (
+                found.title,
+                f"{found.count:,}",
+                RULES[found.code].meaning,
+                RULES[found.code].remedy,
+                "\n".join(found.place_lines()),
+            )
+            for found in self.of("error", "warning", "info")
+        ]
+        lengths = [
+            (name, "tokens" if name == "tokens" else "characters", *(f"{found[key]:,}" for key in _LENGTHS))
+            for name, found in self.lengths.items()
+        ]
+        return html_block(
+            f"<b>{html_text(self.summary())}</b>",
+            f"<div>{html_text(files)}</div>",
+            html_table(findings, ("finding", "count", "meaning", "remedy", "places")),
+            html_table(lengths, ("length of", "unit", *_LENGTHS.values())),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON."""

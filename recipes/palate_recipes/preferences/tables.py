@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -197,6 +198,8 @@ def _arrow_values(container: Opened, batches: Any, meter: Meter) -> Rows:
         try:
             for batch in batches(path):
                 batch.validate(full=True)  # offsets in a damaged file could point out of bounds
+                if not number:
+                    _check_columns(container.path, batch.schema.names)
                 left -= weight(batch)
                 if left < 0:
                     raise unpacks_too_far(container.path, packed)
@@ -211,6 +214,13 @@ def _arrow_values(container: Opened, batches: Any, meter: Meter) -> Rows:
                 f"{container.path}: the {container.kind} data is damaged{f' after row {number}' if number else ''}:"
                 f" {str(error).rstrip('.')}. Export it again."
             ) from None
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    """Raises DataError if two columns have one name: of these a row would keep only the last."""
+    if len(set(names)) < len(names):
+        name = Counter(names).most_common(1)[0][0]
+        raise DataError(f"{path}: two columns are named {name!r}. Rename one of them.")
 
 
 @contextmanager

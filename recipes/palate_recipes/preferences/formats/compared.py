@@ -5,6 +5,7 @@ Sources: the dataset cards of SHP, HelpSteer2 and 3, PKU-SafeRLHF, AlpacaFarm, W
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import product
@@ -35,20 +36,27 @@ def number(value: Any, field: str) -> float:
     """Returns a score, a rank or a verdict; in CSV it is a text.
 
     Raises:
-        RowFaults: It is not a number.
+        RowFaults: It is not a finite number.
     """
     try:
         found = float(value) if isinstance(value, str | int | float) else math.nan
     except (ValueError, OverflowError):
         found = math.nan
-    if math.isnan(found):
+    if not math.isfinite(found):  # the difference of two infinite scores has no sign
         raise fault("bad-label", field, f"`{field}` is {shown(value)}, not a number")
     return found
 
 
+def _code(row: Raw, field: str) -> float:
+    """Returns a number that stands for an answer. True and false are refused: which answer they mean is not known."""
+    if isinstance(row[field], bool):
+        raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not a number")
+    return number(row[field], field)
+
+
 def _one_of(row: Raw, names: Compared, meanings: dict[float, int]) -> int:
     field = names.verdict[0]
-    found = number(row[field], field)
+    found = _code(row, field)
     if found not in meanings:
         expected = " or ".join(f"{value:g}" for value in meanings)
         raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not {expected}")
@@ -64,17 +72,32 @@ def _first_is_better(row: Raw, names: Compared) -> float:
 
 
 def _strength(row: Raw, names: Compared) -> float:
-    return -number(row[names.verdict[0]], names.verdict[0])  # negative: the first is better
+    field = names.verdict[0]
+    found = _code(row, field)
+    if abs(found) > 3:  # -100 marks an invalid comparison in some copies of HelpSteer2
+        raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not from -3 to 3")
+    return -found  # negative: the first is better
 
 
 def _one_or_two(row: Raw, names: Compared) -> float:
     field = names.verdict[0]
-    found = number(row[field], field)
-    if found == 0:  # a tie in older files
-        return 0
+    found = _code(row, field)
     if not 1 <= found <= 2:
-        raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not 1 or 2 (0 or 1.5 for a tie)")
+        # 0 was a tie in AlpacaEval's first files. In a file with 0 and 1 it is the first answer, and 1 the second.
+        raise fault("bad-label", field, f"`{field}` is {shown(row[field])}, not 1 or 2 (1.5 for a tie)")
     return 1.5 - found
+
+
+def _unclear(row: Raw, names: Compared) -> float:
+    """Refuses a number that files use in two ways: 1 is the first answer in some and favours the second in others."""
+    field = names.verdict[0]
+    raise fault(
+        "ambiguous-format",
+        field,
+        f"`{field}` is {shown(row[field])} with `{names.first}` and `{names.second}`, which has two meanings: rename "
+        f"`{field}` to `preference_strength` if negative numbers prefer the first answer, or the answers to `output_1` and "
+        "`output_2` if 1 is the first and 2 the second",
+    )
 
 
 _TIES = ("tie", "both", "neither", "draw", "equal", "same")
@@ -104,7 +127,7 @@ COMPARED = (
     Compared("response1", "response2", ("overall_preference",), _strength),  # HelpSteer3
     Compared("response_0", "response_1", ("better_response_id",), _position),  # PKU-SafeRLHF
     Compared("output_1", "output_2", ("preference",), _one_or_two),  # AlpacaFarm
-    Compared("response_1", "response_2", ("preference",), _one_or_two),
+    Compared("response_1", "response_2", ("preference",), _unclear),
     Compared("response_a", "response_b", ("winner_model_a", "winner_model_b"), _marked),  # LMSYS's competition
     Compared("answer_0", "answer_1", ("score_0", "score_1"), _marked),  # WebGPT
     *(
@@ -140,6 +163,7 @@ def read_compared(row: Raw) -> Parts:
     if not better:
         field = names.verdict[0]
         raise fault("tie", field, f"is a tie: `{field}` is {shown(row[field])}")
+    row = _in_turns(row, names)
     if given(row):
         prompt = read_question(row)
     else:  # an arena's conversations: the question is in both
@@ -147,6 +171,38 @@ def read_compared(row: Raw) -> Parts:
         prompt = check_prompt(with_system(row, shared_turns(one, other, *names[:2])), names.first)
     first, second = (read_answer(row[name], name, prompt) for name in names[:2])
     return (prompt, first, second) if better > 0 else (prompt, second, first)
+
+
+def _in_turns(row: Raw, names: Compared) -> Raw:
+    """Returns a row of LMSYS's competition with its conversations; another row unchanged.
+
+    The competition's prompt and answers are JSON lists with one text per turn, written as text.
+    """
+    if names.judge is not _marked or not all(
+        isinstance(row.get(name), str) and row[name].startswith("[") for name in ("prompt", *names[:2])
+    ):
+        return row
+    try:
+        asked, one, other = (json.loads(row[name]) for name in ("prompt", *names[:2]))
+    except (ValueError, RecursionError):
+        return row
+    if not all(
+        isinstance(texts, list) and all(isinstance(text, str | None) for text in texts) for texts in (asked, one, other)
+    ):
+        return row
+    for name, texts in zip(names[:2], (one, other), strict=False):
+        if len(texts) != len(asked):
+            what = f"`{name}` has {len(texts)} turns, but `prompt` has {len(asked)}"
+            raise fault("different-prompts", name, what)
+    turns = {
+        name: [
+            {"role": role, "content": text}
+            for pair in zip(asked, texts, strict=True)
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        for name, texts in zip(names[:2], (one, other), strict=False)
+    }
+    return {name: value for name, value in row.items() if name != "prompt"} | turns
 
 
 def _incomplete(row: Raw) -> RowFaults:

@@ -51,5 +51,8 @@ def read_question(row: Raw) -> Turns:
     name = names[0]
     if name == "instruction":
         return read_instruction(row)
+    value = row[name]
+    if isinstance(value, dict) and "full_text" in value:  # WebGPT: with the source of the question
+        name, value = f"{name}.full_text", value["full_text"]
     earlier = read_history(row) if name != "history" and isinstance(row.get("history"), list) else ()
-    return check_prompt(with_system(row, (*earlier, *read_prompt(row[name], name))), name)
+    return check_prompt(with_system(row, (*earlier, *read_prompt(value, name))), name)

@@ -22,7 +22,6 @@ from palate_recipes.preferences.formats.question import given, read_question
 from palate_recipes.preferences.messages import (
     check_prompt,
     read_answer,
-    read_message,
     read_messages,
     read_prompt,
     read_text,
@@ -91,7 +90,7 @@ def read_trl(row: Raw) -> Parts:
         prompt = with_system(row, shared_turns(read_messages(chosen, "chosen"), read_messages(rejected, "rejected")))
         prompt = check_prompt(prompt, "chosen")
     if type(chosen) is list and len(chosen) > 1 and prompt[0].role != "system":
-        first = read_message(chosen[0], "chosen[0]")
+        first = read_messages(chosen[:2], "chosen")[0]  # without an empty system turn
         if first.role == "system":  # UltraFeedback's `prompt` is the last question; the whole is in the answers
             prompt = (first, *prompt)
     return prompt, read_answer(chosen, "chosen", prompt), read_answer(rejected, "rejected", prompt)
