@@ -450,6 +450,27 @@ def test_every_command_has_examples_that_the_parser_accepts() -> None:
             assert f"\n  {line}" in found[name].epilog
 
 
+def test_the_examples_that_need_no_job_no_model_and_no_engine_work_as_they_are_shown(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("prefs.jsonl", "prefs.csv"):
+        rows = [{"prompt": f"Is it {n}?", "chosen": "Yes, it is.", "rejected": "No."} for n in range(20)]
+        lines = [json.dumps(row) for row in rows]
+        if name.endswith(".csv"):
+            lines = ["prompt,chosen,rejected", *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        Path(name).write_text("\n".join(lines) + "\n")
+    Path("table.csv").write_text("question,better,worse\nIs it?,Yes it is.,No.\n")
+    groups = ("jobs", "services", "clean", "models", "data check", "data convert", "data split", "data stats")
+    for line in [line for name in (*groups, "data formats", "data demo") for line in EXAMPLES[name]]:
+        try:
+            code = app(shlex.split(line)[1:], prog_name="palate", standalone_mode=False)
+        except typer.Exit as end:
+            code = end.exit_code
+        assert not code, f"{line}\n{capsys.readouterr().err}"
+        assert "error" not in capsys.readouterr().err, line
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_shell_completes_commands(home: Path, shell: str) -> None:
     script = palate("--show-completion", shell, home=home, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")

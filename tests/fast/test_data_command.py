@@ -172,7 +172,7 @@ def test_columns_and_templates_reach_the_check(tmp_path: Path) -> None:
     )
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"prompt": "Say: a", "chosen": "b", "rejected": "c"}
     assert (
-        "error: --input-column: expected NAME=COLUMN, got 'q'"
+        "error: --input-column: expected PLACEHOLDER=COLUMN, such as prompt=q, got 'q'"
         in data("check", "table.csv", "--input-column", "q", folder=tmp_path).stderr
     )
 

@@ -97,6 +97,9 @@ def test_the_parser_of_these_tests_refuses_what_the_command_line_refuses() -> No
     for line in ("resume", "train x --modl y", "jobs --limit 0", "train x --set lr=1", "fly", "data fly"):
         with pytest.raises(ValueError, match=r"."):
             parse(line.split())
+    for line in ("data check x.csv --input-column question", "data convert x --to y -o z", "jobs --since yesterday"):
+        with pytest.raises(ValueError, match=r"."):
+            parse(line.split())
     assert parse(["train", "x", "--model", "smollm2-135m-instruct", "--set", "num_train_epochs=2"])["data"] == "x"
 
 

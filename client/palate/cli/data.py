@@ -291,7 +291,10 @@ def _named(entries: list[str] | None, flag: str) -> dict[str, str]:
     for entry in entries or []:
         name, separator, column = entry.partition("=")
         if not separator or not name or not column:
-            raise ConfigurationError(f"{flag}: expected NAME=COLUMN, got {entry!r}")
+            form = (
+                "PLACEHOLDER=COLUMN, such as prompt=" if flag == "--input-column" else "ANSWER=COLUMN, such as chosen="
+            )
+            raise ConfigurationError(f"{flag}: expected {form}{column or name or 'question'}, got {entry!r}")
         named[name.strip()] = column
     return named
 
