@@ -71,8 +71,10 @@ class VllmScores:
         self._ask = ask
 
     def answers(self, model: str, rows: Sequence[ProbeRow]) -> list[list[float]]:
+        # One prompt per request: vLLM's CPU code for adapters ends with a shape error if it computes a prompt's log-probs in a
+        # step with another request.
         prompts = [[*row.prompt_ids, *row.completion_ids] for row in rows]
-        choices = self._complete(model, prompts, prompt_logprobs=0)
+        choices = [choice for prompt in prompts for choice in self._complete(model, [prompt], prompt_logprobs=0)]
         return [
             [
                 float(place[str(token)]["logprob"])
