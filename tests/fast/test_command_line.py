@@ -605,6 +605,27 @@ def test_a_long_message_is_reworded_at_once() -> None:
         assert time.process_time() - begun < 2
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "x.json --learning-rate 1e-3",
+            "--learning-rate. learning_rate is a hyperparameter: --set learning_rate=VALUE",
+        ),
+        ("x.json --lr 1e-3", "--lr. learning_rate is a hyperparameter: --set learning_rate=VALUE"),
+        ("x.json --set learning_rate 1e-3", "(1e-3). --set takes one word: --set learning_rate=VALUE"),
+        ("x.csv --input-column prompt=Question", "palate data convert DATA --output NEW.jsonl --input-column …"),
+        ("x.csv --frobnicate 3", "No such option: --frobnicate\n"),
+    ],
+)
+def test_a_setting_that_is_given_as_an_option_is_answered_with_how_it_is_given(
+    home: Path, line: str, words: str
+) -> None:
+    done = palate("train", *line.split(), home=home)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+
+
 def test_words_of_the_user_are_not_reworded() -> None:
     options = {"model_uri": ("--model-uri", ""), "share": ("--share", "")}
     for words in ("/data/model_uri/x", "'share=5'", "job.model_uri", "model_uri_of_mine", "/a/share=5"):
