@@ -403,12 +403,58 @@ def test_a_job_is_deleted_without_a_terminal_only_with_yes(home: Path) -> None:
     record.create(train_manifest("keep-me"))
     done = palate("delete", "keep-me", home=home)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "job keep-me with model and checkpoints; confirm with --yes" in done.stderr
+    assert "keep-me (job, with model and checkpoints); confirm with --yes" in done.stderr
     assert record.exists()
     assert palate("delete", "keep-me", "not-there", "--yes", home=home).returncode == 1
     assert record.exists(), "one wrong name, and nothing is deleted"
     assert palate("delete", "keep-me", "--yes", home=home).stdout == "keep-me\tdeleted\n"
     assert not record.exists()
+
+
+def test_a_running_service_is_deleted_only_with_yes_and_the_question_names_all_that_goes(home: Path) -> None:
+    store = open_store(str(home / "store"))
+    records = [Record(store, "services", name) for name in ("up", "down")]
+    for record, state in zip(records, ("Running", "Stopped"), strict=True):
+        record.create(serve_manifest(record.name))
+        record.advance(state, expect={"Creating"}, engine_id="elsewhere:1:2:x", endpoint="http://127.0.0.1:9")  # type: ignore[arg-type]
+    job = Record(store, "jobs", "tuned")
+    job.create(train_manifest("tuned"))
+    done = palate("delete", "up", home=home)
+    assert (done.returncode, "up (running service); confirm with --yes" in done.stderr) == (1, True)
+    done = palate("delete", "down", "up", "tuned", home=home)
+    assert "up (running service), tuned (job, with model and checkpoints), down; confirm" in done.stderr
+    assert [record.exists() for record in (*records, job)] == [True, True, True]
+    assert palate("delete", "down", home=home).stdout == "down\tdeleted\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("chat tuned", "no service 'tuned' in file://{store}: it is a job: `palate deploy tuned` serves its model"),
+        ("start tuned", "`palate deploy tuned`"),
+        ("update tuned tuned", "`palate deploy tuned`"),
+        ("watch svc", "no job 'svc' in file://{store}: it is a service: `palate show svc`"),
+        ("metrics svc", "`palate show svc`"),
+        ("deploy svc", "`palate show svc`"),
+        ("deploy smollm2-135m-instruct", "To serve the untuned model of this name add --base"),
+        ("chat svc", "it is Stopped (stopped on request): start it again (`palate start svc`)"),
+        (
+            "deploy smollm2-135m-instruct --base --name svc",
+            "serve another job under it (`palate update svc JOB`), or delete",
+        ),
+    ],
+)
+def test_a_name_of_the_wrong_kind_or_state_leads_to_the_command_that_takes_it(
+    home: Path, line: str, words: str
+) -> None:
+    store = open_store(str(home / "store"))
+    Record(store, "jobs", "tuned").create(train_manifest("tuned"))
+    service = Record(store, "services", "svc")
+    service.create(serve_manifest("svc"))
+    service.advance("Stopped", expect={"Creating"}, reason="stopped on request")
+    done = palate(*line.split(), home=home)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words.format(store=home / "store") in done.stderr
 
 
 def test_jobs_as_json_have_hyperparameters_data_and_uris(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,6 +191,8 @@ def deploy(
     """
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
+    from palate_recipes.catalog import find_model
+    from palate_recipes.errors import RunNotFoundError, UnknownModelError
     from palate_recipes.specs.serve import engine_args_of
 
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
@@ -205,7 +208,13 @@ def deploy(
     if base:
         source = RegisteredModel(job_id)
     else:
-        source = TrainingJob.get(job_id)
+        try:
+            source = TrainingJob.get(job_id)
+        except RunNotFoundError as error:
+            with suppress(UnknownModelError):
+                find_model(job_id)
+                raise RunNotFoundError(f"{error}. To serve the untuned model of this name add --base") from None
+            raise
         source.require_model()
     of = source.model_name if isinstance(source, RegisteredModel) else source.id
     of = of.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters
