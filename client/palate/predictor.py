@@ -19,6 +19,7 @@ from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
 from palate.session import Session, get_default_session
+from palate.ui import note
 from palate.weights import reachable_weights
 from palate_recipes.errors import (
     ConfigurationError,
@@ -27,7 +28,7 @@ from palate_recipes.errors import (
     UnsupportedParameterError,
     WaitTimeoutError,
 )
-from palate_recipes.specs.run import ServeManifest, State, Status
+from palate_recipes.specs.run import TERMINAL, ServeManifest, State, Status
 from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
@@ -379,7 +380,8 @@ class Predictor:
         """Serves another job's model under this name, with the same token and settings.
 
         The service is down until the new model answers. Its port stays the same, as with `start_service()`, unless another program
-        has taken it. If the new model does not start, the service returns to the previous one.
+        has taken it. If the new model does not start, the service returns to the previous one. A stopped service is started. A
+        running one that serves the job already is left alone.
 
         Args:
             job: A succeeded job.
@@ -392,7 +394,11 @@ class Predictor:
         """
         before = self._run.record.serve_manifest()
         after = job.served_model().instead_of(before, self._run)
-        was_active = not self._run.refresh().is_terminal
+        state = self._run.refresh().state
+        if state == "Running" and after == before:
+            note(f"service {self.service_name} already serves job {job.id}")
+            return self
+        was_active = state not in TERMINAL
         self._run.replace_manifest(before, after)
         self.stop_service()
         try:

@@ -186,8 +186,10 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(home: Path, service
         terminal.shown("\n> ")
         terminal.ask("one", "[su] default 0.7 one.")
         terminal.ask("too hot", "[suau] default 0.7 too hot.")
-        terminal.ask("refuse", "error: service svc answered 400")
+        assert "Error code" not in terminal.ask("refuse", "error: service svc answered 400")
         terminal.ask("two", "[suauau] default 0.7 two.")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(timeout=60) == 0
 
 
 def piped(home: Path, service: str, messages: bytes, **environment: str) -> tuple[int, str, str]:

@@ -260,6 +260,7 @@ def test_a_list_may_be_waited_for_without_end(home: Path, verb: str) -> None:
     ("arguments", "words"),
     [
         (["hi", "--model", "other"], ["--model 'other'", "no such model", "It has: default, svc"]),
+        ([" "], ["the message is empty"]),
         (["\udcff"], [r"message '\udcff'", "UTF-8"]),
         (["hi", "--system", "\udcff"], ["--system", "UTF-8"]),
     ],
@@ -471,6 +472,9 @@ def test_show_has_both_forms_of_the_endpoint_and_the_token_only_where_it_is_aske
     assert "a-token" not in shown
     assert palate("show", "svc", "--token", home=home).stdout == "a-token-for-tests\n"
     Record(store, "jobs", "one").create(train_manifest("one"))
+    record.advance("Stopped", expect={"Running"})
+    record.begin_again(expect={"Stopped"}, attempt=1, more=1)
+    assert re.search(r"^state +Creating, start 2$", palate("show", "svc", home=home).stdout, re.MULTILINE)
     assert "only a service has a token" in palate("show", "one", "--token", home=home).stderr
 
 

@@ -173,3 +173,44 @@ def test_a_new_start_shows_nothing_of_the_starts_before(home: Path, capsys: pyte
     with pytest.raises(ServiceError, match="not on this machine"):
         Predictor("svc").start_service()
     assert "has answered" not in capsys.readouterr().err
+
+
+def test_a_request_that_is_no_dict_is_refused_in_words(home: Path) -> None:
+    Record(open_store(f"file://{home}/store"), "services", "svc").create(serve_manifest())
+    with pytest.raises(ConfigurationError, match=r'data is str, not a request: give \{"messages"'):
+        Predictor("svc").predict("Is it?")  # type: ignore[arg-type]
+
+
+def test_a_service_that_serves_the_job_already_is_not_started_again(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(open_store(f"file://{home}/store"), "services", "svc")
+    manifest = serve_manifest()
+    record.create(manifest)
+    record.advance("Running", expect={"Creating"}, endpoint="http://127.0.0.1:9", engine_id="elsewhere:1:2:x")
+
+    class Same:
+        id = "one"
+
+        def served_model(self) -> ServedModel:
+            body = manifest.body
+            return ServedModel(
+                model=body.model,
+                tuned_uri=body.tuned_uri,
+                tuned_digest=body.tuned_digest,
+                adapter=body.adapter,
+                system_prompt=body.system_prompt,
+                labels=manifest.labels,
+            )
+
+    Predictor("svc").update_service(Same())
+    assert capsys.readouterr().err == "service svc already serves job one\n"
+    assert (record.status().state, record.status().attempt) == ("Running", 1)
+
+
+def test_nothing_of_a_deleted_run_stays_in_the_work_folder(home: Path) -> None:
+    Record(open_store(f"file://{home}/store"), "services", "svc").create(serve_manifest())
+    left = home / "work" / "services" / "svc"
+    left.mkdir(parents=True)
+    Predictor("svc").delete_service()
+    assert not left.exists()

@@ -315,7 +315,7 @@ def update(
 ) -> None:
     """Switch a service to another job's model.
 
-    If that model does not start, the service keeps the old one.
+    Starts a stopped service. If that model does not start, the service keeps the old one.
     """
     from palate.job import TrainingJob
     from palate.predictor import Predictor

@@ -80,7 +80,7 @@ def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
     given = {**body.options, **{name: value for name, value in lives.items() if value is not None}}
     return [
         ("service", service.service_name),
-        *_state(status, manifest.created_at),
+        *_state(status, manifest.created_at, noun="start"),
         ("endpoint", status.endpoint or "none: it is not running"),
         *((("OpenAI base URL", f"{status.endpoint}/v1"),) if status.endpoint else ()),
         ("default", body.tuned_uri or "the base model"),
@@ -92,17 +92,19 @@ def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
     ]
 
 
-def _state(status: Status, created_at: float) -> list[tuple[str, object]]:
-    tries = f", attempt {status.attempt} of {status.last_attempt}" if status.last_attempt > 1 else ""
+def _state(status: Status, created_at: float, *, noun: str = "attempt") -> list[tuple[str, object]]:
+    # A service has no limit of starts: each start and update raises it.
+    limit = f" of {status.last_attempt}" if noun == "attempt" else ""
+    tries = f", {noun} {status.attempt}{limit}" if status.last_attempt > 1 else ""
     facts: list[tuple[str, object]] = [("state", f"{status.state}{tries}")]
     if status.reason:
         facts.append(("reason", status.reason))
     facts.append(("created", f"{_moment(created_at)} ({age(created_at)} ago)"))
     if status.started_at:
         end = status.finished_at or (time.time() if not status.is_terminal else status.updated_at)
-        facts.append(("ran", f"{duration(max(0.0, end - status.started_at))} in this attempt"))
+        facts.append(("ran", f"{duration(max(0.0, end - status.started_at))} in this {noun}"))
     for attempt in status.attempts:
-        facts.append((f"attempt {attempt.attempt}", attempt.reason or "no reason recorded"))
+        facts.append((f"{noun} {attempt.attempt}", attempt.reason or "no reason recorded"))
     return facts
 
 

@@ -12,7 +12,7 @@ from secrets import token_hex
 from typing import Any
 
 from palate.backends import Backend, EngineStatus, Launch, backend_names, for_run, get_backend
-from palate.paths import forget_start, remember_start, was_started_here
+from palate.paths import forget_start, remember_start, was_started_here, work_folder
 from palate.runs.lease import LOST_AFTER_S, START_ID_VARIABLE, is_dead_here, read_lease, silence_s
 from palate.runs.record import LONGEST_LINE, LOST, Record
 from palate.session import Session
@@ -318,6 +318,8 @@ class RunHandle:
             self._stop_unread()
         self.record.delete()
         forget_start(self.record.uri)
+        with suppress(OSError):  # not empty, or not there
+            work_folder(self.record.kind, self.record.name).parent.rmdir()
 
     def _stop_unread(self) -> None:
         with suppress(DamagedFilesError):
