@@ -107,7 +107,7 @@ def test_prompt_and_answer_stay_within_the_context(server: Server) -> None:
     ("name", "value"),
     [
         ("n", 2),
-        ("logprobs", True),
+        pytest.param("logprobs", True, marks=pytest.mark.thorough),  # vLLM compiles for it, a quarter of a minute
         ("response_format", {"type": "json_object"}),
         ("stop", ["."]),
         ("presence_penalty", 1),
