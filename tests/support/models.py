@@ -27,8 +27,14 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def tiny_model(folder: Path, base: Path) -> Path:
-    """Writes a random two-layer Llama with the tokenizer and chat template of `base`: trains in seconds, knows nothing."""
+def tiny_model(folder: Path, base: Path, *, head_dim: int = 16) -> Path:
+    """Writes a random two-layer Llama with the tokenizer and chat template of `base`: trains in seconds, knows nothing.
+
+    Args:
+        folder: Is made.
+        base: Whose tokenizer it gets.
+        head_dim: vLLM computes heads of 32 on every processor, and of 16 on few.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +47,7 @@ def tiny_model(folder: Path, base: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
