@@ -1,4 +1,4 @@
-"""The training program on a real tokenizer and a tiny real model: numbers against stock TRL, stops, resumes, failures."""
+"""The training program on tiny real models: numbers against stock TRL, stops, resumes, failures."""
 
 from __future__ import annotations
 
