@@ -222,7 +222,7 @@ def trained(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Traine
     from tests.trainer.support import spec, train
 
     folder = tmp_path_factory.mktemp("trained")
-    base = tiny_model(folder / "base", Path(base_model), hidden_size=128, heads=2)
+    base = tiny_model(folder / "base", Path(base_model), head_dim=32)
     settings: dict[str, Any] = {"learning_rate": 1e-2, "num_train_epochs": 4, "precision": "float32"}
     for method in ("LoRA_LLM", "Standard_LLM"):
         train(spec(base, folder / method, method=method, **settings))
