@@ -143,7 +143,8 @@ def _row(header: list[str], cells: list[str]) -> Any:
                     what = f"`{name}` is a Python list, not JSON: write such cells with json.dumps"
                     return Fault("not-text", name, what)
                 continue
-            if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
+            plain = name.lower()  # names are read in any case
+            if plain in _LISTS or _holds_messages(value) or (plain == "output" and _is_ranking(value)):
                 row[name] = value
     return row
 
