@@ -193,10 +193,11 @@ class Linter:
         if (
             set(map(type, texts)) != {str}
             or {len(value) for _, value in block} != {3}
-            or not all(map(str.strip, texts))
+            or not all(stripped := list(map(str.strip, texts)))
         ):
             return ()
-        if any(map(eq, map(str.strip, chosen), map(str.strip, rejected))):
+        count = len(block)
+        if any(map(eq, stripped[count : 2 * count], stripped[2 * count :])):
             return ()
         if any(map(str.startswith, prompts, repeat(OTHER_PROMPTS))):
             return ()
@@ -208,12 +209,13 @@ class Linter:
         marked = "<" in whole or "[" in whole or not whole.isascii()
         numbers = [number for number, _ in block]
         self._facts.keep_all(numbers, prompts, chosen, rejected)
-        for number, asked, good, bad in zip(numbers, prompts, chosen, rejected, strict=True):
+        rows = zip(numbers, prompts, chosen, rejected, strict=True)
+        for index, (number, asked, good, bad) in enumerate(rows, start=self._count + 1):
             if marked or abs(len(good) - len(bad)) < _NEARLY:
                 self._remark(number, asked, good, bad, name, unit)
-            self._count += 1
-            if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
+            if index <= _SAMPLE_ALL or not index % _SAMPLE_EVERY:
                 self._guess(number, asked, good, bad, name, unit)
+        self._count += count
         return ("pai", *block[0][1])
 
     def _look(self, row: Row, name: str, unit: str, value: Raw) -> None:
@@ -447,14 +449,20 @@ def column_flags(columns: dict[str, str]) -> str:
     return shlex.join(flags)
 
 
+_WORD = re.compile(r"\w+")
+
+
 def same_words(one: str, other: str) -> bool:
     """Whether two texts differ only in case, spaces or punctuation."""
+    first, second = (_WORD.search(text.casefold()) for text in (one, other))
+    if (first and first.group()) != (second and second.group()):  # for speed: most texts differ at once
+        return False
     return normal(one) == normal(other)
 
 
 def normal(text: str) -> str:
     """Returns the lowercase words of a text, separated by one space, without punctuation."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(_WORD.findall(text.casefold()))
 
 
 def check(

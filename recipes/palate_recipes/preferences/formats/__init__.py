@@ -22,7 +22,7 @@ from palate_recipes.preferences.messages import kind, refuse_media
 from palate_recipes.preferences.row import Fault, Row, RowFaults, Strategy, fault
 from palate_recipes.text import did_you_mean
 
-_PAI = FORMATS["pai"]
+_PAI = (None, FORMATS["pai"])
 
 
 def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", format: Format | None = None) -> Row:
@@ -41,14 +41,18 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
         if isinstance(value, Fault):  # the container could not read it
             raise RowFaults(value)
         raise fault("not-an-object", "", f"is {kind(value)}, not an object with fields")
-    if format is not None and format.name == "columns":  # says itself which fields are read
+    parts = (
+        trl.plain_texts(value) if len(value) == 3 and format in _PAI else None
+    )  # for speed: most rows are such pairs
+    if parts is None and format is not None and format.name == "columns":  # says itself which fields are read
         parts = format.read(value)
-    else:
+    elif parts is None:
         shape = SHAPES.get(tuple(value)) or shape_of(value)  # for speed: a call costs as much again
         if not shape.exact:
             return _read_renamed(value, number, strategy, format)
-        texts = trl.plain_texts(value) if shape.texts and (format is None or format is _PAI) else None
-        parts = texts or _read_as(format or shape.format(value, strategy), value, shape)
+        if shape.texts and len(value) > 3 and format in _PAI:
+            parts = trl.plain_texts(value)
+        parts = parts or _read_as(format or shape.format(value, strategy), value, shape)
     prompt, chosen, rejected = parts
     if strategy == "dpo" and (chosen is None or rejected is None):
         what = "is unpaired: it has a label, not two answers" if is_unpaired(value) else "has one answer, not two"

@@ -37,7 +37,7 @@ def plain_texts(row: Raw) -> Parts | None:
     Args:
         row: A row without a system text.
     """
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if (
         type(prompt) is type(chosen) is type(rejected) is str
         and prompt.isascii()
