@@ -13,11 +13,11 @@ from palate_recipes.preferences.formats import unpaired as unpaired_answers
 from palate_recipes.preferences.formats.detection import FORMATS as FORMATS
 from palate_recipes.preferences.formats.detection import KNOWN_FIELDS as KNOWN_FIELDS
 from palate_recipes.preferences.formats.detection import REJECTED as REJECTED
-from palate_recipes.preferences.formats.detection import SHAPES, Shape, is_unpaired
+from palate_recipes.preferences.formats.detection import SHAPES, is_unpaired
 from palate_recipes.preferences.formats.detection import detect as detect
 from palate_recipes.preferences.formats.detection import shape_of as shape_of
 from palate_recipes.preferences.formats.fields import Format as Format
-from palate_recipes.preferences.formats.fields import Parts, Raw
+from palate_recipes.preferences.formats.fields import Raw
 from palate_recipes.preferences.messages import kind, refuse_media
 from palate_recipes.preferences.row import Fault, Row, RowFaults, Strategy, fault
 from palate_recipes.text import did_you_mean
@@ -41,9 +41,8 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
         if isinstance(value, Fault):  # the container could not read it
             raise RowFaults(value)
         raise fault("not-an-object", "", f"is {kind(value)}, not an object with fields")
-    parts = (
-        trl.plain_texts(value) if len(value) == 3 and format in _PAI else None
-    )  # for speed: most rows are such pairs
+    # For speed: most rows are pairs of three texts.
+    parts = trl.plain_texts(value) if len(value) == 3 and "prompt" in value and format in _PAI else None
     if parts is None and format is not None and format.name == "columns":  # says itself which fields are read
         parts = format.read(value)
     elif parts is None:
@@ -52,7 +51,11 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
             return _read_renamed(value, number, strategy, format)
         if shape.texts and len(value) > 3 and format in _PAI:
             parts = trl.plain_texts(value)
-        parts = parts or _read_as(format or shape.format(value, strategy), value, shape)
+        if parts is None:
+            form = format or shape.format(value, strategy)
+            if shape.media:
+                refuse_media(value)
+            parts = form.read(value)
     prompt, chosen, rejected = parts
     if strategy == "dpo" and (chosen is None or rejected is None):
         what = "is unpaired: it has a label, not two answers" if is_unpaired(value) else "has one answer, not two"
@@ -72,12 +75,6 @@ def read_row(value: Any, number: int, *, strategy: Strategy | None = "dpo", form
         what = f"{'`chosen` and `rejected`' if usual else 'the two answers'} are the same text, which teaches nothing"
         raise fault("same-answers", "rejected" if usual else "", what)
     return Row(number, prompt, chosen, rejected)
-
-
-def _read_as(format: Format, value: Raw, shape: Shape) -> Parts:
-    if shape.media:
-        refuse_media(value)
-    return format.read(value)
 
 
 def _read_renamed(value: Raw, number: int, strategy: Strategy | None, format: Format | None) -> Row:
