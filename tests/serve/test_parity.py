@@ -302,7 +302,7 @@ def damage_adapter(folder: Path) -> None:
 
 def damage_scale(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
 
 
 def damage_template(folder: Path) -> None:
