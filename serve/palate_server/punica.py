@@ -17,8 +17,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from palate_recipes.device import cpu_has_bf16
 
-Rows = slice | torch.Tensor
-"""The tokens of one adapter: a run of them, or their numbers if they are scattered."""
+Rows = slice | torch.Tensor | None
+"""The tokens of one adapter: a run of them, their numbers if they are scattered, or None for the whole batch."""
 Groups = list[tuple[int, Rows]]
 """Slots of adapters with their tokens. Tokens without an adapter are in none."""
 
@@ -57,7 +57,8 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         for slot, rows in self._by_token:
             for out, stacked in zip(y, lora_a_stacked, strict=False):
                 a = _weights(stacked, slot)
-                out.view(-1, out.shape[-1])[rows, : a.shape[1]] = _shrunk(x[rows], a, scale, out.dtype)
+                shrunk = _shrunk(_take(x, rows), a, scale, out.dtype)
+                out.view(-1, out.shape[-1])[slice(None) if rows is None else rows, : a.shape[1]] = shrunk
 
     def add_expand(
         self,
@@ -75,10 +76,10 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             super().add_expand(y, x, lora_b_stacked, output_slices, offset_start, add_inputs, **options)
             return
         for slot, rows in self._by_token:
-            y_rows, start = y[rows], offset_start
+            y_rows, start = _take(y, rows), offset_start
             for part, stacked, size in zip(x, lora_b_stacked, output_slices, strict=False):
                 out = y_rows[:, start : start + size]
-                _expand(out, part[rows].to(y.dtype), _weights(stacked, slot), add_inputs=add_inputs)
+                _expand(out, _take(part, rows).to(y.dtype), _weights(stacked, slot), add_inputs=add_inputs)
                 start += size
             _put_back(y, rows, y_rows)
 
@@ -94,9 +95,9 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **options)
             return
         for slot, rows in self._by_token:
-            y_rows, b = y[rows], _weights(lora_b_stacked, slot)
+            y_rows, b = _take(y, rows), _weights(lora_b_stacked, slot)
             width = min(y.shape[1], b.shape[1])  # adapter and model may be padded differently
-            _expand(y_rows[:, :width], x[rows].to(y.dtype), b[:, :width], add_inputs=add_inputs)
+            _expand(y_rows[:, :width], _take(x, rows).to(y.dtype), b[:, :width], add_inputs=add_inputs)
             _put_back(y, rows, y_rows)
 
     def add_lora_linear(
@@ -121,7 +122,7 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             return
         layer = self._layer(lora_a_stacked, lora_b_stacked)
         for slot, rows in self._by_token:
-            x_rows, y_rows, start = x[rows], y[rows], 0
+            x_rows, y_rows, start = _take(x, rows), _take(y, rows), 0
             for (a, b), size in zip(layer.weights(slot), output_slices, strict=True):
                 shrunk = _shrunk(x_rows, a, scale, y.dtype)
                 _expand(y_rows[:, start : start + size], shrunk, b)
@@ -145,9 +146,9 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **options)
             return
         for slot, rows in self._by_sample:
-            y_rows, b = y[rows], _weights(lora_b_stacked, slot)
+            y_rows, b = _take(y, rows), _weights(lora_b_stacked, slot)
             width = min(y.shape[1], b.shape[1])
-            shrunk = _shrunk(x[rows], _weights(lora_a_stacked, slot), scale, y.dtype)
+            shrunk = _shrunk(_take(x, rows), _weights(lora_a_stacked, slot), scale, y.dtype)
             _expand(y_rows[:, :width], shrunk, b[:, :width])
             _put_back(y, rows, y_rows)
 
@@ -189,15 +190,28 @@ def _groups(indices: torch.Tensor) -> Groups:
     for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
         runs.setdefault(slot, []).append(slice(start, start + length))
         start += length
-    return [
-        (slot, found[0] if len(found) == 1 else torch.nonzero(indices == slot).view(-1))
-        for slot, found in runs.items()
-        if slot >= 0
-    ]
+    groups: Groups = []
+    for slot, found in runs.items():
+        if slot < 0:
+            continue
+        if len(runs) == 1:
+            groups.append((slot, None))
+        elif len(found) == 1:
+            groups.append((slot, found[0]))
+        else:
+            groups.append((slot, torch.nonzero(indices == slot).view(-1)))
+    return groups
+
+
+def _take(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Returns the rows: a view, or a copy if they are scattered."""
+    if rows is None:
+        return tensor
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
 def _put_back(y: torch.Tensor, rows: Rows, y_rows: torch.Tensor) -> None:
-    """Completes a change of y[rows], which is a copy if the rows are scattered."""
+    """Completes a change of what `_take` returned."""
     if isinstance(rows, torch.Tensor):
         y.index_copy_(0, rows, y_rows)
 
