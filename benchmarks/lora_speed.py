@@ -52,7 +52,7 @@ def main() -> None:
         folder = Path(name)
         model = Path(options.model) if options.model else _small_model(folder)
         _adapter(model, options.rank, folder / "adapter")
-        clients = {}
+        endpoints = {}
         for engine in options.engines.split(","):
             spec = ServeSpec(
                 service_name="bench",
@@ -63,20 +63,20 @@ def main() -> None:
                 dtype=options.dtype,
                 max_model_len=options.prompt + 2 * ANSWER_TOKENS,
             )
-            clients[engine] = services.enter_context(_service(spec, ENGINES[engine]))
+            endpoints[engine] = services.enter_context(_service(spec, ENGINES[engine]))
         draw = random.Random(0)
         for number in range(options.rounds + 1):  # the first round warms up
             for load in options.loads.split(","):
-                for engine, client in clients.items():
+                for engine, endpoint in endpoints.items():
                     for who in ("base", "default"):
-                        rate = asyncio.run(_rate(client, who, load, options.prompt, draw))
+                        rate = asyncio.run(_rate(endpoint, who, load, options.prompt, draw))
                         if number:
                             rates.setdefault((load, engine, who), []).append(rate)
                             print(f"round {number} {load} {engine} {who}: {rate:.1f} tokens/s", file=sys.stderr)
     print(f"\n{model.name}, rank {options.rank}, dtype {options.dtype}, tokens/s, median of {options.rounds}\n")
     print("| load | LoRA by | base | tuned | tuned / base |\n| --- | --- | --- | --- | --- |")
     for load in options.loads.split(","):
-        for engine in clients:
+        for engine in endpoints:
             base, tuned = (statistics.median(rates[load, engine, who]) for who in ("base", "default"))
             print(f"| {load} | {engine} | {base:.1f} | {tuned:.1f} | {tuned / base:.2f} |")
 
@@ -101,8 +101,8 @@ def _adapter(model: Path, rank: int, folder: Path) -> None:
 
 
 @contextmanager
-def _service(spec: ServeSpec, switch: str) -> Iterator[openai.AsyncOpenAI]:
-    """Runs the server program until the block ends."""
+def _service(spec: ServeSpec, switch: str) -> Iterator[str]:
+    """Runs the server program until the block ends; yields its endpoint."""
     work = Path(spec.work_dir)
     work.mkdir()
     spec.write(work / "spec.json")
@@ -115,16 +115,15 @@ def _service(spec: ServeSpec, switch: str) -> Iterator[openai.AsyncOpenAI]:
             if process.poll() is not None:
                 raise SystemExit((work / "log").read_text()[-4000:])
             time.sleep(0.2)
-        endpoint = Ready.read(work / READY_FILE).endpoint
-        yield openai.AsyncOpenAI(base_url=f"{endpoint}/v1", api_key=TOKEN, max_retries=0, timeout=600)
+        yield Ready.read(work / READY_FILE).endpoint
     finally:
         process.terminate()
         process.wait()
 
 
-async def _rate(client: openai.AsyncOpenAI, model: str, load: str, prompt: int, draw: random.Random) -> float:
+async def _rate(endpoint: str, model: str, load: str, prompt: int, draw: random.Random) -> float:
     """Returns the tokens per second of one load."""
-    async with client.with_options() as client:  # each load has an event loop of its own
+    async with openai.AsyncOpenAI(base_url=f"{endpoint}/v1", api_key=TOKEN, max_retries=0, timeout=600) as client:
         if load == "prefill":
             began = time.monotonic()
             await _ask(client, model, [draw.randrange(1000, 30000) for _ in range(prompt)], 1)

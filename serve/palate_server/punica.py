@@ -24,6 +24,8 @@ Groups = list[tuple[int, Rows]]
 
 _FEW = 32
 """Below this number of rows, float32 products of converted weights are faster than bfloat16 ones, which have a high fixed cost."""
+_COPIES_BYTES = 512 * 1024**2
+"""Limit of the converted weights that are kept, of all layers together."""
 _HAS_BF16 = cpu_has_bf16()
 
 
@@ -35,6 +37,8 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         self._by_token: Groups = []
         self._by_sample: Groups = []
         self._layers: dict[int, _Layer] = {}
+        self._scratch: dict[tuple[int, ...], _Scratch] = {}
+        self._room_bytes = _COPIES_BYTES
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
         super().update_metadata(*arguments, **options)
@@ -123,10 +127,13 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         layer = self._layer(lora_a_stacked, lora_b_stacked)
         for slot, rows in self._by_token:
             x_rows, y_rows, start = _take(x, rows), _take(y, rows), 0
-            for (a, b), size in zip(layer.weights(slot), output_slices, strict=True):
-                shrunk = _shrunk(x_rows, a, scale, y.dtype)
-                _expand(y_rows[:, start : start + size], shrunk, b)
-                start += size
+            few = y.dtype != torch.float32 and len(x_rows) < _FEW and y.shape[1] == sum(output_slices)
+            if few and (copies := self._copies(layer, slot, y.dtype)):
+                self._add_few(y_rows, x_rows, copies, scale)
+            else:
+                for (a, b), size in zip(layer.weights(slot), output_slices, strict=True):
+                    _expand(y_rows[:, start : start + size], _shrunk(x_rows, a, scale, y.dtype), b)
+                    start += size
             _put_back(y, rows, y_rows)
 
     def add_lora_logits(
@@ -152,9 +159,42 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             _expand(y_rows[:, :width], shrunk, b[:, :width])
             _put_back(y, rows, y_rows)
 
+    def _add_few(self, y: torch.Tensor, x: torch.Tensor, copies: _Copies, scale: float) -> None:
+        """As `add_lora_linear`, for the few rows of a decoding step: float32 products, and as few operations as possible."""
+        shape = (len(x), *copies.shape)
+        scratch = self._scratch.get(shape)
+        if scratch is None:
+            scratch = self._scratch[shape] = _Scratch(*shape)
+        torch.mm(x.float(), copies.a, out=scratch.shrunk)
+        if scale != 1.0:
+            scratch.shrunk.mul_(scale)
+        scratch.shrunk.copy_(scratch.shrunk.to(y.dtype))  # vLLM rounds here
+        for b, shrunk, out in zip(copies.bs, scratch.shrunk_slices, scratch.out_slices, strict=True):
+            torch.mm(shrunk, b, out=out)
+        y.add_(scratch.out)
+
+    def _copies(self, layer: _Layer, slot: int, dtype: torch.dtype) -> _Copies | None:
+        """Returns a slot's weights in float32, or None where they cannot be kept.
+
+        They are kept until vLLM writes to the layer's tensors, which it does when it loads an adapter.
+        """
+        version = layer.version()
+        if version is None:
+            return None
+        if version != layer.copies_version:
+            self._room_bytes += layer.drop_copies()
+            layer.copies_version = version
+        copies = layer.copies.get(slot)
+        if copies is None and self._room_bytes > 0:
+            copies = layer.copies[slot] = _Copies(layer.weights(slot), dtype)
+            self._room_bytes -= copies.bytes
+        return copies
+
     def _layer(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> _Layer:
         layer = self._layers.get(id(a))
         if layer is None or layer.a is not a or layer.b is not b:
+            if layer is not None:
+                self._room_bytes += layer.drop_copies()
             layer = self._layers[id(a)] = _Layer(a, b)
         return layer
 
@@ -167,7 +207,22 @@ class _Layer:
 
     def __init__(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
         self.a, self.b = a, b
+        self.copies: dict[int, _Copies] = {}
+        self.copies_version: list[int] | None = None
         self._slots: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._tensors = [*a, *b]
+        # Tensors made in inference mode do not count their changes.
+        self._counts = not any(tensor.is_inference() for tensor in self._tensors)
+
+    def version(self) -> list[int] | None:
+        """Returns a value that differs after each change of the weights; None if that cannot be known."""
+        return [tensor._version for tensor in self._tensors] if self._counts else None
+
+    def drop_copies(self) -> int:
+        """Returns the bytes that become free."""
+        freed = sum(copies.bytes for copies in self.copies.values())
+        self.copies.clear()
+        return freed
 
     def weights(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns for each slice A (in, rank) and B (rank, size)."""
@@ -176,6 +231,26 @@ class _Layer:
             views = [(_weights(a, slot), _weights(b, slot)) for a, b in zip(self.a, self.b, strict=True)]
             self._slots[slot] = views
         return views
+
+
+class _Copies:
+    """A slot's weights in float32: A of all slices in one (in, slices * rank), and B (rank, size) of each."""
+
+    def __init__(self, weights: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> None:
+        self.a = torch.cat([a.t().float() for a, _ in weights]).t()
+        self.bs = [b.to(dtype).float().contiguous() for _, b in weights]
+        self.shape = (self.a.shape[1], *(b.shape[1] for b in self.bs))
+        self.bytes = 4 * (self.a.numel() + sum(b.numel() for b in self.bs))
+
+
+class _Scratch:
+    """Intermediate results of `_add_few`, with their views by slice. All layers of one shape share them."""
+
+    def __init__(self, rows: int, ranks: int, *sizes: int) -> None:
+        with torch.inference_mode(False):  # else they could not be written outside of it later
+            self.shrunk, self.out = torch.empty(rows, ranks), torch.empty(rows, sum(sizes))
+        self.shrunk_slices = self.shrunk.split(ranks // len(sizes), dim=1)
+        self.out_slices = self.out.split(sizes, dim=1)
 
 
 def _weights(stacked: torch.Tensor, slot: int) -> torch.Tensor:
