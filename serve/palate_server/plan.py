@@ -304,7 +304,8 @@ def engine_command(spec: ServeSpec, plan: EnginePlan, *, spec_file: Path, port: 
         if plan.on_cpu:
             # vLLM's CPU kernels index adapters with -1 for a request without one, which is the last slot. With a single slot
             # that is the tuned adapter, and `base` would answer as `default` whenever both share a batch. A second, empty
-            # slot makes -1 mean no adapter, as on a GPU. A test queries both at once.
+            # slot makes -1 mean no adapter, as on a GPU. A test queries both at once. Palate's plugin skips -1 by itself, but does
+            # not run with every vLLM.
             command += ["--max-loras", "2"]
     else:
         command += ["--model", spec.model_dir, "--served-model-name", TUNED_MODEL]

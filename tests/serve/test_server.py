@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def test_tuned_and_base_answer_and_differ(server: Server) -> None:
     assert base.usage is not None
     assert tuned.usage.prompt_tokens == base.usage.prompt_tokens
     assert "France" in (base.choices[0].message.content or "")
+
+
+def test_vllm_on_a_cpu_computes_lora_with_palates_plugin(server: Server) -> None:
+    if "vllm" not in server.ready.engine or not INSTALLED["vllm"].cpu_build:  # type: ignore[union-attr]
+        pytest.skip("only vLLM's CPU build needs it")
+    assert "LoRA is computed with one matrix product per adapter" in server.log.read_text()
+
+
+def test_tuned_and_base_differ_in_one_batch_too(server: Server) -> None:
+    names = ["base", "default"] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = [
+            answer.choices[0].message.content or "" for answer in pool.map(lambda name: say(server, name), names)
+        ]
+    assert all("France" in answer for answer in answers[::2])
+    assert not any("France" in answer for answer in answers[1::2])
 
 
 def test_the_first_model_listed_is_the_tuned_one(server: Server) -> None:
