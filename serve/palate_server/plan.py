@@ -23,6 +23,7 @@ from palate_recipes.specs.serve import (
     ServeSpec,
     describe_engines,
 )
+from palate_server import cpu_lora
 from palate_server.gateway import SPEC_VARIABLE, Gateway
 
 GIB = 1024**3
@@ -48,7 +49,8 @@ class EnginePlan:
         on_cpu: Whether it runs on the CPU.
         dtype: Value for `--dtype`.
         computes_in: The dtype that this is for these weights: float32, bfloat16 or float16.
-        on_head: Whether the adapter changes the output head.
+        prompt_scores: Whether the engine's log-probs of a prompt are those of the whole model. They omit an adapter on the output
+            head, and vLLM's own LoRA code for CPUs cannot compute them.
         lora_rank: Value for `--max-lora-rank`; None without an adapter.
         tokenizer_dir: Folder of the tokenizer and chat template used in training.
         kv_cache_gib: Size of vLLM's KV cache on a CPU.
@@ -58,7 +60,7 @@ class EnginePlan:
     on_cpu: bool
     dtype: str
     computes_in: str
-    on_head: bool
+    prompt_scores: bool
     lora_rank: int | None
     tokenizer_dir: Path
     kv_cache_gib: int
@@ -95,7 +97,9 @@ def check(spec: ServeSpec) -> EnginePlan:
         on_cpu=on_cpu,
         dtype=dtype,
         computes_in=_stored_dtype(config) if dtype == "auto" else dtype,
-        on_head=bool(adapter) and _changes_head(adapter or {}),
+        prompt_scores=adapter is None
+        or engine.name != "vllm"
+        or not (_changes_head(adapter) or (on_cpu and not cpu_lora.is_active())),
         lora_rank=_lora_rank(adapter) if adapter else None,
         tokenizer_dir=tokenizer_dir,
         kv_cache_gib=kv_cache_gib,

@@ -149,7 +149,11 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
     ) -> None:
         y = y.view(-1, y.shape[-1])
         x = x.view(-1, x.shape[-1])
-        if buffer is not None or not len(y) == len(x) == self.indices_len[1]:
+        if len(x) != self.indices_len[1]:
+            # The tokens of a prompt whose log-probs were asked for. vLLM does not tell whose prompt it is, and its own code fails on
+            # them, which ends the engine. As on a GPU, these log-probs omit an adapter on the head (vLLM issue 51594).
+            return
+        if buffer is not None or len(y) != len(x):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, buffer=buffer, **options)
             return
         for slot, rows in self._by_sample:

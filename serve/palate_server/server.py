@@ -323,7 +323,7 @@ def _parity(asking: _Asking, spec: ServeSpec, plan: EnginePlan) -> Parity | None
             has_base=spec.base_model_dir is not None,
             dtype=plan.computes_in,
             quantised=any(re.match("--(quantization|kv[-_]cache[-_]dtype)|-q", one) for one in spec.engine_args),
-            on_head=plan.on_head,
+            prompt_scores=plan.prompt_scores,
             max_model_len=spec.max_model_len,
             token_budget=_PARITY_TOKENS_ON_CPU if plan.on_cpu else Check.token_budget,
         )

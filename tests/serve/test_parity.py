@@ -155,7 +155,7 @@ def test_an_adapter_on_the_head_is_judged_by_generated_tokens() -> None:
 
     of = probe(3, change=0.6)
     assert checked(WithoutHead(), of).verdict == "different"
-    assert checked(WithoutHead(), of, on_head=True).verdict == "same"
+    assert checked(WithoutHead(), of, prompt_scores=False).verdict == "same"
 
 
 def test_rows_beyond_the_context_or_the_budget_are_left_out() -> None:
