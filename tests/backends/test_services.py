@@ -103,6 +103,9 @@ def test_a_service_from_its_deployment_to_its_deletion(hands: Hands, job: Traini
     assert predictor.service_status == "Running"
     endpoint = predictor.endpoint
     assert endpoint.startswith("http://127.0.0.1:")
+    parity = predictor.describe_service()["parity"]
+    print(parity)
+    assert parity["verdict"] == "same", parity
 
     # Who holds the store's address holds the service: nothing else is needed.
     held = Predictor(SERVICE, session=Session())
