@@ -5,7 +5,8 @@
     python benchmarks/lora_speed.py --model FOLDER --rank 64
 
 Two services run side by side: `palate`, and `vllm` with PALATE_CPU_LORA=0. One of them works at a time: each round asks both for each
-load, the base and the tuned model in turn, so that a busy moment hits all alike. The adapter is random, on all linear layers.
+load, the base and the tuned model in turn, so that a busy moment hits all alike; the next round asks them in reverse. The adapter is
+random, on all linear layers.
 
     prefill   one prompt of --prompt tokens and one token of answer; tokens of the prompt per second
     decode-N  N streams of 64 tokens; tokens per second of all streams, from the first token to the last
@@ -68,7 +69,8 @@ def main() -> None:
         for number in range(options.rounds + 1):  # the first round warms up
             for load in options.loads.split(","):
                 for engine, endpoint in endpoints.items():
-                    for who in ("base", "default"):
+                    for who in ("base", "default")[:: 1 if number % 2 else -1]:
+                        asyncio.run(_rate(endpoint, who, "prefill", 16, draw))  # wakes its threads up
                         rate = asyncio.run(_rate(endpoint, who, load, options.prompt, draw))
                         if number:
                             rates.setdefault((load, engine, who), []).append(rate)

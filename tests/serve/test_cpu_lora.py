@@ -73,7 +73,7 @@ with patch.dict(os.environ, {SWITCH: "0"}):
     show()
 with patch.object(type(current_platform), "is_cpu", lambda self: False):
     show()
-with patch.object(vllm, "__version__", "0.33.0"):
+with patch.object(vllm, "__version__", "9.9.0"):
     show()
 with patch.object(own.PunicaWrapperCPU, "add_shrink", lambda self, y: None):
     show()
@@ -88,7 +88,7 @@ def test_vllm_uses_the_products_only_where_they_fit() -> None:
     assert [line for line in run("-c", CHOICE) if line.startswith(("used:", "LoRA"))] == [
         "used: PunicaWrapperCPU",
         "used: PunicaWrapperCPU",
-        f"{slow}vLLM 0.33.0 is not 0.32",
+        f"{slow}vLLM 9.9.0 is not {KNOWN_VLLM}",
         "used: PunicaWrapperCPU",
         f"{slow}its add_shrink has the parameters self y",
         "used: PunicaWrapperCPU",
