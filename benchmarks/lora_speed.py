@@ -51,7 +51,7 @@ def main() -> None:
     rates: dict[tuple[str, str, str], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="palate-bench-") as name, ExitStack() as services:
         folder = Path(name)
-        model = Path(options.model) if options.model else _small_model(folder)
+        model = Path(options.model) if options.model else small_model(folder)
         _adapter(model, options.rank, folder / "adapter")
         endpoints = {}
         for engine in options.engines.split(","):
@@ -64,7 +64,7 @@ def main() -> None:
                 dtype=options.dtype,
                 max_model_len=options.prompt + 2 * ANSWER_TOKENS,
             )
-            endpoints[engine] = services.enter_context(_service(spec, ENGINES[engine]))
+            endpoints[engine] = services.enter_context(service(spec, ENGINES[engine]))
         draw = random.Random(0)
         for number in range(options.rounds + 1):  # the first round warms up
             for load in options.loads.split(","):
@@ -83,7 +83,7 @@ def main() -> None:
             print(f"| {load} | {engine} | {base:.1f} | {tuned:.1f} | {tuned / base:.2f} |")
 
 
-def _small_model(folder: Path) -> Path:
+def small_model(folder: Path) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.support.models import smollm2
 
@@ -103,7 +103,7 @@ def _adapter(model: Path, rank: int, folder: Path) -> None:
 
 
 @contextmanager
-def _service(spec: ServeSpec, switch: str) -> Iterator[str]:
+def service(spec: ServeSpec, switch: str = "1") -> Iterator[str]:
     """Runs the server program until the block ends; yields its endpoint."""
     work = Path(spec.work_dir)
     work.mkdir()
@@ -128,15 +128,15 @@ async def _rate(endpoint: str, model: str, load: str, prompt: int, draw: random.
     async with openai.AsyncOpenAI(base_url=f"{endpoint}/v1", api_key=TOKEN, max_retries=0, timeout=600) as client:
         if load == "prefill":
             began = time.monotonic()
-            await _ask(client, model, [draw.randrange(1000, 30000) for _ in range(prompt)], 1)
+            await timed_answer(client, model, [draw.randrange(1000, 30000) for _ in range(prompt)], 1)
             return prompt / (time.monotonic() - began)
         streams = int(load.removeprefix("decode-"))
         prompts = [[draw.randrange(1000, 30000) for _ in range(8)] for _ in range(streams)]
-        times = await asyncio.gather(*(_ask(client, model, tokens, ANSWER_TOKENS) for tokens in prompts))
+        times = await asyncio.gather(*(timed_answer(client, model, tokens, ANSWER_TOKENS) for tokens in prompts))
         return streams * (ANSWER_TOKENS - 1) / (max(t[-1] for t in times) - min(t[0] for t in times))
 
 
-async def _ask(client: openai.AsyncOpenAI, model: str, prompt: list[int], tokens: int) -> list[float]:
+async def timed_answer(client: openai.AsyncOpenAI, model: str, prompt: list[int], tokens: int) -> list[float]:
     """Asks for exactly that many tokens. Returns when the first and the last part of the answer came."""
     stream = await client.completions.create(
         model=model,
