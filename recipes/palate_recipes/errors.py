@@ -40,6 +40,7 @@ PalateError
     ├── OutOfMemory (MemoryError)               the weights do not fit
     ├── EngineFailed (RuntimeError)             the engine exited, or answered its first request with an error
     ├── EngineHung (TimeoutError)               the engine no longer answers
+    ├── ParityFailed (RuntimeError)             the service does not answer as the trained model
     └── StartTimeout (TimeoutError)             the engine did not answer in time
 """
 
@@ -252,6 +253,10 @@ class EngineFailed(ServerError, RuntimeError):
 
 class EngineHung(ServerError, TimeoutError):
     """The engine is running but no longer answers."""
+
+
+class ParityFailed(ServerError, RuntimeError):
+    """The service does not answer as the model that was trained."""
 
 
 class StartTimeout(ServerError, TimeoutError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from palate_recipes.errors import ServerError
+from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, Parity
 
@@ -45,10 +45,6 @@ _GENERATED_ALONE = 12
 
 Ask = Callable[[str, dict[str, Any]], Any]
 """Posts a JSON request to a path of the service and returns the answer's JSON. Raises ServerError."""
-
-
-class ParityFailed(ServerError, RuntimeError):
-    """The service does not answer as the model that was trained."""
 
 
 class Scores(Protocol):

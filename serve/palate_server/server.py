@@ -28,7 +28,7 @@ from typing import IO, Any
 from msgspec.structs import replace
 
 from palate_recipes.device import available_memory
-from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, PortTaken, ServerError, StartTimeout
+from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, ParityFailed, PortTaken, ServerError, StartTimeout
 from palate_recipes.specs.serve import (
     ACTIVITY_PATH,
     BASE_MODEL,
@@ -44,7 +44,7 @@ from palate_recipes.specs.serve import (
     ServeSpec,
 )
 from palate_server.causes import failure
-from palate_server.parity import Check, OwnScores, ParityFailed, VllmScores, compare, read_probe, refusal
+from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from palate_server.parsers import with_parsers
 from palate_server.plan import EnginePlan, check, engine_command, engine_environment
 from palate_server.supervisor import Supervised
@@ -58,7 +58,7 @@ _BACKLOG = 2048
 _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
 """An engine hangs if requests make no progress, and a one-token request gets no answer, for this many times `hang_after_s`."""
-_PARITY_TOKENS_ON_CPU = 512
+_PARITY_TOKENS_ON_CPU = 384
 """Tokens to score per model: a processor takes about a second for them."""
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.errors import ServerError
+from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
 from palate_recipes.specs.serve import PROBE_HEADER, Parity
-from palate_server.parity import Check, OwnScores, ParityFailed, VllmScores, compare, read_probe, refusal
+from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
 

@@ -233,7 +233,7 @@ def test_a_service_never_runs_without_a_token(
 
 def test_every_error_has_a_standard_base() -> None:
     bases = {error: error.__bases__[1] for error in ServerError.__subclasses__()}
-    assert len(bases) == 7
+    assert len(bases) == 8
     assert all(base.__module__ == "builtins" and base is not Exception for base in bases.values()), bases
 
 
