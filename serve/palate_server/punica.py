@@ -253,8 +253,8 @@ class _Scratch:
     def __init__(self, rows: int, ranks: int, *sizes: int) -> None:
         with torch.inference_mode(False):  # else they could not be written outside of it later
             self.shrunk, self.out = torch.empty(rows, ranks), torch.empty(rows, sum(sizes))
-        self.shrunk_slices = torch.split(self.shrunk, ranks // len(sizes), dim=1)
-        self.out_slices = torch.split(self.out, list(sizes), dim=1)
+        self.shrunk_slices = self.shrunk.split_with_sizes([ranks // len(sizes)] * len(sizes), dim=1)
+        self.out_slices = self.out.split_with_sizes(list(sizes), dim=1)
 
 
 def _weights(stacked: torch.Tensor, slot: int) -> torch.Tensor:
