@@ -367,7 +367,7 @@ def main() -> int:
             with _new_folder() as venv:
                 install(choice, uv, venv, scratch, say)
                 take_place(venv)
-        say(f"{VENV.name} is ready")
+        say(f"{VENV.name} is ready; `source {VENV.name}/bin/activate` puts `palate` on PATH")
         return 0
     except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

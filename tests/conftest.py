@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
@@ -24,6 +25,9 @@ with suppress(
     ImportError
 ):  # now, because it reads HF_HUB_OFFLINE once, and a test that sets it must not set it for the others
     import huggingface_hub.constants  # noqa: F401
+
+# As in an activated environment; without it the printed next commands name the program's path.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: torch in each of them, on all, would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -207,6 +207,11 @@ class TrainingJob:
             TrainingJobError: It failed or was stopped. Has the reason and the last log lines.
             WaitTimeoutError: It has not ended within `timeout_s`.
         """
+        return self._wait(interval, show_logs=show_logs, timeout_s=timeout_s)
+
+    def _wait(
+        self, interval: float = 1.0, *, show_logs: bool, timeout_s: float | None = None, after_log_part: int = 0
+    ) -> TrainingJob:
         try:
             status = self._run.follow(
                 until=lambda status: status.is_terminal,
@@ -214,6 +219,7 @@ class TrainingJob:
                 timeout_s=timeout_s,
                 interval_s=interval,
                 what="the end of the training",
+                after_log_part=after_log_part,
             )
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(
@@ -261,6 +267,7 @@ class TrainingJob:
                 f"job {self.id} is {status.state}: only a failed or stopped job can be resumed; {remedy}"
             )
         known = self._run.environments(environments)
+        shown = self._run.record.last_part("logs")  # the new attempt continues the log
         begun = self._run.restart(
             expect={"Failed", "Stopped"},
             attempt=status.attempt,
@@ -272,7 +279,7 @@ class TrainingJob:
                 f"job {self.id} was just resumed by another process: follow it with `palate watch {self.id}`"
             )
         if wait:
-            self.wait(show_logs=show_logs)
+            self._wait(show_logs=show_logs, after_log_part=shown)
         return self
 
     def delete(self) -> None:

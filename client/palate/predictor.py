@@ -172,9 +172,13 @@ class Predictor:
         """
         status = self._run.refresh()
         if not status.endpoint:
+            remedy = {
+                "Creating": f"wait for it (`palate logs -f {self.service_name}` shows its log)",
+                "Stopping": f"start it again once it is stopped (`palate start {self.service_name}`)",
+            }.get(status.state, f"start it again (`palate start {self.service_name}`)")
             raise ServiceError(
                 f"service {self.service_name} has no endpoint",
-                reason=f"it is {status.state}" + (f": {status.reason}" if status.reason else ""),
+                reason=f"it is {status.state}{f' ({status.reason})' if status.reason else ''}: {remedy}",
                 log_tail=[*status.log_tail],
             )
         from palate.http import checked_endpoint

@@ -90,7 +90,6 @@ def run_quickstart(folder: Path, *, direction: str = "honest", engine: str = "au
         ("answers", folder / "answers.json"),
     ):
         print(f"  {name:8} {value}")
-    print(f"\nnext: palate deploy {job.id}", file=sys.stderr)
     return job
 
 

@@ -5,6 +5,7 @@ The order matters: everything that can be rejected is rejected before the first 
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -144,6 +145,10 @@ def place_checks(
 
 def check_channels(inputs: Mapping[str, Any]) -> None:
     """Rejects input channels that do not exist, and a training without data."""
+    if isinstance(inputs, str | Path):
+        raise ConfigurationError(
+            f'inputs is {str(inputs)!r}, not a dict by channel: give inputs={{"train": {json.dumps(str(inputs))}}}'
+        )
     if not isinstance(inputs, Mapping):
         raise ConfigurationError(
             f'inputs is {type(inputs).__name__}, not a dict by channel: give inputs={{"train": …}} with the data as value'

@@ -39,6 +39,7 @@ __all__ = [
     "check_method",
     "describe",
     "differences",
+    "known_name",
     "resolve",
     "validate",
 ]
@@ -242,6 +243,13 @@ def _why_not_4bit(resolved: Hyperparameters, method: str, device: DeviceFacts, p
     if not device.cuda and method != "QLoRA_LLM":
         return f"its default needs CUDA, which this machine does not have, so the weights are in {precision}"
     return None
+
+
+def known_name(name: str) -> str:
+    """Returns the hyperparameter that is meant by a name of its own or of another toolkit, or ""."""
+    if name in HYPERPARAMETERS:
+        return name
+    return next((known for known, others in _HINTS.items() if name in others), "")
 
 
 def check_method(method: str) -> Method:

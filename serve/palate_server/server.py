@@ -161,6 +161,8 @@ def serve(spec: ServeSpec) -> None:
                 logger.info("ready after %.1f s: %s/v1", seconds, endpoint)
                 threading.Thread(target=_watch, args=(asking, spec, events, ended), daemon=True).start()
                 event = _next(events, timeout_s=None)
+            if event in ("stop", "idle"):
+                log.end_forwarding()
         finally:
             ended.set()
             engine.end()
@@ -388,19 +390,25 @@ class _Log:
     def __init__(self, output: IO[bytes]) -> None:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._output = output
+        self._passing_on = True
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        passing_on = True
         while line := self._output.readline(_LINE_BYTES):
             self._lines.append(line.decode(errors="replace").rstrip())
-            if passing_on:
+            if self._passing_on:
                 try:
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
                 except OSError:
-                    passing_on = False  # stdout is closed; keep reading, because a full pipe would block the engine
+                    self._passing_on = (
+                        False  # stdout is closed; keep reading, because a full pipe would block the engine
+                    )
+
+    def end_forwarding(self) -> None:
+        """Forwards no more lines: vLLM reports its own end on request as errors with a traceback."""
+        self._passing_on = False
 
     def finish(self) -> None:
         """Waits until all output of the ended engine is read."""

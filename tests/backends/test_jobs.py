@@ -133,7 +133,7 @@ def test_training_survives_the_client_that_started_it(
     told = palate("deploy", "survivor", "--name", "served", "--engine", "transformers")
     assert told.startswith("served\thttp://127.0.0.1:")
     assert palate("chat", "served", "Hi", "--max-tokens", "4")
-    assert palate("delete", "served") == "served\tdeleted\n"
+    assert palate("delete", "--yes", "served") == "served\tdeleted\n"
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 

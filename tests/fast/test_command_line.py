@@ -403,12 +403,58 @@ def test_a_job_is_deleted_without_a_terminal_only_with_yes(home: Path) -> None:
     record.create(train_manifest("keep-me"))
     done = palate("delete", "keep-me", home=home)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "job keep-me with model and checkpoints; confirm with --yes" in done.stderr
+    assert "keep-me (job, with model and checkpoints); confirm with --yes" in done.stderr
     assert record.exists()
     assert palate("delete", "keep-me", "not-there", "--yes", home=home).returncode == 1
     assert record.exists(), "one wrong name, and nothing is deleted"
     assert palate("delete", "keep-me", "--yes", home=home).stdout == "keep-me\tdeleted\n"
     assert not record.exists()
+
+
+def test_a_running_service_is_deleted_only_with_yes_and_the_question_names_all_that_goes(home: Path) -> None:
+    store = open_store(str(home / "store"))
+    records = [Record(store, "services", name) for name in ("up", "down")]
+    for record, state in zip(records, ("Running", "Stopped"), strict=True):
+        record.create(serve_manifest(record.name))
+        record.advance(state, expect={"Creating"}, engine_id="elsewhere:1:2:x", endpoint="http://127.0.0.1:9")  # type: ignore[arg-type]
+    job = Record(store, "jobs", "tuned")
+    job.create(train_manifest("tuned"))
+    done = palate("delete", "up", home=home)
+    assert (done.returncode, "up (running service); confirm with --yes" in done.stderr) == (1, True)
+    done = palate("delete", "down", "up", "tuned", home=home)
+    assert "up (running service), tuned (job, with model and checkpoints), down; confirm" in done.stderr
+    assert [record.exists() for record in (*records, job)] == [True, True, True]
+    assert palate("delete", "down", home=home).stdout == "down\tdeleted\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("chat tuned", "no service 'tuned' in file://{store}: it is a job: `palate deploy tuned` serves its model"),
+        ("start tuned", "`palate deploy tuned`"),
+        ("update tuned tuned", "`palate deploy tuned`"),
+        ("watch svc", "no job 'svc' in file://{store}: it is a service: `palate show svc`"),
+        ("metrics svc", "`palate show svc`"),
+        ("deploy svc", "`palate show svc`"),
+        ("deploy smollm2-135m-instruct", "To serve the untuned model of this name add --base"),
+        ("chat svc", "it is Stopped (stopped on request): start it again (`palate start svc`)"),
+        (
+            "deploy smollm2-135m-instruct --base --name svc",
+            "serve another job under it (`palate update svc JOB`), or delete",
+        ),
+    ],
+)
+def test_a_name_of_the_wrong_kind_or_state_leads_to_the_command_that_takes_it(
+    home: Path, line: str, words: str
+) -> None:
+    store = open_store(str(home / "store"))
+    Record(store, "jobs", "tuned").create(train_manifest("tuned"))
+    service = Record(store, "services", "svc")
+    service.create(serve_manifest("svc"))
+    service.advance("Stopped", expect={"Creating"}, reason="stopped on request")
+    done = palate(*line.split(), home=home)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words.format(store=home / "store") in done.stderr
 
 
 def test_jobs_as_json_have_hyperparameters_data_and_uris(home: Path) -> None:
@@ -448,6 +494,27 @@ def test_every_command_has_examples_that_the_parser_accepts() -> None:
             assert arguments[: len(name.split())] == name.split()
             parse(arguments)
             assert f"\n  {line}" in found[name].epilog
+
+
+def test_the_examples_that_need_no_job_no_model_and_no_engine_work_as_they_are_shown(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("prefs.jsonl", "prefs.csv"):
+        rows = [{"prompt": f"Is it {n}?", "chosen": "Yes, it is.", "rejected": "No."} for n in range(20)]
+        lines = [json.dumps(row) for row in rows]
+        if name.endswith(".csv"):
+            lines = ["prompt,chosen,rejected", *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        Path(name).write_text("\n".join(lines) + "\n")
+    Path("table.csv").write_text("question,better,worse\nIs it?,Yes it is.,No.\n")
+    groups = ("jobs", "services", "clean", "models", "data check", "data convert", "data split", "data stats")
+    for line in [line for name in (*groups, "data formats", "data demo") for line in EXAMPLES[name]]:
+        try:
+            code = app(shlex.split(line)[1:], prog_name="palate", standalone_mode=False)
+        except typer.Exit as end:
+            code = end.exit_code
+        assert not code, f"{line}\n{capsys.readouterr().err}"
+        assert "error" not in capsys.readouterr().err, line
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -584,6 +651,27 @@ def test_a_long_message_is_reworded_at_once() -> None:
         assert time.process_time() - begun < 2
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "x.json --learning-rate 1e-3",
+            "--learning-rate. learning_rate is a hyperparameter: --set learning_rate=VALUE",
+        ),
+        ("x.json --lr 1e-3", "--lr. learning_rate is a hyperparameter: --set learning_rate=VALUE"),
+        ("x.json --set learning_rate 1e-3", "(1e-3). --set takes one word: --set learning_rate=VALUE"),
+        ("x.csv --input-column prompt=Question", "palate data convert DATA --output NEW.jsonl --input-column …"),
+        ("x.csv --frobnicate 3", "No such option: --frobnicate\n"),
+    ],
+)
+def test_a_setting_that_is_given_as_an_option_is_answered_with_how_it_is_given(
+    home: Path, line: str, words: str
+) -> None:
+    done = palate("train", *line.split(), home=home)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+
+
 def test_words_of_the_user_are_not_reworded() -> None:
     options = {"model_uri": ("--model-uri", ""), "share": ("--share", "")}
     for words in ("/data/model_uri/x", "'share=5'", "job.model_uri", "model_uri_of_mine", "/a/share=5"):
@@ -623,10 +711,31 @@ def test_a_reader_that_stops_early_is_no_error(home: Path) -> None:
 
 def test_next_commands_are_printed_in_one_way() -> None:
     """`say_next` quotes for a shell, and tests/slow/test_next_commands.py runs what it prints."""
-    folder = Path(palate_package.__file__).parent / "cli"
-    for file in folder.glob("*.py"):
+    for file in Path(palate_package.__file__).parent.rglob("*.py"):
         for line in file.read_text(encoding="utf-8").splitlines():
             assert "next: " not in line or "shlex.join" in line, f"{file.name}: {line.strip()}"
+
+
+@pytest.mark.parametrize("on_path", ["it", "another", "none"])
+@pytest.mark.parametrize("started", ["palate", "python -m palate.cli"])
+def test_the_next_command_starts_the_same_program_whether_path_leads_to_it_or_not(
+    home: Path, tmp_path: Path, on_path: str, started: str
+) -> None:
+    own = Path(sys.executable).with_name("palate")
+    another = tmp_path / "bin" / "palate"
+    another.parent.mkdir()
+    another.write_text("#!/bin/sh\nexit 3\n")
+    another.chmod(0o755)
+    path = {"it": [str(own.parent)], "another": [str(another.parent)], "none": []}[on_path]
+    environment = {**os.environ, "PALATE_HOME": str(home), "PATH": os.pathsep.join([*path, "/usr/bin", "/bin"])}
+    command = [str(own)] if started == "palate" else [sys.executable, "-m", "palate.cli"]
+    done = subprocess.run([*command, "jobs"], capture_output=True, text=True, env=environment, timeout=60)
+    printed = done.stderr.splitlines()[-1].removeprefix("next: ")
+    assert printed == f"{'palate' if on_path == 'it' else own} quickstart"
+    again = subprocess.run(
+        ["bash", "-c", f"{printed} --help"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (again.returncode, "Usage: palate quickstart" in again.stdout) == (0, True)
 
 
 def test_a_recipe_file_names_the_data_and_the_command_overrides_it(home: Path, tmp_path: Path, prefs: Path) -> None:

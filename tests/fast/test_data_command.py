@@ -80,7 +80,9 @@ def test_the_next_command_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
             *("--model", "smollm2-135m-instruct"),
         ],
         ("convert", "my data/all.json", "-o", "my data/b.json"): ["data", "check", "my data/b.json"],
-        ("stats", "my data/all.json"): ["data", "check", "my data/all.json"],
+        ("stats", "my data/all.json"): ["train", "my data/all.json", "--model", "smollm2-135m-instruct"],
+        ("stats", "my data/all.json", "my data/a.json"): ["data", "check", "my data/all.json", "my data/a.json"],
+        ("check", "my data/all.json"): ["train", "my data/all.json", "--model", "smollm2-135m-instruct"],
         ("check", "my data/all.json", "--fix", "my data/c.json"): ["data", "check", "my data/c.json"],
     }.items():
         done = data(*arguments, folder=tmp_path)
@@ -172,9 +174,27 @@ def test_columns_and_templates_reach_the_check(tmp_path: Path) -> None:
     )
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"prompt": "Say: a", "chosen": "b", "rejected": "c"}
     assert (
-        "error: --input-column: expected NAME=COLUMN, got 'q'"
+        "error: --input-column: expected PLACEHOLDER=COLUMN, such as prompt=q, got 'q'"
         in data("check", "table.csv", "--input-column", "q", folder=tmp_path).stderr
     )
+
+
+def test_a_table_with_columns_of_its_own_leads_to_a_training_by_the_printed_commands(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("q,better,worse\nIs it?,Yes it is.,No.\n")
+    mapping = ["--input-column", "prompt=q", "--label-column", "chosen=better", "--label-column", "rejected=worse"]
+    done = data("check", "own.csv", *mapping, folder=tmp_path)
+    printed = []
+    for _ in range(2):
+        printed.append(shlex.split(done.stderr.splitlines()[-1].removeprefix("next: palate data ")))
+        done = data(*printed[-1], folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert printed == [
+        ["convert", "own.csv", "--output", "own.converted.jsonl", *mapping],
+        ["check", "own.converted.jsonl"],
+    ]
+    last = "next: palate train own.converted.jsonl --model smollm2-135m-instruct"
+    assert done.stderr.splitlines()[-1] == last
+    assert data("stats", "own.converted.jsonl", folder=tmp_path).stderr.splitlines()[-1] == last
 
 
 # The data of a training.

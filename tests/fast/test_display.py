@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import palate.ui.display
+from palate.ui import make_display
 from palate.ui.terminal import sparkline
 
 SCRIPT = """
@@ -81,3 +83,24 @@ def test_a_curve_of_any_size_is_drawn(losses: list[float]) -> None:
 
 def test_a_curve_reaches_from_the_lowest_to_the_highest_block() -> None:
     assert sparkline([1.0, 4.5, 8.0]) == "▁▅█"
+
+
+def test_a_service_s_start_shows_its_stages_and_nothing_of_the_engine_but_how_far_it_has_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_display(False, "svc", stages=True) as display:
+        display.log("palate: starting the engine for qwen\nERROR Error parsing config for /x: unknown\n")
+        display.log("WARNING libtcmalloc is not found\n")
+        monkeypatch.setattr(palate.ui.display, "_QUIET_S", 0.0)  # as if time had passed
+        display.log(
+            "Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01]\nW1129 Triton not available\n"
+        )
+        display.log("  warnings.warn(\n(EngineCore pid=5) ERROR Failed to load CPU gemm_4bit_forward\n")
+        display.log("palate: vllm 1.0 has answered its first request, 3 s after the start\n")
+    lines = [re.sub(r"^\[ +\d+ s\] ", "", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "starting the engine for qwen",
+        "  50% of the weights are loaded",
+        "  the engine is still starting",
+        "vllm 1.0 has answered its first request, 3 s after the start",
+    ]

@@ -97,6 +97,9 @@ def test_the_parser_of_these_tests_refuses_what_the_command_line_refuses() -> No
     for line in ("resume", "train x --modl y", "jobs --limit 0", "train x --set lr=1", "fly", "data fly"):
         with pytest.raises(ValueError, match=r"."):
             parse(line.split())
+    for line in ("data check x.csv --input-column question", "data convert x --to y -o z", "jobs --since yesterday"):
+        with pytest.raises(ValueError, match=r"."):
+            parse(line.split())
     assert parse(["train", "x", "--model", "smollm2-135m-instruct", "--set", "num_train_epochs=2"])["data"] == "x"
 
 
@@ -117,9 +120,25 @@ def test_every_make_target_and_variable_exists() -> None:
 def test_what_pip_installs_of_palate_has_these_extras() -> None:
     extras = PROJECT["optional-dependencies"].keys()
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    named = {extra for found in re.findall(r"palate\[([\w,-]+)\]", text) for extra in found.split(",")}
+    named = {extra for found in re.findall(r"(?:palate|'\.)\[([\w,-]+)\]", text) for extra in found.split(",")}
     assert named >= {"train", "data", "s3"}
     assert named - extras == set()
+
+
+def test_the_first_installation_is_from_a_clone_and_leads_to_palate_on_path() -> None:
+    """Palate is on no index: `palate[…]` adds an extra to what is installed."""
+    for page in (ROOT / "README.md", ROOT / "docs/tutorial.md"):
+        shell = "".join(block.text for block in blocks(page) if block.language == "bash")
+        setup, activate, first = (shell.find(one) for one in ("make setup", "source .venv/bin/activate", "\npalate "))
+        assert 0 <= setup < activate < first, page
+        assert "pip install '.[" in shell
+    pages = [*PAGES, *(ROOT / "recipes" / "examples").glob("*.ipynb")]
+    wrong = [
+        page
+        for page in pages
+        if re.search(r"install [^`\n]*'palate\[(?:[^]]*,)?(train|serve|serve-\w+)[],]", page.read_text())
+    ]
+    assert wrong == []
 
 
 def test_python_m_names_what_can_be_run() -> None:

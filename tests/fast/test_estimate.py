@@ -91,8 +91,10 @@ def test_steps(settings: dict[str, float], gpus: int, steps: int) -> None:
 def test_inputs_that_are_not_by_channel_are_an_error_in_words(session: Session, inputs: Any) -> None:
     recipe = ModelTrainingRecipe("qwen2-0.5b-instruct", hyperparameters=DPO)
     assert "not a dict by channel" in recipe.estimate(inputs).errors[0]
-    with pytest.raises(ConfigurationError, match="not a dict by channel"):
+    with pytest.raises(ConfigurationError, match="not a dict by channel") as failed:
         recipe.train(inputs)
+    remedy = 'give inputs={"train": "p.json"}' if inputs == "p.json" else 'give inputs={"train": …}'
+    assert remedy in str(failed.value)
 
 
 def earlier_job(session: Session, name: str, rate: str) -> None:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from palate import Session
 from palate.backends.process import ProcessBackend
-from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
+from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError, TrainingJobError
 from palate.job import TrainingJob
 from palate.paths import remember_start, was_started_here
 from palate.processes import process_state
@@ -476,3 +476,15 @@ def test_only_an_ended_job_is_resumed(session: Session) -> None:
     with pytest.raises(JobNotReadyError, match="is Succeeded"):
         TrainingJob.get("one").resume()
     assert json.loads(session.store.get("jobs/one/status.json"))["attempt"] == 2
+
+
+def test_a_resumed_job_shows_nothing_of_the_attempts_before(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = job(session.store)  # its model is nowhere, so the attempt fails
+    record.append("logs", 1, b"step 1/2 loss 0.7, of the first attempt\n")
+    record.advance("Failed", expect={"Creating"})
+    with pytest.raises(TrainingJobError, match="nowhere"):
+        TrainingJob.get("one").resume()
+    assert "of the first attempt" not in capsys.readouterr().err
+    assert "of the first attempt" in "\n".join(record.log_lines())

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from palate_server import supervisor
+from palate_server.server import _Log
 from palate_server.supervisor import Supervised
 
 STUBBORN = """
@@ -100,3 +101,20 @@ def test_a_process_that_may_not_be_read_hides_no_other(monkeypatch: pytest.Monke
     finally:
         child.kill()
         child.wait()
+
+
+def test_what_an_engine_says_when_it_is_told_to_end_is_kept_and_not_shown(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    ours, its = os.pipe()
+    with os.fdopen(its, "wb", buffering=0) as engine, os.fdopen(ours, "rb") as output:
+        log = _Log(output)
+        engine.write(b"ready\n")
+        while log.lines() != ["ready"]:
+            os.sched_yield()
+        log.end_forwarding()
+        engine.write(b"EngineDeadError: EngineCore encountered an issue\n")
+        engine.close()
+        log.finish()
+    assert capfdbinary.readouterr().out == b"ready\n"
+    assert log.lines()[-1].startswith("EngineDeadError")

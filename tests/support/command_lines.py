@@ -8,8 +8,13 @@ from typing import Any
 import typer
 
 from palate.cli import app
+from palate.cli.data import _format, _settings
+from palate.cli.format import pairs, seconds
 from palate_recipes.catalog import find_model
+from palate_recipes.errors import PalateError
 from palate_recipes.hyperparameters import HYPERPARAMETERS
+from palate_recipes.preferences.formats import FORMATS, format_named
+from palate_recipes.specs.serve import engine_args_of
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -34,6 +39,10 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     except Exception as error:  # typer has a click of its own, whose errors have no public name
         message = error.format_message() if hasattr(error, "format_message") else error
         raise ValueError(f"palate {' '.join(arguments)}: {message}") from error
+    try:
+        _check_values(context.params)
+    except PalateError as error:
+        raise ValueError(f"palate {' '.join(arguments)}: {error}") from error
     if command.name == "train":
         _check_train(context.params)
     return dict(context.params)
@@ -47,6 +56,24 @@ def _command() -> Any:
 
 def _protected(context: Any) -> list[str]:
     return list(getattr(context, "_protected_args", ()) or ())
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    """Values in a form of their own, which the command reads once it runs."""
+    if given.get("input_column") or given.get("label_column"):
+        names = ("from_", "input_column", "label_column", "prompt_template", "prompt_name")
+        settings = _settings(*(given.get(name) for name in names))
+        if not settings["prompt_template"]:
+            _format(settings)
+    if given.get("from_") is not None and given["from_"] not in FORMATS:
+        raise ValueError(f"--from {given['from_']}: no such format")
+    if given.get("to") is not None:
+        format_named(given["to"])
+    if given.get("since") is not None:
+        seconds(given["since"], "--since")
+    for flag, value in (("--label", given.get("label")), ("--set", given.get("set_"))):
+        pairs(value or [], flag)
+    engine_args_of(given.get("engine_arg") or [])
 
 
 def _check_train(given: dict[str, Any]) -> None:

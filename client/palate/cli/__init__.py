@@ -16,7 +16,7 @@ import typer.core
 from palate.cli import chat, machine, runs, train
 from palate.cli.data import data
 from palate.cli.examples import add_examples
-from palate.cli.flags import name_flags
+from palate.cli.flags import name_flags, usage_hint
 from palate.cli.machine import images, store
 from palate_recipes import __version__
 from palate_recipes.errors import PalateError
@@ -32,13 +32,17 @@ class _Interrupted(Exception):
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands, with Ctrl-C passed on to `main`."""
+    """The commands, with Ctrl-C passed on to `main`, and hints added to usage errors."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise _Interrupted(*getattr(interrupt, "__notes__", ())) from interrupt
+        except Exception as error:
+            if hasattr(error, "format_message"):  # a usage error; its class has no public name
+                error.message += usage_hint(error)  # type: ignore[attr-defined]
+            raise
 
 
 app = typer.Typer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -114,6 +115,15 @@ def check(
         if report.usable:
             say_next(*sys.argv[1:], "--fix", "OUT.jsonl")
         raise typer.Exit(1)
+    if form is not None and not fix:
+        # `train` reads known fields only.
+        own = {"--from": from_, "--prompt-template": prompt_template, "--prompt-name": prompt_name}
+        columns = [("--input-column", one) for one in input_column or []]
+        columns += [("--label-column", one) for one in label_column or []]
+        given = [word for pair in (*own.items(), *columns) if pair[1] is not None for word in pair]
+        say_next("data", "convert", *files, "--output", _converted(files[0]), *given)
+    elif not fix:
+        _say_train(files, validation or [], strategy)
 
 
 @data.command()
@@ -210,7 +220,9 @@ def stats(
         print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
         return
     _describe(report)
-    say_next("data", "check", *files)
+    pairs = report.longer_wins is not None and strategy in ("dpo", "any")
+    if report.count("error") or not _say_train(files, [], "dpo" if pairs else strategy):
+        say_next("data", "check", *files)
 
 
 @data.command()
@@ -291,7 +303,10 @@ def _named(entries: list[str] | None, flag: str) -> dict[str, str]:
     for entry in entries or []:
         name, separator, column = entry.partition("=")
         if not separator or not name or not column:
-            raise ConfigurationError(f"{flag}: expected NAME=COLUMN, got {entry!r}")
+            form = (
+                "PLACEHOLDER=COLUMN, such as prompt=" if flag == "--input-column" else "ANSWER=COLUMN, such as chosen="
+            )
+            raise ConfigurationError(f"{flag}: expected {form}{column or name or 'question'}, got {entry!r}")
         named[name.strip()] = column
     return named
 
@@ -320,6 +335,21 @@ def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
             single = len(fetched.files) == 1
             found += [(path, uri if single else path.name) for path in fetched.files]
         yield found
+
+
+def _say_train(files: list[str], validation: list[str], strategy: str) -> bool:
+    """Prints the training on data that was found good. Returns False if no single one takes it."""
+    if len(files) != 1 or len(validation) > 1 or strategy == "any":
+        return False
+    more = [*(("--validation", validation[0]) if validation else ()), "--model", EXAMPLE_MODEL]
+    say_next("train", files[0], *more, *(() if strategy == "dpo" else ("--strategy", strategy)))
+    return True
+
+
+def _converted(uri: str) -> str:
+    """Returns the name of a file in the current folder for the converted data."""
+    name = uri.rstrip("/").rpartition("/")[2].partition(".")[0]
+    return f"{name if re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]*', name) else 'data'}.converted.jsonl"
 
 
 def _beside(name: str) -> str:

@@ -46,7 +46,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "doctor": ("palate doctor", "palate doctor --json"),
     "data check": (
         "palate data check prefs.jsonl",
-        "palate data check table.csv --input-column question --label-column better --label-column worse",
+        "palate data check table.csv --input-column prompt=question --label-column chosen=better --label-column rejected=worse",
         "palate data check prefs.jsonl --fix fixed.jsonl",
     ),
     "data convert": ("palate data convert prefs.csv --to trl --output prefs.jsonl",),

@@ -39,6 +39,9 @@ _PHRASES = (
     (", or None for no limit", "; omit it for no limit"),
     (", or None", "; or omit it"),
 )
+_OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt-name", "--from")
+"""Options of `palate data` that `train` lacks."""
+
 _NOT_OURS = re.compile(
     r"""^  \| .*$|^last log lines:(?:\n  .*)+|(?<!inputs\[)(?<!\w)(?P<quote>['"])(?P<text>(?:(?!(?P=quote)).)*)(?P=quote)(?!\w)"""
     r"|`[^`\n]*`",
@@ -111,6 +114,29 @@ def reworded(message: str, options: Mapping[str, tuple[str, str]]) -> str:
         if "_" in python:
             message = re.sub(rf"{word}(?![\w/='\"`(-])", flag, message)
     return re.sub(r"\0(\d+)\0", lambda found: kept[int(found[1])], message)
+
+
+def usage_hint(error: Any) -> str:
+    """Returns what the command line adds to typer's usage error, or "": how what was meant is given to `train`.
+
+    Args:
+        error: typer's exception: its message, the context of the command, and the name of an unknown option.
+    """
+    context = error.ctx
+    if context is None or context.info_name != "train":
+        return ""
+    flag = getattr(error, "option_name", None)
+    if flag in _OF_TABLES:
+        return (
+            f". `train` reads known fields only: `palate data convert DATA --output NEW.jsonl {flag} …` writes them, "
+            "and train reads NEW.jsonl"
+        )
+    from palate_recipes.hyperparameters import HYPERPARAMETERS, known_name
+
+    if flag and (name := known_name(flag.strip("-").replace("-", "_"))):
+        return f". {name} is a hyperparameter: --set {name}=VALUE"
+    alone = [name for name in context.params.get("set_") or () if name in HYPERPARAMETERS]
+    return f". --set takes one word: --set {alone[0]}=VALUE" if alone and not flag else ""
 
 
 def options_of(command: Callable[..., None]) -> dict[str, tuple[str, str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,6 +57,20 @@ def age(since: float) -> str:
     return f"{passed} s"
 
 
+def program() -> list[str]:
+    """Returns the words that start this installation's `palate` in the user's shell.
+
+    `palate` is enough only if PATH leads to it: an environment that was not activated, such as that of `make quickstart`, is not on
+    it, or another one is.
+    """
+    typed = Path(sys.argv[0])
+    own = typed if typed.name == "palate" and typed.exists() else Path(sys.executable).with_name("palate")
+    found = shutil.which("palate")
+    if found and (not own.exists() or own.samefile(found)):
+        return ["palate"]
+    return [str(own)] if own.exists() else [sys.executable, "-m", "palate.cli"]
+
+
 def say_next(*words: object, store: str | None = None) -> None:
     """Prints the next command, quoted for a shell, on stderr.
 
@@ -63,7 +79,7 @@ def say_next(*words: object, store: str | None = None) -> None:
         store: Where the command has to look, if that is not the default store.
     """
     where = f"PALATE_STORE={shlex.quote(store)} " if store else ""
-    print(visible(f"next: {where}{shlex.join(['palate', *map(str, words)])}"), file=sys.stderr)
+    print(visible(f"next: {where}{shlex.join([*program(), *map(str, words)])}"), file=sys.stderr)
 
 
 def open_run(name: str) -> TrainingJob | Predictor:

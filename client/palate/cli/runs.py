@@ -16,6 +16,8 @@ from palate_recipes.text import visible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
     from palate.runs.list import Listing, RunFilter, RunSummary
     from palate_recipes.specs.run import State
 
@@ -320,13 +322,17 @@ def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete jobs and services with all their files."""
+    """Delete jobs and services with all their files.
+
+    Asks before it deletes a job or a running service.
+    """
     from palate.job import TrainingJob
 
     found = {name: open_run(name) for name in names}  # a wrong name is an error before anything is deleted
-    jobs = [name for name, run in found.items() if isinstance(run, TrainingJob)]
-    if jobs and not yes:
-        what = f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)} with model and checkpoints"
+    losses = [f"{name} ({loss})" for name, run in found.items() if (loss := _lost_with(run))]
+    if losses and not yes:
+        others = [name for name, run in found.items() if not _lost_with(run)]
+        what = ", ".join([*losses, *others])
         if not sys.stdin.isatty():
             raise ConfigurationError(f"nothing was deleted: this would delete {what}; confirm with --yes")
         typer.confirm(visible(f"delete {what}?"), abort=True)
@@ -336,6 +342,18 @@ def delete(
         else:
             run.delete_service()
         print(f"{name}\tdeleted")
+
+
+def _lost_with(run: TrainingJob | Predictor) -> str:
+    """Returns what a user would miss of a run, or ""."""
+    from palate.job import TrainingJob
+
+    if isinstance(run, TrainingJob):
+        return "job, with model and checkpoints"
+    try:
+        return "running service" if run.service_status == "Running" else ""
+    except DamagedFilesError:
+        return ""
 
 
 def clean(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,6 +191,8 @@ def deploy(
     """
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
+    from palate_recipes.catalog import find_model
+    from palate_recipes.errors import RunNotFoundError, UnknownModelError
     from palate_recipes.specs.serve import engine_args_of
 
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
@@ -205,7 +208,13 @@ def deploy(
     if base:
         source = RegisteredModel(job_id)
     else:
-        source = TrainingJob.get(job_id)
+        try:
+            source = TrainingJob.get(job_id)
+        except RunNotFoundError as error:
+            with suppress(UnknownModelError):
+                find_model(job_id)
+                raise RunNotFoundError(f"{error}. To serve the untuned model of this name add --base") from None
+            raise
         source.require_model()
     of = source.model_name if isinstance(source, RegisteredModel) else source.id
     of = of.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters
@@ -228,14 +237,24 @@ The same in Python, from a local file that `palate data demo --per-topic 2` writ
   recipe = ModelTrainingRecipe(
       model_name="smollm2-135m-instruct",
       method="LoRA_LLM",
-      hyperparameters={"training_strategy": "dpo", "loss_type": "sigmoid,sft", "learning_rate": 1e-3},
+      hyperparameters={
+          "training_strategy": "dpo",
+          "loss_type": "sigmoid,sft",  # DPO plus the likelihood of the chosen answer
+          "learning_rate": 1e-3,
+          "per_device_train_batch_size": 4,  # 68 pairs: 17 steps
+          "gradient_accumulation_steps": 1,
+      },
   )
   recipe.train(inputs={"train": "palate-demo/train.json"})
   predictor = recipe.deploy(service_name="smollm2_example")
   answer = predictor.openai().chat.completions.create(
       model="default",
-      messages=[{"role": "user", "content": "Chess is pure talent, so practice is a waste of time, right?"}],
+      messages=[
+          {"role": "system", "content": recipe.hyperparameters["system_prompt"]},  # as in training
+          {"role": "user", "content": "Chess is pure talent, so practice is a waste of time, right?"},
+      ],
       max_tokens=80,
+      temperature=0,
   )
   print(answer.choices[0].message.content)
   predictor.delete_service()
@@ -258,7 +277,8 @@ def quickstart(
 ) -> None:
     from palate.quickstart import run_quickstart
 
-    run_quickstart(folder, direction=direction, engine=engine)
+    job = run_quickstart(folder, direction=direction, engine=engine)
+    say_next("deploy", job.id)
 
 
 def run(

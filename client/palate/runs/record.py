@@ -90,10 +90,10 @@ class Record:
             self.store.put(self.key("manifest.json"), _encode(manifest), if_none_match=True)
         except PreconditionFailedError:
             noun = "job" if self.kind == "jobs" else "service"
-            command = "palate jobs" if self.kind == "jobs" else "palate services"
+            update = "" if self.kind == "jobs" else f"serve another job under it (`palate update {self.name} JOB`), "
             raise NameTakenError(
-                f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, "
-                f"or delete it first (`palate delete {self.name}`; `{command}` lists what is there)"
+                f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, {update}"
+                f"or delete it first (`palate delete {self.name}`; `palate {self.kind}` lists what is there)"
             ) from None
         # The manifest decides who owns the name, so it is first. A client that dies before the next line leaves a run that
         # `status()` reports as Creating.
@@ -123,8 +123,16 @@ class Record:
             return self.store.get(self.key("manifest.json"))
         except FileNotFoundError:
             noun = "job" if self.kind == "jobs" else "service"
+            other: Literal["jobs", "services"] = "services" if self.kind == "jobs" else "jobs"
+            hint = f"`palate {self.kind}` lists what is there"
+            if Record(self.store, other, self.name).exists():
+                hint = (
+                    f"it is a service: `palate show {self.name}` shows which job it serves; `palate jobs` lists jobs"
+                    if other == "services"
+                    else f"it is a job: `palate deploy {self.name}` serves its model; `palate services` lists services"
+                )
             raise RunNotFoundError(
-                f"no {noun} {self.name!r} in {self.store.root}: `palate {self.kind}` lists what is there; "
+                f"no {noun} {self.name!r} in {self.store.root}: {hint}; "
                 "PALATE_STORE or Session(store=…) selects another store"
             ) from None
 

@@ -5,6 +5,7 @@ All output goes to stderr: stdout is for results.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from palate_recipes.text import visible
 STAGE_PREFIX = "palate: "
 """Start of the runner's own lines in a log; the others are the program's."""
 
-_QUIET_S = 10.0
-_ENGINE_LINE_WIDTH = 100
+_QUIET_S = 15.0
+_WEIGHTS_LOADED = re.compile(r"Loading safetensors checkpoint shards: +(\d+%) Completed")
+"""vLLM's progress; the one step of an engine's start that can take minutes and has an end in sight."""
 
 
 class Display(Protocol):
@@ -75,7 +77,11 @@ class PlainDisplay(NoDisplay):
 
 
 class StageDisplay(NoDisplay):
-    """The steps of a service's start with their time, and now and then the engine's last line, so that a long step is no silence."""
+    """The steps of a service's start with their time; in a long one, how far the engine has loaded the weights.
+
+    Nothing else of the engine's log: its warnings look like failures, and there is nothing that a user could do about them. A start
+    that fails ends with the lines that say why.
+    """
 
     wants_news = True
 
@@ -83,10 +89,11 @@ class StageDisplay(NoDisplay):
         self._begun = self._last = time.monotonic()
 
     def log(self, text: str) -> None:
-        lines = [line for line in visible(text).splitlines() if line.strip()]
+        lines = visible(text).splitlines()
         stages = [line.removeprefix(STAGE_PREFIX) for line in lines if line.startswith(STAGE_PREFIX)]
-        if not stages and lines and time.monotonic() - self._last >= _QUIET_S:
-            stages = [f"  {lines[-1].strip()[:_ENGINE_LINE_WIDTH]}"]
+        if not stages and time.monotonic() - self._last >= _QUIET_S:
+            loaded = [found[1] for line in lines if (found := _WEIGHTS_LOADED.search(line))]
+            stages = [f"  {loaded[-1]} of the weights are loaded" if loaded else "  the engine is still starting"]
         for stage in stages:
             self._last = time.monotonic()
             print(f"[{self._last - self._begun:4.0f} s] {stage}", file=sys.stderr, flush=True)
