@@ -9,7 +9,7 @@ Rules are certain or not given: for an architecture, a version or a field that i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -68,6 +68,7 @@ def servings(
     adapter: Mapping[str, Any] | None,
     *,
     versions: Mapping[str, str | None] | None = None,
+    vllm_knows_more: bool = False,
 ) -> tuple[Serving, ...]:
     """Returns for each engine, preferred first, whether it can serve a model.
 
@@ -76,12 +77,14 @@ def servings(
         adapter: adapter_config.json, or `planned_adapter` before a training; None for full weights.
         versions: Versions of the installed engines, by engine. Default: those of the table, which the images have too. For another
             minor version nothing is said about architectures.
+        vllm_knows_more: Whether plug-ins or options of vLLM may add architectures: then nothing is said about them either.
     """
     table = _table()
     found = []
     for engine in ENGINES:
         version = (versions or {}).get(engine) or table[engine]
         is_known = config is not None and _minor(version) == _minor(table[engine])
+        is_known &= not (engine == "vllm" and vllm_knows_more)
         architecture = _architecture(config or {}) if is_known else None
         reasons: list[str] = []
         if engine == "vllm":
@@ -98,24 +101,33 @@ def servings(
     return tuple(found)
 
 
-def only_slow_engine(found: Iterable[Serving]) -> str:
-    """Returns a note if vLLM cannot serve what transformers can, else ""."""
-    vllm, transformers = found
-    if not vllm.reasons or transformers.reasons:
-        return ""
-    return f"{'; '.join(vllm.reasons)}: only the transformers engine can serve it, which does less and is slower."
+def choose(found: Sequence[Serving], allowed: Sequence[str]) -> tuple[Serving | None, str]:
+    """Returns the first of the allowed engines that can serve it, None if none can, and why those before it cannot."""
+    whys: list[str] = []
+    for serving in found:
+        if serving.engine in allowed:
+            if not serving.reasons:
+                return serving, "; ".join(whys)
+            whys += [reason for reason in serving.reasons if reason not in whys]
+    return None, "; ".join(whys)
 
 
-def require_servable(found: Iterable[Serving], model_name: str) -> None:
+def serving_note(found: Sequence[Serving]) -> str:
+    """Returns a note on the result of a training if vLLM cannot serve it, else ""."""
+    chosen, why = choose(found, ENGINES)
+    if chosen is None:
+        return f"no engine can serve the result: {why}."
+    return f"{why}: only the transformers engine can serve it, which does less and is slower." if why else ""
+
+
+def require_servable(found: Sequence[Serving], model_name: str) -> None:
     """Raises UnservableError if no engine can serve the result of a training."""
-    found = list(found)
-    if any(not serving.reasons for serving in found):
-        return
-    reasons = dict.fromkeys(reason for serving in found for reason in serving.reasons)
-    raise UnservableError(
-        f"no engine could serve what is trained from {model_name}: {'; '.join(reasons)}. Choose another model (`palate models`), "
-        "or train it all the same with servable=False (--no-servable)"
-    )
+    chosen, why = choose(found, ENGINES)
+    if chosen is None:
+        raise UnservableError(
+            f"no engine could serve what is trained from {model_name}: {why}. Choose another model (`palate models`), or train it "
+            "all the same with servable=False (--no-servable)"
+        )
 
 
 def planned_adapter(values: Hyperparameters) -> dict[str, Any]:
@@ -316,6 +328,22 @@ def fit(
             break
     assert found is not None
     return found
+
+
+def adapter_bytes(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> float:
+    """Returns the least that an adapter takes in 16 bits: on the usual layers of a dense model. Other layers count as nothing."""
+    config = text_config(config)
+    hidden, heads = config.get("hidden_size") or 0, config.get("num_attention_heads") or 0
+    head_dim = config.get("head_dim") or (hidden // heads if heads else 0)
+    query, key = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    inner = 0 if any("expert" in name for name in config) else config.get("intermediate_size") or 0
+    widths = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
+    widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner)
+    names = _module_names(adapter)
+    per_rank = sum(
+        hidden + width for name, width in widths.items() if width and (name in names or "all-linear" in names)
+    )
+    return 2.0 * int(adapter.get("r") or 8) * per_rank * (config.get("num_hidden_layers") or 0)
 
 
 def cache_for_one_gib(config: Mapping[str, Any], max_model_len: int | None, width: int) -> int:

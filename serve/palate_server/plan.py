@@ -14,7 +14,7 @@ from typing import Any
 
 from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory
 from palate_recipes.errors import BadSpec, EngineMissing, OutOfMemory
-from palate_recipes.servability import GIB, Fit, Serving, changes_head, fit, servings, too_long, vllm_lora_rank
+from palate_recipes.servability import GIB, Fit, changes_head, choose, fit, servings, too_long, vllm_lora_rank
 from palate_recipes.specs.serve import (
     BASE_MODEL,
     LISTENER_VARIABLE,
@@ -22,6 +22,7 @@ from palate_recipes.specs.serve import (
     EngineInfo,
     ServeSpec,
     describe_engines,
+    vllm_knows_more,
 )
 from palate_server.gateway import SPEC_VARIABLE, Gateway
 
@@ -38,7 +39,7 @@ class EnginePlan:
 
     Attributes:
         engine: The engine to start.
-        why: Why it is this one, if vLLM was passed over; else "".
+        why: Why it is not vLLM, which is installed; else "".
         on_cpu: Whether it runs on the CPU.
         dtype: Value for `--dtype`.
         computes_in: The dtype that this is for these weights: float32, bfloat16 or float16.
@@ -74,7 +75,7 @@ def check(spec: ServeSpec) -> EnginePlan:
     weights_dir = Path(spec.base_model_dir) if spec.base_model_dir else tuned
     adapter = _adapter(spec)
     config = _model_config(weights_dir, "base_model_dir" if adapter else "model_dir")
-    engine, why = _choose(installed, config, adapter, tuned)
+    engine, why = _choose(spec, installed, config, adapter)
     if engine.name == "transformers":
         _no_engine_args(spec, why)
     if problem := too_long(config, spec.max_model_len):
@@ -114,33 +115,32 @@ def _installed(spec: ServeSpec) -> list[EngineInfo]:
 
 
 def _choose(
-    installed: list[EngineInfo], config: dict[str, Any], adapter: dict[str, Any] | None, tuned: Path
+    spec: ServeSpec, installed: list[EngineInfo], config: dict[str, Any], adapter: dict[str, Any] | None
 ) -> tuple[EngineInfo, str]:
-    """Returns the first engine that can serve the model, and why it is not the preferred one. Raises BadSpec if none can."""
-    versions = {engine.name: engine.version for engine in describe_engines()}
-    by_name: dict[str, Serving] = {one.engine: one for one in servings(config, adapter, versions=versions)}
-    for engine in installed:
-        if not by_name[engine.name].reasons:
-            passed = [one for name, one in by_name.items() if name != engine.name and one.reasons]
-            return engine, "; ".join(passed[0].reasons) if passed and engine.name == "transformers" else ""
-    what = f"the {'model' if adapter is None else 'adapter'} in {tuned}"
-    other = by_name["transformers"]
-    remedy = "use another model"
-    if not other.reasons and installed[0].name == "vllm":
-        remedy = "set engine='transformers', which serves it"
-        if missing := next(e.remedy for e in describe_engines() if e.name == "transformers"):
-            remedy += f" ({missing})"
-    whys = "; ".join(reason for engine in installed for reason in by_name[engine.name].reasons)
-    names = " and ".join("vLLM" if engine.name == "vllm" else engine.name for engine in installed)
-    raise BadSpec(f"{names} cannot serve {what}: {whys}. Remedy: {remedy}")
+    """Returns the first engine that can serve the model, and why those before it cannot. Raises BadSpec if none can."""
+    found = servings(
+        config,
+        adapter,
+        versions={engine.name: engine.version for engine in installed},
+        vllm_knows_more=vllm_knows_more(spec.engine_args),
+    )
+    chosen, why = choose(found, [engine.name for engine in installed])
+    if chosen is not None:
+        return next(engine for engine in installed if engine.name == chosen.engine), why
+    remedy = "serve another model"
+    other = next(engine for engine in describe_engines() if engine.name == "transformers")
+    if not any(one.reasons for one in found if one.engine == "transformers"):
+        remedy = f"set engine='transformers', which serves it{f' ({other.remedy})' if other.remedy else ''}"
+    names = " and ".join(one.name for one in found if one.engine in [engine.name for engine in installed])
+    what = "model" if adapter is None else "adapter"
+    raise BadSpec(f"{names} cannot serve the {what} in {spec.model_dir}: {why}. Remedy: {remedy}")
 
 
 def _no_engine_args(spec: ServeSpec, why: str = "") -> None:
     if spec.engine_args:
         raise BadSpec(
-            f"engine_args={' '.join(spec.engine_args)!r}, but the transformers engine accepts none: "
-            + (f"omit engine_args (--engine-arg). vLLM is not used because {why}" if why else "")
-            + ("" if why else "omit engine_args (--engine-arg), or install vLLM")
+            f"engine_args={' '.join(spec.engine_args)!r}, but the transformers engine accepts none: omit engine_args "
+            + (f"(--engine-arg); vLLM cannot serve it: {why}" if why else "(--engine-arg), or install vLLM")
         )
 
 

