@@ -227,7 +227,7 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
     transformers = next(one for one in found if one.engine == "transformers")
     remedy = "deploy another model"
     if not transformers.reasons:
-        remedy = "set the option engine='transformers' (--engine transformers), which serves it"
+        remedy = "set deploy option engine='transformers', which serves it"
         missing = [engine.remedy for engine in describe_engines() if engine.name == "transformers" and engine.remedy]
         if missing and session.backend.uses_this_python:
             remedy += f" ({missing[0]})"

@@ -126,7 +126,7 @@ def require_servable(found: Sequence[Serving], model_name: str) -> None:
     if chosen is None:
         raise UnservableError(
             f"no engine could serve what is trained from {model_name}: {why}. Choose another model (`palate models`), or train it "
-            "all the same with servable=False (--no-servable)"
+            "all the same with servable=False"
         )
 
 
