@@ -5,6 +5,7 @@ PalateError
 ├── UnknownModelError (LookupError)             not in the catalog
 ├── DataError (ValueError)                      a preference file cannot be used
 ├── ConfigurationError (ValueError)             an invalid argument or setting
+│   ├── UnservableError                         no engine, or not the chosen one, can serve the model
 │   └── UnsupportedParameterError (TypeError)   a parameter of PAI's SDK has no meaning here, or none has this name
 ├── MissingDependencyError (ImportError)        an optional package is not installed
 ├── NotEnoughMemoryError (MemoryError)          the model does not fit; checked before anything starts
@@ -73,6 +74,10 @@ class DataError(PalateError, ValueError):
 
 class ConfigurationError(PalateError, ValueError):
     """An argument or setting is invalid."""
+
+
+class UnservableError(ConfigurationError):
+    """No engine, or not the one that was chosen, can serve the model. Raised before a training or service is submitted."""
 
 
 class UnsupportedParameterError(ConfigurationError, TypeError):

@@ -136,6 +136,8 @@ def serve(spec: ServeSpec) -> None:
         port = listener.getsockname()[1]
         command = engine_command(spec, plan, spec_file=spec_file, port=port, ipc_dir=ipc_dir)
         logger.info("starting %s on port %d, dtype %s", title, port, plan.dtype)
+        if plan.why:
+            logger.info("the engine is not vLLM: %s", plan.why)
         environment = engine_environment(plan, spec_file=spec_file, ipc_dir=ipc_dir, listener=listener.fileno())
         engine = Supervised(
             command,

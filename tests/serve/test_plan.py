@@ -132,7 +132,7 @@ def test_an_adapter_beyond_vllm_is_refused_with_a_way_out(
 ) -> None:
     config = {"peft_type": "LORA", "r": 8, **beyond}
     (tiny_adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(BadSpec, match="Set engine='transformers'"):
+    with pytest.raises(BadSpec, match="set engine='transformers'"):
         plan.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tiny_model), engine="vllm"))
 
 

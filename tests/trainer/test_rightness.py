@@ -206,7 +206,7 @@ def test_the_ranks_are_vllms() -> None:
     from importlib.util import find_spec
 
     from palate_recipes.schema import HYPERPARAMETERS
-    from palate_server.plan import LORA_RANKS
+    from palate_recipes.servability import LORA_RANKS
 
     assert HYPERPARAMETERS["lora_dim"].maximum == LORA_RANKS[-1]
     vllm = find_spec("vllm")
