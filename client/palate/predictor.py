@@ -20,7 +20,13 @@ from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
 from palate.session import Session, get_default_session
 from palate.weights import reachable_weights
-from palate_recipes.errors import DamagedFilesError, ServiceError, UnsupportedParameterError, WaitTimeoutError
+from palate_recipes.errors import (
+    ConfigurationError,
+    DamagedFilesError,
+    ServiceError,
+    UnsupportedParameterError,
+    WaitTimeoutError,
+)
 from palate_recipes.specs.run import ServeManifest, State, Status
 from palate_recipes.specs.weights import BaseModel
 
@@ -272,10 +278,15 @@ class Predictor:
             timeout: Time limit for the full answer in seconds; None: no limit.
 
         Raises:
+            ConfigurationError: `data` is not a request.
             ServiceError: The service answered with an error, did not answer in time, or cannot be reached.
         """
         import httpx
 
+        if not isinstance(data, Mapping):
+            raise ConfigurationError(
+                f'data is {type(data).__name__}, not a request: give {{"messages": [{{"role": "user", "content": "…"}}]}}'
+            )
         what = f"service {self.service_name}"
         try:
             response = self.raw_predict({"model": "default", **data}, timeout=timeout)

@@ -85,6 +85,10 @@ class Activity:
 ACTIVITY = Activity()
 
 
+_WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/embeddings")
+"""Where OpenAI's clients ask if their base_url lacks /v1."""
+
+
 class Gateway:
     """ASGI middleware around an OpenAI-compatible app that serves the models `default` and, for adapters, `base`."""
 
@@ -142,6 +146,8 @@ class Gateway:
             await self._models(method, path, send)
         elif path == ACTIVITY_PATH:
             await _answer(send, 200, self._activity.facts())
+        elif path in _WITHOUT_V1:
+            await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
         elif method in {"GET", "HEAD", "OPTIONS"}:
             await self._pass_on(scope, receive, send)
         else:

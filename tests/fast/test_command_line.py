@@ -143,7 +143,9 @@ def code_lines(text: str) -> str:
         (["deploy", "no-such-job"], ["no-such-job", "palate jobs"]),
         (
             ["deploy", "x", "--engine-arg", "max-num-seq=8"],
-            ["--engine-arg 'max-num-seq=8'", "'max-num-seqs'", "Allowed"],
+            [
+                "--engine-arg 'max-num-seq=8': max-num-seq is not an allowed option of vLLM; did you mean 'max-num-seqs'?\n"
+            ],
         ),
         (["deploy", "no-such-model", "--base"], ["no-such-model", "palate models"]),
         (["logs", "nothing"], ["nothing", "palate jobs"]),
@@ -455,6 +457,33 @@ def test_a_name_of_the_wrong_kind_or_state_leads_to_the_command_that_takes_it(
     done = palate(*line.split(), home=home)
     assert (done.returncode, done.stdout) == (1, "")
     assert words.format(store=home / "store") in done.stderr
+
+
+def test_show_has_both_forms_of_the_endpoint_and_the_token_only_where_it_is_asked_for(home: Path) -> None:
+    store = open_store(str(home / "store"))
+    record = Record(store, "services", "svc")
+    record.create(serve_manifest("svc"))
+    store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
+    record.advance("Running", expect={"Creating"}, endpoint="http://127.0.0.1:9", engine_id="elsewhere:1:2:x")
+    shown = palate("show", "svc", home=home).stdout
+    assert re.search(r"^endpoint +http://127.0.0.1:9$", shown, re.MULTILINE)
+    assert re.search(r"^OpenAI base URL +http://127.0.0.1:9/v1$", shown, re.MULTILINE)
+    assert "a-token" not in shown
+    assert palate("show", "svc", "--token", home=home).stdout == "a-token-for-tests\n"
+    Record(store, "jobs", "one").create(train_manifest("one"))
+    assert "only a service has a token" in palate("show", "one", "--token", home=home).stderr
+
+
+def test_a_watch_that_ends_by_its_timeout_says_so_and_is_no_error(home: Path) -> None:
+    record = Record(open_store(str(home / "store")), "jobs", "one")
+    record.create(train_manifest("one"))
+    record.advance("Running", expect={"Creating"}, engine_id="elsewhere:1:2:x")
+    done = palate("watch", "one", "--timeout", "0.1", home=home)
+    assert (done.returncode, done.stdout) == (1, "one\tRunning\n")
+    assert done.stderr.splitlines() == [
+        "one has not ended within --timeout 0.1 s, and continues",
+        "next: palate watch one",
+    ]
 
 
 def test_jobs_as_json_have_hyperparameters_data_and_uris(home: Path) -> None:

@@ -197,6 +197,14 @@ def test_a_table_with_columns_of_its_own_leads_to_a_training_by_the_printed_comm
     assert data("stats", "own.converted.jsonl", folder=tmp_path).stderr.splitlines()[-1] == last
 
 
+def test_a_file_that_is_no_data_or_not_there_is_answered_with_what_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A title\n")
+    (tmp_path / "Own.jsonl").write_text(json.dumps(GOOD) + "\n")
+    said = data("check", "README.md", folder=tmp_path).stderr
+    assert "README.md does not hold preference data: its first line is '# A title', which is not JSON" in said
+    assert data("check", "Own.jsnl", folder=tmp_path).stderr.endswith("Did you mean 'Own.jsonl'?\n")
+
+
 # The data of a training.
 
 

@@ -91,6 +91,14 @@ def test_tools_without_a_parser_are_rejected_with_what_to_do() -> None:
         assert ask("POST", "/v1/chat/completions", json=request).status_code == 200
 
 
+def test_a_base_url_without_v1_is_answered_with_the_path_that_is_meant() -> None:
+    for method, path in (("POST", "/chat/completions"), ("GET", "/models")):
+        answer = ask(method, path)
+        assert answer.status_code == 404
+        assert f"it is /v1{path}. A client's base_url ends with /v1" in answer.json()["error"]["message"]
+        assert ask(method, path, headers={}).status_code == 401
+
+
 def test_health_is_open_but_only_to_get() -> None:
     assert ask("GET", "/health", headers={}).headers["x-path"] == "/health"
     assert ask("POST", "/health", headers={}).status_code == 401

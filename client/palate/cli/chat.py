@@ -27,8 +27,10 @@ _HELP = """/help              show this list
 /temperature [X]   show or change the sampling temperature
 /save FILE         write the conversation to a new JSON file
 //TEXT             send a message that starts with /
-Ctrl-C stops an answer, Ctrl-D leaves."""
+/exit              leave, as exit, quit and Ctrl-D do
+Ctrl-C stops an answer."""
 
+_LEAVING = ("/exit", "/quit", "exit", "quit")
 _CTRL_C_HINT = "Ctrl-D leaves, /help lists the commands"
 
 
@@ -121,7 +123,11 @@ class Conversation:
         import openai
 
         said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
-        return ServiceError(f"service {self.service} {said}", reason=visible(str(error)))
+        reason = str(error)
+        if isinstance(error, openai.APIStatusError):  # whose text repeats the status before the service's answer
+            told = error.body.get("message") if isinstance(error.body, dict) else None
+            reason = str(told or reason.removeprefix(f"Error code: {error.status_code} - "))
+        return ServiceError(f"service {self.service} {said}", reason=visible(reason))
 
 
 def chat(
@@ -141,6 +147,8 @@ def chat(
         _check_text("--system", system)
     if message is not None:
         _check_text("the message", message)
+        if not message.strip():
+            raise ConfigurationError("the message is empty: omit it for a conversation")
     predictor = Predictor(service)
     talk = Conversation(
         service=service,
@@ -204,6 +212,8 @@ def _converse(talk: Conversation) -> None:
                 _say("")
                 return
             text = line.strip()
+            if text in _LEAVING:
+                return
             if text.startswith("/") and not text.startswith("//"):
                 _command(talk, text)
             elif text:

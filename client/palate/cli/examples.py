@@ -28,7 +28,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": ("palate run pai_script.py", "palate run pai_script.py --epochs 3"),
     "jobs": ("palate jobs", "palate jobs --status Failed --since 7d", "palate jobs --model 'qwen2-*' --json"),
     "services": ("palate services", "palate services --status Running --json"),
-    "show": ("palate show JOB", "palate show SERVICE --json"),
+    "show": ("palate show JOB", "palate show SERVICE --json", "palate show SERVICE --token"),
     "watch": ("palate watch JOB", "palate watch JOB --timeout 60"),
     "metrics": ("palate metrics JOB", "palate metrics JOB --json"),
     "logs": ("palate logs JOB", "palate logs -f SERVICE"),

@@ -10,7 +10,7 @@ import typer
 
 from palate.cli.format import Wide, age, open_run, pairs, say_next, seconds
 from palate.cli.show import show
-from palate_recipes.errors import ConfigurationError, DamagedFilesError
+from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
@@ -206,7 +206,8 @@ def _end(kind: str, wanted: RunFilter, listing: Listing, verbs: dict[str, str], 
 def watch(
     name: Annotated[str, typer.Argument(help="Job id.")],
     timeout: Annotated[
-        float | None, typer.Option(help="Stop watching after this many seconds; the job continues.")
+        float | None,
+        typer.Option(help="Stop watching after this many seconds, with exit code 1; the job continues."),
     ] = None,
 ) -> None:
     """Follow a job until it ends; Ctrl-C leaves it running.
@@ -216,7 +217,13 @@ def watch(
     from palate.job import TrainingJob
 
     job = TrainingJob.get(name)
-    job.wait(timeout_s=timeout)
+    try:
+        job.wait(timeout_s=timeout)
+    except WaitTimeoutError:
+        print(f"{name}\t{job.status}")
+        print(f"{name} has not ended within --timeout {timeout:g} s, and continues", file=sys.stderr)
+        say_next("watch", name)
+        raise typer.Exit(1) from None
     print(f"{name}\t{job.status}")
     say_next("deploy", name)
 

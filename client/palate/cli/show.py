@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palate.cli.format import age, open_run, say_next
+from palate_recipes.errors import ConfigurationError
 from palate_recipes.specs.events import duration
 from palate_recipes.text import visible
 
@@ -26,6 +27,7 @@ _DETAILS_HIDDEN = ("model_digest",)
 def show(
     name: Annotated[str, typer.Argument(help="Job id or service name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print manifest and status as JSON.")] = False,
+    token: Annotated[bool, typer.Option("--token", help="Print only the service's bearer token.")] = False,
 ) -> None:
     """Show one job or service: state, model, data, settings.
 
@@ -34,6 +36,11 @@ def show(
     from palate.job import TrainingJob
 
     found = open_run(name)
+    if token:
+        if isinstance(found, TrainingJob):
+            raise ConfigurationError(f"{name} is a job: only a service has a token")
+        print(found.access_token)
+        return
     status = found.describe() if isinstance(found, TrainingJob) else found._run.refresh()
     if as_json:
         import msgspec
@@ -74,7 +81,8 @@ def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
     return [
         ("service", service.service_name),
         *_state(status, manifest.created_at),
-        ("endpoint", f"{status.endpoint}/v1" if status.endpoint else "none: it is not running"),
+        ("endpoint", status.endpoint or "none: it is not running"),
+        *((("OpenAI base URL", f"{status.endpoint}/v1"),) if status.endpoint else ()),
         ("default", body.tuned_uri or "the base model"),
         ("base", _model(body.model)),
         *((("system prompt", body.system_prompt),) if body.system_prompt else ()),

@@ -121,21 +121,41 @@ def _print_estimate(found: Estimate) -> None:
     if found.tokens is None:
         time = "not known without token counts"
     elif found.seconds and found.tokens_per_s:
-        shortest, longest = map(duration, found.seconds)
-        low, high = found.tokens_per_s
+        between = [
+            first if first == last else f"{first} to {last}"
+            for first, last in (map(duration, found.seconds), (f"{rate:,.0f}" for rate in found.tokens_per_s))
+        ]
         sources = found.rate_source
         time = (
-            f"{shortest} to {longest} of training, at {low:,.0f} to {high:,.0f} tokens/s of {len(sources)} earlier "
+            f"{between[0]} of training, at {between[1]} tokens/s of {len(sources)} earlier "
             f"{'job' if len(sources) == 1 else 'jobs'} ({', '.join(sources[:3])}{', …' if len(sources) > 3 else ''})"
         )
+
+    def known(text: str, *values: int | None) -> str:
+        return "not known" if all(value is None for value in values) else text
+
     needed = "not known" if found.memory_gib is None else f"at least {found.memory_gib:.1f} GiB"
     rows = [
-        ("rows", f"{number(found.rows)} usable, {number(found.skipped_rows)} skipped"),
-        ("tokens", f"{number(found.tokens)} per epoch"),
-        ("row length", f"median {number(found.median_row)}, longest {number(found.longest_row)} tokens"),
+        (
+            "rows",
+            known(f"{number(found.rows)} usable, {number(found.skipped_rows)} skipped", found.rows, found.skipped_rows),
+        ),
+        ("tokens", known(f"{number(found.tokens)} per epoch", found.tokens)),
+        (
+            "row length",
+            known(
+                f"median {number(found.median_row)}, longest {number(found.longest_row)} tokens",
+                found.median_row,
+                found.longest_row,
+            ),
+        ),
         (
             f"at seq_length={found.seq_length}",
-            f"{number(found.truncated_rows)} rows truncated, {number(found.dropped_rows)} dropped",
+            known(
+                f"{number(found.truncated_rows)} rows truncated, {number(found.dropped_rows)} dropped",
+                found.truncated_rows,
+                found.dropped_rows,
+            ),
         ),
         ("optimizer steps", number(found.steps)),
         ("memory", f"{needed}; the device has {found.memory_available_gib:.1f} GiB"),

@@ -341,7 +341,7 @@ def explained(place: _Place, endpoint: str, offline: bool, *, absent: type[Palat
 
 
 def _unreachable(where: str, error: Exception) -> str:
-    cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+    cause = (str(error).splitlines() or [""])[0].removeprefix("Got: ") or type(error).__name__
     return (
         f"{where} cannot be reached: {cause}. Check the network, proxy settings and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses "
         "only the cache"

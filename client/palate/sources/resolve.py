@@ -14,7 +14,7 @@ from palate.store import open_parent, open_store
 from palate.store.local import in_parallel, walk
 from palate.store.uri import normal_uri
 from palate_recipes.errors import ConfigurationError, DataError, ObjectNotFoundError
-from palate_recipes.text import LONGEST, expand_path, show_path
+from palate_recipes.text import LONGEST, did_you_mean, expand_path, show_path
 
 KNOWN = (
     "a local path, folder or glob, file://, s3://, oss://, hf://datasets/OWNER/NAME, "
@@ -107,7 +107,10 @@ def _local(text: str) -> Fetched:
             data, other = of_glob(names, str(path), there)
             return Fetched(tuple(base / name for name in data), origin, None, other)
         near = next(folder for folder in path.parents if folder.is_dir())
-        raise DataError(f"{path}: no such file or folder. Check the path; {near} contains {few(_entries(near))}")
+        there = _entries(near)
+        meant = did_you_mean(path.name, there) if near == path.parent else ""
+        hint = f"D{meant[1:].rstrip()}" if meant else f"Check the path; {near} contains {few(there)}"
+        raise DataError(f"{path}: no such file or folder. {hint}")
     except OSError as error:
         raise DataError(
             f"{error.filename or path} cannot be read: {error.strerror or error}. "

@@ -237,6 +237,11 @@ def parse_line(line: bytes, number: int, path: Path) -> Any:
             raise DataError(
                 f"{path} is one JSON object, not a list of rows. Put the rows into a JSON array: [{{...}}, {{...}}]."
             ) from None
+        if number == 1 and getattr(error, "pos", 1) == 0 and path.suffix not in ("", ".json", ".jsonl", ".ndjson"):
+            raise DataError(
+                f"{path} does not hold preference data: its first line is {text.strip()[:40]!r}, which is not JSON. "
+                "`palate data formats` lists what a row can be"
+            ) from None
         if isinstance(error, RecursionError):
             return Fault("broken-json", "", f"broken JSON at line {number}: nested too deeply")
         if not isinstance(error, json.JSONDecodeError):  # Python rejects integers with more than 4300 digits

@@ -347,6 +347,10 @@ def engine_args_of(given: Sequence[str]) -> list[str]:
                 problem = f"is rejected: {error}"
         if problem:
             near = did_you_mean(option, [*_SETTINGS, *_SWITCHES, *_NAMES_ONLY])
+            if near and option not in (*_SETTINGS, *_SWITCHES, *_NAMES_ONLY, *_INSTEAD):
+                raise ConfigurationError(
+                    f"--engine-arg {text!r}: {option} is not an allowed option of vLLM; {near}".rstrip()
+                )
             allowed = ", ".join(sorted([*_SETTINGS, *_SWITCHES, *_NAMES_ONLY]))
             raise ConfigurationError(f"--engine-arg {text!r} {problem}. {near}Allowed options of vLLM: {allowed}")
         arguments.append(f"--{option}{has_value}{value}")
