@@ -156,7 +156,7 @@ def servings_after(spec: TrainSpec, config: dict[str, Any] | None, session: Sess
         config: config.json of its base, or None if it is not at hand.
         session: Its backend decides where the engines are.
     """
-    adapter = planned_adapter(spec.hyperparameters) if spec.trains_adapter else None
+    adapter = planned_adapter(spec.hyperparameters, config) if spec.trains_adapter else None
     if config is not None and adapter is None:
         config = trained_config(config)
     installed = _installed_engines(session)
@@ -185,7 +185,9 @@ def _memory_note(spec: TrainSpec, config: dict[str, Any] | None, found: tuple[Se
     needs = fit(
         config,
         weights_bytes=size,
-        adapter_bytes=adapter_bytes(config, planned_adapter(spec.hyperparameters)) if spec.trains_adapter else None,
+        adapter_bytes=adapter_bytes(config, planned_adapter(spec.hyperparameters, config))
+        if spec.trains_adapter
+        else None,
         engine=engine.name,
         on_cpu=engine.on_cpu,
         free_bytes=available_memory() if engine.on_cpu else free_gpu_memory(),
@@ -245,6 +247,7 @@ def _what_is_known(installed: list[EngineInfo], engine_args: tuple[str, ...] = (
     return {
         "versions": {engine.name: engine.version for engine in installed},
         "vllm_knows_more": vllm_knows_more(engine_args),
+        "vllm_on_cpu": any(engine.cpu_build for engine in installed),
     }
 
 

@@ -117,11 +117,17 @@ def table() -> dict[str, Any]:
         vllm_architectures: Architectures in vLLM's registry. Value: the embedding layers that can have a LoRA adapter, or null if
             the model supports no adapter at all.
         through_transformers: Further architectures of transformers that vLLM serves by transformers' own code, with adapters.
+        fused_experts: Those of vLLM's architectures that take an adapter on experts in one tensor, as PEFT writes it.
+        peft_experts: Model types whose experts transformers keeps in one tensor, by the type whose names for them PEFT
+            accepts (peft.utils.transformers_weight_conversion).
         causal_models: transformers' causal language models: the class by `model_type`.
         model_types: All that transformers knows, causal or not, without those of `causal_models`.
     """
     vllm, transformers = Source("vllm"), Source("transformers")
-    served = _vllm_architectures(vllm)
+    served, fused = _vllm_architectures(vllm)
+    conversion = transformers.module("transformers.conversion_mapping")
+    assert conversion is not None
+    experts = {"mixtral": "mixtral", **ast.literal_eval(conversion.value("_MODEL_TO_CONVERSION_PATTERN"))}
     auto = "transformers.models.auto"
     causal = _pairs(transformers, f"{auto}.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     types = set(_pairs(transformers, f"{auto}.auto_mappings", "CONFIG_MAPPING_NAMES"))
@@ -139,13 +145,16 @@ def table() -> dict[str, Any]:
         "through_transformers": sorted(
             {name for name in causal.values() if name not in served and _fits_backend(transformers, homes, name)}
         ),
+        "fused_experts": fused,
+        "peft_experts": {kind: names for kind, names in experts.items() if names in ("mixtral", "qwen2_moe")},
         "causal_models": dict(sorted(causal.items())),
         "model_types": sorted(types - set(causal)),
     }
 
 
-def _vllm_architectures(vllm: Source) -> dict[str, list[str] | None]:
+def _vllm_architectures(vllm: Source) -> tuple[dict[str, list[str] | None], list[str]]:
     found: dict[str, list[str] | None] = {}
+    fused = []
     registry = vllm.module("vllm.model_executor.models.registry")
     assert registry is not None
     for rows in (ast.literal_eval(registry.value(name)) for name in GENERATORS):
@@ -155,7 +164,9 @@ def _vllm_architectures(vllm: Source) -> dict[str, list[str] | None]:
             assert home is not None, (architecture, path, name)
             lora = vllm.attribute(*home, "supports_lora")
             found[architecture] = sorted(vllm.attribute(*home, "embedding_modules") or {}) if lora else None
-    return dict(sorted(found.items()))
+            if vllm.attribute(*home, "is_3d_moe_weight"):
+                fused.append(architecture)
+    return dict(sorted(found.items())), sorted(fused)
 
 
 def _pairs(source: Source, module: str, name: str) -> dict[str, str]:

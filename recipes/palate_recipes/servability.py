@@ -32,6 +32,8 @@ _ENGINE_GIB = 1.0
 _HEADS = ("lm_head", "embed_out")
 _TABLE_EMBEDDINGS = ("lm_head", "embed_tokens")
 """Names that vLLM uses in `embedding_modules`. Of other names the table says nothing."""
+_EXPERTS = {"mixtral": (("w1", "w3"), "w2", "gate"), "qwen2_moe": (("gate_proj", "up_proj"), "down_proj", "gate")}
+"""By kind of `peft_experts` in the table: the layers that PEFT adapts as `gate_up_proj`, `down_proj` and `gate.weight`."""
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Values of `init_lora_weights` that leave the base's weights as they are (vllm.lora.peft_helper)."""
 
@@ -69,6 +71,7 @@ def servings(
     *,
     versions: Mapping[str, str | None] | None = None,
     vllm_knows_more: bool = False,
+    vllm_on_cpu: bool = False,
 ) -> tuple[Serving, ...]:
     """Returns for each engine, preferred first, whether it can serve a model.
 
@@ -78,6 +81,7 @@ def servings(
         versions: Versions of the installed engines, by engine. Default: those of the table, which the images have too. For another
             minor version nothing is said about architectures.
         vllm_knows_more: Whether plug-ins or options of vLLM may add architectures: then nothing is said about them either.
+        vllm_on_cpu: Whether vLLM is its CPU build, which has no kernel for adapters on a mixture of experts, wherever they are.
     """
     table = _table()
     found = []
@@ -93,6 +97,8 @@ def servings(
             if adapter is not None:
                 reasons += _beyond_vllm(adapter)
                 reasons += _beyond_model(adapter, architecture, what) if architecture and not reasons else []
+                if vllm_on_cpu and is_known and _has_experts(config or {}):
+                    reasons.append(f"{what} serves no adapters on a mixture of experts without a GPU")
             how = "full weights" if adapter is None else f"the adapter on its base, rank {adapter_rank(adapter)}"
         else:
             reasons += _unknown_to_transformers(config or {}, f"transformers {_minor(version)}") if is_known else []
@@ -130,9 +136,24 @@ def require_servable(found: Sequence[Serving], model_name: str) -> None:
         )
 
 
-def planned_adapter(values: Hyperparameters) -> dict[str, Any]:
-    """Returns the fields of adapter_config.json that decide on serving, as the trainer will write them."""
-    return {"peft_type": "LORA", "r": values.lora_dim, "target_modules": values.target_modules, "bias": "none"}
+def planned_adapter(values: Hyperparameters, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the fields of adapter_config.json that decide on serving, as PEFT will write them in the training.
+
+    transformers keeps the experts of some models in one tensor. PEFT then adapts them by `target_parameters`, gate and up together
+    with twice the rank (peft.utils.transformers_weight_conversion).
+    """
+    adapter = {"peft_type": "LORA", "r": values.lora_dim, "target_modules": values.target_modules, "bias": "none"}
+    kind = _table()["peft_experts"].get((config or {}).get("model_type"))
+    if kind is None:
+        return adapter
+    gate_up, down, router = _EXPERTS[kind]
+    names = _module_names(adapter)
+    is_all = "all-linear" in names
+    targets = {"gate_up_proj": gate_up, "down_proj": (down,), "gate.weight": (router,)}
+    found = sorted(target for target, layers in targets.items() if is_all or all(name in names for name in layers))
+    if "gate_up_proj" in found:
+        adapter["rank_pattern"] = {r".*\.gate_up_proj": values.lora_dim * len(gate_up)}
+    return {**adapter, "target_parameters": found}
 
 
 def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +201,15 @@ def _beyond_model(adapter: Mapping[str, Any], architecture: str, what: str) -> l
     if known[architecture] is None:
         return [f"{what} serves no adapters on {architecture}"]
     names = [name for name in _module_names(adapter) if name in _TABLE_EMBEDDINGS and name not in known[architecture]]
+    experts = {name for name in adapter.get("target_parameters") or () if name.endswith(("gate_up_proj", "down_proj"))}
+    if experts and architecture not in _table()["fused_experts"]:
+        names.append("the experts")
     return [f"{what} serves no adapter on {name} of {architecture}" for name in names]
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    config = text_config(config)
+    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _module_names(adapter: Mapping[str, Any]) -> list[str]:

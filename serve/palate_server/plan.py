@@ -133,6 +133,7 @@ def _choose(
         adapter,
         versions={engine.name: engine.version for engine in installed},
         vllm_knows_more=vllm_knows_more(spec.engine_args),
+        vllm_on_cpu=any(engine.cpu_build for engine in installed),
     )
     chosen, why = choose(found, [engine.name for engine in installed])
     if chosen is not None:

@@ -43,6 +43,8 @@ PEFT_ADAPTERS: dict[str, dict[str, Any]] = {
     "activated": {"alora_invocation_tokens": [5, 6]},
     "QALoRA": {"use_qalora": True},
 }
+MOVED_EXPERTS = ("qwen3_moe", "glm4_moe", "mixtral")
+"""PEFT adapts their experts in the tensor that transformers keeps them in, and vLLM wants a tensor per expert."""
 _UNNOTICED = {"new tokens"}
 """vLLM reads their config, and fails on their weights."""
 
@@ -94,13 +96,20 @@ def test_what_the_trainer_makes_can_be_served(kind: str, tokenizer: Any, tmp_pat
     model = base_folder(kind, tokenizer, base)
     config = json.loads((base / "config.json").read_text())
     task = spec(base, tmp_path, lora_dim=4)
-    before = servings(config, planned_adapter(task.spec.hyperparameters))
-    assert [serving.reasons for serving in before] == [(), ()]
+    on_cpu = any(engine.cpu_build for engine in describe_engines())
+    before = servings(config, planned_adapter(task.spec.hyperparameters, config), vllm_on_cpu=on_cpu)
     tuned = get_peft_model(model, lora_config(task))
-    after = servings(config, adapter_folder(tuned.peft_config["default"], tmp_path / "adapter"))
+    after = servings(config, adapter_folder(tuned.peft_config["default"], tmp_path / "adapter"), vllm_on_cpu=on_cpu)
     assert after == before
+    assert after[1].reasons == ()
+    mixture = kind in ("qwen3_moe", "glm4_moe", "mixtral", "gpt_oss")
+    assert after[0].reasons == () or mixture
+    by_experts = [f"serves no adapter on the experts of {config['architectures'][0]}"] if kind in MOVED_EXPERTS else []
+    without_gpu = ["serves no adapters on a mixture of experts without a GPU"] if mixture and on_cpu else []
+    assert [reason.partition("vLLM 0.32 ")[2] for reason in after[0].reasons] == by_experts + without_gpu
     for engine in INSTALLED:
-        assert decided(engine, base, tmp_path / "adapter", tmp_path) == engine
+        chosen, _ = choose(after, [engine])
+        assert decided(engine, base, tmp_path / "adapter", tmp_path) == (chosen.engine if chosen else "")
     assert trained_config(config) == config
     assert [serving.reasons for serving in servings(config, None)] == [(), ()]
 
