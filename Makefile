@@ -8,7 +8,7 @@ VARIANT ?=
 # Test files at a time; each may hold a trainer or an engine, with up to 4 GB.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast test-faults fuzz check locks check-locks bench-train bench-data bench-store bench-import docs clean
+.PHONY: help setup quickstart test test-fast test-faults fuzz check locks check-locks bench-train bench-data bench-store bench-serve bench-lora bench-import docs clean
 .ONESHELL:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,6 +25,8 @@ help:
 	echo "make check-locks   whether they still fit pyproject.toml and the index, for each variant and Python"
 	echo "make bench-train   training speed against stock TRL; ARGS='--data prefs.json --rounds 1' and so on"
 	echo "make bench-data    how fast preference data is read and checked; ARGS='--rows 500000' and so on"
+	echo "make bench-serve   a service's start, first token and throughput against bare vLLM; ARGS='--rounds 5' and so on"
+	echo "make bench-lora    a tuned model's speed against its base's on a processor; ARGS='--rank 64' and so on"
 	echo "make bench-import  how long 'import palate' takes"
 	echo "make docs          the documentation site, into build/docs; a broken link or docstring is an error"
 
@@ -68,6 +70,12 @@ bench-data: setup
 
 bench-store: setup
 	@"$(PY)" benchmarks/store_speed.py $(ARGS)
+
+bench-serve: setup
+	@"$(PY)" benchmarks/serve_speed.py $(ARGS)
+
+bench-lora: setup
+	@"$(PY)" benchmarks/lora_speed.py $(ARGS)
 
 bench-import: setup
 	@"$(PY)" benchmarks/import_time.py

@@ -104,12 +104,13 @@ def _records_keep_their_schemas(request: pytest.FixtureRequest) -> Iterator[None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a broken rule shows in seconds. Then the longest one, so that no worker is left alone with it; those
-    with containers last, when the images may have been built meanwhile."""
+    """Fast tests first: a broken rule shows in seconds. Then the longest one; those with containers late, when the images may
+    have been built meanwhile; and the short files of the trainer last, so that no worker is left alone with a long one."""
+    late = ("tests/backends", "tests/container", "tests/trainer")
 
-    def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
-        of_containers = "tests/backends" in item.nodeid or "tests/container" in item.nodeid
-        return item.get_closest_marker("slow") is not None, "quickstart" not in item.nodeid, of_containers
+    def turn(item: pytest.Item) -> tuple[bool, bool, int]:
+        rank = next((number for number, folder in enumerate(late, 1) if item.nodeid.startswith(folder)), 0)
+        return item.get_closest_marker("slow") is not None, "quickstart" not in item.nodeid, rank
 
     items.sort(key=turn)
     if os.environ.get("PALATE_TEST_THOROUGH") != "1":

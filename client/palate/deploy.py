@@ -12,6 +12,7 @@ from typing import Any
 from palate.backends import PlacementRequest
 from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
+from palate.preflight import check_deployment
 from palate.processes import bind_error
 from palate.runs.handle import RunHandle
 from palate.runs.record import TOKEN_KEY, Record, versions
@@ -68,6 +69,7 @@ def start_service(
     lives = {name: checked.pop(name) for name in _LIVES if name in checked}
     if session.backend.is_this_host:
         _check_port(checked)
+    engine = check_deployment(served, session, checked)
     placement = session.backend.place(where or PlacementRequest(kind="services"))
     record = Record(session.store, "services", service_name)
     manifest = ServeManifest(
@@ -90,6 +92,8 @@ def start_service(
     predictor._run.start()
     if wait:
         note(f"service {service_name} is starting; `palate logs -f {service_name}` shows the engine's log")
+        if engine:
+            note(f"it will run on {engine}")
         try:
             predictor._wait_until_ready(show_logs=show_logs, show_stages=True)
         except BaseException as error:

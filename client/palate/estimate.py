@@ -19,7 +19,7 @@ from msgspec import structs
 
 from palate.adapter_input import CHANNEL, read_adapter
 from palate.paths import palate_home
-from palate.preflight import available_memory_gib, training_memory_gib
+from palate.preflight import available_memory_gib, serving_notes, servings_after, training_memory_gib
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record, events_once
 from palate.session import Session
@@ -29,9 +29,10 @@ from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.store import open_store
 from palate.store.uri import check_key
 from palate.submit import check_channels, imitation_note, parameter_count, place_checks
-from palate.weights import fetch_weights
+from palate.weights import config_at_hand, fetch_weights
 from palate_recipes.catalog import Model
 from palate_recipes.errors import MissingDependencyError, PalateError, WeightsError
+from palate_recipes.servability import ENGINES, choose, require_servable
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import Measured, TrainSpec
 from palate_recipes.specs.weights import WeightsSource
@@ -73,6 +74,7 @@ class Estimate:
             device.
         seconds: Lowest and highest seconds of training at these rates. Start-up, reference, evaluations and saving are not included.
         rate_source: Ids of the jobs behind `tokens_per_s`.
+        serving: Of each engine, preferred first, how it can serve the result, or why not. Empty if the model's config is not here.
         errors: Why `train()` would raise, in its words.
         warnings: What `train()` would warn about, and what could not be estimated.
     """
@@ -94,6 +96,7 @@ class Estimate:
     tokens_per_s: tuple[float, float] | None = None
     seconds: tuple[float, float] | None = None
     rate_source: tuple[str, ...] = ()
+    serving: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -105,6 +108,7 @@ def estimate(
     inputs: Mapping[str, str | Path | Rows | PreferenceData],
     row: Model | None,
     job_name: str | None,
+    servable: bool = True,
 ) -> Estimate:
     """Runs the checks of `submit` and estimates the training. Returns problems instead of raising them.
 
@@ -114,6 +118,7 @@ def estimate(
         inputs: Preference data by channel, and an adapter to continue training.
         row: The model's catalog row, if it has one.
         job_name: The job's id, if it was given; checked whether it is taken.
+        servable: Whether a result that no engine could serve is an error.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -151,6 +156,14 @@ def estimate(
     if not parameters:
         warnings.append("the memory is not known: the model's size is in no catalog and in no listing")
     warnings += spec.notes
+    config = config_at_hand(spec.model.source, session)
+    engines = servings_after(spec, config, session)
+    if servable:
+        attempt(lambda: require_servable(engines, spec.model.name))
+    if not servable or choose(engines, ENGINES)[0] is not None:
+        warnings += serving_notes(spec, config, engines, session)
+    if config is not None:
+        found = replace(found, serving=tuple(map(str, engines)))
     data = {channel: given for channel, given in inputs.items() if channel in ("train", "validation")}
     try:
         with checked_inputs(

@@ -216,6 +216,8 @@ class ModelTrainingRecipe:
         wait: bool = True,
         job_name: str | None = None,
         show_logs: bool = True,
+        *,
+        servable: bool = True,
     ) -> TrainingJob:
         """Checks everything and submits a training job.
 
@@ -229,11 +231,13 @@ class ModelTrainingRecipe:
             wait: Whether to wait until the job has succeeded.
             job_name: The job's id; default: a unique one from `base_job_name`.
             show_logs: With `wait`: a live view on a terminal, log lines elsewhere, on stderr.
+            servable: Whether to reject a training whose result no engine could serve. False trains it with a note.
 
         Returns:
             The job.
 
         Raises:
+            UnservableError: No engine could serve the result.
             DataError: An input cannot be read; names file, row, field and remedy.
             NotEnoughMemoryError: The model cannot fit.
             NameTakenError: `job_name` is in use.
@@ -256,6 +260,7 @@ class ModelTrainingRecipe:
             environments=self.environments,
             announce=show_logs,
             notes=not wait,
+            servable=servable,
         )
         self._jobs.append(job)
         if wait:
@@ -269,12 +274,14 @@ class ModelTrainingRecipe:
         inputs: Mapping[str, str | Path | Rows | PreferenceData] | None = None,
         *,
         job_name: str | None = None,
+        servable: bool = True,
     ) -> Estimate:
         """Checks a training as `train()` does and estimates its size, memory and time. Submits nothing and loads no weights.
 
         Args:
             inputs: As in `train()`.
             job_name: The job's id, checked whether it is taken; None for a unique one.
+            servable: As in `train()`.
 
         Returns:
             The estimate. Problems with data, memory or store are its `errors` and `warnings`.
@@ -288,7 +295,7 @@ class ModelTrainingRecipe:
         given = self.default_inputs if inputs is None else inputs
         if job_name is not None:
             check_name("job_name", job_name)
-        return estimate(self._spec(), self.session, inputs=given, row=self._row, job_name=job_name)
+        return estimate(self._spec(), self.session, inputs=given, row=self._row, job_name=job_name, servable=servable)
 
     def _spec(self) -> TrainSpec:
         """Returns the training as far as the recipe knows it: without its data."""

@@ -1,18 +1,40 @@
-"""Checks libraries and memory before anything is written or started. Knows no run and no data."""
+"""Checks libraries, memory, and whether an engine can serve it, before anything is written or started. Knows no run and no data."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from palate.session import Session
+from palate.store import read_uri
+from palate.weights import config_at_hand
 from palate_recipes.catalog import Model, models
-from palate_recipes.device import installed_version
-from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError
+from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, installed_version
+from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError, PalateError, UnservableError
 from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.servability import (
+    ENGINES,
+    GIB,
+    Serving,
+    adapter_bytes,
+    choose,
+    fit,
+    planned_adapter,
+    serving_note,
+    servings,
+    trained_config,
+)
+from palate_recipes.specs.serve import EngineInfo, describe_engines, vllm_knows_more
 from palate_recipes.specs.train import TrainSpec
 
-_GIB = 1024**3
+if TYPE_CHECKING:
+    from palate.predictor import ServedModel
+
 
 TRAINER_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tensorboard")
 """Packages that the trainer needs to start."""
@@ -60,7 +82,7 @@ def training_memory_gib(parameters: float, spec: TrainSpec, *, gpus: int = 1) ->
         weights = parameters * _BYTES[spec.precision]
     if values.fsdp == "full_shard":
         weights /= max(1, gpus)
-    return weights / _GIB + _PROCESS_GIB
+    return weights / GIB + _PROCESS_GIB
 
 
 def available_memory_gib(device: DeviceFacts) -> float:
@@ -121,3 +143,117 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
 def _fits(spec: TrainSpec, parameters: float, there: float, gpus: int) -> bool:
     """Whether the training's minimum memory is available, by the formula that rejects it."""
     return training_memory_gib(parameters, spec, gpus=gpus) <= there
+
+
+# ── serving ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def servings_after(spec: TrainSpec, config: dict[str, Any] | None, session: Session) -> tuple[Serving, ...]:
+    """Returns which engines can serve the result of a training: those installed here, or those of the images.
+
+    Args:
+        spec: The training.
+        config: config.json of its base, or None if it is not at hand.
+        session: Its backend decides where the engines are.
+    """
+    adapter = planned_adapter(spec.hyperparameters, config) if spec.trains_adapter else None
+    if config is not None and adapter is None:
+        config = trained_config(config)
+    installed = _installed_engines(session)
+    return servings(config, adapter, **_what_is_known(installed))
+
+
+def serving_notes(
+    spec: TrainSpec, config: dict[str, Any] | None, found: tuple[Serving, ...], session: Session
+) -> list[str]:
+    """Returns a note if only the slow engine or none can serve the result, and one if it does not fit into memory here.
+
+    Args:
+        spec, config, session: As in `servings_after`.
+        found: Its result.
+    """
+    return [note for note in (serving_note(found), _memory_note(spec, config, found, session)) if note]
+
+
+def _memory_note(spec: TrainSpec, config: dict[str, Any] | None, found: tuple[Serving, ...], session: Session) -> str:
+    """Returns a note if the result does not fit into the memory that is free on this machine now; "" also if that is unknown."""
+    installed, size = _installed_engines(session), spec.model.source.size_bytes
+    chosen, _ = choose(found, [engine.name for engine in installed])
+    if chosen is None or config is None or not size:
+        return ""
+    engine = next(engine for engine in installed if engine.name == chosen.engine)
+    needs = fit(
+        config,
+        weights_bytes=size,
+        adapter_bytes=adapter_bytes(config, planned_adapter(spec.hyperparameters, config))
+        if spec.trains_adapter
+        else None,
+        engine=engine.name,
+        on_cpu=engine.on_cpu,
+        free_bytes=available_memory() if engine.on_cpu else free_gpu_memory(),
+        cpu_has_bf16=cpu_has_bf16(),
+    )
+    if needs.fits or needs.free_bytes is None:
+        return ""
+    return (
+        f"serving the result on this machine needs at least {needs.needed_bytes / GIB:.1f} GiB of memory at the model's full context, "
+        f"and {needs.free_bytes / GIB:.1f} GiB are free now: deploy with a smaller max_model_len, or on another machine."
+    )
+
+
+def check_deployment(served: ServedModel, session: Session, options: Mapping[str, Any]) -> str:
+    """Returns which engine will serve a model, and why another cannot; "" if something of it is not known here.
+
+    Raises:
+        UnservableError: No engine that the service may use can serve it.
+    """
+    wanted = options.get("engine", "auto")
+    installed = _installed_engines(session)
+    names: list[str] = [engine.name for engine in installed] if session.backend.uses_this_python else [*ENGINES]
+    allowed = [name for name in names if wanted in ("auto", name)]
+    adapter, config = None, None
+    if served.adapter:
+        adapter = _tuned_json(served, session, "adapter_config.json")
+        if adapter is None:
+            return ""
+    elif served.tuned_uri:
+        config = _tuned_json(served, session, "config.json")
+    if served.adapter or not served.tuned_uri:
+        config = config_at_hand(served.model.source, session)
+    if not allowed:  # the server says what is missing
+        return ""
+    found = servings(config, adapter, **_what_is_known(installed, options.get("engine_args", ())))
+    chosen, why = choose(found, allowed)
+    if chosen is not None:
+        return f"{chosen}{f' ({why})' if why else ''}" if config is not None else ""
+    transformers = next(one for one in found if one.engine == "transformers")
+    remedy = "deploy another model"
+    if not transformers.reasons:
+        remedy = "set deploy option engine='transformers', which serves it"
+        missing = [engine.remedy for engine in describe_engines() if engine.name == "transformers" and engine.remedy]
+        if missing and session.backend.uses_this_python:
+            remedy += f" ({missing[0]})"
+    raise UnservableError(f"engine={wanted!r} cannot serve {served.model.name}: {why}. Remedy: {remedy}")
+
+
+def _installed_engines(session: Session) -> list[EngineInfo]:
+    """Returns the engines that runs of the session's backend use here; empty if they are in an image."""
+    if not session.backend.uses_this_python:
+        return []
+    return [engine for engine in describe_engines() if engine.distribution is not None]
+
+
+def _what_is_known(installed: list[EngineInfo], engine_args: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "versions": {engine.name: engine.version for engine in installed},
+        "vllm_knows_more": vllm_knows_more(engine_args),
+        "vllm_on_cpu": any(engine.cpu_build for engine in installed),
+    }
+
+
+def _tuned_json(served: ServedModel, session: Session, name: str) -> dict[str, Any] | None:
+    with suppress(PalateError, ValueError):
+        uri = f"{served.tuned_uri}/{name}"
+        found = json.loads(read_uri(uri, options=session.options_for(uri)))
+        return found if isinstance(found, dict) else None
+    return None

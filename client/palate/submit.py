@@ -15,17 +15,18 @@ from msgspec.structs import replace
 
 from palate.adapter_input import CHANNEL, keep_adapter, read_adapter
 from palate.job import TrainingJob
-from palate.preflight import check_memory, check_trainer
+from palate.preflight import check_memory, check_trainer, serving_notes, servings_after
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
 from palate.sources.hub_model import check_architecture
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
-from palate.weights import reachable_weights
+from palate.weights import config_at_hand, reachable_weights
 from palate_recipes.catalog import Model
 from palate_recipes.errors import ConfigurationError, NameTakenError
 from palate_recipes.hyperparameters import differences
+from palate_recipes.servability import require_servable
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.text import did_you_mean
@@ -44,6 +45,7 @@ def submit(
     environments: dict[str, str],
     announce: bool,
     notes: bool,
+    servable: bool = True,
 ) -> TrainingJob:
     """Checks a training, writes its manifest, and starts its run.
 
@@ -57,6 +59,7 @@ def submit(
         environments: Environment variables of the trainer. Only their names are recorded.
         announce: Whether to print to stderr what was submitted.
         notes: Whether that includes the notes on changed defaults, which the log has too.
+        servable: Whether to reject what no engine could serve.
 
     Raises:
         PalateError: Something cannot work. Nothing has been written. See `ModelTrainingRecipe.train`.
@@ -77,6 +80,11 @@ def submit(
         if text := imitation_note(spec, checked):
             warnings.warn(text, UserWarning, stacklevel=4)  # the caller of train(), which has the decorator's frame
             spec = replace(spec, notes=(*spec.notes, text))
+        config = config_at_hand(spec.model.source, session)
+        engines = servings_after(spec, config, session)
+        if servable:
+            require_servable(engines, spec.model.name)
+        spec = replace(spec, notes=(*spec.notes, *serving_notes(spec, config, engines, session)))
         record = Record(session.store, "jobs", job_name)
         for check in place_checks(spec, record, session, row):
             check()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from palate.backends import Backend
 from palate.env_file import without_credentials
@@ -26,7 +28,7 @@ from palate.sources.hub_model import HubModel, find_on_hub, hub_model
 from palate.store import open_store
 from palate.ui import note
 from palate_recipes.catalog import Model, check_provider, find_model
-from palate_recipes.errors import ConfigurationError, UnknownModelError, WeightsError
+from palate_recipes.errors import ConfigurationError, PalateError, UnknownModelError, WeightsError
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from palate_recipes.text import expand_path, show_path
 
@@ -164,6 +166,31 @@ def check_model_files(where: str, names: set[str]) -> None:
         )
 
 
+def config_at_hand(source: WeightsSource, session: Session) -> dict[str, Any] | None:
+    """Returns the config.json of weights, or None if it is not on this machine, in a store, or cannot be read. Downloads no weights."""
+    with suppress(PalateError, OSError, ValueError):
+        text: bytes | None = None
+        if source.kind == "folder":
+            text = (Path(source.location) / "config.json").read_bytes()
+        elif source.kind == "store":
+            text = open_store(source.location, options=session.options_for(source.location)).get("config.json")
+        elif source.kind == "package":
+            text = (palate_home() / "cache" / "models" / _cache_key(source) / "config.json").read_bytes()
+        else:
+            _, hub, _, kept, _ = connect(source.location, repo_type="model")
+            path = hub.try_to_load_from_cache(
+                source.location, "config.json", cache_dir=kept["cache_dir"], revision=source.revision or None
+            )
+            text = Path(path).read_bytes() if isinstance(path, str) else None
+        found = json.loads(text) if text is not None else None
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _cache_key(source: WeightsSource) -> str:
+    return f"{source.kind}-{_slug(source.location)}-{_slug(source.revision) or 'latest'}"
+
+
 def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str], None]) -> tuple[Path, str]:
     """Downloads the weights if needed and returns (model folder, exact revision).
 
@@ -185,7 +212,7 @@ def fetch_weights(source: WeightsSource, session: Session, *, say: Callable[[str
     if source.kind == "hub":
         return _from_hub(source, say)
     cache = palate_home() / "cache" / "models"
-    key = f"{source.kind}-{_slug(source.location)}-{_slug(source.revision) or 'latest'}"
+    key = _cache_key(source)
     if source.kind == "store":
         store = open_store(source.location, options=session.options_for(source.location))
         listing = "\n".join(f"{info.key} {info.etag}" for info in store.list(""))

@@ -5,6 +5,7 @@ PalateError
 ├── UnknownModelError (LookupError)             not in the catalog
 ├── DataError (ValueError)                      a preference file cannot be used
 ├── ConfigurationError (ValueError)             an invalid argument or setting
+│   ├── UnservableError                         no engine, or not the chosen one, can serve the model
 │   └── UnsupportedParameterError (TypeError)   a parameter of PAI's SDK has no meaning here, or none has this name
 ├── MissingDependencyError (ImportError)        an optional package is not installed
 ├── NotEnoughMemoryError (MemoryError)          the model does not fit; checked before anything starts
@@ -40,6 +41,7 @@ PalateError
     ├── OutOfMemory (MemoryError)               the weights do not fit
     ├── EngineFailed (RuntimeError)             the engine exited, or answered its first request with an error
     ├── EngineHung (TimeoutError)               the engine no longer answers
+    ├── ParityFailed (RuntimeError)             the service does not answer as the trained model
     └── StartTimeout (TimeoutError)             the engine did not answer in time
 """
 
@@ -72,6 +74,10 @@ class DataError(PalateError, ValueError):
 
 class ConfigurationError(PalateError, ValueError):
     """An argument or setting is invalid."""
+
+
+class UnservableError(ConfigurationError):
+    """No engine, or not the one that was chosen, can serve the model. Raised before a training or service is submitted."""
 
 
 class UnsupportedParameterError(ConfigurationError, TypeError):
@@ -252,6 +258,10 @@ class EngineFailed(ServerError, RuntimeError):
 
 class EngineHung(ServerError, TimeoutError):
     """The engine is running but no longer answers."""
+
+
+class ParityFailed(ServerError, RuntimeError):
+    """The service does not answer as the model that was trained."""
 
 
 class StartTimeout(ServerError, TimeoutError):

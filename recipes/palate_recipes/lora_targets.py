@@ -42,7 +42,18 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors")
 """Files that an adapter folder must have to continue training from it."""
 
-_BEYOND_SERVING = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "rank_pattern", "alpha_pattern")
+BEYOND_VLLM = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Fields of adapter_config.json with which vLLM rejects an adapter (vllm.lora.peft_helper, vllm.lora.utils)."""
+_NOT_PLAIN = (*BEYOND_VLLM, "rank_pattern", "alpha_pattern")
 _NAMES = ("lora_dim", "lora_alpha", "target_modules")
 
 
@@ -89,7 +100,7 @@ class AdapterShape:
                 f"{where}/{ADAPTER_CONFIG} does not describe a LoRA adapter ({type(error).__name__}: {error})."
                 " Give the model folder of a finished LoRA run."
             ) from None
-        odd = [f"{name}={config[name]}" for name in _BEYOND_SERVING if config.get(name)]
+        odd = [f"{name}={config[name]}" for name in _NOT_PLAIN if config.get(name)]
         if kind != "LORA":
             odd = [f"peft_type={kind}"]
         if config.get("bias", "none") != "none":

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from palate_recipes.errors import ServerError
+from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, Parity
 
@@ -40,15 +40,11 @@ _SMALLEST_CHANGE = 1e-3
 """Nats per token, root mean square. A smaller change is not told from rounding."""
 
 _GENERATED_PER_ROW = 2
-_GENERATED_OF_HEAD = 12
-"""Tokens per row that are scored as generated ones; more if only they show the adapter. An engine scores at most 128 at once."""
+_GENERATED_ALONE = 12
+"""Tokens per row that are scored as generated ones; more if only they count. An engine scores at most 128 at once."""
 
 Ask = Callable[[str, dict[str, Any]], Any]
 """Posts a JSON request to a path of the service and returns the answer's JSON. Raises ServerError."""
-
-
-class ParityFailed(ServerError, RuntimeError):
-    """The service does not answer as the model that was trained."""
 
 
 class Scores(Protocol):
@@ -71,10 +67,8 @@ class VllmScores:
         self._ask = ask
 
     def answers(self, model: str, rows: Sequence[ProbeRow]) -> list[list[float]]:
-        # One prompt per request: vLLM's CPU code for adapters ends with a shape error if it computes a prompt's log-probs in a
-        # step with another request.
         prompts = [[*row.prompt_ids, *row.completion_ids] for row in rows]
-        choices = [choice for prompt in prompts for choice in self._complete(model, [prompt], prompt_logprobs=0)]
+        choices = self._complete(model, prompts, prompt_logprobs=0)
         return [
             [
                 float(place[str(token)]["logprob"])
@@ -159,7 +153,7 @@ class Check:
         has_base: Whether the service also has the base model.
         dtype: The service's dtype: float32, bfloat16 or float16.
         quantised: Whether the engine rounds weights or cache further.
-        on_head: Whether the adapter changes the output head.
+        prompt_scores: Whether log-probs of a prompt count; otherwise only those of tokens scored as generated ones.
         max_model_len: Context in tokens; None: the engine's default.
         token_budget: Tokens to score per model. At least one row is scored.
     """
@@ -169,7 +163,7 @@ class Check:
     has_base: bool
     dtype: str
     quantised: bool = False
-    on_head: bool = False
+    prompt_scores: bool = True
     max_model_len: int | None = None
     token_budget: int = 16_384
 
@@ -215,17 +209,20 @@ def compare(scores: Scores, check: Check) -> Parity:
             verdict="not verified",
             text=f"none of the {len(check.probe.rows)} rows of probe.json fits into the context of {check.max_model_len} tokens",
         )
-    at = [_spread(len(row.completion_ids), _GENERATED_OF_HEAD if check.on_head else _GENERATED_PER_ROW) for row in rows]
+    at = [
+        _spread(len(row.completion_ids), _GENERATED_PER_ROW if check.prompt_scores else _GENERATED_ALONE)
+        for row in rows
+    ]
     has_base = check.has_base and all(row.base_logps for row in rows)
 
     def score(model: str, which: Sequence[int]) -> list[list[float]]:
         wanted = [rows[n] for n in which]
-        return (
-            scores.generated(model, wanted, [at[n] for n in which]) if check.on_head else scores.answers(model, wanted)
-        )
+        if check.prompt_scores:
+            return scores.answers(model, wanted)
+        return scores.generated(model, wanted, [at[n] for n in which])
 
     def trained(values: Sequence[Sequence[float]]) -> list[list[float]]:
-        return _at(at, values) if check.on_head else [list(row) for row in values]
+        return [list(row) for row in values] if check.prompt_scores else _at(at, values)
 
     every = range(len(rows))
     # The row in which training changed most tells the models apart.
@@ -239,7 +236,7 @@ def compare(scores: Scores, check: Check) -> Parity:
             tuned=score(TUNED_MODEL, every),
             base=score(BASE_MODEL, every) if has_base else [],
         )
-        generated = measured.tuned if check.on_head else scores.generated(TUNED_MODEL, rows, at)
+        generated = scores.generated(TUNED_MODEL, rows, at) if check.prompt_scores else measured.tuned
         alias = score(check.service_name, [telling])
     except (LookupError, TypeError, ValueError) as error:
         raise ServerError(

@@ -28,7 +28,7 @@ from typing import IO, Any
 from msgspec.structs import replace
 
 from palate_recipes.device import available_memory
-from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, PortTaken, ServerError, StartTimeout
+from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, ParityFailed, PortTaken, ServerError, StartTimeout
 from palate_recipes.specs.serve import (
     ACTIVITY_PATH,
     BASE_MODEL,
@@ -44,7 +44,7 @@ from palate_recipes.specs.serve import (
     ServeSpec,
 )
 from palate_server.causes import failure
-from palate_server.parity import Check, OwnScores, ParityFailed, VllmScores, compare, read_probe, refusal
+from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from palate_server.parsers import with_parsers
 from palate_server.plan import EnginePlan, check, engine_command, engine_environment
 from palate_server.supervisor import Supervised
@@ -58,7 +58,7 @@ _BACKLOG = 2048
 _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
 """An engine hangs if requests make no progress, and a one-token request gets no answer, for this many times `hang_after_s`."""
-_PARITY_TOKENS_ON_CPU = 512
+_PARITY_TOKENS_ON_CPU = 384
 """Tokens to score per model: a processor takes about a second for them."""
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -136,6 +136,8 @@ def serve(spec: ServeSpec) -> None:
         port = listener.getsockname()[1]
         command = engine_command(spec, plan, spec_file=spec_file, port=port, ipc_dir=ipc_dir)
         logger.info("starting %s on port %d, dtype %s", title, port, plan.dtype)
+        if plan.why:
+            logger.info("the engine is not vLLM: %s", plan.why)
         environment = engine_environment(plan, spec_file=spec_file, ipc_dir=ipc_dir, listener=listener.fileno())
         engine = Supervised(
             command,
@@ -325,7 +327,7 @@ def _parity(asking: _Asking, spec: ServeSpec, plan: EnginePlan) -> Parity | None
             has_base=spec.base_model_dir is not None,
             dtype=plan.computes_in,
             quantised=any(re.match("--(quantization|kv[-_]cache[-_]dtype)|-q", one) for one in spec.engine_args),
-            on_head=plan.on_head,
+            prompt_scores=plan.prompt_scores,
             max_model_len=spec.max_model_len,
             token_budget=_PARITY_TOKENS_ON_CPU if plan.on_cpu else Check.token_budget,
         )

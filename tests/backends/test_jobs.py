@@ -195,7 +195,7 @@ def test_max_run_time_ends_a_training_as_failed(hands: Hands, session: Session, 
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("hands", ["process"], indirect=True)
 def test_sft_and_full_fine_tuning(hands: Hands, session: Session, tiny: Path, prefs: Path, precision: str) -> None:
     settings = {**QUICK, "training_strategy": "sft", "max_steps": 2, "precision": precision}

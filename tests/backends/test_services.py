@@ -103,6 +103,9 @@ def test_a_service_from_its_deployment_to_its_deletion(hands: Hands, job: Traini
     assert predictor.service_status == "Running"
     endpoint = predictor.endpoint
     assert endpoint.startswith("http://127.0.0.1:")
+    parity = predictor.describe_service()["parity"]
+    print(parity)
+    assert parity["verdict"] == "same", parity
 
     # Who holds the store's address holds the service: nothing else is needed.
     held = Predictor(SERVICE, session=Session())
@@ -299,7 +302,10 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
 
 @pytest.mark.parametrize(
     ("option", "reason"),
-    [("time_to_live_s", "its time to live is over"), ("idle_time_to_live_s", "no request for")],
+    [
+        ("time_to_live_s", "its time to live is over"),
+        pytest.param("idle_time_to_live_s", "no request for", marks=pytest.mark.thorough),  # as in tests/serve
+    ],
 )
 def test_a_service_stops_by_itself_when_its_time_is_over(
     hands: Hands, job: TrainingJob, option: str, reason: str

@@ -101,7 +101,7 @@ def test_what_is_no_table_is_refused_with_what_to_give_instead() -> None:
         (datasets.DatasetDict(train=table), r"dataset\['train'\]"),
         ((row for row in [{}]), "expected a path"),
         (pandas.Series(["a"]), "is Series: expected a path"),
-        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns 'prompt'"),
+        (pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "two columns are named 'prompt'"),
         ([], "has no rows"),
         ([{"prompt": "a", "chosen": "b"}], r"inputs\['train'\].*line 1: `rejected` is missing"),
         ([{"prompt": object()}], "row 1: `prompt` is object"),

@@ -295,7 +295,7 @@ def test_other_column_names_get_the_one_command_that_reads_them(
     from palate.cli import app
 
     monkeypatch.chdir(tmp_path)
-    for name, header in (("a.csv", "question_text,good answer,bad answer"), ("b.csv", "Prompt;Chosen;Rejected")):
+    for name, header in (("a.csv", "question_text,good answer,bad answer"), ("b.csv", "User question;Good;Bad")):
         separator = ";" if ";" in header else ","
         rows = [separator.join((f"ask {n}", f"yes {n}", f"no {n}")) for n in range(24)]
         Path(name).write_text("\n".join([header, *rows]) + "\n")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palate_recipes.errors import DataError
-from palate_recipes.preferences.check import read_files
+from palate_recipes.preferences.check import check, read_files
+from palate_recipes.preferences.columns import format_for
 from palate_recipes.preferences.formats import FORMATS, detect, format_named, read_row
+from palate_recipes.preferences.formats.detection import SHAPES
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.preferences.row import Message, Row, RowFaults, Strategy
 from palate_recipes.preferences.writing import WRITTEN, write_rows
@@ -612,3 +615,75 @@ def test_a_comparison_that_may_mean_the_other_answer_is_refused(row: dict[str, A
     with pytest.raises(RowFaults) as found:
         read_row(row, 1)
     assert [fault.code for fault in found.value.faults] == [code]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "Prompt;Chosen;REJECTED\nask;yes;no\n"),
+        ("without-suffix", "Prompt , Chosen , REJECTED\nask,yes,no\n"),
+        ("a.jsonl", '{"Prompt": "ask", " CHOSEN ": "yes", "rejected\\t": "no"}\n'),
+        (
+            "a.csv",
+            '"Messages","Rejected_Response"\n"[{""role"":""user"",""text"":""ask""},{""role"":""bot"",""text"":""yes""}]",no\n',
+        ),
+        ("a.csv", 'Instruction,OUTPUT\nask,"[""yes"",""no""]"\n'),
+        ("a.csv", "Query,History,Chosen_Response,Rejected_Response\nask,[],yes,no\n"),
+    ],
+)
+def test_names_are_read_in_any_case_and_the_check_says_so(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert read_rows(path) == [Row(1, (Message("user", "ask"),), "yes", "no")]
+    report = check([(path, name)])
+    assert report.usable == 1
+    assert not report.of("error")
+    said = report.findings["other-names"].places[0].what
+    assert said.count(" as `") == len(re.split("[,;]", content.split("\n")[0])), said
+    assert "unread-fields" not in report.findings
+
+
+def test_columns_of_parquet_are_read_in_any_case(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_rows(path, [{"Prompt": "ask", "Chosen ": "yes", "REJECTED": "no"}])
+    assert read_rows(path) == [Row(1, (Message("user", "ask"),), "yes", "no")]
+
+
+def test_an_exact_name_wins_and_two_other_ones_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"Prompt": "x", "PROMPT": "y", "prompt": "ask", "chosen": "yes", "rejected": "no"}\n')
+    assert read_rows(path)[0].text == "ask"
+    report = check([(path, "a")])
+    assert report.findings["unread-fields"].places[0].what == "not read: `PROMPT`, `Prompt`"
+    assert "other-names" not in report.findings
+    path.write_text('{"Prompt": "x", "PROMPT": "y", "chosen": "yes", "rejected": "no"}\n')
+    with pytest.raises(DataError, match="`Prompt` and `PROMPT` differ only in case or blanks"):
+        read_rows(path)
+
+
+def test_another_case_counts_for_each_strategy_and_each_field() -> None:
+    labelled = {"Prompt": "ask", "Completion": "yes", "LABEL": "true", "System": "Be kind."}
+    system = Message("system", "Be kind.")
+    assert read_row(labelled, 1, strategy="kto") == Row(1, (system, Message("user", "ask")), "yes", None)
+    with pytest.raises(RowFaults, match="`Images` is an image"):
+        read_row({"prompt": "ask", "chosen": "yes", "rejected": "no", "Images": ["a.png"]}, 1)
+    with pytest.raises(RowFaults, match=r"`Chosen\[0\]` has no role"):
+        read_row({"Prompt": "ask", "Chosen": [{"content": "yes"}], "rejected": "no"}, 1)
+
+
+def test_named_columns_are_taken_as_they_are() -> None:
+    columns = format_for(input_columns={"prompt": "PROMPT"}, label_columns={"chosen": "Chosen", "rejected": "CHOSEN"})
+    row = {"PROMPT": "ask", "Prompt": "x", "Chosen": "yes", "CHOSEN": "no"}
+    assert read_row(row, 1, format=columns) == Row(1, (Message("user", "ask"),), "yes", "no")
+
+
+def test_files_with_other_names_in_every_row_keep_few() -> None:
+    row = {"prompt": "ask", "chosen": "yes", "rejected": "no"}
+    for number in range(3000):
+        assert read_row({**row, f"extra-{number}": 1}, number).chosen == "yes"
+    wide = dict.fromkeys(map(str, range(300)), 0)
+    assert detect({**wide, **row}) is FORMATS["pai"]
+    assert detect({"a" * 10_000: 0, **row}) is FORMATS["pai"]
+    assert 0 < len(SHAPES) <= 1024
+    assert max(map(len, SHAPES)) <= 256
+    assert max(len("".join(names)) for names in SHAPES) <= 4096

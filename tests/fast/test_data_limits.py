@@ -187,13 +187,28 @@ ONE_ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 
 def test_a_small_file_of_millions_of_rows_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gzip
-
-    path = tmp_path / "rows.jsonl.gz"
-    for line in (b"{}\n", b"\n"):
-        path.write_bytes(gzip.compress(ONE_ROW + line * 1_200_000))
+    for name, row, line in (
+        ("rows.csv.gz", b"prompt,chosen,rejected\na,b,c\n", b"\n"),
+        ("rows.jsonl.gz", ONE_ROW, b"{}\n"),
+        ("rows.jsonl.gz", ONE_ROW, b"\n"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(row + line * 1_200_000))
         with pytest.raises(DataError, match=r"more than 1,000,000 rows.*PALATE_MAX_PACKED_ROWS=4000000"):
             for _ in open_container(path).raw_rows():
                 pass
     monkeypatch.setenv("PALATE_MAX_PACKED_ROWS", "2000000")
     assert sum(1 for _ in open_container(path).raw_rows()) == 1
+
+
+@pytest.mark.parametrize("write", [parquet, arrow])
+def test_rows_of_a_table_that_compresses_itself_have_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[dict[str, object]], bytes]
+) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(write({name: [text] * 2000 for name, text in SMALL.items()}))
+    assert sum(1 for _ in open_container(path).raw_rows()) == 2000
+    monkeypatch.setenv("PALATE_MAX_PACKED_ROWS", "1000")
+    with pytest.raises(DataError, match=r"more than 1,000 rows.*PALATE_MAX_PACKED_ROWS=4000") as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value)

@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from palate_recipes.errors import DataError
 from palate_recipes.preferences.check import Linter
-from palate_recipes.preferences.formats import FORMATS, KNOWN_FIELDS, Format, read_row
+from palate_recipes.preferences.formats import FORMATS, KNOWN_FIELDS, Format, detect, read_row
 from palate_recipes.preferences.json_array import JsonArray
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.preferences.report import RULES
@@ -373,16 +373,45 @@ def test_neither_order_nor_space_nor_container_changes_the_rows(
 def test_a_fault_names_a_field_that_the_row_has(data: st.DataObject) -> None:
     row = dict(data.draw(st.sampled_from([case[2] for case in PAIRS])))
     for name in data.draw(st.lists(st.sampled_from(sorted(row)), max_size=2, unique=True)):
-        how = data.draw(st.sampled_from(("drop", "rename", "change")))
+        how = data.draw(st.sampled_from(("drop", "rename", "change", "capitals")))
         value = row.pop(name)
         if how != "drop":
-            row[f"my_{name}" if how == "rename" else name] = value if how == "rename" else data.draw(values)
+            other = {"rename": f"my_{name}", "capitals": f" {name.upper()}"}.get(how, name)
+            row[other] = value if how == "rename" else data.draw(values)
     try:
         read_row(row, 1)
     except RowFaults as error:
         for fault in error.faults:
             if fault.code != "missing-field":  # it names what is missing, and lists what there is
                 assert re.split(r"[.\[]", fault.field)[0] in {"", *row}, (row, fault)
+                assert not set(re.findall(r"^`(\w+)`", fault.what)) - set(map(str.strip, row)), (row, fault)
             if "the row has " in fault.what:
                 listed = re.findall(r"`(\w+)`", fault.what.split("the row has ")[1])
                 assert set(listed) <= set(row), (row, fault)
+
+
+def spelt(names: Iterable[str], data: st.DataObject) -> list[str]:
+    """The names in another case, with or without blanks around them."""
+    case = data.draw(st.sampled_from((str, str.upper, str.title, str.capitalize, str.swapcase)))
+    blanks = st.sampled_from(("", " ", "\t"))
+    return [f"{data.draw(blanks)}{case(name)}{data.draw(blanks)}" for name in names]
+
+
+def read_or_codes(row: dict[str, Any], strategy: Strategy | None) -> Row | list[str]:
+    try:
+        return read_row(row, 1, strategy=strategy)
+    except RowFaults as error:
+        return [fault.code for fault in error.faults]
+
+
+@CALM
+@given(st.data())
+def test_case_and_blanks_of_names_change_no_row(data: st.DataObject) -> None:
+    row = data.draw(st.sampled_from([case[2] for case in PAIRS]))
+    other = dict(zip(spelt(row, data), row.values(), strict=True))
+    strategy = data.draw(st.sampled_from(STRATEGIES))
+    assert read_or_codes(other, strategy) == read_or_codes(row, strategy)
+    assert detect(other, strategy) is detect(row, strategy)
+    name = data.draw(st.sampled_from(sorted(row)))
+    extra = {other: data.draw(values) for other in spelt([name, name], data) if other != name}
+    assert read_or_codes(extra | row, strategy) == read_or_codes(row, strategy)  # the exact name wins

@@ -214,3 +214,18 @@ def test_nothing_of_a_deleted_run_stays_in_the_work_folder(home: Path) -> None:
     left.mkdir(parents=True)
     Predictor("svc").delete_service()
     assert not left.exists()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, "error"), ("warn", "warn"), (False, "off")])
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_what_verify_means_is_in_the_record(store: Store, model: ServedModel, given: bool | str, kept: str) -> None:
+    record = deploy(store, NothingStarts(), model, verify=given)
+    assert record.serve_manifest().body.options["verify"] == kept
+
+
+@pytest.mark.parametrize("given", ["yes", 1.5, None])
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_an_unknown_verify_is_refused(store: Store, model: ServedModel, given: object) -> None:
+    with pytest.raises(ConfigurationError, match="verify"):
+        deploy(store, NothingStarts(), model, verify=given)
+    assert not Record(store, "services", "svc").exists()

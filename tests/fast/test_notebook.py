@@ -176,4 +176,4 @@ def test_what_a_store_says_is_text(home: Path) -> None:
 
 def test_figures_of_any_size_are_shown() -> None:
     for step, losses in ((0, [1.0, 2.0]), (2**62, [-1e308, 1e308]), (-7, [1e308] * 3)):
-        check(run_html("run", [{"kind": "train", "step": step, "loss": loss} for loss in losses]))
+        check_html(run_html("run", [{"kind": "train", "step": step, "loss": loss} for loss in losses]))

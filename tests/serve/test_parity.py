@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from palate_recipes.errors import ServerError
+from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
 from palate_recipes.specs.serve import PROBE_HEADER, Parity
-from palate_server.parity import Check, OwnScores, ParityFailed, VllmScores, compare, read_probe, refusal
+from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
 
@@ -155,7 +155,7 @@ def test_an_adapter_on_the_head_is_judged_by_generated_tokens() -> None:
 
     of = probe(3, change=0.6)
     assert checked(WithoutHead(), of).verdict == "different"
-    assert checked(WithoutHead(), of, on_head=True).verdict == "same"
+    assert checked(WithoutHead(), of, prompt_scores=False).verdict == "same"
 
 
 def test_rows_beyond_the_context_or_the_budget_are_left_out() -> None:
@@ -222,7 +222,7 @@ def trained(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Traine
     from tests.trainer.support import spec, train
 
     folder = tmp_path_factory.mktemp("trained")
-    base = tiny_model(folder / "base", Path(base_model), hidden_size=128, heads=2)
+    base = tiny_model(folder / "base", Path(base_model), head_dim=32)
     settings: dict[str, Any] = {"learning_rate": 1e-2, "num_train_epochs": 4, "precision": "float32"}
     for method in ("LoRA_LLM", "Standard_LLM"):
         train(spec(base, folder / method, method=method, **settings))
@@ -302,7 +302,7 @@ def damage_adapter(folder: Path) -> None:
 
 def damage_scale(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
 
 
 def damage_template(folder: Path) -> None:

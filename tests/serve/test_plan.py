@@ -132,7 +132,7 @@ def test_an_adapter_beyond_vllm_is_refused_with_a_way_out(
 ) -> None:
     config = {"peft_type": "LORA", "r": 8, **beyond}
     (tiny_adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(BadSpec, match="Set engine='transformers'"):
+    with pytest.raises(BadSpec, match="set engine='transformers'"):
         plan.check(spec(tmp_path, model_dir=str(tiny_adapter), base_model_dir=str(tiny_model), engine="vllm"))
 
 
@@ -233,7 +233,7 @@ def test_a_service_never_runs_without_a_token(
 
 def test_every_error_has_a_standard_base() -> None:
     bases = {error: error.__bases__[1] for error in ServerError.__subclasses__()}
-    assert len(bases) == 7
+    assert len(bases) == 8
     assert all(base.__module__ == "builtins" and base is not Exception for base in bases.values()), bases
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def test_tuned_and_base_answer_and_differ(server: Server) -> None:
     assert base.usage is not None
     assert tuned.usage.prompt_tokens == base.usage.prompt_tokens
     assert "France" in (base.choices[0].message.content or "")
+
+
+def test_vllm_on_a_cpu_computes_lora_with_palates_plugin(server: Server) -> None:
+    if "vllm" not in server.ready.engine or not INSTALLED["vllm"].cpu_build:  # type: ignore[union-attr]
+        pytest.skip("only vLLM's CPU build needs it")
+    assert "LoRA is computed with one matrix product per adapter" in server.log.read_text()
+
+
+def test_tuned_and_base_differ_in_one_batch_too(server: Server) -> None:
+    names = ["base", "default"] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = [
+            answer.choices[0].message.content or "" for answer in pool.map(lambda name: say(server, name), names)
+        ]
+    assert all("France" in answer for answer in answers[::2])
+    assert not any("France" in answer for answer in answers[1::2])
 
 
 def test_the_first_model_listed_is_the_tuned_one(server: Server) -> None:
@@ -107,7 +124,7 @@ def test_prompt_and_answer_stay_within_the_context(server: Server) -> None:
     ("name", "value"),
     [
         ("n", 2),
-        ("logprobs", True),
+        pytest.param("logprobs", True, marks=pytest.mark.thorough),  # vLLM compiles for it, a quarter of a minute
         ("response_format", {"type": "json_object"}),
         ("stop", ["."]),
         ("presence_penalty", 1),
@@ -176,10 +193,14 @@ def test_the_token_is_in_no_argv_and_no_file(server: Server) -> None:
     assert not any(TOKEN in f.read_text() for f in texts)
 
 
-def test_sigterm_leaves_nothing(server: Server) -> None:
-    """The last test of each engine: ends the shared server."""
+def test_the_end_leaves_nothing(server: Server) -> None:
+    """The last test of each engine: ends the shared server, vLLM by SIGTERM, the other by SIGKILL."""
     family = server.family()
     assert len(family) >= 3
+    assert server.ready is not None
+    if "vllm" not in server.ready.engine:
+        kill_9(server, family)
+        return
     sockets = Path(family[1].environ()["VLLM_RPC_BASE_PATH"])
     assert sockets.is_dir()
     server.process.send_signal(signal.SIGTERM)
@@ -188,44 +209,55 @@ def test_sigterm_leaves_nothing(server: Server) -> None:
     assert not sockets.exists()
 
 
-def test_full_weights_answer_as_default_and_kill_9_leaves_nothing(base_model: str, tmp_path: Path) -> None:
-    engine = next((name for name in ("vllm", "transformers") if INSTALLED[name].distribution), None)
-    if engine is None:
-        pytest.skip("no engine is installed")
-    with running(tmp_path, model_dir=base_model, engine="auto", max_model_len=256) as server:
-        assert server.ready is not None
-        assert server.ready.models == ["default", "smol_example"]
-        assert "France" in (say(server, "smol_example").choices[0].message.content or "")
-        with pytest.raises(openai.NotFoundError):
-            say(server, "base")
-        family = server.family()
-        server.process.kill()
-        assert psutil.wait_procs(family, timeout=STOP_GRACE_S + 5)[1] == []
-        assert port_is_free(server.url)
+def kill_9(server: Server, family: list[psutil.Process]) -> None:
+    server.process.kill()
+    assert psutil.wait_procs(family, timeout=STOP_GRACE_S + 5)[1] == []
+    assert port_is_free(server.url)
+
+
+@pytest.mark.thorough
+def test_kill_9_leaves_nothing_of_vllm(base_model: str, tmp_path: Path) -> None:
+    require("vllm")
+    with running(tmp_path, model_dir=base_model, engine="vllm", max_model_len=256) as server:
+        kill_9(server, server.family())
 
 
 TOOLS: Any = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}}
 ]
-TEMPLATE = (
-    "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}"
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-)
-"""A chat template in the format of Hermes and Qwen, as far as a parser is chosen by it."""
+TOOLS_TEMPLATE = "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}"
+"""Begins a chat template in the format of Hermes and Qwen, as far as a parser is chosen by it."""
 
 
 @pytest.fixture(scope="module")
-def caller(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """vLLM with a model that is in no catalog, whose template has tools."""
-    require("vllm")
-    folder = tmp_path_factory.mktemp("caller")
+def whole(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Full weights on the engine that is chosen: a model that is in no catalog, whose template has tools."""
+    if not any(engine.distribution for engine in INSTALLED.values()):
+        pytest.skip("no engine is installed")
+    folder = tmp_path_factory.mktemp("whole")
     (folder / "model").mkdir()
     for file in Path(base_model).iterdir():
         if file.name != "chat_template.jinja":
             (folder / "model" / file.name).symlink_to(file)
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    with running(folder / "work", model_dir=str(folder / "model"), engine="vllm", max_model_len=512) as started:
+    template = (Path(base_model) / "chat_template.jinja").read_text()
+    (folder / "model" / "chat_template.jinja").write_text(TOOLS_TEMPLATE + template)
+    with running(folder / "work", model_dir=str(folder / "model"), engine="auto", max_model_len=512) as started:
         yield started
+
+
+def test_full_weights_answer_as_default(whole: Server) -> None:
+    assert whole.ready is not None
+    assert whole.ready.models == ["default", "smol_example"]
+    assert "France" in (say(whole, "smol_example").choices[0].message.content or "")
+    with pytest.raises(openai.NotFoundError):
+        say(whole, "base")
+
+
+@pytest.fixture
+def caller(whole: Server) -> Server:
+    """The same, where that is vLLM."""
+    require("vllm")
+    return whole
 
 
 def test_tools_work_where_the_template_has_them(caller: Server) -> None:
@@ -262,6 +294,7 @@ def test_an_engine_that_cannot_start_tells_its_own_cause(base_model: str, tmp_pa
     assert "  | " in server.error()
 
 
+@pytest.mark.thorough
 def test_an_engine_that_cannot_compute_the_model_tells_the_cause_below_its_wrappers(
     tiny_llama: str, tmp_path: Path
 ) -> None:

@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SAID = "job long continues: `palate watch long` follows it, `palate stop long` stops it"
 
 
-def interrupted(home: Path, *command: str, after: str) -> tuple[int, str, str]:
-    """Presses Ctrl-C once a line of stderr contains a text. Returns exit code, stdout, stderr."""
+def interrupted(home: Path, *command: str, after: str, by: signal.Signals = signal.SIGINT) -> tuple[int, str, str]:
+    """Presses Ctrl-C, or sends another signal, once a line of stderr contains a text. Returns exit code, stdout, stderr."""
     process = subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -36,7 +36,7 @@ def interrupted(home: Path, *command: str, after: str) -> tuple[int, str, str]:
             line = process.stderr.readline()
             assert line, seen
             seen += line
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -58,6 +58,11 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(home: Path, tiny: Path, pre
         code, out, err = interrupted(home, "-m", "palate.cli", "watch", "long", after="step 2/")
         assert (code, out) == (130, "")
         assert err.endswith(f"interrupted\n{SAID}\n")
+
+        code, out, err = interrupted(home, "-m", "palate.cli", "watch", "long", after="step 2/", by=signal.SIGTERM)
+        assert (code, out) == (143, "")
+        assert err.endswith(f"ended by SIGTERM\n{SAID}\n")
+        assert job.status == "Running"
 
         script = "from palate import TrainingJob; TrainingJob.get('long').wait()"
         code, _, err = interrupted(home, "-c", script, after="step 2/")

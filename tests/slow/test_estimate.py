@@ -49,11 +49,12 @@ def test_an_estimate_is_what_the_training_does(session: Session, tiny: Path, tmp
     assert found.memory_gib is not None
     # The libraries are most of it: 0.7 GiB by the formula.
     assert found.memory_gib == pytest.approx(events[-1]["memory_gb"] * 1e9 / 1024**3, abs=0.4)
-    again = recipe.estimate({"train": data}, job_name="one")
-    assert again.rate_source == ("one",)
-    assert again.tokens_per_s == (events[-1]["tokens_per_s"],) * 2
-    assert again.seconds == (pytest.approx(events[-1]["train_seconds"], rel=0.1, abs=0.1),) * 2
-    assert "'one' is taken" in again.errors[0]
+    if strategy == "dpo":  # how fast it was is read alike for all
+        again = recipe.estimate({"train": data}, job_name="one")
+        assert again.rate_source == ("one",)
+        assert again.tokens_per_s == (events[-1]["tokens_per_s"],) * 2
+        assert again.seconds == (pytest.approx(events[-1]["train_seconds"], rel=0.1, abs=0.1),) * 2
+        assert "'one' is taken" in again.errors[0]
 
 
 def test_a_dry_run_prints_the_estimate_and_submits_nothing(session: Session, tiny: Path, tmp_path: Path) -> None:

@@ -40,7 +40,14 @@ def test_every_example_is_run_here_and_named_in_the_list() -> None:
     assert [name for name in there if f"[{name}]({name})" not in listed] == []
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+# A deployment and a sweep are in other examples too.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough) if name in ("from_pai.py", "sweep.py") else name
+        for name in EXPECTED
+    ],
+)
 def test_an_example_runs(name: str, home: Path, tiny: Path, tmp_path: Path) -> None:
     arguments, jobs, printed = EXPECTED[name]
     folder = tmp_path / "reader"

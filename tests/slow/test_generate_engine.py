@@ -32,16 +32,16 @@ ANSWER_TOKENS, VERDICT_TOKENS = 16, 8
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Iterator[Predictor]:
-    """SmolLM2 on the engine that starts fastest."""
+def service(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Predictor]:
+    """A tiny model on the engine that starts fastest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PALATE_HOME", str(tmp_path_factory.mktemp("generate") / "home"))
         patch.setattr(palate.session, "_default", None)
-        source = WeightsSource(kind="folder", location=str(base_model))
+        source = WeightsSource(kind="folder", location=str(tiny))
         with start_service(
             palate.session.get_default_session(),
             service_name="answers",
-            served=ServedModel(model=BaseModel(name="smollm2-135m-instruct", source=source)),
+            served=ServedModel(model=BaseModel(name="tiny", source=source)),
             options={"engine": "transformers", "max_model_len": 1024},
         ) as predictor:
             yield predictor

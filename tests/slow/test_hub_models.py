@@ -105,7 +105,10 @@ def test_a_base_from_a_folder_is_named_without_its_path(
 # ── any model on the hub ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("model", [{"model_name": "me/Tiny-1"}, {"model_uri": "hf://me/Tiny-1@v1"}])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({"model_name": "me/Tiny-1"}, marks=pytest.mark.thorough), {"model_uri": "hf://me/Tiny-1@v1"}],
+)
 def test_a_hub_id_outside_of_the_catalog_is_trained(
     hub: Hub, tiny: Path, prefs: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:

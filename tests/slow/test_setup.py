@@ -37,12 +37,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.fixture(scope="module")
+def resolving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of one stranger, whose uv asks the index once for what several tests resolve."""
+    return stranger(tmp_path_factory.mktemp("resolving"))
+
+
 @pytest.mark.parametrize("python", [PYTHONS[0], *(pytest.param(p, marks=pytest.mark.thorough) for p in PYTHONS[1:])])
 @pytest.mark.parametrize(
     "extras", ["s3,data,store-server,train,serve", "s3,data,train,serve-transformers", "train,serve"]
 )
 def test_the_extras_of_the_wheel_resolve_together_without_constraints(
-    wheel: Path, tmp_path: Path, extras: str, python: str
+    wheel: Path, resolving: dict[str, str], extras: str, python: str
 ) -> None:
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config", "--only-binary", ":all:", "-"]
     command += ["--python", sys.executable, "--python-version", python, "--python-platform", "x86_64-manylinux_2_31"]
@@ -51,7 +57,7 @@ def test_the_extras_of_the_wheel_resolve_together_without_constraints(
         input=f"palate[{extras}] @ {wheel.as_uri()}\n",
         capture_output=True,
         text=True,
-        env=stranger(tmp_path),
+        env=resolving,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
@@ -60,11 +66,11 @@ def test_the_extras_of_the_wheel_resolve_together_without_constraints(
     assert ("vllm" in names) == ("serve-transformers" not in extras)
 
 
-def test_palate_resolves_with_a_library_that_wants_an_older_rich(wheel: Path, tmp_path: Path) -> None:
+def test_palate_resolves_with_a_library_that_wants_an_older_rich(wheel: Path, resolving: dict[str, str]) -> None:
     """instructor 1.17 requires rich<15, so `rich>=15` excluded it."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config", "--python", sys.executable, "-"]
     done = subprocess.run(
-        command, input=f"palate @ {wheel.as_uri()}\nrich<15\n", capture_output=True, text=True, env=stranger(tmp_path)
+        command, input=f"palate @ {wheel.as_uri()}\nrich<15\n", capture_output=True, text=True, env=resolving
     )
     assert done.returncode == 0, done.stderr
 

@@ -92,17 +92,10 @@ def small_tokenizer() -> Any:
     )
 
 
-def random_model(model_type: str, folder: Path) -> Path:
-    """Writes a random model of an architecture, with the small tokenizer.
+def small_config(model_type: str, tokenizer: Any) -> Any:
+    """The config of a two-layer model of an architecture, for the small tokenizer."""
+    from transformers import AutoConfig
 
-    Args:
-        model_type: As in a config.
-        folder: Is made.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokenizer = small_tokenizer()
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -116,8 +109,21 @@ def random_model(model_type: str, folder: Path) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    return AutoConfig.for_model(model_type, **{**shape, **_OWN.get(model_type, {})})
+
+
+def random_model(model_type: str, folder: Path) -> Path:
+    """Writes a random model of an architecture, with the small tokenizer.
+
+    Args:
+        model_type: As in a config.
+        folder: Is made.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = small_tokenizer()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**shape, **_OWN.get(model_type, {})})
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    AutoModelForCausalLM.from_config(small_config(model_type, tokenizer)).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

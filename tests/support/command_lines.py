@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import typer
@@ -22,7 +23,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: The parser, the list of hyperparameters or the catalog refuses the line; says why.
     """
-    command: Any = typer.main.get_command(app)
+    command = _command()
     context: Any = None
     name, rest = "palate", list(arguments)
     try:
@@ -45,6 +46,12 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     if command.name == "train":
         _check_train(context.params)
     return dict(context.params)
+
+
+@cache
+def _command() -> Any:
+    """The whole command, which typer builds anew at each call, for a tenth of a second."""
+    return typer.main.get_command(app)
 
 
 def _protected(context: Any) -> list[str]:

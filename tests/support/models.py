@@ -27,10 +27,13 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def tiny_model(folder: Path, base: Path, *, hidden_size: int = 64, heads: int = 4) -> Path:
+def tiny_model(folder: Path, base: Path, *, head_dim: int = 16) -> Path:
     """Writes a random two-layer Llama with the tokenizer and chat template of `base`: trains in seconds, knows nothing.
 
-    vLLM's CPU build computes heads of 64, not those of 16 that the default has.
+    Args:
+        folder: Is made.
+        base: Whose tokenizer it gets.
+        head_dim: vLLM computes heads of 32 on every processor, and of 16 on few.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -39,11 +42,12 @@ def tiny_model(folder: Path, base: Path, *, hidden_size: int = 64, heads: int = 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
+        hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

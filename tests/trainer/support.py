@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def train(wanted: TrainTask) -> list[dict[str, Any]]:
     from palate_trainer.train import run
 
     code = run(wanted)
+    if gc.get_freeze_count() == 0:  # accelerate collects in each training: not over all libraries again
+        gc.collect()
+        gc.freeze()
     error = Path(wanted.files.output_dir) / ERROR_FILE
     assert code == 0, error.read_text() if error.exists() else code
     return [json.loads(line) for line in (Path(wanted.files.output_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -331,7 +331,7 @@ def test_small_batches_of_a_step_are_joined_as_far_as_memory_and_gain_go() -> No
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("kind", ["softcap", "convolutions"])
 def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
-    tiny: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Gemma-2 changes its attention scores; LFM-2's convolutions mix neighbours in the row, whatever a mask says."""
     import torch
@@ -339,7 +339,7 @@ def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
 
     from tests.trainer.support import losses, spec, train
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(small)
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -363,7 +363,7 @@ def test_a_model_that_cannot_be_packed_is_trained_trls_way_and_says_so(
 
 
 def test_a_packed_row_that_lets_answers_see_each_other_is_found_out_before_training(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The trial's own numbers decide: a mask that is causal alone shows the rejected answer what was chosen."""
     from dataclasses import replace
@@ -381,14 +381,14 @@ def test_a_packed_row_that_lets_answers_see_each_other_is_found_out_before_train
 
     with monkeypatch.context() as changed:
         changed.setattr(packing, "why_not", lambda *_, **__: "the test says so")
-        expected = losses(train(spec(tiny, tmp_path / "unpacked", max_steps=3)))
+        expected = losses(train(spec(small, tmp_path / "unpacked", max_steps=3)))
     monkeypatch.setattr(tree, "plant", leaky)
-    found = losses(train(spec(tiny, tmp_path / "leaky", max_steps=3)))
+    found = losses(train(spec(small, tmp_path / "leaky", max_steps=3)))
     assert "its log-probabilities differ by" in capsys.readouterr().out
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_in_bfloat16_the_final_margin_is_trls_within_the_noise_of_seeds(tiny: Path, tmp_path: Path) -> None:
+def test_in_bfloat16_the_final_margin_is_trls_within_the_noise_of_seeds(small: Path, tmp_path: Path) -> None:
     """Three seeds each: the packed run against the same program on TRL's own path."""
     import statistics
 
@@ -399,7 +399,7 @@ def test_in_bfloat16_the_final_margin_is_trls_within_the_noise_of_seeds(tiny: Pa
 
     def margins(folder: Path) -> list[float]:
         return [
-            train(spec(tiny, folder / str(seed), seed=seed, **settings))[-1]["train"]["rewards/margins"]
+            train(spec(small, folder / str(seed), seed=seed, **settings))[-1]["train"]["rewards/margins"]
             for seed in (1, 2, 3)
         ]
 

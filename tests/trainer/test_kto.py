@@ -112,8 +112,8 @@ def test_every_step_is_that_of_stock_trl(
 
 
 @pytest.mark.usefixtures("precision")
-def test_step_0_is_undecided_and_the_model_folder_is_whole(tiny: Path, tmp_path: Path) -> None:
-    metrics = train(spec(tiny, tmp_path, data=answers(), validate=True, max_steps=2, **KTO))
+def test_step_0_is_undecided_and_the_model_folder_is_whole(small: Path, tmp_path: Path) -> None:
+    metrics = train(spec(small, tmp_path, data=answers(), validate=True, max_steps=2, **KTO))
     assert [entry["kind"] for entry in metrics] == ["start", "train", "train", "eval", "end"]
     begin, first, evaluation = metrics[0], metrics[1], metrics[3]
     assert (begin["strategy"], begin["train_rows"]) == ("kto", 16)
@@ -134,10 +134,10 @@ def test_step_0_is_undecided_and_the_model_folder_is_whole(tiny: Path, tmp_path:
 
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("flipped", [False, True])
-def test_the_margin_follows_the_labels(tiny: Path, tmp_path: Path, flipped: bool) -> None:
+def test_the_margin_follows_the_labels(small: Path, tmp_path: Path, flipped: bool) -> None:
     """Trained on labels as they are, or all turned round; scored by the labels as they are, which pairs hold."""
     rows = [{**row, "label": row["label"] != flipped} for row in answers()]
-    wanted = spec(tiny, tmp_path, data=rows, held_out=preference_rows(6), num_train_epochs=4, **KTO)
+    wanted = spec(small, tmp_path, data=rows, held_out=preference_rows(6), num_train_epochs=4, **KTO)
     metrics = train(wanted)
     begin, end = metrics[0], metrics[-1]
     assert (begin["train_rows"], begin["validation_rows"]) == (16, 12)
@@ -146,7 +146,7 @@ def test_the_margin_follows_the_labels(tiny: Path, tmp_path: Path, flipped: bool
     assert end["train"]["rewards/margins"] > 0.1  # by its own labels every run learns
 
 
-def test_a_file_of_messages_with_labels_trains(tiny: Path, tmp_path: Path) -> None:
+def test_a_file_of_messages_with_labels_trains(small: Path, tmp_path: Path) -> None:
     rows = [
         {
             "messages": [
@@ -160,48 +160,48 @@ def test_a_file_of_messages_with_labels_trains(tiny: Path, tmp_path: Path) -> No
         }
         for row in answers(8)
     ]
-    metrics = train(spec(tiny, tmp_path, data=rows, num_train_epochs=2, **KTO))
+    metrics = train(spec(small, tmp_path, data=rows, num_train_epochs=2, **KTO))
     assert metrics[0]["train_rows"] == 8
     assert losses(metrics)[0] == pytest.approx(0.5, abs=1e-5)
     assert losses(metrics)[-1] < 0.5
     from transformers import AutoTokenizer
 
     probe = json.loads((tmp_path / "out/model/probe.json").read_text())["rows"]
-    shown = AutoTokenizer.from_pretrained(tiny).decode(probe[2]["prompt_ids"] + probe[2]["completion_ids"])
+    shown = AutoTokenizer.from_pretrained(small).decode(probe[2]["prompt_ids"] + probe[2]["completion_ids"])
     for text in ("Answer in one word.", "Hi.", rows[2]["messages"][3]["content"], rows[2]["messages"][4]["content"]):
         assert text in shown
 
 
 @pytest.mark.usefixtures("precision")
-def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(small: Path, tmp_path: Path) -> None:
     settings = {"data": answers(14), "num_train_epochs": 3, "save_steps": 5, "lora_dropout": 0.1, **KTO}
-    whole = steps(train(spec(tiny, tmp_path / "whole", **settings)))
+    whole = steps(train(spec(small, tmp_path / "whole", **settings)))
     checkpoint = tmp_path / "whole/out/checkpoints/checkpoint-5"
     assert (checkpoint / COMPLETE_MARK).exists()
-    resumed = steps(train(spec(tiny, tmp_path / "resumed", resume_from=str(checkpoint), **settings)))
+    resumed = steps(train(spec(small, tmp_path / "resumed", resume_from=str(checkpoint), **settings)))
     assert len(whole) == 12
     for name in ("loss", "kl"):
         assert [entry[name] for entry in resumed] == pytest.approx([entry[name] for entry in whole[5:]], abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["LoRA_LLM", "Standard_LLM"])
-def test_16_bit_arithmetic_gives_the_gradients_of_32(tiny: Path, tmp_path: Path, method: str) -> None:
+def test_16_bit_arithmetic_gives_the_gradients_of_32(small: Path, tmp_path: Path, method: str) -> None:
     """The KL pass has no gradients and comes first: what it leaves in autocast's cache must not enter the one that has."""
     settings = {"data": answers(4), "max_steps": 1, "method": method, "lora_dropout": 0.1, **KTO}
-    rounded = steps(train(spec(tiny, tmp_path / "16", precision="bfloat16", **settings)))[0]
-    exact = steps(train(spec(tiny, tmp_path / "32", precision="float32", **settings)))[0]
+    rounded = steps(train(spec(small, tmp_path / "16", precision="bfloat16", **settings)))[0]
+    exact = steps(train(spec(small, tmp_path / "32", precision="float32", **settings)))[0]
     assert rounded["loss"] == pytest.approx(exact["loss"], abs=1e-2)
     assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
 
 
 @pytest.mark.usefixtures("precision")
-def test_an_adapter_to_go_on_from_is_the_reference(tiny: Path, tmp_path: Path) -> None:
-    train(spec(tiny, tmp_path / "sft", training_strategy="sft", learning_rate=1e-2, lora_dim=8, num_train_epochs=2))
+def test_an_adapter_to_go_on_from_is_the_reference(small: Path, tmp_path: Path) -> None:
+    train(spec(small, tmp_path / "sft", training_strategy="sft", learning_rate=1e-2, lora_dim=8, num_train_epochs=2))
     adapter = tmp_path / "sft/out/model"
     ours = train(
-        spec(tiny, tmp_path / "kto", adapter_dir=str(adapter), data=answers(8), lora_dim=8, max_steps=2, **KTO)
+        spec(small, tmp_path / "kto", adapter_dir=str(adapter), data=answers(8), lora_dim=8, max_steps=2, **KTO)
     )
-    plain = train(spec(tiny, tmp_path / "plain", data=answers(8), lora_dim=8, max_steps=1, **KTO))
+    plain = train(spec(small, tmp_path / "plain", data=answers(8), lora_dim=8, max_steps=1, **KTO))
     first = ours[1]
     assert first["loss"] == pytest.approx(0.5, abs=1e-4)
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-3)
@@ -209,11 +209,11 @@ def test_an_adapter_to_go_on_from_is_the_reference(tiny: Path, tmp_path: Path) -
     assert not (tmp_path / "kto/out/model/ref").exists()
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path: Path, precision: str) -> None:
+def test_two_processes_are_one_with_twice_the_accumulation(small: Path, tmp_path: Path, precision: str) -> None:
     """13 answers are 7 batches of 2: the last round lacks one, and the last batch has one answer."""
     settings = {"data": answers(13), "num_train_epochs": 2, "per_device_train_batch_size": 2, "validate": True, **KTO}
-    alone = train(spec(tiny, tmp_path / "alone", gradient_accumulation_steps=2, **settings))
-    both = together(spec(tiny, tmp_path / "both", gradient_accumulation_steps=1, **settings))
+    alone = train(spec(small, tmp_path / "alone", gradient_accumulation_steps=2, **settings))
+    both = together(spec(small, tmp_path / "both", gradient_accumulation_steps=1, **settings))
     assert [entry["kind"] for entry in both] == [entry["kind"] for entry in alone]
     near = max(1e-4, NEAR[precision])
     for one, two in zip(alone, both, strict=True):
@@ -225,8 +225,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(tiny: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("precision")
-def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
-    wanted = spec(tiny, tmp_path, data=answers(), num_train_epochs=1000, **KTO).changed(processes=1)
+def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(small: Path, tmp_path: Path) -> None:
+    wanted = spec(small, tmp_path, data=answers(), num_train_epochs=1000, **KTO).changed(processes=1)
     program = start(wanted)
     until(lambda: training(wanted) or program.poll() is not None, timeout_s=240)
     program.send_signal(signal.SIGTERM)
@@ -234,14 +234,14 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tiny: Path, tmp_
     (mark,) = (tmp_path / "out" / "checkpoints").glob(f"checkpoint-*/{COMPLETE_MARK}")
     done = int(mark.parent.name.removeprefix("checkpoint-"))
     rest = {"resume_from": str(mark.parent), "max_steps": done + 1}
-    assert len(steps(train(spec(tiny, tmp_path / "rest", data=answers(), **rest, **KTO)))) == 1
+    assert len(steps(train(spec(small, tmp_path / "rest", data=answers(), **rest, **KTO)))) == 1
 
 
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("kind", ["good", "bad"])
-def test_answers_of_one_kind_train_with_a_note(tiny: Path, tmp_path: Path, kind: str) -> None:
+def test_answers_of_one_kind_train_with_a_note(small: Path, tmp_path: Path, kind: str) -> None:
     rows = [{**row, "label": kind == "good"} for row in answers(8)]
-    metrics = train(spec(tiny, tmp_path, data=rows, validate=True, num_train_epochs=2, **KTO))
+    metrics = train(spec(small, tmp_path, data=rows, validate=True, num_train_epochs=2, **KTO))
     assert any(f"all 8 answers are {kind}" in note for note in metrics[0]["notes"])
     assert losses(metrics)[0] == pytest.approx(0.5, abs=1e-5)
     there, missing = ("chosen", "rejected") if kind == "good" else ("rejected", "chosen")
@@ -250,7 +250,7 @@ def test_answers_of_one_kind_train_with_a_note(tiny: Path, tmp_path: Path, kind:
     assert not {f"rewards/{missing}", "rewards/margins", "eval_rewards/margins"} & (set(metrics[1]) | set(metrics[-2]))
 
 
-def test_unequal_numbers_are_noted_with_weights_that_make_up_for_them(tiny: Path, tmp_path: Path) -> None:
+def test_unequal_numbers_are_noted_with_weights_that_make_up_for_them(small: Path, tmp_path: Path) -> None:
     from palate_trainer.tokenize import TokenPair
     from palate_trainer.trainers.kto import balance_note
 
@@ -283,7 +283,7 @@ def test_what_concerns_good_answers_is_a_mean_over_those() -> None:
     }  # fmt: skip
 
 
-def test_an_answer_that_is_cut_keeps_its_label_and_is_reported(tiny: Path) -> None:
+def test_an_answer_that_is_cut_keeps_its_label_and_is_reported(small: Path) -> None:
     """A pair whose answers differ only beyond the cut would say of one text that it is good and that it is bad."""
     from transformers import AutoTokenizer
 
@@ -297,7 +297,7 @@ def test_an_answer_that_is_cut_keeps_its_label_and_is_reported(tiny: Path) -> No
         *unpaired(plain_row("Count.", long, "No.", 2)),
         plain_row("Count.", None, long + "thirteen", 3),
     ]
-    renderer = Renderer(AutoTokenizer.from_pretrained(tiny), True, "", 40)
+    renderer = Renderer(AutoTokenizer.from_pretrained(small), True, "", 40)
     kept, report = encode_pairs(rows, renderer, name="train")
     assert [(one.row, bool(one.chosen_ids), bool(one.rejected_ids)) for one in kept] == [
         (2, True, False),
@@ -318,8 +318,8 @@ def test_an_answer_that_is_cut_keeps_its_label_and_is_reported(tiny: Path) -> No
     ],
 )
 def test_rows_that_kto_cannot_use_are_refused(
-    tiny: Path, tmp_path: Path, rows: list[dict[str, Any]], parts: list[str]
+    small: Path, tmp_path: Path, rows: list[dict[str, Any]], parts: list[str]
 ) -> None:
-    message = refusal(spec(tiny, tmp_path, data=rows, **KTO))
+    message = refusal(spec(small, tmp_path, data=rows, **KTO))
     for part in [*parts, "training_strategy=kto"]:
         assert part in message

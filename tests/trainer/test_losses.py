@@ -95,7 +95,7 @@ def formula(name: str, s: Scores) -> Any:
     return formulas[name]()
 
 
-def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, Scores]:
+def computed(small: Path, folder: Path, **hyperparameters: Any) -> tuple[float, Scores]:
     """The trainer's loss over ROWS with an adapter that is not new, and the scores it must come from."""
     import torch
 
@@ -107,7 +107,7 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
     from palate_trainer.trainers import build_trainer
 
     given = {"dpo_beta": BETA, "label_smoothing": SMOOTHING, "discopop_tau": TAU, "per_device_train_batch_size": 2}
-    wanted = spec(tiny, folder, data=ROWS, **given, **hyperparameters)
+    wanted = spec(small, folder, data=ROWS, **given, **hyperparameters)
     tokenizer = load_tokenizer(wanted.files.model_dir)
     renderer = Renderer(tokenizer, True, "Be brief.", 128)
     rows, _ = encode_pairs(read_rows(wanted.files.train_file), renderer, name="train")
@@ -138,27 +138,27 @@ def computed(tiny: Path, folder: Path, **hyperparameters: Any) -> tuple[float, S
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
-def test_the_loss_is_its_formula(tiny: Path, tmp_path: Path, name: str, precision: str) -> None:
-    loss, scores = computed(tiny, tmp_path, loss_type=name)
+def test_the_loss_is_its_formula(small: Path, tmp_path: Path, name: str, precision: str) -> None:
+    loss, scores = computed(small, tmp_path, loss_type=name)
     assert loss == pytest.approx(float(formula(name, scores).mean()), rel=NEAR[precision], abs=NEAR[precision])
 
 
-def test_several_losses_are_added_with_their_weights(tiny: Path, tmp_path: Path, precision: str) -> None:
-    loss, scores = computed(tiny, tmp_path, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights="0.8,0.2,1.5")
+def test_several_losses_are_added_with_their_weights(small: Path, tmp_path: Path, precision: str) -> None:
+    loss, scores = computed(small, tmp_path, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights="0.8,0.2,1.5")
     weighted = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.5}
     expected = sum(weight * float(formula(name, scores).mean()) for name, weight in weighted.items())
     assert loss == pytest.approx(expected, rel=NEAR[precision])
 
 
-def test_ld_alpha_weighs_what_the_longer_answer_has_more(tiny: Path, tmp_path: Path, precision: str) -> None:
-    loss, scores = computed(tiny, tmp_path / "ld", ld_alpha=0.25)
+def test_ld_alpha_weighs_what_the_longer_answer_has_more(small: Path, tmp_path: Path, precision: str) -> None:
+    loss, scores = computed(small, tmp_path / "ld", ld_alpha=0.25)
     assert loss == pytest.approx(float(formula("sigmoid", scores).mean()), rel=NEAR[precision])
-    plain, _ = computed(tiny, tmp_path / "plain")
+    plain, _ = computed(small, tmp_path / "plain")
     assert loss != pytest.approx(plain, abs=1e-3)
 
 
 @pytest.mark.usefixtures("precision")
-def test_a_mix_with_an_uncached_reference_trains(tiny: Path, tmp_path: Path) -> None:
+def test_a_mix_with_an_uncached_reference_trains(small: Path, tmp_path: Path) -> None:
     mix = {"loss_type": "sigmoid,sft", "loss_weights": [1, 0.5], "ld_alpha": 0.5}
-    metrics = train(spec(tiny, tmp_path, max_steps=1, **mix))
+    metrics = train(spec(small, tmp_path, max_steps=1, **mix))
     assert losses(metrics)[0] > 0.6931 + 0.5 * 5  # ln 2 and half the loss of an untrained model

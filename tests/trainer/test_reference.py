@@ -32,10 +32,10 @@ def table_of(wanted: TrainTask) -> tuple[Path, Table]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_sweep_pays_for_the_reference_once_and_no_loss_changes(tiny: Path, tmp_path: Path, precision: str) -> None:
+def test_a_sweep_pays_for_the_reference_once_and_no_loss_changes(small: Path, tmp_path: Path, precision: str) -> None:
     """The reference was scored in batches of another size, so its sums are in another order."""
     cache = tmp_path / "cache"
-    first = train(cached(spec(tiny, tmp_path / "first", precision=precision), cache))
+    first = train(cached(spec(small, tmp_path / "first", precision=precision), cache))
     assert counts(first) == (0, 12)
     changed = {
         "precision": precision,
@@ -44,21 +44,21 @@ def test_a_sweep_pays_for_the_reference_once_and_no_loss_changes(tiny: Path, tmp
         "lora_dim": 8,
         "per_device_train_batch_size": 3,
     }
-    with_cache = train(cached(spec(tiny, tmp_path / "with", **changed), cache))
+    with_cache = train(cached(spec(small, tmp_path / "with", **changed), cache))
     assert counts(with_cache) == (12, 0)
-    without = train(spec(tiny, tmp_path / "without", **changed))
+    without = train(spec(small, tmp_path / "without", **changed))
     assert counts(without) == (0, 12)
     assert losses(with_cache) == pytest.approx(losses(without), abs=NEAR[precision])
-    again = train(cached(spec(tiny, tmp_path / "again", precision=precision), cache))
+    again = train(cached(spec(small, tmp_path / "again", precision=precision), cache))
     assert losses(again) == losses(first)
 
 
 def test_added_rows_alone_are_scored_and_repeated_ones_once(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], precision: str
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], precision: str
 ) -> None:
     cache = tmp_path / "cache"
-    train(cached(spec(tiny, tmp_path / "first", rows=12), cache))
-    grown = cached(spec(tiny, tmp_path / "grown", data=[*preference_rows(15), *preference_rows(15)[-1:]]), cache)
+    train(cached(spec(small, tmp_path / "first", rows=12), cache))
+    grown = cached(spec(small, tmp_path / "grown", data=[*preference_rows(15), *preference_rows(15)[-1:]]), cache)
     metrics = train(grown)
     assert counts(metrics) == (12, 4)
     assert "reference train: 12 of 16 pairs from the cache, 4 scored in" in capfd.readouterr().out
@@ -71,40 +71,40 @@ def test_added_rows_alone_are_scored_and_repeated_ones_once(
 @pytest.mark.parametrize(
     "changed", [{"seq_length": 36}, {"system_prompt": "You are terse"}, {"apply_chat_template": False}]
 )
-def test_other_token_ids_are_other_rows(tiny: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_other_token_ids_are_other_rows(small: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     cache = tmp_path / "cache"
-    train(cached(spec(tiny, tmp_path / "first", max_steps=2), cache))
-    metrics = train(cached(spec(tiny, tmp_path / "changed", max_steps=2, **changed), cache))
+    train(cached(spec(small, tmp_path / "first", max_steps=2), cache))
+    metrics = train(cached(spec(small, tmp_path / "changed", max_steps=2, **changed), cache))
     assert counts(metrics) == (0, 12)
     assert losses(metrics)[0] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_a_truncation_that_changes_some_rows_keeps_the_others(tiny: Path, tmp_path: Path) -> None:
+def test_a_truncation_that_changes_some_rows_keeps_the_others(small: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     data = [*preference_rows(6), {"prompt": "Count", "chosen": "one " * 80, "rejected": "two " * 80}]
-    train(cached(spec(tiny, tmp_path / "long", data=data), cache))
-    assert counts(train(cached(spec(tiny, tmp_path / "cut", data=data, seq_length=64), cache))) == (6, 1)
+    train(cached(spec(small, tmp_path / "long", data=data), cache))
+    assert counts(train(cached(spec(small, tmp_path / "cut", data=data, seq_length=64), cache))) == (6, 1)
 
 
-def test_another_base_has_another_table(tiny: Path, tmp_path: Path) -> None:
+def test_another_base_has_another_table(small: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cache = tmp_path / "cache"
-    train(cached(spec(tiny, tmp_path / "first", max_steps=3), cache))
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+    train(cached(spec(small, tmp_path / "first", max_steps=3), cache))
+    model = AutoModelForCausalLM.from_pretrained(small)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(1.01)  # as a merged adapter would
     model.save_pretrained(tmp_path / "merged")
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(small).save_pretrained(tmp_path / "merged")
     assert counts(train(cached(spec(tmp_path / "merged", tmp_path / "other", max_steps=3), cache))) == (0, 12)
 
 
 @pytest.mark.usefixtures("precision")
 def test_values_that_are_off_are_dropped_with_a_note(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = cached(spec(tiny, tmp_path / "run"), tmp_path / "cache")
+    wanted = cached(spec(small, tmp_path / "run"), tmp_path / "cache")
     path, _ = table_of(wanted)
     first = train(wanted)
     _, right = table_of(wanted)
@@ -119,9 +119,9 @@ def test_values_that_are_off_are_dropped_with_a_note(
 
 
 def test_damage_and_a_cache_that_cannot_be_written_cost_no_run(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = cached(spec(tiny, tmp_path / "run", max_steps=3), tmp_path / "cache")
+    wanted = cached(spec(small, tmp_path / "run", max_steps=3), tmp_path / "cache")
     path, _ = table_of(wanted)
     train(wanted)
     path.write_bytes(path.read_bytes()[:-400])  # cut off in the middle of a line
@@ -135,35 +135,35 @@ def test_damage_and_a_cache_that_cannot_be_written_cost_no_run(
 
 
 def test_a_short_run_scores_as_it_goes_unless_the_cache_has_all_rows(
-    tiny: Path, tmp_path: Path, precision: str
+    small: Path, tmp_path: Path, precision: str
 ) -> None:
     cache = tmp_path / "cache"
     short = {"max_steps": 1, "per_device_train_batch_size": 2}
-    scored_on_the_way = train(cached(spec(tiny, tmp_path / "short", **short), cache))
+    scored_on_the_way = train(cached(spec(small, tmp_path / "short", **short), cache))
     assert counts(scored_on_the_way) == (0, 0)
-    train(cached(spec(tiny, tmp_path / "whole"), cache))
-    looked_up = train(cached(spec(tiny, tmp_path / "known", **short), cache))
+    train(cached(spec(small, tmp_path / "whole"), cache))
+    looked_up = train(cached(spec(small, tmp_path / "known", **short), cache))
     assert counts(looked_up) == (12, 0)
     assert losses(looked_up) == pytest.approx(losses(scored_on_the_way), abs=NEAR[precision])
 
 
 @pytest.mark.usefixtures("precision")
-def test_full_fine_tuning_and_validation_rows_use_the_cache(tiny: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_and_validation_rows_use_the_cache(small: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     settings = {"method": "Standard_LLM", "validate": True}
-    first = train(cached(spec(tiny, tmp_path / "first", **settings), cache))
+    first = train(cached(spec(small, tmp_path / "first", **settings), cache))
     assert counts(first) == (0, 24)  # the same file twice, scored once
-    second = train(cached(spec(tiny, tmp_path / "second", **settings), cache))
+    second = train(cached(spec(small, tmp_path / "second", **settings), cache))
     assert counts(second) == (24, 0)
     assert losses(second) == losses(first)
     assert second[-2]["kind"] == "eval"
     assert second[-2]["eval_loss"] == first[-2]["eval_loss"]
 
 
-def test_a_pass_that_is_stopped_keeps_what_it_scored(tiny: Path, tmp_path: Path) -> None:
+def test_a_pass_that_is_stopped_keeps_what_it_scored(small: Path, tmp_path: Path) -> None:
     from palate_trainer.reference_scores import ReferenceScores
 
-    wanted = cached(spec(tiny, tmp_path / "run"), tmp_path / "cache")
+    wanted = cached(spec(small, tmp_path / "run"), tmp_path / "cache")
     batches = 0
 
     def score(rows: list[int]) -> list[tuple[float, float]]:
@@ -180,13 +180,13 @@ def test_a_pass_that_is_stopped_keeps_what_it_scored(tiny: Path, tmp_path: Path)
 
 
 def test_the_start_event_says_where_the_seconds_went_and_no_weight_is_hashed(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from trl.trainer import dpo_trainer
 
     monkeypatch.setattr(dpo_trainer, "hash_module", lambda module: pytest.fail("TRL hashed the weights"))
     began = time.monotonic()
-    start = train(spec(tiny, tmp_path, max_steps=2))[0]
+    start = train(spec(small, tmp_path, max_steps=2))[0]
     stages = ("read", "imports", "data", "model", "reference", "build")
     seconds = [start[f"{stage}_seconds"] for stage in stages]
     assert min(seconds) >= 0

@@ -21,22 +21,29 @@ STEPS = 40
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lora_dropout": 0.2,  # drawn from the random state that the checkpoint holds: an evaluation must not move it
-    "eval_steps": 1,  # due at whatever step the stop comes
     "save_steps": 1000,
     "max_steps": STEPS,
-    "held_out": preference_rows(4),
+    "held_out": preference_rows(16),  # the stop most likely comes during an evaluation
 }
+DUE = {
+    "steps": {"eval_steps": 1},
+    "epoch": {"eval_steps": 0, "rows": 4, "num_train_epochs": STEPS},  # an epoch is one step
+}
+"""An evaluation at every step, at whatever step the stop comes: of the steps, or of the epochs."""
 
 
 def evaluations(events: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(event["step"], event["eval_loss"]) for event in events if event["kind"] == "eval"]
 
 
-def test_a_resumed_run_has_every_evaluation(tiny: Path, tmp_path: Path) -> None:
-    whole = train(spec(tiny, tmp_path / "whole", **SETTINGS))
+@pytest.mark.slow
+@pytest.mark.parametrize("due", DUE)
+def test_a_resumed_run_has_every_evaluation(small: Path, tmp_path: Path, due: str) -> None:
+    settings = {**SETTINGS, **DUE[due]}
+    whole = train(spec(small, tmp_path / "whole", **settings))
     assert [step for step, _ in evaluations(whole)] == [*range(1, STEPS + 1)]
 
-    broken = spec(tiny, tmp_path / "broken", **SETTINGS)
+    broken = spec(small, tmp_path / "broken", **settings)
     program = start(broken)
     try:
         until(lambda: training(broken) or program.poll() is not None, timeout_s=240)
@@ -51,7 +58,7 @@ def test_a_resumed_run_has_every_evaluation(tiny: Path, tmp_path: Path) -> None:
     first = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max([0, *(step for step, _ in evaluations(first))]) == stopped_at - 1  # the one that was lost
 
-    second = train(spec(tiny, tmp_path / "resumed", resume_from=str(mark.parent), **SETTINGS))
+    second = train(spec(small, tmp_path / "resumed", resume_from=str(mark.parent), **settings))
     once = events_once([{**event, "attempt": 1} for event in first] + [{**event, "attempt": 2} for event in second])
     for (step, loss), (whole_step, whole_loss) in zip(evaluations(once), evaluations(whole), strict=True):
         assert step == whole_step

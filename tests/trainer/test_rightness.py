@@ -25,7 +25,7 @@ def flipped(row: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("precision")
-def test_flipped_labels_turn_the_margin_and_shuffled_ones_teach_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_flipped_labels_turn_the_margin_and_shuffled_ones_teach_nothing(small: Path, tmp_path: Path) -> None:
     """32 rows to learn from, 32 held out. Accuracy on labels drawn by lot is binomial: 0.5 within 3 standard deviations."""
     rows = preference_rows(64)
     learn, held_out = rows[:32], rows[32:]
@@ -36,7 +36,7 @@ def test_flipped_labels_turn_the_margin_and_shuffled_ones_teach_nothing(tiny: Pa
 
     def held_out_after(name: str, data: list[dict[str, str]], truth: list[dict[str, str]]) -> dict[str, Any]:
         settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 100, "system_prompt": ""}
-        return dict(train(spec(tiny, tmp_path / name, data=data, held_out=truth, **settings))[-1]["eval"])
+        return dict(train(spec(small, tmp_path / name, data=data, held_out=truth, **settings))[-1]["eval"])
 
     true = held_out_after("true", learn, held_out)
     assert true["eval_rewards/margins"] > 0.1
@@ -51,13 +51,13 @@ def test_flipped_labels_turn_the_margin_and_shuffled_ones_teach_nothing(tiny: Pa
 # Dropout
 
 
-def test_lora_dropout_is_in_every_adapter_and_sleeps_in_evaluation(tiny: Path, tmp_path: Path) -> None:
+def test_lora_dropout_is_in_every_adapter_and_sleeps_in_evaluation(small: Path, tmp_path: Path) -> None:
     import torch
     from peft import get_peft_model
 
     from palate_trainer.model import load_model, lora_config
 
-    wanted = spec(tiny, tmp_path, lora_dropout=0.3)
+    wanted = spec(small, tmp_path, lora_dropout=0.3)
     model = get_peft_model(load_model(wanted), lora_config(wanted))
     dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     adapters = {name for name in dropouts if "lora_dropout" in name}
@@ -67,10 +67,10 @@ def test_lora_dropout_is_in_every_adapter_and_sleeps_in_evaluation(tiny: Path, t
 
 
 @pytest.mark.usefixtures("precision")
-def test_lora_dropout_leaves_evaluation_alone(tiny: Path, tmp_path: Path) -> None:
+def test_lora_dropout_leaves_evaluation_alone(small: Path, tmp_path: Path) -> None:
     still = {"learning_rate": 1e-9, "max_steps": 2, "validate": True}
-    plain = train(spec(tiny, tmp_path / "plain", lora_dropout=0.0, **still))[-1]["eval"]
-    dropped = train(spec(tiny, tmp_path / "dropped", lora_dropout=0.5, **still))[-1]["eval"]
+    plain = train(spec(small, tmp_path / "plain", lora_dropout=0.0, **still))[-1]["eval"]
+    dropped = train(spec(small, tmp_path / "dropped", lora_dropout=0.5, **still))[-1]["eval"]
     assert dropped["eval_logps/chosen"] == pytest.approx(plain["eval_logps/chosen"], abs=1e-4)
 
 
@@ -80,19 +80,19 @@ def test_lora_dropout_leaves_evaluation_alone(tiny: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", ["LoRA_LLM", "Standard_LLM"])
 @pytest.mark.parametrize("strategy", ["sft", "dpo"])
 def test_the_probe_is_what_a_fresh_load_computes(
-    tiny: Path, tmp_path: Path, method: str, strategy: str, precision: str
+    small: Path, tmp_path: Path, method: str, strategy: str, precision: str
 ) -> None:
-    train(spec(tiny, tmp_path, method=method, training_strategy=strategy, learning_rate=1e-2, max_steps=2))
+    train(spec(small, tmp_path, method=method, training_strategy=strategy, learning_rate=1e-2, max_steps=2))
     model = tmp_path / "out" / "model"
     near = 1e-3 if precision == "float32" else 0.1  # of one token; the load computes in the base's own type
     probe = json.loads((model / "probe.json").read_text())
     assert len(probe["rows"]) == 8
     for row in probe["rows"]:
-        assert row["logps"] == pytest.approx(logps(load(tiny, model), row), abs=near)
+        assert row["logps"] == pytest.approx(logps(load(small, model), row), abs=near)
         assert ("base_logps" in row) == (method == "LoRA_LLM")
     if method == "LoRA_LLM":
         row = probe["rows"][0]
-        assert row["base_logps"] == pytest.approx(logps(load(tiny), row), abs=near)
+        assert row["base_logps"] == pytest.approx(logps(load(small), row), abs=near)
         assert row["logps"] != pytest.approx(row["base_logps"], abs=1e-2)
 
 
@@ -149,7 +149,7 @@ def test_merged_weights_answer_as_the_adapter_does_and_are_never_4_bit(tiny: Pat
 # What can be trained and served
 
 
-def test_float16_trains_in_float32(tiny: Path, tmp_path: Path) -> None:
+def test_float16_trains_in_float32(small: Path, tmp_path: Path) -> None:
     """The float16 scaler takes no 16-bit gradients, and TRL makes an adapter on quantised weights bfloat16."""
     import torch
     from peft import get_peft_model
@@ -157,7 +157,7 @@ def test_float16_trains_in_float32(tiny: Path, tmp_path: Path) -> None:
     from palate_trainer.model import load_model, lora_config
     from palate_trainer.trainers import PalateDPOTrainer
 
-    wanted = spec(tiny, tmp_path, precision="float16")
+    wanted = spec(small, tmp_path, precision="float16")
     model = get_peft_model(load_model(wanted), lora_config(wanted))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -177,9 +177,9 @@ def test_float16_trains_in_float32(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_modules_that_do_not_fit_are_refused_before_weights_load(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], modules: list[str], words: str
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], modules: list[str], words: str
 ) -> None:
-    message = refusal(spec(tiny, tmp_path, target_modules=modules))
+    message = refusal(spec(small, tmp_path, target_modules=modules))
     assert words in message
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
     assert "loading tiny" not in capfd.readouterr().out
@@ -194,8 +194,8 @@ def test_layers_that_peft_refuses_are_named_and_others_train(tmp_path: Path) -> 
     train(spec(model, tmp_path / "some", rows=4, max_steps=1, target_modules=["q_proj", "v_proj"]))
 
 
-def test_modules_may_be_named_by_a_path(tiny: Path, tmp_path: Path) -> None:
-    train(spec(tiny, tmp_path, max_steps=1, target_modules=["layers.1.self_attn.q_proj", "v_proj"]))
+def test_modules_may_be_named_by_a_path(small: Path, tmp_path: Path) -> None:
+    train(spec(small, tmp_path, max_steps=1, target_modules=["layers.1.self_attn.q_proj", "v_proj"]))
     config = json.loads((tmp_path / "out/model/adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["layers.1.self_attn.q_proj", "v_proj"]
 
@@ -206,7 +206,7 @@ def test_the_ranks_are_vllms() -> None:
     from importlib.util import find_spec
 
     from palate_recipes.schema import HYPERPARAMETERS
-    from palate_server.plan import LORA_RANKS
+    from palate_recipes.servability import LORA_RANKS
 
     assert HYPERPARAMETERS["lora_dim"].maximum == LORA_RANKS[-1]
     vllm = find_spec("vllm")

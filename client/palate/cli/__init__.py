@@ -6,6 +6,7 @@ Results go to stdout, progress to stderr. An error is one message and exit code 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -20,6 +21,10 @@ from palate.cli.machine import images, store
 from palate_recipes import __version__
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM was received. Handled as Ctrl-C: a `with` block deletes its service, and a job goes on."""
 
 
 class _Interrupted(Exception):
@@ -73,8 +78,13 @@ def options(
     """Preference-tune an open model and serve it behind an OpenAI-compatible endpoint."""
 
 
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
 def main() -> None:
     """Runs the command line. Prints Palate's errors as one message and exits with 1."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="palate")  # also with `python -m palate.cli`
     except PalateError as error:
@@ -93,8 +103,10 @@ def main() -> None:
     except (_Interrupted, KeyboardInterrupt) as interrupt:
         known = [note for note in interrupt.args if isinstance(note, str)]  # what was waited for, and how to go on
         general = "submitted jobs and services keep running: `palate jobs` and `palate services` list them"
-        print(visible("\n".join(["interrupted", *(known or [general])])), file=sys.stderr)
-        sys.exit(130)
+        terminated = isinstance(interrupt, _Terminated) or isinstance(interrupt.__cause__, _Terminated)
+        what = "ended by SIGTERM" if terminated else "interrupted"
+        print(visible("\n".join([what, *(known or [general])])), file=sys.stderr)
+        sys.exit(143 if terminated else 130)
     except OSError as error:
         # An error with a path is the user's. Without one it is a bug, and the traceback is needed.
         if error.filename is None:

@@ -68,7 +68,7 @@ def program() -> list[str]:
     found = shutil.which("palate")
     if found and (not own.exists() or own.samefile(found)):
         return ["palate"]
-    return [str(own)] if own.exists() else [sys.executable, "-m", "palate.cli"]
+    return [str(own)] if own.exists() else [sys.executable, "-P", "-m", "palate.cli"]
 
 
 def say_next(*words: object, store: str | None = None) -> None:

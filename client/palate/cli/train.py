@@ -62,6 +62,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print an estimate; submit nothing.")
     ] = False,
+    servable: Annotated[bool, typer.Option(help="Reject a training whose result no engine could serve.")] = True,
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
     """Train a model on preference data and print the job's id."""
@@ -100,9 +101,9 @@ def train(
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend, session=session)
     job_name = file.name if file and name is None else name
     if dry_run:
-        _print_estimate(recipe.estimate(inputs, job_name=job_name))
+        _print_estimate(recipe.estimate(inputs, job_name=job_name, servable=servable))
         return
-    job = recipe.train(inputs=inputs, wait=wait, job_name=job_name)
+    job = recipe.train(inputs=inputs, wait=wait, job_name=job_name, servable=servable)
     print(job.id)
     is_elsewhere = recipe.session.store_uri != get_default_session().store_uri
     say_next("deploy" if wait else "watch", job.id, store=recipe.session.store_uri if is_elsewhere else None)
@@ -160,6 +161,7 @@ def _print_estimate(found: Estimate) -> None:
         ("memory", f"{needed}; the device has {found.memory_available_gib:.1f} GiB"),
         ("runs on", f"{found.backend} backend, {found.device}, {found.precision}"),
         ("time", time),
+        *(("" if index else "serving", line) for index, line in enumerate(found.serving)),
     ]
     print_table(("what", Column("estimate", wraps=True)), rows)
     for level, texts in (("warning", found.warnings), ("error", found.errors)):

@@ -16,7 +16,7 @@ from typing import Any
 
 from palate_recipes.preferences import heuristics
 from palate_recipes.preferences.files import Container, open_container
-from palate_recipes.preferences.formats import FORMATS, KNOWN_FIELDS, REJECTED, Format, detect, read_row
+from palate_recipes.preferences.formats import FORMATS, KNOWN_FIELDS, REJECTED, Format, detect, read_row, shape_of
 from palate_recipes.preferences.formats.fields import OTHER_PROMPTS, Raw, listed
 from palate_recipes.preferences.messages import gives_tools, quoted, weights
 from palate_recipes.preferences.near_duplicates import NearIndex
@@ -29,6 +29,7 @@ FEW_ROWS, MANY_ROWS = 100, 100_000
 
 WRONG_KEPT = 10_000
 _COLUMNS_KEPT = 40
+_NAMES_SHOWN = 12
 
 _LENGTH_BIAS, _BIAS_ROWS = 0.7, 50
 _OUTLIER, _OUTLIER_CHARACTERS = 20, 4000
@@ -78,6 +79,9 @@ class Linter:
         self._tools = 0
         self._languages: Counter[str] = Counter()
         self._passed_over: Counter[str] = Counter()  # the worse answers that SFT does not read, by field
+        self._read_as: Counter[tuple[str, str]] = (
+            Counter()
+        )  # fields whose names differ from known ones in case or blanks
         self._foreign: Counter[tuple[str, ...]] = Counter()  # fields of rows of no known format
 
     def read(self, file: str | Path | Container, *, name: str | None = None, index_prompts: bool = False) -> None:
@@ -102,6 +106,7 @@ class Linter:
         shapes: Counter[tuple[str, ...]] = Counter()
         shape: tuple[str, ...] = ("",)
         run = 0
+        renamed = False
         plain = self._against is None and not index_prompts and self._format is None and self._strategy in ("dpo", None)
         for block in container.raw_blocks():
             if plain and (fields := self._take_plain(block, name, unit)):
@@ -122,11 +127,13 @@ class Linter:
                 if fields != shape:
                     shapes[shape] += run
                     shape, run = fields, 0
+                    renamed = form.name != "columns" and not shape_of(value).exact  # type: ignore[union-attr]
                 run += 1
-                if "input" in value or "tools" in value or "functions" in value:
-                    self._tools += gives_tools(value)
+                read = shape_of(value).renamed(value) if renamed else value
+                if "input" in read or "tools" in read or "functions" in read:
+                    self._tools += gives_tools(read)
                 if form.name != "pai":  # type: ignore[union-attr]
-                    for field, what in weights(value):
+                    for field, what in weights(read):
                         report.add("unread-weight", Location(name, number, unit, field, what))
                 self._look(row, name, unit, value)
                 if index_prompts:
@@ -139,10 +146,20 @@ class Linter:
         for (form_name, *names), count in shapes.items():
             if count:
                 report.formats[form_name] = report.formats.get(form_name, 0) + count
-                read = form_reads(form_name, self._format)
-                self._unread.update({field: count for field in names if field not in read})
-                if self._strategy == "sft":
-                    self._passed_over.update({field: count for field in names if field in REJECTED})
+                self._judge_names(form_name, names, count)
+
+    def _judge_names(self, form_name: str, names: Sequence[str], count: int) -> None:
+        """Counts the fields of rows of one shape that are not read, or under another name."""
+        reads = form_reads(form_name, self._format)
+        others = shape_of(dict.fromkeys(names)).other_names if form_name != "columns" else {}
+        for name in names:
+            known = others.get(name, name)
+            if known not in reads:
+                self._unread[known if known in ("tools", "functions") else name] = count
+            elif known != name:
+                self._read_as[name, known] += count
+            if self._strategy == "sft" and known in REJECTED:
+                self._passed_over[name] += count
 
     def _begin(self, name: str, unit: str) -> None:
         self.report.files.append(name)
@@ -182,10 +199,11 @@ class Linter:
         if (
             set(map(type, texts)) != {str}
             or {len(value) for _, value in block} != {3}
-            or not all(map(str.strip, texts))
+            or not all(stripped := list(map(str.strip, texts)))
         ):
             return ()
-        if any(map(eq, map(str.strip, chosen), map(str.strip, rejected))):
+        count = len(block)
+        if any(map(eq, stripped[count : 2 * count], stripped[2 * count :])):
             return ()
         if any(map(str.startswith, prompts, repeat(OTHER_PROMPTS))):
             return ()
@@ -197,12 +215,13 @@ class Linter:
         marked = "<" in whole or "[" in whole or not whole.isascii()
         numbers = [number for number, _ in block]
         self._facts.keep_all(numbers, prompts, chosen, rejected)
-        for number, asked, good, bad in zip(numbers, prompts, chosen, rejected, strict=True):
+        rows = zip(numbers, prompts, chosen, rejected, strict=True)
+        for index, (number, asked, good, bad) in enumerate(rows, start=self._count + 1):
             if marked or abs(len(good) - len(bad)) < _NEARLY:
                 self._remark(number, asked, good, bad, name, unit)
-            self._count += 1
-            if self._count <= _SAMPLE_ALL or not self._count % _SAMPLE_EVERY:
+            if index <= _SAMPLE_ALL or not index % _SAMPLE_EVERY:
                 self._guess(number, asked, good, bad, name, unit)
+        self._count += count
         return ("pai", *block[0][1])
 
     def _look(self, row: Row, name: str, unit: str, value: Raw) -> None:
@@ -289,11 +308,17 @@ class Linter:
         tools = self._tools
         for code, what in (
             ("unread-tools", f"`tools` in {tools:,} rows" if tools else ""),
-            ("unread-fields", f"not read: {listed(unread, most=12)}" if unread else ""),
+            ("unread-fields", f"not read: {listed(unread, most=_NAMES_SHOWN)}" if unread else ""),
+            ("other-names", self._other_names()),
             ("unread-rejected", self._worse_answers()),
         ):
             if what:
                 self.report.add(code, Location(self.report.files[0], 0, "row", "", what))
+
+    def _other_names(self) -> str:
+        said = [f"{quoted(name)} as `{known}`" for name, known in self._read_as]
+        more = f" and {len(said) - _NAMES_SHOWN} more" if len(said) > _NAMES_SHOWN else ""
+        return f"read: {', '.join(said[:_NAMES_SHOWN])}{more}" if said else ""
 
     def _worse_answers(self) -> str:
         return ", ".join(f"`{field}` in {count:,} rows" for field, count in self._passed_over.most_common(2))
@@ -430,14 +455,20 @@ def column_flags(columns: dict[str, str]) -> str:
     return shlex.join(flags)
 
 
+_WORD = re.compile(r"\w+")
+
+
 def same_words(one: str, other: str) -> bool:
     """Whether two texts differ only in case, spaces or punctuation."""
+    first, second = (_WORD.search(text.casefold()) for text in (one, other))
+    if (first and first.group()) != (second and second.group()):  # for speed: most texts differ at once
+        return False
     return normal(one) == normal(other)
 
 
 def normal(text: str) -> str:
     """Returns the lowercase words of a text, separated by one space, without punctuation."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(_WORD.findall(text.casefold()))
 
 
 def check(

@@ -176,7 +176,7 @@ def _kind(path: Path, start: bytes) -> Kind:
 
 def _is_header(text: bytes) -> bool:
     line = text.split(b"\n", 1)[0].decode("utf-8", "replace")
-    cells = {cell.strip().strip('"') for cell in re.split(f"[{DELIMITERS}]", line)}
+    cells = {cell.strip().strip('"').strip().lower() for cell in re.split(f"[{DELIMITERS}]", line)}
     return len(cells & {"prompt", "chosen", "rejected", "instruction", "messages", "question", "completion"}) > 1
 
 

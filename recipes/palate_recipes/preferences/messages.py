@@ -138,7 +138,8 @@ def read_content(value: Any, field: str) -> str:
                 f"`{field}[{index}]` is of type {shown(sort)}" if sort != "text" else f"`{field}[{index}]` has no text"
             )
             raise fault("not-text-content", field, f"{what}; Palate trains on text alone")
-        refuse_media(part, f"{field}[{index}]")
+        if not MEDIA.isdisjoint(part):
+            refuse_media(part, f"{field}[{index}]")
         texts.append(text)
     return read_text("".join(texts), field)
 
@@ -159,14 +160,18 @@ def read_message(value: Any, field: str) -> Message:
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None and role != "function_call":  # ShareGPT's name for a tool call
         raise fault("bad-role", field, f"`{field}` has the role {shown(role)}; use system, user, assistant or tool")
+    where = "content" if "content" in value else "value"
+    if (
+        len(value) == 2 and known is not None and type(value.get(where)) is str
+    ):  # for speed: a role and a text, as in most
+        return Message(known, read_text(value[where], f"{field}.{where}"))
     refuse_media(value, field)
     content = value.get("content", value.get("value", value.get("text")))
     if known is None or value.get("tool_calls") or value.get("function_call"):
         raise fault("not-text-content", field, f"`{field}` is a tool call; Palate trains on text alone")
-    where = next((name for name in ("content", "value", "text") if name in value), None)
-    if where is None:
+    if where not in value and "text" not in value:
         raise fault("missing-field", field, f"`{field}` has no content; it has {_names(value)}")
-    return Message(known, read_content(content, f"{field}.{where}"))
+    return Message(known, read_content(content, f"{field}.{where if where in value else 'text'}"))
 
 
 def read_messages(value: Any, field: str) -> tuple[Message, ...]:

@@ -69,6 +69,9 @@ RULES: dict[str, Rule] = {
     "ambiguous-format": Rule(
         "error", "fields of several formats", "Name the format with --from, or remove the fields of the others", "drop"
     ),
+    "ambiguous-name": Rule(
+        "error", "fields whose names differ only in case or blanks", "Rename or remove one of them", "drop"
+    ),
     "tie": Rule(
         "warning", "a comparison without a winner, which is left out", "Nothing: it says no preference", "drop"
     ),
@@ -96,6 +99,7 @@ RULES: dict[str, Rule] = {
         "worse answers, which training_strategy=sft does not read",
         'To learn from the preference set training_strategy=dpo (hyperparameters={"training_strategy": "dpo"}, `--strategy dpo`)',
     ),
+    "other-names": Rule("info", "fields that are read under a name that differs in case or blanks", "Nothing"),
     "unread-fields": Rule("info", "fields that are ignored", "Nothing"),
     # The file as a whole.
     "duplicate": Rule("warning", "a duplicate pair", "Remove it, unless the repetition is meant as a weight", "drop"),

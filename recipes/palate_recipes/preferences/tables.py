@@ -24,7 +24,15 @@ from typing import IO, Any, Protocol
 import orjson
 
 from palate_recipes.errors import DataError
-from palate_recipes.preferences.limits import Meter, Rows, RowTooLarge, row_limit, unpacked_limit, unpacks_too_far
+from palate_recipes.preferences.limits import (
+    Meter,
+    Rows,
+    RowTooLarge,
+    check_packed_rows,
+    row_limit,
+    unpacked_limit,
+    unpacks_too_far,
+)
 from palate_recipes.preferences.row import Fault
 
 DELIMITERS = ",\t;|"
@@ -67,7 +75,7 @@ def pyarrow() -> Any:
 def _csv_rows(container: Opened, meter: Meter) -> Rows:
     with container.open() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-        number = 0
+        number = blank = 0
         limit, taken, line_number = row_limit(), 0, 0
 
         def read_lines() -> Iterator[str]:
@@ -92,6 +100,9 @@ def _csv_rows(container: Opened, meter: Meter) -> Rows:
                 meter.held += taken
                 taken = 0
                 if not cells or cells == [""]:
+                    blank += 1
+                    if container.compression and not blank % 65536:
+                        check_packed_rows(container.path, number + blank)
                     continue
                 number += 1
                 if len(cells) != len(header):
@@ -144,7 +155,8 @@ def _row(header: list[str], cells: list[str]) -> Any:
                     what = f"`{name}` is a Python list, not JSON: write such cells with json.dumps"
                     return Fault("not-text", name, what)
                 continue
-            if name in _LISTS or _holds_messages(value) or (name == "output" and _is_ranking(value)):
+            plain = name.lower()  # names are read in any case
+            if plain in _LISTS or _holds_messages(value) or (plain == "output" and _is_ranking(value)):
                 row[name] = value
     return row
 

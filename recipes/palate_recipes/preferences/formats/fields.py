@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from operator import eq
 from typing import Any
 
 from palate_recipes.preferences.messages import (
@@ -14,7 +16,7 @@ from palate_recipes.preferences.messages import (
     read_content,
     read_messages,
 )
-from palate_recipes.preferences.row import Message, Row, RowFaults, fault
+from palate_recipes.preferences.row import Fault, Message, Row, RowFaults, fault
 from palate_recipes.text import nearest as nearest_name
 
 Raw = dict[str, Any]
@@ -83,6 +85,38 @@ def nearest(name: str, there: list[str]) -> str | None:
     plain = {str(field)[:40].strip("\ufeff _").lower(): field for field in reversed(there[:40])}
     found = nearest_name(name, plain, cutoff=0.7)
     return None if found is None else plain[found]
+
+
+def other_names(names: Iterable[Any], known: frozenset[str]) -> dict[str, str] | Fault:
+    """Returns the fields that differ from a known name only in case or surrounding blanks, with that name.
+
+    A field with the exact name wins: then the others are not read. Two fields that differ only in that, without the exact one,
+    are a fault, since either could be meant.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        if isinstance(name, str):
+            alike.setdefault(_plain(name), []).append(name)
+    found: dict[str, str] = {}
+    for plain, fields in alike.items():
+        meant = [name for name in known if _plain(name) == plain] if plain in _plain_names(known) else []
+        if not meant or not known.isdisjoint(fields):
+            continue
+        if len(fields) > 1:
+            what = f"{quoted(fields[0])} and {quoted(fields[1])} differ only in case or blanks, and either could be `{meant[0]}`"
+            return Fault("ambiguous-name", fields[0], f"{what}: rename or remove one")
+        # `Response_A` is nearer to `response_A` than to `response_a`
+        found[fields[0]] = max(sorted(meant), key=lambda name: sum(map(eq, name, fields[0].strip())))
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+@cache
+def _plain_names(known: frozenset[str]) -> frozenset[str]:
+    return frozenset(map(_plain, known))
 
 
 def with_system(row: Raw, prompt: Turns, *names: str) -> Turns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from palate_recipes.preferences.formats.fields import Format, Parts, Raw, need
 from palate_recipes.preferences.formats.question import QUESTIONS, read_question
 from palate_recipes.preferences.messages import read_answer
@@ -15,9 +17,9 @@ ANSWERS = (
 """Fields of the better answer and of the other one, in order of precedence."""
 
 
-def matches(row: Raw) -> bool:
-    """Whether a row has two such answers."""
-    return any(good in row and bad in row for good, bad in ANSWERS[:3])
+def matches(names: Container[str]) -> bool:
+    """Whether the fields have two such answers."""
+    return any(good in names and bad in names for good, bad in ANSWERS[:3])
 
 
 def read_named(row: Raw) -> Parts:

@@ -30,10 +30,14 @@ from palate_recipes.preferences.messages import (
 from palate_recipes.preferences.row import Fault, Message, Row, RowFaults, fault
 
 
-def read_texts(row: Raw) -> Parts:
-    """`prompt`, `chosen` and `rejected` as texts: the format that most files have, hence the shortest way."""
+def plain_texts(row: Raw) -> Parts | None:
+    """Reads `prompt`, `chosen` and `rejected` of most rows, in a tenth of the time of `read_texts`, or returns None.
+
+    Args:
+        row: A row without a system text.
+    """
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if (  # what `read_prompt` and `read_text` would say of most rows, in a tenth of the time
+    if (
         type(prompt) is type(chosen) is type(rejected) is str
         and prompt.isascii()
         and chosen.isascii()
@@ -43,10 +47,13 @@ def read_texts(row: Raw) -> Parts:
         and chosen
         and rejected
         and not prompt.startswith(OTHER_PROMPTS)
-        and "system" not in row
-        and "system_prompt" not in row
     ):
         return (Message("user", prompt),), chosen, rejected
+    return None
+
+
+def read_texts(row: Raw) -> Parts:
+    """`prompt`, `chosen` and `rejected` as texts."""
     need(row, "prompt", "chosen")
     faults: list[Fault] = []
     found: list[Any] = []
