@@ -162,8 +162,17 @@ def resume(
 
 
 def deploy(
-    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job, or a model name with --base.")],
-    name: Annotated[str | None, typer.Option(help="Service name. Default: the job id with -service.")] = None,
+    job_id: Annotated[str, typer.Argument(help="Id or URI of a job, or a model name with --base.")],
+    name: Annotated[
+        str | None, typer.Option(help="Service name. Default: the job id with -service, or with the checkpoint's name.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP",
+            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
+        ),
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Serve an untuned model of the catalog.")] = False,
     engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,
@@ -184,12 +193,14 @@ def deploy(
     wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Serve a job's model behind an OpenAI-compatible endpoint.
+    """Serve a job's model or checkpoint behind an OpenAI-compatible endpoint.
 
     Prints the service's name and endpoint.
     """
+    from palate.common.utils import check_name
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
+    from palate_recipes.errors import ConfigurationError
     from palate_recipes.specs.serve import engine_args_of
 
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
@@ -201,15 +212,16 @@ def deploy(
         options["time_to_live_s"] = time_to_live
     if engine_arg:
         options["engine_args"] = engine_args_of(engine_arg)
-    source: RegisteredModel | TrainingJob
-    if base:
-        source = RegisteredModel(job_id)
+    if name is not None:
+        check_name("service name", name)
+    more: dict[str, Any] = {"options": options, "wait": wait, "show_logs": show_logs}
+    if not base:
+        predictor = TrainingJob.get(job_id).deploy(name, checkpoint=checkpoint, **more)
+    elif checkpoint is None:
+        model = RegisteredModel(job_id)
+        predictor = model.deploy(f"{model.model_name}-base" if name is None else name, **more)
     else:
-        source = TrainingJob.get(job_id)
-        source.require_model()
-    of = source.model_name if isinstance(source, RegisteredModel) else source.id
-    service_name = f"{of}-{'base' if base else 'service'}" if name is None else name
-    predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
+        raise ConfigurationError("--checkpoint is of a job, and --base serves a model of the catalog: omit one of them")
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
     say_next("chat" if wait else "show", predictor.service_name)
 
