@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from palate.backends import PlacementRequest
 from palate.checksums import read_model_digests
-from palate.common.utils import check_name
+from palate.common.utils import check_name, unique_name
 from palate.parameters import reject_unknown_keywords
 from palate.runs.checkpoints import check_servable, choose_checkpoint
 from palate.runs.handle import RunHandle
@@ -23,6 +23,7 @@ from palate_recipes.specs.diagnose import Reading, read_run
 from palate_recipes.specs.run import State, Status, TrainManifest
 
 if TYPE_CHECKING:
+    from palate.chat import Chat
     from palate.predictor import Predictor, ServedModel
 
 OUTPUT_CHANNELS = ("model", "checkpoints", "tensorboard")
@@ -379,6 +380,32 @@ class TrainingJob:
             wait=wait,
             show_logs=show_logs,
         )
+
+    def chat(self, checkpoint: str | int | None = None, *, options: dict[str, Any] | None = None) -> Chat:
+        """Starts a service of the job's model or of a checkpoint, for one conversation. Use it in a `with` statement.
+
+            with job.chat(checkpoint="latest") as chat:
+                print(chat.ask("The Moon is bigger than the Earth, right?"))
+
+        The service has a name of its own and is deleted at the end of the block. If this process is killed, the service stops
+        after an hour without a request. The system prompt of the training is sent, as by `palate chat`.
+
+        Args:
+            checkpoint: As in `deploy`.
+            options: As in `ModelTrainingRecipe.deploy`.
+
+        Raises:
+            PalateError: As `deploy`.
+        """
+        from palate.chat import IDLE_TIME_TO_LIVE_S, Chat
+
+        settings = {"idle_time_to_live_s": IDLE_TIME_TO_LIVE_S, **(options or {})}
+        predictor = self.deploy(unique_name(f"{self.id}-chat"), checkpoint=checkpoint, options=settings)
+        try:
+            return Chat(predictor)
+        except BaseException:  # nobody else has its name
+            predictor.delete_service()
+            raise
 
     def served_model(self, checkpoint: str | int | None = None) -> ServedModel:
         """Returns the model for a service of this job, or one of its checkpoints. Raises as `deploy`."""
