@@ -193,9 +193,9 @@ def deploy(
     wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Serve a job's model or checkpoint behind an OpenAI-compatible endpoint.
+    """Serve a job's model behind an OpenAI-compatible endpoint.
 
-    Prints the service's name and endpoint.
+    With --checkpoint also a job that still trains. Prints the service's name and endpoint.
     """
     from palate.common.utils import check_name
     from palate.job import TrainingJob

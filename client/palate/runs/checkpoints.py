@@ -168,7 +168,7 @@ def deleted(what: str, job: str) -> DamagedFilesError:
         job: The job's id, for the remedy.
     """
     return DamagedFilesError(
-        f"{what} was deleted while it was to be served. Deploy a checkpoint that exists: `palate deploy {job} --checkpoint {LATEST}`"
+        f"{what} was deleted and cannot be served. Deploy a checkpoint that exists: `palate deploy {job} --checkpoint {LATEST}`"
     )
 
 
