@@ -94,15 +94,17 @@ class Checksums:
         added = [] if may_hold_more else self._not_listed(walk(folder))
         _refuse(what, damaged, added, wrong=wrong, remedy=remedy)
 
-    def check_store(self, store: Store, prefix: str, *, what: str) -> None:
-        """Compares names and sizes with one listing, without reading files.
+    def check_store(
+        self, store: Store, prefix: str, *, what: str, remedy: str | None = None, may_hold_more: bool = False
+    ) -> None:
+        """Compares names and sizes with one listing, without reading files. See `check_folder` for the arguments.
 
         Raises:
             DamagedFilesError: As for `check_folder`.
         """
         sizes = {info.key.removeprefix(f"{prefix}/"): info.size for info in store.list(prefix)}
         damaged = [name for name, facts in self.files.items() if sizes.get(name) != facts["bytes"]]
-        _refuse(what, damaged, self._not_listed(sizes))
+        _refuse(what, damaged, [] if may_hold_more else self._not_listed(sizes), remedy=remedy)
 
     def _not_listed(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name not in self.files and name != DIGESTS_FILE]

@@ -102,12 +102,17 @@ def start_service(
                 error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
         if served.tuned_uri:
-            _tell_parity(predictor.describe_service().get("parity"))
+            _tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
     return predictor
 
 
-def _tell_parity(parity: object) -> None:
+def _tell_parity(parity: object, checkpoint: str) -> None:
     if not isinstance(parity, dict):  # verify=False, or an untuned model
+        return
+    if checkpoint:
+        note(
+            f"{checkpoint} is a checkpoint: its files are verified, but its answers are not compared with the trainer's"
+        )
         return
     verdict, text = parity.get("verdict"), str(parity.get("text"))
     if verdict == "same":

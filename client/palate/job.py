@@ -5,13 +5,15 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.backends import PlacementRequest
 from palate.checksums import read_model_digests
-from palate.common.utils import check_name
+from palate.common.utils import check_name, unique_name
 from palate.parameters import reject_unknown_keywords
+from palate.runs.checkpoints import check_servable, choose_checkpoint
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record, events_once, locate
@@ -21,6 +23,7 @@ from palate_recipes.specs.diagnose import Reading, read_run
 from palate_recipes.specs.run import State, Status, TrainManifest
 
 if TYPE_CHECKING:
+    from palate.chat import Chat
     from palate.predictor import Predictor, ServedModel
 
 OUTPUT_CHANNELS = ("model", "checkpoints", "tensorboard")
@@ -339,6 +342,7 @@ class TrainingJob:
         self,
         service_name: str | None = None,
         *,
+        checkpoint: str | int | None = None,
         instance_type: str | None = None,
         instance_count: int | None = 1,
         resource_config: object = None,
@@ -347,20 +351,33 @@ class TrainingJob:
         show_logs: bool = False,
         verify: bool | str = True,
     ) -> Predictor:
-        """Serves the job's model. See `ModelTrainingRecipe.deploy`.
+        """Serves the job's model, or one of its checkpoints. See `ModelTrainingRecipe.deploy`.
+
+        Args:
+            service_name: Name of the service. Default: the job id with `-service`, or with the checkpoint's name.
+            checkpoint: `latest`, a step such as 100, or a name such as `step-000100`: a complete checkpoint of the job, which may
+                still be running, or has failed or was stopped. None: the model of the succeeded job.
+            instance_type, instance_count, resource_config, options, wait, show_logs, verify: See `ModelTrainingRecipe.deploy`. A
+                checkpoint has no probe, so `verify` has nothing to compare.
 
         Raises:
-            JobNotReadyError: The job has not succeeded.
+            JobNotReadyError: The job has not succeeded; with `checkpoint`: it has no complete checkpoint.
+            ConfigurationError: The job has no such checkpoint. The message lists those that it has.
             DamagedFilesError: A file of the model is missing or has the wrong size. The service's runner also compares all
                 digests; a mismatch there is the service's reason for failing.
         """
         from palate.deploy import start_service
 
+        served = self.served_model(checkpoint)
+        settings: dict[str, Any] = {"verify": verify}
+        if served.checkpoint and not served.adapter:
+            # Full fine-tuning keeps its weights in float32, and the finished model is saved in the training's precision.
+            settings["dtype"] = self.manifest.body.precision
         return start_service(
             self._run.session,
-            service_name=service_name or f"{self.id}-service",
-            served=self.served_model(),
-            options={"verify": verify, **(options or {})},
+            service_name=service_name or f"{self.id}-{served.checkpoint or 'service'}",
+            served=served,
+            options={**settings, **(options or {})},
             where=PlacementRequest(
                 kind="services",
                 instance_type=instance_type,
@@ -371,19 +388,55 @@ class TrainingJob:
             show_logs=show_logs,
         )
 
-    def served_model(self) -> ServedModel:
-        """Returns the model for a service of this job. Raises as `deploy`."""
+    def chat(self, checkpoint: str | int | None = None, *, options: dict[str, Any] | None = None) -> Chat:
+        """Starts a service of the job's model or of a checkpoint, for one conversation. Use it in a `with` statement.
+
+            with job.chat(checkpoint="latest") as chat:
+                print(chat.ask("The Moon is bigger than the Earth, right?"))
+
+        The service has a name of its own and is deleted at the end of the block. If this process is killed, the service stops
+        after an hour without a request. The system prompt of the training is sent, as by `palate chat`.
+
+        Args:
+            checkpoint: As in `deploy`.
+            options: As in `ModelTrainingRecipe.deploy`.
+
+        Raises:
+            PalateError: As `deploy`.
+        """
+        from palate.chat import IDLE_TIME_TO_LIVE_S, Chat
+
+        settings = {"idle_time_to_live_s": IDLE_TIME_TO_LIVE_S, **(options or {})}
+        predictor = self.deploy(unique_name(f"{self.id}-chat"), checkpoint=checkpoint, options=settings)
+        try:
+            return Chat(predictor)
+        except BaseException:  # nobody else has its name
+            predictor.delete_service()
+            raise
+
+    def served_model(self, checkpoint: str | int | None = None) -> ServedModel:
+        """Returns the model for a service of this job, or one of its checkpoints. Raises as `deploy`."""
         from palate.predictor import ServedModel
 
-        self.require_model()
-        body = self.manifest.body
-        return ServedModel(
+        record, body = self._run.record, self.manifest.body
+        served = ServedModel(
             model=body.model,
-            tuned_uri=self.output_path("model"),
-            tuned_digest=self._run.record.status().details.get("model_digest"),
-            adapter=body.method != "Standard_LLM",
+            adapter=body.trains_adapter,
             system_prompt=body.hyperparameters.system_prompt,
             labels={"job": self.id},
+        )
+        if checkpoint is None:
+            self.require_model()
+            digest = record.status().details.get("model_digest")
+            return replace(served, tuned_uri=self.output_path("model"), tuned_digest=digest)
+        self._run.refresh()  # so that a lost runner is noticed, and messages have the right state
+        chosen = choose_checkpoint(record, checkpoint)
+        return replace(
+            served,
+            tuned_uri=f"{self.output_path('checkpoints')}/{chosen.name}",
+            tuned_digest=check_servable(record, chosen, adapter=served.adapter),
+            checkpoint=chosen.name,
+            labels={"job": self.id, "checkpoint": chosen.name},
         )
 
     def _repr_html_(self) -> str:

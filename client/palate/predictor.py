@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from palate.backends import Backend
 from palate.common.utils import check_name
@@ -48,7 +48,9 @@ class ServedModel:
     Attributes:
         model: The base model, as in a job's manifest.
         tuned_uri: The adapter or full weights that were trained; None serves only the base.
-        tuned_digest: SHA-256 of the tuned model's digests.json, which the runner checks files against; None checks nothing.
+        tuned_digest: SHA-256 of the tuned model's digests.json, or of a checkpoint's marker, which the runner checks files against;
+            None checks nothing.
+        checkpoint: Name of the checkpoint that `tuned_uri` is; "" for the model of a finished job.
         adapter: Whether `tuned_uri` is an adapter for the base.
         system_prompt: The system prompt used in training; `palate chat` starts with it.
         labels: Labels of the service, for filters.
@@ -57,6 +59,7 @@ class ServedModel:
     model: BaseModel
     tuned_uri: str | None = None
     tuned_digest: str | None = None
+    checkpoint: str = ""
     adapter: bool = False
     system_prompt: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class ServedModel:
             "model": structs.replace(self.model, source=source),
             "tuned_uri": self.tuned_uri,
             "tuned_digest": self.tuned_digest,
+            "checkpoint": self.checkpoint or UNSET,
             "adapter": self.adapter,
             "system_prompt": self.system_prompt,
         }

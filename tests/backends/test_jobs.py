@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from palate import ModelTrainingRecipe, Session, TrainingJob
+from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
 from palate.errors import JobNotReadyError, NameTakenError, TrainingJobError, WaitTimeoutError
 from palate.runs.record import Record
+from palate_server.parity import SCORE_PATH
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
+from tests.support.trainings import last_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -178,11 +180,25 @@ def test_a_failed_job_raises_with_its_last_lines_and_never_deploys(
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
 
 
-def test_a_runner_that_is_killed_takes_its_trainer_along_and_is_noticed(
-    hands: Hands, session: Session, tiny: Path, prefs: Path
+def test_a_job_is_sampled_while_it_trains_and_a_runner_that_is_killed_takes_its_trainer_along(
+    hands: Hands, session: Session, tiny: Path, prefs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = recipe(tiny, LONG).train(inputs={"train": prefs}, wait=False)
-    until(lambda: any(entry["kind"] == "train" for entry in job.metrics()))
+    job = recipe(tiny, {**LONG, "learning_rate": 1e-3}).train(inputs={"train": prefs}, wait=False)
+    until(lambda: last_checkpoint(job) > 0)
+    with job.chat(checkpoint="latest", options={"engine": "transformers", "dtype": "float32"}) as chat:
+        assert chat.ask("Is 3 an even number?", max_tokens=4)
+        assert [turn["role"] for turn in chat.messages] == ["system", "user", "assistant"]
+        labels = chat.predictor.labels
+        assert (labels["job"], labels["checkpoint"][:8]) == (job.id, "step-000")
+        row = {"prompt_ids": [1, 2, 3], "completion_ids": [4, 5, 6]}
+        scores = [
+            chat.predictor.raw_predict({"model": model, **row}, path=SCORE_PATH).json()["logps"]
+            for model in ("default", "base")
+        ]
+        assert max(abs(tuned - base) for tuned, base in zip(*scores, strict=True)) > 1e-3, "the adapter is not applied"
+        assert job.status == "Running"
+    assert Predictor.list() == []
+    assert "is a checkpoint: its files are verified, but its answers are not compared" in capfd.readouterr().err
     hands.kill(job.describe().engine_id)
     with pytest.raises(TrainingJobError, match="runner died"):
         job.wait(show_logs=False, timeout_s=30)

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from palate import Predictor
+from palate.chat import Chat
+from palate.errors import ServiceError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
 from tests.support.fronted import fronted_service
@@ -179,6 +182,18 @@ def test_a_long_history_is_shortened(home: Path, service: str) -> None:
     lines = history.read_text().splitlines()
     assert (len(lines), lines[0], lines[-1]) == (1001, "line 1500", "hi")
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_a_conversation_from_python(service: str) -> None:
+    chat = Chat(Predictor(service))
+    assert chat.ask("hello") == "[su] default 0.7 hello."
+    assert chat.ask("again", temperature=0) == "[suau] default 0 again."
+    with pytest.raises(ServiceError, match="service svc answered 400"):
+        chat.ask("refuse")
+    assert [turn["content"] for turn in chat.messages[:2]] == ["Be brief", "hello"]
+    assert len(chat.messages) == 5
+    chat.reset()
+    assert chat.ask("fresh") == "[su] default 0.7 fresh."
 
 
 def test_a_failed_question_leaves_the_conversation_as_it_was(home: Path, service: str) -> None:

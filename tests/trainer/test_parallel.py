@@ -199,6 +199,13 @@ def test_a_resumed_pair_equals_the_uninterrupted_one(small: Path, tmp_path: Path
     checkpoint = tmp_path / "whole/out/checkpoints/checkpoint-3"
     assert (checkpoint / COMPLETE_MARK).exists()
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    from safetensors.torch import load_file
+
+    # What is served of a checkpoint is what a finished model has.
+    folders = (tmp_path / "whole/out/checkpoints/checkpoint-6", tmp_path / "whole/out/model")
+    last, model = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert last.keys() == model.keys()
+    assert all(last[name].equal(model[name]) for name in model)
     resumed = losses(together(spec(small, tmp_path / "resumed", resume_from=str(checkpoint), **settings)))
     assert resumed == pytest.approx(whole[3:], abs=1e-5)
 

@@ -131,6 +131,8 @@ def test_resuming_a_finished_run_takes_no_further_step(small: Path, tmp_path: Pa
     settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-3}
     train(spec(small, tmp_path / "whole", **settings))
     checkpoint = tmp_path / "whole" / "out" / "checkpoints" / "checkpoint-2"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):  # served, both render as trained
+        assert (checkpoint / name).read_bytes() == (tmp_path / "whole/out/model" / name).read_bytes()
     metrics = train(spec(small, tmp_path / "again", resume_from=str(checkpoint), **settings))
     assert [entry["kind"] for entry in metrics] == ["start", "end"]
     weights = "model/adapter_model.safetensors"

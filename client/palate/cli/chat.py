@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from palate.chat import MAX_TOKENS, TEMPERATURE, Conversation
 from palate.paths import palate_home
-from palate_recipes.errors import ConfigurationError, PalateError, ServiceError
+from palate_recipes.errors import ConfigurationError, PalateError
 from palate_recipes.text import expand_path, visible
 
 HISTORY_FILE = "chat_history"
@@ -34,102 +34,6 @@ _LEAVING = ("/exit", "/quit", "exit", "quit")
 _CTRL_C_HINT = "Ctrl-D leaves, /help lists the commands"
 
 
-@dataclass(kw_only=True)
-class Conversation:
-    """The messages so far, and how the next one is asked.
-
-    Attributes:
-        service: The service's name, for messages.
-        client: Its OpenAI client.
-        model: Model name.
-        system: System prompt; "" sends none.
-        max_tokens: Maximum tokens of an answer.
-        temperature: Sampling temperature.
-        turns: Messages of the user and answers, alternating. A failed question is not in it.
-        was_cut: Whether the last answer ended at `max_tokens`.
-    """
-
-    service: str
-    client: Any
-    model: str
-    system: str
-    max_tokens: int
-    temperature: float
-    turns: list[dict[str, str]] = field(default_factory=list)
-    was_cut: bool = False
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
-
-    def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer in pieces. If it is stopped midway, the conversation keeps the pieces that were shown.
-
-        Raises:
-            ServiceError: The service answered with an error or the connection broke. The conversation is unchanged.
-        """
-        import httpx2
-        import openai
-
-        question = {"role": "user", "content": text}
-        answer = ""
-        failed = self.was_cut = False
-        stream: Any = None
-        try:
-            stream = self.client.chat.completions.create(
-                model=self.model,
-                messages=[*self.messages, question],
-                stream=True,
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-            )
-            for event in stream:
-                choice = event.choices[0] if event.choices else None
-                self.was_cut = self.was_cut or (choice is not None and choice.finish_reason == "length")
-                # Half a character, which JSON can contain, could not be sent back with the next question.
-                piece = ((choice.delta.content if choice else "") or "").encode(errors="replace").decode()
-                if piece:
-                    answer += piece
-                    yield piece
-        except (openai.OpenAIError, httpx2.HTTPError) as error:  # HTTPError: an interrupted stream
-            failed = True
-            raise self._failure(error) from error
-        finally:
-            if stream is not None:
-                stream.close()  # the service stops generating when the client leaves
-            if answer and not failed:
-                self.turns += [question, {"role": "assistant", "content": answer}]
-
-    def model_names(self) -> list[str]:
-        """Returns the names of the service's models. Raises ServiceError as `ask`."""
-        import httpx2
-        import openai
-
-        try:
-            return [row.id for row in self.client.models.list().data]
-        except (openai.OpenAIError, httpx2.HTTPError) as error:
-            raise self._failure(error) from error
-
-    def choose_model(self, name: str, given_as: str) -> None:
-        """Sets the model. Raises ConfigurationError with the names that exist if the service lacks it."""
-        names = self.model_names()
-        if name not in names:
-            raise ConfigurationError(
-                f"{given_as} {name!r}: service {self.service} has no such model. It has: {', '.join(names)}"
-            )
-        self.model = name
-
-    def _failure(self, error: Exception) -> ServiceError:
-        import openai
-
-        said = f"answered {error.status_code}" if isinstance(error, openai.APIStatusError) else "did not answer"
-        reason = str(error)
-        if isinstance(error, openai.APIStatusError):  # whose text repeats the status before the service's answer
-            told = error.body.get("message") if isinstance(error.body, dict) else None
-            reason = str(told or reason.removeprefix(f"Error code: {error.status_code} - "))
-        return ServiceError(f"service {self.service} {said}", reason=visible(reason))
-
-
 def chat(
     service: Annotated[str, typer.Argument(help="Service name.")],
     message: Annotated[
@@ -137,8 +41,10 @@ def chat(
     ] = None,
     model: Annotated[str, typer.Option(help="Model to ask: default (tuned) or base.")] = "default",
     system: Annotated[str | None, typer.Option(help="System prompt. Default: the one used in training.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = MAX_TOKENS,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")
+    ] = TEMPERATURE,
 ) -> None:
     """Chat with a service; answers stream to stdout. At a terminal /help lists the commands of the conversation."""
     from palate.predictor import Predictor

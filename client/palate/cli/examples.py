@@ -16,6 +16,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "resume": ("palate resume JOB", "palate resume JOB --no-wait"),
     "deploy": (
         "palate deploy JOB",
+        "palate deploy JOB --checkpoint latest",
         "palate deploy JOB --name assistant --port 8000 --idle-time-to-live 3600",
         "palate deploy smollm2-135m-instruct --base --engine transformers",
     ),

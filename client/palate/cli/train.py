@@ -185,8 +185,17 @@ def resume(
 
 
 def deploy(
-    job_id: Annotated[str, typer.Argument(help="Id or URI of a succeeded job, or a model name with --base.")],
-    name: Annotated[str | None, typer.Option(help="Service name. Default: the job id with -service.")] = None,
+    job_id: Annotated[str, typer.Argument(help="Id or URI of a job, or a model name with --base.")],
+    name: Annotated[
+        str | None, typer.Option(help="Service name. Default: the job id with -service, or with the checkpoint's name.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP",
+            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
+        ),
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Serve an untuned model of the catalog.")] = False,
     engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,
@@ -209,12 +218,13 @@ def deploy(
 ) -> None:
     """Serve a job's model behind an OpenAI-compatible endpoint.
 
-    Prints the service's name and endpoint.
+    With --checkpoint also a job that still trains. Prints the service's name and endpoint.
     """
+    from palate.common.utils import check_name
     from palate.job import TrainingJob
     from palate.model import RegisteredModel
     from palate_recipes.catalog import find_model
-    from palate_recipes.errors import RunNotFoundError, UnknownModelError
+    from palate_recipes.errors import ConfigurationError, RunNotFoundError, UnknownModelError
     from palate_recipes.specs.serve import engine_args_of
 
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
@@ -226,22 +236,24 @@ def deploy(
         options["time_to_live_s"] = time_to_live
     if engine_arg:
         options["engine_args"] = engine_args_of(engine_arg)
-    source: RegisteredModel | TrainingJob
-    if base:
-        source = RegisteredModel(job_id)
-    else:
+    if name is not None:
+        check_name("service name", name)
+    more: dict[str, Any] = {"options": options, "wait": wait, "show_logs": show_logs}
+    if not base:
         try:
-            source = TrainingJob.get(job_id)
+            job = TrainingJob.get(job_id)
         except RunNotFoundError as error:
             with suppress(UnknownModelError):
                 find_model(job_id)
                 raise RunNotFoundError(f"{error}. To serve the untuned model of this name add --base") from None
             raise
-        source.require_model()
-    of = source.model_name if isinstance(source, RegisteredModel) else source.id
-    of = of.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters
-    service_name = f"{of}-{'base' if base else 'service'}" if name is None else name
-    predictor = source.deploy(service_name, options=options, wait=wait, show_logs=show_logs)
+        predictor = job.deploy(name, checkpoint=checkpoint, **more)
+    elif checkpoint is None:
+        model = RegisteredModel(job_id)
+        own = model.model_name.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters
+        predictor = model.deploy(f"{own}-base" if name is None else name, **more)
+    else:
+        raise ConfigurationError("--checkpoint is of a job, and --base serves a model of the catalog: omit one of them")
     print(f"{predictor.service_name}\t{predictor.endpoint if wait else 'Creating'}")
     say_next("chat" if wait else "show", predictor.service_name)
 

@@ -1,29 +1,23 @@
 """Copies checkpoints from the trainer's folder to the store and back, only complete ones. Knows folders and the record, no training.
 
-A checkpoint in the store is complete if it has a marker file, which is written last and lists every file with its digest. Each
-attempt writes its own: a runner that counted as lost and comes back does not touch those of the next attempt.
-
-    step-000100/  step-000200/            from the first attempt
-    step-000200-attempt-2/                from the second, which resumed from step 100 of the first
+See `palate.runs.checkpoints` for their names. Each attempt writes its own: a runner that counted as lost and comes back does not
+touch those of the next attempt.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from palate.checksums import Checksums
+from palate.runs.checkpoints import complete_checkpoints, deleted, served_files
 from palate.runs.record import Record
+from palate.store import Store
 from palate_recipes.errors import DamagedFilesError, StoreError
 from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK
-
-_WHOLE = re.compile(
-    rf"(?P<name>step-(?P<step>[0-9]{{1,18}})(-attempt-(?P<attempt>[0-9]{{1,9}}))?)/{re.escape(COMPLETE_MARK)}"
-)
-"""Matches the path of a checkpoint's marker, relative to the folder of checkpoints."""
 
 
 class CheckpointPusher:
@@ -96,14 +90,11 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
     Raises:
         StoreError: The store cannot be read.
     """
-    prefix = record.key(CHECKPOINTS_DIR)
-    names = [info.key.removeprefix(f"{prefix}/") for info in record.store.list(prefix)]
-    found = [match for name in names if (match := _WHOLE.fullmatch(name))]
     # By step first: an earlier attempt may have come further. Of the same step, the latest attempt's.
-    for match in sorted(found, key=lambda match: (int(match["step"]), int(match["attempt"] or 1)), reverse=True):
-        source = f"{prefix}/{match['name']}"
+    for checkpoint in reversed(complete_checkpoints(record)):
+        source = record.key(CHECKPOINTS_DIR, checkpoint.name)
         mark = f"{source}/{COMPLETE_MARK}"
-        target = folder / f"checkpoint-{int(match['step'])}"
+        target = folder / f"checkpoint-{checkpoint.step}"
         try:
             digests = Checksums.parse(record.store.get(mark), where=record.store.uri(mark))
             target.mkdir(parents=True, exist_ok=True)
@@ -118,6 +109,32 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         (target / COMPLETE_MARK).touch()  # last: its presence means complete
         return target
     return None
+
+
+def stage_for_serving(store: Store, prefix: str, folder: Path, *, digest: str | None, what: str) -> None:
+    """Copies what a server reads of a complete checkpoint to this machine, and verifies every file.
+
+    A copy, also from a store on this machine: the checkpoint may be deleted while it is served.
+
+    Args:
+        store, prefix: The checkpoint.
+        folder: Where to.
+        digest: SHA-256 of its marker, from the service's manifest.
+        what: URI of the checkpoint, for messages.
+
+    Raises:
+        DamagedFilesError: It is deleted, also while it is copied, or it is not what was deployed.
+    """
+    try:
+        data = store.get(f"{prefix}/{COMPLETE_MARK}")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DamagedFilesError(f"{what} was written again after it was deployed: deploy it again")
+        files = served_files(Checksums.parse(data, where=store.uri(f"{prefix}/{COMPLETE_MARK}")))
+        for name in files.files:
+            store.download(f"{prefix}/{name}", folder / name)
+    except FileNotFoundError:
+        raise deleted(what, what.split("/")[-3]) from None
+    files.check_folder(folder, what=what, remedy="Deploy another checkpoint")
 
 
 def _step(folder: Path) -> int:

@@ -13,6 +13,7 @@ from msgspec import to_builtins
 
 from palate.checksums import read_model_digests
 from palate.processes import bind_error
+from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
 from palate.runs.record import TOKEN_KEY
@@ -32,7 +33,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
     record, work, options = context.record, context.work, body.options
     begun = time.monotonic()
     tuned_uri = body.tuned_uri
-    tuned_dir = context.retry(lambda: _stage_tuned(context, tuned_uri, body.tuned_digest)) if tuned_uri else None
+    tuned_dir = context.retry(lambda: _stage_tuned(context, tuned_uri, body)) if tuned_uri else None
     base_dir: Path | None = None
     if tuned_dir is None or body.adapter:  # full tuned weights need no base
         base_dir, _ = context.retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
@@ -132,13 +133,17 @@ def _port(context: RunContext, options: Mapping[str, Any]) -> int:
     return 0
 
 
-def _stage_tuned(context: RunContext, uri: str, digest: str | None) -> Path:
+def _stage_tuned(context: RunContext, uri: str, body: Deployment) -> Path:
     """Returns a local folder with the tuned model. Verifies every file by the digest that the training wrote."""
     store, prefix = open_parent(uri, options=context.session.options_for(uri))
-    folder = store.local_path(prefix)
-    if folder is None:
+    if body.checkpoint:
         folder = context.work / "model"
-        store.download_tree(prefix, folder)
-    if digest:
-        read_model_digests(store, prefix, digest, what=uri).check_folder(folder, what=uri)
-    return folder
+        stage_for_serving(store, prefix, folder, digest=body.tuned_digest, what=uri)
+        return folder
+    found = store.local_path(prefix)
+    if found is None:
+        found = context.work / "model"
+        store.download_tree(prefix, found)
+    if body.tuned_digest:
+        read_model_digests(store, prefix, body.tuned_digest, what=uri).check_folder(found, what=uri)
+    return found

@@ -6,7 +6,7 @@ import time
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from palate_recipes.specs.codec import (
     Int,
@@ -39,7 +39,9 @@ class Deployment(Struct, frozen=True, kw_only=True):
     Attributes:
         model: The base model.
         tuned_uri: The adapter or full weights that were trained; None serves only the base.
-        tuned_digest: SHA-256 of the tuned model's digests.json, which the runner checks files against; None checks nothing.
+        tuned_digest: SHA-256 of the tuned model's digests.json, or of a checkpoint's marker, which the runner checks files against;
+            None checks nothing.
+        checkpoint: Name of the checkpoint that `tuned_uri` is; unset for the model of a finished job.
         adapter: Whether `tuned_uri` is an adapter for the base.
         system_prompt: The system prompt used in training; `palate chat` starts with it.
         options: Fields of `palate_recipes.specs.serve.ServeSpec` as the user gave them.
@@ -52,6 +54,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     model: BaseModel
     tuned_uri: str | None = None
     tuned_digest: Sha256 | None = None
+    checkpoint: str | UnsetType = UNSET
     adapter: bool = False
     system_prompt: str = ""
     options: dict[str, Any] = {}
