@@ -25,6 +25,10 @@ _ERROR = re.compile(
 _WORKER = re.compile(r"^RuntimeError: Worker failed with error '(.*)', please check the stack.*$")
 _KILLED = re.compile(r"(EngineCore|[Ww]orker|Engine core)\S*.*(died unexpectedly|terminated unexpectedly|is dead)")
 
+_REQUEST = '{"time":'
+"""Start of a line of the request log."""
+_END = re.compile(r"resource_tracker|\[shutdown\]")
+
 _SIGNS: tuple[tuple[str, str, str], ...] = (
     (
         r"CUDA out of memory|OutOfMemoryError|HIP out of memory",
@@ -129,5 +133,5 @@ def _relevant(lines: Sequence[str]) -> list[str]:
     """Returns the last different lines that state an error; without one, the last lines."""
     plain = [_PREFIX.sub("", line).rstrip() for line in lines]
     errors = [line for line in plain if _ERROR.match(line) or _KILLED.search(line)]
-    chosen = errors or [line for line in plain if line and "resource_tracker" not in line and "[shutdown]" not in line]
+    chosen = errors or [line for line in plain if line and not line.startswith(_REQUEST) and not _END.search(line)]
     return [line[:300] for line in list(dict.fromkeys(chosen))[-_SHOWN_LINES:]]

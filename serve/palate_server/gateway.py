@@ -23,12 +23,15 @@ from palate_recipes.specs.serve import (
     BODY_LIMIT_BYTES,
     CHALLENGE_HEADER,
     HEALTH_PATH,
+    METRICS_PATH,
     PROBE_HEADER,
     TOKEN_VARIABLE,
     TUNED_MODEL,
     ServeSpec,
     token_proof,
 )
+from palate_server.metrics import METRICS, OTHER, Metrics, answer_metrics
+from palate_server.request_log import REQUEST_LOG, RequestLog, observed, request_of
 
 SPEC_VARIABLE = "PALATE_SERVE_SPEC"
 
@@ -96,6 +99,8 @@ class Gateway:
         token: str | None = None,
         activity: Activity = ACTIVITY,
         parameters: Parameters | None = None,
+        metrics: Metrics = METRICS,
+        log: RequestLog = REQUEST_LOG,
     ) -> None:
         """Wraps the app.
 
@@ -105,10 +110,16 @@ class Gateway:
             token: Defaults to the one in the environment.
             activity: Where requests are counted.
             parameters: Returns a JSON request, given with its path, as the engine should get it. Raises Refused.
+            metrics: What `/metrics` shows.
+            log: The request log.
         """
         self._app = app
         spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
+        self._metrics = metrics
+        self._log = log
+        log.skip_as_in(spec.engine_args)
         self._token = (token or os.environ[TOKEN_VARIABLE]).encode()
+        self._service_name = spec.service_name
         self._engine_names = {name: TUNED_MODEL if name == spec.service_name else name for name in spec.models}
         created = int(time.time())
         self._cards = {
@@ -121,7 +132,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await self._http(scope, receive, send)
+            await observed(self._http, scope, receive, send, metrics=self._metrics, log=self._log)
         elif scope["type"] == "websocket" and not self._has_token(scope["headers"]):
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -142,6 +153,8 @@ class Gateway:
             await self._models(method, path, send)
         elif path == ACTIVITY_PATH:
             await _answer(send, 200, self._activity.facts())
+        elif path == METRICS_PATH and method in {"GET", "HEAD"}:
+            await answer_metrics(self._metrics, self._service_name, self._app, scope, receive, send)
         elif method in {"GET", "HEAD", "OPTIONS"}:
             await self._pass_on(scope, receive, send)
         else:
@@ -213,6 +226,7 @@ class Gateway:
         if isinstance(request, dict):
             wanted = request.get("model") or TUNED_MODEL
             target = self._engine_names.get(wanted) if isinstance(wanted, str) else None
+            request_of(scope).model = target or OTHER
             if target is None:
                 await self._unknown(send, wanted)
                 return None
@@ -235,6 +249,7 @@ class Gateway:
             self._activity.end()
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_of(scope).has_reached_engine = True
         answer = _Answer(send, self._activity, has_body=scope["method"] != "HEAD")
         try:
             await self._app(scope, receive, answer.send)

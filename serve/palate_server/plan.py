@@ -24,6 +24,7 @@ from palate_recipes.specs.serve import (
     describe_engines,
 )
 from palate_server.gateway import SPEC_VARIABLE, Gateway
+from palate_server.metrics import ENGINE_VARIABLE
 
 GIB = 1024**3
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -329,6 +330,7 @@ def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, liste
         **os.environ,
         SPEC_VARIABLE: str(spec_file),
         LISTENER_VARIABLE: str(listener),
+        ENGINE_VARIABLE: f"{plan.engine.distribution} {plan.engine.version}",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,

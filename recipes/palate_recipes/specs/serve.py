@@ -41,6 +41,7 @@ LISTENER_VARIABLE = "PALATE_LISTENER"
 """Environment variable with the file descriptor of the listening socket that the engine inherits."""
 
 HEALTH_PATH = "/health"
+METRICS_PATH = "/metrics"
 ACTIVITY_PATH = "/palate/activity"
 """The server program polls this path for the engine's activity."""
 PROBE_HEADER = "x-palate-probe"
@@ -396,6 +397,7 @@ _TRANSFORMERS_NEEDS = (
     "uvicorn",
     "openai",
     "pydantic",
+    "prometheus-client",
 )
 
 
