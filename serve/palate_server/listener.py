@@ -59,7 +59,8 @@ def _log_requests() -> None:
     access = logging.getLogger("uvicorn.access")
     if access.hasHandlers() and access.isEnabledFor(logging.INFO):
         REQUEST_LOG.is_on = True
-    access.handlers, access.propagate = [], False  # uvicorn formats no line for a logger without handlers
+    access.handlers.clear()  # uvicorn formats no line for a logger without handlers
+    access.propagate = False
 
 
 class _Guard:

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import orjson
 
-from palate_recipes.specs.serve import ACTIVITY_PATH, HEALTH_PATH, METRICS_PATH, PROBE_HEADER
+from palate_recipes.specs.serve import ACTIVITY_PATH, GENERATION_PATHS, HEALTH_PATH, METRICS_PATH, PROBE_HEADER
 from palate_server.metrics import METRICS, OTHER, Metrics
 
 if TYPE_CHECKING:
@@ -26,11 +26,10 @@ REQUEST_ID_HEADER = b"x-request-id"
 
 _PROBE = PROBE_HEADER.encode()
 _OWN_ID = re.compile(rb"[\w.:+/=@-]{1,128}")
-_GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _QUIET_PATHS = frozenset({HEALTH_PATH, METRICS_PATH, ACTIVITY_PATH})
 """Paths that programs poll: one line every few seconds would hide the others."""
 _PATHS = (
-    _GENERATION_PATHS
+    GENERATION_PATHS
     | _QUIET_PATHS
     | {"/v1/models", "/v1/embeddings", "/v1/score", "/tokenize", "/detokenize", "/version", "/ping", "/load"}
 )
@@ -183,7 +182,7 @@ class Request:
             )
 
     def _usage(self) -> tuple[int | None, int | None]:
-        if self._path not in _GENERATION_PATHS or not self.has_reached_engine:
+        if self._path not in GENERATION_PATHS or not self.has_reached_engine:
             return None, None
         return usage_in(b"".join(self._last_parts))
 

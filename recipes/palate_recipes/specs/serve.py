@@ -42,6 +42,8 @@ LISTENER_VARIABLE = "PALATE_LISTENER"
 
 HEALTH_PATH = "/health"
 METRICS_PATH = "/metrics"
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+"""Paths on which a model generates; the metrics' times of these are those of answers."""
 ACTIVITY_PATH = "/palate/activity"
 """The server program polls this path for the engine's activity."""
 PROBE_HEADER = "x-palate-probe"
