@@ -115,11 +115,7 @@ class Gateway:
         """
         self._app = app
         spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
-        self._metrics = metrics
-        self._log = log
-        log.skip_as_in(spec.engine_args)
         self._token = (token or os.environ[TOKEN_VARIABLE]).encode()
-        self._service_name = spec.service_name
         self._engine_names = {name: TUNED_MODEL if name == spec.service_name else name for name in spec.models}
         created = int(time.time())
         self._cards = {
@@ -129,16 +125,23 @@ class Gateway:
         self._activity = activity
         self._parameters = parameters or _calls_need_a_parser(spec)
         self._held_bytes = 0
+        self._service_name = spec.service_name
+        self._metrics = metrics
+        self._log = log
+        log.skip_as_in(spec.engine_args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await observed(self._http, scope, receive, send, metrics=self._metrics, log=self._log)
+            await self._http(scope, receive, send)
         elif scope["type"] == "websocket" and not self._has_token(scope["headers"]):
             await send({"type": "websocket.close", "code": 1008})
         else:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await observed(self._observed_http, scope, receive, send, metrics=self._metrics, log=self._log)
+
+    async def _observed_http(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path, headers = scope["method"], scope["path"], scope["headers"]
         # Health is public: container engines and load balancers have no token.
         if method == "GET" and path == HEALTH_PATH:

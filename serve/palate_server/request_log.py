@@ -10,9 +10,9 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime
+from secrets import token_hex
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import orjson
 
@@ -109,9 +109,11 @@ class Request:
         if len(given) == 1 and _OWN_ID.fullmatch(given[0]):
             self._id = given[0]
         else:
-            self._id = uuid4().hex.encode()
+            self._id = token_hex(16).encode()
+            kept = scope["headers"]
+            if given:
+                kept = [(key, value) for key, value in kept if key.lower() != REQUEST_ID_HEADER]
             # The engine gets it too: vLLM makes the id of its answer from it.
-            kept = [(key, value) for key, value in scope["headers"] if key.lower() != REQUEST_ID_HEADER]
             self.scope["headers"] = [*kept, (REQUEST_ID_HEADER, self._id)]
 
     async def receive(self) -> Message:
@@ -132,7 +134,7 @@ class Request:
         elif message["type"] == "http.response.start":
             self._status = message["status"]
             headers = message.get("headers", ())
-            if not any(key.lower() == REQUEST_ID_HEADER for key, _ in headers):
+            if REQUEST_ID_HEADER not in [key.lower() for key, _ in headers]:
                 message = {**message, "headers": [*headers, (REQUEST_ID_HEADER, self._id)]}
         return self._send(message)
 
