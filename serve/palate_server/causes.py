@@ -29,6 +29,10 @@ _DIED = re.compile(r"died unexpectedly|terminated unexpectedly|is dead")
 _LINE_CHARACTERS = 2000
 """Lines are cut to this length: an engine may log a request's whole text, and `.*` in a pattern takes quadratic time."""
 
+_REQUEST = '{"time":'
+"""Start of a line of the request log."""
+_END = re.compile(r"resource_tracker|\[shutdown\]")
+
 _SIGNS: tuple[tuple[str, str, str], ...] = (
     (
         r"CUDA out of memory|OutOfMemoryError|HIP out of memory",
@@ -141,5 +145,5 @@ def _relevant(lines: Sequence[str]) -> list[str]:
     """Returns the last different lines that state an error; without one, the last lines."""
     plain = [_PREFIX.sub("", line).rstrip() for line in lines]
     errors = [line for line in plain if _ERROR.match(line) or _is_death(line)]
-    chosen = errors or [line for line in plain if line and "resource_tracker" not in line and "[shutdown]" not in line]
+    chosen = errors or [line for line in plain if line and not line.startswith(_REQUEST) and not _END.search(line)]
     return [line[:300] for line in list(dict.fromkeys(chosen))[-_SHOWN_LINES:]]

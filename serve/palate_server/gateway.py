@@ -23,12 +23,15 @@ from palate_recipes.specs.serve import (
     BODY_LIMIT_BYTES,
     CHALLENGE_HEADER,
     HEALTH_PATH,
+    METRICS_PATH,
     PROBE_HEADER,
     TOKEN_VARIABLE,
     TUNED_MODEL,
     ServeSpec,
     token_proof,
 )
+from palate_server.metrics import METRICS, OTHER, Metrics, answer_metrics
+from palate_server.request_log import REQUEST_LOG, RequestLog, observed, request_of
 
 SPEC_VARIABLE = "PALATE_SERVE_SPEC"
 
@@ -100,6 +103,8 @@ class Gateway:
         token: str | None = None,
         activity: Activity = ACTIVITY,
         parameters: Parameters | None = None,
+        metrics: Metrics = METRICS,
+        log: RequestLog = REQUEST_LOG,
     ) -> None:
         """Wraps the app.
 
@@ -109,6 +114,8 @@ class Gateway:
             token: Defaults to the one in the environment.
             activity: Where requests are counted.
             parameters: Returns a JSON request, given with its path, as the engine should get it. Raises Refused.
+            metrics: What `/metrics` shows.
+            log: The request log.
         """
         self._app = app
         spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
@@ -122,6 +129,10 @@ class Gateway:
         self._activity = activity
         self._parameters = parameters or _calls_need_a_parser(spec)
         self._held_bytes = 0
+        self._service_name = spec.service_name
+        self._metrics = metrics
+        self._log = log
+        log.skip_as_in(spec.engine_args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -132,6 +143,9 @@ class Gateway:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await observed(self._observed_http, scope, receive, send, metrics=self._metrics, log=self._log)
+
+    async def _observed_http(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path, headers = scope["method"], scope["path"], scope["headers"]
         # Health is public: container engines and load balancers have no token.
         if method == "GET" and path == HEALTH_PATH:
@@ -148,6 +162,8 @@ class Gateway:
             await _answer(send, 200, self._activity.facts())
         elif path in _WITHOUT_V1:
             await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
+        elif path == METRICS_PATH and method in {"GET", "HEAD"}:
+            await answer_metrics(self._metrics, self._service_name, self._app, scope, receive, send)
         elif method in {"GET", "HEAD", "OPTIONS"}:
             await self._pass_on(scope, receive, send)
         else:
@@ -222,6 +238,7 @@ class Gateway:
         if isinstance(request, dict):
             wanted = request.get("model") or TUNED_MODEL
             target = self._engine_names.get(wanted) if isinstance(wanted, str) else None
+            request_of(scope).model = target or OTHER
             if target is None:
                 await self._unknown(send, wanted)
                 return None
@@ -244,6 +261,7 @@ class Gateway:
             self._activity.end()
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_of(scope).has_reached_engine = True
         answer = _Answer(send, self._activity, has_body=scope["method"] != "HEAD")
         try:
             await self._app(scope, receive, answer.send)

@@ -17,17 +17,17 @@ from typing import Any
 import uvicorn
 
 from palate_recipes.specs.serve import (
-    ACTIVITY_PATH,
     BODY_LIMIT_BYTES,
     BODY_TIMEOUT_S,
     CONNECTIONS_LIMIT,
     HEAD_LIMIT_BYTES,
     HEAD_TIMEOUT_S,
-    HEALTH_PATH,
     LISTENER_VARIABLE,
     PIPELINED_LIMIT,
 )
 from palate_server.gateway import error_body, error_kind
+from palate_server.metrics import METRICS
+from palate_server.request_log import REQUEST_LOG
 
 
 def take_listener() -> socket.socket:
@@ -48,16 +48,19 @@ def serve_on(listener: socket.socket) -> None:
         # The engine has chosen h11 or httptools by now. A subclass keeps its choice.
         if not issubclass(config.http_protocol_class, _Guard):
             config.http_protocol_class = type("Guarded", (_Guard, config.http_protocol_class), {})
+        _log_requests()
         await startup(server, sockets=[listener])
 
     uvicorn.Server.startup = startup_on_listener  # type: ignore[method-assign,assignment]
-    logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
 
 
-def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Drops health checks and activity polls from the access log: there is one every few seconds."""
-    arguments = record.args
-    return not (isinstance(arguments, tuple) and len(arguments) > 2 and arguments[2] in {HEALTH_PATH, ACTIVITY_PATH})
+def _log_requests() -> None:
+    """Replaces uvicorn's access log, which has the query of every URL, by the request log. If it is off, both are."""
+    access = logging.getLogger("uvicorn.access")
+    if access.hasHandlers() and access.isEnabledFor(logging.INFO):
+        REQUEST_LOG.is_on = True
+    access.handlers.clear()  # uvicorn formats no line for a logger without handlers
+    access.propagate = False
 
 
 class _Guard:
@@ -154,6 +157,7 @@ class _Guard:
         # Written to the transport directly: the request never becomes an ASGI cycle, so the gateway cannot answer it.
         if self.transport.is_closing():
             return
+        METRICS.reject_connection(status)
         body = json.dumps(error_body(message, kind=error_kind(status), param=None, code=status)).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"

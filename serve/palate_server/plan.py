@@ -27,6 +27,7 @@ from palate_recipes.specs.serve import (
 )
 from palate_server import cpu_lora
 from palate_server.gateway import SPEC_VARIABLE, Gateway
+from palate_server.metrics import ENGINE_VARIABLE
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -283,6 +284,7 @@ def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, liste
         **os.environ,
         SPEC_VARIABLE: str(spec_file),
         LISTENER_VARIABLE: str(listener),
+        ENGINE_VARIABLE: f"{plan.engine.distribution} {plan.engine.version}",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,

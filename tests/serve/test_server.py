@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from palate_recipes import __version__
 from palate_recipes.specs.serve import IDLE_FILE, READY_FILE, STOP_GRACE_S, EngineInfo, describe_engines
 
 from .conftest import TOKEN, Server, running, start
@@ -187,6 +190,38 @@ def test_tools_without_a_parser_are_rejected_with_what_to_do(server: Server) -> 
     assert caught.value.param == "tools"
 
 
+REQUEST_ID = "order-17"
+
+
+def test_metrics_count_what_was_asked_beside_the_engines_own(server: Server) -> None:
+    def page() -> dict[str, float]:
+        answer = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+        families = list(text_string_to_metric_families(answer.text))
+        assert len({family.name for family in families}) == len(families)
+        return {f"{s.name}{sorted(s.labels.values())}": s.value for family in families for s in family.samples}
+
+    before = page()
+    whole = server.client().chat.completions.with_raw_response.create(
+        model="base", messages=MESSAGES, max_tokens=3, extra_headers={"x-request-id": REQUEST_ID}
+    )
+    assert whole.headers["x-request-id"] == REQUEST_ID
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    assert list(server.client().chat.completions.create(model="base", messages=MESSAGES, max_tokens=2, **usage))
+    after = page()
+
+    def added(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert added("palate_requests_total['/v1/chat/completions', '200', 'base']") == 2
+    assert added("palate_completion_tokens_total['base']") == 5
+    assert added("palate_time_to_first_byte_seconds_count['/v1/chat/completions']") == 2
+    assert after["palate_open_requests[]"] == 0
+    assert server.ready is not None
+    engine, version = server.ready.engine.split()
+    assert f"palate_service_info{sorted([engine, version, __version__, 'smol_example'])}" in after
+    assert any(name.startswith("vllm:generation_tokens_total") for name in after) == ("vllm" in engine)
+
+
 def test_the_token_is_in_no_argv_and_no_file(server: Server) -> None:
     assert not any(TOKEN in " ".join(process.cmdline()) for process in server.family())
     texts = [f for f in Path(server.spec.work_dir).iterdir() if f.is_file()]
@@ -207,6 +242,14 @@ def test_the_end_leaves_nothing(server: Server) -> None:
     assert server.process.wait(timeout=STOP_GRACE_S + 5) == 0
     assert_nothing_left(server, family)
     assert not sockets.exists()
+    log = server.log.read_text()
+    [line] = [json.loads(line) for line in log.splitlines() if line.startswith("{") and f'"{REQUEST_ID}"' in line]
+    assert (line["path"], line["model"], line["status"]) == ("/v1/chat/completions", "base", 200)
+    assert (line["completion_tokens"], line["client_disconnected"]) == (3, False)
+    assert line["prompt_tokens"] > 0
+    assert "capital of France" not in log
+    assert TOKEN not in log
+    assert '"GET /' not in log  # uvicorn's access log is off
 
 
 def kill_9(server: Server, family: list[psutil.Process]) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from palate.cli import chat, machine, runs, train
+from palate.cli import chat, machine, runs, top, train
 from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags, usage_hint
@@ -55,6 +55,7 @@ app = typer.Typer(
 train.register(app)
 chat.register(app)
 runs.register(app)
+top.register(app)
 machine.register(app)
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")

@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "show": ("palate show JOB", "palate show SERVICE --json", "palate show SERVICE --token"),
     "watch": ("palate watch JOB", "palate watch JOB --timeout 60"),
     "metrics": ("palate metrics JOB", "palate metrics JOB --json"),
+    "top": ("palate top SERVICE", "palate top SERVICE --once --json"),
     "logs": ("palate logs JOB", "palate logs -f SERVICE"),
     "save": (
         "palate save JOB models/first",

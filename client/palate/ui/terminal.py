@@ -133,6 +133,26 @@ class Column:
     wraps: bool = False
 
 
+class LiveFacts:
+    """Names and values on stdout that are redrawn in place; a context manager, so that the terminal is always restored."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=Console(), auto_refresh=False, transient=False)
+
+    def __enter__(self) -> LiveFacts:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+
+    def show(self, facts: Sequence[tuple[str, object]]) -> None:
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        for name, value in facts:
+            grid.add_row(Text(visible(name), style="bold"), Text(visible(str(value))))
+        self._live.update(grid, refresh=True)
+
+
 _GAP = 2
 _LEAST_TEXT_WIDTH = 24
 """Width in characters below which a column of text is left out instead of wrapped."""

@@ -41,6 +41,9 @@ LISTENER_VARIABLE = "PALATE_LISTENER"
 """Environment variable with the file descriptor of the listening socket that the engine inherits."""
 
 HEALTH_PATH = "/health"
+METRICS_PATH = "/metrics"
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+"""Paths on which a model generates; the metrics' times of these are those of answers."""
 ACTIVITY_PATH = "/palate/activity"
 """The server program polls this path for the engine's activity."""
 PROBE_HEADER = "x-palate-probe"
@@ -408,6 +411,7 @@ _TRANSFORMERS_NEEDS = (
     "uvicorn",
     "openai",
     "pydantic",
+    "prometheus-client",
 )
 
 
