@@ -135,7 +135,7 @@ class Access:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            logger.error("%s cannot be read, so the tokens stay as they are: %s", self._path, error)
+            logger.error("the tokens stay as they are: %s", error)
             return
         self._seen = mark  # from before the read: a later change is noticed
         self._set(access)
@@ -173,8 +173,11 @@ def _mark(path: Path) -> tuple[int, int, int]:
 
 def _read(path: Path) -> GatewayAccess:
     if path.stat().st_size > ACCESS_LIMIT_BYTES:
-        raise ValueError(f"it has more than {ACCESS_LIMIT_BYTES} bytes")
-    return GatewayAccess.read(path)
+        raise ValueError(f"{path} has more than {ACCESS_LIMIT_BYTES} bytes")
+    try:
+        return GatewayAccess.read(path)
+    except ValueError as error:
+        raise ValueError(f"{path} has no valid tokens: {error}") from None
 
 
 async def drained(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> bool:

@@ -51,7 +51,7 @@ def fronted_service(
         hangs: Whether it answers no POST at all.
         chats: Whether it streams chat answers; see `talk`.
         work_dir: Where the tokens are read that a runner would write.
-        limits: Constants of palate_server.listener and palate_server.gateway to be set to other values.
+        limits: Constants of palate_server.listener, gateway and access to be set to other values.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,11 +134,11 @@ def main() -> None:
     import uvicorn
 
     from palate_recipes.specs.serve import ServeSpec
-    from palate_server import gateway, listener
+    from palate_server import access, gateway, listener
 
     http, limits = sys.argv[1], json.loads(sys.argv[2])
     for name, value in limits.items():
-        for module in (gateway, listener):
+        for module in (access, gateway, listener):
             if hasattr(module, name):
                 setattr(module, name, value)
     listener.serve_on(listener.take_listener())

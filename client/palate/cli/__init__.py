@@ -17,6 +17,7 @@ from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags
 from palate.cli.machine import images, store
+from palate.cli.token import token
 from palate_recipes import __version__
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
@@ -47,6 +48,7 @@ train.register(app)
 chat.register(app)
 runs.register(app)
 machine.register(app)
+app.add_typer(token, name="token")
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")
