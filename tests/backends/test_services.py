@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import palate.session
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob, setup_default_session
 from palate.deploy import ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
+from palate.predictor import TOKENS_TAKEN_S
 from palate.runs.record import TOKEN_KEY
 from palate.store import open_store
 from palate_recipes.specs.serve import describe_engines
@@ -161,6 +163,18 @@ def test_a_service_from_its_deployment_to_its_deletion(hands: Hands, job: Traini
     assert token not in repr(held) + str(held.describe_service())
     assert token not in hands.shown(held._run.refresh().engine_id)
     assert held.describe_service()["Labels"] == {"job": job.id}
+
+    # Tokens change while it runs: on every backend the runner brings them to the gateway.
+    alice = held.add_token("alice", concurrency=8)
+    assert ask(openai.OpenAI(base_url=f"{endpoint}/v1", api_key=alice), "default") == tuned
+    begun = time.monotonic()
+    assert held.rotate_token() == predictor.access_token != token
+    held.remove_token("alice")
+    assert time.monotonic() - begun < 3 * TOKENS_TAKEN_S  # the new value accepted, the old one refused, and alice's
+    for refused in (token, alice):
+        with pytest.raises(openai.AuthenticationError):
+            ask(openai.OpenAI(base_url=f"{endpoint}/v1", api_key=refused), "default")
+    assert ask(held.openai(), "default") == tuned
 
     with pytest.raises(NameTakenError, match=SERVICE):
         job.deploy(SERVICE, options=LIMITS)

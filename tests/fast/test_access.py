@@ -53,7 +53,7 @@ def running(record: Record, work: Path, *, follows: bool = True) -> Iterator[str
     file.update()
     with fronted_service(OWNER, work_dir=work, LOOK_EVERY_S=0.05) as service:
         httpx.get(f"{service.endpoint}/health")  # waits until it answers
-        record.note(state="Running", endpoint=service.endpoint, engine_id="elsewhere:1:2:x")
+        record.note(state="Running", endpoint=service.endpoint, engine_id="elsewhere:1:2:x", finished_at=None)
         if follows:
             with file:
                 yield service.endpoint
