@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import secrets
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,9 @@ from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.preflight import check_deployment
 from palate.processes import bind_error
+from palate.runs.access import forget_named_tokens, new_token, write_owner_token
 from palate.runs.handle import RunHandle
-from palate.runs.record import TOKEN_KEY, Record, versions
+from palate.runs.record import Record, versions
 from palate.session import Session
 from palate.ui import note
 from palate_recipes.errors import ConfigurationError, NameTakenError
@@ -87,7 +87,7 @@ def start_service(
     )
     if not _take_over_failed(record, manifest, session):
         record.create(manifest)
-    record.store.put(record.key(TOKEN_KEY), secrets.token_urlsafe(32).encode(), private=True)
+    write_owner_token(record, new_token())
     predictor = Predictor(service_name, session=session)
     predictor._run.start()
     if wait:
@@ -146,6 +146,7 @@ def _take_over_failed(record: Record, manifest: ServeManifest, session: Session)
         )
     try:
         record.delete_parts("logs")  # the logs of the failed start
+        forget_named_tokens(record)  # it is another service, with a token of its own
         run.replace_manifest(before, manifest)
     except BaseException as error:
         record.advance("Failed", expect={"Creating"}, reason=f"the service could not be started: {error}")

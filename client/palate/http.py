@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from inspect import signature
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from palate.parameters import check_keywords
 from palate_recipes.errors import ServiceError
+from palate_recipes.specs.access import token_digest
 from palate_recipes.specs.serve import CHALLENGE_HEADER, HEALTH_PATH, token_proof
 
 if TYPE_CHECKING:
@@ -129,6 +131,27 @@ def check_service(endpoint: str, token: str) -> None:
         ) from error
 
 
+def knows_token(endpoint: str, key: str) -> bool | None:
+    """Returns whether the service accepts the token whose proof has this key.
+
+    Returns:
+        None if a proxy or TLS is in between, or the listener does not answer as a service.
+
+    Raises:
+        OSError: The service cannot be reached.
+    """
+    if not _is_proven(endpoint):
+        return None
+    parts = urlsplit(endpoint)
+    challenge = _Challenge(endpoint, key.encode())
+    with socket.create_connection((parts.hostname or "", parts.port or 80), CONNECT_TIMEOUT_S) as connection:
+        connection.settimeout(_PROOF_TIMEOUT_S)
+        connection.sendall(challenge.request)
+        while challenge.wants_more:
+            challenge.take(connection.recv(_LONGEST_PROOF))
+    return challenge.is_met if challenge.proofs else None
+
+
 def _is_proven(endpoint: str) -> bool:
     """Returns whether connections go directly to the service over plain HTTP, so that the challenge is possible.
 
@@ -181,7 +204,7 @@ def _checking(endpoint: str, token: str) -> Callable[[str, dict[str, Any]], None
     def check(event: str, info: dict[str, Any]) -> None:
         if event != _CONNECTED:
             return
-        stream, challenge = info["return_value"], _Challenge(endpoint, token)
+        stream, challenge = info["return_value"], _Challenge(endpoint, *_keys(token))
         try:
             stream.write(challenge.request, _PROOF_TIMEOUT_S)
             while challenge.wants_more:
@@ -198,7 +221,7 @@ def _checking_async(endpoint: str, token: str) -> Callable[[str, dict[str, Any]]
     async def check(event: str, info: dict[str, Any]) -> None:
         if event != _CONNECTED:
             return
-        stream, challenge = info["return_value"], _Challenge(endpoint, token)
+        stream, challenge = info["return_value"], _Challenge(endpoint, *_keys(token))
         try:
             await stream.write(challenge.request, _PROOF_TIMEOUT_S)
             while challenge.wants_more:
@@ -211,14 +234,19 @@ def _checking_async(endpoint: str, token: str) -> Callable[[str, dict[str, Any]]
     return check
 
 
-class _Challenge:
-    """A challenge to a listener to prove that it knows the token, and its response. Does no I/O."""
+def _keys(token: str) -> tuple[bytes, bytes]:
+    """The keys of a token's proof: the owner's token itself, and the digest of a named one, which is all the service has."""
+    return token.encode(), token_digest(token.encode()).encode()
 
-    def __init__(self, endpoint: str, token: str) -> None:
+
+class _Challenge:
+    """A challenge to a listener to prove that it knows one of the keys, and its response. Does no I/O."""
+
+    def __init__(self, endpoint: str, *keys: bytes) -> None:
         self._endpoint = endpoint
         parts = urlsplit(endpoint)
         challenge = token_hex(32)
-        self._expected = token_proof(token.encode(), challenge, port=parts.port or 80)
+        self._expected = [token_proof(key, challenge, port=parts.port or 80).encode() for key in keys]
         self._answer = b""
         self._over = False
         self._until = time.monotonic() + _PROOF_TIMEOUT_S  # for the whole response: each read has its own timeout
@@ -238,18 +266,29 @@ class _Challenge:
         self._answer += data
         self._over = not data
 
-    def check(self) -> None:
-        """Raises ServiceError unless the response is the proof."""
+    @property
+    def proofs(self) -> list[bytes]:
+        """The proofs in the response: of the owner's token, then of the named ones. Empty if it is not a service's answer."""
         head, _, body = self._answer.partition(b"\r\n\r\n")
         try:
-            proof = str(json.loads(body)["proof"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            proof = ""
-        known = compare_digest(proof.encode(errors="replace"), self._expected.encode())
-        if not head.startswith(b"HTTP/1.1 200") or not known:
+            said = json.loads(body)
+            proofs = [said["proof"], *said.get("proofs", ())]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return []
+        is_answer = head.startswith(b"HTTP/1.1 200")
+        return [proof.encode(errors="replace") for proof in proofs if isinstance(proof, str)] if is_answer else []
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the response has a proof with one of the keys."""
+        return any(compare_digest(proof, expected) for proof in self.proofs for expected in self._expected)
+
+    def check(self) -> None:
+        """Raises ServiceError unless the response has the proof."""
+        if not self.is_met:
             raise ServiceError(
                 f"the listener at {self._endpoint} is not the service",
-                reason="it does not know the service's token, which was not sent. The service may have ended and another program "
-                "taken its port, or an older version of Palate started it. Run `palate services` to see whether it runs, "
-                "`palate stop NAME` and `palate start NAME` to restart it",
+                reason="it does not know the client's token, which was not sent. The token may have been replaced or removed, the "
+                "service may have ended and another program taken its port, or an older version of Palate started it. Run "
+                "`palate services` to see whether it runs, `palate stop NAME` and `palate start NAME` to restart it",
             )

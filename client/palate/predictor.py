@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from palate.backends import Backend
 from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
 from palate.parameters import reject_unknown_keywords
+from palate.runs import access
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
@@ -28,6 +29,7 @@ from palate_recipes.errors import (
     UnsupportedParameterError,
     WaitTimeoutError,
 )
+from palate_recipes.specs.access import OWNER, token_digest
 from palate_recipes.specs.run import TERMINAL, ServeManifest, State, Status
 from palate_recipes.specs.weights import BaseModel
 
@@ -39,6 +41,12 @@ READY_MARGIN_S = 900.0
 """Time for staging model and base before the engine starts, including a first download of several GB."""
 
 STOP_GRACE_S = 30.0
+
+TOKENS_TAKEN_S = 5.0
+"""A running service whose store answers follows a change of its tokens within this time."""
+_TOKENS_LIMIT_S = 30.0
+"""After this time a service that answers, but did not follow, counts as unable to."""
+_TOKENS_POLL_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,23 @@ class ServedModel:
         """Returns a service's manifest with the same settings and this model."""
         body = structs.replace(manifest.body, **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceToken:
+    """A token of a service, without its value.
+
+    Attributes:
+        name: Its name; `default` is the owner's.
+        created_at: Seconds since the epoch.
+        rate_per_minute: Maximum number of requests within 60 seconds; None: no limit.
+        concurrency: Maximum number of open requests; None: no limit.
+    """
+
+    name: str
+    created_at: float
+    rate_per_minute: int | None = None
+    concurrency: int | None = None
 
 
 class HasModel(Protocol):
@@ -198,18 +223,12 @@ class Predictor:
 
     @property
     def access_token(self) -> str:
-        """The bearer token, read from the store on each access.
+        """The owner's bearer token, read from the store on each access.
 
         Raises:
             DamagedFilesError: The stored token is not valid.
         """
-        record = self._run.record
-        token = record.store.get(record.key(TOKEN_KEY))
-        if not re.fullmatch(rb"[!-~]{1,1000}", token):  # characters that are valid in a header
-            raise DamagedFilesError(
-                f"{record.uri}/{TOKEN_KEY} is damaged: delete the service (`palate delete {record.name}`) and deploy again"
-            )
-        return token.decode()
+        return access.owner_token(self._run.record)
 
     def describe_service(self) -> dict[str, Any]:
         """Returns the service's description, without its token."""
@@ -308,6 +327,121 @@ class Predictor:
             )
         answer: dict[str, Any] = response.json()
         return answer
+
+    # ── who may ask it ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tokens(self) -> builtins.list[ServiceToken]:
+        """Returns the service's tokens without their values, the owner's first.
+
+        Raises:
+            DamagedFilesError: The stored tokens are not valid.
+        """
+        record = self._run.record
+        owner = token_digest(self.access_token.encode())
+        stored = record.store.stat(record.key(TOKEN_KEY))
+        created_at = stored.modified_s if stored else 0.0
+        named = []
+        for token in access.read_access(record).tokens:
+            if token.name != OWNER:
+                facts = {"rate_per_minute": token.rate_per_minute, "concurrency": token.concurrency}
+                named.append(ServiceToken(name=token.name, created_at=token.created_at, **facts))
+            elif token.digest == owner:
+                created_at = token.created_at
+        return [ServiceToken(name=OWNER, created_at=created_at), *named]
+
+    def add_token(self, name: str, rate_per_minute: int | None = None, concurrency: int | None = None) -> str:
+        """Adds a token and returns its value, which is not stored: it cannot be read again.
+
+        A running service accepts the token when this returns. It survives stop, start and update.
+
+        Args:
+            name: Who or what uses it.
+            rate_per_minute: Maximum number of requests within any 60 seconds; None: no limit.
+            concurrency: Maximum number of open requests; None: no limit.
+
+        Raises:
+            ConfigurationError: The name or a limit is invalid, the name is taken, or there are 64 named tokens.
+        """
+        record = self._run.record
+        value, token = access.add(record, name, rate_per_minute=rate_per_minute, concurrency=concurrency)
+        if not self._has_followed(token.digest, accepts=True):
+            note(f"WARNING: the token was added, but {self._cannot_follow}")
+        return value
+
+    def remove_token(self, name: str) -> None:
+        """Removes a token. A running service refuses it when this returns; requests that it has accepted are answered.
+
+        Raises:
+            ConfigurationError: There is no token of this name, or it is the owner's.
+            ServiceError: The running service goes on to accept the token. It is removed from the record.
+        """
+        token = access.remove(self._run.record, name)
+        if not self._has_followed(token.digest, accepts=False):
+            raise ServiceError(f"token {name} was removed from the record", reason=self._cannot_follow)
+
+    def rotate_token(self, name: str = OWNER) -> str:
+        """Gives a token a new value and returns it. The limits stay. The old value is refused, as after `remove_token`.
+
+        Clients made with the old value of the owner's token get a 401; `openai()` returns a new one.
+
+        Args:
+            name: Default: the owner's token, which `access_token` returns and Palate's own clients read.
+
+        Raises:
+            ConfigurationError: There is no token of this name.
+            ServiceError: The running service does not follow. The owner's token stays as it was.
+        """
+        record = self._run.record
+        before = access.owner_token(record)
+        value, token = access.replace(record, name)
+        followed = self._has_followed(token.digest, accepts=True)
+        if name != OWNER:
+            if not followed:
+                note(f"WARNING: token {name} was replaced in the record, but {self._cannot_follow}")
+            return value
+        if not followed:
+            raise ServiceError(f"the token of service {record.name} was not replaced", reason=self._cannot_follow)
+        # Only now: a client that reads the new token asks the service to prove that it knows it.
+        access.write_owner_token(record, value)
+        if not self._has_followed(before, accepts=False):
+            raise ServiceError(f"the token of service {record.name} was replaced", reason=self._cannot_follow)
+        return value
+
+    @property
+    def _cannot_follow(self) -> str:
+        return (
+            f"the running service has not followed within {_TOKENS_LIMIT_S:g} s: its runner cannot reach the store, or an earlier "
+            f"version of Palate started it. `palate stop {self.service_name}` and `palate start {self.service_name}` apply the change"
+        )
+
+    def _has_followed(self, key: str, *, accepts: bool) -> bool:
+        """Waits until the running service accepts or refuses a token.
+
+        Args:
+            key: The token's digest; for the owner's token, its value.
+            accepts: What to wait for.
+
+        Returns:
+            False if the service answers and has not followed in time. If it cannot be asked from here, waits as long as a change
+            takes, and returns True.
+        """
+        from palate.http import knows_token
+
+        begun = time.monotonic()
+        while True:
+            status = self._run.refresh()
+            if status.state != "Running" or not status.endpoint:
+                return True  # the next start reads the record
+            try:
+                known = knows_token(self.endpoint, key)
+            except (OSError, ServiceError):
+                known = None
+            if known is accepts:
+                return True
+            waited_s = time.monotonic() - begun
+            if waited_s >= (TOKENS_TAKEN_S if known is None else _TOKENS_LIMIT_S):
+                return known is None
+            time.sleep(_TOKENS_POLL_S)
 
     # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from palate_recipes.specs.access import ACCESS_FILE, PROBE_TOKEN_VARIABLE
 from palate_recipes.specs.serve import (
     ACTIVITY_PATH,
     BODY_LIMIT_BYTES,
@@ -28,8 +28,8 @@ from palate_recipes.specs.serve import (
     TOKEN_VARIABLE,
     TUNED_MODEL,
     ServeSpec,
-    token_proof,
 )
+from palate_server.access import Access, Holder, TooMany, drained
 from palate_server.metrics import METRICS, OTHER, Metrics, answer_metrics
 from palate_server.request_log import REQUEST_LOG, RequestLog, observed, request_of
 
@@ -111,7 +111,7 @@ class Gateway:
         Args:
             app: The engine's app.
             spec: Defaults to the one named in the environment.
-            token: Defaults to the one in the environment.
+            token: The owner's token if the runner has written no others; defaults to the one in the environment.
             activity: Where requests are counted.
             parameters: Returns a JSON request, given with its path, as the engine should get it. Raises Refused.
             metrics: What `/metrics` shows.
@@ -119,7 +119,11 @@ class Gateway:
         """
         self._app = app
         spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
-        self._token = (token or os.environ[TOKEN_VARIABLE]).encode()
+        self._access = Access(
+            Path(spec.work_dir) / ACCESS_FILE,
+            owner=token or os.environ[TOKEN_VARIABLE],
+            probe=os.environ.get(PROBE_TOKEN_VARIABLE),
+        )
         self._engine_names = {name: TUNED_MODEL if name == spec.service_name else name for name in spec.models}
         created = int(time.time())
         self._cards = {
@@ -137,8 +141,8 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
-        elif scope["type"] == "websocket" and not self._has_token(scope["headers"]):
-            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -153,7 +157,7 @@ class Gateway:
                 await self._prove(scope, challenge.decode("latin-1"), send)
             else:
                 await self._pass_on(scope, receive, send)
-        elif not self._has_token(headers):
+        elif (holder := self._holder(headers)) is None:
             await _refuse(send)
         # Answered here, not by the engine: it does not know the aliases.
         elif path == "/v1/models" or path.startswith("/v1/models/"):
@@ -167,18 +171,40 @@ class Gateway:
         elif method in {"GET", "HEAD", "OPTIONS"}:
             await self._pass_on(scope, receive, send)
         else:
-            await self._post(scope, receive, send)
+            await self._within_limits(holder, scope, receive, send)
 
-    def _has_token(self, headers: Headers) -> bool:
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        holder = self._holder(scope["headers"])
+        if holder is None:
+            await send({"type": "websocket.close", "code": 1008})
+        elif holder.enter() is not None:
+            await send({"type": "websocket.close", "code": 1013})
+        else:
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                holder.leave()
+
+    async def _within_limits(self, holder: Holder, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forwards a request with a body. It is open until it has ended, or its client has disconnected."""
+        if (too_many := holder.enter()) is not None:
+            await _refuse_for_now(send, too_many, keep=await drained(receive))
+            return
+        try:
+            await self._post(scope, receive, send)
+        finally:
+            holder.leave()
+
+    def _holder(self, headers: Headers) -> Holder | None:
+        """Returns whose token the request has."""
         given = _header(headers, b"authorization").strip()
         scheme, _, rest = given.partition(b" ")
         if scheme.lower() == b"bearer":  # PAI EAS expects the token alone, and scripts for it send that
             given = rest.strip()
-        # Constant-time comparison, so that response times do not reveal a prefix of the token.
-        return secrets.compare_digest(given, self._token)
+        return self._access.holder(given)
 
     async def _prove(self, scope: Scope, challenge: str, send: Send) -> None:
-        """Proves to a client that this service knows the token, before the client sends it.
+        """Proves to a client that this service knows its token, before the client sends it.
 
         The proof covers the port, so that another process cannot relay the challenge to the real service.
         """
@@ -186,7 +212,7 @@ class Gateway:
             await _complain(send, 400, f"Header {CHALLENGE_HEADER}: expected 32 to 128 hexadecimal digits.")
             return
         port = (scope.get("server") or ("", 0))[1]
-        await _answer(send, 200, {"proof": token_proof(self._token, challenge, port=port)})
+        await _answer(send, 200, self._access.proofs(challenge, port=port))
 
     async def _models(self, method: str, path: str, send: Send) -> None:
         name = path.removeprefix("/v1/models").removeprefix("/")
@@ -455,6 +481,13 @@ async def _refuse(send: Send) -> None:
     message = "The request has no valid token. Send the service's token as `Authorization: Bearer TOKEN`."
     error = error_body(message, kind=error_kind(401), param=None, code="invalid_api_key")
     await _answer(send, 401, error, (b"www-authenticate", b"Bearer"), _CLOSE)
+
+
+async def _refuse_for_now(send: Send, too_many: TooMany, *, keep: bool) -> None:
+    """Answers 429. Without `keep` the connection is closed, because the body was not read to the end."""
+    error = error_body(too_many.message, kind=error_kind(429), param=None, code="rate_limit_exceeded")
+    retry_after = (b"retry-after", str(too_many.retry_after_s).encode())
+    await _answer(send, 429, error, retry_after, *([] if keep else [_CLOSE]))
 
 
 async def _complain(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ from msgspec.structs import replace
 
 from palate_recipes.device import available_memory
 from palate_recipes.errors import BadSpec, EngineFailed, EngineHung, ParityFailed, PortTaken, ServerError, StartTimeout
+from palate_recipes.specs.access import PROBE_TOKEN_VARIABLE
 from palate_recipes.specs.serve import (
     ACTIVITY_PATH,
     BASE_MODEL,
@@ -108,8 +110,7 @@ def serve(spec: ServeSpec) -> None:
         ServerError: The service cannot start, or its engine died.
     """
     began = time.monotonic()
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    if not token:
+    if not os.environ.get(TOKEN_VARIABLE):
         raise BadSpec(
             f"{TOKEN_VARIABLE} is not set, and a service never runs without a token: export a long random one"
         )
@@ -138,7 +139,10 @@ def serve(spec: ServeSpec) -> None:
         logger.info("starting %s on port %d, dtype %s", title, port, plan.dtype)
         if plan.why:
             logger.info("the engine is not vLLM: %s", plan.why)
+        # Of its own: the owner's token may change while the service runs, and limits are for users.
+        token = secrets.token_urlsafe(32)
         environment = engine_environment(plan, spec_file=spec_file, ipc_dir=ipc_dir, listener=listener.fileno())
+        environment[PROBE_TOKEN_VARIABLE] = token
         engine = Supervised(
             command,
             env=environment,

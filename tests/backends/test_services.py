@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import palate.session
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob, setup_default_session
 from palate.deploy import ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, RunNotFoundError, ServiceError
+from palate.predictor import TOKENS_TAKEN_S
 from palate.runs.record import TOKEN_KEY
 from palate.store import open_store
 from palate_recipes.specs.serve import describe_engines
@@ -274,11 +276,25 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     client, endpoint = predictor.openai(), predictor.endpoint
     assert [model.id for model in client.models.list().data] == ["default", "untuned"]
     before = ask(client, "default")
+    # On every backend the runner brings tokens to the gateway; they survive a stop and a start.
+    alice = predictor.add_token("alice", concurrency=8)
+    named = openai.OpenAI(base_url=f"{endpoint}/v1", api_key=alice)
+    assert ask(named, "default") == before
     predictor.stop_service()
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     predictor.start_service()
     assert predictor.endpoint == endpoint
-    assert ask(client, "untuned") == before, "the client of before works again: the port stayed"
+    assert ask(client, "untuned") == ask(named, "untuned") == before, (
+        "the clients of before work again: the port stayed"
+    )
+    token, begun = predictor.access_token, time.monotonic()
+    assert predictor.rotate_token() == predictor.access_token != token
+    predictor.remove_token("alice")
+    assert time.monotonic() - begun < 3 * TOKENS_TAKEN_S  # the new value accepted, the old one refused, and alice's
+    for refused in (token, alice):
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{endpoint}/v1", api_key=refused).models.list()
+    assert [known.name for known in predictor.tokens()] == ["default"]
 
     # What it serves is another job's from now on; one that does not come up changes nothing.
     token = predictor.access_token

@@ -33,7 +33,14 @@ class FrontedService:
 
 @contextmanager
 def fronted_service(
-    token: str, *, port: int = 0, http: str = "auto", hangs: bool = False, chats: bool = False, **limits: float
+    token: str,
+    *,
+    port: int = 0,
+    http: str = "auto",
+    hangs: bool = False,
+    chats: bool = False,
+    work_dir: Path = Path("w"),
+    **limits: float,
 ) -> Iterator[FrontedService]:
     """Runs it until the block ends. It answers with what reached it, and never at `/hang`.
 
@@ -43,7 +50,8 @@ def fronted_service(
         http: Which of uvicorn's protocols.
         hangs: Whether it answers no POST at all.
         chats: Whether it streams chat answers; see `talk`.
-        limits: Constants of palate_server.listener and palate_server.gateway to be set to other values.
+        work_dir: Where the tokens are read that a runner would write.
+        limits: Constants of palate_server.listener, gateway and access to be set to other values.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,6 +71,7 @@ def fronted_service(
             json.dumps(limits),
             "POST" if hangs else "",
             "talk" if chats else "echo",
+            str(work_dir),
         ]
         process = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()])
         port = listener.getsockname()[1]
@@ -129,16 +138,17 @@ def main() -> None:
     import uvicorn
 
     from palate_recipes.specs.serve import ServeSpec
-    from palate_server import gateway, listener
+    from palate_server import access, gateway, listener
 
     http, limits = sys.argv[1], json.loads(sys.argv[2])
     for name, value in limits.items():
-        for module in (gateway, listener):
+        for module in (access, gateway, listener):
             if hasattr(module, name):
                 setattr(module, name, value)
     listener.serve_on(listener.take_listener())
     app = gateway.Gateway(
-        {"echo": echo, "talk": talk}[sys.argv[4]], spec=ServeSpec(service_name="svc", model_dir="m", work_dir="w")
+        {"echo": echo, "talk": talk}[sys.argv[4]],
+        spec=ServeSpec(service_name="svc", model_dir="m", work_dir=sys.argv[5]),
     )
     uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_level="warning")).run()  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags, usage_hint
 from palate.cli.machine import images, store
+from palate.cli.token import token
 from palate_recipes import __version__
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
@@ -57,6 +58,7 @@ chat.register(app)
 runs.register(app)
 top.register(app)
 machine.register(app)
+app.add_typer(token, name="token")
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")

@@ -44,6 +44,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "update": ("palate update SERVICE JOB",),
     "delete": ("palate delete JOB", "palate delete --yes JOB SERVICE"),
     "clean": ("palate clean", "palate clean --yes"),
+    "token list": ("palate token list SERVICE", "palate token list SERVICE --json"),
+    "token add": (
+        "palate token add SERVICE alice",
+        "palate token add SERVICE batch-job --rate-per-minute 600 --concurrency 8",
+    ),
+    "token remove": ("palate token remove SERVICE alice",),
+    "token rotate": ("palate token rotate SERVICE", "palate token rotate SERVICE alice"),
     "models": ("palate models", "palate models qwen --wide", "palate models --hyperparameters"),
     "doctor": ("palate doctor", "palate doctor --json"),
     "data check": (

@@ -13,13 +13,14 @@ from msgspec import to_builtins
 
 from palate.checksums import read_model_digests
 from palate.processes import bind_error
+from palate.runner.access import AccessFile
 from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
-from palate.runs.record import TOKEN_KEY
 from palate.store import open_parent
 from palate.weights import fetch_weights
 from palate_recipes.errors import StoreError
+from palate_recipes.specs.access import ACCESS_FILE
 from palate_recipes.specs.run import Deployment
 from palate_recipes.specs.serve import ERROR_FILE, IDLE_FILE, READY_FILE, TOKEN_VARIABLE, Ready, ServeSpec
 
@@ -47,11 +48,13 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
+    access_file = AccessFile(context.direct, work / ACCESS_FILE, context.say)
+    access = context.retry(access_file.update)
     context.say(f"starting the engine for {body.model.name}; it loads the model and answers a first request")
     child = Child(
         [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
         log=context.log,
-        env={TOKEN_VARIABLE: record.store.get(record.key(TOKEN_KEY)).decode(), "HF_HUB_OFFLINE": "1"},
+        env={TOKEN_VARIABLE: access.owner, "HF_HUB_OFFLINE": "1"},
         cwd=work,
     )
     ready_file = work / READY_FILE
@@ -85,7 +88,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         announced = True
         context.say(f"{ready.engine} has answered its first request, {time.monotonic() - begun:.0f} s after the start")
 
-    with child:
+    with child, access_file:
         outcome = watch(
             child,
             context.heartbeat,

@@ -2,7 +2,7 @@
 
     jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
                     inputs/  checkpoints/  model/  tensorboard/
-    services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token
+    services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token  access_tokens.json
 
 `manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`
@@ -46,7 +46,9 @@ from palate_recipes.specs.run import (
 )
 
 TOKEN_KEY = "access_token"
-"""A service's bearer token. A separate key, so that no manifest, status or log contains it."""
+"""The owner's bearer token of a service. A separate key, so that no manifest, status or log contains it."""
+NAMED_TOKENS_KEY = "access_tokens.json"
+"""The service's named tokens (see `palate_recipes.specs.access`)."""
 
 LOST = "the runner died without writing a status: it was killed, or the machine went down"
 
