@@ -163,13 +163,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
     # It would answer with 500: the service's models know text only.
     app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != "/v1/audio/transcriptions"]
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        """Answers a body that is no JSON object as vLLM and OpenAI do. FastAPI would say 422."""
-        said = "; ".join(str(one.get("msg", one)) for one in error.errors())
-        message = f"The request's body is not a JSON object: {said}."
-        return JSONResponse(error_body(message, kind=error_kind(400), param=None, code=400), 400)
-
+    app.add_exception_handler(RequestValidationError, _not_an_object)
     add_scoring(app, models)
     app.add_middleware(Gateway, parameters=prepared)
     return app
@@ -196,6 +190,14 @@ def add_scoring(app: FastAPI, models: Any) -> None:
             return {"tokens": tokenizer(request["prompt"])["input_ids"]}
         text = tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
         return {"tokens": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+async def _not_an_object(_request: Request, error: Exception) -> JSONResponse:
+    """Answers a body that is no JSON object with 400, as vLLM and OpenAI do. FastAPI would say 422."""
+    assert isinstance(error, RequestValidationError)
+    said = "; ".join(str(one.get("msg", one)) for one in error.errors())
+    message = f"The request's body is not a JSON object: {said}."
+    return JSONResponse(error_body(message, kind=error_kind(400), param=None, code=400), 400)
 
 
 def _limit(inputs: Any, config: Any, max_model_len: int | None) -> None:
