@@ -137,7 +137,7 @@ FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (lambda v: isinstance(v, str) and v != "", "one text that is not empty"),
     "instructions": (lambda v: isinstance(v, str), "text"),
     "stream": (lambda v: isinstance(v, bool), "true or false"),
-    "temperature": (lambda v: _is_number(v) and v >= 0, "a number of at least 0"),
+    "temperature": (lambda v: _is_number(v) and 0 <= v <= 2, "a number from 0 to 2"),
     "top_p": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     # The engine makes a repetition penalty of 1 plus the value out of it, which must be positive.
     "frequency_penalty": (lambda v: _is_number(v) and -1 < v <= 2, "a number over -1 and up to 2"),
