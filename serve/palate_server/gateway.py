@@ -255,15 +255,17 @@ class Gateway:
         """Returns the request to forward, or None if the model is unknown (then the 404 is already sent).
 
         Raises:
-            Refused: A parameter that the engine does not support.
+            Refused: A model that is no text, or a parameter that the engine does not support.
         """
         try:
             request = json.loads(content)
         except (ValueError, RecursionError):
             request = None  # forward invalid JSON, so that the engine reports it
         if isinstance(request, dict):
-            wanted = request.get("model") or TUNED_MODEL
-            target = self._engine_names.get(wanted) if isinstance(wanted, str) else None
+            wanted = TUNED_MODEL if request.get("model") in (None, "") else request["model"]
+            if not isinstance(wanted, str):
+                raise Refused(400, f"model={json.dumps(wanted)[:100]} is invalid: expected a name.", param="model")
+            target = self._engine_names.get(wanted)
             request_of(scope).model = target or OTHER
             if target is None:
                 await self._unknown(send, wanted)

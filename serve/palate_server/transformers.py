@@ -4,7 +4,7 @@ The server runs it as a program and never imports it. In float32 an adapter is f
 beside the base, as in training: 16-bit weights round off most of an adapter that is small beside them (of a training of 12 steps
 at 1e-4, they keep 45 % of the effect). The app loads models by name from the current folder, which has only the links `default` and
 `base`. So responses carry these names, and no request can load another model. Differences to vLLM that a plain client would notice
-are removed: max_completion_tokens, sampling by default, the context limit, `[DONE]` at the end of a stream, the error format.
+are removed: max_completion_tokens, sampling by default, the context limit, ids, `[DONE]` at the end of a stream, the error format.
 Remaining differences: parameters that transformers ignores are rejected (see transformers_parameters), and a model answers one
 request at a time.
 """
@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, ServeSpec
-from palate_server.gateway import ACTIVITY, Gateway
+from palate_server.gateway import ACTIVITY, Gateway, error_body, error_kind
 from palate_server.listener import serve_on, take_listener
 from palate_server.parity import RENDER_PATH, SCORE_PATH
-from palate_server.transformers_parameters import supported
+from palate_server.transformers_parameters import prepared
 
 _CLOSE_S = 3
 """Time for open requests to finish after SIGTERM."""
@@ -106,30 +108,47 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
     class LikeVllm:
         """Mixin for transformers' handlers that makes them behave like vLLM."""
 
+        _id_prefix = ""
+        _inputs_at = 4
+        """Position of a generation's inputs among the arguments; its configuration follows them."""
+        _ends_with_done = True
+
         def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> Any:
+            body = dict(body)
             if body.get("max_tokens") is None and body.get("max_completion_tokens") is not None:
-                body = {**body, "max_tokens": body["max_completion_tokens"]}
+                body["max_tokens"] = body["max_completion_tokens"]
+            # generate() takes floats alone, and no empty biases.
+            if (biases := body.pop("logit_bias", None)) is not None and biases:
+                body["logit_bias"] = {token: float(bias) for token, bias in biases.items()}
             config = super()._build_generation_config(body, *args, **options)  # type: ignore[misc]
             config.do_sample = body.get("temperature") != 0
             if config.top_k is None:
                 config.top_k = 0  # generate() defaults to 50
             return config
 
-        async def _non_streaming(self, *args: Any, **options: Any) -> Any:
-            _limit(args[4], args[5], spec.max_model_len)
-            return await super()._non_streaming(*args, **options)  # type: ignore[misc]
+        async def _non_streaming(self, request_id: str, *args: Any, **options: Any) -> Any:
+            self._limit(request_id, *args)
+            return await super()._non_streaming(self._id_prefix + request_id, *args, **options)  # type: ignore[misc]
 
-        def _streaming(self, *args: Any, **options: Any) -> Any:
-            _limit(args[4], args[5], spec.max_model_len)
-            response = super()._streaming(*args, **options)  # type: ignore[misc]
-            response.body_iterator = _then_done(response.body_iterator)
+        def _streaming(self, request_id: str, *args: Any, **options: Any) -> Any:
+            self._limit(request_id, *args)
+            response = super()._streaming(self._id_prefix + request_id, *args, **options)  # type: ignore[misc]
+            if self._ends_with_done:
+                response.body_iterator = _then_done(response.body_iterator)
             return response
 
+        def _limit(self, *args: Any) -> None:
+            _limit(args[self._inputs_at], args[self._inputs_at + 1], spec.max_model_len)
+
     class Chat(LikeVllm, ChatCompletionHandler):  # type: ignore[misc]
-        pass
+        _id_prefix = "chatcmpl-"
 
     class Completion(LikeVllm, CompletionHandler):  # type: ignore[misc]
-        pass
+        _id_prefix = "cmpl-"
+
+    class Responses(LikeVllm, ResponseHandler):  # type: ignore[misc]
+        _inputs_at = 5  # the body comes before them; the handler adds the prefix of its ids
+        _ends_with_done = False
 
     models = LinkedModels(dtype=dtype, model_timeout=-1)
     state = GenerationState()
@@ -137,13 +156,16 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
         models,
         Chat(models, state),
         completion_handler=Completion(models, state),
-        response_handler=ResponseHandler(models, state),
+        response_handler=Responses(models, state),
         transcription_handler=TranscriptionHandler(models, state),
         generation_state=state,
     )
+    # It would answer with 500: the service's models know text only.
+    app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != "/v1/audio/transcriptions"]
 
+    app.add_exception_handler(RequestValidationError, _not_an_object)
     add_scoring(app, models)
-    app.add_middleware(Gateway, parameters=supported)
+    app.add_middleware(Gateway, parameters=prepared)
     return app
 
 
@@ -168,6 +190,14 @@ def add_scoring(app: FastAPI, models: Any) -> None:
             return {"tokens": tokenizer(request["prompt"])["input_ids"]}
         text = tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
         return {"tokens": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+async def _not_an_object(_request: Request, error: Exception) -> JSONResponse:
+    """Answers a body that is no JSON object with 400, as vLLM and OpenAI do. FastAPI would say 422."""
+    assert isinstance(error, RequestValidationError)
+    said = "; ".join(str(one.get("msg", one)) for one in error.errors())
+    message = f"The request's body is not a JSON object: {said}."
+    return JSONResponse(error_body(message, kind=error_kind(400), param=None, code=400), 400)
 
 
 def _limit(inputs: Any, config: Any, max_model_len: int | None) -> None:

@@ -2,13 +2,15 @@
 
 transformers logs a warning for a parameter that it does not support and answers as if it were absent. A caller would take one
 answer for `n=4`, or free text for `response_format`. So everything that would change the answer and is not applied is rejected.
-A value that asks for what the engine does anyway, such as `n=1`, is removed from the request.
+A value that asks for what the engine does anyway, such as `n=1`, is removed from the request. The engine reads values without checking
+them, and a wrong one ends in a 500, so they are checked here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from palate_server.gateway import Refused
@@ -89,6 +91,93 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
 }
 """Parameters that the engine ignores, by path, with the values that ask for nothing else. null is always one of them."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_content(value: object) -> bool:
+    """Whether it is text: the engine leaves out images and audio without an error."""
+    if not isinstance(value, list):
+        return value is None or isinstance(value, str)
+    return all(
+        isinstance(part, dict)
+        and part.get("type") in {"text", "input_text", "output_text"}
+        and isinstance(part.get("text"), str)
+        for part in value
+    )
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and _is_content(one.get("content")) for one in value
+    )
+
+
+def _is_input(value: object) -> bool:
+    """Whether it is text, parts of text, or items; those with a role are messages."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    if not value or not all(isinstance(item, dict) for item in value):
+        return False
+    return _is_content(value) if "role" not in value[0] else _are_messages([item for item in value if "role" in item])
+
+
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda v: _is_integer(v) and v >= 1, "an integer of at least 1")
+_MESSAGES = "a list of at least one message, each with a role and with content that is text or parts of text"
+
+FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "messages": (lambda v: bool(v) and _are_messages(v), _MESSAGES),
+    "input": (_is_input, "text, parts of text, or messages with such content"),
+    "prompt": (lambda v: isinstance(v, str) and v != "", "one text that is not empty"),
+    "instructions": (lambda v: isinstance(v, str), "text"),
+    "stream": (lambda v: isinstance(v, bool), "true or false"),
+    "temperature": (lambda v: _is_number(v) and 0 <= v <= 2, "a number from 0 to 2"),
+    "top_p": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    # The engine makes a repetition penalty of 1 plus the value out of it, which must be positive.
+    "frequency_penalty": (lambda v: _is_number(v) and -1 < v <= 2, "a number over -1 and up to 2"),
+    "seed": (lambda v: _is_integer(v) and -(2**63) <= v < 2**63, "an integer of 64 bits"),
+    "max_tokens": _COUNT,
+    "max_completion_tokens": _COUNT,
+    "max_output_tokens": _COUNT,
+    "tools": (lambda v: isinstance(v, list) and all(isinstance(one, dict) for one in v), "a list of objects"),
+    "logit_bias": (
+        lambda v: isinstance(v, dict) and all(k.isdecimal() and _is_number(bias) for k, bias in v.items()),
+        "an object of token ids and numbers",
+    ),
+    "chat_template_kwargs": (lambda v: isinstance(v, dict), "an object"),
+    "generation_config": (lambda v: isinstance(v, str), "a text with JSON"),
+}
+"""What a value of each applied parameter must be, as a check and in words."""
+
+_REQUIRED = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input"}
+
+
+def prepared(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Returns the request as the engine should get it: only parameters that it applies, with values that it can read.
+
+    Raises:
+        Refused: 400 with the parameter's name.
+    """
+    kept = supported(path, request)
+    if path not in APPLIED:
+        return kept
+    kept = {name: value for name, value in kept.items() if value is not None}
+    if _REQUIRED[path] not in kept:
+        name = _REQUIRED[path]
+        raise Refused(400, f"{name} is missing: expected {FORMS[name][1]}.", param=name)
+    for name, value in kept.items():
+        holds, words = FORMS.get(name, (lambda _: True, ""))
+        if not holds(value):
+            raise Refused(400, f"{name}={json.dumps(value)[:100]} is invalid: expected {words}.", param=name)
+    if path == RESPONSES:
+        kept.setdefault("stream", False)  # the engine's own default is to stream
+    return kept
 
 
 def supported(path: str, request: dict[str, Any]) -> dict[str, Any]:

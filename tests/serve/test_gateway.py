@@ -147,7 +147,14 @@ def test_a_body_that_needs_no_change_is_not_touched() -> None:
     assert ask("POST", "/v1/completions", content=b"[1]", headers=headers).content == b"[1]"
 
 
-@pytest.mark.parametrize("name", ["nope", "/etc", 7, ["default"]])
+@pytest.mark.parametrize("name", [7, 0, False, ["default"], [], {"default": 1}])
+def test_a_model_that_is_no_text_is_answered_with_400(name: object) -> None:
+    answer = ask("POST", "/v1/chat/completions", json={"model": name})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("name", ["nope", "/etc"])
 def test_an_unknown_model_is_answered_with_404(name: object) -> None:
     answer = ask("POST", "/v1/chat/completions", json={"model": name})
     assert answer.status_code == 404

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from palate_server.gateway import Refused
-from palate_server.transformers_parameters import APPLIED, CHAT, COMPLETIONS, NEUTRAL, NO_EFFECT, RESPONSES, supported
+from palate_server.transformers_parameters import (
+    APPLIED,
+    CHAT,
+    COMPLETIONS,
+    FORMS,
+    NEUTRAL,
+    NO_EFFECT,
+    RESPONSES,
+    prepared,
+    supported,
+)
 
 PATHS = [CHAT, COMPLETIONS, RESPONSES]
 BY_PALATE = {"max_completion_tokens"}
@@ -78,3 +88,56 @@ def test_no_tool_choice_leaves_no_tools() -> None:
 
 def test_other_paths_pass() -> None:
     assert supported("/load_model", {"n": 7}) == {"n": 7}
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "Why?"}]},
+    COMPLETIONS: {"prompt": "Why"},
+    RESPONSES: {"input": "Why?", "stream": False},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_applied_parameter_has_its_form_and_a_wrong_value_is_rejected_by_name(path: str) -> None:
+    assert APPLIED[path] - set(FORMS) == {"model"}
+    for name in APPLIED[path] - {"model"}:
+        for wrong in ([7], {"a": [7]}, float("nan")):
+            if name == "chat_template_kwargs" and isinstance(wrong, dict):
+                continue
+            with pytest.raises(Refused, match=f"^{name}=.* is invalid: expected ") as caught:
+                prepared(path, {**WHOLE[path], name: wrong})
+            assert (caught.value.status, caught.value.param) == (400, name)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_the_engine_can_read_passes(path: str) -> None:
+    values = {"temperature": 0, "top_p": 1.0, "seed": -1, "stream": True, "frequency_penalty": 0.5, "max_tokens": 1}
+    asked = {**WHOLE[path], **{name: value for name, value in values.items() if name in APPLIED[path]}}
+    assert prepared(path, {**asked, "generation_config": None}) == asked
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_request_without_its_subject_is_rejected(path: str) -> None:
+    name = next(iter(WHOLE[path]))
+    for request in ({}, {name: None}):
+        with pytest.raises(Refused, match=f"^{name} is missing: expected ") as caught:
+            prepared(path, request)
+        assert caught.value.param == name
+
+
+def test_what_the_engine_would_leave_out_without_a_word_is_rejected() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    text = {"type": "text", "text": "Why?"}
+    with pytest.raises(Refused, match="parts of text"):
+        prepared(CHAT, {"messages": [{"role": "user", "content": [text, image]}]})
+    with pytest.raises(Refused, match="parts of text"):
+        prepared(RESPONSES, {"input": [{"type": "input_image", "image_url": "data:"}]})
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    turns = [{"role": "user", "content": [{"type": "input_text", "text": "Why?"}]}, call]
+    assert prepared(RESPONSES, {"input": turns})["input"] == turns
+    assert prepared(CHAT, {"messages": [{"role": "user", "content": [text]}, {"role": "assistant"}]})
+
+
+def test_a_response_is_streamed_only_if_asked() -> None:
+    assert prepared(RESPONSES, {"input": "Why?"})["stream"] is False
+    assert prepared(RESPONSES, {"input": "Why?", "stream": True})["stream"] is True
