@@ -15,14 +15,13 @@ from peft import PeftModel
 
 from palate_recipes.model_card import CARD_FILE, folder_card
 from palate_recipes.preferences.row import Row
-from palate_recipes.specs.probe import PROBE_FILE, Probe, ProbeRow, Turn
+from palate_recipes.specs.probe import PROBE_FILE, PROBE_ROWS, Probe, ProbeRow, Turn
 from palate_recipes.specs.train import MODEL_DIR, TrainTask
 from palate_trainer.distributed import is_main
 from palate_trainer.model import DTYPES
 from palate_trainer.sharding import is_sharded, whole_weights
 from palate_trainer.tokenize import Renderer, TokenPair
 
-PROBE_ROWS = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -96,6 +95,7 @@ def _probe(task: TrainTask, model: Any, renderer: Renderer, probe_rows: list[Tok
         # A conversation with several answers becomes several rows with one number.
         same = (renderer.messages(read.prompt) for read in rows if read.number == row.row)
         turns = next((turns for turns in same if renderer.prompt_ids(turns) == row.prompt_ids), [])
+        date_start, date_end = renderer.date_span(turns) if turns else (0, 0)
         scored.append(
             ProbeRow(
                 row=row.row,
@@ -105,6 +105,8 @@ def _probe(task: TrainTask, model: Any, renderer: Renderer, probe_rows: list[Tok
                 base_logps=tuple(base_logps),
                 messages=tuple(Turn(**turn) for turn in turns) if renderer.apply_chat_template else (),
                 prompt=turns[-1]["content"] if turns and not renderer.apply_chat_template else "",
+                date_start=date_start,
+                date_end=date_end,
             )
         )
     return Probe(

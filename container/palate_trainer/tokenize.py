@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,10 @@ from palate_trainer.template_probe import VerbatimTemplate, find_verbatim
 
 ROWS_NAMED = 8
 _BATCH_ROWS = 500
+_DATE_FUNCTION = "strftime_now"
+"""What a template calls to write the date."""
+_OTHER_DAYS = (datetime(1888, 3, 3, 5, 4, 3), datetime(2999, 12, 27, 16, 57, 48))
+"""Each part of them begins and ends differently, so a date that begins or ends as one of them does not as the other."""
 _Batch = tuple[list[Row], list[list[str]], "Future[list[list[int]]]"]
 
 
@@ -153,6 +158,20 @@ class Renderer:
         """Token ids of a conversation up to the answer, as an engine renders them."""
         return self._ids([self._rendered(turns, None)])[0]
 
+    def date_span(self, turns: list[dict[str, str]]) -> tuple[int, int]:
+        """Start and end of the `prompt_ids` that may differ on another day; (0, 0) if the template writes no date."""
+        if not self.apply_chat_template or _DATE_FUNCTION not in self.tokenizer.get_chat_template():
+            return 0, 0
+        today = self.prompt_ids(turns)
+        texts = [self._rendered(turns, None, strftime_now=moment.strftime) for moment in _OTHER_DAYS]
+        others = [other for other in self._ids(texts) if other != today]
+        if not others:
+            return 0, 0
+        before = min(_shared(today, other) for other in others)
+        after = min(_shared(today[::-1], other[::-1]) for other in others)
+        # One token more at each end, because a tokenizer may join the date with its neighbours on some days.
+        return max(0, before - 1), len(today) - max(0, min(after, len(today) - before) - 1)
+
     def encode(self, row: Row) -> tuple[TokenPair, bool]:
         """Token ids of one row, not truncated, and whether an answer had to be separated from the end of its prompt.
 
@@ -224,13 +243,17 @@ class Renderer:
         eos = self.tokenizer.eos_token
         return answer.rstrip().removesuffix(eos) if answer.rstrip().endswith(eos) else answer
 
-    def _rendered(self, turns: list[dict[str, str]], answer: str | None) -> str:
+    def _rendered(self, turns: list[dict[str, str]], answer: str | None, **variables: Any) -> str:
         if not self.apply_chat_template:
             return turns[-1]["content"] + (answer or "")
         if answer is not None:
             turns = [*turns, {"role": "assistant", "content": answer}]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=answer is None, **variables
+                )
+            )
         except TemplateError as error:
             remedy = " Try system_prompt='': some templates have no system turn." if self.system_prompt.strip() else ""
             raise TrainerError(f"The model's chat template rejects the conversation: {error}.{remedy}") from error
@@ -300,6 +323,13 @@ class Renderer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _shared(ids: list[int], others: list[int]) -> int:
+    """Number of tokens with which both begin."""
+    return next(
+        (at for at, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), min(len(ids), len(others))
+    )
 
 
 def _answers(row: Row) -> list[str]:

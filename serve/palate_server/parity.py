@@ -289,7 +289,7 @@ def _template_problems(scores: Scores, rows: Sequence[ProbeRow]) -> list[str]:
         if not row.messages and not row.prompt:
             continue  # a probe of an earlier version
         rendered = scores.rendered(TUNED_MODEL, row)
-        if rendered != list(row.prompt_ids):
+        if not row.renders_as(rendered):
             same = next(
                 (n for n, pair in enumerate(zip(rendered, row.prompt_ids, strict=False)) if pair[0] != pair[1]),
                 min(len(rendered), len(row.prompt_ids)),

@@ -194,12 +194,19 @@ def test_an_engine_without_log_probs_says_so() -> None:
         '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [-1], "completion_ids": [1], "logps": [0]}]}',
         '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [5]}]}',
         '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": []}]}',
+        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [-1e300]}]}',
+        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [0], "date_end": 2}]}',
+        '{"precision": "float32", "model_name": "m", "rows": [%s]}'
+        % ", ".join(9 * ['{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [0]}']),
+        '{"precision": "\\u001b[2Jfloat32", "model_name": "m", "rows": []}',
+        '{"precision": "float32", "quantization": "\\u001b[2J4 bit", "model_name": "m", "rows": []}',
     ],
 )
 def test_a_damaged_probe_is_refused(damage: str, tmp_path: Path) -> None:
     (tmp_path / "probe.json").write_text(damage)
-    with pytest.raises(ParityFailed, match=r"probe.json is damaged: .*verify=False"):
+    with pytest.raises(ParityFailed, match=r"probe.json is damaged: .*verify=False") as failed:
         read_probe(tmp_path)
+    assert str(failed.value).isprintable()
 
 
 # ── real engines ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -233,6 +233,53 @@ def test_a_default_that_cannot_be_told_apart_is_named(tokenizer: Any) -> None:
     assert "cannot be removed: 'Be nice.'" in str(take_out_system_default(tokenizer))
 
 
+DATED = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%A, %d %B %Y, %H:%M') }}.<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("today", ["Sunday, 03 March 2026, 05:04", "Friday, 27 December 1999, 16:57", None])
+def test_a_prompt_with_the_date_is_recognized_on_another_day_and_no_other_prompt_is(
+    tokenizer: Any, today: str | None
+) -> None:
+    from palate_recipes.specs.probe import ProbeRow
+
+    if today:  # a template may read like this, too: the day of the training must not matter
+        tokenizer.chat_template = "{% set now = strftime_now('%Y') %}" + DATED.replace(
+            "{{ strftime_now('%A, %d %B %Y, %H:%M') }}",
+            f"{{{{ strftime_now('%A, %d %B %Y, %H:%M') if now in ('1888', '2999') else '{today}' }}}}",
+        )
+    else:
+        tokenizer.chat_template = DATED
+    made, turns = renderer(tokenizer), [{"role": "user", "content": "Which day is it on 7 May 2031?"}]
+    start, end = made.date_span(turns)
+    row = ProbeRow(
+        row=1,
+        prompt_ids=tuple(made.prompt_ids(turns)),
+        completion_ids=(1,),
+        logps=(-1.0,),
+        date_start=start,
+        date_end=end,
+    )
+
+    def on(day: str, asked: list[dict[str, str]] = turns) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, strftime_now=lambda form: day
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    tokenizer.chat_template = DATED
+    for day in ("Saturday, 08 July 2024, 23:59", "Wednesday, 11 May 1031, 00:00", "Monday, 28 February 2127, 11:08"):
+        assert row.renders_as(on(day))
+        assert not row.renders_as(on(day, [{"role": "user", "content": "Which day is it on 8 May 2031?"}]))
+        assert not row.renders_as(on(day)[:-1])
+        assert not row.renders_as(on(day)[5:])
+    assert 0 < start < end < len(row.prompt_ids)
+    assert made.date_span([{"role": "system", "content": "Be brief."}, *turns]) == (0, 0)
+
+
 def test_training_without_a_system_prompt_serves_without_one(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -12,7 +13,9 @@ from palate_recipes.specs.codec import Int, Natural, decode
 PROBE_FILE = "probe.json"
 """In the model folder."""
 
-_LogProb = Annotated[float, Meta(le=0.001)]
+PROBE_ROWS = 8
+
+_LogProb = Annotated[float, Meta(ge=-1e6, le=0.001)]
 """In nats; a sum of rounded probabilities may exceed 0 a little."""
 
 
@@ -34,6 +37,8 @@ class ProbeRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
         base_logps: The same by the base model; empty after full fine-tuning.
         messages: The conversation that `prompt_ids` renders, with the generation prompt; empty for plain text.
         prompt: The text that `prompt_ids` encodes, with `apply_chat_template=false`.
+        date_start: The first of the `prompt_ids` that may differ on another day, because the template writes the date.
+        date_end: The first after them; 0 if the template writes no date.
     """
 
     row: Int
@@ -43,12 +48,29 @@ class ProbeRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     base_logps: tuple[_LogProb, ...] = ()
     messages: tuple[Turn, ...] = ()
     prompt: str = ""
+    date_start: Natural = 0
+    date_end: Natural = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError if the lists do not belong together."""
         tokens = len(self.completion_ids)
         if len(self.logps) != tokens or len(self.base_logps) not in {0, tokens}:
             raise ValueError(f"row {self.row} has {tokens} answer tokens, but another number of log-probs")
+        if not self.date_start <= self.date_end <= len(self.prompt_ids):
+            raise ValueError(
+                f"row {self.row} has a date at tokens {self.date_start} to {self.date_end}, outside of its prompt"
+            )
+
+    def renders_as(self, tokens: Sequence[int]) -> bool:
+        """Whether these tokens are the prompt, on any day."""
+        if not self.date_end:
+            return tuple(tokens) == self.prompt_ids
+        before, after = self.prompt_ids[: self.date_start], self.prompt_ids[self.date_end :]
+        return (
+            len(tokens) >= len(before) + len(after)
+            and tuple(tokens[: len(before)]) == before
+            and tuple(tokens[len(tokens) - len(after) :]) == after
+        )
 
     @property
     def tokens(self) -> int:
@@ -66,10 +88,11 @@ class Probe(Struct, frozen=True, kw_only=True):
         rows: At most eight rows.
     """
 
-    precision: str
-    quantization: str = ""
+    # Fixed values: they are quoted in messages, and a model may come from anywhere.
+    precision: Literal["float32", "bfloat16", "float16"]
+    quantization: Literal["", "4 bit", "8 bit"] = ""
     model_name: str
-    rows: tuple[ProbeRow, ...]
+    rows: Annotated[tuple[ProbeRow, ...], Meta(max_length=PROBE_ROWS)]
 
     @classmethod
     def read(cls, model_dir: Path) -> Probe | None:
