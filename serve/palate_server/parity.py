@@ -39,6 +39,9 @@ _ABSENT = 0.1
 _SMALLEST_CHANGE = 1e-3
 """Nats per token, root mean square. A smaller change is not told from rounding."""
 
+_NOT_FINITE = 1e9
+"""Written instead of NaN and infinity."""
+
 _GENERATED_PER_ROW = 2
 _GENERATED_ALONE = 12
 """Tokens per row that are scored as generated ones; more if only they count. An engine scores at most 128 at once."""
@@ -71,7 +74,7 @@ class VllmScores:
         choices = self._complete(model, prompts, prompt_logprobs=0)
         return [
             [
-                float(place[str(token)]["logprob"])
+                _number(place[str(token)]["logprob"])
                 for place, token in zip(
                     choice["prompt_logprobs"][len(row.prompt_ids) :], row.completion_ids, strict=True
                 )
@@ -91,7 +94,7 @@ class VllmScores:
         )
         found = iter(tokens)
         return [
-            [float(next(choices)["logprobs"]["top_logprobs"][0][f"token_id:{next(found)}"]) for _ in places]
+            [_number(next(choices)["logprobs"]["top_logprobs"][0][f"token_id:{next(found)}"]) for _ in places]
             for places in at
         ]
 
@@ -136,7 +139,11 @@ class OwnScores:
 
     def _score(self, model: str, row: ProbeRow) -> list[float]:
         body = {"model": model, "prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids}
-        return [float(value) for value in self._ask(SCORE_PATH, body)["logps"]]
+        return [_number(value) for value in self._ask(SCORE_PATH, body)["logps"]]
+
+
+def _number(logp: Any) -> float:
+    return math.nan if logp is None else float(logp)  # JSON has no NaN
 
 
 SCORE_PATH = "/palate/score"
@@ -267,13 +274,18 @@ def compare(scores: Scores, check: Check) -> Parity:
         table=_table(measured) if problems else "",
         rows=len(rows),
         tokens=sum(len(one) for one in measured.tuned),
-        drift=round(drift, 5),
-        base_drift=None if base_drift is None else round(base_drift, 5),
-        effect=None if effect is None else round(effect, 3),
-        generated_drift=round(generated_drift, 5),
+        drift=_writable(drift),
+        base_drift=None if base_drift is None else _writable(base_drift),
+        effect=None if effect is None else _writable(effect),
+        generated_drift=_writable(generated_drift),
         limit=check.limit,
         seconds=round(time.monotonic() - began, 2),
     )
+
+
+def _writable(value: float) -> float:
+    """Returns a value that JSON has: a service that is served all the same writes them into ready.json."""
+    return round(value, 5) if math.isfinite(value) else _NOT_FINITE
 
 
 def refusal(parity: Parity) -> ParityFailed:

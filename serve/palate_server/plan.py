@@ -99,7 +99,7 @@ def check(spec: ServeSpec) -> EnginePlan:
         engine=engine,
         on_cpu=on_cpu,
         dtype=dtype,
-        computes_in=_stored_dtype(config) if dtype == "auto" else dtype,
+        computes_in=_computed_dtype(engine, dtype, config),
         prompt_scores=adapter is None
         or engine.name != "vllm"
         or not (_changes_head(adapter) or (on_cpu and not cpu_lora.is_active())),
@@ -218,6 +218,7 @@ def _fit(
     in_vllm = engine.name == "vllm"
     if not on_cpu:
         need = on_disk * _DTYPE_BYTES.get(spec.dtype, _DTYPE_BYTES.get(stored, 2)) / _DTYPE_BYTES.get(stored, 2)
+        need *= 1 if in_vllm else copies
         free = free_gpu_memory()
         if free is not None and need > free:
             raise OutOfMemory(_does_not_fit(folder, need, free, "GPU memory"))
@@ -239,6 +240,14 @@ def _fit(
 
 def _stored_dtype(config: dict[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+
+
+def _computed_dtype(engine: EngineInfo, dtype: str, config: dict[str, Any]) -> str:
+    stored = _stored_dtype(config)
+    if dtype != "auto":
+        return dtype
+    # vLLM's `auto` rounds float32 weights to bfloat16, or to float16 where it prefers that. The coarser one is assumed.
+    return "bfloat16" if engine.name == "vllm" and stored == "float32" else stored
 
 
 def _does_not_fit(folder: Path, need: float, free: float, what: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
-from palate_recipes.specs.serve import PROBE_HEADER, Parity
+from palate_recipes.specs.serve import PROBE_HEADER, Parity, Ready
 from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
@@ -130,6 +130,20 @@ def test_each_kind_of_damage_is_refused_with_its_cause(known: Known, reason: str
     assert "verify='warn'" in message
 
 
+def test_log_probs_that_are_not_finite_can_be_reported(tmp_path: Path) -> None:
+    """A service that is served all the same has them in its ready.json."""
+
+    def ask(path: str, request: dict[str, Any]) -> Any:
+        return {"tokens": [*range(1, 9)]} if "render" in path else {"logps": [None] * len(request["completion_ids"])}
+
+    of = probe(1, change=0.6)
+    parity = compare(OwnScores(ask), Check(probe=of, service_name="service", has_base=True, dtype="float16"))
+    assert "not finite: the weights overflow in float16" in parity.text
+    ready = Ready(endpoint="http://127.0.0.1:1", engine="e", models=["default"], seconds=1.0, parity=parity)
+    ready.write(tmp_path / "ready.json")
+    assert Ready.read(tmp_path / "ready.json") == ready
+
+
 def test_full_weights_are_compared_without_a_base() -> None:
     trained = probe(2, change=0.5)
     rows = tuple(
@@ -185,6 +199,9 @@ def test_an_engine_without_log_probs_says_so() -> None:
         checked(Other(), probe(6, change=0.5))
 
 
+ROW = '{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [0]}'
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -194,10 +211,9 @@ def test_an_engine_without_log_probs_says_so() -> None:
         '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [-1], "completion_ids": [1], "logps": [0]}]}',
         '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [5]}]}',
         '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": []}]}',
-        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [-1e300]}]}',
-        '{"precision": "float32", "model_name": "m", "rows": [{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [0], "date_end": 2}]}',
-        '{"precision": "float32", "model_name": "m", "rows": [%s]}'
-        % ", ".join(9 * ['{"row": 1, "prompt_ids": [1], "completion_ids": [1], "logps": [0]}']),
+        f'{{"precision": "float32", "model_name": "m", "rows": [{ROW.replace("[0]", "[-1e300]")}]}}',
+        f'{{"precision": "float32", "model_name": "m", "rows": [{ROW[:-1]}, "date_end": 2}}]}}',
+        f'{{"precision": "float32", "model_name": "m", "rows": [{", ".join(9 * [ROW])}]}}',
         '{"precision": "\\u001b[2Jfloat32", "model_name": "m", "rows": []}',
         '{"precision": "float32", "quantization": "\\u001b[2J4 bit", "model_name": "m", "rows": []}',
     ],
@@ -291,6 +307,27 @@ def test_real_scores_tell_every_damage_apart(service: Server, trained: Trained, 
     assert (
         "the chat template or tokenizer differs" in compare(scores_of(service), replace(check, probe=other_text)).text
     )
+
+
+def test_the_transformers_engine_refuses_tokens_that_it_cannot_score(service: Server) -> None:
+    import httpx
+
+    if service.ready and "vllm" in service.ready.engine:
+        pytest.skip("vLLM has its own checks")
+
+    def answered(path: str, **request: Any) -> int:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx.post(f"{service.url}/palate/{path}", json=request, headers=headers, timeout=60).status_code
+
+    fine: dict[str, Any] = {"prompt_ids": [1], "completion_ids": [2]}
+    assert answered("score", **fine) == 200
+    for wrong in ([], [-1], ["a"], [10**6], [2] * 600):
+        assert answered("score", **{**fine, "completion_ids": wrong}) in {400, 422}, wrong
+    assert answered("score", prompt_ids=[1]) == 422
+    assert answered("score", model="gpt", **fine) == 404
+    assert answered("render", messages="hello") == 422
+    assert answered("render", messages=[{"role": "user"}]) in {200, 400}
+    assert httpx.post(f"{service.url}/palate/score", json=fine, timeout=60).status_code == 401
 
 
 def replace_rows(of: Probe, **fields: Any) -> Probe:
