@@ -340,12 +340,10 @@ def fit(
         width = DTYPE_BYTES.get(computes_in, stored_width)
         cache_gib = kv_cache_gib or (cache_for_one_gib(config, max_model_len, width) if on_cpu else 1)
         needed = weights_bytes * width / stored_width + (adapter_bytes or 0)
+        if engine != "vllm" and adapter_bytes is not None:
+            needed += weights_bytes * width / stored_width
         if on_cpu:
-            if engine == "vllm":
-                needed += cache_gib * GIB
-            elif adapter_bytes is not None:
-                needed += weights_bytes * width / stored_width
-            needed += _ENGINE_GIB * GIB
+            needed += (_ENGINE_GIB + (cache_gib if engine == "vllm" else 0)) * GIB
         found = Fit(
             dtype=choice,
             computes_in=computes_in,

@@ -34,10 +34,17 @@ _AS_BASE = (1.25, 0.05)
 EFFECT_RANGE = (0.7, 1.3)
 _CLEAR = 4.0
 """Training's change must be this many times larger than the base's drift, or noise would decide about the effect."""
+_FEW_TOKENS = 16
+"""With fewer, the base's drift is not known well, and the effect has a larger error: the square root decides."""
+_FEWEST_TOKENS = 4
+"""With fewer, a small change may come out as none by chance."""
 _ABSENT = 0.1
 """Below this part of the training's change, `default` answers as `base`, however small the change is."""
 _SMALLEST_CHANGE = 1e-3
 """Nats per token, root mean square. A smaller change is not told from rounding."""
+
+_NOT_FINITE = 1e9
+"""Written instead of NaN and infinity."""
 
 _GENERATED_PER_ROW = 2
 _GENERATED_ALONE = 12
@@ -71,7 +78,7 @@ class VllmScores:
         choices = self._complete(model, prompts, prompt_logprobs=0)
         return [
             [
-                float(place[str(token)]["logprob"])
+                _number(place[str(token)]["logprob"])
                 for place, token in zip(
                     choice["prompt_logprobs"][len(row.prompt_ids) :], row.completion_ids, strict=True
                 )
@@ -91,7 +98,7 @@ class VllmScores:
         )
         found = iter(tokens)
         return [
-            [float(next(choices)["logprobs"]["top_logprobs"][0][f"token_id:{next(found)}"]) for _ in places]
+            [_number(next(choices)["logprobs"]["top_logprobs"][0][f"token_id:{next(found)}"]) for _ in places]
             for places in at
         ]
 
@@ -136,7 +143,11 @@ class OwnScores:
 
     def _score(self, model: str, row: ProbeRow) -> list[float]:
         body = {"model": model, "prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids}
-        return [float(value) for value in self._ask(SCORE_PATH, body)["logps"]]
+        return [_number(value) for value in self._ask(SCORE_PATH, body)["logps"]]
+
+
+def _number(logp: Any) -> float:
+    return math.nan if logp is None else float(logp)  # JSON has no NaN
 
 
 SCORE_PATH = "/palate/score"
@@ -245,7 +256,7 @@ def compare(scores: Scores, check: Check) -> Parity:
         ) from error
     drift = _mean_drift(measured.tuned, measured.trained)
     base_drift = _mean_drift(measured.base, measured.trained_base) if has_base else None
-    effect, is_clear = _effect(measured) if has_base else (None, False)
+    effect, is_clear = _effect(measured, check.limit) if has_base else (None, False)
     generated_drift = _mean_drift(generated, _at(at, [row.logps for row in rows]))
     problems += _problems(check, drift, base_drift, effect, is_clear, measured)
     if not problems and generated_drift > 2 * check.limit:
@@ -267,13 +278,18 @@ def compare(scores: Scores, check: Check) -> Parity:
         table=_table(measured) if problems else "",
         rows=len(rows),
         tokens=sum(len(one) for one in measured.tuned),
-        drift=round(drift, 5),
-        base_drift=None if base_drift is None else round(base_drift, 5),
-        effect=None if effect is None else round(effect, 3),
-        generated_drift=round(generated_drift, 5),
+        drift=_writable(drift),
+        base_drift=None if base_drift is None else _writable(base_drift),
+        effect=None if effect is None else _writable(effect),
+        generated_drift=_writable(generated_drift),
         limit=check.limit,
         seconds=round(time.monotonic() - began, 2),
     )
+
+
+def _writable(value: float) -> float:
+    """Returns a value that JSON has: a service that is served all the same writes them into ready.json."""
+    return round(value, 5) if math.isfinite(value) else _NOT_FINITE
 
 
 def refusal(parity: Parity) -> ParityFailed:
@@ -312,7 +328,8 @@ def _problems(
     if not math.isfinite(drift) or (base_drift is not None and not math.isfinite(base_drift)):
         return [f"the service computes log-probs that are not finite: the weights overflow in {check.dtype}"]
     if effect is not None and (trained_change := _change(measured.trained, measured.trained_base)) >= _SMALLEST_CHANGE:
-        if _change(measured.tuned, measured.base) < _ABSENT * trained_change:
+        tells = is_clear or len(_flat(measured.tuned)) >= _FEWEST_TOKENS
+        if tells and _change(measured.tuned, measured.base) < _ABSENT * trained_change:
             return [f"'{TUNED_MODEL}' answers as '{BASE_MODEL}' does: the adapter is not applied"]
         low, high = EFFECT_RANGE
         if is_clear and not low <= effect <= high:
@@ -340,14 +357,18 @@ def _problems(
     ]
 
 
-def _effect(measured: _Measured) -> tuple[float, bool]:
+def _effect(measured: _Measured, limit: float) -> tuple[float, bool]:
     """Returns the regression of the served change on the trained one, and whether noise leaves it clear."""
     trained = _minus(_flat(measured.trained), _flat(measured.trained_base))
     served = _minus(_flat(measured.tuned), _flat(measured.base))
     square = sum(value * value for value in trained)
     effect = sum(a * b for a, b in zip(served, trained, strict=True)) / square if square else 0.0
     noise = _rms(_minus(_flat(measured.base), _flat(measured.trained_base)))
-    return effect, _rms(trained) >= max(_CLEAR * noise, _SMALLEST_CHANGE)
+    clear = _CLEAR
+    if len(trained) < _FEW_TOKENS:
+        clear *= math.sqrt(_FEW_TOKENS / len(trained))
+        noise = max(noise, limit / 5)
+    return effect, _rms(trained) >= max(clear * noise, _SMALLEST_CHANGE)
 
 
 def _change(tuned: list[list[float]], base: list[list[float]]) -> float:

@@ -97,7 +97,7 @@ def check(spec: ServeSpec) -> EnginePlan:
         why=why,
         on_cpu=engine.on_cpu,
         dtype=fitting.dtype,
-        computes_in=fitting.computes_in,
+        computes_in=_computed_dtype(engine, fitting),
         prompt_scores=adapter is None
         or engine.name != "vllm"
         or not (changes_head(adapter) or (engine.on_cpu and not cpu_lora.is_active())),
@@ -208,6 +208,12 @@ def _fit(spec: ServeSpec, engine: EngineInfo, folder: Path, config: dict[str, An
             "stop other programs, set a smaller max_model_len, or use a smaller model or a larger machine"
         )
     return found
+
+
+def _computed_dtype(engine: EngineInfo, fitting: Fit) -> str:
+    # vLLM's `auto` rounds float32 weights to bfloat16, or to float16 where it prefers that. The coarser one is assumed.
+    rounds = engine.name == "vllm" and fitting.dtype == "auto" and fitting.computes_in == "float32"
+    return "bfloat16" if rounds else fitting.computes_in
 
 
 def _folder(path: str, field: str) -> Path:

@@ -4,6 +4,9 @@ vLLM's own CPU code copies the adapter once per token (`weights[indices]`) and m
 grouped by adapter once per step, and each layer multiplies a group with the adapter's weights where they are.
 
 The values are those of vLLM's code: the first product is accumulated in float32 and rounded to the output's type before the second.
+vLLM compiles a model for one batch and drops the guards, so these groups would be those of that batch forever. In a compiled model
+(an option on a CPU) vLLM's own code computes instead.
+
 There is one difference. A token without an adapter has the index -1: it is skipped here, as on a GPU, while vLLM's CPU code reads -1
 as the last slot.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from palate_recipes.device import cpu_has_bf16
@@ -55,7 +59,7 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
     ) -> None:
         """Writes scale * x @ A into y. Only tensor-parallel layers with sharded adapters call it."""
         x = x.view(-1, x.shape[-1])
-        if len(x) != self.indices_len[0]:
+        if is_compiling() or len(x) != self.indices_len[0]:
             super().add_shrink(y, x, lora_a_stacked, scale, **options)
             return
         for slot, rows in self._by_token:
@@ -76,7 +80,7 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
     ) -> None:
         """Adds x @ B to the slices of y, or writes it there. Only tensor-parallel layers with sharded adapters call it."""
         y = y.view(-1, y.shape[-1])
-        if not len(y) == len(x[0]) == self.indices_len[0]:
+        if is_compiling() or not len(y) == len(x[0]) == self.indices_len[0]:
             super().add_expand(y, x, lora_b_stacked, output_slices, offset_start, add_inputs, **options)
             return
         for slot, rows in self._by_token:
@@ -95,7 +99,7 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         add_inputs: bool = True,
         **options: Any,
     ) -> None:
-        if not len(y) == len(x) == self.indices_len[0]:
+        if is_compiling() or not len(y) == len(x) == self.indices_len[0]:
             super().add_lora_embedding(y, x, lora_b_stacked, add_inputs, **options)
             return
         for slot, rows in self._by_token:
@@ -117,7 +121,8 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         **options: Any,
     ) -> None:
         """The layers of a model: adds scale * x @ A @ B to the slices of y."""
-        if buffer is not None or options or not len(y) == len(x) == self.indices_len[0] or y.dim() != 2:
+        by_vllm = is_compiling() or buffer is not None or options
+        if by_vllm or not len(y) == len(x) == self.indices_len[0] or y.dim() != 2:
             super().add_lora_linear(
                 y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **options
             )

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -310,6 +309,14 @@ def _probe(asking: _Asking, spec: ServeSpec, plan: EnginePlan, events: SimpleQue
         events.put(_Answered(_parity(asking, spec, plan)))
     except ServerError as error:
         events.put(error)
+    except Exception as error:
+        # Without an event the service would wait until start_timeout_s.
+        events.put(
+            ServerError(
+                f"its comparison with the trained model failed ({type(error).__name__}: {error}); verify=False omits it"
+            )
+        )
+        raise
 
 
 def _parity(asking: _Asking, spec: ServeSpec, plan: EnginePlan) -> Parity | None:
@@ -321,7 +328,21 @@ def _parity(asking: _Asking, spec: ServeSpec, plan: EnginePlan) -> Parity | None
     """
     if spec.verify == "off":
         return None
+
+    def ask(path: str, request: dict[str, Any]) -> Any:
+        try:
+            return asking.json(path, request, timeout_s=spec.start_timeout_s)
+        except ServerError as error:
+            raise ServerError(
+                f"{error}. This was asked to compare it with the trained model: verify=False omits it"
+            ) from error
+
     try:
+        if re.search(r"--logprobs[-_]mode[ =]\S*logits", " ".join(spec.engine_args)):
+            raise ServerError(
+                "with logprobs-mode it returns logits, which cannot be compared with the trainer's log-probs: omit it, or set "
+                "verify=False"
+            )
         probe = read_probe(Path(spec.model_dir))
         if probe is None:
             return Parity(verdict="not verified", text="the model's folder has no probe.json")
@@ -336,7 +357,7 @@ def _parity(asking: _Asking, spec: ServeSpec, plan: EnginePlan) -> Parity | None
             token_budget=_PARITY_TOKENS_ON_CPU if plan.on_cpu else Check.token_budget,
         )
         kind = VllmScores if plan.engine.name == "vllm" else OwnScores
-        parity = compare(kind(partial(asking.json, timeout_s=spec.start_timeout_s)), check)
+        parity = compare(kind(ask), check)
     except ServerError as error:
         if spec.verify == "error":
             raise

@@ -12,10 +12,12 @@ request at a time.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import AsyncIterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +27,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, ServeSpec
 from palate_server.gateway import ACTIVITY, Gateway, error_body, error_kind
@@ -34,6 +37,8 @@ from palate_server.transformers_parameters import prepared
 
 _CLOSE_S = 3
 """Time for open requests to finish after SIGTERM."""
+_SCORED_AT_ONCE = 256
+"""Tokens whose log-probs are computed at once, to limit memory."""
 
 
 def merge(base_dir: str, adapter_dir: str, merged_dir: str) -> None:
@@ -164,31 +169,67 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
     app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != "/v1/audio/transcriptions"]
 
     app.add_exception_handler(RequestValidationError, _not_an_object)
-    add_scoring(app, models)
+    add_scoring(app, models, spec.max_model_len)
     app.add_middleware(Gateway, parameters=prepared)
     return app
 
 
-def add_scoring(app: FastAPI, models: Any) -> None:
+class ScoreRequest(BaseModel):
+    """Tokens to score with a model."""
+
+    model: str
+    prompt_ids: list[NonNegativeInt] = Field(min_length=1)
+    completion_ids: list[NonNegativeInt] = Field(min_length=1)
+
+
+class RenderRequest(BaseModel):
+    """A conversation or a text to turn into a model's tokens."""
+
+    model: str
+    messages: list[dict[str, str]] = []
+    prompt: str = ""
+
+
+def add_scoring(app: FastAPI, models: Any, max_model_len: int | None) -> None:
     """Adds what the comparison with the trained model needs and transformers' app lacks: log-probs and rendered tokens."""
     import torch
+    from jinja2 import TemplateError
+
+    one_at_a_time = threading.Lock()  # each request holds log-probs of a whole vocabulary per token
 
     @app.post(SCORE_PATH)
-    def score(request: dict[str, Any]) -> dict[str, Any]:
-        model, _ = models.load_model_and_processor(request["model"])
-        prompt, answer = request["prompt_ids"], request["completion_ids"]
-        ids = torch.tensor([[*prompt, *answer]], device=model.device)  # (1, tokens)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :].unsqueeze(1))
-        return {"logps": picked.squeeze(1).tolist()}
+    def score(request: ScoreRequest) -> dict[str, Any]:
+        model, _ = models.load_model_and_processor(request.model)
+        prompt, answer = request.prompt_ids, request.completion_ids
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = plain.config.get_text_config()
+        room = max_model_len or getattr(config, "max_position_embeddings", None)
+        if room and len(prompt) + len(answer) > room:
+            raise HTTPException(
+                400, f"Prompt and answer have {len(prompt) + len(answer)} tokens, but the context is {room} tokens."
+            )
+        # On a GPU, an unknown token would end the whole process.
+        if max(*prompt, *answer) >= config.vocab_size:
+            raise HTTPException(400, f"A token is outside of the model's vocabulary of {config.vocab_size} tokens.")
+        keep = {"logits_to_keep": len(answer) + 1} if plain._supports_logits_to_keep() else {}
+        logps: list[float] = []
+        with one_at_a_time, torch.inference_mode():
+            ids = torch.tensor([[*prompt, *answer]], device=model.device)  # (1, tokens)
+            logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -len(answer) - 1 : -1]
+            answered = torch.split(ids[0, len(prompt) :], _SCORED_AT_ONCE)
+            for part, wanted in zip(torch.split(logits, _SCORED_AT_ONCE), answered, strict=True):
+                logps += part.float().log_softmax(-1).gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
+        return {"logps": [value if math.isfinite(value) else None for value in logps]}
 
     @app.post(RENDER_PATH)
-    def render(request: dict[str, Any]) -> dict[str, Any]:
-        _, tokenizer = models.load_model_and_processor(request["model"])
-        if "messages" not in request:
-            return {"tokens": tokenizer(request["prompt"])["input_ids"]}
-        text = tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
+    def render(request: RenderRequest) -> dict[str, Any]:
+        _, tokenizer = models.load_model_and_processor(request.model)
+        if not request.messages:
+            return {"tokens": tokenizer(request.prompt)["input_ids"]}
+        try:
+            text = tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError) as error:
+            raise HTTPException(400, f"The chat template rejects the conversation: {error}") from error
         return {"tokens": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
 

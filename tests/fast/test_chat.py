@@ -157,6 +157,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(home: Path, service: str) -
         assert terminal.process.wait(timeout=60) == 0
 
 
+def test_sigterm_ends_the_session(home: Path, service: str) -> None:
+    for question in ("", "forever\n"):
+        with chatting(home, service) as terminal:
+            terminal.shown("\n> ")
+            if question:
+                terminal.type(question)
+                terminal.shown("0.7 forever.")
+            terminal.process.terminate()
+            terminal.shown("ended by SIGTERM")
+            assert terminal.process.wait(timeout=60) == 143
+
+
 def test_lines_can_be_edited_and_are_found_again_in_the_next_session(home: Path, service: str) -> None:
     pytest.importorskip("readline")
     with chatting(home, service) as terminal:

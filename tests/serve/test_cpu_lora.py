@@ -95,3 +95,36 @@ def test_vllm_uses_the_products_only_where_they_fit() -> None:
         "LoRA is computed with one matrix product per adapter (PALATE_CPU_LORA=0 switches it off)",
         "used: PunicaWrapperProducts",
     ]
+
+
+COMPILED = """
+import torch
+from torch import _dynamo
+from vllm.lora.layers import LoRAMapping
+from palate_server.punica import PunicaWrapperProducts
+
+wrapper = PunicaWrapperProducts(64, 64, "cpu")
+a, b = (torch.randn(3, 1, 8, 16),), (torch.randn(3, 1, 24, 8),)
+a[0][2] = b[0][2] = 0  # no adapter, for vLLM's code
+
+def layer(y, x):
+    wrapper.add_lora_linear(y, x, a, b, 1.0, (24,))
+    return y
+
+# As vLLM compiles: without guards, so what Python decides is decided once.
+compiled = _dynamo.optimize("eager", guard_filter_fn=lambda guards: [False for _ in guards])(layer)
+x = torch.randn(4, 16)
+with torch.inference_mode():
+    for ids in ([1] * 4, [2] * 4, [0] * 4, [1, 0, 2, 1]):
+        wrapper.update_metadata(LoRAMapping(tuple(ids), tuple(ids), is_prefill=False), [1, 2, None], 3, 100)
+        expected, found = layer(torch.zeros(4, 24), x), compiled(torch.zeros(4, 24), x)
+        print("difference:", float((expected - found).abs().max()))
+"""
+
+
+@pytest.mark.slow
+@needs_cpu_build
+def test_a_compiled_model_does_not_keep_the_adapters_of_its_first_batch() -> None:
+    differences = [float(line.split()[1]) for line in run("-c", COMPILED) if line.startswith("difference:")]
+    assert len(differences) == 4
+    assert max(differences) < 1e-4

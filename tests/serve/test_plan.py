@@ -182,6 +182,24 @@ def test_the_dtype_follows_the_processor_unless_it_is_given(
 
 
 @needs_vllm
+@pytest.mark.parametrize(
+    ("stored", "given", "computes_in"),
+    [
+        ("float32", "auto", "bfloat16"),
+        ("float32", "float32", "float32"),
+        ("float16", "auto", "float16"),
+    ],
+)
+def test_float32_weights_are_not_compared_as_such_where_vllm_rounds_them(
+    tmp_path: Path, tiny_model: Path, stored: str, given: str, computes_in: str
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tiny_model / "config.json").write_text(json.dumps({**config, "dtype": stored}))
+    planned = plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm", dtype=given))
+    assert (planned.dtype, planned.computes_in) == (given, computes_in)
+
+
+@needs_vllm
 def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:
     wanted = spec(
         tmp_path,

@@ -17,15 +17,12 @@ from palate.cli import chat, machine, runs, top, train
 from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags, usage_hint
+from palate.cli.format import Terminated
 from palate.cli.machine import images, store
 from palate.cli.token import token
 from palate_recipes import __version__
 from palate_recipes.errors import PalateError
 from palate_recipes.text import visible
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM was received. Handled as Ctrl-C: a `with` block deletes its service, and a job goes on."""
 
 
 class _Interrupted(Exception):
@@ -82,7 +79,7 @@ def options(
 
 
 def _terminate(signum: int, frame: object) -> None:
-    raise _Terminated
+    raise Terminated
 
 
 def main() -> None:
@@ -106,7 +103,7 @@ def main() -> None:
     except (_Interrupted, KeyboardInterrupt) as interrupt:
         known = [note for note in interrupt.args if isinstance(note, str)]  # what was waited for, and how to go on
         general = "submitted jobs and services keep running: `palate jobs` and `palate services` list them"
-        terminated = isinstance(interrupt, _Terminated) or isinstance(interrupt.__cause__, _Terminated)
+        terminated = isinstance(interrupt, Terminated) or isinstance(interrupt.__cause__, Terminated)
         what = "ended by SIGTERM" if terminated else "interrupted"
         print(visible("\n".join([what, *(known or [general])])), file=sys.stderr)
         sys.exit(143 if terminated else 130)

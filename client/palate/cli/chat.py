@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from palate.chat import MAX_TOKENS, TEMPERATURE, Conversation
+from palate.cli.format import Terminated
 from palate.paths import palate_home
 from palate_recipes.errors import ConfigurationError, PalateError
 from palate_recipes.text import expand_path, visible
@@ -126,6 +127,8 @@ def _converse(talk: Conversation) -> None:
                 _check_text("the message", text)
                 with _keys_ignored():
                     _answer(talk, text.removeprefix("/"))
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             # The terminal echoes ^C without a line end at the prompt. A stopped answer has ended its line.
             _say(f"\n{_CTRL_C_HINT}" if lines.is_reading else "stopped")

@@ -27,6 +27,10 @@ Wide = Annotated[bool, typer.Option("--wide", help="Show all columns and whole l
 _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received. Handled as Ctrl-C, but it ends any command: a `with` block deletes its service, a job goes on."""
+
+
 def pairs(entries: list[str], flag: str) -> dict[str, str]:
     """Parses a repeated option NAME=VALUE."""
     found = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate.cli.format import EXAMPLE_MODEL, say_next
+from palate.cli.format import EXAMPLE_MODEL, Terminated, say_next
 from palate_recipes.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def generate(
         print(f"error: {error}", file=sys.stderr)
         say_next(*command)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         news.end()
         print("interrupted; finished calls are kept", file=sys.stderr)
         say_next(*command)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(interrupt, Terminated) else 130) from None
     finally:
         news.end()
     _print_result(result)
