@@ -182,17 +182,20 @@ def _memory_note(spec: TrainSpec, config: dict[str, Any] | None, found: tuple[Se
     if chosen is None or config is None or not size:
         return ""
     engine = next(engine for engine in installed if engine.name == chosen.engine)
-    needs = fit(
-        config,
-        weights_bytes=size,
-        adapter_bytes=adapter_bytes(config, planned_adapter(spec.hyperparameters, config))
-        if spec.trains_adapter
-        else None,
-        engine=engine.name,
-        on_cpu=engine.on_cpu,
-        free_bytes=available_memory() if engine.on_cpu else free_gpu_memory(),
-        cpu_has_bf16=cpu_has_bf16(),
-    )
+    try:
+        needs = fit(
+            config,
+            weights_bytes=size,
+            adapter_bytes=adapter_bytes(config, planned_adapter(spec.hyperparameters, config))
+            if spec.trains_adapter
+            else None,
+            engine=engine.name,
+            on_cpu=engine.on_cpu,
+            free_bytes=available_memory() if engine.on_cpu else free_gpu_memory(),
+            cpu_has_bf16=cpu_has_bf16(),
+        )
+    except (TypeError, ValueError, ArithmeticError):  # a config may contain anything
+        return ""
     if needs.fits or needs.free_bytes is None:
         return ""
     return (

@@ -143,7 +143,7 @@ def planned_adapter(values: Hyperparameters, config: Mapping[str, Any] | None) -
     with twice the rank (peft.utils.transformers_weight_conversion).
     """
     adapter = {"peft_type": "LORA", "r": values.lora_dim, "target_modules": values.target_modules, "bias": "none"}
-    kind = _table()["peft_experts"].get((config or {}).get("model_type"))
+    kind = _table()["peft_experts"].get(_model_type(config or {}))
     if kind is None:
         return adapter
     gate_up, down, router = _EXPERTS[kind]
@@ -158,13 +158,15 @@ def planned_adapter(values: Hyperparameters, config: Mapping[str, Any] | None) -
 
 def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config that full fine-tuning writes: of the class that transformers loads as a causal language model."""
-    known = _table()["causal_models"].get(config.get("model_type"))
+    known = _table()["causal_models"].get(_model_type(config))
     return {**config, "architectures": [known]} if known else dict(config)
 
 
 def adapter_rank(adapter: Mapping[str, Any]) -> int:
     """Returns an adapter's largest rank."""
-    return max(int(adapter.get("r") or 8), *(int(rank) for rank in (adapter.get("rank_pattern") or {"": 0}).values()))
+    pattern = adapter.get("rank_pattern")
+    ranks = [adapter.get("r") or 8, *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=8)
 
 
 def vllm_lora_rank(adapter: Mapping[str, Any]) -> int:
@@ -201,8 +203,12 @@ def _beyond_model(adapter: Mapping[str, Any], architecture: str, what: str) -> l
     if known[architecture] is None:
         return [f"{what} serves no adapters on {architecture}"]
     names = [name for name in _module_names(adapter) if name in _TABLE_EMBEDDINGS and name not in known[architecture]]
-    experts = {name for name in adapter.get("target_parameters") or () if name.endswith(("gate_up_proj", "down_proj"))}
-    if experts and architecture not in _table()["fused_experts"]:
+    parameters = adapter.get("target_parameters")
+    experts = [str(name) for name in parameters] if isinstance(parameters, list) else []
+    if (
+        any(name.endswith(("gate_up_proj", "down_proj")) for name in experts)
+        and architecture not in _table()["fused_experts"]
+    ):
         names.append("the experts")
     return [f"{what} serves no adapter on {name} of {architecture}" for name in names]
 
@@ -214,7 +220,8 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
 
 def _module_names(adapter: Mapping[str, Any]) -> list[str]:
     modules = adapter.get("target_modules") or []
-    return [str(name).rpartition(".")[2] for name in ([modules] if isinstance(modules, str) else modules)]
+    names = [modules] if isinstance(modules, str) else modules if isinstance(modules, list | tuple) else []
+    return [str(name).rpartition(".")[2] for name in names]
 
 
 def _unknown_to_vllm(config: Mapping[str, Any], what: str) -> list[str]:
@@ -236,8 +243,13 @@ def _unknown_to_transformers(config: Mapping[str, Any], what: str) -> list[str]:
 
 def _transformers_knows(config: Mapping[str, Any]) -> bool:
     """Whether transformers may know the model type; also if the config has none."""
-    table, kind = _table(), config.get("model_type")
-    return not isinstance(kind, str) or kind in table["causal_models"] or kind in table["model_types"]
+    table, kind = _table(), _model_type(config)
+    return not kind or kind in table["causal_models"] or kind in table["model_types"]
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
 
 
 def _own_code(config: Mapping[str, Any]) -> str:
@@ -252,8 +264,9 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _architectures(config: Mapping[str, Any]) -> list[str]:
-    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    causal = _table()["causal_models"].get(config.get("model_type"))
+    given = config.get("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    causal = _table()["causal_models"].get(_model_type(config))
     return names or ([causal] if causal else [])
 
 
@@ -397,7 +410,8 @@ def too_long(config: Mapping[str, Any], max_model_len: int | None) -> str:
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config with the values of its text model, which a multimodal model has in a part of its own."""
-    return {**config, **(config.get("text_config") or {})}
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, Mapping) else {})}
 
 
 def stored_dtype(config: Mapping[str, Any]) -> str:

@@ -118,6 +118,21 @@ def test_options_that_an_operator_allowed_make_vllm_know_more() -> None:
     assert vllm_knows_more(["--hf-overrides={}"])
 
 
+@pytest.mark.parametrize("odd", [5, "x", [], [1], {}, {"a": 1}, None, True, 1.5])
+def test_a_damaged_config_is_an_unknown_one(odd: Any) -> None:
+    adapter = {
+        "r": odd,
+        "rank_pattern": odd,
+        "target_modules": odd,
+        "target_parameters": odd,
+        "init_lora_weights": True,
+    }
+    config = {"model_type": odd, "architectures": odd, "auto_map": odd, "text_config": odd, "num_experts": odd}
+    assert len(servings(config, adapter, vllm_on_cpu=True)) == 2
+    assert len(servings(config, None)) == 2
+    assert trained_config({"model_type": odd}) == {"model_type": odd} or odd == "x"
+
+
 def test_facts_of_an_adapter() -> None:
     assert [vllm_lora_rank({"r": rank}) for rank in (1, 2, 20, 512, 600)] == [1, 8, 32, 512, 512]
     assert adapter_rank({**LORA, "rank_pattern": {"v_proj": 4}}) == 8
