@@ -93,8 +93,7 @@ class Request:
 
         given: list[bytes] = []
         is_probe = False
-        for key, value in scope["headers"]:
-            name = key.lower()
+        for name, value in scope["headers"]:  # ASGI has names in lower case
             if name == REQUEST_ID_HEADER:
                 given.append(value)
             elif name == _PROBE:
@@ -112,7 +111,7 @@ class Request:
             self._id = token_hex(16).encode()
             kept = scope["headers"]
             if given:
-                kept = [(key, value) for key, value in kept if key.lower() != REQUEST_ID_HEADER]
+                kept = [(name, value) for name, value in kept if name != REQUEST_ID_HEADER]
             # The engine gets it too: vLLM makes the id of its answer from it.
             self.scope["headers"] = [*kept, (REQUEST_ID_HEADER, self._id)]
 
@@ -134,7 +133,7 @@ class Request:
         elif message["type"] == "http.response.start":
             self._status = message["status"]
             headers = message.get("headers", ())
-            if REQUEST_ID_HEADER not in [key.lower() for key, _ in headers]:
+            if REQUEST_ID_HEADER not in [name for name, _ in headers]:
                 message = {**message, "headers": [*headers, (REQUEST_ID_HEADER, self._id)]}
         return self._send(message)
 
