@@ -143,7 +143,7 @@ def knows_token(endpoint: str, key: str) -> bool | None:
     if not _is_proven(endpoint):
         return None
     parts = urlsplit(endpoint)
-    challenge = _Challenge(endpoint, key.encode())
+    challenge = _Challenge(endpoint, key)
     with socket.create_connection((parts.hostname or "", parts.port or 80), CONNECT_TIMEOUT_S) as connection:
         connection.settimeout(_PROOF_TIMEOUT_S)
         connection.sendall(challenge.request)
@@ -234,19 +234,19 @@ def _checking_async(endpoint: str, token: str) -> Callable[[str, dict[str, Any]]
     return check
 
 
-def _keys(token: str) -> tuple[bytes, bytes]:
+def _keys(token: str) -> tuple[str, str]:
     """The keys of a token's proof: the owner's token itself, and the digest of a named one, which is all the service has."""
-    return token.encode(), token_digest(token.encode()).encode()
+    return token, token_digest(token.encode())
 
 
 class _Challenge:
     """A challenge to a listener to prove that it knows one of the keys, and its response. Does no I/O."""
 
-    def __init__(self, endpoint: str, *keys: bytes) -> None:
+    def __init__(self, endpoint: str, *keys: str) -> None:
         self._endpoint = endpoint
         parts = urlsplit(endpoint)
         challenge = token_hex(32)
-        self._expected = [token_proof(key, challenge, port=parts.port or 80).encode() for key in keys]
+        self._expected = [token_proof(key.encode(), challenge, port=parts.port or 80).encode() for key in keys]
         self._answer = b""
         self._over = False
         self._until = time.monotonic() + _PROOF_TIMEOUT_S  # for the whole response: each read has its own timeout

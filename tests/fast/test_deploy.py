@@ -18,6 +18,7 @@ from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, ServiceError
 from palate.runner.context import RunContext
 from palate.runner.serve import _port
+from palate.runs.access import add, read_access
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import Store, open_store
 from palate_recipes.specs.weights import BaseModel, WeightsSource
@@ -92,6 +93,7 @@ def test_one_of_several_deploys_gets_the_name(store: Store, model: ServedModel, 
     if not is_new:
         record.create(serve_manifest())
         record.append("logs", 1, b"of the failed start\n")
+        add(record, "alice", rate_per_minute=None, concurrency=None)
         record.advance("Failed", expect={"Creating"}, reason="once")
     backends = [NothingStarts() for _ in range(RACERS)]
     failures = race(lambda number: deploy(store, backends[number], model, max_model_len=100 + number))
@@ -104,6 +106,7 @@ def test_one_of_several_deploys_gets_the_name(store: Store, model: ServedModel, 
     assert record.serve_manifest().body.options["max_model_len"] == 100 + winner
     assert record.status().state == "Creating"
     assert len(store.get(record.key(TOKEN_KEY))) >= 32
+    assert read_access(record).tokens == (), "the failed service's tokens are not the new one's"
     assert list(record.log_lines()) == []
 
 
