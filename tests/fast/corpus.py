@@ -196,7 +196,7 @@ FILES = [
     _json("long number in a line", f'{TEXT}\n{{"n": {"9" * 5000}}}\n', "line 2: a number with", 2, name="a.jsonl"),
     _json("text line", f'{TEXT}\n"text"\n', "line 2: is text", 2, "not-an-object", "prefs.jsonl"),
     _json("list line", f"{TEXT}\n[{TEXT}]\n", "line 2: is a list", 2, "not-an-object", "prefs.jsonl"),
-    _json("a text file", "prompt one\nprompt two\n", "line 1, column 1", name="prefs.txt"),
+    Case("a text file", b"prompt one\nprompt two\n", "", words="its first line is 'prompt one', which is not JSON", name="prefs.txt"),
     Case("one object over lines", json.dumps({"topic": [GOOD]}, indent=1).encode(),
          "", words="one JSON object, not a list"),
     Case("two lists in one object", lines({"data": [{"x": 1}], "rows": [{"x": 2}]}),

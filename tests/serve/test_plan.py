@@ -272,7 +272,7 @@ def test_engine_args_of_the_command_line_become_arguments() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("max-num-seq=8", "max-num-seqs"),
+        ("max-num-seq=8", "did you mean 'max-num-seqs'?"),
         ("max-num-seqs", "has no value: write max-num-seqs=VALUE"),
         ("enforce-eager=true", "is a switch without a value"),
         ("port=80", "which Palate sets itself"),
@@ -288,7 +288,9 @@ def test_an_engine_arg_that_is_not_allowed_names_the_flag_and_what_is(given: str
         engine_args_of([given])
     assert str(caught.value).startswith(f"--engine-arg {given!r}")
     assert says in str(caught.value)
-    assert "Allowed options of vLLM: aggregate-engine-logging, all2all-backend, " in str(caught.value)
+    # A misspelt name gets only the one that was meant.
+    listed = "Allowed options of vLLM: aggregate-engine-logging, all2all-backend, " in str(caught.value)
+    assert listed or "did you mean 'max-num-seqs'?" in str(caught.value)
 
 
 def test_the_root_cause_is_found_below_what_only_points_to_it() -> None:

@@ -86,7 +86,8 @@ def test_nothing_there(place: Place) -> None:
     with pytest.raises(DataError) as caught, fetch_files(f"{uri}/d/prefs.jsonl", session):
         pass
     assert f"{shown}/d/prefs.jsonl" in str(caught.value)
-    assert "a.txt, prefs.json" in str(caught.value)
+    meant = "Did you mean 'prefs.json'?" if uri.startswith("file:") else "a.txt, prefs.json"
+    assert meant in str(caught.value)
     with (
         pytest.raises(DataError, match=r"no data files found.*found a\.txt, prefs\.json"),
         fetch_files(f"{uri}/d/*.csv", session),
