@@ -195,7 +195,7 @@ def add_scoring(app: FastAPI, models: Any, max_model_len: int | None) -> None:
             ids = torch.tensor([[*prompt, *answer]], device=model.device)  # (1, tokens)
             logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -len(answer) - 1 : -1]
             for part, wanted in zip(
-                logits.split(_SCORED_AT_ONCE), ids[0, len(prompt) :].split(_SCORED_AT_ONCE), strict=True
+                torch.split(logits, _SCORED_AT_ONCE), torch.split(ids[0, len(prompt) :], _SCORED_AT_ONCE), strict=True
             ):
                 logps += part.float().log_softmax(-1).gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
         return {"logps": [value if math.isfinite(value) else None for value in logps]}
