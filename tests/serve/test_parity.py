@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import pytest
 
 from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
-from palate_recipes.specs.serve import PROBE_HEADER, Parity, Ready
+from palate_recipes.specs.serve import PROBE_HEADER, Parity, Ready, ServeSpec, describe_engines
 from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
+from palate_server.plan import EnginePlan
+from palate_server.server import Event, _Asking, _probe
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
 
@@ -252,6 +258,60 @@ def test_a_damaged_probe_is_refused(damage: str, tmp_path: Path) -> None:
     with pytest.raises(ParityFailed, match=r"probe.json is damaged: .*verify=False") as failed:
         read_probe(tmp_path)
     assert str(failed.value).isprintable()
+
+
+# ── the server's part ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OddEngine(BaseHTTPRequestHandler):
+    """Answers with a number that no float holds."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        choices = [{"index": 0, "prompt_logprobs": [None, {"1": {"logprob": 10**400}}]}]
+        answer = {"choices": choices} if "prompt_logprobs" in request else {}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("engine_args", "says"),
+    [
+        ((), r"comparison with the trained model failed \(OverflowError: .*verify=False"),
+        (("--logprobs-mode=raw_logits",), "logprobs-mode it returns logits, which cannot be compared .*verify=False"),
+        (("--logprobs-mode", "processed_logits"), "logprobs-mode it returns logits"),
+    ],
+)
+def test_a_comparison_that_fails_is_reported_at_once(engine_args: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    (tmp_path / "probe.json").write_text(f'{{"precision": "float32", "model_name": "m", "rows": [{ROW}]}}')
+    spec = ServeSpec(service_name="s", model_dir=str(tmp_path), work_dir=str(tmp_path), engine_args=engine_args)
+    plan = EnginePlan(
+        engine=next(engine for engine in describe_engines() if engine.name == "vllm"),
+        on_cpu=True,
+        dtype="float32",
+        computes_in="float32",
+        prompt_scores=True,
+        lora_rank=None,
+        tokenizer_dir=tmp_path,
+        kv_cache_gib=1,
+        is_eager=True,
+    )
+    events: SimpleQueue[Event] = SimpleQueue()
+    with ThreadingHTTPServer(("127.0.0.1", 0), OddEngine) as engine:
+        threading.Thread(target=engine.serve_forever, daemon=True).start()
+        asking = _Asking(f"http://127.0.0.1:{engine.server_port}", TOKEN)
+        probing = threading.Thread(target=_probe, args=(asking, spec, plan, events))
+        probing.start()
+        event = events.get(timeout=30)
+        probing.join()
+        engine.shutdown()
+    assert isinstance(event, ServerError)
+    assert re.search(says, str(event))
 
 
 # ── real engines ────────────────────────────────────────────────────────────────────────────────────────────────────
