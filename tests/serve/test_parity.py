@@ -444,7 +444,8 @@ def damage_template(folder: Path) -> None:
 
 DAMAGES = {
     "weights": (damage_adapter, "the adapter is not applied"),
-    "scale": (damage_scale, "the adapter is applied too strongly"),
+    # Too strong a scale need not change log-probs more: a small model's may even return towards the base's.
+    "scale": (damage_scale, "(modules, lora_alpha or rank differ)"),
     "template": (damage_template, "the chat template or tokenizer differs from training's"),
 }
 
