@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

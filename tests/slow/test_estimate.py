@@ -70,5 +70,5 @@ def test_a_dry_run_prints_the_estimate_and_submits_nothing(session: Session, tin
     assert "nothing was submitted" in done.stderr
     data.write_text("[]")
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
-    assert (done.returncode, "error: " in done.stderr, "rows\tnot known usable" in done.stdout) == (1, True, True)
+    assert (done.returncode, "error: " in done.stderr, "rows\tnot known" in done.stdout) == (1, True, True)
     assert TrainingJob.list() == []
