@@ -357,8 +357,13 @@ class TrainingJob:
             service_name: Name of the service. Default: the job id with `-service`, or with the checkpoint's name.
             checkpoint: `latest`, a step such as 100, or a name such as `step-000100`: a complete checkpoint of the job, which may
                 still be running, or has failed or was stopped. None: the model of the succeeded job.
-            instance_type, instance_count, resource_config, options, wait, show_logs, verify: See `ModelTrainingRecipe.deploy`. A
-                checkpoint has no probe, so `verify` has nothing to compare.
+            instance_type: As there, as all that follow.
+            instance_count: As there.
+            resource_config: As there.
+            options: As there.
+            wait: As there.
+            show_logs: As there.
+            verify: As there. A checkpoint has no probe, so there is nothing to compare.
 
         Raises:
             JobNotReadyError: The job has not succeeded; with `checkpoint`: it has no complete checkpoint.
