@@ -108,7 +108,7 @@ class Request:
         if len(given) == 1 and _OWN_ID.fullmatch(given[0]):
             self._id = given[0]
         else:
-            self._id = token_hex(16).encode()
+            self._id = token_hex(8).encode()
             kept = scope["headers"]
             if given:
                 kept = [(name, value) for name, value in kept if name != REQUEST_ID_HEADER]

@@ -746,11 +746,14 @@ REQUESTS: dict[str, Asked] = {
 }
 
 _OF_ITS_TIME = re.compile(rb'"(id|item_id|call_id|created|created_at|completed_at)": ?("[^"]*"|[0-9.]+)')
-_OF_ITS_CONNECTION = {"date", "server", "connection", "keep-alive"}
+_OF_ITS_CONNECTION = {"date", "server", "connection", "keep-alive", "x-request-id"}
 
 
 class Answer(NamedTuple):
-    """An answer without what differs between any two answers: ids, times and the connection's headers."""
+    """An answer without what differs between any two answers: ids, times and the connection's headers.
+
+    vLLM alone sends no `x-request-id`; the documentation says that a service does.
+    """
 
     status: int
     headers: dict[str, str]

@@ -179,8 +179,10 @@ def test_sharded_weights_train_as_whole_ones_do(
         assert one[name].dtype == two[name].dtype
         assert two[name].shape == one[name].shape
         apart = (two[name] - one[name]).abs()
-        # Adam's first steps go by a gradient's sign, and 16 bits may turn the sign of one that is nearly 0.
-        assert (apart.max() < 1e-3) if precision == "float32" else (apart.mean() < 1e-4), name
+        # Adam's first steps go by a gradient's sign, and 16 bits may turn the sign of one that is nearly 0, which moves a weight by
+        # twice the learning rate: in a norm of 64 weights, three of them are 1e-4 of the mean.
+        mean = 1e-4 if one[name].numel() > 1000 else 5e-4
+        assert (apart.max() < 1e-3) if precision == "float32" else (apart.mean() < mean), (name, apart.mean())
 
 
 @pytest.mark.usefixtures("precision")
