@@ -168,7 +168,7 @@ class Gateway:
             await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
         elif path == METRICS_PATH and method in {"GET", "HEAD"}:
             await answer_metrics(self._metrics, self._service_name, self._app, scope, receive, send)
-        elif method in {"GET", "HEAD", "OPTIONS"}:
+        elif method in _READING:
             await self._pass_on(scope, receive, send)
         else:
             await self._within_limits(holder, scope, receive, send)
@@ -290,7 +290,9 @@ class Gateway:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_of(scope).has_reached_engine = True
-        answer = _Answer(send, self._activity, has_body=scope["method"] != "HEAD")
+        # A health check is no progress: it would hide an engine that no longer generates.
+        activity = Activity() if scope["method"] in _READING else self._activity
+        answer = _Answer(send, activity, has_body=scope["method"] != "HEAD")
         try:
             await self._app(scope, receive, answer.send)
         except Exception:
@@ -352,6 +354,8 @@ _KINDS = {
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods without a body, which make the engine generate nothing."""
 _CLOSE = (b"connection", b"close")
 """Sent if the body was not read to the end: the server would parse the rest as the next request."""
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from palate_recipes.specs.serve import ServeSpec
-from palate_server.gateway import Gateway, Message, Receive, Scope, Send
+from palate_server.gateway import Activity, Gateway, Message, Receive, Scope, Send
 
 TOKEN = "right"
 SPEC = ServeSpec(service_name="svc", model_dir="m", base_model_dir="b", work_dir="w")
@@ -310,3 +310,23 @@ def test_requests_hold_no_more_than_their_bound_together(monkeypatch: pytest.Mon
             ]
 
     assert asyncio.run(go()) == [200, 503, 200]
+
+
+def test_a_health_check_is_no_progress_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load balancer asks every few seconds; an engine that generates nothing must count as still all the same."""
+    now = 100.0
+    monkeypatch.setattr("palate_server.gateway.time.monotonic", lambda: now)
+    activity = Activity()
+    activity.begin()  # a request that the engine does not answer
+    now = 160.0
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(Gateway(echo, spec=SPEC, token=TOKEN, activity=activity))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            assert (await client.get("/health")).status_code == 200
+            assert (await client.get("/version", headers=WITH_TOKEN)).status_code == 200
+            assert activity.facts()["still_s"] == 60.0
+            assert (await client.post("/v1/completions", headers=WITH_TOKEN, json={"prompt": "a"})).status_code == 200
+            assert activity.facts()["still_s"] == 0.0
+
+    asyncio.run(run())
