@@ -355,7 +355,7 @@ def _earlier_rates(device: str, spec: TrainSpec, session: Session) -> dict[str, 
         events = events_once(record.metrics())
         start = next((event for event in events if event["kind"] == "start"), {})
         rate = events[-1].get("tokens_per_s") if events and events[-1]["kind"] == "end" else None
-        # A store may contain anything, such as a number that is no float.
+        # A store may contain anything, such as an integer too large for a float.
         if start.get("device") == device and isinstance(rate, int | float) and _LOWEST_RATE < rate < 1 / _LOWEST_RATE:
             rates[run.name] = float(rate)
     return rates

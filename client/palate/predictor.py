@@ -372,8 +372,8 @@ class Predictor:
         """Removes a token. A running service refuses it when this returns; requests that it has accepted are answered.
 
         Raises:
-            ConfigurationError: There is no token of this name, or it is the owner's.
-            ServiceError: The running service goes on to accept the token. It is removed from the record.
+            ConfigurationError: No token has this name, or it is the owner's.
+            ServiceError: The running service still accepts the token, which is no longer in the record.
         """
         token = access.remove(self._run.record, name)
         if not self._has_followed(token.digest, accepts=False):
@@ -388,7 +388,7 @@ class Predictor:
             name: Default: the owner's token, which `access_token` returns and Palate's own clients read.
 
         Raises:
-            ConfigurationError: There is no token of this name.
+            ConfigurationError: No token has this name.
             ServiceError: The running service does not follow. The owner's token stays as it was.
         """
         record = self._run.record

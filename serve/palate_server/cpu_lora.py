@@ -47,7 +47,7 @@ def is_active() -> bool:
     allowed = os.environ.get("VLLM_PLUGINS")
     return (
         os.environ.get(SWITCH) != "0"
-        and f"{version}.".startswith(f"{KNOWN_VLLM}.")
+        and _is_known(version)
         and (allowed is None or PLUGIN in allowed.split(","))
         and any(found.name == PLUGIN for found in entry_points(group="vllm.general_plugins"))
     )
@@ -80,13 +80,17 @@ def _choosing(own: Callable[[], str]) -> Callable[[], str]:
     return staticmethod(get_punica_wrapper)
 
 
+def _is_known(version: str) -> bool:
+    return f"{version}.".startswith(f"{KNOWN_VLLM}.")
+
+
 def _unknown(name: str) -> str:
     """Returns why vLLM's LoRA code is not the one that `punica` replaces, or ""."""
     import vllm
 
     if name != _OWN:
         return f"it uses {name}"
-    if not f"{vllm.__version__}.".startswith(f"{KNOWN_VLLM}."):
+    if not _is_known(vllm.__version__):
         return f"vLLM {vllm.__version__} is not {KNOWN_VLLM}"
     module, _, attribute = name.rpartition(".")
     wrapper: Any = getattr(import_module(module), attribute)

@@ -103,9 +103,7 @@ class VllmScores:
         ]
 
     def rendered(self, model: str, row: ProbeRow) -> list[int]:
-        turns = [{"role": turn.role, "content": turn.content} for turn in row.messages]
-        text: dict[str, Any] = {"messages": turns} if turns else {"prompt": row.prompt}
-        return [int(token) for token in self._ask("/tokenize", {"model": model, **text})["tokens"]]
+        return _rendered(self._ask, "/tokenize", model, row)
 
     def _complete(self, model: str, prompts: list[list[int]], **more: Any) -> list[dict[str, Any]]:
         # The model's generation_config.json sets other defaults, which a processed log-prob would show.
@@ -137,13 +135,17 @@ class OwnScores:
         ]
 
     def rendered(self, model: str, row: ProbeRow) -> list[int]:
-        turns = [{"role": turn.role, "content": turn.content} for turn in row.messages]
-        text: dict[str, Any] = {"messages": turns} if turns else {"prompt": row.prompt}
-        return [int(token) for token in self._ask(RENDER_PATH, {"model": model, **text})["tokens"]]
+        return _rendered(self._ask, RENDER_PATH, model, row)
 
     def _score(self, model: str, row: ProbeRow) -> list[float]:
         body = {"model": model, "prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids}
         return [_number(value) for value in self._ask(SCORE_PATH, body)["logps"]]
+
+
+def _rendered(ask: Ask, path: str, model: str, row: ProbeRow) -> list[int]:
+    turns = [{"role": turn.role, "content": turn.content} for turn in row.messages]
+    text: dict[str, Any] = {"messages": turns} if turns else {"prompt": row.prompt}
+    return [int(token) for token in ask(path, {"model": model, **text})["tokens"]]
 
 
 def _number(logp: Any) -> float:

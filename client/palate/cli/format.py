@@ -28,7 +28,7 @@ _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received. Handled as Ctrl-C, but it ends any command: a `with` block deletes its service, a job goes on."""
+    """SIGTERM was received. Like Ctrl-C: a `with` block deletes its service, and a job continues. Unlike it, ends any command."""
 
 
 def pairs(entries: list[str], flag: str) -> dict[str, str]:

@@ -118,7 +118,7 @@ def replace(record: Record, name: str) -> tuple[str, AccessToken]:
     For the owner's token this only announces the next one: the service accepts both until `write_owner_token` is called.
 
     Raises:
-        ConfigurationError: There is no token of this name.
+        ConfigurationError: No token has this name.
     """
     value = new_token()
     made: list[AccessToken] = []

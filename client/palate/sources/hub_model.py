@@ -148,7 +148,7 @@ def check_architecture(source: WeightsSource) -> None:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Returns a model's config; ConfigurationError if it is no JSON object."""
+    """Returns a model's config; ConfigurationError if it is not a JSON object."""
     try:
         found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
