@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,11 +68,17 @@ class Terminal:
         before, found, self._seen = self._seen.partition(until)
         return before + found
 
-    def interrupt(self, until: str) -> None:
-        """Presses Ctrl-C until the text is shown: Python's readline misses one that comes just before it waits for a key."""
+    def interrupt(self, until: str, send: Callable[[], None] | None = None) -> None:
+        """Sends Ctrl-C, or what is given, until the text is shown.
+
+        Python's readline misses a signal that comes between its prompt and its wait for a key, so one may not be enough.
+        """
         deadline = time.monotonic() + 60
         while until not in self._seen and time.monotonic() < deadline:
-            self.type("\x03")
+            if send is None:
+                self.type("\x03")
+            else:
+                send()
             if select.select([self._controller], [], [], 5)[0]:
                 self._seen = ESCAPES.sub("", self._seen + os.read(self._controller, 65536).decode())
         self.shown(until)
@@ -164,8 +170,7 @@ def test_sigterm_ends_the_session(home: Path, service: str) -> None:
             if question:
                 terminal.type(question)
                 terminal.shown("0.7 forever.")
-            terminal.process.terminate()
-            terminal.shown("ended by SIGTERM")
+            terminal.interrupt("ended by SIGTERM", terminal.process.terminate)
             assert terminal.process.wait(timeout=60) == 143
 
 
