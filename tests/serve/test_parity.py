@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import pytest
 
 from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
-from palate_recipes.specs.serve import PROBE_HEADER, Parity, Ready, ServeSpec, describe_engines
+from palate_recipes.specs.serve import Parity, Ready, ServeSpec, describe_engines
 from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from palate_server.plan import EnginePlan
 from palate_server.server import Event, _Asking, _probe
@@ -350,14 +351,27 @@ def trained(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Traine
     return Trained(base, folder / "LoRA_LLM/out/model", folder / "Standard_LLM/out/model")
 
 
+def engine_socket(server: Server) -> str:
+    """Returns the socket of its engine."""
+    for process in server.family():
+        for option, value in itertools.pairwise(process.cmdline()):
+            if option == "--uds":
+                return value
+            if value.startswith("--uds="):
+                return value.removeprefix("--uds=")
+    raise AssertionError("it has no engine")
+
+
 def scores_of(server: Server, **renamed: str) -> VllmScores | OwnScores:
     """How its engine scores; `renamed` sends requests for one model to another, as a wrong alias does."""
     import httpx
 
     def ask(path: str, request: dict[str, Any]) -> Any:
-        request = {**request, "model": renamed.get(request["model"], request["model"])}
-        headers = {"Authorization": f"Bearer {TOKEN}", PROBE_HEADER: "1"}
-        answer = httpx.post(f"{server.url}{path}", json=request, headers=headers, timeout=60)
+        names = {"smol_example": "default", **renamed}
+        request = {**request, "model": names.get(request["model"], request["model"])}
+        transport = httpx.HTTPTransport(uds=engine_socket(server))  # scores and rendering are not for users
+        with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as engine:
+            answer = engine.post(path, json=request)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
