@@ -59,6 +59,7 @@ class ServedModel:
         tuned_digest: SHA-256 of the tuned model's digests.json, or of a checkpoint's marker, which the runner checks files against;
             None checks nothing.
         checkpoint: Name of the checkpoint that `tuned_uri` is; "" for the model of a finished job.
+        dtype: Data type to serve in if the service's options name none; "" leaves it to the engine.
         adapter: Whether `tuned_uri` is an adapter for the base.
         system_prompt: The system prompt used in training; `palate chat` starts with it.
         labels: Labels of the service, for filters.
@@ -68,6 +69,7 @@ class ServedModel:
     tuned_uri: str | None = None
     tuned_digest: str | None = None
     checkpoint: str = ""
+    dtype: str = ""
     adapter: bool = False
     system_prompt: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +88,8 @@ class ServedModel:
 
     def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
         """Returns a service's manifest with the same settings and this model."""
-        body = structs.replace(manifest.body, **self.facts(run.session, run.backend))
+        options = {**({"dtype": self.dtype} if self.dtype else {}), **manifest.body.options}
+        body = structs.replace(manifest.body, options=options, **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
 
 
@@ -113,7 +116,7 @@ class HasModel(Protocol):
     @property
     def id(self) -> str: ...
 
-    def served_model(self) -> ServedModel: ...
+    def served_model(self, checkpoint: str | int | None = None) -> ServedModel: ...
 
 
 @reject_unknown_keywords
@@ -514,24 +517,27 @@ class Predictor:
             interrupt.add_note(self._keeps_starting)
             raise
 
-    def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
-        """Serves another job's model under this name, with the same token and settings.
+    def update_service(
+        self, job: HasModel, *, checkpoint: str | int | None = None, show_logs: bool = False
+    ) -> Predictor:
+        """Serves another job's model, or one of its checkpoints, under this name, with the same token and settings.
 
         The service is down until the new model answers. Its port stays the same, as with `start_service()`, unless another program
         has taken it. If the new model does not start, the service returns to the previous one. A stopped service is started. A
         running one that serves the job already is left alone.
 
         Args:
-            job: A succeeded job.
+            job: A succeeded job; with `checkpoint` in any state.
+            checkpoint: `latest`, a step or a name, as in `TrainingJob.deploy`. None: the model of the succeeded job.
             show_logs: Show the engine's log while waiting.
 
         Raises:
-            JobNotReadyError: The job has not succeeded. The service is unchanged.
+            JobNotReadyError: The job has not succeeded, or with `checkpoint` has no complete one. The service is unchanged.
             ServiceError: The new model did not start. Has the reason and the last lines of the engine's log.
             ConfigurationError: Another update of the service is in progress.
         """
         before = self._run.record.serve_manifest()
-        after = job.served_model().instead_of(before, self._run)
+        after = job.served_model(checkpoint=checkpoint).instead_of(before, self._run)
         state = self._run.refresh().state
         if state == "Running" and after == before:
             note(f"service {self.service_name} already serves job {job.id}")

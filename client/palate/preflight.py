@@ -1,4 +1,4 @@
-"""Checks libraries, memory, and whether an engine can serve it, before anything is written or started. Knows no run and no data."""
+"""Checks libraries, memory, steps, and whether an engine can serve it, before anything is written or started. Knows no run, no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from palate.weights import config_at_hand
 from palate_recipes.catalog import Model, models
 from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, installed_version
 from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError, PalateError, UnservableError
-from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.hyperparameters import NOT_4BIT, DeviceFacts
+from palate_recipes.schema import Hyperparameters
 from palate_recipes.servability import (
     ENGINES,
     GIB,
@@ -48,6 +49,10 @@ _REFERENCE_BYTES = 4.0
 
 _PROCESS_GIB = 0.7
 """Memory of Python, torch and the libraries without weights."""
+
+
+FEW_STEPS = 10
+"""With fewer optimizer steps an adapter hardly moves at the usual learning rates."""
 
 
 def check_trainer() -> None:
@@ -143,6 +148,60 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
 def _fits(spec: TrainSpec, parameters: float, there: float, gpus: int) -> bool:
     """Whether the training's minimum memory is available, by the formula that rejects it."""
     return training_memory_gib(parameters, spec, gpus=gpus) <= there
+
+
+def without_needless_notes(spec: TrainSpec, parameters: float, device: DeviceFacts) -> TrainSpec:
+    """Returns the training without the note that its weights are not in 4 bits, if they need at most half of the memory anyway.
+
+    Args:
+        spec: The training, with the notes of `resolve`.
+        parameters: Number of parameters of the model; 0 if unknown.
+        device: Where it runs.
+    """
+    needed = training_memory_gib(parameters, spec, gpus=device.gpu_count if device.cuda else 1)
+    if not parameters or needed > available_memory_gib(device) / 2:
+        return spec
+    return replace(spec, notes=tuple(note for note in spec.notes if not note.startswith(NOT_4BIT)))
+
+
+# ── optimizer steps ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def optimizer_steps(examples: int, values: Hyperparameters, *, gpus: int) -> int:
+    """Returns the number of optimizer steps, as transformers' Trainer counts them.
+
+    Args:
+        examples: Rows trained on per epoch; under KTO single answers, under SFT answers of all learned turns.
+        values: Batch size, accumulation, epochs and `max_steps` are used.
+        gpus: Number of processes.
+    """
+    if not examples or values.max_steps:
+        return values.max_steps if examples else 0
+    return math.ceil(values.num_train_epochs * steps_per_epoch(examples, values, gpus=gpus))
+
+
+def steps_per_epoch(examples: int, values: Hyperparameters, *, gpus: int) -> int:
+    """Returns the number of optimizer steps of one epoch. See `optimizer_steps`."""
+    batches = math.ceil(examples / (values.per_device_train_batch_size * gpus))
+    return math.ceil(batches / values.gradient_accumulation_steps)
+
+
+def few_steps_note(examples: int, values: Hyperparameters, *, gpus: int) -> str:
+    """Returns a note if the data makes too few optimizer steps to learn from, with the remedy; else "".
+
+    None if `max_steps` was given: then their number is what the user asked for.
+    """
+    steps = optimizer_steps(examples, values, gpus=gpus)
+    if values.max_steps or not 0 < steps < FEW_STEPS:
+        return ""
+    batch = values.per_device_train_batch_size * values.gradient_accumulation_steps * gpus
+    epochs = math.ceil(2 * FEW_STEPS / steps_per_epoch(examples, values, gpus=gpus))
+    return (
+        f"{steps} optimizer step{'' if steps == 1 else 's'} ({examples} examples, {batch} per step, num_train_epochs="
+        f"{values.num_train_epochs:g}) are too few to learn from: set num_train_epochs={epochs} for {2 * FEW_STEPS} steps or more, "
+        "or lower gradient_accumulation_steps or per_device_train_batch_size, or raise learning_rate "
+        f"from {values.learning_rate:g}"
+    )
 
 
 # ── serving ───────────────────────────────────────────────────────────────────────────────────────────────────────

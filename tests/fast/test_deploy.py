@@ -195,7 +195,7 @@ def test_a_service_that_serves_the_job_already_is_not_started_again(
     class Same:
         id = "one"
 
-        def served_model(self) -> ServedModel:
+        def served_model(self, checkpoint: str | int | None = None) -> ServedModel:
             body = manifest.body
             return ServedModel(
                 model=body.model,

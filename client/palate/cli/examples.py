@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "show": ("palate show JOB", "palate show SERVICE --json", "palate show SERVICE --token"),
     "watch": ("palate watch JOB", "palate watch JOB --timeout 60"),
     "metrics": ("palate metrics JOB", "palate metrics JOB --json"),
+    "checkpoints": ("palate checkpoints JOB", "palate checkpoints JOB --json"),
     "top": ("palate top SERVICE", "palate top SERVICE --once --json"),
     "logs": ("palate logs JOB", "palate logs -f SERVICE"),
     "save": (
@@ -41,7 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "stop": ("palate stop JOB", "palate stop SERVICE"),
     "start": ("palate start SERVICE",),
-    "update": ("palate update SERVICE JOB",),
+    "update": ("palate update SERVICE JOB", "palate update SERVICE JOB --checkpoint latest"),
     "delete": ("palate delete JOB", "palate delete --yes JOB SERVICE"),
     "clean": ("palate clean", "palate clean --yes"),
     "token list": ("palate token list SERVICE", "palate token list SERVICE --json"),

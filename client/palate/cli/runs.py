@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
@@ -258,6 +259,43 @@ def metrics(
     print(visible(f"reading: {job.reading()}"), file=sys.stderr)
 
 
+def checkpoints(
+    name: Annotated[str, typer.Argument(help="Job id.")],
+    as_json: _Json = False,
+    wide: Wide = False,
+) -> None:
+    """List a job's checkpoints, which `palate deploy JOB --checkpoint STEP` serves.
+
+    The figures are of the log line at the step or the last one before it, and of the validation at the step.
+    """
+    from palate.job import TrainingJob
+    from palate.runs.checkpoints import none_yet
+
+    job = TrainingJob.get(name)
+    state = job.status  # first, so that a lost runner is noticed
+    found = job.checkpoints()
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+        return
+    from palate.ui.terminal import Column, print_table
+
+    columns = ("loss", "eval_loss", "eval_rewards/accuracies", "rewards/margins")
+    rows = []
+    for one in found:
+        figures = [one.metrics.get(column) for column in columns]
+        shown = ["" if figure is None else f"{figure:.4g}" for figure in figures]
+        left = "being uploaded" if state in ("Running", "Stopping") else "incomplete"
+        ready = "complete" if one.is_complete else left
+        rows.append((one.name, one.step, ready, age(one.written_at), f"{one.size_bytes / 1e6:.1f} MB", *shown))
+    titles = ("loss", "validation loss", "validation accuracy", "margin")
+    table = [Column(title, drop) for title, drop in zip(titles, (0, 0, 2, 3), strict=True)]
+    print_table(("checkpoint", "step", "state", "age", Column("size", 1), *table), rows, wide=wide)
+    if any(one.is_complete for one in found):
+        say_next("deploy", job.id, "--checkpoint", "latest")
+    else:
+        print(visible(str(none_yet(job._run.record))), file=sys.stderr)
+
+
 def logs(
     name: Annotated[str, typer.Argument(help="Job id or service name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
@@ -310,17 +348,24 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
 
 def update(
     name: Annotated[str, typer.Argument(help="Service name.")],
-    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job to serve.")],
+    job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP",
+            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
+        ),
+    ] = None,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Switch a service to another job's model.
+    """Switch a service to another job's model or checkpoint.
 
     Starts a stopped service. If that model does not start, the service keeps the old one.
     """
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
-    predictor = Predictor(name).update_service(TrainingJob.get(job_id), show_logs=show_logs)
+    predictor = Predictor(name).update_service(TrainingJob.get(job_id), checkpoint=checkpoint, show_logs=show_logs)
     print(f"{name}\t{predictor.endpoint}")
     say_next("chat", name)
 
@@ -397,5 +442,5 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, show, watch, metrics, logs, save, stop, start, update, delete, clean):
+    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, update, delete, clean):
         app.command()(verb)
