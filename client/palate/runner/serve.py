@@ -17,6 +17,7 @@ from palate.runner.access import AccessFile
 from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
+from palate.runner.poll import RecordPoll
 from palate.store import open_parent
 from palate.weights import fetch_weights
 from palate_recipes.errors import StoreError
@@ -48,7 +49,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
-    access_file = AccessFile(context.direct, work / ACCESS_FILE, context.say)
+    access_file = AccessFile(context.direct, work / ACCESS_FILE)
     access = context.retry(access_file.update)
     context.say(f"starting the engine for {body.model.name}; it loads the model and answers a first request")
     child = Child(
@@ -57,6 +58,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         env={TOKEN_VARIABLE: access.owner, "HF_HUB_OFFLINE": "1"},
         cwd=work,
     )
+    poll = RecordPoll({"tokens": access_file.update}, context.say)
     ready_file = work / READY_FILE
     over_at: float | None = None
     announced = False
@@ -88,7 +90,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         announced = True
         context.say(f"{ready.engine} has answered its first request, {time.monotonic() - begun:.0f} s after the start")
 
-    with child, access_file:
+    with child, poll:
         outcome = watch(
             child,
             context.heartbeat,
