@@ -54,12 +54,12 @@ def seconds(words: str, flag: str) -> float:
 
 def age(since: float) -> str:
     """Formats the time since `since` (seconds since the epoch) in its largest unit."""
-    return _largest_unit(time.time() - since)
+    return largest_unit(time.time() - since)
 
 
 def left(until: float) -> str:
     """Formats the time until `until` (seconds since the epoch) in its largest unit."""
-    return _largest_unit(until - time.time())
+    return largest_unit(until - time.time())
 
 
 def moment(seconds: float) -> str:
@@ -70,7 +70,8 @@ def moment(seconds: float) -> str:
         return f"{seconds:g} s since 1970"
 
 
-def _largest_unit(seconds: float) -> str:
+def largest_unit(seconds: float) -> str:
+    """Formats a duration in its largest unit."""
     passed = max(0, int(seconds))
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if passed >= size:

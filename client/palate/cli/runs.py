@@ -70,11 +70,25 @@ def services(
     since: _Since = None,
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
+    live: Annotated[
+        bool, typer.Option("--live", help="Redraw the table until Ctrl-C, with what each service does.")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --live: seconds between two readings.")] = 2.0,
     as_json: _Json = False,
     wide: Wide = False,
 ) -> None:
-    """List services, newest first."""
+    """List services, newest first.
+
+    With --live also their end and, of those that can be reached from here, requests and tokens of the last minute.
+    """
     wanted = _wanted(status, name, model, label, since, 1)
+    if live:
+        from palate.cli.live import show_live
+
+        if as_json or not sys.stdout.isatty():
+            raise ConfigurationError("--live needs a terminal: omit it for one table, or use --json without it")
+        show_live(lambda: _list_runs("services", wanted, limit, timeout), interval, wide=wide)
+        return
     listing = _list_runs("services", wanted, limit, timeout)
     rows = [_service(found) for found in (*listing.runs, *listing.unread)]
     columns = ("service", "state", ("model", 2), "endpoint", ("age", 1), ("reason", 3))

@@ -39,8 +39,8 @@ def write_renewal(record: Record, time_to_live_s: float | None) -> Renewal:
         and 0 < time_to_live_s <= LONGEST_LIFE_S
     ):
         raise ConfigurationError(
-            f"time_to_live_s={shown(time_to_live_s)} is out of range: expected seconds above 0, at most {LONGEST_LIFE_S:.0f} (10 years). "
-            "None removes the limit"
+            f"time_to_live_s={shown(time_to_live_s)} is out of range: expected seconds above 0, at most {LONGEST_LIFE_S:.0f} "
+            "(10 years). None removes the limit"
         )
     renewal = Renewal(id=token_hex(8), time_to_live_s=None if time_to_live_s is None else float(time_to_live_s))
     record.store.put(record.key(RENEWAL_KEY), encode(renewal))
