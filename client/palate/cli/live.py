@@ -113,7 +113,7 @@ class _Loads:
 
         running = {run.name: run for run in runs if run.status is not None and run.status.endpoint}
         self._meters = {name: self._meters.get(name) or _Meter() for name in running}
-        meters, found = self._meters, dict[str, Load]()
+        meters, found = self._meters, {}
         deadline = time.monotonic() + _ANSWER_S
         for name, load in each_result(lambda name: meters[name].read(running[name]), [*running], deadline):
             if isinstance(load, BaseException):

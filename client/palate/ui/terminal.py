@@ -165,11 +165,17 @@ class LiveView:
         cells = [[_one_line(cell) for cell in row] for row in rows]
         shown = [*range(len(every))] if wide else _fitting(every, cells, self._console.width)
         table = _table(every, cells, shown, wraps=False, overflow="ellipsis")
+        widths = _widths(every, cells, shown, whole=True)
+        if (excess := sum(widths) - _GAP - self._console.width) > 0:
+            # The longest, such as a name, since a state that is cut could be another one.
+            longest = max(range(len(shown)), key=lambda at: widths[at])
+            table.columns[longest].max_width = max(_LEAST_CUT_WIDTH, widths[longest] - _GAP - excess)
         text = Text(visible(below), no_wrap=True, overflow="ellipsis")
         self._live.update(Group(table, text) if below else table, refresh=True)
 
 
 _GAP = 2
+_LEAST_CUT_WIDTH = 8  # of a name in a table that is redrawn
 _LEAST_TEXT_WIDTH = 24
 """Width in characters below which a column of text is left out instead of wrapped."""
 
