@@ -19,6 +19,7 @@ from palate.runs import access
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.renewal import read_renewal, write_renewal
 from palate.session import Session, get_default_session
 from palate.ui import note
 from palate.weights import reachable_weights
@@ -43,10 +44,13 @@ READY_MARGIN_S = 900.0
 STOP_GRACE_S = 30.0
 
 TOKENS_TAKEN_S = 5.0
-"""A running service whose store answers follows a change of its tokens within this time."""
+"""A running service whose store answers follows a change of its tokens or its time to live within this time."""
 _TOKENS_LIMIT_S = 30.0
 """After this time a service that answers, but did not follow, counts as unable to."""
 _TOKENS_POLL_S = 0.25
+
+_NOTES_OF_THE_RUNNER = ("renewal", "ends_at")
+"""Details of the status that a description does not repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +452,38 @@ class Predictor:
 
     # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def renew(self, time_to_live_s: float | None) -> None:
+        """Gives the service a new time to live in place of the one it has: it stops after this many seconds from now.
+
+        A running service has followed when this returns, and `describe_service()["EndsAt"]` is the new end. If it is not running,
+        the time counts from the first answer of its next start. The new time to live also replaces the earlier one at all later
+        starts and updates, each time from the first answer.
+
+        Args:
+            time_to_live_s: Seconds; None removes the limit.
+
+        Raises:
+            ConfigurationError: The time is out of range.
+            ServiceError: The running service does not follow, or it stopped meanwhile. Its next start does follow.
+        """
+        record = self._run.record
+        write_renewal(record, time_to_live_s)
+        was_running, begun = False, time.monotonic()
+        while (status := self._run.refresh()).state == "Running":
+            was_running = True
+            current = read_renewal(record)  # a later renewal replaces this one, and the runner may have seen only that
+            if current is None or status.details.get("renewal") == current.id:
+                return
+            if time.monotonic() - begun >= _TOKENS_LIMIT_S:
+                raise ServiceError(f"service {record.name} was renewed in its record", reason=self._cannot_follow)
+            time.sleep(_TOKENS_POLL_S)
+        if was_running:
+            raise ServiceError(
+                f"service {record.name} was not renewed in time",
+                reason=f"it is {status.state}{f' ({status.reason})' if status.reason else ''}: `palate start {record.name}` starts it "
+                "with the new time to live",
+            )
+
     def wait_for_ready(
         self, timeout_s: float | None = None, *, show_logs: bool = False, show_stages: bool = False
     ) -> Predictor:
@@ -626,5 +662,12 @@ def describe(run: RunHandle, status: Status) -> dict[str, Any]:
         "ModelUri": _manifest(run).body.tuned_uri,
         "Labels": dict(run.manifest.labels),
         "Uri": run.record.uri,
-        **status.details,
+        "EndsAt": ends_at(status),
+        **{name: value for name, value in status.details.items() if name not in _NOTES_OF_THE_RUNNER},
     }
+
+
+def ends_at(status: Status) -> float | None:
+    """Returns when a running service's time to live is over, in seconds since the epoch by its machine's clock; None: no limit."""
+    value = status.details.get("ends_at")
+    return value if status.state == "Running" and isinstance(value, float) else None

@@ -332,3 +332,19 @@ def test_a_service_stops_by_itself_when_its_time_is_over(
         assert reason in predictor.describe_service()["Reason"]
         until(lambda: is_free(endpoint), timeout_s=30)  # the runner says that it is over, then ends
     assert Predictor.list() == []
+
+
+def test_a_running_service_is_renewed_and_ends_without_its_client(hands: Hands, job: TrainingJob) -> None:
+    with untuned(job, "renewed", time_to_live_s=3600) as predictor:
+        assert predictor.describe_service()["EndsAt"] == pytest.approx(time.time() + 3600, abs=300)
+        begun = time.monotonic()
+        predictor.renew(None)
+        assert predictor.describe_service()["EndsAt"] is None
+        predictor.renew(3)
+        assert time.monotonic() - begun < 2 * TOKENS_TAKEN_S
+        until(lambda: predictor.service_status == "Stopped", timeout_s=30)
+        assert predictor.describe_service()["Reason"] == "its time to live is over"
+        # It has the renewed time at its next start, too, and the runner writes when that ends.
+        predictor.renew(7200)
+        predictor.start_service()
+        assert predictor.describe_service()["EndsAt"] == pytest.approx(time.time() + 7200, abs=300)

@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "stop": ("palate stop JOB", "palate stop SERVICE"),
     "start": ("palate start SERVICE",),
+    "renew": ("palate renew SERVICE 2h", "palate renew SERVICE never"),
     "update": ("palate update SERVICE JOB", "palate update SERVICE JOB --checkpoint latest"),
     "delete": ("palate delete JOB", "palate delete --yes JOB SERVICE"),
     "clean": ("palate clean", "palate clean --yes"),

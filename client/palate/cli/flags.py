@@ -38,6 +38,7 @@ _PHRASES = (
     (" (job.model_uri)", " (`palate show JOB` prints its URI)"),
     (", or None for no limit", "; omit it for no limit"),
     (", or None", "; or omit it"),
+    ("None removes the limit", "never removes the limit"),
     ("servable=False", "--no-servable"),
 )
 _OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt-name", "--from")

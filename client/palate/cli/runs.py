@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from palate.cli.format import Wide, age, open_run, pairs, say_next, seconds
+from palate.cli.format import Wide, age, left, moment, open_run, pairs, say_next, seconds
 from palate.cli.show import show
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate_recipes.text import visible
@@ -71,11 +71,25 @@ def services(
     since: _Since = None,
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
+    live: Annotated[
+        bool, typer.Option("--live", help="Redraw the table until Ctrl-C, with what each service does.")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --live: seconds between two readings.")] = 2.0,
     as_json: _Json = False,
     wide: Wide = False,
 ) -> None:
-    """List services, newest first."""
+    """List services, newest first.
+
+    With --live also their end and, of those that can be reached from here, requests and tokens of the last minute.
+    """
     wanted = _wanted(status, name, model, label, since, 1)
+    if live:
+        from palate.cli.live import show_live
+
+        if as_json or not sys.stdout.isatty():
+            raise ConfigurationError("--live needs a terminal: omit it for one table, or use --json without it")
+        show_live(lambda: _list_runs("services", wanted, limit, timeout), interval, wide=wide)
+        return
     listing = _list_runs("services", wanted, limit, timeout)
     rows = [_service(found) for found in (*listing.runs, *listing.unread)]
     columns = ("service", "state", ("model", 2), "endpoint", ("age", 1), ("reason", 3))
@@ -346,6 +360,28 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
     print(f"{name}\t{predictor.endpoint}")
 
 
+def renew(
+    name: Annotated[str, typer.Argument(help="Service name.")],
+    time_to_live: Annotated[str, typer.Argument(help="Time until it stops, such as 30min, 2h, 7d; never: no limit.")],
+) -> None:
+    """Give a service a new time to live, counted from now.
+
+    If it is not running, the time counts from the first answer of its next start. Later starts use the new time, too.
+    """
+    from palate.predictor import Predictor, ends_at
+
+    predictor = Predictor(name)
+    predictor.renew(None if time_to_live == "never" else seconds(time_to_live, "TIME_TO_LIVE"))
+    status = predictor._run.refresh()
+    if status.state != "Running":
+        print(f"{name}\t{status.state}: the time counts from its next first answer")
+        say_next("show" if status.state == "Creating" else "start", name)
+        return
+    end = ends_at(status)
+    print(f"{name}\t{'no end' if end is None else f'ends in {left(end)}, at {moment(end)}'}")
+    say_next("services", "--live")
+
+
 def update(
     name: Annotated[str, typer.Argument(help="Service name.")],
     job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
@@ -442,5 +478,5 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, update, delete, clean):
+    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, renew, update, delete, clean):
         app.command()(verb)

@@ -17,6 +17,8 @@ from palate.runner.access import AccessFile
 from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
+from palate.runner.lifetime import Lifetime
+from palate.runner.poll import RecordPoll
 from palate.store import open_parent
 from palate.weights import fetch_weights
 from palate_recipes.errors import StoreError
@@ -48,8 +50,10 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
     )
     spec.write(work / "spec.json")
-    access_file = AccessFile(context.direct, work / ACCESS_FILE, context.say)
+    access_file = AccessFile(context.direct, work / ACCESS_FILE)
     access = context.retry(access_file.update)
+    lifetime = Lifetime(context.direct, context.heartbeat.attempt, body.time_to_live_s or None)
+    context.retry(lifetime.update)
     context.say(f"starting the engine for {body.model.name}; it loads the model and answers a first request")
     child = Child(
         [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
@@ -57,16 +61,15 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         env={TOKEN_VARIABLE: access.owner, "HF_HUB_OFFLINE": "1"},
         cwd=work,
     )
+    poll = RecordPoll({"tokens": access_file.update, "time to live": lifetime.update}, context.say)
     ready_file = work / READY_FILE
-    over_at: float | None = None
     announced = False
 
     def announce() -> None:
-        nonlocal announced, over_at
+        nonlocal announced
         if announced or not ready_file.exists():
             return
-        if body.time_to_live_s and over_at is None:
-            over_at = time.monotonic() + body.time_to_live_s  # the time to live starts with the first answer
+        life = lifetime.begin()  # also if the status cannot be written: the time to live starts with the first answer
         ready = Ready.read(ready_file)
         try:
             context.direct.advance(
@@ -81,6 +84,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
                     "start_s": round(time.monotonic() - begun, 1),
                     "port": urlsplit(ready.endpoint).port,
                     "parity": to_builtins(ready.parity),
+                    **life,
                 },
             )
         except StoreError:
@@ -88,13 +92,13 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         announced = True
         context.say(f"{ready.engine} has answered its first request, {time.monotonic() - begun:.0f} s after the start")
 
-    with child, access_file:
+    with child, poll:
         outcome = watch(
             child,
             context.heartbeat,
             terminated=context.terminated,
             on_tick=announce,
-            deadline=lambda: over_at,
+            deadline=lifetime.ends_at,
             grace_s=STOP_GRACE_S,
         )
     code = child.process.returncode

@@ -3,6 +3,7 @@
     jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
                     inputs/  checkpoints/  model/  tensorboard/
     services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token  access_tokens.json
+                    renewal.json
 
 `manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`
@@ -15,7 +16,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 from msgspec.structs import replace
@@ -49,6 +50,8 @@ TOKEN_KEY = "access_token"
 """The owner's bearer token of a service. A separate key, so that no manifest, status or log contains it."""
 NAMED_TOKENS_KEY = "access_tokens.json"
 """The service's named tokens (see `palate_recipes.specs.access`)."""
+RENEWAL_KEY = "renewal.json"
+"""The service's renewed time to live; missing if it was never renewed."""
 
 LOST = "the runner died without writing a status: it was killed, or the machine went down"
 
@@ -218,6 +221,14 @@ class Record:
     def note(self, *, attempt: int | None = None, **changes: Any) -> Status | None:
         """Changes fields of the status other than the state. Returns None if the run is deleted or at another attempt."""
         return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, attempt)
+
+    def add_details(self, attempt: int, details: Mapping[str, Any]) -> bool:
+        """Adds details to the status of a running attempt, or replaces those of the same name. Returns False if it is not running."""
+
+        def change(current: Status) -> Status:
+            return replace(current, details={**current.details, **details})
+
+        return self._rewrite(change, {"Running"}, attempt) is not None
 
     def begin_again(
         self,

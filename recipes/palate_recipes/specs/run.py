@@ -1,4 +1,4 @@
-"""The records of a run: manifest, status, lease and log index. Reading one validates it. Knows no store."""
+"""The records of a run: manifest, status, lease, renewal and log index. Reading one validates it. Knows no store."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ ACTIVE: frozenset[State] = frozenset({"Creating", "Running", "Stopping"})
 MANIFEST_SCHEMA = 1
 STATUS_SCHEMA = 1
 LEASE_SCHEMA = 1
+RENEWAL_SCHEMA = 1
 """Incremented when the meaning of a field changes. A new field keeps the version: readers ignore unknown fields."""
 
 
@@ -233,6 +234,23 @@ class Lease(Struct, frozen=True, kw_only=True):
         A runner that looks dead here may run on another machine: a clone of a running machine has the mark of the original.
         """
         return min(2 * self.every_s, self.lost_after_s)
+
+
+LONGEST_LIFE_S = 10 * 365 * 24 * 3600.0
+"""Maximum of a renewed time to live. Without a limit a hostile store could name an end that no calendar has."""
+
+
+class Renewal(Struct, frozen=True, kw_only=True):
+    """A service's time to live in place of the one in its manifest: the content of `renewal.json`.
+
+    Attributes:
+        id: Random name. A running service that sees a new one counts from that moment; a start counts from its first answer.
+        time_to_live_s: Seconds until the service stops; None means no limit.
+    """
+
+    id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    time_to_live_s: Annotated[float, Meta(gt=0, le=LONGEST_LIFE_S)] | None
+    schema: Int = RENEWAL_SCHEMA
 
 
 class MergedLog(Struct, frozen=True, kw_only=True):

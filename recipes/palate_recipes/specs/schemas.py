@@ -16,10 +16,12 @@ from palate_recipes.specs.access import ACCESS_SCHEMA, Access
 from palate_recipes.specs.run import (
     LEASE_SCHEMA,
     MANIFEST_SCHEMA,
+    RENEWAL_SCHEMA,
     STATUS_SCHEMA,
     TERMINAL,
     Lease,
     Manifest,
+    Renewal,
     Status,
 )
 
@@ -38,6 +40,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         f"manifest-{MANIFEST_SCHEMA}.json": _schema(Manifest, "manifest.json", MANIFEST_SCHEMA),
         f"status-{STATUS_SCHEMA}.json": status,
         f"lease-{LEASE_SCHEMA}.json": _schema(Lease, "lease.json", LEASE_SCHEMA),
+        f"renewal-{RENEWAL_SCHEMA}.json": _schema(Renewal, "renewal.json", RENEWAL_SCHEMA),
         f"access_tokens-{ACCESS_SCHEMA}.json": _schema(Access, "access_tokens.json", ACCESS_SCHEMA),
     }
 
