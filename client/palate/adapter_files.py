@@ -136,13 +136,13 @@ def find_adapter(uri: str | Path, session: Session, *, digest: str | None = None
             f"{where} has no {DIGESTS_FILE}, so its files cannot be verified: give a job, its model_uri, or a copy made by "
             "job.save_model()"
         ) from None
+    if len(listing) > _DIGESTS_LIMIT_BYTES:
+        raise DamagedFilesError(f"{where}/{DIGESTS_FILE} has more than {_DIGESTS_LIMIT_BYTES} bytes: restore the file")
     found = hashlib.sha256(listing).hexdigest()
     if digest not in (None, found):
         raise DamagedFilesError(
             f"{where} is not the adapter that was added: its {DIGESTS_FILE} was changed. Restore the files, or add the adapter again"
         )
-    if len(listing) > _DIGESTS_LIMIT_BYTES:
-        raise DamagedFilesError(f"{where}/{DIGESTS_FILE} has more than {_DIGESTS_LIMIT_BYTES} bytes: restore the file")
     listed = Checksums.parse(listing, where=f"{where}/{DIGESTS_FILE}").files
     if missing := [name for name in ADAPTER_FILES if name not in listed]:
         raise DataError(

@@ -39,6 +39,7 @@ _PHRASES = (
     (", or None for no limit", "; omit it for no limit"),
     (", or None", "; or omit it"),
     ("servable=False", "--no-servable"),
+    ("replace=True", "--replace"),
 )
 _OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt-name", "--from")
 """Options of `palate data` that `train` lacks."""

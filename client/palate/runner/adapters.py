@@ -21,6 +21,9 @@ LONGEST_RETRY_S = 300.0
 KEPT_S = 600.0
 """How long the files of a removed adapter stay. An engine may read them again for a request that it accepted before."""
 
+_REASON_LENGTH = 1000
+"""Characters of a reason, which becomes part of the service's status."""
+
 
 class StagedAdapters:
     """Keeps a folder with the verified files of the adapters in a service's record.
@@ -92,7 +95,7 @@ class StagedAdapters:
             find_adapter(adapter.uri, self._session, digest=adapter.digest).copy(draft)
             draft.rename(target)  # its presence means complete and verified
         except Exception as error:  # whatever it is, the others must be served
-            reason = str(error) or type(error).__name__
+            reason = str(error)[:_REASON_LENGTH] or type(error).__name__
             if failure is None or failure.reason != reason:
                 self._say(f"note: the adapter {adapter.name} cannot be served: {reason}")
             self._failures[_key(adapter)] = _Failure(reason, after=failure)
