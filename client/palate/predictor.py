@@ -577,10 +577,11 @@ class Predictor:
         Raises:
             JobNotReadyError: The job has not succeeded. The service is unchanged.
             ServiceError: The new model did not start. Has the reason and the last lines of the engine's log.
-            ConfigurationError: Another update of the service is in progress.
+            ConfigurationError: Another update of the service is in progress, or it has adapters and the job has another base.
         """
         before = self._run.record.serve_manifest()
         after = job.served_model().instead_of(before, self._run)
+        service_adapters.check_update(self._run, after)
         state = self._run.refresh().state
         if state == "Running" and after == before:
             note(f"service {self.service_name} already serves job {job.id}")

@@ -171,6 +171,19 @@ def remove(run: RunHandle, name: str) -> None:
     _forget_copy(run, removed)
 
 
+def check_update(run: RunHandle, after: ServeManifest) -> None:
+    """Raises ConfigurationError if a service's next model has another base than the adapters that were added to it."""
+    names = [one.name for one in adapters.read_adapters(run.record)]
+    if not names:
+        return
+    before = run.record.serve_manifest().body.model
+    if not (after.body.adapter and _same_weights(before, after.body.model)):
+        raise ConfigurationError(
+            f"service {run.record.name} has adapters ({', '.join(names)}) for {_shown(before)}, which it would no longer serve as "
+            f"their base: remove them first (`palate adapter rm {run.record.name} {names[0]}`), or deploy the job under another name"
+        )
+
+
 # ── what is given ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -275,25 +288,28 @@ def _check_base(given: _Given, config: Mapping[str, Any], manifest: ServeManifes
     body = manifest.body
     if given.base is not None:
         source = reachable_weights(given.base.source, run.session, run.backend)  # as the service's was
-        own = body.model.source
-        same = (source.kind, source.location, source.revision) == (own.kind, own.location, own.revision)
-        if not same:
+        base = structs.replace(given.base, source=source)
+        if not _same_weights(base, body.model):
             raise ConfigurationError(
-                f"{given.what} was trained on {_shown(structs.replace(given.base, source=source))}, and service "
+                f"{given.what} was trained on {_shown(base)}, and service "
                 f"{run.record.name} serves {_shown(body.model)}: both must have the same weights. Deploy the job as a service "
                 "of its own"
             )
         return
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
         raise ConfigurationError(f"{given.what} does not name its base model (base_model_name_or_path): give its job")
-    if _last(base) not in {_last(name) for name in _names(body)} and _catalog(base) not in {
+    if _last(named) not in {_last(name) for name in _names(body)} and _catalog(named) not in {
         _catalog(name) for name in _names(body)
     } - {None}:
         raise ConfigurationError(
-            f"{given.what} was trained on {base}, and service {run.record.name} serves {_shown(body.model)}: both must have the "
+            f"{given.what} was trained on {named}, and service {run.record.name} serves {_shown(body.model)}: both must have the "
             "same weights"
         )
+
+
+def _same_weights(one: BaseModel, other: BaseModel) -> bool:
+    return all(getattr(one.source, field) == getattr(other.source, field) for field in ("kind", "location", "revision"))
 
 
 def _names(body: Deployment) -> list[str]:

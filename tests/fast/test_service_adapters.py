@@ -657,6 +657,31 @@ def test_what_cannot_be_served_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_an_update_keeps_the_base_of_the_adapters(
+    store: Store, record: Record, session: Session, tmp_path: Path
+) -> None:
+    folder = adapter_folder(tmp_path / "one")
+    predictor = Predictor("svc", session=session)
+    job(store, folder, "full", method="Standard_LLM")
+    job(store, folder, "elsewhere", model="other")
+    elsewhere = Record(store, "jobs", "elsewhere")
+    manifest = elsewhere.manifest()
+    store.put(
+        elsewhere.key("manifest.json"), replace(manifest, body=replace(manifest.body, model=other_base())).encode()
+    )
+    job(store, folder)
+    predictor.add_adapter("support", "second")
+    before = store.get(record.key("manifest.json"))
+    for name in ("full", "elsewhere"):
+        with pytest.raises(
+            ConfigurationError, match=r"svc has adapters \(support\) for m .*palate adapter rm svc support"
+        ):
+            predictor.update_service(TrainingJob.get(name, session))
+    assert store.get(record.key("manifest.json")) == before
+    assert record.status().state == "Stopped"
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
 @pytest.mark.parametrize(
     ("base", "service_base"),
     [
