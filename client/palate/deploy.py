@@ -14,6 +14,7 @@ from palate.predictor import Predictor, ServedModel
 from palate.preflight import check_deployment
 from palate.processes import bind_error
 from palate.runs.access import forget_named_tokens, new_token, write_owner_token
+from palate.runs.adapters import forget_adapters
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, versions
 from palate.runs.renewal import forget_renewal
@@ -149,6 +150,7 @@ def _take_over_failed(record: Record, manifest: ServeManifest, session: Session)
         record.delete_parts("logs")  # the logs of the failed start
         forget_named_tokens(record)  # it is another service, with a token of its own
         forget_renewal(record)
+        forget_adapters(record)
         run.replace_manifest(before, manifest)
     except BaseException as error:
         record.advance("Failed", expect={"Creating"}, reason=f"the service could not be started: {error}")

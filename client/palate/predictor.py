@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import UNSET, structs
 
+from palate import service_adapters
 from palate.backends import Backend
 from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
@@ -20,6 +22,7 @@ from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
 from palate.runs.renewal import read_renewal, write_renewal
+from palate.service_adapters import ServiceAdapter
 from palate.session import Session, get_default_session
 from palate.ui import note
 from palate.weights import reachable_weights
@@ -450,6 +453,52 @@ class Predictor:
                 return known is None
             time.sleep(_TOKENS_POLL_S)
 
+    # ── more tuned models on its base ───────────────────────────────────────────────────────────────────────────────
+
+    def adapters(self) -> builtins.list[ServiceAdapter]:
+        """Returns the adapters that the service serves beside its own model, with their state, in the order of their addition.
+
+        Raises:
+            DamagedFilesError: The record's list is damaged.
+        """
+        return service_adapters.listed(self._run)
+
+    def add_adapter(
+        self, name: str, job_or_uri: HasModel | str | Path, *, replace: bool = False, wait: bool = True
+    ) -> None:
+        """Serves another job's adapter under a model name of its own, on the base that the service has loaded.
+
+        A running service loads it while it answers requests. A stopped one serves it from its next start. Every start verifies all
+        files by their SHA-256. It survives stop, start and update, until `remove_adapter`.
+
+        Args:
+            name: The model name in requests.
+            job_or_uri: A succeeded job or its id; or a model folder with digests.json: `job.model_uri`, or a copy made by
+                `job.save_model()`. A folder outside the service's store is copied into it.
+            replace: Replace another adapter of this name. The previous one answers until the new one does.
+            wait: Wait until the running service answers for it.
+
+        Raises:
+            ConfigurationError: The name is taken or reserved, the job trained full weights or another base, the service has no base
+                (full weights) or its engine serves one adapter only (transformers), or the rank is too high for the running engine.
+            UnservableError: vLLM cannot serve the adapter.
+            JobNotReadyError: The job has not succeeded.
+            DataError: The folder has no adapter, or no digests.json.
+            DamagedFilesError: A file is missing or changed.
+            ServiceError: The service could not load it. The record is as before.
+            WaitTimeoutError: It was not loaded within 5 minutes. The record is as before.
+        """
+        service_adapters.add(self._run, name, job_or_uri, replace=replace, wait=wait)
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter. Requests that the service has accepted are answered; later ones get a 404.
+
+        Raises:
+            ConfigurationError: No adapter has this name.
+            ServiceError: The running service still has the adapter, which is no longer in the record.
+        """
+        service_adapters.remove(self._run, name)
+
     # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def renew(self, time_to_live_s: float | None) -> None:
@@ -570,10 +619,12 @@ class Predictor:
         Raises:
             JobNotReadyError: The job has not succeeded, or with `checkpoint` has no complete one. The service is unchanged.
             ServiceError: The new model did not start. Has the reason and the last lines of the engine's log.
-            ConfigurationError: Another update of the service is in progress.
+            ConfigurationError: Another update of the service is in progress, or it has adapters and the job has another base.
         """
         before = self._run.record.serve_manifest()
         after = job.served_model(checkpoint=checkpoint).instead_of(before, self._run)
+        after = job.served_model().instead_of(before, self._run)
+        service_adapters.check_update(self._run, after)
         state = self._run.refresh().state
         if state == "Running" and after == before:
             note(f"service {self.service_name} already serves job {job.id}")

@@ -32,6 +32,7 @@ from palate_recipes.servability import (
 )
 from palate_recipes.specs.serve import EngineInfo, describe_engines, vllm_knows_more
 from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     from palate.predictor import ServedModel
@@ -296,6 +297,26 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
         if missing and session.backend.uses_this_python:
             remedy += f" ({missing[0]})"
     raise UnservableError(f"engine={wanted!r} cannot serve {served.model.name}: {why}. Remedy: {remedy}")
+
+
+def check_adapter(adapter: Mapping[str, Any], base: BaseModel, session: Session, *, name: str) -> None:
+    """Checks an adapter for a service that serves several, which only vLLM does.
+
+    Args:
+        adapter: Its adapter_config.json.
+        base: The base model of the service.
+        session: Its backend decides where the engines are.
+        name: What to call it in a message.
+
+    Raises:
+        UnservableError: vLLM cannot serve it.
+    """
+    found = servings(config_at_hand(base.source, session), adapter, **_what_is_known(_installed_engines(session)))
+    if reasons := next(one for one in found if one.engine == "vllm").reasons:
+        raise UnservableError(
+            f"{name} cannot be added to a service: {'; '.join(reasons)}. Remedy: deploy it as a service of its own, with deploy "
+            "option engine='transformers'"
+        )
 
 
 def _installed_engines(session: Session) -> list[EngineInfo]:

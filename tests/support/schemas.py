@@ -10,7 +10,7 @@ import jsonschema
 
 from palate.store import Store
 
-NAMES = ("manifest", "status", "lease", "access_tokens", "renewal")
+NAMES = ("manifest", "status", "lease", "access_tokens", "renewal", "adapters")
 
 
 @cache

@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from palate.cli import chat, machine, runs, top, train
+from palate.cli.adapter import adapter
 from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags, usage_hint
@@ -57,6 +58,7 @@ runs.register(app)
 top.register(app)
 machine.register(app)
 app.add_typer(token, name="token")
+app.add_typer(adapter, name="adapter")
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")

@@ -53,6 +53,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "token remove": ("palate token remove SERVICE alice",),
     "token rotate": ("palate token rotate SERVICE", "palate token rotate SERVICE alice"),
+    "adapter list": ("palate adapter list SERVICE", "palate adapter list SERVICE --json"),
+    "adapter add": (
+        "palate adapter add SERVICE support JOB",
+        "palate adapter add SERVICE support s3://bucket/models/support --replace",
+    ),
+    "adapter rm": ("palate adapter rm SERVICE support",),
     "models": ("palate models", "palate models qwen --wide", "palate models --hyperparameters"),
     "doctor": ("palate doctor", "palate doctor --json"),
     "data check": (

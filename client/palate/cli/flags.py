@@ -40,6 +40,7 @@ _PHRASES = (
     (", or None", "; or omit it"),
     ("None removes the limit", "never removes the limit"),
     ("servable=False", "--no-servable"),
+    ("replace=True", "--replace"),
 )
 _OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt-name", "--from")
 """Options of `palate data` that `train` lacks."""

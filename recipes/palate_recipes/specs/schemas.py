@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from palate_recipes.specs.access import ACCESS_SCHEMA, Access
+from palate_recipes.specs.adapters import ADAPTERS_SCHEMA, Adapters
 from palate_recipes.specs.run import (
     LEASE_SCHEMA,
     MANIFEST_SCHEMA,
@@ -42,6 +43,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         f"lease-{LEASE_SCHEMA}.json": _schema(Lease, "lease.json", LEASE_SCHEMA),
         f"renewal-{RENEWAL_SCHEMA}.json": _schema(Renewal, "renewal.json", RENEWAL_SCHEMA),
         f"access_tokens-{ACCESS_SCHEMA}.json": _schema(Access, "access_tokens.json", ACCESS_SCHEMA),
+        f"adapters-{ADAPTERS_SCHEMA}.json": _schema(Adapters, "adapters.json", ADAPTERS_SCHEMA),
     }
 
 
