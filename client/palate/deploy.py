@@ -16,6 +16,7 @@ from palate.processes import bind_error
 from palate.runs.access import forget_named_tokens, new_token, write_owner_token
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, versions
+from palate.runs.rollout import forget as forget_versions
 from palate.session import Session
 from palate.ui import note
 from palate_recipes.errors import ConfigurationError, NameTakenError
@@ -147,6 +148,7 @@ def _take_over_failed(record: Record, manifest: ServeManifest, session: Session)
     try:
         record.delete_parts("logs")  # the logs of the failed start
         forget_named_tokens(record)  # it is another service, with a token of its own
+        forget_versions(record)
         run.replace_manifest(before, manifest)
     except BaseException as error:
         record.advance("Failed", expect={"Creating"}, reason=f"the service could not be started: {error}")

@@ -3,6 +3,7 @@
     jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
                     inputs/  checkpoints/  model/  tensorboard/
     services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token  access_tokens.json
+                    update.json  versions/<number>.json
 
 `manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`
@@ -218,6 +219,12 @@ class Record:
     def note(self, *, attempt: int | None = None, **changes: Any) -> Status | None:
         """Changes fields of the status other than the state. Returns None if the run is deleted or at another attempt."""
         return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, attempt)
+
+    def note_details(self, *, attempt: int, **facts: Any) -> Status | None:
+        """Adds facts to the details, and keeps the others. Returns None if the run is deleted or at another attempt."""
+        return self._rewrite(
+            lambda current: replace(current, details={**current.details, **facts}), ACTIVE | TERMINAL, attempt
+        )
 
     def begin_again(
         self,

@@ -32,6 +32,11 @@ STATUS_SCHEMA = 1
 LEASE_SCHEMA = 1
 """Incremented when the meaning of a field changes. A new field keeps the version: readers ignore unknown fields."""
 
+VERSIONS_LIMIT = 999_999
+"""Largest number of a service's version."""
+INSTANCES_LIMIT = 64
+"""Maximum number of engines of one version of a service."""
+
 
 class Deployment(Struct, frozen=True, kw_only=True):
     """What a service serves and how. The body of its manifest.
@@ -48,6 +53,9 @@ class Deployment(Struct, frozen=True, kw_only=True):
         time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
         idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
         placement: The placement, as the backend returned it.
+        version: Number of the service's version that this is; each update has a number of its own. Earlier versions of Palate did not
+            write it.
+        instances: Engines that answer requests. Earlier versions of Palate did not write it.
         more: Fields that a newer version wrote.
     """
 
@@ -61,6 +69,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
     time_to_live_s: float | None = None
     idle_time_to_live_s: float | None = None
     placement: dict[str, Any] = {}
+    version: Annotated[int, Meta(ge=1, le=VERSIONS_LIMIT)] = 1
+    instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)] = 1
     more: dict[str, Any] = {}
 
 

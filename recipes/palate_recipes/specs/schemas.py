@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from palate_recipes.specs.access import ACCESS_SCHEMA, Access
+from palate_recipes.specs.rollout import UPDATE_SCHEMA, VERSION_SCHEMA, Update, Version
 from palate_recipes.specs.run import (
     LEASE_SCHEMA,
     MANIFEST_SCHEMA,
@@ -39,6 +40,8 @@ def schemas() -> dict[str, dict[str, Any]]:
         f"status-{STATUS_SCHEMA}.json": status,
         f"lease-{LEASE_SCHEMA}.json": _schema(Lease, "lease.json", LEASE_SCHEMA),
         f"access_tokens-{ACCESS_SCHEMA}.json": _schema(Access, "access_tokens.json", ACCESS_SCHEMA),
+        f"update-{UPDATE_SCHEMA}.json": _schema(Update, "update.json", UPDATE_SCHEMA),
+        f"version-{VERSION_SCHEMA}.json": _schema(Version, "versions/<number>.json", VERSION_SCHEMA),
     }
 
 
