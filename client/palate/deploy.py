@@ -13,6 +13,7 @@ from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.preflight import check_deployment
 from palate.processes import bind_error
+from palate.rollout import check_instances
 from palate.runs.access import forget_named_tokens, new_token, write_owner_token
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, versions
@@ -61,7 +62,7 @@ def start_service(
         service_name: Name of the service, also a model name.
         served: The model to serve.
         options: See `ModelTrainingRecipe.deploy`.
-        where: Placement; default: the backend's.
+        where: Placement; default: the backend's. Its `instance_count` is the number of engines.
         wait: Wait until it answers.
         show_logs: Show the engine's log while waiting; otherwise the steps of the start, on stderr.
     """
@@ -71,7 +72,9 @@ def start_service(
     if session.backend.is_this_host:
         _check_port(checked)
     engine = check_deployment(served, session, checked)
-    placement = session.backend.place(where or PlacementRequest(kind="services"))
+    where = where or PlacementRequest(kind="services")
+    instances = check_instances("instance_count", 1 if where.instance_count is None else where.instance_count)
+    placement = session.backend.place(where)
     record = Record(session.store, "services", service_name)
     manifest = ServeManifest(
         name=service_name,
@@ -84,6 +87,7 @@ def start_service(
             time_to_live_s=lives.get("time_to_live_s"),
             idle_time_to_live_s=lives.get("idle_time_to_live_s", IDLE_TIME_TO_LIVE_S),
             placement=placement,
+            instances=instances,
         ),
     )
     if not _take_over_failed(record, manifest, session):
@@ -103,11 +107,12 @@ def start_service(
                 error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
         if served.tuned_uri:
-            _tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
+            tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
     return predictor
 
 
-def _tell_parity(parity: object, checkpoint: str) -> None:
+def tell_parity(parity: object, checkpoint: str) -> None:
+    """Notes the comparison of a service with its trained model, as its status has it."""
     if not isinstance(parity, dict):  # verify=False, or an untuned model
         return
     if checkpoint:

@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
-from palate_recipes.specs.codec import Int, encode, gather, parse_object, spread, typed
-from palate_recipes.specs.run import Deployment
+from palate_recipes.specs.codec import Int, typed
+from palate_recipes.specs.run import Deployment, encode_deployed, parse_deployed
 
 UPDATE_SCHEMA = 1
 VERSION_SCHEMA = 1
@@ -49,12 +48,12 @@ class Update(Struct, frozen=True, kw_only=True):
     schema: Int = UPDATE_SCHEMA
 
     def encode(self) -> bytes:
-        return _encode(self)
+        return encode_deployed(self)
 
     @classmethod
     def decode(cls, data: bytes) -> Update:
         """Raises ValueError if a required field is missing or a field has the wrong type."""
-        return typed(_values(data), cls)
+        return typed(parse_deployed(data), cls)
 
 
 class Version(Struct, frozen=True, kw_only=True):
@@ -84,26 +83,14 @@ class Version(Struct, frozen=True, kw_only=True):
         return self.body.version
 
     def encode(self) -> bytes:
-        return _encode(self)
+        return encode_deployed(self)
 
     @classmethod
     def decode(cls, data: bytes) -> Version:
         """Raises ValueError if a required field is missing or a field has the wrong type."""
-        return typed(_values(data), cls)
+        return typed(parse_deployed(data), cls)
 
 
 def version_name(number: int) -> str:
     """Returns the name of a version, such as `v2`."""
     return f"v{number}"
-
-
-def _encode(record: Update | Version) -> bytes:
-    values = msgspec.to_builtins(record)
-    return encode({**values, "body": spread(values["body"])})
-
-
-def _values(data: bytes) -> dict[str, Any]:
-    values = parse_object(data)
-    if "body" in values:
-        values["body"] = gather(values["body"], Deployment)
-    return values

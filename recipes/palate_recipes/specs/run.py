@@ -119,16 +119,30 @@ class ServeManifest(_Manifest[Deployment], frozen=True, kw_only=True, tag="serve
     __doc__ = _Manifest.__doc__
 
     def encode(self) -> bytes:
-        values = msgspec.to_builtins(self)
-        return encode({**values, "body": spread(values["body"])})
+        return encode_deployed(self)
 
     @classmethod
     def decode(cls, data: bytes) -> ServeManifest:
         """Raises ValueError if a required field is missing or a field has the wrong type."""
-        values = parse_object(data)
-        if "body" in values:
-            values["body"] = gather(values["body"], Deployment)
-        return typed(values, cls)
+        return typed(parse_deployed(data), cls)
+
+
+def encode_deployed(record: Struct) -> bytes:
+    """Returns a record whose `body` is a Deployment as JSON. A service that was never updated or scaled is written as ever."""
+    values = msgspec.to_builtins(record)
+    body = spread(values["body"])
+    for name in ("version", "instances"):
+        if body[name] == 1:
+            del body[name]
+    return encode({**values, "body": body})
+
+
+def parse_deployed(data: bytes) -> dict[str, Any]:
+    """Returns the values of a record whose `body` is a Deployment. Raises ValueError if it is not an object."""
+    values = parse_object(data)
+    if "body" in values:
+        values["body"] = gather(values["body"], Deployment)
+    return values
 
 
 Manifest = TrainManifest | ServeManifest
