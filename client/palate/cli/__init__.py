@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from palate.cli import chat, machine, runs, top, train
+from palate.cli import chat, machine, rollout, runs, top, train
 from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags, usage_hint
@@ -53,6 +53,7 @@ app = typer.Typer(
 train.register(app)
 chat.register(app)
 runs.register(app)
+rollout.register(app)
 top.register(app)
 machine.register(app)
 app.add_typer(token, name="token")

@@ -1,4 +1,4 @@
-"""Commands for runs: list, watch, stop, update, delete, clean. Know arguments and output, not how runs are read."""
+"""Commands for runs: list, watch, stop, delete, clean. Know arguments and output, not how runs are read."""
 
 from __future__ import annotations
 
@@ -308,23 +308,6 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
     print(f"{name}\t{predictor.endpoint}")
 
 
-def update(
-    name: Annotated[str, typer.Argument(help="Service name.")],
-    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job to serve.")],
-    show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
-) -> None:
-    """Switch a service to another job's model.
-
-    Starts a stopped service. If that model does not start, the service keeps the old one.
-    """
-    from palate.job import TrainingJob
-    from palate.predictor import Predictor
-
-    predictor = Predictor(name).update_service(TrainingJob.get(job_id), show_logs=show_logs)
-    print(f"{name}\t{predictor.endpoint}")
-    say_next("chat", name)
-
-
 def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
@@ -397,5 +380,5 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, show, watch, metrics, logs, save, stop, start, update, delete, clean):
+    for verb in (jobs, services, show, watch, metrics, logs, save, stop, start, delete, clean):
         app.command()(verb)
