@@ -102,12 +102,16 @@ def bare(model: Path, work: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = engine_command(spec, plan, spec_file=work / "unused", port=port, ipc_dir=str(work))
-    command[3] = "vllm.entrypoints.openai.api_server"
-    for option in ("--uds", "--middleware"):
-        at = command.index(option)
-        del command[at : at + 2]
-    environment = engine_environment(plan, spec_file=work / "unused", ipc_dir=str(work), listener=0)
+    command = engine_command(
+        spec,
+        plan,
+        spec_file=work / "unused",
+        socket="",
+        adapters={"default": spec.model_dir} if spec.base_model_dir else {},
+    )
+    at = command.index("--uds")
+    command[at : at + 2] = ["--host", "127.0.0.1", "--port", str(port)]
+    environment = engine_environment(plan, ipc_dir=str(work))
     with (work / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--api-key", TOKEN], stdout=log, stderr=log, env={**environment, "PYTHONUNBUFFERED": "1"}

@@ -71,6 +71,11 @@ def free_gpu_memory() -> int | None:
         return None
 
 
+def gpu_ids() -> list[str]:
+    """Returns the numbers of this machine's GPUs, as CUDA_VISIBLE_DEVICES takes them; none if nvidia-smi fails."""
+    return _ask_gpus("index") or []
+
+
 def has_gpu_tool() -> bool:
     """Whether nvidia-smi is installed, which comes with NVIDIA's driver."""
     return shutil.which("nvidia-smi") is not None

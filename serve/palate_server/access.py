@@ -52,6 +52,8 @@ class Holder:
     rate_per_minute: int | None = None
     concurrency: int | None = None
     usage: _Usage = field(default_factory=_Usage)
+    is_program: bool = False
+    """Whether this is the server program itself."""
 
     def enter(self) -> TooMany | None:
         """Counts a request as open, or returns why it is refused. A refused request does not count."""
@@ -163,7 +165,7 @@ class Access:
             ),
         ]
         if self._probe:
-            self._known.append((token_digest(self._probe.encode()), Holder(name="the server program")))
+            self._known.append((token_digest(self._probe.encode()), Holder(name="the server program", is_program=True)))
 
 
 def _mark(path: Path) -> tuple[int, int, int]:

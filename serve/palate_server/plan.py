@@ -6,19 +6,21 @@ It reports problems within milliseconds in one sentence. An engine would report 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory
+from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, gpu_ids
 from palate_recipes.errors import BadSpec, EngineMissing, OutOfMemory
 from palate_recipes.servability import GIB, Fit, changes_head, choose, fit, servings, too_long, vllm_lora_rank
 from palate_recipes.specs.serve import (
     BASE_MODEL,
-    LISTENER_VARIABLE,
+    TOKEN_VARIABLE,
     TUNED_MODEL,
     EngineInfo,
     ServeSpec,
@@ -26,10 +28,9 @@ from palate_recipes.specs.serve import (
     vllm_knows_more,
 )
 from palate_server import cpu_lora
-from palate_server.gateway import SPEC_VARIABLE, Gateway
-from palate_server.metrics import ENGINE_VARIABLE
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -171,9 +172,13 @@ def _adapter(spec: ServeSpec) -> dict[str, Any] | None:
             f"model_dir {tuned} is not an adapter (no adapter_config.json), but base_model_dir is set: "
             "omit base_model_dir to serve full weights"
         )
-    if not _has_any(tuned, _ADAPTER_WEIGHTS):
-        raise BadSpec(f"model_dir {tuned} has neither {' nor '.join(_ADAPTER_WEIGHTS)}: copy one of them there")
-    return _read_json(config_file)
+    return _adapter_in(tuned)
+
+
+def _adapter_in(folder: Path) -> dict[str, Any]:
+    if not _has_any(folder, _ADAPTER_WEIGHTS):
+        raise BadSpec(f"model_dir {folder} has neither {' nor '.join(_ADAPTER_WEIGHTS)}: copy one of them there")
+    return _read_json(folder / "adapter_config.json")
 
 
 def _model_config(folder: Path, field: str) -> dict[str, Any]:
@@ -183,6 +188,47 @@ def _model_config(folder: Path, field: str) -> dict[str, Any]:
     if not any(_weight_files(folder)):
         raise BadSpec(f"{field} {folder} has no weights ({' or '.join(_WEIGHTS)}): copy them there")
     return _read_json(folder / "config.json")
+
+
+def beyond_engine(adapter_dir: Path, plan: EnginePlan) -> str:
+    """Returns why a running vLLM with this plan cannot load an adapter; "" if it can."""
+    try:
+        adapter = _adapter_in(adapter_dir)
+    except (BadSpec, OSError) as error:
+        return str(error)
+    if not (adapter_dir / _ADAPTER_WEIGHTS[0]).exists():
+        return f"{adapter_dir} has no {_ADAPTER_WEIGHTS[0]}"
+    rank = vllm_lora_rank(adapter)
+    if plan.lora_rank is None or rank > plan.lora_rank:
+        return f"its rank is {rank}, and the engines have room for {plan.lora_rank}: deploy with max_lora_rank={rank}"
+    reasons = next(one.reasons for one in servings(None, adapter, vllm_on_cpu=plan.on_cpu) if one.engine == "vllm")
+    return "; ".join(reasons)
+
+
+def same_rendering(one: Path, other: Path) -> bool:
+    """Whether two model folders turn a conversation into the same tokens: their tokenizers and chat templates are equal."""
+    names = (*_TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json")
+    return all(_content(one / name) == _content(other / name) for name in names)
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def gpus_for(spec: ServeSpec, *, used: Sequence[str]) -> tuple[str, ...]:
+    """Returns the ids of the GPUs that the next engine of a service should have; nothing where there are fewer than two.
+
+    Args:
+        spec: What it serves.
+        used: Ids of the GPUs of the engines that run, each as often as it is used.
+    """
+    visible = [one for one in os.environ.get(GPUS_VARIABLE, "").split(",") if one] or gpu_ids()
+    if len(visible) < 2:
+        return ()
+    options = " ".join(spec.engine_args)
+    given = re.findall(r"(?:--tensor[-_]parallel[-_]size|-tp|--pipeline[-_]parallel[-_]size|-pp)[ =](\d+)", options)
+    size = math.prod(int(number) for number in given)
+    return tuple(sorted(visible, key=used.count)[:size])
 
 
 def _fit(spec: ServeSpec, engine: EngineInfo, folder: Path, config: dict[str, Any], *, adapter_dir: Path | None) -> Fit:
@@ -242,25 +288,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def engine_command(spec: ServeSpec, plan: EnginePlan, *, spec_file: Path, port: int, ipc_dir: str) -> list[str]:
-    """Returns the command that serves the spec on the inherited socket, which is bound to `port`."""
+def engine_command(
+    spec: ServeSpec, plan: EnginePlan, *, spec_file: Path, socket: str, adapters: Mapping[str, str]
+) -> list[str]:
+    """Returns the command of an engine that serves the spec on a Unix socket.
+
+    Args:
+        spec: The spec.
+        plan: Its plan.
+        spec_file: File with the spec.
+        socket: Path of the socket.
+        adapters: Folders of the adapters to serve beside the base model, by the engine's names for them.
+    """
     if plan.engine.name == "transformers":
-        settings = [f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
+        settings = [f"--uds={socket}", f"--dtype={plan.dtype}", f"--tokenizer={plan.tokenizer_dir}"]
         if spec.base_model_dir is not None and plan.computes_in == "float32":
             settings.append("--merge")
         return [sys.executable, "-P", "-m", "palate_server.transformers", str(spec_file), *settings]
     command = [
-        *(sys.executable, "-P", "-m", "palate_server.vllm"),
-        # vLLM always binds something. Give it an unused Unix socket, because the port is already bound.
-        *("--uds", f"{ipc_dir}/unused.sock", "--host", spec.host, "--port", str(port)),
-        *("--dtype", plan.dtype),
-        *("--middleware", f"{Gateway.__module__}.{Gateway.__qualname__}"),
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
+        *("--uds", socket, "--dtype", plan.dtype),
+        "--disable-uvicorn-access-log",  # the front logs requests
     ]
     if spec.base_model_dir is not None:
         command += ["--model", spec.base_model_dir, "--served-model-name", BASE_MODEL, "--enable-lora"]
         # JSON, because the form NAME=PATH does not support "=" and "," in the path.
-        adapter = json.dumps({"name": TUNED_MODEL, "path": spec.model_dir, "base_model_name": BASE_MODEL})
-        command += ["--lora-modules", adapter, "--max-lora-rank", str(plan.lora_rank)]
+        named = [
+            json.dumps({"name": name, "path": path, "base_model_name": BASE_MODEL}) for name, path in adapters.items()
+        ]
+        command += [*(["--lora-modules", *named] if named else []), "--max-lora-rank", str(plan.lora_rank)]
         command += ["--tokenizer", str(plan.tokenizer_dir)]
         if plan.on_cpu:
             # vLLM's CPU kernels index adapters with -1 for a request without one, which is the last slot. With a single slot
@@ -277,20 +333,15 @@ def engine_command(spec: ServeSpec, plan: EnginePlan, *, spec_file: Path, port: 
     return [*command, *spec.engine_args]
 
 
-def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, listener: int) -> dict[str, str]:
-    """Returns the engine's full environment: this process's, offline, plus what the gateway needs.
+def engine_environment(plan: EnginePlan, *, ipc_dir: str) -> dict[str, str]:
+    """Returns an engine's full environment: this process's, offline, without the service's tokens.
 
     Args:
         plan: The engine's plan.
-        spec_file: The spec for the gateway.
-        ipc_dir: Private folder with a short path, for the engine's own sockets.
-        listener: File descriptor of the listening socket that the engine inherits.
+        ipc_dir: Private folder with a short path, for the engine's own sockets and temporary files.
     """
     environment = {
-        **os.environ,
-        SPEC_VARIABLE: str(spec_file),
-        LISTENER_VARIABLE: str(listener),
-        ENGINE_VARIABLE: f"{plan.engine.distribution} {plan.engine.version}",
+        **{name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,
@@ -299,6 +350,9 @@ def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, liste
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # the engine's child processes inherit it
     }
+    if plan.engine.name == "vllm" and plan.lora_rank is not None:
+        # The front alone can reach the engine, and it keeps these paths to itself.
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if plan.engine.name == "vllm" and plan.on_cpu:
         environment[KV_CACHE_VARIABLE] = str(plan.kv_cache_gib)
     if plan.engine.name == "vllm" and plan.is_eager:
@@ -307,7 +361,7 @@ def engine_environment(plan: EnginePlan, *, spec_file: Path, ipc_dir: str, liste
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     package_root = Path(__file__).resolve().parents[1]
     if package_root.name not in {"site-packages", "dist-packages"}:
-        # The engine's child processes import the gateway too.
+        # The engine and its child processes import this package too.
         search = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(search)
     return environment

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from palate_recipes.specs.serve import ACTIVITY_PATH, GENERATION_PATHS, HEALTH_PATH, METRICS_PATH, PROBE_HEADER
+from palate_recipes.specs.serve import ACTIVITY_PATH, GENERATION_PATHS, HEALTH_PATH, METRICS_PATH
 from palate_server.metrics import METRICS, OTHER, Metrics
 
 if TYPE_CHECKING:
     from palate_server.gateway import App, Message, Receive, Scope, Send
+    from palate_server.routes import Lane
 
 REQUEST_ID_HEADER = b"x-request-id"
 
-_PROBE = PROBE_HEADER.encode()
 _OWN_ID = re.compile(rb"[\w.:+/=@-]{1,128}")
 _QUIET_PATHS = frozenset({HEALTH_PATH, METRICS_PATH, ACTIVITY_PATH})
 """Paths that programs poll: one line every few seconds would hide the others."""
@@ -48,8 +48,9 @@ class RequestLog:
         self.is_on = False
         self._skipped: frozenset[str] = frozenset()
 
-    def skip_as_in(self, engine_args: Sequence[str]) -> None:
-        """Obeys vLLM's option for its access log, which this log replaces: no lines for the paths that it names."""
+    def follow(self, engine_args: Sequence[str]) -> None:
+        """Obeys vLLM's options for its access log, which this log replaces: no lines, or none for the paths that are named."""
+        self.is_on = not re.search(r"--disable[-_]uvicorn[-_]access[-_]log", " ".join(engine_args))
         found = re.search(r"--disable[-_]access[-_]log[-_]for[-_]endpoints[= ](\S+)", " ".join(engine_args))
         self._skipped = frozenset(found[1].split(",")) if found else frozenset()
 
@@ -74,7 +75,9 @@ class Request:
     """One request while it is answered, with `receive` and `send` for the app in place of the server's.
 
     Attributes:
-        model: The engine's name of the model; set by the gateway.
+        model: The model in metrics and log: `default`, `base` or an adapter's name; set by the gateway.
+        version: The version that answers; set by the gateway.
+        is_probe: Whether the server program sent it.
         has_reached_engine: Set by the gateway. If not, it rejected the request or answered it itself.
     """
 
@@ -88,21 +91,19 @@ class Request:
         self._last_parts: deque[bytes] = deque(maxlen=_KEPT_PARTS)
         self._status = 0
         self._is_complete = self._is_left = False
-        self.model = ""
+        self.model = self.version = ""
+        self.is_probe = False
         self.has_reached_engine = False
 
         given: list[bytes] = []
-        is_probe = False
         for name, value in scope["headers"]:  # ASGI has names in lower case
             if name == REQUEST_ID_HEADER:
                 given.append(value)
-            elif name == _PROBE:
-                is_probe = True
         path: str = scope["path"]
         if path.startswith("/v1/models/"):
             path = "/v1/models"
-        self._path = _PROBE_LABEL if is_probe else path if path in _PATHS else OTHER
-        self._is_quiet = is_probe or path in _QUIET_PATHS
+        self._path = path if path in _PATHS else OTHER
+        self._is_quiet = path in _QUIET_PATHS
         self._method = scope["method"] if scope["method"] in _METHODS else OTHER
         self.scope: Scope = {**scope, "palate.request": self}
         if len(given) == 1 and _OWN_ID.fullmatch(given[0]):
@@ -137,6 +138,21 @@ class Request:
                 message = {**message, "headers": [*headers, (REQUEST_ID_HEADER, self._id)]}
         return self._send(message)
 
+    def mark_probe(self) -> None:
+        """Says that the server program sent it: such requests are counted apart."""
+        self.is_probe = True
+        self._path = _PROBE_LABEL
+        if not self._is_quiet:
+            self._is_quiet = True
+            self._metrics.open -= 1
+
+    def of(self, lane: Lane | None) -> None:
+        """Says which model it asks; None: one that the service does not have."""
+        if lane is None:
+            self.model = OTHER
+        else:
+            self.model, self.version = lane.label, lane.version
+
     def begin(self) -> None:
         if not self._is_quiet:
             self._metrics.open += 1
@@ -150,6 +166,8 @@ class Request:
         if not self._is_quiet:
             metrics.open -= 1
         metrics.requests[self._path, self.model, str(status)] += 1
+        if self.version and not self.is_probe:
+            metrics.versions[self.version, str(status)] += 1
         if not self.has_reached_engine and self._status >= 400:
             metrics.reject(self._status)
         if self._is_quiet and status < 400:

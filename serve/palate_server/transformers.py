@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,11 +30,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, NonNegativeInt
 
-from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, ServeSpec
-from palate_server.gateway import ACTIVITY, Gateway, error_body, error_kind
-from palate_server.listener import serve_on, take_listener
+from palate_recipes.specs.serve import ACTIVITY_PATH, BASE_MODEL, TUNED_MODEL, ServeSpec
+from palate_server.gateway import error_body, error_kind
 from palate_server.parity import RENDER_PATH, SCORE_PATH
-from palate_server.transformers_parameters import prepared
 
 _CLOSE_S = 3
 """Time for open requests to finish after SIGTERM."""
@@ -90,6 +89,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
     from transformers.cli.serving.utils import GenerationState
 
     names = [TUNED_MODEL, *([BASE_MODEL] if spec.base_model_dir else [])]
+    progress = Progress()
 
     class LinkedModels(ModelManager):  # type: ignore[misc]
         """Loads only the linked models, with the tuned model's tokenizer."""
@@ -104,7 +104,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
             model = super()._load_model(f"{BASE_MODEL if beside else name}@main", *args, **options)
             if beside:
                 model = PeftModel.from_pretrained(model, spec.model_dir).eval()
-            model.register_forward_hook(lambda *_: ACTIVITY.moved())  # each generated token counts as progress
+            model.register_forward_hook(progress.moved)
             return model
 
         def _load_processor(self, name: str, gguf_file: str | None = None) -> Any:
@@ -170,8 +170,26 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
 
     app.add_exception_handler(RequestValidationError, _not_an_object)
     add_scoring(app, models, spec.max_model_len)
-    app.add_middleware(Gateway, parameters=prepared)
+
+    @app.get(ACTIVITY_PATH, include_in_schema=False)
+    def activity() -> dict[str, float]:
+        return {"still_s": time.monotonic() - progress.moved_at}
+
     return app
+
+
+class Progress:
+    """When a model computed last, at any token of an answer.
+
+    Attributes:
+        moved_at: Monotonic time.
+    """
+
+    def __init__(self) -> None:
+        self.moved_at = time.monotonic()
+
+    def moved(self, *_: object) -> None:
+        self.moved_at = time.monotonic()
 
 
 class ScoreRequest(BaseModel):
@@ -197,7 +215,7 @@ def add_scoring(app: FastAPI, models: Any, max_model_len: int | None) -> None:
 
     one_at_a_time = threading.Lock()  # each request holds log-probs of a whole vocabulary per token
 
-    @app.post(SCORE_PATH)
+    @app.post(SCORE_PATH, include_in_schema=False)
     def score(request: ScoreRequest) -> dict[str, Any]:
         model, _ = models.load_model_and_processor(request.model)
         prompt, answer = request.prompt_ids, request.completion_ids
@@ -221,7 +239,7 @@ def add_scoring(app: FastAPI, models: Any, max_model_len: int | None) -> None:
                 logps += part.float().log_softmax(-1).gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
         return {"logps": [value if math.isfinite(value) else None for value in logps]}
 
-    @app.post(RENDER_PATH)
+    @app.post(RENDER_PATH, include_in_schema=False)
     def render(request: RenderRequest) -> dict[str, Any]:
         _, tokenizer = models.load_model_and_processor(request.model)
         if not request.messages:
@@ -263,13 +281,15 @@ async def _then_done(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m palate_server.transformers", description=__doc__)
     parser.add_argument("spec_file", type=Path)
+    parser.add_argument("--uds", required=True, help="path of the Unix socket to listen on")
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer for all models")
     parser.add_argument("--merge", action="store_true", help="merge the adapter, in float32")
     options = parser.parse_args()
-    listener = take_listener()
     spec = ServeSpec.read(options.spec_file)
-    merged_dir, links = Path(spec.work_dir) / "merged", Path(spec.work_dir) / "models"
+    own = options.spec_file.with_suffix("")  # a service may have several engines
+    merged_dir, links = own / "merged", own / "models"
+    own.mkdir(exist_ok=True)
     merging = begin_merge(spec, merged_dir) if options.merge else None
     # The imports take seconds, so do them while the merge runs.
     app = build_app(spec, dtype=options.dtype, tokenizer_dir=options.tokenizer, merged=options.merge)
@@ -279,8 +299,8 @@ def main() -> None:
             sys.exit(f"error: merging {spec.model_dir} into {spec.base_model_dir} failed, see the lines above")
     link_models(spec, merged_dir if options.merge else None, links)
     os.chdir(links)
-    serve_on(listener)
-    uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_S)).run()
+    config = uvicorn.Config(app, uds=options.uds, access_log=False, timeout_graceful_shutdown=_CLOSE_S)
+    uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

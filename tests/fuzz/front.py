@@ -36,7 +36,7 @@ def serve(world: dict[str, Any], stack: ExitStack) -> None:
     import uvicorn
 
     from palate_recipes.specs.serve import ServeSpec
-    from palate_server.gateway import Gateway
+    from tests.support.fronted import gateway_of
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", scope["type"] == "http"
@@ -51,7 +51,7 @@ def serve(world: dict[str, Any], stack: ExitStack) -> None:
     spec = ServeSpec(service_name="svc", model_dir="m", base_model_dir="b", work_dir="w")
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     settings = uvicorn.Config(
-        Gateway(app, spec=spec, token=_TOKEN), log_level="error", lifespan="off", timeout_keep_alive=1
+        gateway_of(app, spec, token=_TOKEN), log_level="error", lifespan="off", timeout_keep_alive=1
     )
     server = uvicorn.Server(settings)
     world["address"], world["faults"] = listener.getsockname(), _Faults()

@@ -16,12 +16,13 @@ import httpx
 import openai
 import pytest
 
-from palate_recipes.specs.access import ACCESS_FILE, PROBE_TOKEN_VARIABLE, AccessToken, GatewayAccess, token_digest
+from palate_recipes.specs.access import ACCESS_FILE, AccessToken, GatewayAccess, token_digest
 from palate_recipes.specs.serve import ACTIVITY_PATH, CHALLENGE_HEADER, ServeSpec, token_proof
 from palate_server import access as access_module
 from palate_server.gateway import Gateway, Message, Receive, Scope, Send
+from palate_server.parity import PRIVATE_PATHS
 from tests.slow.conftest import until
-from tests.support.fronted import FrontedService, fronted_service
+from tests.support.fronted import FrontedService, fronted_service, gateway_of
 
 OWNER = "the-token-of-the-owner"
 ALICE = "the-token-of-alice"
@@ -48,10 +49,6 @@ class Held:
         self.go_on = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            self.begun.release()
-            await self.go_on.wait()
-            return
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"first ", "more_body": True})
@@ -101,7 +98,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_every_token_is_accepted_and_its_digest_is_not(tmp_path: Path) -> None:
     write(tmp_path, token("alice", ALICE), token("bob", "bobs"))
-    gateway = Gateway(echo, spec=spec(tmp_path), token="of-the-environment")
+    gateway = gateway_of(echo, spec(tmp_path), token="of-the-environment")
 
     async def go() -> list[int]:
         wrong = (token_digest(ALICE.encode()), ALICE[:-1], ALICE + "x", "", "of-the-environment", "alice")
@@ -112,7 +109,7 @@ def test_every_token_is_accepted_and_its_digest_is_not(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("always_looks")
 def test_tokens_change_while_the_gateway_runs(tmp_path: Path) -> None:
-    gateway = Gateway(echo, spec=spec(tmp_path), token="of-the-environment")
+    gateway = gateway_of(echo, spec(tmp_path), token="of-the-environment")
     values = ("of-the-environment", OWNER, "next", ALICE)
 
     async def accepted() -> list[str]:
@@ -141,7 +138,7 @@ def test_tokens_change_while_the_gateway_runs(tmp_path: Path) -> None:
 
 def test_the_file_is_checked_rarely_and_read_only_after_a_change(tmp_path: Path, clock: list[float]) -> None:
     write(tmp_path, token("alice", ALICE))
-    gateway = Gateway(echo, spec=spec(tmp_path), token="x")
+    gateway = gateway_of(echo, spec(tmp_path), token="x")
 
     async def alice() -> int:
         return await status_of(gateway, ALICE)
@@ -173,7 +170,7 @@ def test_the_file_is_checked_rarely_and_read_only_after_a_change(tmp_path: Path,
 )
 def test_a_damaged_file_changes_nothing(tmp_path: Path, content: bytes) -> None:
     write(tmp_path, token("alice", ALICE))
-    gateway = Gateway(echo, spec=spec(tmp_path), token="x")
+    gateway = gateway_of(echo, spec(tmp_path), token="x")
     (tmp_path / ACCESS_FILE).write_bytes(content)
 
     async def go() -> list[int]:
@@ -181,7 +178,7 @@ def test_a_damaged_file_changes_nothing(tmp_path: Path, content: bytes) -> None:
 
     assert asyncio.run(go()) == [200, 200, 401, 401]
     with pytest.raises(ValueError, match=ACCESS_FILE):
-        Gateway(echo, spec=spec(tmp_path), token="x")
+        gateway_of(echo, spec(tmp_path), token="x")
     (tmp_path / ACCESS_FILE).unlink()
     assert asyncio.run(go()) == [200, 200, 401, 401], "a missing file is no change"
 
@@ -197,23 +194,32 @@ def test_only_this_user_reads_the_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [ACCESS_FILE]
 
 
-def test_the_server_programs_token_has_no_limits_and_is_nobodys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(PROBE_TOKEN_VARIABLE, "probe")
-    write(tmp_path, token("alice", ALICE, concurrency=1, rate_per_minute=1))
-    gateway = Gateway(echo, spec=spec(tmp_path), token="x")
+def test_the_server_programs_token_has_no_limits_and_opens_its_own_paths(tmp_path: Path) -> None:
+    write(tmp_path, token("alice", ALICE, concurrency=9, rate_per_minute=99))
+    gateway = gateway_of(echo, spec(tmp_path), token="x", probe="probe")
 
     async def go() -> list[int]:
         return [await status_of(gateway, "probe") for _ in range(5)]
 
     assert asyncio.run(go()) == [200] * 5
-    assert asyncio.run(status_of(gateway, "probe", "GET", ACTIVITY_PATH)) == 200
+    for path in PRIVATE_PATHS:
+        assert asyncio.run(status_of(gateway, "probe", "POST", path)) == 200
+        assert asyncio.run(status_of(gateway, OWNER, "POST", path)) == 404
+        assert asyncio.run(status_of(gateway, ALICE, "POST", path)) == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", ACTIVITY_PATH])
+def test_nobody_reaches_the_engines_own_paths(tmp_path: Path, path: str) -> None:
+    """They would load an adapter from any folder of the machine."""
+    gateway = gateway_of(echo, spec(tmp_path), token="x", probe="probe")
+    for value in ("x", "probe", "nobody"):
+        for method in ("POST", "GET"):
+            assert asyncio.run(status_of(gateway, value, method, path)) == 404
 
 
 def test_the_service_proves_that_it_knows_each_token(tmp_path: Path) -> None:
     write(tmp_path, token("alice", ALICE), token("bob", "bobs"))
-    gateway = Gateway(echo, spec=spec(tmp_path), token="x")
+    gateway = gateway_of(echo, spec(tmp_path), token="x")
     challenge = "0123456789abcdef" * 2
 
     async def go() -> Any:
@@ -232,7 +238,7 @@ def test_the_service_proves_that_it_knows_each_token(tmp_path: Path) -> None:
 
 def test_a_rate_is_exact_and_says_when_to_come_back(tmp_path: Path, clock: list[float]) -> None:
     write(tmp_path, token("alice", ALICE, rate_per_minute=3), token("bob", "bobs"))
-    gateway = Gateway(echo, spec=spec(tmp_path), token="x")
+    gateway = gateway_of(echo, spec(tmp_path), token="x")
 
     async def go() -> None:
         for _ in range(3):
@@ -268,7 +274,7 @@ def test_open_requests_are_counted_until_their_end_over_a_rotation(tmp_path: Pat
 
     async def go() -> None:
         app = Held()
-        gateway = Gateway(app, spec=spec(tmp_path), token="x")
+        gateway = gateway_of(app, spec(tmp_path), token="x")
         streams = [asyncio.create_task(status_of(gateway, ALICE)) for _ in range(2)]
         for _ in streams:
             await app.begun.acquire()
@@ -293,7 +299,7 @@ async def _waits(scope: Scope, receive: Receive, send: Send) -> None:
     await asyncio.Event().wait()
 
 
-def _ask(gateway: Gateway, *messages: Message, kind: str = "http") -> tuple[list[Message], Any]:
+def _ask(gateway: Gateway, *messages: Message) -> tuple[list[Message], Any]:
     """Sends one request of Alice's by hand; returns where its answer goes, and the request."""
     waiting, sent = [*messages], list[Message]()
 
@@ -304,7 +310,7 @@ def _ask(gateway: Gateway, *messages: Message, kind: str = "http") -> tuple[list
         sent.append(message)
 
     scope = {
-        "type": kind,
+        "type": "http",
         "method": "POST",
         "path": "/v1/completions",
         "headers": [(b"authorization", ALICE.encode()), (b"content-length", b"4")],
@@ -324,13 +330,13 @@ def test_no_way_to_end_keeps_a_slot(tmp_path: Path) -> None:
             (echo, ({"type": "http.request", "body": b"x" * (33 * 1024**2)},)),
             (echo, ({"type": "http.request", "body": b'{"model": "nope"}'},)),
         ):
-            gateway = Gateway(app, spec=spec(tmp_path), token="x")
+            gateway = gateway_of(app, spec(tmp_path), token="x")
             for _ in range(3):
                 sent, asking = _ask(gateway, *messages)
                 with suppress(RuntimeError):
                     await asking
                 assert 429 not in [message.get("status") for message in sent]
-        gateway = Gateway(_waits, spec=spec(tmp_path), token="x")
+        gateway = gateway_of(_waits, spec(tmp_path), token="x")
         for _ in range(3):
             sent, asking = _ask(gateway, {"type": "http.request", "body": b"{}"})
             task = asyncio.create_task(asking)
@@ -348,7 +354,7 @@ def test_a_refused_request_is_read_to_its_end_or_its_connection_closed(tmp_path:
 
     async def go() -> None:
         app = Held()
-        gateway = Gateway(app, spec=spec(tmp_path), token="x")
+        gateway = gateway_of(app, spec(tmp_path), token="x")
         held = asyncio.create_task(status_of(gateway, ALICE))
         await app.begun.acquire()
         part: Message = {"type": "http.request", "body": b"x" * 1024**2, "more_body": True}
@@ -362,14 +368,8 @@ def test_a_refused_request_is_read_to_its_end_or_its_connection_closed(tmp_path:
             assert sent[0]["status"] == 429
             assert ((b"connection", b"close") in sent[0]["headers"]) is closes
         assert gateway._held_bytes == len(b"{}"), "only the body of the open request"
-        sent, asking = _ask(gateway, kind="websocket")
-        await asking
-        assert sent == [{"type": "websocket.close", "code": 1013}]
         app.go_on.set()
         await held
-        sent, asking = _ask(gateway, kind="websocket")
-        await asking
-        assert sent == []
         assert await status_of(gateway, ALICE) == 200
 
     asyncio.run(go())

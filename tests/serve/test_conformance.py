@@ -772,13 +772,13 @@ def answer_of(client: httpx.Client, asked: Asked) -> Answer:
 
 @pytest.fixture(scope="module")
 def bare(vllm: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """vLLM's own server with the same options, on a Unix socket: no port to choose, and no gateway."""
-    running_engine = next(process for process in vllm.family() if "palate_server.vllm" in process.cmdline()[:5])
+    """vLLM's own server with the same options, on a socket of its own: no gateway."""
+    running_engine = next(
+        process for process in vllm.family() if "vllm.entrypoints.openai.api_server" in process.cmdline()[:5]
+    )
     command = running_engine.cmdline()
-    command[command.index("palate_server.vllm")] = "vllm.entrypoints.openai.api_server"
-    for option in ("--middleware", "--uds", "--host", "--port"):
-        place = command.index(option)
-        del command[place : place + 2]
+    place = command.index("--uds")
+    del command[place : place + 2]
     log = tmp_path_factory.mktemp("bare") / "log"
     with (
         TemporaryDirectory(prefix="palate-") as short,

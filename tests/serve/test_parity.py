@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import threading
@@ -14,17 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import pytest
 
 from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
-from palate_recipes.specs.serve import PROBE_HEADER, Parity, Ready, ServeSpec, describe_engines
+from palate_recipes.specs.serve import Parity, Ready, ServeSpec, describe_engines
 from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from palate_server.plan import EnginePlan
-from palate_server.server import Event, _Asking, _probe
+from palate_server.trial import Asking, compared
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
 
@@ -280,7 +279,6 @@ class OddEngine(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     ("engine_args", "says"),
     [
@@ -304,17 +302,11 @@ def test_a_comparison_that_fails_is_reported_at_once(engine_args: tuple[str, ...
         kv_cache_gib=1,
         is_eager=True,
     )
-    events: SimpleQueue[Event] = SimpleQueue()
     with ThreadingHTTPServer(("127.0.0.1", 0), OddEngine) as engine:
         threading.Thread(target=engine.serve_forever, daemon=True).start()
-        asking = _Asking(f"http://127.0.0.1:{engine.server_port}", TOKEN)
-        probing = threading.Thread(target=_probe, args=(asking, spec, plan, events))
-        probing.start()
-        event = events.get(timeout=30)
-        probing.join()
+        with pytest.raises(ServerError, match=says):
+            compared(Asking(f"http://127.0.0.1:{engine.server_port}", TOKEN), spec, plan, version="v1")
         engine.shutdown()
-    assert isinstance(event, ServerError)
-    assert re.search(says, str(event))
 
 
 # ── real engines ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -350,14 +342,27 @@ def trained(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Traine
     return Trained(base, folder / "LoRA_LLM/out/model", folder / "Standard_LLM/out/model")
 
 
+def engine_socket(server: Server) -> str:
+    """Returns the socket of its engine."""
+    for process in server.family():
+        for option, value in itertools.pairwise(process.cmdline()):
+            if option == "--uds":
+                return value
+            if value.startswith("--uds="):
+                return value.removeprefix("--uds=")
+    raise AssertionError("it has no engine")
+
+
 def scores_of(server: Server, **renamed: str) -> VllmScores | OwnScores:
     """How its engine scores; `renamed` sends requests for one model to another, as a wrong alias does."""
     import httpx
 
     def ask(path: str, request: dict[str, Any]) -> Any:
-        request = {**request, "model": renamed.get(request["model"], request["model"])}
-        headers = {"Authorization": f"Bearer {TOKEN}", PROBE_HEADER: "1"}
-        answer = httpx.post(f"{server.url}{path}", json=request, headers=headers, timeout=60)
+        names = {"smol_example": "default", **renamed}
+        request = {**request, "model": names.get(request["model"], request["model"])}
+        transport = httpx.HTTPTransport(uds=engine_socket(server))  # scores and rendering are not for users
+        with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as engine:
+            answer = engine.post(path, json=request)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -413,19 +418,23 @@ def test_the_transformers_engine_refuses_tokens_that_it_cannot_score(service: Se
     if service.ready and "vllm" in service.ready.engine:
         pytest.skip("vLLM has its own checks")
 
-    def answered(path: str, **request: Any) -> int:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        return httpx.post(f"{service.url}/palate/{path}", json=request, headers=headers, timeout=60).status_code
+    transport = httpx.HTTPTransport(uds=engine_socket(service))
+    with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as engine:
 
-    fine: dict[str, Any] = {"prompt_ids": [1], "completion_ids": [2]}
-    assert answered("score", **fine) == 200
-    for wrong in ([], [-1], ["a"], [10**6], [2] * 600):
-        assert answered("score", **{**fine, "completion_ids": wrong}) == 400, wrong
-    assert answered("score", prompt_ids=[1]) == 400
-    assert answered("score", model="gpt", **fine) == 404
-    assert answered("render", messages="hello") == 400
-    assert answered("render", messages=[{"role": "user"}]) in {200, 400}
-    assert httpx.post(f"{service.url}/palate/score", json=fine, timeout=60).status_code == 401
+        def answered(path: str, **request: Any) -> int:
+            return engine.post(f"/palate/{path}", json={"model": "default", **request}).status_code
+
+        fine: dict[str, Any] = {"prompt_ids": [1], "completion_ids": [2]}
+        assert answered("score", **fine) == 200
+        for wrong in ([], [-1], ["a"], [10**6], [2] * 600):
+            assert answered("score", **{**fine, "completion_ids": wrong}) == 400, wrong
+        assert answered("score", prompt_ids=[1]) == 400
+        assert answered("score", **{**fine, "model": "gpt"}) == 404
+        assert answered("render", messages="hello") == 400
+        assert answered("render", messages=[{"role": "user"}]) in {200, 400}
+    for token, status in ((TOKEN, 404), ("wrong", 401)):  # not for users
+        headers = {"Authorization": f"Bearer {token}"}
+        assert httpx.post(f"{service.url}/palate/score", json=fine, headers=headers, timeout=60).status_code == status
 
 
 def replace_rows(of: Probe, **fields: Any) -> Probe:

@@ -210,13 +210,16 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
         engine_args=("--seed", "3"),
     )
     planned = plan.check(wanted)
-    command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
+    command = engine_command(
+        wanted, planned, spec_file=tmp_path / "spec.json", socket="s", adapters={"default": wanted.model_dir}
+    )
     assert command[command.index("--max-lora-rank") + 1] == "32"  # 20, rounded up
     assert json.loads(command[command.index("--lora-modules") + 1])["name"] == "default"
     assert command[command.index("--tokenizer") + 1] == str(tiny_model)  # the adapter came without one
     assert command[-2:] == ["--seed", "3"]
-    environment = engine_environment(planned, spec_file=tmp_path / "spec.json", ipc_dir="ipc", listener=3)
+    environment = engine_environment(planned, ipc_dir="ipc")
     assert environment["HF_HUB_OFFLINE"] == "1"
+    assert TOKEN_VARIABLE not in environment
 
 
 def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_model: Path) -> None:

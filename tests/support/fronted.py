@@ -15,7 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import palate_server
-from palate_recipes.specs.serve import LISTENER_VARIABLE, TOKEN_VARIABLE
+from palate_recipes.specs.access import ACCESS_FILE
+from palate_recipes.specs.serve import TUNED_MODEL, ServeSpec
+from palate_server.access import Access
+from palate_server.gateway import Gateway, calls_need_a_parser
+from palate_server.routes import Lane, Routes, Table
+
+
+def routes_of(spec: ServeSpec) -> Routes:
+    """Returns routes to one app that serves the models of a spec."""
+    parameters = calls_need_a_parser(spec)
+    lanes = {name: Lane(model=name, label=name, parameters=parameters) for name in spec.models}
+    lanes[spec.service_name] = lanes[TUNED_MODEL]
+    return Routes(Table(lanes={name: [(1.0, lane)] for name, lane in lanes.items()}))
+
+
+def gateway_of(app: Any, spec: ServeSpec, *, token: str, probe: str | None = None, **options: Any) -> Gateway:
+    """Returns the front of a service over an app instead of its engines."""
+    access = Access(Path(spec.work_dir) / ACCESS_FILE, owner=token, probe=probe)
+    return Gateway(app, service_name=spec.service_name, routes=routes_of(spec), access=access, **options)
 
 
 @dataclass(frozen=True)
@@ -59,8 +77,6 @@ def fronted_service(
         listener.listen()
         environment = {
             **os.environ,
-            TOKEN_VARIABLE: token,
-            LISTENER_VARIABLE: str(listener.fileno()),
             "PYTHONPATH": os.pathsep.join([str(Path(palate_server.__file__).parents[1]), os.getcwd()]),
         }
         command = [
@@ -72,6 +88,8 @@ def fronted_service(
             "POST" if hangs else "",
             "talk" if chats else "echo",
             str(work_dir),
+            str(listener.fileno()),
+            token,
         ]
         process = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()])
         port = listener.getsockname()[1]
@@ -135,9 +153,6 @@ async def talk(scope: Any, receive: Any, send: Any) -> None:
 
 
 def main() -> None:
-    import uvicorn
-
-    from palate_recipes.specs.serve import ServeSpec
     from palate_server import access, gateway, listener
 
     http, limits = sys.argv[1], json.loads(sys.argv[2])
@@ -145,12 +160,9 @@ def main() -> None:
         for module in (access, gateway, listener):
             if hasattr(module, name):
                 setattr(module, name, value)
-    listener.serve_on(listener.take_listener())
-    app = gateway.Gateway(
-        {"echo": echo, "talk": talk}[sys.argv[4]],
-        spec=ServeSpec(service_name="svc", model_dir="m", work_dir=sys.argv[5]),
-    )
-    uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_level="warning")).run()  # type: ignore[arg-type]
+    spec = ServeSpec(service_name="svc", model_dir="m", work_dir=sys.argv[5])
+    app = gateway_of({"echo": echo, "talk": talk}[sys.argv[4]], spec, token=sys.argv[7])
+    listener.Front(app, socket.socket(fileno=int(sys.argv[6])), http=http).run()
 
 
 if __name__ == "__main__":

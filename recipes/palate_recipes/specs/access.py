@@ -18,9 +18,6 @@ from palate_recipes.specs.codec import Int, Sha256, decode, encode
 ACCESS_FILE = "access.json"
 """In the work folder of a service. The runner replaces it when the record changes; the gateway reads it again."""
 
-PROBE_TOKEN_VARIABLE = "PALATE_PROBE_TOKEN"
-"""Environment variable with the token of the server program's own requests, which is new at each start."""
-
 OWNER = "default"
 """Name of the owner's token."""
 

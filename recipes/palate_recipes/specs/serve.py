@@ -37,17 +37,14 @@ BASE_MODEL = "base"
 STOP_GRACE_S = 10.0
 """Time for the engine between SIGTERM and SIGKILL. A caller that stops the program must wait longer."""
 
-LISTENER_VARIABLE = "PALATE_LISTENER"
-"""Environment variable with the file descriptor of the listening socket that the engine inherits."""
-
 HEALTH_PATH = "/health"
 METRICS_PATH = "/metrics"
 GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 """Paths on which a model generates; the metrics' times of these are those of answers."""
 ACTIVITY_PATH = "/palate/activity"
-"""The server program polls this path for the engine's activity."""
-PROBE_HEADER = "x-palate-probe"
-"""Marks the server program's own requests, which do not count as use of the service."""
+"""Path of the transformers engine, on its own socket, that tells of its progress."""
+VERSION_HEADER = "x-palate-version"
+"""With the server program's own token: the version that shall answer, before it answers for others."""
 CHALLENGE_HEADER = "x-palate-challenge"
 """With `GET /health`: requests the proof that the service knows its token (see `token_proof`)."""
 
@@ -91,6 +88,8 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             none.
         hang_after_s: Seconds without progress after which the engine counts as hung and is stopped.
         idle_after_s: Seconds without a request after which the service stops; None: never.
+        sleep_after_s: Seconds without a request after which the engines end until the next request; None: never.
+        restarts: How often within ten minutes an engine that ended by itself is started again.
         model_name: The base model's name in the catalog, which knows its parsers; any other text is ignored.
         verify: What to do if the service does not answer as the trained model (see `palate_server.parity`): `error` stops it,
             `warn` serves it, `off` does not compare.
@@ -109,6 +108,8 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine_args: tuple[str, ...] = ()
     hang_after_s: float = HANG_AFTER_S
     idle_after_s: float | None = None
+    sleep_after_s: float | None = None
+    restarts: int = 3
     model_name: str = ""
     verify: VerifyMode = "error"
 
@@ -136,6 +137,10 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"hang_after_s is {self.hang_after_s}: expected a number of seconds above 0")
         if self.idle_after_s is not None and self.idle_after_s <= 0:
             raise ValueError(f"idle_after_s is {self.idle_after_s}: expected a number of seconds above 0, or None")
+        if self.sleep_after_s is not None and self.sleep_after_s <= 0:
+            raise ValueError(f"sleep_after_s is {self.sleep_after_s}: expected a number of seconds above 0, or None")
+        if not 0 <= self.restarts <= 100:
+            raise ValueError(f"restarts is {self.restarts}: expected a number from 0 to 100")
         check_engine_args(self.engine_args)
 
     @property

@@ -1,0 +1,784 @@
+"""Makes the running engines equal to the desired state: versions, instances, adapters. Knows engines and routes, no HTTP.
+
+One thread decides. Engines, comparisons and loads have threads of their own, which put events into its queue; twice a second it also
+looks at the desired state and at the clock. What it decides becomes visible at once, as a new table of routes, and is told in
+fleet-state.json. A version takes requests only after it has answered and was compared with its trained model; one that is replaced
+answers its open requests first. An engine that ends by itself is started again, after a pause that doubles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from msgspec.structs import replace
+
+from palate_recipes.errors import EngineFailed, EngineHung, ServerError, StartTimeout
+from palate_recipes.specs.fleet import (
+    FLEET_FILE,
+    FLEET_STATE_FILE,
+    AdapterState,
+    Fleet,
+    FleetAdapter,
+    FleetState,
+    FleetVersion,
+    VersionState,
+)
+from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, Parity, ServeSpec
+from palate_server.engine import Engine, EngineError
+from palate_server.gateway import Activity, calls_need_a_parser
+from palate_server.parsers import with_parsers
+from palate_server.plan import EnginePlan, beyond_engine, check, gpus_for, same_rendering
+from palate_server.routes import Lane, Parameters, Routes, Table
+from palate_server.transformers_parameters import prepared
+from palate_server.trial import Asking, compared
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.5
+_DRAIN_LIMIT_S = 600.0
+"""A replaced version is ended after this time even if it still answers requests: no client waits longer."""
+_UNROUTED_S = 1.0
+"""A request that has chosen its lane may not be counted yet. After this time it is."""
+_CRASHES_WITHIN_S = 600.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_LOAD_LIMIT_S = 300.0
+
+State = Literal["starting", "ready", "draining", "failed"]
+Event = tuple[str, Any, Any]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Pool:
+    """Engines with the same weights and settings.
+
+    Attributes:
+        name: Of the version that it was started for.
+        spec: What its engines serve.
+        plan: How.
+        wanted: Engines that it should have, once the first has been compared.
+        engines: Those that are starting or answer. Lanes share this list.
+        leaving: Those that answer their open requests and then end.
+        is_proved: Whether a version on it was compared with its trained model, or needs no comparison.
+        hot: Folders of the adapters that every engine should have beside those it was started with, by the engine's names.
+        started: Engines that were started so far.
+        crashes: Monotonic times of the last ends that nobody asked for.
+        restart_at: Monotonic time before which no engine is started.
+    """
+
+    name: str
+    spec: ServeSpec
+    plan: EnginePlan
+    wanted: int = 1
+    engines: list[Engine] = field(default_factory=list)
+    leaving: list[Engine] = field(default_factory=list)
+    is_proved: bool = False
+    hot: dict[str, str] = field(default_factory=dict)
+    started: int = 0
+    crashes: deque[float] = field(default_factory=deque)
+    restarts: int = 0
+    last_crash: str = ""
+    restart_at: float = 0.0
+    base: Lane = field(default_factory=lambda: Lane(model=BASE_MODEL, label=BASE_MODEL))
+
+    @property
+    def title(self) -> str:
+        return f"{self.plan.engine.distribution} {self.plan.engine.version}"
+
+    @property
+    def loads_adapters(self) -> bool:
+        return self.plan.engine.name == "vllm" and self.spec.base_model_dir is not None
+
+    def up(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.is_up]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Tuned:
+    """A tuned model: a version of the service's own, or a further adapter.
+
+    Attributes:
+        name: `v1`, or the adapter's name in requests.
+        lane: Its lane.
+        folder: Its folder.
+        on_trial: Whether its comparison runs.
+    """
+
+    name: str
+    pool: _Pool
+    lane: Lane
+    folder: str
+    state: State = "starting"
+    reason: str = ""
+    parity: Parity | None = None
+    on_trial: bool = False
+    is_proved: bool = False
+    began_at: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    unrouted_at: float = 0.0
+    error: ServerError | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class _Version(_Tuned):
+    asked: FleetVersion
+
+
+@dataclass(eq=False, kw_only=True)
+class _Adapter(_Tuned):
+    asked: FleetAdapter
+
+
+class Service:
+    """The service while it runs. `run` is called once, `end` in any case."""
+
+    def __init__(
+        self,
+        spec: ServeSpec,
+        *,
+        routes: Routes,
+        activity: Activity,
+        asking: Asking,
+        on_ready: Callable[[str, Parity | None], None],
+        on_engine_end: Callable[[str], None],
+    ) -> None:
+        """Prepares the service.
+
+        Args:
+            spec: The service, and its version if there is no desired state.
+            routes: The table that the front reads.
+            activity: What the front counts.
+            asking: Asks the service as a client does.
+            on_ready: Called once, when the first version answers, with its engine and comparison.
+            on_engine_end: Called with the socket of each engine that has ended.
+        """
+        self._spec = spec
+        self._work_dir = Path(spec.work_dir)
+        self._routes = routes
+        self._activity = activity
+        self._asking = asking
+        self._on_ready = on_ready
+        self._on_engine_end = on_engine_end
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._seen: tuple[int, int, int] | None = None
+        self._desired = Fleet(generation=0, versions=(FleetVersion(name="v1", spec=spec),))
+        self._pools: list[_Pool] = []
+        self._versions: dict[str, _Version] = {}
+        self._adapters: dict[tuple[str, str], list[_Adapter]] = {}
+        self._refused_versions: dict[str, str] = {}
+        self._refused_adapters: dict[tuple[str, str], str] = {}
+        self._loading: set[tuple[Engine, str]] = set()
+        self._is_ready = self._is_asleep = False
+        self._told: FleetState | None = None
+        self._ending: list[threading.Thread] = []
+
+    def stop(self) -> None:
+        """Asks `run` to return. Safe in a signal handler, because put() of a SimpleQueue is."""
+        self._events.put(("stop", None, None))
+
+    def run(self) -> Literal["stop", "idle"]:
+        """Runs the service until it is asked to stop, or is idle.
+
+        Raises:
+            ServerError: No version of it can run.
+        """
+        self._look_at_desired()
+        if not self._versions:
+            self._converge(self._desired)
+        while True:
+            try:
+                kind, subject, detail = self._events.get(timeout=TICK_S)
+                if kind == "stop":
+                    return "stop"
+                self._handle(kind, subject, detail)
+            except Empty:
+                pass
+            self._look_at_desired()
+            self._tick()
+            self._publish()
+            if self._is_idle():
+                return "idle"
+
+    def end(self, *, quiet: bool) -> None:
+        """Ends all engines, and waits for them."""
+        engines = [engine for pool in self._pools for engine in (*pool.engines, *pool.leaving)]
+        threads = [threading.Thread(target=engine.end, kwargs={"quiet": quiet}) for engine in engines]
+        for thread in threads:
+            thread.start()
+        for thread in (*threads, *self._ending):
+            thread.join()
+
+    # ── the desired state ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _look_at_desired(self) -> None:
+        path = self._work_dir / FLEET_FILE
+        try:
+            found = path.stat()
+            mark = (found.st_mtime_ns, found.st_ino, found.st_size)
+            if mark == self._seen:
+                return
+            self._seen = mark  # also for a damaged file: it is reported once
+            desired = Fleet.read(path)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            logger.error("the service stays as it is: %s is not a desired state: %s", path, error)
+            return
+        if desired.generation != self._desired.generation:
+            self._converge(desired)
+
+    def _converge(self, desired: Fleet) -> None:
+        self._desired = desired
+        wanted = {version.name for version in desired.versions}
+        self._refused_versions = {name: why for name, why in self._refused_versions.items() if name in wanted}
+        for asked in desired.versions:
+            known = self._versions.get(asked.name)
+            if known is None:
+                if asked.name not in self._refused_versions:
+                    self._begin(asked)
+            elif known.state == "draining":  # it was wanted no more, and is again
+                known.asked, known.state, known.unrouted_at = asked, "ready" if known.is_proved else "starting", 0.0
+            elif known.state != "failed":
+                known.asked = asked
+        for version in self._versions.values():
+            if version.name not in wanted and version.state not in ("draining", "failed"):
+                version.state = "draining"
+                version.unrouted_at = time.monotonic()
+        self._versions = {n: v for n, v in self._versions.items() if n in wanted or v.state != "failed"}
+        self._publish()
+
+    def _begin(self, asked: FleetVersion) -> None:
+        """Starts a version: on the engines that run, if only its adapter differs, else on engines of its own."""
+        service = self._spec
+        spec = replace(asked.spec, service_name=service.service_name, work_dir=service.work_dir)
+        error: ServerError | None = None
+        pool = next((pool for pool in self._pools if self._can_load(pool, spec)), None)
+        model = TUNED_MODEL
+        if pool is not None:
+            # A name that was never used: vLLM's prefix cache knows an adapter by its name (vLLM issue 42125).
+            model = f"{TUNED_MODEL}-{asked.name}"
+            pool.hot[model] = spec.model_dir
+            logger.info("%s: loading its adapter beside the others", asked.name)
+        else:
+            try:
+                spec, plan = _planned(spec)
+            except ServerError as refused:
+                error = refused
+            else:
+                pool = _Pool(name=asked.name, spec=spec, plan=plan, wanted=asked.instances)
+                self._pools.append(pool)
+        if pool is None:
+            assert error is not None
+            if not self._is_ready and len(self._desired.versions) == 1:
+                raise error
+            logger.error("%s cannot be started: %s", asked.name, error)
+            self._refused_versions[asked.name] = str(error)
+            return
+        lane = self._lane(pool, model=model, label=TUNED_MODEL, version=asked.name)
+        self._versions[asked.name] = _Version(name=asked.name, asked=asked, pool=pool, lane=lane, folder=spec.model_dir)
+        if not pool.started:
+            pool.base = self._lane(pool, model=BASE_MODEL, label=BASE_MODEL)
+            self._start_engine(pool)
+
+    def _can_load(self, pool: _Pool, spec: ServeSpec) -> bool:
+        """Whether a version's adapter can be loaded into running engines: nothing else differs, and they have room for its rank."""
+        if not (pool.loads_adapters and pool.is_proved and pool.up()):
+            return False
+        asked = with_parsers_of(spec, pool.plan)
+        same = replace(asked, model_dir=pool.spec.model_dir, verify=pool.spec.verify) == pool.spec
+        return (
+            same
+            and same_rendering(Path(spec.model_dir), Path(pool.spec.model_dir))
+            and not beyond_engine(Path(spec.model_dir), pool.plan)
+        )
+
+    def _lane(self, pool: _Pool, *, model: str, label: str, version: str = "") -> Lane:
+        parameters: Parameters = prepared if pool.plan.engine.name == "transformers" else calls_need_a_parser(pool.spec)
+        return Lane(model=model, label=label, version=version, engines=pool.engines, parameters=parameters)
+
+    # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start_engine(self, pool: _Pool) -> None:
+        tuned = {v.lane.model: v.folder for v in self._on(pool) if v.state != "failed"}
+        adapters = tuned if pool.spec.base_model_dir is not None else {}
+        name = f"{pool.name}-{pool.started}"
+        logger.info("starting %s as engine %s, dtype %s", pool.title, name, pool.plan.dtype)
+        if pool.plan.why and not pool.started:
+            logger.info("the engine is not vLLM: %s", pool.plan.why)
+        pool.started += 1
+        used = [gpu for other in self._pools for engine in (*other.engines, *other.leaving) for gpu in engine.gpus]
+        is_alone = len(self._pools) == 1 and pool.wanted <= 1  # then it may use them all
+        pool.engines.append(
+            Engine(
+                name,
+                spec=pool.spec,
+                plan=pool.plan,
+                adapters=adapters,
+                put=lambda kind, engine, detail: self._events.put((kind, engine, detail)),
+                gpus=() if is_alone or pool.plan.on_cpu else gpus_for(pool.spec, used=used),
+            )
+        )
+
+    def _on(self, pool: _Pool) -> list[_Version]:
+        return [version for version in self._versions.values() if version.pool is pool]
+
+    def _pool_of(self, engine: Engine) -> _Pool | None:
+        return next((pool for pool in self._pools if engine in pool.engines), None)
+
+    def _retire(self, engine: Engine) -> None:
+        """Ends an engine in a thread: it takes seconds."""
+
+        def end() -> None:
+            engine.end(quiet=True)
+            self._on_engine_end(engine.socket)
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        self._ending = [one for one in self._ending if one.is_alive()] + [thread]
+
+    def _handle(self, kind: str, subject: Any, detail: Any) -> None:
+        if kind == "proved":
+            self._proved(subject, detail)
+        elif kind == "loaded":
+            self._loaded(subject, *detail)
+        elif (pool := self._pool_of(subject)) is not None:
+            if kind == "up":
+                self._came_up(pool, subject)
+            elif kind == "refused":
+                self._lost(
+                    pool, subject, EngineFailed, f"{pool.title} started, but {detail}: {{story}}", by_itself=False
+                )
+            elif kind == "ended":
+                self._lost(pool, subject, EngineFailed, f"{pool.title} ended unexpectedly: {{story}}")
+            elif kind == "hung":
+                what = f"{pool.title} hangs: {detail}. It was stopped; start the service again. {{story}}"
+                self._lost(pool, subject, EngineHung, what, by_itself=False)
+
+    def _came_up(self, pool: _Pool, engine: Engine) -> None:
+        loaded = {v.lane.model for v in self._on(pool)} if pool.spec.base_model_dir is None else set()
+        engine.models = {*engine.started_with, *loaded, *([BASE_MODEL] if pool.spec.base_model_dir else [])}
+        for lane in (pool.base, *(version.lane for version in self._on(pool))):
+            lane.max_model_len = engine.max_model_len
+        engine.takes = True
+        logger.info("engine %s answers after %.1f s", engine.name, time.monotonic() - engine.began_at)
+
+    def _lost(
+        self, pool: _Pool, engine: Engine, kind: type[ServerError], message: str, *, by_itself: bool = True
+    ) -> None:
+        """Handles the end of an engine that nobody asked for."""
+        engine.takes = False
+        pool.engines.remove(engine)
+        error = kind(message.replace("{story}", engine.story(by_itself=by_itself)))
+        self._retire(engine)
+        if not pool.is_proved:
+            self._fail(pool, error)
+            return
+        now = time.monotonic()
+        pool.crashes.append(now)
+        while pool.crashes[0] < now - _CRASHES_WITHIN_S:
+            pool.crashes.popleft()
+        pool.last_crash = str(error).splitlines()[0]
+        count = len(pool.crashes)
+        if count > pool.spec.restarts:
+            if not pool.engines:
+                self._fail(pool, error)
+                return
+            pool.restart_at = pool.crashes[0] + _CRASHES_WITHIN_S
+        else:
+            pool.restarts += 1
+            pool.restart_at = now + min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)
+        logger.error(
+            "engine %s ended; %d of %d restarts within %.0f s are used: %s",
+            engine.name,
+            min(count, pool.spec.restarts),
+            pool.spec.restarts,
+            _CRASHES_WITHIN_S,
+            error,
+        )
+
+    def _fail(self, pool: _Pool, error: ServerError) -> None:
+        """Gives up a pool, with the versions on it. Raises the error if no other version answers."""
+        for version in self._on(pool):
+            self._fail_version(version, error)
+        self._pools.remove(pool)
+        for engine in (*pool.engines, *pool.leaving):
+            self._retire(engine)
+        pool.engines.clear()
+        if not any(version.state in ("ready", "starting") for version in self._versions.values()):
+            raise error
+
+    def _fail_version(self, version: _Version, error: ServerError) -> None:
+        version.state, version.reason, version.error = "failed", str(error), error
+        version.pool.hot.pop(version.lane.model, None)
+        logger.error("%s failed: %s", version.name, error)
+
+    # ── twice a second ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._sleep_or_wake()
+        for version in list(self._versions.values()):
+            if version.state == "draining":
+                self._drain(version, now)
+        self._want_adapters()
+        for pool in list(self._pools):
+            self._size(pool, now)
+            self._late(pool, now)
+            self._load(pool)
+        for version in self._versions.values():
+            if version.state == "starting":
+                self._advance(version)
+        for adapters in self._adapters.values():
+            for adapter in adapters:
+                if adapter.state == "starting":
+                    self._advance(adapter)
+
+    def _is_idle(self) -> bool:
+        limit_s = self._spec.idle_after_s
+        return limit_s is not None and self._is_ready and self._activity.idle_s >= limit_s
+
+    def _sleep_or_wake(self) -> None:
+        limit_s = self._spec.sleep_after_s
+        if limit_s is None or not self._is_ready:
+            return
+        if self._is_asleep and (self._routes.waiting or self._activity.open):
+            self._is_asleep = False
+            logger.info("a request came: the engines start again")
+        elif not self._is_asleep and self._activity.idle_s >= limit_s:
+            self._is_asleep = all(version.state in ("ready", "failed") for version in self._versions.values())
+            if self._is_asleep:
+                logger.info("no request for %g s: the engines end until one comes", limit_s)
+        self._routes.is_asleep = self._is_asleep
+
+    def _drain(self, version: _Version, now: float) -> None:
+        waited_s = now - version.unrouted_at
+        if waited_s < _UNROUTED_S or (version.lane.open and waited_s < _DRAIN_LIMIT_S):
+            return
+        pool = version.pool
+        others = [one for one in self._on(pool) if one is not version and one.state != "failed"]
+        if not others and pool.base.open and waited_s < _DRAIN_LIMIT_S:
+            return
+        del self._versions[version.name]
+        pool.hot.pop(version.lane.model, None)
+        if others:
+            # What a restarted engine reads must not be in the folder of the version that is gone.
+            last = others[-1]
+            if pool.plan.tokenizer_dir == Path(version.folder):
+                pool.plan = dataclasses.replace(pool.plan, tokenizer_dir=Path(last.folder))
+            pool.spec = replace(pool.spec, model_dir=last.folder)
+        else:
+            self._pools.remove(pool)
+            for engine in (*pool.engines, *pool.leaving):
+                self._retire(engine)
+            pool.engines.clear()
+        logger.info("%s has answered its last request", version.name)
+
+    def _size(self, pool: _Pool, now: float) -> None:
+        """Starts and ends engines until the pool has as many as its versions need."""
+        needed = [v.asked.instances for v in self._on(pool) if v.state in ("starting", "ready")]
+        pool.wanted = max(needed, default=0 if self._on(pool) else len(pool.engines))
+        wanted = 0 if self._is_asleep else pool.wanted
+        if not pool.is_proved:
+            return  # one engine, until it was compared
+        if all(version.state == "draining" for version in self._on(pool)):
+            return
+        for _ in range(wanted - len(pool.engines)):
+            if now >= pool.restart_at:
+                self._start_engine(pool)
+        for engine in sorted(pool.engines, key=lambda one: (one.is_up, one.open))[: max(0, len(pool.engines) - wanted)]:
+            engine.takes = False
+            engine.leaving_at = now
+            pool.engines.remove(engine)
+            pool.leaving.append(engine)
+        for engine in list(pool.leaving):
+            waited_s = now - engine.leaving_at
+            if waited_s >= _UNROUTED_S and (not engine.open or waited_s >= _DRAIN_LIMIT_S):
+                pool.leaving.remove(engine)
+                self._retire(engine)
+
+    def _late(self, pool: _Pool, now: float) -> None:
+        limit_s = pool.spec.start_timeout_s
+        for engine in list(pool.engines):
+            if not engine.is_up and now - engine.began_at > limit_s:
+                what = (
+                    f"{pool.title} did not answer within start_timeout_s={limit_s:g}: set a higher value, or look for the "
+                    "cause: {story}"
+                )
+                self._lost(pool, engine, StartTimeout, what, by_itself=False)
+
+    # ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _want_adapters(self) -> None:
+        """Adds the desired adapters to every pool that can load them, and drops others once nothing uses them."""
+        now = time.monotonic()
+        wanted = {(adapter.name, adapter.digest): adapter for adapter in self._desired.adapters}
+        self._refused_adapters = {key: why for key, why in self._refused_adapters.items() if key in wanted}
+        for key, asked in wanted.items():
+            placed = self._adapters.setdefault(key, [])
+            for pool in self._pools:
+                if not pool.is_proved or key in self._refused_adapters or any(one.pool is pool for one in placed):
+                    continue
+                why = (
+                    beyond_engine(Path(asked.path), pool.plan)
+                    if pool.loads_adapters
+                    else "the service has no base model that vLLM serves beside adapters"
+                )
+                if why:
+                    self._refused_adapters[key] = why
+                    logger.error("adapter %s cannot be served: %s", asked.name, why)
+                    continue
+                model = f"{asked.name}-{asked.digest[:12]}"
+                pool.hot[model] = asked.path
+                lane = self._lane(pool, model=model, label=asked.name)
+                placed.append(_Adapter(name=asked.name, asked=asked, pool=pool, lane=lane, folder=asked.path))
+        for key, placed in list(self._adapters.items()):
+            for adapter in list(placed):
+                has_successor = any(name == adapter.name for name, _ in wanted)
+                if adapter.pool not in self._pools:
+                    placed.remove(adapter)
+                elif key not in wanted and (not has_successor or self._is_served(adapter.name, wanted)):
+                    adapter.unrouted_at = adapter.unrouted_at or now
+                    adapter.state = "draining"
+                    waited_s = now - adapter.unrouted_at
+                    if waited_s >= _UNROUTED_S and (not adapter.lane.open or waited_s >= _DRAIN_LIMIT_S):
+                        adapter.pool.hot.pop(adapter.lane.model, None)
+                        placed.remove(adapter)
+            if not placed and key not in wanted:
+                del self._adapters[key]
+
+    def _is_served(self, name: str, wanted: Mapping[tuple[str, str], FleetAdapter]) -> bool:
+        """Whether the adapter that has this name now is ready: until then the former one answers."""
+        return any(
+            adapter.state in ("ready", "failed")
+            for key, placed in self._adapters.items()
+            for adapter in placed
+            if key in wanted and key[0] == name
+        )
+
+    def _load(self, pool: _Pool) -> None:
+        """Loads into each engine what it lacks, and unloads what nothing uses."""
+        if not pool.loads_adapters or not pool.is_proved:
+            return
+        own = {version.lane.model for version in self._on(pool)}
+        for engine in pool.up():
+            for model, folder in pool.hot.items():
+                if model not in engine.models and model not in engine.failed and (engine, model) not in self._loading:
+                    self._loading.add((engine, model))
+                    self._spawn(self._load_into, engine, model, folder)
+            for model in engine.models - {BASE_MODEL, *own, *pool.hot}:
+                engine.models = engine.models - {model}
+                self._spawn(self._unload_from, engine, model)
+
+    def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=target, args=arguments, daemon=True).start()
+
+    def _load_into(self, engine: Engine, model: str, folder: str) -> None:
+        why = ""
+        try:
+            asked = {"lora_name": model, "lora_path": folder}
+            engine.ask("/v1/load_lora_adapter", asked, timeout_s=_LOAD_LIMIT_S)
+            engine.token_of(model, timeout_s=_LOAD_LIMIT_S)
+        except (EngineError, OSError) as error:
+            why = f"engine {engine.name} did not load it: {error}"
+        self._events.put(("loaded", engine, (model, why)))
+
+    def _unload_from(self, engine: Engine, model: str) -> None:
+        try:
+            engine.ask("/v1/unload_lora_adapter", {"lora_name": model}, timeout_s=_LOAD_LIMIT_S)
+        except (EngineError, OSError) as error:
+            logger.warning("engine %s did not unload %s: %s", engine.name, model, error)
+
+    def _loaded(self, engine: Engine, model: str, why: str) -> None:
+        self._loading.discard((engine, model))
+        if not why:
+            engine.models = {*engine.models, model}
+        elif self._pool_of(engine) is not None and engine.is_up:
+            engine.failed[model] = why
+            logger.error("%s", why)
+
+    # ── trials ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _advance(self, tuned: _Tuned) -> None:
+        """Compares a model once its engines have it, then lets it answer."""
+        up = tuned.pool.up()
+        if why := next((e.failed[tuned.lane.model] for e in up if tuned.lane.model in e.failed), ""):
+            self._fail_tuned(tuned, EngineFailed(why))
+            return
+        having = [engine for engine in up if tuned.lane.model in engine.models]
+        if not having or len(having) < len(up):
+            return
+        if not tuned.is_proved:
+            if not tuned.on_trial:
+                tuned.on_trial = True
+                self._publish()
+                self._spawn(self._try, tuned)
+            return
+        if isinstance(tuned, _Version):
+            missing = min(tuned.asked.instances, 1) if self._is_asleep else tuned.asked.instances
+            if len(up) < missing or not self._has_its_adapters(tuned.pool):
+                return
+            tuned.seconds = round(time.monotonic() - tuned.began_at, 1)
+        tuned.state = "ready"
+        logger.info("%s is ready", tuned.name)
+        if isinstance(tuned, _Version) and not self._is_ready:
+            self._is_ready = True
+            self._publish()
+            self._on_ready(tuned.pool.title, tuned.parity)
+
+    def _has_its_adapters(self, pool: _Pool) -> bool:
+        placed = [one for adapters in self._adapters.values() for one in adapters if one.pool is pool]
+        known = {(one.asked.name, one.asked.digest) for one in placed} | set(self._refused_adapters)
+        return all(one.state != "starting" for one in placed) and all(
+            (asked.name, asked.digest) in known for asked in self._desired.adapters
+        )
+
+    def _try(self, tuned: _Tuned) -> None:
+        """Compares a model with its training, in a thread."""
+        result: Parity | ServerError | None
+        spec = replace(tuned.pool.spec, model_dir=tuned.folder)
+        if isinstance(tuned, _Version):
+            spec = replace(spec, verify=tuned.asked.spec.verify)
+        try:
+            result = compared(self._asking, spec, tuned.pool.plan, version=_trial(tuned))
+        except ServerError as error:
+            result = error
+        except Exception as error:
+            logger.exception("the comparison of %s", tuned.name)
+            result = ServerError(
+                f"its comparison with the trained model failed ({type(error).__name__}: {error}); verify=False omits it"
+            )
+        self._events.put(("proved", tuned, result))
+
+    def _proved(self, tuned: _Tuned, result: Parity | ServerError | None) -> None:
+        tuned.on_trial = False
+        if tuned.state != "starting" or tuned.pool not in self._pools:
+            return
+        if isinstance(result, ServerError):
+            engine = next(iter(tuned.pool.engines), None)
+            plain = type(result) is ServerError and engine is not None
+            story = engine.story(by_itself=False) if plain and engine is not None else ""
+            self._fail_tuned(
+                tuned, EngineFailed(f"{tuned.pool.title} started, but {result}: {story}") if plain else result
+            )
+            return
+        tuned.is_proved = tuned.pool.is_proved = True
+        tuned.parity = result
+
+    def _fail_tuned(self, tuned: _Tuned, error: ServerError) -> None:
+        if isinstance(tuned, _Version):
+            if any(other is not tuned and other.state != "failed" for other in self._on(tuned.pool)):
+                self._fail_version(tuned, error)  # the engines serve another version too
+            else:
+                self._fail(tuned.pool, error)
+        else:
+            tuned.state, tuned.reason = "failed", str(error)
+            tuned.pool.hot.pop(tuned.lane.model, None)
+            logger.error("adapter %s failed: %s", tuned.name, error)
+
+    # ── what others see ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _publish(self) -> None:
+        self._routes.table = self._table()
+        state = self._state()
+        if state != self._told:
+            try:
+                state.write(self._work_dir / FLEET_STATE_FILE)
+                self._told = state
+            except OSError as error:  # a full disk does not end the service
+                logger.error("the state cannot be written: %s", error)
+
+    def _table(self) -> Table:
+        # The first version answers as soon as it is proved, also while its other instances start.
+        answering = [
+            v for v in self._versions.values() if v.state == "ready" or (v.state == "starting" and v.is_proved)
+        ]
+        ready = [v for v in answering if v.state == "ready"] or answering
+        for version in ready:
+            version.lane.wakes = version.pool.base.wakes = self._is_asleep
+        shares = [(version.asked.share, version.lane) for version in ready]
+        if shares and not any(share for share, _ in shares):
+            shares = [(1.0, lane) for _, lane in shares]
+        lanes: dict[str, list[tuple[float, Lane]]] = {}
+        if ready:
+            lanes[TUNED_MODEL] = lanes[self._spec.service_name] = shares
+            if len(ready) > 1:
+                lanes |= {version.name: [(1.0, version.lane)] for version in ready}
+            main = max(ready, key=lambda version: version.asked.share).pool
+            if main.spec.base_model_dir is not None:
+                lanes[BASE_MODEL] = [(1.0, main.base)]
+            for adapter in self._answering_adapters(main):
+                adapter.lane.wakes = self._is_asleep
+                adapter.lane.max_model_len = main.base.max_model_len
+                lanes[adapter.name] = [(1.0, adapter.lane)]
+        tried = [*self._versions.values(), *(one for placed in self._adapters.values() for one in placed)]
+        trials = {_trial(one): self._trial_lanes(one) for one in tried if one.on_trial}
+        return Table(lanes=lanes, trials=trials)
+
+    def _answering_adapters(self, pool: _Pool) -> Iterable[_Adapter]:
+        """Yields the adapters of a pool that answer. Of two with one name, the later one comes last."""
+        for placed in self._adapters.values():
+            for adapter in placed:
+                if adapter.pool is pool and adapter.state == "ready":
+                    yield adapter
+
+    def _trial_lanes(self, tuned: _Tuned) -> Mapping[str, Lane]:
+        return {TUNED_MODEL: tuned.lane, self._spec.service_name: tuned.lane, BASE_MODEL: tuned.pool.base}
+
+    def _state(self) -> FleetState:
+        versions = tuple(
+            VersionState(
+                name=version.name,
+                state=version.state,
+                instances=len(version.pool.up()),
+                engine=version.pool.title,
+                reason=version.reason,
+                parity=version.parity,
+                seconds=version.seconds,
+                restarts=version.pool.restarts,
+                last_crash=version.pool.last_crash,
+            )
+            for version in self._versions.values()
+        )
+        refused = (VersionState(name=name, state="failed", reason=why) for name, why in self._refused_versions.items())
+        return FleetState(
+            generation=self._desired.generation,
+            versions=(*versions, *refused),
+            adapters=tuple(self._adapter_state(asked) for asked in self._desired.adapters),
+        )
+
+    def _adapter_state(self, asked: FleetAdapter) -> AdapterState:
+        key = (asked.name, asked.digest)
+        placed = self._adapters.get(key, [])
+        why = self._refused_adapters.get(key) or next((one.reason for one in placed if one.state == "failed"), "")
+        if why:
+            return AdapterState(name=asked.name, digest=asked.digest, state="failed", reason=why)
+        is_ready = bool(placed) and all(one.state == "ready" for one in placed)
+        return AdapterState(name=asked.name, digest=asked.digest, state="ready" if is_ready else "loading")
+
+
+def _planned(spec: ServeSpec) -> tuple[ServeSpec, EnginePlan]:
+    plan = check(spec)
+    return with_parsers_of(spec, plan), plan
+
+
+def with_parsers_of(spec: ServeSpec, plan: EnginePlan) -> ServeSpec:
+    """Returns the spec with the model's parsers among the engine's options."""
+    if plan.engine.name != "vllm":
+        return spec
+    found = with_parsers(
+        spec.engine_args, model_name=spec.model_name, tokenizer_dir=plan.tokenizer_dir, model_dir=Path(spec.model_dir)
+    )
+    return replace(spec, engine_args=found)
+
+
+def _trial(tuned: _Tuned) -> str:
+    """Returns the name under which a model on trial is asked."""
+    return tuned.name if isinstance(tuned, _Version) else f"adapter {tuned.lane.model}"
