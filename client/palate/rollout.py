@@ -498,8 +498,9 @@ def scale(service: Predictor, instances: int, *, wait: bool = True) -> None:
         return
 
     def reached(status: Status) -> bool:
-        current = version_name(run.record.serve_manifest().body.version)
-        return bool(_live(status).get(current, {}).get("instances") == instances)
+        told = _live(status).get(version_name(run.record.serve_manifest().body.version), {})
+        asleep = told.get("state") == "ready" and told.get("instances") == 0  # they start with the next request
+        return bool(told.get("instances") == instances or asleep)
 
     _wait_for(service, reached, limit_s=service.ready_limit_s, what=f"{instances} instances")
 
