@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from _thread import interrupt_main
@@ -16,6 +17,7 @@ from msgspec.structs import replace
 
 import palate.rollout
 from palate import Predictor, Session
+from palate.cli import rollout as command_line
 from palate.deploy import ServedModel
 from palate.errors import ConfigurationError, DamagedFilesError, ServiceError, StoreUnreachableError
 from palate.predictor import HasModel
@@ -38,6 +40,8 @@ from palate.store import Store
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet, FleetAdapter, VersionState
 from palate_recipes.specs.run import Deployment
 from palate_recipes.specs.serve import Parity, ServeSpec
+from palate_recipes.specs.weights import BaseModel, WeightsSource
+from tests.fast.test_deploy import NothingStarts
 from tests.support.fleet import Program
 from tests.support.manifests import serve_manifest
 from tests.support.schemas import check_records
@@ -581,3 +585,53 @@ def test_an_update_that_is_open_when_the_service_is_stopped_can_be_withdrawn(
     assert update.promote
     service.rollback()
     assert (open_update(record), states(service)) == (None, [("v1", "current"), ("v2", "cancelled")])
+
+
+@only_file
+def test_a_stopped_service_is_started_with_the_new_model(
+    record: Record, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(store=record.store.root, backend=NothingStarts())
+    service = Predictor("svc", session=session)
+    record.advance("Stopped", expect={"Creating"})
+    with pytest.raises(ConfigurationError, match=r"traffic=0.5 cannot be shared.*not running"):
+        service.update_service(job("two"), traffic=0.5)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    source = WeightsSource(kind="folder", location=str(folder))
+    service.update_service(job("two", model=BaseModel(name="m", source=source)), wait=False)
+    assert (service.manifest.body.version, record.status().state) == (2, "Creating")
+    assert [(one.number, one.outcome) for one in history(record)] == [(1, "replaced"), (2, "current")]
+    record.advance("Running", expect={"Creating"})
+    service.update_service(job("three", model=BaseModel(name="m", source=source)), zero_downtime=False, wait=False)
+    assert (states(service)[-1], record.status().attempt) == (("v3", "current"), 3)
+
+
+@only_file
+def test_the_commands_show_and_change_versions(
+    record: Record, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PALATE_STORE", record.store.root)
+    monkeypatch.setattr("palate.session._default", None)
+    with running(runner, monkeypatch):
+        asked(record, share=0.1, promote=False)
+        while record.status().details["update"].get("state") != "ready":
+            time.sleep(0.01)
+        command_line.traffic("svc", ["v2=0.25"])
+        assert capsys.readouterr().out == "v1\t75%\nv2\t25%\n"
+        with pytest.raises(ConfigurationError, match="'much' of v2 is not a number"):
+            command_line.traffic("svc", ["v2=much"])
+        command_line.versions("svc", as_json=True)
+        shown = json.loads(capsys.readouterr().out)
+        assert [(one["name"], one["state"], one["share"], one["job"]) for one in shown] == [
+            ("v1", "current", 0.75, "one"),
+            ("v2", "ready", 0.25, "two"),
+        ]
+        command_line.promote("svc")
+        command_line.scale("svc", 3)
+        assert capsys.readouterr().out == "svc\t3\n"
+        command_line.rollback("svc")
+        command_line.versions("svc")
+        assert "current" in capsys.readouterr().out.splitlines()[-1]
+    assert (record.serve_manifest().labels, record.serve_manifest().body.instances) == ({"job": "one"}, 3)
