@@ -27,6 +27,7 @@ from palate.runs.rollout import (
     previous,
     read_version,
     reserve,
+    update_to,
     withdraw,
 )
 from palate.ui import note
@@ -234,17 +235,29 @@ def _change(
     _require_following(service)
     shown = record.last_part("logs")
     version = reserve(record, body, labels)
+    update = update_to(version, share=traffic or 0.0, promote=traffic is None)
     try:
-        update = ask(record, version, share=traffic or 0.0, promote=traffic is None)
-    except BaseException:
-        note_outcome(record, version, "cancelled", reason="another update was in progress")
+        try:
+            ask(record, update)
+        except ConfigurationError as error:
+            note_outcome(record, version, "cancelled", reason=str(error))
+            raise
+        note(
+            f"{version_name(version.number)} of service {service.service_name} serves {what}; it starts beside the current one"
+        )
+        if not wait:
+            return service
+        return _follow(service, update, what, show_logs=show_logs, after_log_part=shown)
+    except KeyboardInterrupt as interrupt:
+        if _withdrawn(service, update, "interrupted", within_s=_WITHDRAWN_S):
+            interrupt.add_note(f"service {service.service_name} keeps its previous model")
+        elif record.serve_manifest().body.version == version.number:
+            interrupt.add_note(f"service {service.service_name} serves {what}: the update was completed before")
+        else:
+            interrupt.add_note(
+                f"the update to {version_name(version.number)} was withdrawn; service {service.service_name} keeps its previous model"
+            )
         raise
-    note(
-        f"{version_name(version.number)} of service {service.service_name} serves {what}; it starts beside the current one"
-    )
-    if not wait:
-        return service
-    return _follow(service, update, what, show_logs=show_logs, after_log_part=shown)
 
 
 def _follow(
@@ -284,14 +297,6 @@ def _follow(
     except KeyboardInterrupt as interrupt:
         if not asked:
             interrupt.add_note(f"the update to {name} continues: `palate versions {service.service_name}` shows it")
-        elif _withdrawn(service, update, "interrupted", within_s=_WITHDRAWN_S):
-            interrupt.add_note(f"service {service.service_name} keeps its previous model")
-        elif run.record.serve_manifest().body.version == update.body.version:
-            interrupt.add_note(f"service {service.service_name} serves {what}: the update was completed before")
-        else:
-            interrupt.add_note(
-                f"the update to {name} was withdrawn; service {service.service_name} keeps its previous model"
-            )
         raise
     except WaitTimeoutError:
         status = run.record.status()

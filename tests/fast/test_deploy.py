@@ -20,7 +20,7 @@ from palate.runner.context import RunContext
 from palate.runner.serve import _port
 from palate.runs.access import add, read_access
 from palate.runs.record import TOKEN_KEY, Record
-from palate.runs.rollout import ask, history, open_update, reserve
+from palate.runs.rollout import ask, history, open_update, reserve, update_to
 from palate.store import Store, open_store
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.support.manifests import serve_manifest
@@ -252,7 +252,7 @@ def test_the_number_of_instances_is_in_the_record_and_bounded(store: Store, mode
 @pytest.mark.parametrize("store", ["file"], indirect=True)
 def test_a_service_over_a_failed_one_has_a_history_of_its_own(store: Store, model: ServedModel) -> None:
     record = deploy(store, NothingStarts(), model)
-    ask(record, reserve(record, record.serve_manifest().body, {}))
+    ask(record, update_to(reserve(record, record.serve_manifest().body, {})))
     record.advance("Failed", expect={"Creating"})
     deploy(store, NothingStarts(), model)
     assert (history(record), open_update(record), record.serve_manifest().body.version) == ([], None, 1)

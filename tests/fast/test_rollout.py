@@ -35,6 +35,7 @@ from palate.runs.rollout import (
     open_update,
     read_version,
     reserve,
+    update_to,
 )
 from palate.store import Store
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet, FleetAdapter, VersionState
@@ -188,7 +189,9 @@ def job(name: str, **fields: Any) -> HasModel:
 def asked(record: Record, name: str = "two", **how: Any) -> str:
     """Asks for an update as the client does; returns its id."""
     body = replace(record.serve_manifest().body, tuned_uri=f"file:///jobs/{name}/model", adapter=True)
-    return ask(record, reserve(record, body, {"job": name}), **how).id
+    update = update_to(reserve(record, body, {"job": name}), **how)
+    ask(record, update)
+    return update.id
 
 
 @contextmanager
@@ -501,14 +504,18 @@ def test_a_failed_update_raises_with_the_reason(
 
 
 @only_file
-def test_ctrl_c_withdraws_the_update(service: Predictor, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_withdraws_the_update(
+    record: Record, service: Predictor, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner.staging.clear()
     with running(runner, monkeypatch):
 
         def press() -> None:
             while not runner.said:
                 time.sleep(0.01)
-            interrupt_main()
+            while not (update := last_update(record)) or not update.cancelled:  # Python drops one within a finalizer
+                interrupt_main()
+                time.sleep(1.5)
 
         threading.Thread(target=press, daemon=True).start()
         with pytest.raises(KeyboardInterrupt) as caught:

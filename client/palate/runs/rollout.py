@@ -50,13 +50,9 @@ def open_update(record: Record) -> Update | None:
     return None if update is None or update.ended else update
 
 
-def ask(record: Record, version: Version, *, share: float = 0.0, promote: bool = True) -> Update:
-    """Asks the service's runner for an update to a version, and returns it.
-
-    Raises:
-        ConfigurationError: Another update is open.
-    """
-    update = Update(
+def update_to(version: Version, *, share: float = 0.0, promote: bool = True) -> Update:
+    """Returns an update to a version, for `ask`."""
+    return Update(
         id=token_hex(8),
         body=version.body,
         labels=version.labels,
@@ -64,12 +60,20 @@ def ask(record: Record, version: Version, *, share: float = 0.0, promote: bool =
         promote=promote,
         asked_at=version.asked_at,
     )
+
+
+def ask(record: Record, update: Update) -> None:
+    """Asks the service's runner for an update.
+
+    Raises:
+        ConfigurationError: Another update is open.
+    """
     key = record.key(UPDATE_KEY)
     for _ in range(_CAS_ATTEMPTS):
         info = record.store.stat(key)  # before the read: a later write must not match
         found = last_update(record)
         if found is not None and found.id == update.id:
-            return update  # our own write, whose answer was lost
+            return  # our own write, whose answer was lost
         if found is not None and not found.ended:
             raise in_progress(record, found)
         try:
@@ -79,7 +83,7 @@ def ask(record: Record, version: Version, *, share: float = 0.0, promote: bool =
                 record.store.put(key, update.encode(), if_match=info.etag)
         except (PreconditionFailedError, FileNotFoundError):
             continue
-        return update
+        return
     raise RuntimeError(f"{record.uri}/{UPDATE_KEY} changed {_CAS_ATTEMPTS} times during attempts to write it")
 
 
