@@ -59,7 +59,7 @@ def versions(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     wide: Wide = False,
 ) -> None:
-    """List a service's versions with their share of the requests, oldest first."""
+    """List a service's versions with their shares, oldest first."""
     from dataclasses import asdict
 
     from palate.predictor import Predictor
@@ -121,7 +121,10 @@ def traffic(
 
 
 def promote(name: _Service, wait: _Wait = True) -> None:
-    """Make the new version of `palate update --traffic` the current one."""
+    """Make the second version of a service the current one.
+
+    `palate update --traffic` starts a second version.
+    """
     from palate.predictor import Predictor
 
     Predictor(name).promote(wait=wait)
@@ -129,9 +132,9 @@ def promote(name: _Service, wait: _Wait = True) -> None:
 
 
 def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True) -> None:
-    """Withdraw the update in progress, or return to the version before.
+    """Withdraw an update, or return to the version before.
 
-    `palate versions` lists them.
+    `palate versions` lists the versions.
     """
     from palate.predictor import Predictor
 
