@@ -169,6 +169,7 @@ class Rollout:
         self._instances = current.body.instances
         self._staged_adapters: tuple[FleetAdapter, ...] = ()
         self._fleet: Fleet | None = None
+        self._shares: dict[str, float] = {}  # those that the program has read
         self._told: dict[str, Any] = {}
         self._announced = False
         self._failing = False
@@ -192,10 +193,11 @@ class Rollout:
         state = self._read_state()
         if state is None:
             return {}
-        shares = {version.name: version.share for version in self._fleet.versions} if self._fleet else {}
+        if self._fleet is not None and state.generation >= self._fleet.generation:
+            self._shares = {version.name: version.share for version in self._fleet.versions}
         return {
             "versions": [
-                {**to_builtins(one), "instances": one.instances, "share": shares.get(one.name, 0.0)}
+                {**to_builtins(one), "instances": one.instances, "share": self._shares.get(one.name, 0.0)}
                 for one in state.versions
             ],
             "adapters": to_builtins(state.adapters),
