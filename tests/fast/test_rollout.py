@@ -38,7 +38,7 @@ from palate.runs.rollout import (
     update_to,
 )
 from palate.store import Store
-from palate_recipes.specs.fleet import FLEET_FILE, Fleet, FleetAdapter, VersionState
+from palate_recipes.specs.fleet import FLEET_FILE, AdapterState, Fleet, FleetAdapter, VersionState
 from palate_recipes.specs.run import Deployment
 from palate_recipes.specs.serve import Parity, ServeSpec
 from palate_recipes.specs.weights import BaseModel, WeightsSource
@@ -381,11 +381,20 @@ def test_adapters_reach_the_program_with_the_versions(record: Record, runner: Ru
     adapter = FleetAdapter(name="polite", digest="0" * 64, path="/adapters/polite")
 
     class Adapters:
+        failed = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
+        away = False
+
         def update(self) -> tuple[FleetAdapter, ...]:
+            if self.away:
+                raise StoreUnreachableError("the store is away")
             return (adapter,)
 
-    runner.rollout._adapters = Adapters()
-    runner.step()
+    staged = runner.rollout._adapters = Adapters()
+    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,))
+    assert record.status().details["adapters"][-1]["reason"] == "no such file"
+    staged.away = True
+    with pytest.raises(StoreUnreachableError):
+        runner.steps(lambda: False)
     assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
 
 

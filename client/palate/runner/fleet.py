@@ -31,6 +31,7 @@ from palate.runs.rollout import change_update, make_current, note_outcome, open_
 from palate_recipes.specs.fleet import (
     FLEET_FILE,
     FLEET_STATE_FILE,
+    AdapterState,
     Fleet,
     FleetAdapter,
     FleetState,
@@ -68,9 +69,18 @@ Stage = Callable[[Deployment, Path, StoreRetry], Staged]
 
 
 class Adapters(Protocol):
-    """Brings the adapters of the record to this machine."""
+    """Brings the adapters of the record to this machine.
 
-    def update(self) -> tuple[FleetAdapter, ...]: ...
+    Attributes:
+        failed: Those that it could not bring, with the reason.
+    """
+
+    @property
+    def failed(self) -> tuple[AdapterState, ...]: ...
+
+    def update(self) -> tuple[FleetAdapter, ...]:
+        """Returns those that are here. May take as long as a download."""
+        ...
 
 
 class _Staging:
@@ -168,6 +178,8 @@ class Rollout:
         self._replaced: list[Staged] = []  # their engines may still answer open requests
         self._instances = current.body.instances
         self._staged_adapters: tuple[FleetAdapter, ...] = ()
+        self._staging_adapters: threading.Thread | None = None
+        self._adapters_error: Exception | None = None
         self._fleet: Fleet | None = None
         self._shares: dict[str, float] = {}  # those that the program has read
         self._told: dict[str, Any] = {}
@@ -200,7 +212,7 @@ class Rollout:
                 {**to_builtins(one), "instances": one.instances, "share": self._shares.get(one.name, 0.0)}
                 for one in state.versions
             ],
-            "adapters": to_builtins(state.adapters),
+            "adapters": to_builtins((*state.adapters, *(self._adapters.failed if self._adapters is not None else ()))),
             "update": self._update_facts(state),
         }
 
@@ -218,12 +230,27 @@ class Rollout:
         if manifest.body.version == self._current.body.version:
             self._instances = manifest.body.instances
         try:
-            if self._adapters is not None:
-                self._staged_adapters = self._adapters.update()
+            self._follow_adapters()
         finally:  # an adapter that cannot be read must not keep a version from being replaced
             self._write_fleet()
             self._remove_replaced()
             self._tell()
+
+    def _follow_adapters(self) -> None:
+        """Starts the next look at the adapters, in a thread since it may download them. Raises the error of the last one."""
+        if self._adapters is None or (self._staging_adapters is not None and self._staging_adapters.is_alive()):
+            return
+        error, self._adapters_error = self._adapters_error, None
+        self._staging_adapters = threading.Thread(target=self._stage_adapters, args=(self._adapters,), daemon=True)
+        self._staging_adapters.start()
+        if error is not None:
+            raise error
+
+    def _stage_adapters(self, adapters: Adapters) -> None:
+        try:
+            self._staged_adapters = adapters.update()
+        except Exception as error:  # raised where the others are
+            self._adapters_error = error
 
     # ── the update ──────────────────────────────────────────────────────────────────────────────────────────────
 
