@@ -13,11 +13,13 @@ from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.preflight import check_deployment
 from palate.processes import bind_error
+from palate.rollout import check_instances
 from palate.runs.access import forget_named_tokens, new_token, write_owner_token
 from palate.runs.adapters import forget_adapters
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, versions
 from palate.runs.renewal import forget_renewal
+from palate.runs.rollout import forget as forget_versions
 from palate.session import Session
 from palate.ui import note
 from palate_recipes.errors import ConfigurationError, NameTakenError
@@ -62,7 +64,7 @@ def start_service(
         service_name: Name of the service, also a model name.
         served: The model to serve.
         options: See `ModelTrainingRecipe.deploy`.
-        where: Placement; default: the backend's.
+        where: Placement; default: the backend's. Its `instance_count` is the number of engines.
         wait: Wait until it answers.
         show_logs: Show the engine's log while waiting; otherwise the steps of the start, on stderr.
     """
@@ -72,7 +74,9 @@ def start_service(
     if session.backend.is_this_host:
         _check_port(checked)
     engine = check_deployment(served, session, checked)
-    placement = session.backend.place(where or PlacementRequest(kind="services"))
+    where = where or PlacementRequest(kind="services")
+    instances = check_instances("instance_count", 1 if where.instance_count is None else where.instance_count)
+    placement = session.backend.place(where)
     record = Record(session.store, "services", service_name)
     manifest = ServeManifest(
         name=service_name,
@@ -85,6 +89,7 @@ def start_service(
             time_to_live_s=lives.get("time_to_live_s"),
             idle_time_to_live_s=lives.get("idle_time_to_live_s", IDLE_TIME_TO_LIVE_S),
             placement=placement,
+            instances=instances,
         ),
     )
     if not _take_over_failed(record, manifest, session):
@@ -104,11 +109,12 @@ def start_service(
                 error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
         if served.tuned_uri:
-            _tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
+            tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
     return predictor
 
 
-def _tell_parity(parity: object, checkpoint: str) -> None:
+def tell_parity(parity: object, checkpoint: str) -> None:
+    """Notes the comparison of a service with its trained model, as its status has it."""
     if not isinstance(parity, dict):  # verify=False, or an untuned model
         return
     if checkpoint:
@@ -151,6 +157,7 @@ def _take_over_failed(record: Record, manifest: ServeManifest, session: Session)
         forget_named_tokens(record)  # it is another service, with a token of its own
         forget_renewal(record)
         forget_adapters(record)
+        forget_versions(record)
         run.replace_manifest(before, manifest)
     except BaseException as error:
         record.advance("Failed", expect={"Creating"}, reason=f"the service could not be started: {error}")

@@ -370,7 +370,7 @@ class ModelTrainingRecipe:
         Args:
             service_name: Name of the service; default: the job's id with `-service`.
             instance_type: Type of machine, on backends that support it.
-            instance_count: Number of machines, on backends that support it.
+            instance_count: Number of engines that answer requests, each with its own copy of the model. `Predictor.scale` changes it.
             resource_config: Limits, on backends that support them: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
                 or a dict with these keys.
             resource_id: Not supported.
@@ -567,7 +567,7 @@ class RegisteredModel:
 
         Args:
             service_name: Default: the model's name with a unique suffix.
-            instance_count: Number of machines, on backends that support it.
+            instance_count: Number of engines that answer requests, each with its own copy of the model. `Predictor.scale` changes it.
             instance_type: Type of machine, on backends that support it.
             resource_config: Limits, on backends that support them.
             resource_id: Not supported.

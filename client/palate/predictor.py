@@ -31,15 +31,16 @@ from palate_recipes.errors import (
     DamagedFilesError,
     ServiceError,
     UnsupportedParameterError,
-    WaitTimeoutError,
 )
 from palate_recipes.specs.access import OWNER, token_digest
-from palate_recipes.specs.run import TERMINAL, ServeManifest, State, Status
+from palate_recipes.specs.run import ServeManifest, State, Status
 from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     import httpx
     from openai import AsyncOpenAI, OpenAI
+
+    from palate.rollout import ServiceVersion
 
 READY_MARGIN_S = 900.0
 """Time for staging model and base before the engine starts, including a first download of several GB."""
@@ -567,7 +568,7 @@ class Predictor:
         after_log_part: int = 0,
     ) -> Predictor:
         if timeout_s is None:
-            timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
+            timeout_s = self.ready_limit_s
         status = self._run.follow(
             until=lambda status: status.state == "Running",
             show_logs=show_logs,
@@ -580,6 +581,11 @@ class Predictor:
         if status.state != "Running":
             raise self._failure(status)
         return self
+
+    @property
+    def ready_limit_s(self) -> float:
+        """Seconds that a version may take to be ready: its start_timeout_s, and time for staging its model."""
+        return float(self.manifest.body.options.get("start_timeout_s", 600.0)) + READY_MARGIN_S
 
     wait = wait_for_ready
 
@@ -603,54 +609,126 @@ class Predictor:
             raise
 
     def update_service(
-        self, job: HasModel, *, checkpoint: str | int | None = None, show_logs: bool = False
+        self,
+        job: HasModel,
+        *,
+        checkpoint: str | int | None = None,
+        wait: bool = True,
+        traffic: float | None = None,
+        zero_downtime: bool = True,
+        show_logs: bool = False,
     ) -> Predictor:
-        """Serves another job's model, or one of its checkpoints, under this name, with the same token and settings.
+        """Serves another job's model, or one of its checkpoints, under this name, with the same token and settings, as a new version.
 
-        The service is down until the new model answers. Its port stays the same, as with `start_service()`, unless another program
-        has taken it. If the new model does not start, the service returns to the previous one. A stopped service is started. A
-        running one that serves the job already is left alone.
+        A running service answers throughout: the new version starts beside the current one, is compared with its trained model, and
+        then replaces it. If it does not start or answers differently, the service is unchanged. A stopped service is started with
+        the new model. A running one that serves the job already is left alone.
 
         Args:
             job: A succeeded job; with `checkpoint` in any state.
             checkpoint: `latest`, a step or a name, as in `TrainingJob.deploy`. None: the model of the succeeded job.
+            wait: Wait until the new version answers. Ctrl-C withdraws the update.
+            traffic: Share of the requests for the tuned model that the new version answers, above 0 to 1. Both versions then
+                answer until `promote()`, `rollback()` or another `set_traffic()`. None: it replaces the current version.
+            zero_downtime: If False, the current version is stopped first, for machines that cannot hold both. If the new one does
+                not start, the service returns to the previous model.
             show_logs: Show the engine's log while waiting.
 
         Raises:
             JobNotReadyError: The job has not succeeded, or with `checkpoint` has no complete one. The service is unchanged.
-            ServiceError: The new model did not start. Has the reason and the last lines of the engine's log.
+            ServiceError: The new version did not start, or is not what was trained. Has the reason and the last lines of the
+                engine's log.
             ConfigurationError: Another update of the service is in progress, or it has adapters and the job has another base.
         """
-        before = self._run.record.serve_manifest()
-        after = job.served_model(checkpoint=checkpoint).instead_of(before, self._run)
-        after = job.served_model().instead_of(before, self._run)
-        service_adapters.check_update(self._run, after)
-        state = self._run.refresh().state
-        if state == "Running" and after == before:
-            note(f"service {self.service_name} already serves job {job.id}")
-            return self
-        was_active = state not in TERMINAL
-        self._run.replace_manifest(before, after)
-        self.stop_service()
-        try:
-            shown = self._run.record.last_part("logs")
-            self.start_service(wait=False)
-            return self._wait_until_ready(show_logs=show_logs, show_stages=True, after_log_part=shown)
-        except BaseException as error:
-            self.stop_service()
-            self._run.replace_manifest(after, before)
-            if was_active:
-                self.start_service(wait=isinstance(error, Exception))
-            if isinstance(error, KeyboardInterrupt):
-                error.add_note(f"service {self.service_name} keeps its previous model")
-            if isinstance(error, ServiceError | WaitTimeoutError):
-                raise ServiceError(
-                    f"service {self.service_name} could not be updated to job {job.id}, and "
-                    + ("serves its previous model again" if was_active else "is stopped, with its previous model"),
-                    reason=error.reason if isinstance(error, ServiceError) else "it did not answer in time",
-                    log_tail=error.log_tail if isinstance(error, ServiceError) else [],
-                ) from error
-            raise
+        from palate.rollout import update_to_job
+
+        return update_to_job(
+            self,
+            job.served_model(checkpoint=checkpoint),
+            job.id,
+            wait=wait,
+            traffic=traffic,
+            zero_downtime=zero_downtime,
+            show_logs=show_logs,
+        )
+
+    def versions(self) -> builtins.list[ServiceVersion]:
+        """Returns the service's versions, oldest first: the current one, the one of an update in progress, and earlier ones.
+
+        Raises:
+            DamagedFilesError: A record of a version cannot be read.
+        """
+        from palate.rollout import list_versions
+
+        return list_versions(self)
+
+    def promote(self, wait: bool = True) -> Predictor:
+        """Makes the new version of `update_service(job, traffic=...)` the current one. The other answers its open requests and ends.
+
+        Raises:
+            ConfigurationError: There is no second version.
+            ServiceError: The new version failed. The service serves its previous model as before.
+        """
+        from palate.rollout import promote
+
+        return promote(self, wait=wait)
+
+    def rollback(self, wait: bool = True, *, zero_downtime: bool = True) -> Predictor:
+        """Withdraws the update in progress. Without one, updates to the version that the current one has replaced.
+
+        Twice in a row returns to the version of before; `switch_version()` goes further back.
+
+        Args:
+            wait: Wait until the other version answers, or the new one has ended.
+            zero_downtime: As in `update_service`.
+
+        Raises:
+            ConfigurationError: There is no earlier version.
+            ServiceError: The earlier version did not start.
+        """
+        from palate.rollout import rollback
+
+        return rollback(self, wait=wait, zero_downtime=zero_downtime)
+
+    def switch_version(self, version: int) -> None:
+        """Updates to a version of the service's history, under a new number. See `versions()` for their numbers.
+
+        Raises:
+            ConfigurationError: There is no such version, or another update is in progress.
+            ServiceError: It did not start.
+        """
+        from palate.rollout import update_to_version
+
+        update_to_version(self, version)
+
+    def set_traffic(self, shares: Mapping[str, float]) -> None:
+        """Sets which share of the requests for the tuned model each version answers. Applied when it returns.
+
+        Args:
+            shares: By name of the version, such as `{"v1": 0.9, "v2": 0.1}`. With one of them, the other gets the rest.
+
+        Raises:
+            ConfigurationError: There is no second version, or the shares are invalid.
+            ServiceError: The running service does not follow.
+        """
+        from palate.rollout import set_traffic
+
+        set_traffic(self, shares)
+
+    def scale(self, instances: int, wait: bool = True) -> None:
+        """Sets the number of engines that answer the service's requests. One that is stopped answers its open requests first.
+
+        Args:
+            instances: 1 to 64. Each has its own copy of the model in memory.
+            wait: Wait until so many engines answer.
+
+        Raises:
+            ConfigurationError: `instances` is out of range.
+            ServiceError: The running service has not reached the number in time.
+        """
+        from palate.rollout import scale
+
+        scale(self, instances, wait=wait)
 
     def stop_service(self, wait: bool = True) -> None:
         """Stops the service and keeps its name and settings.
@@ -667,11 +745,6 @@ class Predictor:
         """Stops the service and deletes its record, also a damaged one. Idempotent."""
         if self._run.record.exists():
             self._run.delete(grace_s=STOP_GRACE_S)
-
-    def switch_version(self, version: int) -> None:
-        raise UnsupportedParameterError(
-            f"switch_version({version}) is not supported: a service has one version; deploy the other job under another name"
-        )
 
     def _failure(self, status: Status) -> ServiceError:
         verb = "was stopped" if status.state == "Stopped" else "failed"

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -313,6 +314,62 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     until(lambda: predictor.service_status == "Failed", timeout_s=20)
     until(lambda: hands.left() == [] and is_free(endpoint), timeout_s=20)
     assert "runner died" in predictor.describe_service()["Reason"]
+    predictor.delete_service()
+
+
+def copied(job: TrainingJob, name: str) -> TrainingJob:
+    """Another job with the same model."""
+    store = job._run.session.store
+    for info in store.list(f"jobs/{job.id}/"):
+        store.put(info.key.replace(job.id, name, 1), store.get(info.key))
+    return TrainingJob.attach(name)
+
+
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
+def test_no_request_fails_while_a_service_is_updated_returns_and_is_scaled(hands: Hands, job: TrainingJob) -> None:
+    """Three clients ask all the time: over a hot load, a canary, a failed update, a rollback, and other engines."""
+    predictor = job.deploy("steady", options=LIMITS)
+    endpoint, failures, answered, ended = predictor.endpoint, [], [], threading.Event()
+
+    def load(model: str) -> None:
+        client = predictor.openai(max_retries=0)
+        while not ended.is_set():
+            try:
+                answered.append((model, ask(client, model)))
+            except openai.OpenAIError as error:
+                failures.append((model, repr(error)))
+
+    threads = [threading.Thread(target=load, args=(model,)) for model in ("default", "steady", "base")]
+    for thread in threads:
+        thread.start()
+    try:
+        begun = time.monotonic()
+        predictor.update_service(copied(job, "second"))
+        print(f"hot load: {time.monotonic() - begun:.1f} s")
+        assert (predictor.labels, predictor.endpoint) == ({"job": "second"}, endpoint)
+        with pytest.raises(ServiceError, match=r"could not be updated to job damaged.*missing or changed"):
+            predictor.update_service(damaged_copy(job))
+        predictor.update_service(copied(job, "third"), traffic=0.5)
+        assert [(one.name, one.state, one.share) for one in predictor.versions()[-2:]] == [
+            ("v3", "failed", 0.0),
+            ("v4", "ready", 0.5),
+        ]
+        predictor.promote()
+        assert predictor.labels == {"job": "third"}
+        begun = time.monotonic()
+        predictor.rollback()
+        print(f"rollback: {time.monotonic() - begun:.1f} s")
+        assert predictor.labels == {"job": "second"}
+        predictor.scale(2)
+        predictor.scale(1)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    print(f"{len(answered)} answers")
+    assert failures == []
+    # The model is the same in all versions, so the answers are.
+    assert len({text for model, text in answered if model != "base"}) == 1
     predictor.delete_service()
 
 

@@ -29,6 +29,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "input_columns": ("input_column",),
     "label_columns": ("label_column",),
     "hyperparameters": ("set_",),
+    "instance_count": ("instances",),
 }
 """Arguments of the Python API whose option has another name: the names in the commands, of which a command has one."""
 
@@ -41,6 +42,7 @@ _PHRASES = (
     ("None removes the limit", "never removes the limit"),
     ("servable=False", "--no-servable"),
     ("replace=True", "--replace"),
+    ("zero_downtime=False", "--stop-start"),
 )
 _OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt-name", "--from")
 """Options of `palate data` that `train` lacks."""

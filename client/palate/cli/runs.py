@@ -1,4 +1,4 @@
-"""Commands for runs: list, watch, stop, update, delete, clean. Know arguments and output, not how runs are read."""
+"""Commands for runs: list, watch, stop, delete, clean. Know arguments and output, not how runs are read."""
 
 from __future__ import annotations
 
@@ -382,30 +382,6 @@ def renew(
     say_next("services", "--live")
 
 
-def update(
-    name: Annotated[str, typer.Argument(help="Service name.")],
-    job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STEP",
-            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
-        ),
-    ] = None,
-    show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
-) -> None:
-    """Switch a service to another job's model or checkpoint.
-
-    Starts a stopped service. If that model does not start, the service keeps the old one.
-    """
-    from palate.job import TrainingJob
-    from palate.predictor import Predictor
-
-    predictor = Predictor(name).update_service(TrainingJob.get(job_id), checkpoint=checkpoint, show_logs=show_logs)
-    print(f"{name}\t{predictor.endpoint}")
-    say_next("chat", name)
-
-
 def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
@@ -478,5 +454,5 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, renew, update, delete, clean):
+    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, renew, delete, clean):
         app.command()(verb)

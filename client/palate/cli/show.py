@@ -89,6 +89,7 @@ def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
         *((("ends", f"in {left(end)}, at {moment(end)}"),) if end is not None else ()),
         ("endpoint", status.endpoint or "none: it is not running"),
         *((("OpenAI base URL", f"{status.endpoint}/v1"),) if status.endpoint else ()),
+        ("version", f"v{body.version}, {body.instances} instance{'s' if body.instances > 1 else ''}"),
         ("default", body.tuned_uri or "the base model"),
         ("base", _model(body.model)),
         *((("system prompt", body.system_prompt),) if body.system_prompt else ()),
@@ -115,7 +116,9 @@ def _state(status: Status, created_at: float, *, noun: str = "attempt") -> list[
 
 
 def _rest(labels: dict[str, str], backend: str, status: Status) -> list[tuple[str, object]]:
-    told = {name: value for name, value in status.details.items() if name not in _DETAILS_HIDDEN}
+    told = {
+        name: value for name, value in status.details.items() if name not in _DETAILS_HIDDEN and value not in ([], {})
+    }
     return [
         ("labels", ", ".join(f"{name}={value}" for name, value in sorted(labels.items())) or "none"),
         ("backend", backend),

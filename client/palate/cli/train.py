@@ -200,6 +200,9 @@ def deploy(
     engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    instances: Annotated[
+        int, typer.Option(help="Number of engines, each with its own copy of the model; `palate scale` changes it.")
+    ] = 1,
     max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
     idle_time_to_live: Annotated[
@@ -238,7 +241,12 @@ def deploy(
         options["engine_args"] = engine_args_of(engine_arg)
     if name is not None:
         check_name("service name", name)
-    more: dict[str, Any] = {"options": options, "wait": wait, "show_logs": show_logs}
+    more: dict[str, Any] = {
+        "options": options,
+        "instance_count": instances,
+        "wait": wait,
+        "show_logs": show_logs,
+    }
     if not base:
         try:
             job = TrainingJob.get(job_id)

@@ -5,6 +5,7 @@
     services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token  access_tokens.json
                     renewal.json
                     adapters.json  adapters/<digest>/
+                    update.json  versions/<number>.json
 
 `manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`

@@ -12,12 +12,12 @@ from typing import Annotated, Literal, TypeVar
 from msgspec import Meta, Struct
 
 from palate_recipes.specs.codec import Int, Sha256, decode, encode
+from palate_recipes.specs.run import INSTANCES_LIMIT as INSTANCES_LIMIT
 from palate_recipes.specs.serve import Parity, ServeSpec
 
 FLEET_FILE = "fleet.json"
 FLEET_STATE_FILE = "fleet-state.json"
 
-INSTANCES_LIMIT = 64
 ADAPTERS_LIMIT = 256
 
 VersionName = Annotated[str, Meta(pattern=r"^v[1-9][0-9]{0,5}$")]

@@ -33,6 +33,11 @@ LEASE_SCHEMA = 1
 RENEWAL_SCHEMA = 1
 """Incremented when the meaning of a field changes. A new field keeps the version: readers ignore unknown fields."""
 
+VERSIONS_LIMIT = 999_999
+"""Largest number of a service's version."""
+INSTANCES_LIMIT = 64
+"""Maximum number of engines of one version of a service."""
+
 
 class Deployment(Struct, frozen=True, kw_only=True):
     """What a service serves and how. The body of its manifest.
@@ -49,6 +54,9 @@ class Deployment(Struct, frozen=True, kw_only=True):
         time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
         idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
         placement: The placement, as the backend returned it.
+        version: Number of the service's version that this is; each update has a number of its own. Earlier versions of Palate did not
+            write it.
+        instances: Engines that answer requests. Earlier versions of Palate did not write it.
         more: Fields that a newer version wrote.
     """
 
@@ -62,6 +70,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
     time_to_live_s: float | None = None
     idle_time_to_live_s: float | None = None
     placement: dict[str, Any] = {}
+    version: Annotated[int, Meta(ge=1, le=VERSIONS_LIMIT)] = 1
+    instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)] = 1
     more: dict[str, Any] = {}
 
 
@@ -110,16 +120,30 @@ class ServeManifest(_Manifest[Deployment], frozen=True, kw_only=True, tag="serve
     __doc__ = _Manifest.__doc__
 
     def encode(self) -> bytes:
-        values = msgspec.to_builtins(self)
-        return encode({**values, "body": spread(values["body"])})
+        return encode_deployed(self)
 
     @classmethod
     def decode(cls, data: bytes) -> ServeManifest:
         """Raises ValueError if a required field is missing or a field has the wrong type."""
-        values = parse_object(data)
-        if "body" in values:
-            values["body"] = gather(values["body"], Deployment)
-        return typed(values, cls)
+        return typed(parse_deployed(data), cls)
+
+
+def encode_deployed(record: Struct) -> bytes:
+    """Returns a record whose `body` is a Deployment as JSON. A service that was never updated or scaled is written as ever."""
+    values = msgspec.to_builtins(record)
+    body = spread(values["body"])
+    for name in ("version", "instances"):
+        if body[name] == 1:
+            del body[name]
+    return encode({**values, "body": body})
+
+
+def parse_deployed(data: bytes) -> dict[str, Any]:
+    """Returns the values of a record whose `body` is a Deployment. Raises ValueError if it is not an object."""
+    values = parse_object(data)
+    if "body" in values:
+        values["body"] = gather(values["body"], Deployment)
+    return values
 
 
 Manifest = TrainManifest | ServeManifest
