@@ -19,6 +19,7 @@ from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
 from palate.store import open_parent
 from palate.weights import fetch_weights
+from palate_recipes.engine_options import spec_fields
 from palate_recipes.errors import StoreError
 from palate_recipes.specs.access import ACCESS_FILE
 from palate_recipes.specs.run import Deployment
@@ -45,7 +46,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         work_dir=str(work),
         idle_after_s=body.idle_time_to_live_s,
         model_name=body.model.name,
-        **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
+        **{**spec_fields(options), "port": _port(context, options)},
     )
     spec.write(work / "spec.json")
     access_file = AccessFile(context.direct, work / ACCESS_FILE, context.say)
