@@ -17,6 +17,7 @@ from palate.runner.access import AccessFile
 from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
+from palate.runner.merge import MergedModel, merge_adapter
 from palate.store import open_parent
 from palate.weights import fetch_weights
 from palate_recipes.engine_options import spec_fields
@@ -39,6 +40,12 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
     base_dir: Path | None = None
     if tuned_dir is None or body.adapter:  # full tuned weights need no base
         base_dir, _ = context.retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
+    merged: MergedModel | None = None
+    if options.get("merge") and tuned_dir is not None and base_dir is not None:
+        done = merge_adapter(context, base_dir=base_dir, adapter_dir=tuned_dir, options=options)
+        if isinstance(done, Ending):
+            return done
+        merged, tuned_dir, base_dir = done, done.folder, None
     spec = ServeSpec(
         service_name=record.name,
         model_dir=str(tuned_dir or base_dir),
@@ -109,7 +116,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     return Ending(
         state="Failed",
-        reason=child.cause(reason or ""),
+        reason=child.cause(merged.explain(reason) if merged else reason),
         exit_code=code,
         log_tail=log_tail(context.log),
     )
