@@ -43,6 +43,7 @@ from palate_recipes.servability import (
     servings,
     trained_config,
 )
+from palate_recipes.specs.merge import MERGE_PACKAGES
 from palate_recipes.specs.serve import EngineInfo, describe_engines, vllm_knows_more
 from palate_recipes.specs.train import TrainSpec
 
@@ -229,7 +230,7 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
     installed = _installed_engines(session)
     names: list[str] = [engine.name for engine in installed] if session.backend.uses_this_python else [*ENGINES]
     allowed = [name for name in names if wanted in ("auto", name)]
-    _check_merge(served, options)
+    _check_merge(served, session, options)
     if wanted != "transformers":
         _check_vllm_options(options, session, installed)
     if "transformers" in (wanted, *allowed[:1]):
@@ -273,7 +274,7 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
     raise UnservableError(f"engine={wanted!r} cannot serve {served.model.name}: {why}. Remedy: {remedy}")
 
 
-def _check_merge(served: ServedModel, options: Mapping[str, Any]) -> None:
+def _check_merge(served: ServedModel, session: Session, options: Mapping[str, Any]) -> None:
     if not options.get("merge"):
         return
     if not served.adapter:
@@ -282,6 +283,11 @@ def _check_merge(served: ServedModel, options: Mapping[str, Any]) -> None:
     if given := [name for name in ("max_loras", "max_lora_rank") if name in options]:
         raise ConfigurationError(
             f"deploy option {given[0]}={options[given[0]]!r} is for adapters, and merge=True leaves none: omit one of them"
+        )
+    missing = [name for name in MERGE_PACKAGES if installed_version(name) is None]
+    if missing and session.backend.uses_this_python:
+        raise MissingDependencyError(
+            f"merge=True needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
         )
 
 

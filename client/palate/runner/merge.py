@@ -34,7 +34,10 @@ class MergedModel:
         """Returns a failed service's reason, with what merging may have to do with it."""
         if "what is served is not what was trained" not in reason:
             return reason
-        return f"{reason}\nThe adapter was merged (merge=True): {self.merged.text}. If that is the cause, omit merge or set dtype='float32'."
+        return (
+            f"{reason}\nThe adapter was merged (merge=True): {self.merged.text}. If that is the cause, omit merge or set "
+            "dtype='float32'."
+        )
 
 
 def merge_adapter(

@@ -13,6 +13,9 @@ from palate_recipes.specs.codec import decode, encode
 
 MERGED_FILE = "merged.json"
 
+MERGE_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+"""What the program needs."""
+
 KEPT_AT_LEAST = 0.7
 """Part of the adapter's change that must survive the rounding. The comparison with the trained model has the same limit."""
 
