@@ -74,10 +74,7 @@ def check_values(options: Mapping[str, Any]) -> None:
         if isinstance(value, str):
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
                 raise ConfigurationError(f"{told}: expected a name that vLLM knows")
-        elif option.choices and value not in option.choices:
-            raise ConfigurationError(f"{told}: vLLM accepts {', '.join(map(str, option.choices))}")
-        elif not option.low <= value <= option.high or not value > 0:  # NaN is not in between either
-            limits = f"0 < {name} <= {option.high:g}" if option.high < math.inf else f"at least {option.low:g}"
+        elif limits := _beyond(name, value):
             raise ConfigurationError(f"{told} is out of range: expected {limits}")
 
 
@@ -147,7 +144,20 @@ def problem(arguments: Sequence[str], table: Mapping[str, Any], *, names_are_com
                 return f"--{name}={value} is unknown to vLLM {table['vllm']}: {hint.rstrip()}"
             if isinstance(kind, str) and not _parses(kind, value):
                 return f"--{name}={value}: vLLM {table['vllm']} expects {_KINDS[kind]}"
+            typed = _SAME.get(name, name).replace("-", "_")
+            if typed in ENGINE_OPTIONS and kind in ("int", "float") and (limits := _beyond(typed, float(value))):
+                return f"--{name}={value} is out of range: expected {limits}"
     return ""
+
+
+def _beyond(name: str, value: float) -> str:
+    """Returns the limits of a typed option if a number is beyond them, else ""."""
+    option = ENGINE_OPTIONS[name]
+    if option.choices:
+        return "" if value in option.choices else f"one of {', '.join(map(str, option.choices))}"
+    if option.low <= value <= option.high and value > 0:  # NaN is not in between either
+        return ""
+    return f"0 < {name} <= {option.high:g}" if option.high < math.inf else f"at least {option.low:g}"
 
 
 def argument(arguments: Sequence[str], name: str) -> str | None:

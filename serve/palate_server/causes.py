@@ -95,9 +95,13 @@ def root_cause(lines: Sequence[str]) -> str | None:
         if _ERROR.match(text) and not any(wrapper in text for wrapper in _WRAPPERS):
             if inner := _WORKER.match(text):
                 return inner[1]
-            follows = _PREFIX.sub("", lines[number + 1]) if number + 1 < len(lines) else ""
-            # pydantic's first line only counts the errors; the next line has the first one
-            return f"{text}: {follows.strip()}" if "validation error" in text and follows.startswith(" ") else text
+            follows, then = (_PREFIX.sub("", line) for line in [*lines[number + 1 : number + 3], "", ""][:2])
+            # pydantic's first line only counts the errors; the next line has the first one, or the field that it is about
+            if "validation error" in text and follows.startswith(" "):
+                return f"{text}: {follows.strip()}"
+            if "validation error" in text and re.fullmatch(r"[\w.]+", follows) and then.startswith(" "):
+                return f"{text}: {follows}: {then.strip()}"
+            return text
     return None
 
 
