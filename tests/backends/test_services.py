@@ -202,6 +202,20 @@ def _with_system(client: openai.OpenAI) -> str:
 
 
 @pytest.mark.parametrize("hands", ["process"], indirect=True)
+def test_a_merged_adapter_is_one_model_after_a_restart_too(hands: Hands, job: TrainingJob) -> None:
+    predictor = job.deploy("merged", options={**LIMITS, "merge": True, "dtype": "float32"})
+    for _ in range(2):
+        assert [model.id for model in predictor.openai().models.list().data] == ["default", "merged"]
+        parity = predictor.describe_service()["parity"]
+        assert parity["verdict"] == "same", parity
+        assert parity["effect"] is None
+        assert any("rounded to float32, the merged weights keep 100%" in line for line in predictor.logs())
+        predictor.stop_service()
+        predictor.start_service()
+    predictor.delete_service()
+
+
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
