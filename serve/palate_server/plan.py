@@ -52,6 +52,8 @@ _GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 """Tags that transformers adds to Jinja."""
 _TABLE_TIMEOUT_S = 120.0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_HEADER_LIMIT_BYTES = 100_000_000
+"""Of a safetensors file, as its format sets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,8 @@ def check(spec: ServeSpec) -> EnginePlan:
     weights_dir = Path(spec.base_model_dir) if spec.base_model_dir else tuned
     adapter = _adapter(spec)
     config = _model_config(weights_dir, "base_model_dir" if adapter else "model_dir")
+    if adapter and (problem := _other_base(tuned, spec.base_model_dir)):
+        raise BadSpec(f"model_dir {tuned}: {problem}")
     engine, why = _choose(spec, installed, config, adapter)
     if engine.name == "transformers":
         _no_engine_args(spec, why)
@@ -269,8 +273,8 @@ def _model_config(folder: Path, field: str) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def beyond_engine(adapter_dir: Path, plan: EnginePlan) -> str:
-    """Returns why a running vLLM with this plan cannot load an adapter; "" if it can."""
+def beyond_engine(adapter_dir: Path, plan: EnginePlan, base_model_dir: str | None) -> str:
+    """Returns why a running vLLM with this plan and base model cannot load an adapter; "" if it can."""
     try:
         adapter = _adapter_in(adapter_dir)
     except (BadSpec, OSError) as error:
@@ -281,7 +285,43 @@ def beyond_engine(adapter_dir: Path, plan: EnginePlan) -> str:
     if plan.lora_rank is None or rank > plan.lora_rank:
         return f"its rank is {rank}, and the engines have room for {plan.lora_rank}: deploy with max_lora_rank={rank}"
     reasons = next(one.reasons for one in servings(None, adapter, vllm_on_cpu=plan.on_cpu) if one.engine == "vllm")
-    return "; ".join(reasons)
+    return "; ".join(reasons) or _other_base(adapter_dir, base_model_dir)
+
+
+def _other_base(adapter_dir: Path, base_model_dir: str | None) -> str:
+    """Returns where an adapter's shapes do not fit the base, else "".
+
+    vLLM loads a smaller adapter into a part of the base's matrices, without an error. Weights that the base has under another name
+    or packed are not judged.
+    """
+    if base_model_dir is None or "quantization_config" in _read_json(Path(base_model_dir) / "config.json"):
+        return ""
+    base = {name: shape for file in _weight_files(Path(base_model_dir)) for name, shape in _shapes(file).items()}
+    for name, shape in _shapes(adapter_dir / _ADAPTER_WEIGHTS[0]).items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if found is None:
+            continue
+        module, matrix = found.groups()
+        of_base = base.get(f"{module}.weight", ())
+        if not of_base and f"{re.sub(r'[.][0-9]+[.]', '.0.', module, count=1)}.weight" in base:
+            return f"it was made for another base model: this one has no {module}"
+        if len(of_base) == len(shape) == 2:
+            # A: (rank, in), B: (out, rank), the base's: (out, in).
+            has, needs = (shape[1], of_base[1]) if matrix == "A" else (shape[0], of_base[0])
+            if has != needs:
+                return f"it was made for another base model: {module} has {needs} features here, and {has} there"
+    return ""
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes in a safetensors file, from its header; nothing if it cannot be read, because vLLM says why."""
+    try:
+        with file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(size)) if size <= _HEADER_LIMIT_BYTES else {}
+        return {name: tuple(map(int, facts["shape"])) for name, facts in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def same_rendering(one: Path, other: Path) -> bool:

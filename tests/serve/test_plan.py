@@ -460,3 +460,39 @@ def test_the_options_that_are_taken_are_options_of_vllm() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     known = {name.lstrip("-") for name in done.stdout.split()}
     assert {*_SWITCHES, *_SETTINGS, *_NAMES_ONLY} - known == set()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ({"model.layers.0.q.lora_A": [8, 64], "model.layers.0.q.lora_B": [8 * 16, 8]}, ""),
+        ({"model.layers.0.q.lora_A": [8, 32]}, "model.layers.0.q has 64 features here, and 32 there"),
+        ({"model.layers.0.q.lora_A": [8, 64], "model.layers.0.q.lora_B": [64, 8]}, "has 128 features here, and 64"),
+        ({"model.layers.7.q.lora_A": [8, 64]}, "this one has no model.layers.7.q"),
+        ({"lm_head.lora_A": [8, 1]}, ""),  # the base ties it to another weight
+        ({"model.layers.0.fused.lora_A": [8, 1]}, ""),  # vLLM knows whether it can
+        ({"model.layers.0.q.lora_A": "wide"}, ""),
+        (None, ""),  # no safetensors file: vLLM says so
+    ],
+)
+def test_an_adapter_of_another_shape_is_for_another_base(
+    shapes: dict[str, Any] | None, says: str, tmp_path: Path
+) -> None:
+    def write(file: Path, shapes: dict[str, Any]) -> None:
+        facts = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+        header = json.dumps({"__metadata__": {"format": "pt"}, **facts}).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter_model.safetensors"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    write(base / "model-1.safetensors", {"model.layers.0.q.weight": [128, 64], "norm.weight": [64]})
+    write(base / "model-2.safetensors", {"model.layers.1.q.weight": [128, 64]})
+    adapter.write_bytes(b"weights")
+    if shapes is not None:
+        write(adapter, {f"base_model.model.{name}.weight": shape for name, shape in shapes.items()})
+    assert says in plan._other_base(tmp_path, str(base))
+    assert bool(plan._other_base(tmp_path, str(base))) == bool(says)
+    assert plan._other_base(tmp_path, None) == ""
+    (base / "config.json").write_text('{"quantization_config": {}}')
+    assert plan._other_base(tmp_path, str(base)) == ""  # packed weights have other shapes
