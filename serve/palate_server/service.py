@@ -822,6 +822,7 @@ class Service:
                 seconds=version.seconds,
                 restarts=version.pool.restarts,
                 last_crash=version.pool.last_crash,
+                max_lora_rank=version.pool.plan.lora_rank if version.pool.loads_adapters else None,
             )
             for version in self._versions.values()
         )
