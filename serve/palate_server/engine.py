@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _KEPT_LINES = 400
 _LINE_BYTES = 64 * 1024
 _PROBE_EVERY_S = 0.1
+_OUTPUT_S, _LAST_OUTPUT_S = 5.0, 1.0
+"""Time for the output of an engine to be read: of one that has ended, and of one that still runs."""
 _LOOK_EVERY_S = 5.0
 _STILL_TIMES = 5
 """An engine hangs if requests make no progress, and a one-token request gets no answer, for this many times `hang_after_s`."""
@@ -54,7 +56,7 @@ class Engine:
         plan: How.
         socket: The Unix socket that it listens on.
         takes: Whether it may get new requests.
-        models: Its names of the models that it has; changed by the service alone, as is `takes`.
+        models: Its names of the models that it has.
         started_with: Its names of the adapters that it has had from the start.
         failed: Why it could not load an adapter, by its name for it.
         gpus: Ids of the GPUs that it may use; none: all.
@@ -63,7 +65,7 @@ class Engine:
         moved_at: Monotonic time of its last progress.
         began_at: Monotonic time of its start.
         max_model_len: Its context length in tokens; None until it is up, or if unknown.
-        is_up: Whether it has answered.
+        is_up: Whether it has answered; changed by the service alone, as are `takes` and `models`.
     """
 
     def __init__(
@@ -148,7 +150,8 @@ class Engine:
         Args:
             by_itself: Whether its exit code tells something.
         """
-        self._log.finish()
+        # A process that still runs ends no line of output; what it wrote before its error answer arrives at once.
+        self._log.finish(timeout_s=_LAST_OUTPUT_S if self.returncode is None else _OUTPUT_S)
         returncode = self.returncode if by_itself else None
         command = f"palate logs {self.spec.service_name}"
         return failure(self._log.lines(), returncode=returncode, free_bytes=self._free_bytes, log=command)
@@ -195,7 +198,7 @@ class Engine:
     def _come_up(self) -> bool:
         """Requests one token from each model until it answers. Reports an error answer at once."""
         for model in self._first_models:
-            while not self._ending.wait(_PROBE_EVERY_S if not self.is_up else 0):
+            while not self._ending.wait(_PROBE_EVERY_S):
                 try:
                     self.token_of(model, timeout_s=self.spec.start_timeout_s)
                     break
@@ -214,7 +217,6 @@ class Engine:
         self._free_bytes = available_memory()
         self.max_model_len = self._context()
         self.moved_at = time.monotonic()
-        self.is_up = True
         self._put("up", self, None)
         return True
 
@@ -298,7 +300,7 @@ class _Log:
                 try:
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
-                except OSError:
+                except (OSError, ValueError):
                     # stdout is closed; keep reading, because a full pipe would block the engine
                     self._passing_on = False
 
@@ -306,9 +308,9 @@ class _Log:
         """Forwards no more lines."""
         self._passing_on = False
 
-    def finish(self) -> None:
+    def finish(self, *, timeout_s: float = _OUTPUT_S) -> None:
         """Waits until all output of the ended engine is read."""
-        self._reader.join(timeout=5.0)
+        self._reader.join(timeout=timeout_s)
 
     def lines(self) -> list[str]:
         """Returns the last lines that are not empty."""

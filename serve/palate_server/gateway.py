@@ -145,7 +145,7 @@ class Gateway:
         elif path in _WITHOUT_V1:
             await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
         elif path == METRICS_PATH and method in {"GET", "HEAD"}:
-            await answer_metrics(self._metrics, self._service_name, self._app, scope, receive, send)
+            await answer_metrics(self._metrics, self._service_name, self._routes, self._app, scope, receive, send)
         elif method in _READING:
             await self._pass_on(scope, receive, send)
         else:
@@ -236,6 +236,8 @@ class Gateway:
             version = _header(scope["headers"], _VERSION).decode("latin-1") if asked.is_probe else ""
             lane = self._routes.lane(wanted, version=version)
             asked.of(lane)
+            if lane is None and not self._routes.names():  # the service is starting
+                return scope, content
             if lane is None:
                 await self._unknown(send, wanted)
                 return None

@@ -6,6 +6,7 @@ prometheus_client only writes the page. Every label has a fixed set of values: a
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -14,6 +15,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from palate_recipes import __version__
+from palate_server.proxy import LANE
+from palate_server.routes import Routes
 
 if TYPE_CHECKING:
     from palate_server.gateway import App, Message, Receive, Scope, Send
@@ -45,6 +48,12 @@ _CONNECTION_REASONS = {
     503: "connections",
 }
 """Why the listener rejected a request before the gateway saw it."""
+
+ENGINE_LABEL = "palate_engine"
+"""Label of an engine's own metrics if there are several engines."""
+
+_PAGE_LIMIT_S = 5.0
+"""An engine that hangs does not keep the page of the others."""
 
 _PAGE_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -93,12 +102,12 @@ class Metrics:
         """Counts a request that the listener answered before it reached the gateway."""
         self.rejected[_CONNECTION_REASONS.get(status, OTHER)] += 1
 
-    def page(self, service: str) -> bytes:
-        """Returns the counts in Prometheus' text format."""
+    def page(self, service: str, routes: Routes) -> bytes:
+        """Returns the counts in Prometheus' text format, with what the routes tell of the engines."""
         from prometheus_client import CollectorRegistry, generate_latest
 
         registry = CollectorRegistry()
-        registry.register(_Families(self, service))
+        registry.register(_Families(self, service, routes))
         return generate_latest(registry)
 
 
@@ -108,9 +117,10 @@ METRICS = Metrics()
 class _Families:
     """The counts in prometheus_client's types; what its registry calls a collector."""
 
-    def __init__(self, metrics: Metrics, service: str) -> None:
+    def __init__(self, metrics: Metrics, service: str, routes: Routes) -> None:
         self._metrics = metrics
         self._service = service
+        self._routes = routes
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
@@ -123,6 +133,21 @@ class _Families:
             "palate_start_time_seconds", "When the service began, since the epoch", value=metrics.started_at
         )
         yield GaugeMetricFamily("palate_open_requests", "Requests that are being answered", value=metrics.open)
+        yield GaugeMetricFamily(
+            "palate_waiting_requests",
+            "Requests that wait for an engine to start; they are open too",
+            value=self._routes.waiting,
+        )
+        instances = GaugeMetricFamily("palate_instances", "Engines by version and state", labels=["version", "state"])
+        for key, count in self._routes.table.instances.items():
+            instances.add_metric(key, count)
+        yield instances
+        restarts = GaugeMetricFamily(
+            "palate_restarts", "How many times an engine that ended was started again", labels=["version"]
+        )
+        for version, count in self._routes.table.restarts.items():
+            restarts.add_metric([version], count)
+        yield restarts
         yield _counted(
             "palate_requests",
             "Answered requests; status 499: the client left first",
@@ -174,9 +199,19 @@ def _timed(name: str, text: str, times: Mapping[str, Times]) -> Any:
     return family
 
 
-async def answer_metrics(metrics: Metrics, service: str, app: App, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the service's metrics, followed by the engine's."""
-    page = metrics.page(service) + await _engine_page(app, scope, receive)
+async def answer_metrics(
+    metrics: Metrics, service: str, routes: Routes, app: App, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answers with the service's metrics, followed by those of its engines: as they are if there is one, else with its name."""
+    lanes = routes.each_engine()
+    if len(lanes) > 1:
+        scopes = [{**scope, LANE: lane} for lane in lanes.values()]
+        pages = await asyncio.gather(*(_page_in_time(app, one) for one in scopes))
+        # In a thread: it parses thousands of lines, and answers are streamed on this one.
+        of_engines = await asyncio.to_thread(_merged, dict(zip(lanes, pages, strict=True)))
+    else:
+        of_engines = await _engine_page(app, scope, receive)
+    page = metrics.page(service, routes) + of_engines
     headers = [(b"content-type", _PAGE_TYPE), (b"content-length", str(len(page)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": page})
@@ -198,3 +233,38 @@ async def _engine_page(app: App, scope: Scope, receive: Receive) -> bytes:
     headers = [(key, value) for key, value in scope["headers"] if not key.lower().startswith(b"accept")]
     await app({**scope, "method": "GET", "query_string": b"", "headers": headers}, receive, collect)
     return b"".join(parts) if status == 200 and kind.startswith(b"text/plain") else b""
+
+
+async def _page_in_time(app: App, scope: Scope) -> bytes:
+    """Returns an engine's own metrics; empty if it does not answer in time."""
+    messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> Message:
+        for message in messages:
+            return message
+        return await asyncio.Future()  # the client does not leave: the time is limited
+
+    try:
+        return await asyncio.wait_for(_engine_page(app, scope, receive), _PAGE_LIMIT_S)
+    except TimeoutError:
+        return b""
+
+
+def _merged(pages: Mapping[str, bytes]) -> bytes:
+    """Returns one page of those of several engines: each family once, its samples with the engine's name."""
+    from prometheus_client import CollectorRegistry, Metric, generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families: dict[str, Metric] = {}
+    for engine, page in pages.items():
+        for found in text_string_to_metric_families(page.decode(errors="replace")):
+            family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+            family.samples += [one._replace(labels={**one.labels, ENGINE_LABEL: engine}) for one in found.samples]
+
+    class Families:
+        def collect(self) -> Iterator[Metric]:
+            yield from families.values()
+
+    registry = CollectorRegistry()
+    registry.register(Families())
+    return generate_latest(registry)

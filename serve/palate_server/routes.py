@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 Parameters = Callable[[str, dict[str, Any]], dict[str, Any]]
@@ -66,7 +66,8 @@ class Lane:
 
     def engine(self, *, without: Sequence[Answering] = ()) -> Answering | None:
         """Returns the engine with the fewest open requests, at random among equals; None if no other can take one."""
-        able = [one for one in self.engines if one.takes and self.model in one.models and one not in without]
+        # A copy: the service's thread changes the list.
+        able = [one for one in tuple(self.engines) if one.takes and self.model in one.models and one not in without]
         fewest = min((one.open for one in able), default=0)
         return random.choice([one for one in able if one.open == fewest]) if able else None
 
@@ -78,10 +79,15 @@ class Table:
     Attributes:
         lanes: By the name in requests: lanes with their shares of the requests. The first name's lane answers what has no model.
         trials: Versions that do not answer for others yet, by name: only the server program's own requests reach them.
+        instances: Number of engines by version and state: `starting`, `ready` or `draining`. Versions that differ only in their
+            adapter share engines.
+        restarts: How many times an engine was started again, by version.
     """
 
     lanes: Mapping[str, Sequence[tuple[float, Lane]]] = field(default_factory=dict)
     trials: Mapping[str, Mapping[str, Lane]] = field(default_factory=dict)
+    instances: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    restarts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Routes:
@@ -116,6 +122,17 @@ class Routes:
     def any_lane(self) -> Lane | None:
         """Returns the lane for a request without a model, such as `GET /version`."""
         return next((self.lane(name) for name in self.table.lanes), None)
+
+    def each_engine(self) -> dict[str, Lane]:
+        """Returns a lane for every engine that takes requests, by the engine's name."""
+        lanes = [lane for shares in self.table.lanes.values() for _, lane in shares]
+        taking = {
+            one.name: (one, lane)
+            for lane in lanes
+            for one in tuple(lane.engines)
+            if one.takes and lane.model in one.models
+        }
+        return {name: replace(lane, engines=(one,)) for name, (one, lane) in sorted(taking.items())}
 
     def card(self, name: str) -> dict[str, Any] | None:
         """Returns a model's entry in `/v1/models`."""

@@ -59,6 +59,12 @@ def main(argv: list[str]) -> int:
         (work_dir / ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
         logger.error("%s", error)
         return 1
+    except Exception as error:  # a bug, or a full disk: the runner shows error.txt
+        logger.exception("the server program failed")
+        (work_dir / ERROR_FILE).write_text(
+            f"the server program failed ({type(error).__name__}: {error})\n", encoding="utf-8"
+        )
+        return 1
     finally:
         (work_dir / READY_FILE).unlink(missing_ok=True)
     return 0

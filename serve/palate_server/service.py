@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ class _Pool:
         leaving: Those that answer their open requests and then end.
         is_proved: Whether a version on it was compared with its trained model, or needs no comparison.
         hot: Folders of the adapters that every engine should have beside those it was started with, by the engine's names.
+        wakes: Whether it was put to sleep, and no engine of it is up since.
         started: Engines that were started so far.
         crashes: Monotonic times of the last ends that nobody asked for.
         restart_at: Monotonic time before which no engine is started.
@@ -87,6 +88,7 @@ class _Pool:
     restarts: int = 0
     last_crash: str = ""
     restart_at: float = 0.0
+    wakes: bool = False
     base: Lane = field(default_factory=lambda: Lane(model=BASE_MODEL, label=BASE_MODEL))
 
     @property
@@ -124,7 +126,6 @@ class _Tuned:
     began_at: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     unrouted_at: float = 0.0
-    error: ServerError | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -173,9 +174,8 @@ class Service:
         self._pools: list[_Pool] = []
         self._versions: dict[str, _Version] = {}
         self._adapters: dict[tuple[str, str], list[_Adapter]] = {}
-        self._refused_versions: dict[str, str] = {}
-        self._refused_adapters: dict[tuple[str, str], str] = {}
-        self._loading: set[tuple[Engine, str]] = set()
+        self._refused: dict[str, ServerError] = {}  # versions that could not even be started, by name
+        self._busy: dict[Engine, str] = {}  # the adapter that an engine loads or unloads now
         self._is_ready = self._is_asleep = False
         self._told: FleetState | None = None
         self._ending: list[threading.Thread] = []
@@ -191,7 +191,7 @@ class Service:
             ServerError: No version of it can run.
         """
         self._look_at_desired()
-        if not self._versions:
+        if not self._versions:  # there is none, or it is damaged
             self._converge(self._desired)
         while True:
             try:
@@ -232,61 +232,76 @@ class Service:
         except (OSError, ValueError) as error:
             logger.error("the service stays as it is: %s is not a desired state: %s", path, error)
             return
-        if desired.generation != self._desired.generation:
-            self._converge(desired)
+        if self._versions and desired.generation <= self._desired.generation:
+            logger.error(
+                "the service stays as it is: %s has generation %d, and generation %d was read before",
+                path,
+                desired.generation,
+                self._desired.generation,
+            )
+            return
+        self._converge(desired)
 
     def _converge(self, desired: Fleet) -> None:
+        """Makes a desired state this service's. Raises ServerError if no version can even be started."""
         self._desired = desired
         wanted = {version.name for version in desired.versions}
-        self._refused_versions = {name: why for name, why in self._refused_versions.items() if name in wanted}
+        self._refused = {name: why for name, why in self._refused.items() if name in wanted}
         for asked in desired.versions:
             known = self._versions.get(asked.name)
             if known is None:
-                if asked.name not in self._refused_versions:
-                    self._begin(asked)
+                if asked.name not in self._refused:
+                    try:
+                        self._begin(asked)
+                    except ServerError as error:
+                        if asked.name in self._versions:
+                            raise  # its engine cannot even be started, and no other version answers
+                        self._refused[asked.name] = error
+                        logger.error("%s cannot be started: %s", asked.name, error)
             elif known.state == "draining":  # it was wanted no more, and is again
                 known.asked, known.state, known.unrouted_at = asked, "ready" if known.is_proved else "starting", 0.0
             elif known.state != "failed":
                 known.asked = asked
-        for version in self._versions.values():
-            if version.name not in wanted and version.state not in ("draining", "failed"):
-                version.state = "draining"
-                version.unrouted_at = time.monotonic()
         self._versions = {n: v for n, v in self._versions.items() if n in wanted or v.state != "failed"}
+        if not self._versions:
+            raise next(iter(self._refused.values()))
         self._publish()
 
     def _begin(self, asked: FleetVersion) -> None:
-        """Starts a version: on the engines that run, if only its adapter differs, else on engines of its own."""
-        service = self._spec
-        spec = replace(asked.spec, service_name=service.service_name, work_dir=service.work_dir)
-        error: ServerError | None = None
-        pool = next((pool for pool in self._pools if self._can_load(pool, spec)), None)
+        """Starts a version: on the engines that run, if only its adapter differs, else on engines of its own. Raises ServerError."""
+        spec = _within(self._spec, asked.spec)
+        try:
+            pool = next((pool for pool in self._pools if self._can_load(pool, spec)), None)
+            if pool is None:
+                spec, plan = _planned(spec)
+        except ServerError:
+            raise
+        except Exception as error:  # whatever is wrong with its files must not end the versions that answer
+            logger.exception("%s", asked.name)
+            raise ServerError(f"its files cannot be read ({type(error).__name__}: {error})") from error
         model = TUNED_MODEL
-        if pool is not None:
+        if pool is None:
+            pool = _Pool(name=asked.name, spec=spec, plan=plan, wanted=asked.instances)
+            pool.base = self._lane(pool, model=BASE_MODEL, label=BASE_MODEL)
+            self._pools.append(pool)
+        else:
             # A name that was never used: vLLM's prefix cache knows an adapter by its name (vLLM issue 42125).
             model = f"{TUNED_MODEL}-{asked.name}"
             pool.hot[model] = spec.model_dir
-            logger.info("%s: loading its adapter beside the others", asked.name)
-        else:
-            try:
-                spec, plan = _planned(spec)
-            except ServerError as refused:
-                error = refused
-            else:
-                pool = _Pool(name=asked.name, spec=spec, plan=plan, wanted=asked.instances)
-                self._pools.append(pool)
-        if pool is None:
-            assert error is not None
-            if not self._is_ready and len(self._desired.versions) == 1:
-                raise error
-            logger.error("%s cannot be started: %s", asked.name, error)
-            self._refused_versions[asked.name] = str(error)
-            return
+            logger.info("%s: loading its adapter into the running engines", asked.name)
         lane = self._lane(pool, model=model, label=TUNED_MODEL, version=asked.name)
         self._versions[asked.name] = _Version(name=asked.name, asked=asked, pool=pool, lane=lane, folder=spec.model_dir)
         if not pool.started:
-            pool.base = self._lane(pool, model=BASE_MODEL, label=BASE_MODEL)
             self._start_engine(pool)
+
+    def _leave_unwanted(self) -> None:
+        """Lets the versions that are no longer desired end, once a desired one answers."""
+        wanted = {version.name for version in self._desired.versions}
+        if any(version.name in wanted and version.state == "ready" for version in self._versions.values()):
+            for version in self._versions.values():
+                if version.name not in wanted and version.state not in ("draining", "failed"):
+                    version.state = "draining"
+                    version.unrouted_at = time.monotonic()
 
     def _can_load(self, pool: _Pool, spec: ServeSpec) -> bool:
         """Whether a version's adapter can be loaded into running engines: nothing else differs, and they have room for its rank."""
@@ -296,8 +311,9 @@ class Service:
         same = replace(asked, model_dir=pool.spec.model_dir, verify=pool.spec.verify) == pool.spec
         return (
             same
+            and Path(spec.model_dir).is_dir()
             and same_rendering(Path(spec.model_dir), Path(pool.spec.model_dir))
-            and not beyond_engine(Path(spec.model_dir), pool.plan)
+            and not beyond_engine(Path(spec.model_dir), pool.plan, pool.spec.base_model_dir)
         )
 
     def _lane(self, pool: _Pool, *, model: str, label: str, version: str = "") -> Lane:
@@ -307,7 +323,12 @@ class Service:
     # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _start_engine(self, pool: _Pool) -> None:
-        tuned = {v.lane.model: v.folder for v in self._on(pool) if v.state != "failed"}
+        # A version that was not compared yet is loaded later: if its adapter ends the engine, the others must be able to start.
+        tuned = {
+            v.lane.model: v.folder
+            for v in self._on(pool)
+            if v.state != "failed" and (v.is_proved or not pool.is_proved)
+        }
         adapters = tuned if pool.spec.base_model_dir is not None else {}
         name = f"{pool.name}-{pool.started}"
         logger.info("starting %s as engine %s, dtype %s", pool.title, name, pool.plan.dtype)
@@ -315,23 +336,27 @@ class Service:
             logger.info("the engine is not vLLM: %s", pool.plan.why)
         pool.started += 1
         used = [gpu for other in self._pools for engine in (*other.engines, *other.leaving) for gpu in engine.gpus]
-        is_alone = len(self._pools) == 1 and pool.wanted <= 1  # then it may use them all
-        pool.engines.append(
-            Engine(
+        # transformers spreads a model over all GPUs that it sees.
+        may_have_all = pool.plan.engine.name == "transformers" and len(self._pools) == 1 and pool.wanted <= 1
+        try:
+            engine = Engine(
                 name,
                 spec=pool.spec,
                 plan=pool.plan,
                 adapters=adapters,
                 put=lambda kind, engine, detail: self._events.put((kind, engine, detail)),
-                gpus=() if is_alone or pool.plan.on_cpu else gpus_for(pool.spec, used=used),
+                gpus=() if may_have_all or pool.plan.on_cpu else gpus_for(pool.spec, used=used),
             )
-        )
+        except OSError as error:  # no more processes, files or disk
+            self._crashed(pool, name, EngineFailed(f"{pool.title} cannot be started: {error}"))
+        else:
+            pool.engines.append(engine)
 
     def _on(self, pool: _Pool) -> list[_Version]:
         return [version for version in self._versions.values() if version.pool is pool]
 
     def _pool_of(self, engine: Engine) -> _Pool | None:
-        return next((pool for pool in self._pools if engine in pool.engines), None)
+        return next((pool for pool in self._pools if engine in pool.engines or engine in pool.leaving), None)
 
     def _retire(self, engine: Engine) -> None:
         """Ends an engine in a thread: it takes seconds."""
@@ -349,8 +374,10 @@ class Service:
             self._proved(subject, detail)
         elif kind == "loaded":
             self._loaded(subject, *detail)
+        elif kind == "unloaded":
+            self._busy.pop(subject, None)
         elif (pool := self._pool_of(subject)) is not None:
-            if kind == "up":
+            if kind == "up" and subject in pool.engines:
                 self._came_up(pool, subject)
             elif kind == "refused":
                 self._lost(
@@ -359,7 +386,7 @@ class Service:
             elif kind == "ended":
                 self._lost(pool, subject, EngineFailed, f"{pool.title} ended unexpectedly: {{story}}")
             elif kind == "hung":
-                what = f"{pool.title} hangs: {detail}. It was stopped; start the service again. {{story}}"
+                what = f"{pool.title} hangs: {detail}. It was stopped. {{story}}"
                 self._lost(pool, subject, EngineHung, what, by_itself=False)
 
     def _came_up(self, pool: _Pool, engine: Engine) -> None:
@@ -367,17 +394,28 @@ class Service:
         engine.models = {*engine.started_with, *loaded, *([BASE_MODEL] if pool.spec.base_model_dir else [])}
         for lane in (pool.base, *(version.lane for version in self._on(pool))):
             lane.max_model_len = engine.max_model_len
-        engine.takes = True
+        engine.is_up = engine.takes = True
         logger.info("engine %s answers after %.1f s", engine.name, time.monotonic() - engine.began_at)
 
     def _lost(
         self, pool: _Pool, engine: Engine, kind: type[ServerError], message: str, *, by_itself: bool = True
     ) -> None:
         """Handles the end of an engine that nobody asked for."""
-        engine.takes = False
-        pool.engines.remove(engine)
         error = kind(message.replace("{story}", engine.story(by_itself=by_itself)))
         self._retire(engine)
+        if engine in pool.leaving:  # it was to end in any case, and what it answered is lost
+            pool.leaving.remove(engine)
+            logger.error("engine %s ended while it answered its last requests: %s", engine.name, error)
+            return
+        pool.engines.remove(engine)
+        suspect = self._busy.get(engine)
+        for tuned in self._hot_on(pool):
+            if tuned.state == "starting" and (tuned.on_trial or tuned.lane.model == suspect):
+                self._fail_tuned(tuned, EngineFailed(f"engine {engine.name} ended when it got this adapter: {error}"))
+        self._crashed(pool, engine.name, error)
+
+    def _crashed(self, pool: _Pool, name: str, error: ServerError) -> None:
+        """Decides whether a pool gets a new engine for one that ended or did not start."""
         if not pool.is_proved:
             self._fail(pool, error)
             return
@@ -386,23 +424,27 @@ class Service:
         while pool.crashes[0] < now - _CRASHES_WITHIN_S:
             pool.crashes.popleft()
         pool.last_crash = str(error).splitlines()[0]
-        count = len(pool.crashes)
-        if count > pool.spec.restarts:
-            if not pool.engines:
-                self._fail(pool, error)
-                return
-            pool.restart_at = pool.crashes[0] + _CRASHES_WITHIN_S
-        else:
-            pool.restarts += 1
-            pool.restart_at = now + min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)
+        limit, count = pool.spec.restarts, len(pool.crashes)
         logger.error(
             "engine %s ended; %d of %d restarts within %.0f s are used: %s",
-            engine.name,
-            min(count, pool.spec.restarts),
-            pool.spec.restarts,
+            name,
+            min(count, limit),
+            limit,
             _CRASHES_WITHIN_S,
             error,
         )
+        if count <= limit:
+            pool.restarts += 1
+            pool.restart_at = now + min(_FIRST_PAUSE_S * 2 ** (count - 1), _LONGEST_PAUSE_S)
+            return
+        pool.restart_at = pool.crashes[0] + _CRASHES_WITHIN_S
+        versions = [version for version in self._on(pool) if version.state != "failed"]
+        starting = [version for version in versions if version.state == "starting"]
+        if not pool.engines or starting == versions:
+            self._fail(pool, error)
+        for version in starting:  # the engines that are left are not as many as it needs
+            if version.state == "starting":
+                self._fail_version(version, error)
 
     def _fail(self, pool: _Pool, error: ServerError) -> None:
         """Gives up a pool, with the versions on it. Raises the error if no other version answers."""
@@ -413,10 +455,10 @@ class Service:
             self._retire(engine)
         pool.engines.clear()
         if not any(version.state in ("ready", "starting") for version in self._versions.values()):
-            raise error
+            raise error  # none that answers, or will
 
     def _fail_version(self, version: _Version, error: ServerError) -> None:
-        version.state, version.reason, version.error = "failed", str(error), error
+        version.state, version.reason = "failed", str(error)
         version.pool.hot.pop(version.lane.model, None)
         logger.error("%s failed: %s", version.name, error)
 
@@ -425,6 +467,7 @@ class Service:
     def _tick(self) -> None:
         now = time.monotonic()
         self._sleep_or_wake()
+        self._leave_unwanted()
         for version in list(self._versions.values()):
             if version.state == "draining":
                 self._drain(version, now)
@@ -433,13 +476,9 @@ class Service:
             self._size(pool, now)
             self._late(pool, now)
             self._load(pool)
-        for version in self._versions.values():
-            if version.state == "starting":
-                self._advance(version)
-        for adapters in self._adapters.values():
-            for adapter in adapters:
-                if adapter.state == "starting":
-                    self._advance(adapter)
+        for tuned in (*self._versions.values(), *self._all_adapters()):
+            if tuned.state == "starting":
+                self._advance(tuned)
 
     def _is_idle(self) -> bool:
         limit_s = self._spec.idle_after_s
@@ -449,22 +488,24 @@ class Service:
         limit_s = self._spec.sleep_after_s
         if limit_s is None or not self._is_ready:
             return
-        if self._is_asleep and (self._routes.waiting or self._activity.open):
+        all_tuned = (*self._versions.values(), *self._all_adapters())
+        is_settled = all(tuned.state in ("ready", "failed") for tuned in all_tuned)
+        if self._is_asleep and (self._routes.waiting or self._activity.open or not is_settled):
             self._is_asleep = False
-            logger.info("a request came: the engines start again")
-        elif not self._is_asleep and self._activity.idle_s >= limit_s:
-            self._is_asleep = all(version.state in ("ready", "failed") for version in self._versions.values())
-            if self._is_asleep:
-                logger.info("no request for %g s: the engines end until one comes", limit_s)
-        self._routes.is_asleep = self._is_asleep
+            logger.info("%s: the engines start again", "a request came" if is_settled else "the service changes")
+        elif not self._is_asleep and is_settled and self._activity.idle_s >= limit_s:
+            self._is_asleep = True
+            logger.info("no request for %g s: the engines end until one comes", limit_s)
+        for pool in self._pools:
+            pool.wakes = self._is_asleep or (pool.wakes and pool.wanted > 0 and not pool.up())
+        self._routes.is_asleep = any(pool.wakes for pool in self._pools)
 
     def _drain(self, version: _Version, now: float) -> None:
         waited_s = now - version.unrouted_at
-        if waited_s < _UNROUTED_S or (version.lane.open and waited_s < _DRAIN_LIMIT_S):
-            return
         pool = version.pool
         others = [one for one in self._on(pool) if one is not version and one.state != "failed"]
-        if not others and pool.base.open and waited_s < _DRAIN_LIMIT_S:
+        lanes = [version.lane] if others else self._lanes_of(pool)
+        if waited_s < _UNROUTED_S or (waited_s < _DRAIN_LIMIT_S and any(lane.open for lane in lanes)):
             return
         del self._versions[version.name]
         pool.hot.pop(version.lane.model, None)
@@ -483,15 +524,17 @@ class Service:
 
     def _size(self, pool: _Pool, now: float) -> None:
         """Starts and ends engines until the pool has as many as its versions need."""
-        needed = [v.asked.instances for v in self._on(pool) if v.state in ("starting", "ready")]
-        pool.wanted = max(needed, default=0 if self._on(pool) else len(pool.engines))
+        versions = [version for version in self._on(pool) if version.state != "failed"]
+        pool.wanted = max((v.asked.instances for v in versions if v.state != "draining"), default=0)
         wanted = 0 if self._is_asleep else pool.wanted
         if not pool.is_proved:
             return  # one engine, until it was compared
-        if all(version.state == "draining" for version in self._on(pool)):
-            return
+        if all(version.state == "draining" for version in versions):
+            # Its engines stay as they are. One that ended is replaced if requests wait for it.
+            has_requests = any(lane.open for lane in self._lanes_of(pool))
+            wanted = max(len(pool.engines), int(has_requests))
         for _ in range(wanted - len(pool.engines)):
-            if now >= pool.restart_at:
+            if pool in self._pools and now >= pool.restart_at:  # as the last one may not have been able to start
                 self._start_engine(pool)
         for engine in sorted(pool.engines, key=lambda one: (one.is_up, one.open))[: max(0, len(pool.engines) - wanted)]:
             engine.takes = False
@@ -516,35 +559,35 @@ class Service:
 
     # ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _all_adapters(self) -> list[_Adapter]:
+        return [adapter for placed in self._adapters.values() for adapter in placed]
+
+    def _hot_on(self, pool: _Pool) -> list[_Tuned]:
+        """Returns what is loaded into the pool's running engines."""
+        every: tuple[_Tuned, ...] = (*self._versions.values(), *self._all_adapters())
+        return [one for one in every if one.pool is pool and one.lane.model in pool.hot]
+
+    def _lanes_of(self, pool: _Pool) -> list[Lane]:
+        tuned: tuple[_Tuned, ...] = (*self._versions.values(), *self._all_adapters())
+        return [pool.base, *(one.lane for one in tuned if one.pool is pool)]
+
     def _want_adapters(self) -> None:
-        """Adds the desired adapters to every pool that can load them, and drops others once nothing uses them."""
+        """Adds the desired adapters to every pool, and drops others once nothing uses them."""
         now = time.monotonic()
         wanted = {(adapter.name, adapter.digest): adapter for adapter in self._desired.adapters}
-        self._refused_adapters = {key: why for key, why in self._refused_adapters.items() if key in wanted}
         for key, asked in wanted.items():
             placed = self._adapters.setdefault(key, [])
             for pool in self._pools:
-                if not pool.is_proved or key in self._refused_adapters or any(one.pool is pool for one in placed):
-                    continue
-                why = (
-                    beyond_engine(Path(asked.path), pool.plan)
-                    if pool.loads_adapters
-                    else "the service has no base model that vLLM serves beside adapters"
-                )
-                if why:
-                    self._refused_adapters[key] = why
-                    logger.error("adapter %s cannot be served: %s", asked.name, why)
-                    continue
-                model = f"{asked.name}-{asked.digest[:12]}"
-                pool.hot[model] = asked.path
-                lane = self._lane(pool, model=model, label=asked.name)
-                placed.append(_Adapter(name=asked.name, asked=asked, pool=pool, lane=lane, folder=asked.path))
+                known = next((one for one in placed if one.pool is pool), None)
+                if known is None and pool.is_proved:
+                    placed.append(self._place(asked, pool))
+                elif known is not None and known.state == "draining":  # it was wanted no more, and is again
+                    known.state, known.unrouted_at = "ready" if known.is_proved else "starting", 0.0
         for key, placed in list(self._adapters.items()):
             for adapter in list(placed):
-                has_successor = any(name == adapter.name for name, _ in wanted)
                 if adapter.pool not in self._pools:
                     placed.remove(adapter)
-                elif key not in wanted and (not has_successor or self._is_served(adapter.name, wanted)):
+                elif key not in wanted and (adapter.state == "failed" or not self._is_needed(adapter, wanted)):
                     adapter.unrouted_at = adapter.unrouted_at or now
                     adapter.state = "draining"
                     waited_s = now - adapter.unrouted_at
@@ -554,28 +597,56 @@ class Service:
             if not placed and key not in wanted:
                 del self._adapters[key]
 
-    def _is_served(self, name: str, wanted: Mapping[tuple[str, str], FleetAdapter]) -> bool:
-        """Whether the adapter that has this name now is ready: until then the former one answers."""
-        return any(
-            adapter.state in ("ready", "failed")
+    def _place(self, asked: FleetAdapter, pool: _Pool) -> _Adapter:
+        """Adds an adapter to a pool; one that it cannot load has failed from the start."""
+        model = f"{asked.name}-{asked.digest[:12]}"
+        lane = self._lane(pool, model=model, label=asked.name)
+        adapter = _Adapter(name=asked.name, asked=asked, pool=pool, lane=lane, folder=asked.path)
+        if why := self._beyond(asked, pool):
+            self._fail_tuned(adapter, EngineFailed(why))
+        else:
+            pool.hot[model] = asked.path
+        return adapter
+
+    def _beyond(self, asked: FleetAdapter, pool: _Pool) -> str:
+        """Returns why a pool cannot serve an adapter; "" if it can."""
+        if asked.name in self._spec.models or any(asked.name == version.name for version in self._desired.versions):
+            return f"the service has another model named {asked.name!r}: choose another name"
+        if not pool.loads_adapters:
+            return "the service has no base model that vLLM serves with adapters"
+        try:
+            return beyond_engine(Path(asked.path), pool.plan, pool.spec.base_model_dir)
+        except Exception as error:  # whatever is wrong with its files must not end the service
+            logger.exception("adapter %s", asked.name)
+            return f"its files cannot be read ({type(error).__name__}: {error})"
+
+    def _is_needed(self, adapter: _Adapter, wanted: Mapping[tuple[str, str], FleetAdapter]) -> bool:
+        """Whether an adapter that is no longer desired answers until the one that has its name now is ready."""
+        is_named = any(name == adapter.name for name, _ in wanted)
+        return is_named and not any(
+            other.state == "ready" and other.pool is adapter.pool and key in wanted and key[0] == adapter.name
             for key, placed in self._adapters.items()
-            for adapter in placed
-            if key in wanted and key[0] == name
+            for other in placed
         )
 
     def _load(self, pool: _Pool) -> None:
-        """Loads into each engine what it lacks, and unloads what nothing uses."""
+        """Lets each engine load what it lacks, and unload what nothing uses: one adapter at a time."""
         if not pool.loads_adapters or not pool.is_proved:
             return
-        own = {version.lane.model for version in self._on(pool)}
+        own = {version.lane.model for version in self._on(pool) if version.state != "failed"}
         for engine in pool.up():
-            for model, folder in pool.hot.items():
-                if model not in engine.models and model not in engine.failed and (engine, model) not in self._loading:
-                    self._loading.add((engine, model))
-                    self._spawn(self._load_into, engine, model, folder)
-            for model in engine.models - {BASE_MODEL, *own, *pool.hot}:
+            engine.failed = {model: why for model, why in engine.failed.items() if model in pool.hot}
+            if engine in self._busy:
+                continue
+            lacking = [model for model in pool.hot if model not in engine.models and model not in engine.failed]
+            unused = engine.models - {BASE_MODEL, *own, *pool.hot}
+            if unused:
+                model = self._busy[engine] = unused.pop()
                 engine.models = engine.models - {model}
                 self._spawn(self._unload_from, engine, model)
+            elif lacking:
+                model = self._busy[engine] = lacking[0]
+                self._spawn(self._load_into, engine, model, pool.hot[model])
 
     def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=target, args=arguments, daemon=True).start()
@@ -595,12 +666,16 @@ class Service:
             engine.ask("/v1/unload_lora_adapter", {"lora_name": model}, timeout_s=_LOAD_LIMIT_S)
         except (EngineError, OSError) as error:
             logger.warning("engine %s did not unload %s: %s", engine.name, model, error)
+        self._events.put(("unloaded", engine, None))
 
     def _loaded(self, engine: Engine, model: str, why: str) -> None:
-        self._loading.discard((engine, model))
+        self._busy.pop(engine, None)
+        pool = self._pool_of(engine)
+        if pool is None:
+            return
         if not why:
             engine.models = {*engine.models, model}
-        elif self._pool_of(engine) is not None and engine.is_up:
+        elif engine.returncode is None:  # else it did not refuse the adapter, but has ended
             engine.failed[model] = why
             logger.error("%s", why)
 
@@ -622,8 +697,7 @@ class Service:
                 self._spawn(self._try, tuned)
             return
         if isinstance(tuned, _Version):
-            missing = min(tuned.asked.instances, 1) if self._is_asleep else tuned.asked.instances
-            if len(up) < missing or not self._has_its_adapters(tuned.pool):
+            if len(up) < tuned.asked.instances or not self._has_its_adapters(tuned.pool):
                 return
             tuned.seconds = round(time.monotonic() - tuned.began_at, 1)
         tuned.state = "ready"
@@ -634,11 +708,9 @@ class Service:
             self._on_ready(tuned.pool.title, tuned.parity)
 
     def _has_its_adapters(self, pool: _Pool) -> bool:
-        placed = [one for adapters in self._adapters.values() for one in adapters if one.pool is pool]
-        known = {(one.asked.name, one.asked.digest) for one in placed} | set(self._refused_adapters)
-        return all(one.state != "starting" for one in placed) and all(
-            (asked.name, asked.digest) in known for asked in self._desired.adapters
-        )
+        placed = {(one.asked.name, one.asked.digest): one for one in self._all_adapters() if one.pool is pool}
+        found = [placed.get((asked.name, asked.digest)) for asked in self._desired.adapters]
+        return all(one is not None and one.state != "starting" for one in found)
 
     def _try(self, tuned: _Tuned) -> None:
         """Compares a model with its training, in a thread."""
@@ -701,8 +773,8 @@ class Service:
             v for v in self._versions.values() if v.state == "ready" or (v.state == "starting" and v.is_proved)
         ]
         ready = [v for v in answering if v.state == "ready"] or answering
-        for version in ready:
-            version.lane.wakes = version.pool.base.wakes = self._is_asleep
+        for tuned in (*self._versions.values(), *self._all_adapters()):
+            tuned.lane.wakes = tuned.pool.base.wakes = tuned.pool.wakes
         shares = [(version.asked.share, version.lane) for version in ready]
         if shares and not any(share for share, _ in shares):
             shares = [(1.0, lane) for _, lane in shares]
@@ -715,12 +787,18 @@ class Service:
             if main.spec.base_model_dir is not None:
                 lanes[BASE_MODEL] = [(1.0, main.base)]
             for adapter in self._answering_adapters(main):
-                adapter.lane.wakes = self._is_asleep
                 adapter.lane.max_model_len = main.base.max_model_len
                 lanes[adapter.name] = [(1.0, adapter.lane)]
-        tried = [*self._versions.values(), *(one for placed in self._adapters.values() for one in placed)]
+        tried = (*self._versions.values(), *self._all_adapters())
         trials = {_trial(one): self._trial_lanes(one) for one in tried if one.on_trial}
-        return Table(lanes=lanes, trials=trials)
+        instances: Counter[tuple[str, str]] = Counter()
+        for version in self._versions.values():
+            if version.state != "failed":
+                instances[version.name, "ready"] = len(version.pool.up())
+                instances[version.name, "starting"] = len(version.pool.engines) - len(version.pool.up())
+                instances[version.name, "draining"] = len(version.pool.leaving)
+        restarts = {version.name: version.pool.restarts for version in self._versions.values()}
+        return Table(lanes=lanes, trials=trials, instances=instances, restarts=restarts)
 
     def _answering_adapters(self, pool: _Pool) -> Iterable[_Adapter]:
         """Yields the adapters of a pool that answer. Of two with one name, the later one comes last."""
@@ -737,17 +815,18 @@ class Service:
             VersionState(
                 name=version.name,
                 state=version.state,
-                instances=len(version.pool.up()),
+                instances=0 if version.state == "failed" else len(version.pool.up()),
                 engine=version.pool.title,
                 reason=version.reason,
                 parity=version.parity,
                 seconds=version.seconds,
                 restarts=version.pool.restarts,
                 last_crash=version.pool.last_crash,
+                max_lora_rank=version.pool.plan.lora_rank if version.pool.loads_adapters else None,
             )
             for version in self._versions.values()
         )
-        refused = (VersionState(name=name, state="failed", reason=why) for name, why in self._refused_versions.items())
+        refused = (VersionState(name=name, state="failed", reason=str(why)) for name, why in self._refused.items())
         return FleetState(
             generation=self._desired.generation,
             versions=(*versions, *refused),
@@ -755,13 +834,20 @@ class Service:
         )
 
     def _adapter_state(self, asked: FleetAdapter) -> AdapterState:
-        key = (asked.name, asked.digest)
-        placed = self._adapters.get(key, [])
-        why = self._refused_adapters.get(key) or next((one.reason for one in placed if one.state == "failed"), "")
-        if why:
+        placed = self._adapters.get((asked.name, asked.digest), [])
+        if why := next((one.reason for one in placed if one.state == "failed"), ""):
             return AdapterState(name=asked.name, digest=asked.digest, state="failed", reason=why)
         is_ready = bool(placed) and all(one.state == "ready" for one in placed)
         return AdapterState(name=asked.name, digest=asked.digest, state="ready" if is_ready else "loading")
+
+
+def _within(service: ServeSpec, version: ServeSpec) -> ServeSpec:
+    """Returns a version's spec with what is the service's own: its name, address, folder and time limits."""
+    own = (
+        *("service_name", "host", "port", "work_dir"),
+        *("start_timeout_s", "hang_after_s", "idle_after_s", "sleep_after_s"),
+    )
+    return replace(version, **{name: getattr(service, name) for name in own})
 
 
 def _planned(spec: ServeSpec) -> tuple[ServeSpec, EnginePlan]:

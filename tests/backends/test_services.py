@@ -203,6 +203,20 @@ def _with_system(client: openai.OpenAI) -> str:
 
 
 @pytest.mark.parametrize("hands", ["process"], indirect=True)
+def test_a_merged_adapter_is_one_model_after_a_restart_too(hands: Hands, job: TrainingJob) -> None:
+    predictor = job.deploy("merged", options={**LIMITS, "merge": True, "dtype": "float32"})
+    for _ in range(2):
+        assert [model.id for model in predictor.openai().models.list().data] == ["default", "merged"]
+        parity = predictor.describe_service()["parity"]
+        assert parity["verdict"] == "same", parity
+        assert parity["effect"] is None
+        assert any("rounded to float32, the merged weights keep 100%" in line for line in predictor.logs())
+        predictor.stop_service()
+        predictor.start_service()
+    predictor.delete_service()
+
+
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -237,12 +251,12 @@ def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_no
     hands: Hands, job: TrainingJob
 ) -> None:
     with pytest.raises(ServiceError) as caught:
-        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--max-num-seqs=many"]})
+        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--stream-interval=0"]})
     # The images have vLLM; an environment of the variant transformers has none.
     lacks = job._run.session.backend.uses_this_python and any(
         engine.missing for engine in describe_engines() if engine.name == "vllm"
     )
-    assert ("needs vllm" if lacks else "--max-num-seqs") in str(caught.value)
+    assert ("needs vllm" if lacks else "stream_interval") in str(caught.value)
     assert Predictor("broken").service_status == "Failed"
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     with pytest.raises(ServiceError, match="3"):  # the name is free again; this time the start hangs

@@ -12,7 +12,7 @@ import pytest
 
 from palate import Session, TrainingJob
 from palate.checksums import Checksums
-from palate.deploy import _tell_parity
+from palate.deploy import tell_parity
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
 from palate.runner.checkpoints import stage_for_serving
 from palate.runs.checkpoints import check_servable, choose_checkpoint, complete_checkpoints
@@ -356,7 +356,7 @@ def test_full_weights_are_served_in_the_precision_of_the_training(store: Store, 
 
 
 def test_the_client_says_that_a_checkpoint_is_not_compared(capfd: pytest.CaptureFixture[str]) -> None:
-    _tell_parity({"verdict": "not verified", "text": "the model's folder has no probe.json"}, "step-000040")
+    tell_parity({"verdict": "not verified", "text": "the model's folder has no probe.json"}, "step-000040")
     assert (
         "step-000040 is a checkpoint: its files are verified, but its answers are not compared"
         in capfd.readouterr().err

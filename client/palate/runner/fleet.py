@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 from msgspec import to_builtins
 
-from palate.runner.context import reason_of
+from palate.runner.context import Ending, reason_of
+from palate.runner.merge import MergedModel
 from palate.runner.retry import StoreRetry
 from palate.runs.record import Record
 from palate.runs.rollout import change_update, make_current, note_outcome, open_update, read_version
@@ -43,6 +44,18 @@ from palate_recipes.specs.run import Deployment, ServeManifest
 from palate_recipes.specs.serve import ServeSpec
 
 
+class NotStaged(Exception):
+    """A version could not be brought to this machine.
+
+    Attributes:
+        ending: How the run ends, if that was its only version.
+    """
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.reason)
+        self.ending = ending
+
+
 @dataclass(frozen=True, kw_only=True)
 class Staged:
     """A version whose model is on this machine.
@@ -51,11 +64,17 @@ class Staged:
         body: The version.
         spec: What the server program gets.
         folder: Folder that was created for it; None if its files are used where they are.
+        merged: The merged model that it serves; None if nothing was merged.
     """
 
     body: Deployment
     spec: ServeSpec
     folder: Path | None
+    merged: MergedModel | None = None
+
+    def explain(self, reason: str) -> str:
+        """Returns why it failed, with what merging may have to do with it."""
+        return reason if self.merged is None else self.merged.explain(reason)
 
     @property
     def name(self) -> str:
@@ -209,6 +228,7 @@ class Rollout:
             ],
             "adapters": to_builtins((*state.adapters, *(self._adapters.failed if self._adapters is not None else ()))),
             "update": self._update_facts(state),
+            "max_lora_rank": next((one.max_lora_rank for one in state.versions if one.name == self._current.name), None),
         }
 
     def update(self) -> None:
@@ -288,7 +308,9 @@ class Rollout:
             return
         if state.state == "failed":
             table = state.parity.table if state.parity is not None else ""
-            self._end(candidate.update, "failed", state.reason or "it ended without a reason", table)
+            staged = candidate.staging.staged
+            reason = state.reason or "it ended without a reason"
+            self._end(candidate.update, "failed", staged.explain(reason) if staged is not None else reason, table)
         elif candidate.update.promote:
             after = make_current(self._record, manifest, candidate.version)
             self._finish(candidate.update, after)

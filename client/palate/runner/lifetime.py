@@ -63,9 +63,8 @@ class Lifetime:
             if not self._has_begun:
                 self._has_begun = True
                 self._count()
-                self._noted = (
-                    self._renewal
-                )  # not in a later call, whose details may be refused: the earlier ones arrived
+                # Not in a later call: its details may be refused because the earlier ones did arrive.
+                self._noted = self._renewal
             return self._details() if self._renewal or self._ends else {}
 
     def ends_at(self) -> float | None:

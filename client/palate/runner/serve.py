@@ -19,12 +19,14 @@ from palate.runner.adapters import StagedAdapters
 from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
-from palate.runner.fleet import Rollout, Staged
+from palate.runner.fleet import NotStaged, Rollout, Staged
 from palate.runner.lifetime import Lifetime
+from palate.runner.merge import merge_adapter
 from palate.runner.poll import RecordPoll
 from palate.runner.retry import StoreRetry
 from palate.store import open_parent
 from palate.weights import fetch_weights
+from palate_recipes.engine_options import spec_fields
 from palate_recipes.errors import StoreError
 from palate_recipes.specs.access import ACCESS_FILE
 from palate_recipes.specs.run import Deployment
@@ -44,7 +46,10 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
     def stage(body: Deployment, folder: Path, retry: StoreRetry) -> Staged:
         return _stage(context, body, folder, retry, port=port)
 
-    current = stage(body, work / "model", context.retry)
+    try:
+        current = stage(body, work / "model", context.retry)
+    except NotStaged as refused:
+        return refused.ending
     spec = current.spec
     spec.write(work / "spec.json")
     access_file = AccessFile(context.direct, work / ACCESS_FILE)
@@ -125,7 +130,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     return Ending(
         state="Failed",
-        reason=child.cause(reason or ""),
+        reason=child.cause(current.explain(reason)),
         exit_code=code,
         log_tail=log_tail(context.log),
     )
@@ -164,12 +169,21 @@ def _stage(
         folder: Where the tuned model is copied to, unless the store is on this machine.
         retry: Retries store operations.
         port: Returns the service's port. Called once the files are here: it may wait for a port to be released.
+
+    Raises:
+        NotStaged: The adapter could not be merged, or the run is to end.
     """
     options, tuned_uri = body.options, body.tuned_uri
     tuned_dir = retry(lambda: _stage_tuned(context, tuned_uri, body, folder)) if tuned_uri else None
     base_dir: Path | None = None
     if tuned_dir is None or body.adapter:  # full tuned weights need no base
         base_dir, _ = retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
+    merged = None
+    if options.get("merge") and tuned_dir is not None and base_dir is not None:
+        done = merge_adapter(context, base_dir=base_dir, adapter_dir=tuned_dir, out=folder / "merged", options=options)
+        if isinstance(done, Ending):
+            raise NotStaged(done)
+        merged, tuned_dir, base_dir = done, done.folder, None
     spec = ServeSpec(
         service_name=context.record.name,
         model_dir=str(tuned_dir or base_dir),
@@ -177,9 +191,9 @@ def _stage(
         work_dir=str(context.work),
         idle_after_s=body.idle_time_to_live_s,
         model_name=body.model.name,
-        **{**options, "port": port(), "engine_args": tuple(options.get("engine_args", ()))},
+        **{**spec_fields(options), "port": port()},
     )
-    return Staged(body=body, spec=spec, folder=folder if tuned_dir == folder else None)
+    return Staged(body=body, spec=spec, folder=folder if folder.exists() else None, merged=merged)
 
 
 def _stage_tuned(context: RunContext, uri: str, body: Deployment, folder: Path) -> Path:

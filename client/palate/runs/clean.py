@@ -125,17 +125,17 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
 
 def _expired(record: Record, manifest: ServeManifest) -> str:
     """Returns why a running service should have stopped by itself, or ""."""
-    ttl_s = manifest.body.time_to_live_s
-    # By the store's clock. The status was last written when the service became Running, or later.
-    ages_s = [silence_s(record, "status.json")]
     try:
-        if (renewal := read_renewal(record)) is not None:
-            ttl_s = renewal.time_to_live_s
-            ages_s.append(silence_s(record, RENEWAL_KEY))
+        renewal = read_renewal(record)
     except DamagedFilesError:
         return ""  # it may have been renewed
-    known_s = [age_s for age_s in ages_s if age_s is not None]
-    if not ttl_s or len(known_s) < len(ages_s) or (over_s := min(known_s) - ttl_s) <= ENDING_S:
+    ttl_s = manifest.body.time_to_live_s if renewal is None else renewal.time_to_live_s
+    if not ttl_s:
+        return ""
+    # By the store's clock. The status was last written when the service became Running, or later.
+    written = ["status.json", *([RENEWAL_KEY] if renewal else [])]
+    ages_s = [age_s for key in written if (age_s := silence_s(record, key)) is not None]
+    if len(ages_s) < len(written) or (over_s := min(ages_s) - ttl_s) <= ENDING_S:
         return ""
     return f"its time to live of {ttl_s:g} s was over {over_s:.0f} s ago"
 

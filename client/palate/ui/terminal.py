@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -164,12 +164,13 @@ class LiveView:
         every = _columns(columns)
         cells = [[_one_line(cell) for cell in row] for row in rows]
         shown = [*range(len(every))] if wide else _fitting(every, cells, self._console.width)
-        table = _table(every, cells, shown, wraps=False, overflow="ellipsis")
-        widths = _widths(every, cells, shown, whole=True)
-        if (excess := sum(widths) - _GAP - self._console.width) > 0:
+        widths = dict(zip(shown, _widths(every, cells, shown, whole=True), strict=True))
+        cut: dict[int, int] = {}
+        if (excess := sum(widths.values()) - _GAP - self._console.width) > 0:
             # The longest, such as a name, since a state that is cut could be another one.
-            longest = max(range(len(shown)), key=lambda at: widths[at])
-            table.columns[longest].max_width = max(_LEAST_CUT_WIDTH, widths[longest] - _GAP - excess)
+            longest = max(shown, key=lambda at: widths[at])
+            cut[longest] = max(_LEAST_CUT_WIDTH, widths[longest] - _GAP - excess)
+        table = _table(every, cells, shown, wraps=False, overflow="ellipsis", cut=cut)
         text = Text(visible(below), no_wrap=True, overflow="ellipsis")
         self._live.update(Group(table, text) if below else table, refresh=True)
 
@@ -233,8 +234,9 @@ def _table(
     wraps: bool,
     overflow: Literal["fold", "ellipsis"],
     title: str = "",
+    cut: Mapping[int, int] | None = None,
 ) -> Table:
-    """Returns the table of the columns `shown`. `wraps`: columns of text may take several lines."""
+    """Returns the table of the columns `shown`. `wraps`: columns of text may take several lines. `cut`: maximum widths."""
     table = Table(
         title=Text(visible(title)) if title else None,
         header_style="bold",
@@ -244,7 +246,12 @@ def _table(
         pad_edge=False,
     )
     for at in shown:
-        table.add_column(Text(visible(every[at].title)), no_wrap=not (wraps and every[at].wraps), overflow=overflow)
+        table.add_column(
+            Text(visible(every[at].title)),
+            no_wrap=not (wraps and every[at].wraps),
+            overflow=overflow,
+            max_width=(cut or {}).get(at),
+        )
     for row in cells:
         table.add_row(*(Text(row[at]) for at in shown))
     return table

@@ -50,7 +50,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
         checkpoint: Name of the checkpoint that `tuned_uri` is; unset for the model of a finished job.
         adapter: Whether `tuned_uri` is an adapter for the base.
         system_prompt: The system prompt used in training; `palate chat` starts with it.
-        options: Fields of `palate_recipes.specs.serve.ServeSpec` as the user gave them.
+        options: Options of `deploy()` as the user gave them: fields of `palate_recipes.specs.serve.ServeSpec`, options of vLLM by
+            type (`palate_recipes.engine_options`), and `merge`.
         time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
         idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
         placement: The placement, as the backend returned it.
