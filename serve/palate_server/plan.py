@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, gpu_ids
+from palate_recipes.engine_options import argument, known_table, known_version, problem
 from palate_recipes.errors import BadSpec, EngineMissing, OutOfMemory
-from palate_recipes.servability import GIB, Fit, changes_head, choose, fit, servings, too_long, vllm_lora_rank
+from palate_recipes.servability import (
+    GIB,
+    Fit,
+    adapter_rank,
+    changes_head,
+    choose,
+    fit,
+    servings,
+    too_long,
+    vllm_lora_rank,
+)
 from palate_recipes.specs.serve import (
     BASE_MODEL,
     TOKEN_VARIABLE,
@@ -27,14 +40,20 @@ from palate_recipes.specs.serve import (
     describe_engines,
     vllm_knows_more,
 )
-from palate_server import cpu_lora
+from palate_server import cpu_lora, vllm_options
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken")
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+"""Tags that transformers adds to Jinja."""
+_TABLE_TIMEOUT_S = 120.0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_HEADER_LIMIT_BYTES = 100_000_000
+"""Of a safetensors file, as its format sets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +101,8 @@ def check(spec: ServeSpec) -> EnginePlan:
     weights_dir = Path(spec.base_model_dir) if spec.base_model_dir else tuned
     adapter = _adapter(spec)
     config = _model_config(weights_dir, "base_model_dir" if adapter else "model_dir")
+    if adapter and (problem := _other_base(tuned, spec.base_model_dir)):
+        raise BadSpec(f"model_dir {tuned}: {problem}")
     engine, why = _choose(spec, installed, config, adapter)
     if engine.name == "transformers":
         _no_engine_args(spec, why)
@@ -92,6 +113,10 @@ def check(spec: ServeSpec) -> EnginePlan:
         raise BadSpec(
             f"{tuned} has no tokenizer (no {' or '.join(_TOKENIZER_FILES[:2])}): save the tokenizer in the same folder"
         )
+    if spec.chat_template:
+        tokenizer_dir = _with_template(spec, tokenizer_dir)
+    if engine.name == "vllm":
+        _check_options(spec, engine, adapter)
     fitting = _fit(spec, engine, weights_dir, config, adapter_dir=tuned if adapter else None)
     return EnginePlan(
         engine=engine,
@@ -102,7 +127,9 @@ def check(spec: ServeSpec) -> EnginePlan:
         prompt_scores=adapter is None
         or engine.name != "vllm"
         or not (changes_head(adapter) or (engine.on_cpu and not cpu_lora.is_active())),
-        lora_rank=None if adapter is None else vllm_lora_rank(adapter),
+        lora_rank=None
+        if adapter is None
+        else int(argument(spec.engine_args, "max-lora-rank") or vllm_lora_rank(adapter)),
         tokenizer_dir=tokenizer_dir,
         kv_cache_gib=fitting.kv_cache_gib,
         # On a CPU, compilation takes a minute and gains little.
@@ -153,8 +180,64 @@ def _no_engine_args(spec: ServeSpec, why: str = "") -> None:
     if spec.engine_args:
         raise BadSpec(
             f"engine_args={' '.join(spec.engine_args)!r}, but the transformers engine accepts none: omit engine_args "
-            + (f"(--engine-arg); vLLM cannot serve it: {why}" if why else "(--engine-arg), or install vLLM")
+            "(--engine-arg) and the deploy options that only vLLM has, "
+            + (f"since vLLM cannot serve it: {why}" if why else "or install vLLM")
         )
+
+
+def _check_options(spec: ServeSpec, engine: EngineInfo, adapter: dict[str, Any] | None) -> None:
+    """Raises BadSpec for an option that this vLLM rejects, or that its adapter cannot be served with."""
+    if not spec.engine_args:
+        return
+    table = known_table() if engine.version == known_version() else _table_of_installed()
+    if text := problem(spec.engine_args, table, names_are_complete=not vllm_knows_more(spec.engine_args)):
+        raise BadSpec(f"engine_args: {text}")
+    rank, slots = argument(spec.engine_args, "max-lora-rank"), argument(spec.engine_args, "max-loras")
+    if adapter is not None and rank and int(rank) < adapter_rank(adapter):
+        raise BadSpec(
+            f"max_lora_rank={rank} is less than the adapter's rank: expected at least {vllm_lora_rank(adapter)}, or omit it"
+        )
+    if adapter is not None and engine.on_cpu and slots and int(slots) < 2:
+        raise BadSpec(f"max_loras={slots}: on a CPU, vLLM needs a second, empty place for 'base': expected at least 2")
+
+
+def _table_of_installed() -> dict[str, Any]:
+    """Returns the options of a vLLM that Palate does not know, from its own parser, which takes some seconds."""
+    command = [sys.executable, "-P", "-m", vllm_options.__name__]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TABLE_TIMEOUT_S, check=True, env=environment
+        )
+        table: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        last = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
+        raise BadSpec(
+            f"the options of the installed vLLM cannot be read ({''.join(last)}), and so not checked: omit engine options, or "
+            f"install vLLM {known_version()}"
+        ) from error
+    return table
+
+
+def _with_template(spec: ServeSpec, tokenizer_dir: Path) -> Path:
+    """Returns a folder with the tokenizer and the spec's chat template, which replaces all of the tokenizer's own."""
+    from jinja2 import Environment, TemplateError
+
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", spec.chat_template))
+    except TemplateError as error:
+        raise BadSpec(f"chat_template is not a Jinja template ({error}): correct it, or omit it") from error
+    folder = Path(spec.work_dir) / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in tokenizer_dir.iterdir():
+        if file.is_file() and file.suffix in _TOKENIZER_SUFFIXES:
+            shutil.copyfile(file, folder / file.name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        settings.write_text(json.dumps({**_read_json(settings), "chat_template": None}), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+    return folder
 
 
 def _adapter(spec: ServeSpec) -> dict[str, Any] | None:
@@ -190,8 +273,8 @@ def _model_config(folder: Path, field: str) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def beyond_engine(adapter_dir: Path, plan: EnginePlan) -> str:
-    """Returns why a running vLLM with this plan cannot load an adapter; "" if it can."""
+def beyond_engine(adapter_dir: Path, plan: EnginePlan, base_model_dir: str | None) -> str:
+    """Returns why a running vLLM with this plan and base model cannot load an adapter; "" if it can."""
     try:
         adapter = _adapter_in(adapter_dir)
     except (BadSpec, OSError) as error:
@@ -202,7 +285,43 @@ def beyond_engine(adapter_dir: Path, plan: EnginePlan) -> str:
     if plan.lora_rank is None or rank > plan.lora_rank:
         return f"its rank is {rank}, and the engines have room for {plan.lora_rank}: deploy with max_lora_rank={rank}"
     reasons = next(one.reasons for one in servings(None, adapter, vllm_on_cpu=plan.on_cpu) if one.engine == "vllm")
-    return "; ".join(reasons)
+    return "; ".join(reasons) or _other_base(adapter_dir, base_model_dir)
+
+
+def _other_base(adapter_dir: Path, base_model_dir: str | None) -> str:
+    """Returns where an adapter's shapes do not fit the base, else "".
+
+    vLLM loads a smaller adapter into a part of the base's matrices, without an error. Weights that the base has under another name
+    or packed are not judged.
+    """
+    if base_model_dir is None or "quantization_config" in _read_json(Path(base_model_dir) / "config.json"):
+        return ""
+    base = {name: shape for file in _weight_files(Path(base_model_dir)) for name, shape in _shapes(file).items()}
+    for name, shape in _shapes(adapter_dir / _ADAPTER_WEIGHTS[0]).items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if found is None:
+            continue
+        module, matrix = found.groups()
+        of_base = base.get(f"{module}.weight", ())
+        if not of_base and f"{re.sub(r'[.][0-9]+[.]', '.0.', module, count=1)}.weight" in base:
+            return f"it was made for another base model: this one has no {module}"
+        if len(of_base) == len(shape) == 2:
+            # A: (rank, in), B: (out, rank), the base's: (out, in).
+            has, needs = (shape[1], of_base[1]) if matrix == "A" else (shape[0], of_base[0])
+            if has != needs:
+                return f"it was made for another base model: {module} has {needs} features here, and {has} there"
+    return ""
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes in a safetensors file, from its header; nothing if it cannot be read, because vLLM says why."""
+    try:
+        with file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(size)) if size <= _HEADER_LIMIT_BYTES else {}
+        return {name: tuple(map(int, facts["shape"])) for name, facts in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def same_rendering(one: Path, other: Path) -> bool:
@@ -327,6 +446,8 @@ def engine_command(
             command += ["--max-loras", "2"]
     else:
         command += ["--model", spec.model_dir, "--served-model-name", TUNED_MODEL]
+        if spec.chat_template:  # with the model's own, the model's folder is the tokenizer's
+            command += ["--tokenizer", str(plan.tokenizer_dir)]
     if spec.max_model_len is not None:
         command += ["--max-model-len", str(spec.max_model_len)]
     if plan.is_eager:

@@ -315,7 +315,7 @@ class Service:
             same
             and Path(spec.model_dir).is_dir()
             and same_rendering(Path(spec.model_dir), Path(pool.spec.model_dir))
-            and not beyond_engine(Path(spec.model_dir), pool.plan)
+            and not beyond_engine(Path(spec.model_dir), pool.plan, pool.spec.base_model_dir)
         )
 
     def _lane(self, pool: _Pool, *, model: str, label: str, version: str = "") -> Lane:
@@ -618,7 +618,7 @@ class Service:
         if not pool.loads_adapters:
             return "the service has no base model that vLLM serves with adapters"
         try:
-            return beyond_engine(Path(asked.path), pool.plan)
+            return beyond_engine(Path(asked.path), pool.plan, pool.spec.base_model_dir)
         except Exception as error:  # whatever is wrong with its files must not end the service
             logger.exception("adapter %s", asked.name)
             return f"its files cannot be read ({type(error).__name__}: {error})"
@@ -828,6 +828,7 @@ class Service:
                 seconds=version.seconds,
                 restarts=version.pool.restarts,
                 last_crash=version.pool.last_crash,
+                max_lora_rank=version.pool.plan.lora_rank if version.pool.loads_adapters else None,
             )
             for version in self._versions.values()
         )

@@ -223,6 +223,58 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
     assert TOKEN_VARIABLE not in environment
 
 
+@needs_vllm
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--max-num-seqs=many",), "engine_args: --max-num-seqs=many: vLLM .* expects a whole number"),
+        (("--max-lora-rank=16",), "max_lora_rank=16 is less than the adapter's rank: expected at least 32"),
+    ],
+)
+def test_an_option_that_vllm_would_refuse_is_named_before_it_starts(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, tiny_model: Path, tiny_adapter: Path
+) -> None:
+    models = {"model_dir": str(tiny_adapter), "base_model_dir": str(tiny_model), "engine": "vllm"}
+    plan.check(spec(tmp_path, **models, engine_args=("--max-num-seqs=8", "--max-lora-rank=64", "--max-loras=3")))
+    with pytest.raises(BadSpec, match=says):
+        plan.check(spec(tmp_path, **models, engine_args=arguments))
+    planned = plan.check(spec(tmp_path, **models))
+    if planned.on_cpu:
+        with pytest.raises(BadSpec, match=r"max_loras=1: on a CPU, .* expected at least 2"):
+            plan.check(spec(tmp_path, **models, engine_args=("--max-loras=1",)))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_another_version_of_vllm_is_asked_for_its_options(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "known_version", lambda: "0.1.0")
+    plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm"))  # asks nothing without options
+    monkeypatch.setattr(plan, "known_table", lambda: pytest.fail("the table of another version was used"))
+    with pytest.raises(BadSpec, match=r"--max-num-seqs=many: vLLM .* expects a whole number"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm", engine_args=("--max-num-seqs=many",)))
+
+
+@needs_engine
+def test_a_chat_template_of_the_users_replaces_all_of_the_tokenizers_own(tmp_path: Path, tiny_model: Path) -> None:
+    (tiny_model / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "</s>"}')
+    (tiny_model / "chat_template.jinja").write_text("old")
+    wanted = spec(tmp_path, model_dir=str(tiny_model), chat_template="{% generation %}new{% endgeneration %}")
+    planned = plan.check(wanted)
+    assert planned.tokenizer_dir == tmp_path / "tokenizer"
+    assert (planned.tokenizer_dir / "chat_template.jinja").read_text() == wanted.chat_template
+    settings = json.loads((planned.tokenizer_dir / "tokenizer_config.json").read_text())
+    assert settings == {"chat_template": None, "eos_token": "</s>"}
+    assert (tiny_model / "chat_template.jinja").read_text() == "old"
+    assert not (planned.tokenizer_dir / "model.safetensors").exists()
+    if planned.engine.name == "vllm":
+        command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
+        assert command[command.index("--tokenizer") + 1] == str(planned.tokenizer_dir)
+    with pytest.raises(BadSpec, match="chat_template is not a Jinja template"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), chat_template="{% if %}"))
+
+
 def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_model: Path) -> None:
     if not installed("transformers"):
         pytest.skip("transformers is not installed")
@@ -412,6 +464,7 @@ def test_the_options_that_are_taken_are_options_of_vllm() -> None:
 
 
 @pytest.mark.parametrize(
+<<<<<<< HEAD
     ("visible", "arguments", "used", "expected"),
     [
         ("0,1,2,3", (), (), ("0",)),
@@ -513,3 +566,38 @@ def test_folders_render_alike_if_tokenizer_and_template_are_equal(tmp_path: Path
     assert not same_rendering(one, other)
     (other / name).write_text('{"a": 1}')
     assert same_rendering(one, other)
+=======
+    ("shapes", "says"),
+    [
+        ({"model.layers.0.q.lora_A": [8, 64], "model.layers.0.q.lora_B": [8 * 16, 8]}, ""),
+        ({"model.layers.0.q.lora_A": [8, 32]}, "model.layers.0.q has 64 features here, and 32 there"),
+        ({"model.layers.0.q.lora_A": [8, 64], "model.layers.0.q.lora_B": [64, 8]}, "has 128 features here, and 64"),
+        ({"model.layers.7.q.lora_A": [8, 64]}, "this one has no model.layers.7.q"),
+        ({"lm_head.lora_A": [8, 1]}, ""),  # the base ties it to another weight
+        ({"model.layers.0.fused.lora_A": [8, 1]}, ""),  # vLLM knows whether it can
+        ({"model.layers.0.q.lora_A": "wide"}, ""),
+        (None, ""),  # no safetensors file: vLLM says so
+    ],
+)
+def test_an_adapter_of_another_shape_is_for_another_base(
+    shapes: dict[str, Any] | None, says: str, tmp_path: Path
+) -> None:
+    def write(file: Path, shapes: dict[str, Any]) -> None:
+        facts = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+        header = json.dumps({"__metadata__": {"format": "pt"}, **facts}).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter_model.safetensors"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    write(base / "model-1.safetensors", {"model.layers.0.q.weight": [128, 64], "norm.weight": [64]})
+    write(base / "model-2.safetensors", {"model.layers.1.q.weight": [128, 64]})
+    adapter.write_bytes(b"weights")
+    if shapes is not None:
+        write(adapter, {f"base_model.model.{name}.weight": shape for name, shape in shapes.items()})
+    assert says in plan._other_base(tmp_path, str(base))
+    assert bool(plan._other_base(tmp_path, str(base))) == bool(says)
+    assert plan._other_base(tmp_path, None) == ""
+    (base / "config.json").write_text('{"quantization_config": {}}')
+    assert plan._other_base(tmp_path, str(base)) == ""  # packed weights have other shapes
+>>>>>>> main

@@ -57,3 +57,47 @@ def tiny_model(folder: Path, base: Path, *, head_dim: int = 16) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def random_adapter(folder: Path, base: Path, *, seed: int, rank: int = 8) -> Path:
+    """Writes a LoRA adapter for `base` with the base's tokenizer, as a trainer does. Adapters of different seeds answer differently.
+
+    Args:
+        folder: Is made.
+        base: The model that it is for.
+        seed: Of its random weights.
+        rank: Of its matrices.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    tuned = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1.0)
+    tuned.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def greedy(base: Path, adapter: Path | None, text: str, tokens: int) -> list[int]:
+    """Returns the ids of a greedy answer to a user's message, as transformers computes it in float32: no engine is involved."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter or base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    chat = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    with torch.inference_mode():
+        answer = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
+    return [int(one) for one in answer[0, prompt["input_ids"].shape[1] :]]

@@ -2,11 +2,17 @@
 
     python small_engine.py SPEC.json --uds SOCKET [--adapters '{"default": "/folder"}']
 
-It answers with the model's name, its folder and its own process id, so a test sees who has answered. The prompt says what it does,
-in words: `tokens:5`, `delay:0.1` (seconds per token), `die:2` (SIGKILL before token 2), `stick:FILE` (no request generates from now
-on; FILE is made, and does nothing the second time), `until:FILE` (waits for it), `error` (answers 500). An `engine.json` in a model's or an adapter's folder says how it starts or is loaded: `dies`, `says`
-(printed first), `slow_s`, `refuses` (answers 500 or refuses to load with this text), `until` (waits for this file), `once`
-(makes this file; dies if it exists).
+It answers with the model's name, its folder and its own process id, so a test sees who has answered. The prompt says what it does:
+
+    tokens:5 delay:0.1   that many tokens, with seconds before each
+    until:FILE           waits for the file
+    die:2                SIGKILL before token 2
+    stick:FILE           from now on no request generates; makes the file, and does nothing if it exists
+    error                answers 500
+
+An `engine.json` in a model's or an adapter's folder says how it is started or loaded: `says` (a line to print), `dies`, `slow_s`,
+`until` (a file to wait for), `once` (makes this file; dies if it exists), `refuses` (a text: an adapter is not loaded, a model
+answers 500).
 """
 
 from __future__ import annotations
