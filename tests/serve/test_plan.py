@@ -464,7 +464,6 @@ def test_the_options_that_are_taken_are_options_of_vllm() -> None:
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     ("visible", "arguments", "used", "expected"),
     [
         ("0,1,2,3", (), (), ("0",)),
@@ -566,7 +565,9 @@ def test_folders_render_alike_if_tokenizer_and_template_are_equal(tmp_path: Path
     assert not same_rendering(one, other)
     (other / name).write_text('{"a": 1}')
     assert same_rendering(one, other)
-=======
+
+
+@pytest.mark.parametrize(
     ("shapes", "says"),
     [
         ({"model.layers.0.q.lora_A": [8, 64], "model.layers.0.q.lora_B": [8 * 16, 8]}, ""),
@@ -600,4 +601,3 @@ def test_an_adapter_of_another_shape_is_for_another_base(
     assert plan._other_base(tmp_path, None) == ""
     (base / "config.json").write_text('{"quantization_config": {}}')
     assert plan._other_base(tmp_path, str(base)) == ""  # packed weights have other shapes
->>>>>>> main
