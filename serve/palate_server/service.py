@@ -588,9 +588,9 @@ class Service:
                     known.state, known.unrouted_at = "ready" if known.is_proved else "starting", 0.0
         for key, placed in list(self._adapters.items()):
             for adapter in list(placed):
-                if adapter.pool not in self._pools:
+                if adapter.pool not in self._pools or (adapter.state == "failed" and key not in wanted):
                     placed.remove(adapter)
-                elif key not in wanted and (adapter.state == "failed" or not self._is_needed(adapter, wanted)):
+                elif key not in wanted and not self._is_needed(adapter, wanted):
                     adapter.unrouted_at = adapter.unrouted_at or now
                     adapter.state = "draining"
                     waited_s = now - adapter.unrouted_at

@@ -538,17 +538,17 @@ def test_an_adapter_that_a_running_engine_cannot_load_has_a_reason(
 ) -> None:
     text = config if isinstance(config, str) else json.dumps({"peft_type": "LORA", **config})
     (tiny_adapter / "adapter_config.json").write_text(text)
-    why = beyond_engine(tiny_adapter, running_plan(lora_rank))
+    why = beyond_engine(tiny_adapter, running_plan(lora_rank), None)
     assert says in why
     assert bool(says) == bool(why)
 
 
 def test_an_adapter_that_is_not_there_or_in_an_old_format_has_a_reason(tiny_adapter: Path) -> None:
-    assert "has neither" in beyond_engine(tiny_adapter / "gone", running_plan(32))
+    assert "has neither" in beyond_engine(tiny_adapter / "gone", running_plan(32), None)
     (tiny_adapter / "adapter_model.safetensors").rename(tiny_adapter / "adapter_model.bin")
-    assert "has no adapter_model.safetensors" in beyond_engine(tiny_adapter, running_plan(32))
+    assert "has no adapter_model.safetensors" in beyond_engine(tiny_adapter, running_plan(32), None)
     (tiny_adapter / "adapter_config.json").unlink()
-    assert "adapter_config.json" in beyond_engine(tiny_adapter, running_plan(32))
+    assert "adapter_config.json" in beyond_engine(tiny_adapter, running_plan(32), None)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json"])

@@ -110,6 +110,7 @@ class SmallService:
         """Makes a folder with a model or an adapter, and with how an engine loads it."""
         folder = self.work / "models" / name
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
         (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
         (folder / "adapter_model.safetensors").write_bytes(b"")
         (folder / "engine.json").write_text(json.dumps(behaviour))
