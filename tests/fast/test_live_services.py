@@ -70,7 +70,9 @@ class Screen:
             stdout=follower,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "PALATE_HOME": str(home), "TERM": "xterm"},
+            # COLUMNS would count instead of the terminal's width.
+            env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+            | {"PALATE_HOME": str(home), "TERM": "xterm"},
         )
         self._follower = follower
         self.raw = b""

@@ -43,7 +43,7 @@ def update(
     wait: _Wait = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
-    """Switch a service to another job's model or checkpoint, while it answers.
+    """Switch a service to another model or checkpoint.
 
     If the new model does not start or is not what was trained, the service keeps the old one. Ctrl-C withdraws the update.
     Starts a stopped service.

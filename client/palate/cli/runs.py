@@ -278,7 +278,7 @@ def checkpoints(
     as_json: _Json = False,
     wide: Wide = False,
 ) -> None:
-    """List a job's checkpoints, which `palate deploy JOB --checkpoint STEP` serves.
+    """List a job's checkpoints with their metrics.
 
     The figures are of the log line at the step or the last one before it, and of the validation at the step.
     """
