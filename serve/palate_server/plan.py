@@ -341,12 +341,13 @@ def gpus_for(spec: ServeSpec, *, used: Sequence[str]) -> tuple[str, ...]:
         spec: What it serves.
         used: Ids of the GPUs of the engines that run, each as often as it is used.
     """
-    visible = [one for one in os.environ.get(GPUS_VARIABLE, "").split(",") if one] or gpu_ids()
+    listed = os.environ.get(GPUS_VARIABLE)  # set to nothing: none
+    visible = gpu_ids() if listed is None else [one.strip() for one in listed.split(",") if one.strip()]
     if len(visible) < 2:
         return ()
     options = " ".join(spec.engine_args)
-    given = re.findall(r"(?:--tensor[-_]parallel[-_]size|-tp|--pipeline[-_]parallel[-_]size|-pp)[ =](\d+)", options)
-    size = math.prod(int(number) for number in given)
+    given = re.findall(r"(?:--(?:tensor|pipeline|data)[-_]parallel[-_]size|-[tpd]p)[ =](\d+)", options)
+    size = max(1, math.prod(int(number) for number in given))
     return tuple(sorted(visible, key=used.count)[:size])
 
 

@@ -23,6 +23,7 @@ from palate_recipes.specs.serve import (
     ENGINE_ARGS_VARIABLE,
     ERROR_FILE,
     TOKEN_VARIABLE,
+    EngineInfo,
     Ready,
     ServeSpec,
     check_engine_args,
@@ -31,7 +32,7 @@ from palate_recipes.specs.serve import (
 )
 from palate_server import plan
 from palate_server.causes import root_cause
-from palate_server.plan import engine_command, engine_environment
+from palate_server.plan import beyond_engine, engine_command, engine_environment, gpus_for, same_rendering
 from palate_server.server import main
 
 from .conftest import TOKEN, installed
@@ -460,6 +461,110 @@ def test_the_options_that_are_taken_are_options_of_vllm() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     known = {name.lstrip("-") for name in done.stdout.split()}
     assert {*_SWITCHES, *_SETTINGS, *_NAMES_ONLY} - known == set()
+
+
+@pytest.mark.parametrize(
+    ("visible", "arguments", "used", "expected"),
+    [
+        ("0,1,2,3", (), (), ("0",)),
+        ("0,1,2,3", (), ("0",), ("1",)),
+        ("0,1", (), ("0", "1", "0"), ("1",)),  # more engines than GPUs: the one with the fewest
+        ("4, GPU-7", (), ("4",), ("GPU-7",)),
+        ("0,1,2,3", ("--tensor-parallel-size=2",), ("0", "1"), ("2", "3")),
+        ("0,1,2,3", ("-tp", "2", "-pp=2"), (), ("0", "1", "2", "3")),
+        ("0,1,2,3", ("--tensor_parallel_size", "1", "--data-parallel-size=2"), ("1",), ("0", "2")),
+        ("0,1", ("--tensor-parallel-size=4",), (), ("0", "1")),  # vLLM says that they are too few
+        ("0", (), (), ()),
+        ("", (), (), ()),  # none: not those of the machine
+    ],
+)
+def test_each_engine_gets_the_gpus_that_are_used_least(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str,
+    arguments: tuple[str, ...],
+    used: tuple[str, ...],
+    expected: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv(plan.GPUS_VARIABLE, visible)
+    assert gpus_for(spec(tmp_path, model_dir="m", engine_args=arguments), used=used) == expected
+
+
+def test_the_machines_gpus_are_those_that_its_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 0; echo 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv(plan.GPUS_VARIABLE, raising=False)
+    assert gpus_for(spec(tmp_path, model_dir="m"), used=("0",)) == ("1",)
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus_for(spec(tmp_path, model_dir="m"), used=()) == ()
+
+
+def running_plan(lora_rank: int | None) -> plan.EnginePlan:
+    return plan.EnginePlan(
+        engine=EngineInfo(name="vllm", distribution="vllm", version="0.32.0", missing=(), remedy="", chosen=True),
+        why="",
+        on_cpu=False,
+        dtype="auto",
+        computes_in="bfloat16",
+        prompt_scores=True,
+        lora_rank=lora_rank,
+        tokenizer_dir=Path("t"),
+        kv_cache_gib=0,
+        is_eager=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("lora_rank", "config", "says"),
+    [
+        (32, {"r": 20}, ""),
+        (32, {"r": 8, "rank_pattern": {"q_proj": 32}}, ""),
+        (16, {"r": 20}, "its rank is 32, and the engines have room for 16: deploy with max_lora_rank=32"),
+        (16, {"r": 8, "rank_pattern": {"q_proj": 64}}, "its rank is 64"),
+        (None, {"r": 8}, "its rank is 8, and the engines have room for None"),
+        (512, {"r": 8, "use_dora": True}, "use_dora"),
+        (512, {"r": 8, "bias": "all"}, "bias='all'"),
+        (512, {"r": 8, "peft_type": "IA3"}, "peft_type is IA3"),
+        (512, {"r": 8, "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (512, {"r": 600}, "rank is 600"),
+        (512, "{", "is not valid JSON"),
+        (512, "[]", "is not a JSON object"),
+    ],
+)
+def test_an_adapter_that_a_running_engine_cannot_load_has_a_reason(
+    tiny_adapter: Path, lora_rank: int | None, config: dict[str, Any] | str, says: str
+) -> None:
+    text = config if isinstance(config, str) else json.dumps({"peft_type": "LORA", **config})
+    (tiny_adapter / "adapter_config.json").write_text(text)
+    why = beyond_engine(tiny_adapter, running_plan(lora_rank), None)
+    assert says in why
+    assert bool(says) == bool(why)
+
+
+def test_an_adapter_that_is_not_there_or_in_an_old_format_has_a_reason(tiny_adapter: Path) -> None:
+    assert "has neither" in beyond_engine(tiny_adapter / "gone", running_plan(32), None)
+    (tiny_adapter / "adapter_model.safetensors").rename(tiny_adapter / "adapter_model.bin")
+    assert "has no adapter_model.safetensors" in beyond_engine(tiny_adapter, running_plan(32), None)
+    (tiny_adapter / "adapter_config.json").unlink()
+    assert "adapter_config.json" in beyond_engine(tiny_adapter, running_plan(32), None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json"])
+def test_folders_render_alike_if_tokenizer_and_template_are_equal(tmp_path: Path, name: str) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text(folder.name)
+    assert same_rendering(one, other)
+    (one / name).write_text('{"a": 1}')
+    assert not same_rendering(one, other)
+    (other / name).write_text('{"a": 2}')
+    assert not same_rendering(one, other)
+    (other / name).write_text('{"a": 1}')
+    assert same_rendering(one, other)
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,15 @@ def test_requests_survive_the_end_of_one_of_two_engines_and_streams_tell_of_it(s
     begun = [Answer(next(stream)).pid for stream in streams]
     assert len(set(begun)) == 2
     with ThreadPoolExecutor(4) as pool:
-        whole = [pool.submit(running.ask, "tokens:10 delay:0.05") for _ in range(4)]
-        running.wait(lambda: "palate_open_requests 6.0" in running.metrics())
+        whole = [pool.submit(running.ask, f"until:{running.go}") for _ in range(4)]
+        running.open(6)
         kill(begun[0])
+        running.go.touch()
         assert {one.result().pid for one in whole} == {begun[1]}
     with pytest.raises(openai.APIError, match="The engine ended within this answer"):
         list(streams[0])
     assert next(streams[1])  # the other goes on
+    streams[1].close()
     running.wait(lambda: running.state().versions[0].restarts == 1 and running.state().versions[0].instances == 2)
     assert "killed by signal 9" in running.state().versions[0].last_crash
 
@@ -84,9 +86,8 @@ def test_requests_wait_for_the_only_engine_to_be_started_again(small: Small) -> 
     first = running.ask().pid
     kill(first)
     assert running.ask().pid != first
-    with pytest.raises(openai.InternalServerError, match="ended while they answered") as failed:
+    with pytest.raises(openai.APIError):
         running.ask("die:0")  # each engine that gets it ends, so it is not tried forever
-    assert failed.value.response.headers["retry-after"]
     assert running.ended() == 1
     assert "ended unexpectedly: it was killed by signal 9 (SIGKILL)" in running.error().splitlines()[0]
     [version] = running.state().versions
@@ -95,28 +96,26 @@ def test_requests_wait_for_the_only_engine_to_be_started_again(small: Small) -> 
 
 
 def test_a_frozen_engine_is_replaced_and_its_requests_are_answered(small: Small) -> None:
-    running = small(hang_after_s=0.5)
+    running = small(hang_after_s=1)
     running.start()
     first = running.ask().pid
     kill(first, signal.SIGSTOP)
     assert running.ask().pid != first
-    assert "hangs: it has not answered for 0.5 s" in running.state().versions[0].last_crash
+    assert "hangs: it has not answered for 1 s" in running.state().versions[0].last_crash
 
 
 def test_an_engine_that_generates_nothing_is_replaced_and_a_busy_one_is_not(small: Small) -> None:
-    running = small(hang_after_s=0.3)
+    running = small(hang_after_s=0.5)
     running.start()
     first = running.ask().pid
-    # Longer than five times that: one makes tokens, the other is silent, and the engine answers others meanwhile.
-    with ThreadPoolExecutor(2) as pool:
-        streamed = pool.submit(lambda: list(running.stream("tokens:20 delay:0.1")))
-        assert running.ask("tokens:1 delay:2").pid == first
-        assert len(streamed.result()) == 20
-    assert running.ask("tokens:1 delay:2").pid == first
+    # Longer than the limit: one makes tokens, the other is silent, and the engine answers others meanwhile.
+    with ThreadPoolExecutor(1) as pool:
+        silent = pool.submit(running.ask, "delay:2")
+        assert len(list(running.stream("tokens:20 delay:0.1"))) == 20
+        assert silent.result().pid == first
     assert running.state().versions[0].restarts == 0
-    with pytest.raises(openai.InternalServerError):
-        running.ask("stick")
-    assert "generated no token within 1.5 s" in running.state().versions[0].last_crash
+    assert running.ask(f"stick:{running.go}").pid != first
+    assert "generated no token within 1 s" in running.state().versions[0].last_crash
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["own-engines", "same-engines"])
@@ -132,7 +131,7 @@ def test_an_update_fails_no_request_and_lets_streams_end(small: Small, base: boo
         assert (new.folder, new.pid == old.pid) == ("two", base)
         assert [next(stream) for _ in range(5)]
         assert {process.pid for process in running.engines()} == {old.pid, new.pid}
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         running.wait_for(v2="ready")
         running.wait(lambda: {process.pid for process in running.engines()} == {new.pid})
     assert load.failures == []
@@ -270,7 +269,7 @@ def test_adapters_come_change_and_go_while_requests_run(small: Small) -> None:
     with pytest.raises(openai.NotFoundError):
         running.wait(lambda: not running.ask(model="extra"))
     assert [next(stream) for _ in range(20)]
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 def test_an_adapter_that_cannot_be_served_has_a_reason_and_the_former_one_answers(small: Small) -> None:
@@ -279,7 +278,7 @@ def test_an_adapter_that_cannot_be_served_has_a_reason_and_the_former_one_answer
     large = Path(running.folder("large"))
     (large / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64}')
     damaged = Path(running.folder("damaged"))
-    (damaged / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "many"}')
+    (damaged / "adapter_config.json").write_text('{"peft_type": ')
     good = running.adapter("good", running.folder("good"))
     running.want(running.version("v1"), adapters=(good,))
     state = running.want(
@@ -294,7 +293,7 @@ def test_an_adapter_that_cannot_be_served_has_a_reason_and_the_former_one_answer
     reasons = {adapter.name: adapter.reason for adapter in state.adapters}
     assert {adapter.state for adapter in state.adapters} == {"failed"}
     assert "its rank is 64, and the engines have room for 16" in reasons["large"]
-    assert "its files cannot be read" in reasons["damaged"]
+    assert "is not valid JSON" in reasons["damaged"]
     assert "another model named 'base'" in reasons["base"]
     assert "weights of another model" in reasons["good"]
     assert running.ask(model="good").folder == "good"
@@ -317,7 +316,7 @@ def test_an_update_with_own_engines_takes_the_adapters_along_and_waits_for_their
         running.wait(lambda: running.states() == {"v1": "draining", "v2": "ready"})
         assert running.ask(model="extra").pid != old
         assert [next(stream) for _ in range(20)]
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         running.wait_for(v2="ready")
     assert load.failures == []
 
@@ -355,7 +354,7 @@ def test_a_request_waits_as_long_as_the_engine_needs_to_wake(small: Small, monke
 
 def test_it_ends_when_nobody_asks(small: Small) -> None:
     running = small(idle_after_s=0.3)
-    running.start()
+    running.start(until=IDLE_FILE)
     assert running.ended() == 0
     assert "no request for 0.3 s" in (running.work / IDLE_FILE).read_text()
 
@@ -404,11 +403,12 @@ def test_an_engine_that_dies_while_it_drains_is_replaced_for_the_requests_that_w
     running.start()
     with ThreadPoolExecutor(1) as pool:
         old = running.ask().pid
-        whole = pool.submit(running.ask, "tokens:20 delay:0.1")
-        running.wait(lambda: "palate_open_requests 1.0" in running.metrics())
+        whole = pool.submit(running.ask, f"until:{running.go}")
+        running.open(1)
         running.want(running.version("v2", running.folder("two")), settles=False)
         running.wait_for(v1="draining", v2="ready")
         kill(old)
+        running.go.touch()
         assert whole.result().folder == "one"
     running.wait_for(v2="ready")
 
@@ -438,17 +438,11 @@ def test_a_start_that_takes_too_long_fails(small: Small) -> None:
 
 
 def test_instances_that_cannot_all_start_fail_the_start(small: Small) -> None:
-    running = small(restarts=1, engine={"until": "/nowhere"})
-    running.want(running.version("v1", instances=2))
-    running.start(until="fleet-state.json")
-    # The first starts, and all others end.
-    running.wait(lambda: len(running.engines()) == 1)
-    folder = Path(running.spec.model_dir)
-    go = running.work / "go"
-    (folder / "engine.json").write_text('{"dies": true}')
-    kill(running.engines()[0].pid, signal.SIGCONT)
-    assert go
-    running.end()
+    running = small(restarts=1)
+    running.want(running.version("v1", running.folder("one", once=str(running.go)), instances=2))
+    running.start(until="error.txt")  # the first engine answers, and each further one ends
+    assert running.ended() == 1
+    assert "killed by signal 9" in running.error().splitlines()[0]
 
 
 def test_a_version_that_nothing_can_plan_ends_the_start(small: Small) -> None:

@@ -68,6 +68,7 @@ def with_small_engines(replace: Callable[[Any, str, Any], None]) -> None:
     replace(service, "_FIRST_PAUSE_S", 0.05)
     replace(engine, "_PROBE_EVERY_S", 0.02)
     replace(engine, "_LOOK_EVERY_S", 0.1)
+    replace(engine, "_STILL_TIMES", 2)
 
 
 class SmallService:
@@ -85,6 +86,8 @@ class SmallService:
             **fields: Further fields of the spec.
         """
         self.work = work
+        self.go = work / "go"
+        """A file that prompts and engines wait for, with `until`."""
         self.base = self.folder("base") if base else None
         self.spec = ServeSpec(
             **{
@@ -107,6 +110,7 @@ class SmallService:
         """Makes a folder with a model or an adapter, and with how an engine loads it."""
         folder = self.work / "models" / name
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
         (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
         (folder / "adapter_model.safetensors").write_bytes(b"")
         (folder / "engine.json").write_text(json.dumps(behaviour))
@@ -218,12 +222,31 @@ class SmallService:
         """Returns who has answered. Raises what OpenAI's client raises."""
         return Answer(self.client().completions.create(model=model, prompt=prompt).choices[0].text)
 
-    def stream(self, prompt: str, *, model: str = "default") -> Iterator[str]:
-        chunks = self.client().completions.create(model=model, prompt=prompt, stream=True)
-        return (chunk.choices[0].text for chunk in chunks)
+    def stream(self, prompt: str, *, model: str = "default") -> TextStream:
+        return TextStream(self.client().completions.create(model=model, prompt=prompt, stream=True))
+
+    def open(self, count: int) -> None:
+        """Waits until so many requests are open."""
+        self.wait(lambda: f"palate_open_requests {count}.0" in self.metrics())
 
     def metrics(self) -> str:
         return self.http("GET", "/metrics").text
+
+
+class TextStream:
+    """The texts of a streamed answer."""
+
+    def __init__(self, chunks: Any) -> None:
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return str(next(self._chunks).choices[0].text)
+
+    def close(self) -> None:
+        self._chunks.close()
 
 
 class Answer:

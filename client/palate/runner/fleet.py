@@ -228,7 +228,9 @@ class Rollout:
             ],
             "adapters": to_builtins((*state.adapters, *(self._adapters.failed if self._adapters is not None else ()))),
             "update": self._update_facts(state),
-            "max_lora_rank": next((one.max_lora_rank for one in state.versions if one.name == self._current.name), None),
+            "max_lora_rank": next(
+                (one.max_lora_rank for one in state.versions if one.name == self._current.name), None
+            ),
         }
 
     def update(self) -> None:
