@@ -46,7 +46,8 @@ def test_no_request_fails_over_updates_a_canary_a_failure_a_return_and_other_num
 
     def stage(body: Deployment, folder: Path, retry: StoreRetry) -> Staged:
         name = str(body.tuned_uri).rpartition("/")[2]
-        model = program.folder(name, **({"refuses": "not enough memory"} if name == "broken" else {}))
+        why = "not enough memory"
+        model = program.folder(name, **({"refuses": why, "says": why} if name == "broken" else {}))
         return Staged(body=body, spec=program.version("v1", model).spec, folder=None)
 
     current = stage(record.serve_manifest().body, tmp_path, StoreRetry(said.append, lambda: False))
@@ -61,7 +62,7 @@ def test_no_request_fails_over_updates_a_canary_a_failure_a_return_and_other_num
         with Load(program) as load:
             service.update_service(job("two"))
             assert program.ask().folder == "two"
-            with pytest.raises(ServiceError, match=r"previous model as before.*not enough memory") as caught:
+            with pytest.raises(ServiceError, match=r"(?s)previous model as before.*not enough memory") as caught:
                 service.update_service(job("broken"))
             assert "zero_downtime=False" in caught.value.reason
             service.update_service(job("three"), traffic=0.5)
