@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from _thread import interrupt_main
@@ -527,9 +528,14 @@ def test_ctrl_c_withdraws_the_update(
                 interrupt_main()
                 time.sleep(1.5)
 
+        # A shell starts what it runs in the background with SIGINT ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=press, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt) as caught:
-            service.update_service(job("two"))
+        try:
+            with pytest.raises(KeyboardInterrupt) as caught:
+                service.update_service(job("two"))
+        finally:
+            signal.signal(signal.SIGINT, before)
         runner.staging.set()
     assert caught.value.__notes__ == ["service svc keeps its previous model"]
     assert states(service) == [("v1", "current"), ("v2", "cancelled")]
