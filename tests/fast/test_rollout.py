@@ -179,7 +179,7 @@ def job(name: str, **fields: Any) -> HasModel:
     class Job:
         id = name
 
-        def served_model(self) -> ServedModel:
+        def served_model(self, checkpoint: str | int | None = None) -> ServedModel:
             model = serve_manifest().body.model
             served = ServedModel(model=model, tuned_uri=f"file:///jobs/{name}/model", labels={"job": name})
             return with_fields(served, **fields)
