@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def _check_options(spec: ServeSpec, engine: EngineInfo, adapter: dict[str, Any] 
         raise BadSpec(f"max_loras={slots}: on a CPU, vLLM needs a second, empty place for 'base': expected at least 2")
 
 
+@cache  # an update does not wait for it again
 def _table_of_installed() -> dict[str, Any]:
     """Returns the options of a vLLM that Palate does not know, from its own parser, which takes some seconds."""
     command = [sys.executable, "-P", "-m", vllm_options.__name__]

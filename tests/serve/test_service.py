@@ -18,7 +18,7 @@ import pytest
 from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
 from palate_recipes.specs.serve import IDLE_FILE
-from palate_server import proxy, service
+from palate_server import metrics, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
 
 __all__ = ["small"]  # a fixture
@@ -545,7 +545,7 @@ def test_headers_and_bytes_pass_unchanged(small: Small) -> None:
         assert "transfer-encoding" not in empty.headers
 
 
-def test_the_page_of_several_engines_has_each_with_its_name(small: Small) -> None:
+def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     running = small()
     running.start()
     running.ask()
@@ -557,7 +557,12 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small) -> Non
     for name in ("v1-0", "v1-1"):
         assert f'vllm:num_requests_running{{model_name="default",palate_engine="{name}"}} 0.0' in page
     assert page.count("# TYPE vllm:num_requests_running gauge") == 1
-    kill(running.engines()[0].pid)
+    monkeypatch.setattr(metrics, "_PAGE_LIMIT_S", 1.0)
+    frozen = running.ask().pid
+    kill(frozen, signal.SIGSTOP)
+    assert running.metrics().count("# TYPE vllm:num_requests_running gauge") == 1  # of the other
+    assert running.metrics().count("vllm:num_requests_running{") == 1
+    kill(frozen)
     running.wait(lambda: 'palate_restarts{version="v1"} 1.0' in running.metrics())
     assert "palate_waiting_requests 0.0" in running.metrics()
 
