@@ -417,7 +417,8 @@ class Service:
         for tuned in self._hot_on(pool):
             if tuned.state == "starting" and (tuned.on_trial or tuned.lane.model == suspect):
                 self._fail_tuned(tuned, EngineFailed(f"engine {engine.name} ended when it got this adapter: {error}"))
-        self._crashed(pool, engine.name, error)
+        if pool in self._pools:  # it was given up if that was its last version
+            self._crashed(pool, engine.name, error)
 
     def _crashed(self, pool: _Pool, name: str, error: ServerError) -> None:
         """Decides whether a pool gets a new engine for one that ended or did not start."""
