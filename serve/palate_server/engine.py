@@ -77,6 +77,7 @@ class Engine:
         adapters: Mapping[str, str],
         put: Callable[[str, Engine, Any], None],
         gpus: Sequence[str] = (),
+        sharing: int = 0,
     ) -> None:
         """Starts the process.
 
@@ -87,6 +88,7 @@ class Engine:
             adapters: Folders of the adapters that it has from the start, by its names for them.
             put: Reports an event: `up`, `refused` with a ServerError, `ended`, or `hung` with a text.
             gpus: Ids of the GPUs that it may use; none: all.
+            sharing: Engines that divide the cores, this one included; 0: no other runs.
         """
         self.name = name
         self.spec = spec
@@ -112,7 +114,7 @@ class Engine:
         self._process = Supervised(
             command,
             env={
-                **engine_environment(plan, ipc_dir=self._folder.name),
+                **engine_environment(plan, ipc_dir=self._folder.name, sharing=sharing),
                 **({GPUS_VARIABLE: ",".join(gpus)} if gpus else {}),
             },
             cwd=Path(spec.work_dir),

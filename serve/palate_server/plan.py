@@ -464,12 +464,13 @@ def engine_command(
     return [*command, *spec.engine_args]
 
 
-def engine_environment(plan: EnginePlan, *, ipc_dir: str) -> dict[str, str]:
+def engine_environment(plan: EnginePlan, *, ipc_dir: str, sharing: int = 0) -> dict[str, str]:
     """Returns an engine's full environment: this process's, offline, without the service's tokens.
 
     Args:
         plan: The engine's plan.
         ipc_dir: Private folder with a short path, for the engine's own sockets and temporary files.
+        sharing: Engines that divide the cores, this one included; 0: no other runs.
     """
     environment = {
         **{name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
@@ -490,6 +491,12 @@ def engine_environment(plan: EnginePlan, *, ipc_dir: str) -> dict[str, str]:
         # --enforce-eager leaves out the model's compilation, but not that of a function that counts ranks: the first request for
         # log-probs would wait for a C++ compiler (13 s instead of 1 s on two cores).
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if plan.engine.name == "vllm" and plan.on_cpu and sharing:
+        # vLLM binds its threads to all cores but the last, and each engine to the same ones: on two cores, an engine that starts
+        # would wait minutes for the one that answers.
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // sharing if sharing > 1 else cores - 1)))
     package_root = Path(__file__).resolve().parents[1]
     if package_root.name not in {"site-packages", "dist-packages"}:
         # The engine and its child processes import this package too.
