@@ -5,6 +5,7 @@ It reports problems within milliseconds in one sentence. An engine would report 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,7 @@ def _check_options(spec: ServeSpec, engine: EngineInfo, adapter: dict[str, Any] 
         raise BadSpec(f"max_loras={slots}: on a CPU, vLLM needs a second, empty place for 'base': expected at least 2")
 
 
+@cache  # an update does not wait for it again
 def _table_of_installed() -> dict[str, Any]:
     """Returns the options of a vLLM that Palate does not know, from its own parser, which takes some seconds."""
     command = [sys.executable, "-P", "-m", vllm_options.__name__]
@@ -227,16 +230,22 @@ def _with_template(spec: ServeSpec, tokenizer_dir: Path) -> Path:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", spec.chat_template))
     except TemplateError as error:
         raise BadSpec(f"chat_template is not a Jinja template ({error}): correct it, or omit it") from error
-    folder = Path(spec.work_dir) / "tokenizer"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    # By its content: an update must not change what the engines of the running version read when they start again.
+    digest = hashlib.sha256(f"{tokenizer_dir}\0{spec.chat_template}".encode()).hexdigest()[:12]
+    folder = Path(spec.work_dir) / f"tokenizer-{digest}"
+    if folder.exists():
+        return folder
+    draft = folder.with_suffix(".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
     for file in tokenizer_dir.iterdir():
         if file.is_file() and file.suffix in _TOKENIZER_SUFFIXES:
-            shutil.copyfile(file, folder / file.name)
-    settings = folder / "tokenizer_config.json"
+            shutil.copyfile(file, draft / file.name)
+    settings = draft / "tokenizer_config.json"
     if settings.is_file():
         settings.write_text(json.dumps({**_read_json(settings), "chat_template": None}), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+    (draft / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+    draft.rename(folder)  # last: its existence means that it is complete
     return folder
 
 

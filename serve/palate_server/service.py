@@ -2,8 +2,9 @@
 
 One thread decides. Engines, comparisons and loads have threads of their own, which put events into its queue; twice a second it also
 looks at the desired state and at the clock. What it decides becomes visible at once, as a new table of routes, and is told in
-fleet-state.json. A version takes requests only after it has answered and was compared with its trained model; one that is replaced
-answers its open requests first. An engine that ends by itself is started again, after a pause that doubles.
+fleet-state.json. A version takes requests only after it has answered and was compared with its trained model. One that is no longer
+desired answers until a desired one is ready, and then answers its open requests before it ends; so a change that fails changes
+nothing. An engine that ends by itself is started again, after a pause that doubles.
 """
 
 from __future__ import annotations
@@ -234,6 +235,8 @@ class Service:
         except (OSError, ValueError) as error:
             logger.error("the service stays as it is: %s is not a desired state: %s", path, error)
             return
+        if self._versions and desired == self._desired:
+            return
         if self._versions and desired.generation <= self._desired.generation:
             logger.error(
                 "the service stays as it is: %s has generation %d, and generation %d was read before",
@@ -416,7 +419,8 @@ class Service:
         for tuned in self._hot_on(pool):
             if tuned.state == "starting" and (tuned.on_trial or tuned.lane.model == suspect):
                 self._fail_tuned(tuned, EngineFailed(f"engine {engine.name} ended when it got this adapter: {error}"))
-        self._crashed(pool, engine.name, error)
+        if pool in self._pools:  # it was given up if that was its last version
+            self._crashed(pool, engine.name, error)
 
     def _crashed(self, pool: _Pool, name: str, error: ServerError) -> None:
         """Decides whether a pool gets a new engine for one that ended or did not start."""
@@ -516,7 +520,7 @@ class Service:
         pool.hot.pop(version.lane.model, None)
         if others:
             # What a restarted engine reads must not be in the folder of the version that is gone.
-            last = others[-1]
+            last = next((one for one in reversed(others) if one.is_proved), others[-1])
             if pool.plan.tokenizer_dir == Path(version.folder):
                 pool.plan = dataclasses.replace(pool.plan, tokenizer_dir=Path(last.folder))
             pool.spec = replace(pool.spec, model_dir=last.folder)

@@ -270,14 +270,16 @@ def test_a_chat_template_of_the_users_replaces_all_of_the_tokenizers_own(tmp_pat
     (tiny_model / "chat_template.jinja").write_text("old")
     wanted = spec(tmp_path, model_dir=str(tiny_model), chat_template="{% generation %}new{% endgeneration %}")
     planned = plan.check(wanted)
-    assert planned.tokenizer_dir == tmp_path / "tokenizer"
+    assert planned.tokenizer_dir.parent == tmp_path
+    other = plan.check(spec(tmp_path, model_dir=str(tiny_model), chat_template="{% generation %}2{% endgeneration %}"))
+    assert other.tokenizer_dir != planned.tokenizer_dir  # two versions of a service share its work folder
     assert (planned.tokenizer_dir / "chat_template.jinja").read_text() == wanted.chat_template
     settings = json.loads((planned.tokenizer_dir / "tokenizer_config.json").read_text())
     assert settings == {"chat_template": None, "eos_token": "</s>"}
     assert (tiny_model / "chat_template.jinja").read_text() == "old"
     assert not (planned.tokenizer_dir / "model.safetensors").exists()
     if planned.engine.name == "vllm":
-        command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
+        command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", socket="s", adapters={})
         assert command[command.index("--tokenizer") + 1] == str(planned.tokenizer_dir)
     with pytest.raises(BadSpec, match="chat_template is not a Jinja template"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), chat_template="{% if %}"))
