@@ -6,6 +6,7 @@ import errno
 import math
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from palate.backends import PlacementRequest
@@ -13,15 +14,20 @@ from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.preflight import check_deployment
 from palate.processes import bind_error
+from palate.rollout import check_instances
 from palate.runs.access import forget_named_tokens, new_token, write_owner_token
+from palate.runs.adapters import forget_adapters
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, versions
+from palate.runs.renewal import forget_renewal
+from palate.runs.rollout import forget as forget_versions
 from palate.session import Session
 from palate.ui import note
+from palate_recipes.engine_options import ENGINE_OPTIONS, check_values, spec_fields
 from palate_recipes.errors import ConfigurationError, NameTakenError
 from palate_recipes.specs.run import Deployment, ServeManifest
 from palate_recipes.specs.serve import ServeSpec
-from palate_recipes.text import did_you_mean
+from palate_recipes.text import did_you_mean, show_path
 
 _OPTIONS: dict[str, tuple[type, ...]] = {
     "engine": (str,),
@@ -30,14 +36,20 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "dtype": (str,),
     "max_model_len": (int,),
     "start_timeout_s": (int, float),
+    **dict.fromkeys(ENGINE_OPTIONS, (object,)),  # their own check has the bounds too
+    "chat_template": (str, Path),
     "engine_args": (list, tuple),
+    "merge": (bool,),
     "hang_after_s": (int, float),
     "time_to_live_s": (int, float),
     "idle_time_to_live_s": (int, float, type(None)),
     "verify": (bool, str),
 }
 _LIVES = ("time_to_live_s", "idle_time_to_live_s")
-"""Options of the service that the server program does not get."""
+"""Times that the runner keeps; the manifest has them beside the options."""
+
+_UNSET_BY_NONE = frozenset({*ENGINE_OPTIONS, "chat_template"})
+_TEMPLATE_BYTES = 256 * 1024
 
 IDLE_TIME_TO_LIVE_S = 12 * 3600.0
 """Default for services started from a script or notebook: a forgotten service must not hold a machine forever."""
@@ -60,7 +72,7 @@ def start_service(
         service_name: Name of the service, also a model name.
         served: The model to serve.
         options: See `ModelTrainingRecipe.deploy`.
-        where: Placement; default: the backend's.
+        where: Placement; default: the backend's. Its `instance_count` is the number of engines.
         wait: Wait until it answers.
         show_logs: Show the engine's log while waiting; otherwise the steps of the start, on stderr.
     """
@@ -70,7 +82,9 @@ def start_service(
     if session.backend.is_this_host:
         _check_port(checked)
     engine = check_deployment(served, session, checked)
-    placement = session.backend.place(where or PlacementRequest(kind="services"))
+    where = where or PlacementRequest(kind="services")
+    instances = check_instances("instance_count", 1 if where.instance_count is None else where.instance_count)
+    placement = session.backend.place(where)
     record = Record(session.store, "services", service_name)
     manifest = ServeManifest(
         name=service_name,
@@ -83,6 +97,7 @@ def start_service(
             time_to_live_s=lives.get("time_to_live_s"),
             idle_time_to_live_s=lives.get("idle_time_to_live_s", IDLE_TIME_TO_LIVE_S),
             placement=placement,
+            instances=instances,
         ),
     )
     if not _take_over_failed(record, manifest, session):
@@ -102,11 +117,12 @@ def start_service(
                 error.add_note(f"service {service_name} was stopped; `palate start {service_name}` starts it again")
             raise
         if served.tuned_uri:
-            _tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
+            tell_parity(predictor.describe_service().get("parity"), served.checkpoint)
     return predictor
 
 
-def _tell_parity(parity: object, checkpoint: str) -> None:
+def tell_parity(parity: object, checkpoint: str) -> None:
+    """Notes the comparison of a service with its trained model, as its status has it."""
     if not isinstance(parity, dict):  # verify=False, or an untuned model
         return
     if checkpoint:
@@ -147,6 +163,9 @@ def _take_over_failed(record: Record, manifest: ServeManifest, session: Session)
     try:
         record.delete_parts("logs")  # the logs of the failed start
         forget_named_tokens(record)  # it is another service, with a token of its own
+        forget_renewal(record)
+        forget_adapters(record)
+        forget_versions(record)
         run.replace_manifest(before, manifest)
     except BaseException as error:
         record.advance("Failed", expect={"Creating"}, reason=f"the service could not be started: {error}")
@@ -160,7 +179,9 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
             hint = did_you_mean(name, _OPTIONS)
             raise ConfigurationError(f"unknown deploy option {name!r}: {hint}valid options: {', '.join(_OPTIONS)}")
         kinds = _OPTIONS[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if value is None and name in _UNSET_BY_NONE:
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object}.intersection(kinds)):
             wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
             raise ConfigurationError(f"deploy option {name}={value!r}: expected {wanted}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -168,14 +189,40 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
     for name in _LIVES:
         if (value := options.get(name)) is not None and not value > 0:
             raise ConfigurationError(f"deploy option {name}={value!r}: expected a number of seconds above 0")
+    options = {name: value for name, value in options.items() if value is not None or name not in _UNSET_BY_NONE}
+    check_values(options)
+    if "chat_template" in options:
+        options["chat_template"] = _read_template(options["chat_template"])
     if "verify" in options:
         options["verify"] = {True: "error", False: "off"}.get(options["verify"], options["verify"])
     settings = {name: value for name, value in options.items() if name not in _LIVES}
     try:
-        ServeSpec(service_name=service_name, model_dir="", work_dir="", **settings)  # checks the bounds
+        ServeSpec(service_name=service_name, model_dir="", work_dir="", **spec_fields(settings))  # checks the bounds
     except ValueError as error:
         raise ConfigurationError(f"deploy option {error}") from None
     return dict(options)
+
+
+def _read_template(given: str | Path) -> str:
+    """Returns a chat template's text, which the record keeps: the service may run where the file is not."""
+    if isinstance(given, str) and ("{{" in given or "{%" in given):  # the text itself, as a service's record has it
+        return given
+    path = Path(given).expanduser()
+    try:
+        if path.stat().st_size > _TEMPLATE_BYTES:
+            raise ConfigurationError(
+                f"deploy option chat_template={show_path(given)} has {path.stat().st_size} bytes: expected a Jinja template of at "
+                f"most {_TEMPLATE_BYTES} bytes"
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"deploy option chat_template={show_path(given)} cannot be read ({getattr(error, 'strerror', None) or error}): "
+            "expected the path of a Jinja template"
+        ) from None
+    if not text.strip():
+        raise ConfigurationError(f"deploy option chat_template={show_path(given)} is empty: expected a Jinja template")
+    return text
 
 
 def _check_port(options: dict[str, Any]) -> None:

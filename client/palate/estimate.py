@@ -7,7 +7,6 @@ first job would.
 from __future__ import annotations
 
 import glob
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +18,16 @@ from msgspec import structs
 
 from palate.adapter_input import CHANNEL, read_adapter
 from palate.paths import palate_home
-from palate.preflight import available_memory_gib, serving_notes, servings_after, training_memory_gib
+from palate.preflight import (
+    available_memory_gib,
+    few_steps_note,
+    optimizer_steps,
+    serving_notes,
+    servings_after,
+    steps_per_epoch,
+    training_memory_gib,
+    without_needless_notes,
+)
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record, events_once
 from palate.session import Session
@@ -155,6 +163,7 @@ def estimate(
     )
     if not parameters:
         warnings.append("the memory is not known: the model's size is in no catalog and in no listing")
+    spec = without_needless_notes(spec, parameters, device)
     warnings += spec.notes
     config = config_at_hand(spec.model.source, session)
     engines = servings_after(spec, config, session)
@@ -180,6 +189,8 @@ def estimate(
                 measured = _measured(checked["train"], data["train"], spec, session, warnings)
                 examples = checked["train"].rows if measured is None else measured["kept"]
                 found = _with_rows(found, checked["train"], measured, examples, spec, gpus, errors)
+                if few := few_steps_note(examples, spec.hyperparameters, gpus=gpus):
+                    warnings.append(few)
     except PalateError as error:
         errors.append(str(error))
     record = Record(session.store, "jobs", job_name) if job_name is not None else None
@@ -293,27 +304,7 @@ def _with_rows(
         )
         if not examples:
             errors.append(f"train has no row left to train on at seq_length={found.seq_length}: raise it")
-    return replace(found, steps=optimizer_steps(examples, spec, gpus=gpus))
-
-
-def optimizer_steps(examples: int, spec: TrainSpec, *, gpus: int) -> int:
-    """Returns the number of optimizer steps, as transformers' Trainer counts them.
-
-    Args:
-        examples: Rows trained on per epoch; under KTO single answers, under SFT answers of all learned turns.
-        spec: Batch size, accumulation, epochs and `max_steps` are used.
-        gpus: Number of processes.
-    """
-    values = spec.hyperparameters
-    if not examples or values.max_steps:
-        return values.max_steps if examples else 0
-    return math.ceil(values.num_train_epochs * _steps_an_epoch(examples, spec, gpus=gpus))
-
-
-def _steps_an_epoch(examples: int, spec: TrainSpec, *, gpus: int) -> int:
-    values = spec.hyperparameters
-    batches = math.ceil(examples / (values.per_device_train_batch_size * gpus))
-    return math.ceil(batches / values.gradient_accumulation_steps)
+    return replace(found, steps=optimizer_steps(examples, spec.hyperparameters, gpus=gpus))
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -327,7 +318,7 @@ def _with_time(found: Estimate, examples: int, spec: TrainSpec, session: Session
         return found
     epochs = float(values.num_train_epochs)
     if values.max_steps:
-        epochs = values.max_steps / _steps_an_epoch(examples, spec, gpus=gpus)
+        epochs = values.max_steps / steps_per_epoch(examples, values, gpus=gpus)
     low, high = min(rates.values()), max(rates.values())
     total = found.tokens * epochs
     return replace(

@@ -13,7 +13,7 @@ from palate.backends import PlacementRequest
 from palate.checksums import read_model_digests
 from palate.common.utils import check_name, unique_name
 from palate.parameters import reject_unknown_keywords
-from palate.runs.checkpoints import check_servable, choose_checkpoint
+from palate.runs.checkpoints import Checkpoint, check_servable, choose_checkpoint, list_checkpoints, with_metrics
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import Record, events_once, locate
@@ -170,6 +170,16 @@ class TrainingJob:
         and what to change. See "Watching a run" in docs/training.md.
         """
         return read_run(self.metrics())
+
+    def checkpoints(self) -> builtins.list[Checkpoint]:
+        """Returns the job's checkpoints in the store by step: time, size, whether they are complete, and the metrics of their step.
+
+        Each complete one can be given to `deploy` and `chat`, also while the job trains. Empty if the job has none yet.
+
+            best = min(job.checkpoints(), key=lambda checkpoint: checkpoint.metrics.get("eval_loss", math.inf))
+        """
+        found = list_checkpoints(self._run.record)
+        return with_metrics(found, self.metrics()) if found else []
 
     def output_path(self, channel_name: str = "model") -> str:
         """Returns the URI of an output of the job.
@@ -375,9 +385,8 @@ class TrainingJob:
 
         served = self.served_model(checkpoint)
         settings: dict[str, Any] = {"verify": verify}
-        if served.checkpoint and not served.adapter:
-            # Full fine-tuning keeps its weights in float32, and the finished model is saved in the training's precision.
-            settings["dtype"] = self.manifest.body.precision
+        if served.dtype:
+            settings["dtype"] = served.dtype
         return start_service(
             self._run.session,
             service_name=service_name or f"{self.id}-{served.checkpoint or 'service'}",
@@ -441,6 +450,8 @@ class TrainingJob:
             tuned_uri=f"{self.output_path('checkpoints')}/{chosen.name}",
             tuned_digest=check_servable(record, chosen, adapter=served.adapter),
             checkpoint=chosen.name,
+            # Full fine-tuning keeps its weights in float32, and the finished model is saved in the training's precision.
+            dtype="" if served.adapter else body.precision,
             labels={"job": self.id, "checkpoint": chosen.name},
         )
 

@@ -370,13 +370,16 @@ class ModelTrainingRecipe:
         Args:
             service_name: Name of the service; default: the job's id with `-service`.
             instance_type: Type of machine, on backends that support it.
-            instance_count: Number of machines, on backends that support it.
+            instance_count: Number of engines that answer requests, each with its own copy of the model. `Predictor.scale` changes it.
             resource_config: Limits, on backends that support them: `ResourceConfig(cpu=4, memory=16000)`, cores and MB,
                 or a dict with these keys.
             resource_id: Not supported.
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
-                (default: 12 hours; None: never), `engine_args` (list of str).
+                (default: 12 hours; None: never), `merge` (True: serve the adapter merged into its base, as one model),
+                `chat_template` (path of a Jinja file), and of vLLM alone `quantization`, `kv_cache_dtype`,
+                `tensor_parallel_size`, `gpu_memory_utilization`, `max_num_seqs`, `max_loras`, `max_lora_rank`,
+                `tool_call_parser`, `reasoning_parser`, `engine_args` (list of str).
             wait: Whether to wait until the service has answered a real request.
             inference_spec: Not supported.
             show_logs: With `wait`: whether to show the engine's log.
@@ -567,7 +570,7 @@ class RegisteredModel:
 
         Args:
             service_name: Default: the model's name with a unique suffix.
-            instance_count: Number of machines, on backends that support it.
+            instance_count: Number of engines that answer requests, each with its own copy of the model. `Predictor.scale` changes it.
             instance_type: Type of machine, on backends that support it.
             resource_config: Limits, on backends that support them.
             resource_id: Not supported.

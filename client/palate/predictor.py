@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import UNSET, structs
 
+from palate import service_adapters
 from palate.backends import Backend
 from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
@@ -19,6 +21,8 @@ from palate.runs import access
 from palate.runs.handle import RunHandle
 from palate.runs.list import RunFilter, find_runs
 from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.renewal import read_renewal, write_renewal
+from palate.service_adapters import ServiceAdapter
 from palate.session import Session, get_default_session
 from palate.ui import note
 from palate.weights import reachable_weights
@@ -27,15 +31,16 @@ from palate_recipes.errors import (
     DamagedFilesError,
     ServiceError,
     UnsupportedParameterError,
-    WaitTimeoutError,
 )
 from palate_recipes.specs.access import OWNER, token_digest
-from palate_recipes.specs.run import TERMINAL, ServeManifest, State, Status
+from palate_recipes.specs.run import ServeManifest, State, Status
 from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     import httpx
     from openai import AsyncOpenAI, OpenAI
+
+    from palate.rollout import ServiceVersion
 
 READY_MARGIN_S = 900.0
 """Time for staging model and base before the engine starts, including a first download of several GB."""
@@ -43,10 +48,13 @@ READY_MARGIN_S = 900.0
 STOP_GRACE_S = 30.0
 
 TOKENS_TAKEN_S = 5.0
-"""A running service whose store answers follows a change of its tokens within this time."""
+"""A running service whose store answers follows a change of its tokens or its time to live within this time."""
 _TOKENS_LIMIT_S = 30.0
 """After this time a service that answers, but did not follow, counts as unable to."""
 _TOKENS_POLL_S = 0.25
+
+_NOTES_OF_THE_RUNNER = ("renewal", "ends_at")
+"""Details of the status that a description does not repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class ServedModel:
         tuned_digest: SHA-256 of the tuned model's digests.json, or of a checkpoint's marker, which the runner checks files against;
             None checks nothing.
         checkpoint: Name of the checkpoint that `tuned_uri` is; "" for the model of a finished job.
+        dtype: Data type to serve in if the service's options name none; "" leaves it to the engine.
         adapter: Whether `tuned_uri` is an adapter for the base.
         system_prompt: The system prompt used in training; `palate chat` starts with it.
         labels: Labels of the service, for filters.
@@ -68,6 +77,7 @@ class ServedModel:
     tuned_uri: str | None = None
     tuned_digest: str | None = None
     checkpoint: str = ""
+    dtype: str = ""
     adapter: bool = False
     system_prompt: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +96,8 @@ class ServedModel:
 
     def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
         """Returns a service's manifest with the same settings and this model."""
-        body = structs.replace(manifest.body, **self.facts(run.session, run.backend))
+        options = {**({"dtype": self.dtype} if self.dtype else {}), **manifest.body.options}
+        body = structs.replace(manifest.body, options=options, **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
 
 
@@ -113,7 +124,7 @@ class HasModel(Protocol):
     @property
     def id(self) -> str: ...
 
-    def served_model(self) -> ServedModel: ...
+    def served_model(self, checkpoint: str | int | None = None) -> ServedModel: ...
 
 
 @reject_unknown_keywords
@@ -443,7 +454,85 @@ class Predictor:
                 return known is None
             time.sleep(_TOKENS_POLL_S)
 
+    # ── more tuned models on its base ───────────────────────────────────────────────────────────────────────────────
+
+    def adapters(self) -> builtins.list[ServiceAdapter]:
+        """Returns the adapters that the service serves beside its own model, with their state, in the order of their addition.
+
+        Raises:
+            DamagedFilesError: The record's list is damaged.
+        """
+        return service_adapters.listed(self._run)
+
+    def add_adapter(
+        self, name: str, job_or_uri: HasModel | str | Path, *, replace: bool = False, wait: bool = True
+    ) -> None:
+        """Serves another job's adapter under a model name of its own, on the base that the service has loaded.
+
+        A running service loads it while it answers requests. A stopped one serves it from its next start. Every start verifies all
+        files by their SHA-256. It survives stop, start and update, until `remove_adapter`.
+
+        Args:
+            name: The model name in requests.
+            job_or_uri: A succeeded job or its id; or a model folder with digests.json: `job.model_uri`, or a copy made by
+                `job.save_model()`. A folder outside the service's store is copied into it.
+            replace: Replace another adapter of this name. The previous one answers until the new one does.
+            wait: Wait until the running service answers for it.
+
+        Raises:
+            ConfigurationError: The name is taken or reserved, the job trained full weights or another base, the service has no base
+                (full weights) or its engine serves one adapter only (transformers), or the rank is too high for the running engine.
+            UnservableError: vLLM cannot serve the adapter.
+            JobNotReadyError: The job has not succeeded.
+            DataError: The folder has no adapter, or no digests.json.
+            DamagedFilesError: A file is missing or changed.
+            ServiceError: The service could not load it. The record is as before.
+            WaitTimeoutError: It was not loaded within 5 minutes. The record is as before.
+        """
+        service_adapters.add(self._run, name, job_or_uri, replace=replace, wait=wait)
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter. Requests that the service has accepted are answered; later ones get a 404.
+
+        Raises:
+            ConfigurationError: No adapter has this name.
+            ServiceError: The running service still has the adapter, which is no longer in the record.
+        """
+        service_adapters.remove(self._run, name)
+
     # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def renew(self, time_to_live_s: float | None) -> None:
+        """Gives the service a new time to live in place of the one it has: it stops after this many seconds from now.
+
+        A running service has followed when this returns, and `describe_service()["EndsAt"]` is the new end. If it is not running,
+        the time counts from the first answer of its next start. The new time to live also replaces the earlier one at all later
+        starts and updates, each time from the first answer.
+
+        Args:
+            time_to_live_s: Seconds; None removes the limit.
+
+        Raises:
+            ConfigurationError: The time is out of range.
+            ServiceError: The running service does not follow, or it stopped meanwhile. Its next start does follow.
+        """
+        record = self._run.record
+        write_renewal(record, time_to_live_s)
+        was_running, begun = False, time.monotonic()
+        while (status := self._run.refresh()).state == "Running":
+            was_running = True
+            current = read_renewal(record)  # a later renewal replaces this one, and the runner may have seen only that
+            if current is None or status.details.get("renewal") == current.id:
+                return
+            if time.monotonic() - begun >= _TOKENS_LIMIT_S:
+                raise ServiceError(f"service {record.name} was renewed in its record", reason=self._cannot_follow)
+            time.sleep(_TOKENS_POLL_S)
+        if was_running:
+            raise ServiceError(
+                f"service {record.name} was not renewed in time",
+                reason=f"it is {status.state}{f' ({status.reason})' if status.reason else ''}: `palate start {record.name}` starts it "
+                "with the new time to live",
+            )
 
     def wait_for_ready(
         self, timeout_s: float | None = None, *, show_logs: bool = False, show_stages: bool = False
@@ -479,7 +568,7 @@ class Predictor:
         after_log_part: int = 0,
     ) -> Predictor:
         if timeout_s is None:
-            timeout_s = self.manifest.body.options.get("start_timeout_s", 600.0) + READY_MARGIN_S
+            timeout_s = self.ready_limit_s
         status = self._run.follow(
             until=lambda status: status.state == "Running",
             show_logs=show_logs,
@@ -492,6 +581,11 @@ class Predictor:
         if status.state != "Running":
             raise self._failure(status)
         return self
+
+    @property
+    def ready_limit_s(self) -> float:
+        """Seconds that a version may take to be ready: its start_timeout_s, and time for staging its model."""
+        return float(self.manifest.body.options.get("start_timeout_s", 600.0)) + READY_MARGIN_S
 
     wait = wait_for_ready
 
@@ -514,50 +608,127 @@ class Predictor:
             interrupt.add_note(self._keeps_starting)
             raise
 
-    def update_service(self, job: HasModel, *, show_logs: bool = False) -> Predictor:
-        """Serves another job's model under this name, with the same token and settings.
+    def update_service(
+        self,
+        job: HasModel,
+        *,
+        checkpoint: str | int | None = None,
+        wait: bool = True,
+        traffic: float | None = None,
+        zero_downtime: bool = True,
+        show_logs: bool = False,
+    ) -> Predictor:
+        """Serves another job's model, or one of its checkpoints, under this name, with the same token and settings, as a new version.
 
-        The service is down until the new model answers. Its port stays the same, as with `start_service()`, unless another program
-        has taken it. If the new model does not start, the service returns to the previous one. A stopped service is started. A
-        running one that serves the job already is left alone.
+        A running service answers throughout: the new version starts beside the current one, is compared with its trained model, and
+        then replaces it. If it does not start or answers differently, the service is unchanged. A stopped service is started with
+        the new model. A running one that serves the job already is left alone.
 
         Args:
-            job: A succeeded job.
+            job: A succeeded job; with `checkpoint` in any state.
+            checkpoint: `latest`, a step or a name, as in `TrainingJob.deploy`. None: the model of the succeeded job.
+            wait: Wait until the new version answers. Ctrl-C withdraws the update.
+            traffic: Share of the requests for the tuned model that the new version answers, above 0 to 1. Both versions then
+                answer until `promote()`, `rollback()` or another `set_traffic()`. None: it replaces the current version.
+            zero_downtime: If False, the current version is stopped first, for machines that cannot hold both. If the new one does
+                not start, the service returns to the previous model.
             show_logs: Show the engine's log while waiting.
 
         Raises:
-            JobNotReadyError: The job has not succeeded. The service is unchanged.
-            ServiceError: The new model did not start. Has the reason and the last lines of the engine's log.
-            ConfigurationError: Another update of the service is in progress.
+            JobNotReadyError: The job has not succeeded, or with `checkpoint` has no complete one. The service is unchanged.
+            ServiceError: The new version did not start, or is not what was trained. Has the reason and the last lines of the
+                engine's log.
+            ConfigurationError: Another update of the service is in progress, or it has adapters and the job has another base.
         """
-        before = self._run.record.serve_manifest()
-        after = job.served_model().instead_of(before, self._run)
-        state = self._run.refresh().state
-        if state == "Running" and after == before:
-            note(f"service {self.service_name} already serves job {job.id}")
-            return self
-        was_active = state not in TERMINAL
-        self._run.replace_manifest(before, after)
-        self.stop_service()
-        try:
-            shown = self._run.record.last_part("logs")
-            self.start_service(wait=False)
-            return self._wait_until_ready(show_logs=show_logs, show_stages=True, after_log_part=shown)
-        except BaseException as error:
-            self.stop_service()
-            self._run.replace_manifest(after, before)
-            if was_active:
-                self.start_service(wait=isinstance(error, Exception))
-            if isinstance(error, KeyboardInterrupt):
-                error.add_note(f"service {self.service_name} keeps its previous model")
-            if isinstance(error, ServiceError | WaitTimeoutError):
-                raise ServiceError(
-                    f"service {self.service_name} could not be updated to job {job.id}, and "
-                    + ("serves its previous model again" if was_active else "is stopped, with its previous model"),
-                    reason=error.reason if isinstance(error, ServiceError) else "it did not answer in time",
-                    log_tail=error.log_tail if isinstance(error, ServiceError) else [],
-                ) from error
-            raise
+        from palate.rollout import update_to_job
+
+        return update_to_job(
+            self,
+            job.served_model(checkpoint=checkpoint),
+            job.id,
+            wait=wait,
+            traffic=traffic,
+            zero_downtime=zero_downtime,
+            show_logs=show_logs,
+        )
+
+    def versions(self) -> builtins.list[ServiceVersion]:
+        """Returns the service's versions, oldest first: the current one, the one of an update in progress, and earlier ones.
+
+        Raises:
+            DamagedFilesError: A record of a version cannot be read.
+        """
+        from palate.rollout import list_versions
+
+        return list_versions(self)
+
+    def promote(self, wait: bool = True) -> Predictor:
+        """Makes the new version of `update_service(job, traffic=...)` the current one. The other answers its open requests and ends.
+
+        Raises:
+            ConfigurationError: There is no second version.
+            ServiceError: The new version failed. The service serves its previous model as before.
+        """
+        from palate.rollout import promote
+
+        return promote(self, wait=wait)
+
+    def rollback(self, wait: bool = True, *, zero_downtime: bool = True) -> Predictor:
+        """Withdraws the update in progress. Without one, updates to the version that the current one has replaced.
+
+        Twice in a row returns to the version of before; `switch_version()` goes further back.
+
+        Args:
+            wait: Wait until the other version answers, or the new one has ended.
+            zero_downtime: As in `update_service`.
+
+        Raises:
+            ConfigurationError: There is no earlier version.
+            ServiceError: The earlier version did not start.
+        """
+        from palate.rollout import rollback
+
+        return rollback(self, wait=wait, zero_downtime=zero_downtime)
+
+    def switch_version(self, version: int) -> None:
+        """Updates to a version of the service's history, under a new number. See `versions()` for their numbers.
+
+        Raises:
+            ConfigurationError: There is no such version, or another update is in progress.
+            ServiceError: It did not start.
+        """
+        from palate.rollout import update_to_version
+
+        update_to_version(self, version)
+
+    def set_traffic(self, shares: Mapping[str, float]) -> None:
+        """Sets which share of the requests for the tuned model each version answers. Applied when it returns.
+
+        Args:
+            shares: By name of the version, such as `{"v1": 0.9, "v2": 0.1}`. With one of them, the other gets the rest.
+
+        Raises:
+            ConfigurationError: There is no second version, or the shares are invalid.
+            ServiceError: The running service does not follow.
+        """
+        from palate.rollout import set_traffic
+
+        set_traffic(self, shares)
+
+    def scale(self, instances: int, wait: bool = True) -> None:
+        """Sets the number of engines that answer the service's requests. One that is stopped answers its open requests first.
+
+        Args:
+            instances: 1 to 64. Each has its own copy of the model in memory.
+            wait: Wait until so many engines answer.
+
+        Raises:
+            ConfigurationError: `instances` is out of range.
+            ServiceError: The running service has not reached the number in time.
+        """
+        from palate.rollout import scale
+
+        scale(self, instances, wait=wait)
 
     def stop_service(self, wait: bool = True) -> None:
         """Stops the service and keeps its name and settings.
@@ -574,11 +745,6 @@ class Predictor:
         """Stops the service and deletes its record, also a damaged one. Idempotent."""
         if self._run.record.exists():
             self._run.delete(grace_s=STOP_GRACE_S)
-
-    def switch_version(self, version: int) -> None:
-        raise UnsupportedParameterError(
-            f"switch_version({version}) is not supported: a service has one version; deploy the other job under another name"
-        )
 
     def _failure(self, status: Status) -> ServiceError:
         verb = "was stopped" if status.state == "Stopped" else "failed"
@@ -620,5 +786,12 @@ def describe(run: RunHandle, status: Status) -> dict[str, Any]:
         "ModelUri": _manifest(run).body.tuned_uri,
         "Labels": dict(run.manifest.labels),
         "Uri": run.record.uri,
-        **status.details,
+        "EndsAt": ends_at(status),
+        **{name: value for name, value in status.details.items() if name not in _NOTES_OF_THE_RUNNER},
     }
+
+
+def ends_at(status: Status) -> float | None:
+    """Returns when a running service's time to live is over, in seconds since the epoch by its machine's clock; None: no limit."""
+    value = status.details.get("ends_at")
+    return value if status.state == "Running" and isinstance(value, float) else None

@@ -1,10 +1,10 @@
-"""Checks libraries, memory, and whether an engine can serve it, before anything is written or started. Knows no run and no data."""
+"""Checks libraries, memory, steps, and whether an engine can serve it, before anything is written or started. Knows no run, no data."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,24 @@ from palate.session import Session
 from palate.store import read_uri
 from palate.weights import config_at_hand
 from palate_recipes.catalog import Model, models
-from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, installed_version
-from palate_recipes.errors import MissingDependencyError, NotEnoughMemoryError, PalateError, UnservableError
-from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, installed_version, local_device
+from palate_recipes.engine_options import (
+    ENGINE_OPTIONS,
+    known_table,
+    known_version,
+    problem,
+    spec_fields,
+    vllm_only,
+)
+from palate_recipes.errors import (
+    ConfigurationError,
+    MissingDependencyError,
+    NotEnoughMemoryError,
+    PalateError,
+    UnservableError,
+)
+from palate_recipes.hyperparameters import NOT_4BIT, DeviceFacts
+from palate_recipes.schema import Hyperparameters
 from palate_recipes.servability import (
     ENGINES,
     GIB,
@@ -29,8 +44,10 @@ from palate_recipes.servability import (
     servings,
     trained_config,
 )
+from palate_recipes.specs.merge import MERGE_PACKAGES
 from palate_recipes.specs.serve import EngineInfo, describe_engines, vllm_knows_more
 from palate_recipes.specs.train import TrainSpec
+from palate_recipes.specs.weights import BaseModel
 
 if TYPE_CHECKING:
     from palate.predictor import ServedModel
@@ -48,6 +65,10 @@ _REFERENCE_BYTES = 4.0
 
 _PROCESS_GIB = 0.7
 """Memory of Python, torch and the libraries without weights."""
+
+
+FEW_STEPS = 10
+"""With fewer optimizer steps an adapter hardly moves at the usual learning rates."""
 
 
 def check_trainer() -> None:
@@ -145,6 +166,60 @@ def _fits(spec: TrainSpec, parameters: float, there: float, gpus: int) -> bool:
     return training_memory_gib(parameters, spec, gpus=gpus) <= there
 
 
+def without_needless_notes(spec: TrainSpec, parameters: float, device: DeviceFacts) -> TrainSpec:
+    """Returns the training without the note that its weights are not in 4 bits, if they need at most half of the memory anyway.
+
+    Args:
+        spec: The training, with the notes of `resolve`.
+        parameters: Number of parameters of the model; 0 if unknown.
+        device: Where it runs.
+    """
+    needed = training_memory_gib(parameters, spec, gpus=device.gpu_count if device.cuda else 1)
+    if not parameters or needed > available_memory_gib(device) / 2:
+        return spec
+    return replace(spec, notes=tuple(note for note in spec.notes if not note.startswith(NOT_4BIT)))
+
+
+# ── optimizer steps ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def optimizer_steps(examples: int, values: Hyperparameters, *, gpus: int) -> int:
+    """Returns the number of optimizer steps, as transformers' Trainer counts them.
+
+    Args:
+        examples: Rows trained on per epoch; under KTO single answers, under SFT answers of all learned turns.
+        values: Batch size, accumulation, epochs and `max_steps` are used.
+        gpus: Number of processes.
+    """
+    if not examples or values.max_steps:
+        return values.max_steps if examples else 0
+    return math.ceil(values.num_train_epochs * steps_per_epoch(examples, values, gpus=gpus))
+
+
+def steps_per_epoch(examples: int, values: Hyperparameters, *, gpus: int) -> int:
+    """Returns the number of optimizer steps of one epoch. See `optimizer_steps`."""
+    batches = math.ceil(examples / (values.per_device_train_batch_size * gpus))
+    return math.ceil(batches / values.gradient_accumulation_steps)
+
+
+def few_steps_note(examples: int, values: Hyperparameters, *, gpus: int) -> str:
+    """Returns a note if the data makes too few optimizer steps to learn from, with the remedy; else "".
+
+    None if `max_steps` was given: then their number is what the user asked for.
+    """
+    steps = optimizer_steps(examples, values, gpus=gpus)
+    if values.max_steps or not 0 < steps < FEW_STEPS:
+        return ""
+    batch = values.per_device_train_batch_size * values.gradient_accumulation_steps * gpus
+    epochs = math.ceil(2 * FEW_STEPS / steps_per_epoch(examples, values, gpus=gpus))
+    return (
+        f"{steps} optimizer step{'' if steps == 1 else 's'} ({examples} examples, {batch} per step, num_train_epochs="
+        f"{values.num_train_epochs:g}) are too few to learn from: set num_train_epochs={epochs} for {2 * FEW_STEPS} steps or more, "
+        "or lower gradient_accumulation_steps or per_device_train_batch_size, or raise learning_rate "
+        f"from {values.learning_rate:g}"
+    )
+
+
 # ── serving ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -208,12 +283,18 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
     """Returns which engine will serve a model, and why another cannot; "" if something of it is not known here.
 
     Raises:
+        ConfigurationError: The engine that will run does not have an option, or not this value of it.
         UnservableError: No engine that the service may use can serve it.
     """
     wanted = options.get("engine", "auto")
     installed = _installed_engines(session)
     names: list[str] = [engine.name for engine in installed] if session.backend.uses_this_python else [*ENGINES]
     allowed = [name for name in names if wanted in ("auto", name)]
+    _check_merge(served, session, options)
+    if wanted != "transformers":
+        _check_vllm_options(options, session, installed)
+    if "transformers" in (wanted, *allowed[:1]):
+        _require_vllm(options, "engine='transformers'" if wanted == "transformers" else "vLLM is not installed")
     adapter, config = None, None
     if served.adapter:
         adapter = _tuned_json(served, session, "adapter_config.json")
@@ -225,10 +306,22 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
         config = config_at_hand(served.model.source, session)
     if not allowed:  # the server says what is missing
         return ""
-    found = servings(config, adapter, **_what_is_known(installed, options.get("engine_args", ())))
+    known = _what_is_known(installed, options.get("engine_args", ()))
+    merged = servings(trained_config(config) if config else None, None, **known) if adapter is not None else ()
+    found = merged if options.get("merge") else servings(config, adapter, **known)
     chosen, why = choose(found, allowed)
     if chosen is not None:
-        return f"{chosen}{f' ({why})' if why else ''}" if config is not None else ""
+        if chosen.engine == "transformers":
+            _require_vllm(options, why)
+        if config is None:
+            return ""
+        more = []
+        if options.get("merge"):
+            more.append("merged from the adapter, because of merge=True: one model without 'base'")
+        elif why and any(one.engine == "vllm" and not one.reasons for one in merged) and "vllm" in allowed:
+            more.append("with merge=True it runs on vLLM, without 'base'")
+        reasons = "; ".join(filter(None, [why, *more]))
+        return f"{chosen}{f' ({reasons})' if reasons else ''}"
     transformers = next(one for one in found if one.engine == "transformers")
     remedy = "deploy another model"
     if not transformers.reasons:
@@ -236,7 +329,78 @@ def check_deployment(served: ServedModel, session: Session, options: Mapping[str
         missing = [engine.remedy for engine in describe_engines() if engine.name == "transformers" and engine.remedy]
         if missing and session.backend.uses_this_python:
             remedy += f" ({missing[0]})"
+    if any(one.engine in allowed and not one.reasons for one in merged):
+        remedy += ", or merge=True, which serves the adapter merged into its base"
     raise UnservableError(f"engine={wanted!r} cannot serve {served.model.name}: {why}. Remedy: {remedy}")
+
+
+def check_adapter(adapter: Mapping[str, Any], base: BaseModel, session: Session, *, name: str) -> None:
+    """Checks an adapter for a service that serves several, which only vLLM does.
+
+    Args:
+        adapter: Its adapter_config.json.
+        base: The base model of the service.
+        session: Its backend decides where the engines are.
+        name: What to call it in a message.
+
+    Raises:
+        UnservableError: vLLM cannot serve it.
+    """
+    found = servings(config_at_hand(base.source, session), adapter, **_what_is_known(_installed_engines(session)))
+    if reasons := next(one for one in found if one.engine == "vllm").reasons:
+        raise UnservableError(
+            f"{name} cannot be added to a service: {'; '.join(reasons)}. Remedy: deploy it as a service of its own, with deploy "
+            "option engine='transformers'"
+        )
+
+
+def _check_merge(served: ServedModel, session: Session, options: Mapping[str, Any]) -> None:
+    if not options.get("merge"):
+        return
+    if not served.adapter:
+        what = "these are full weights" if served.tuned_uri else "the model is untuned"
+        raise ConfigurationError(f"deploy option merge=True, but there is no adapter to merge, {what}: omit merge")
+    if given := [name for name in ("max_loras", "max_lora_rank") if name in options]:
+        raise ConfigurationError(
+            f"deploy option {given[0]}={options[given[0]]!r} is for adapters, and merge=True leaves none: omit one of them"
+        )
+    missing = [name for name in MERGE_PACKAGES if installed_version(name) is None]
+    if missing and session.backend.uses_this_python:
+        raise MissingDependencyError(
+            f"merge=True needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
+        )
+
+
+def _check_vllm_options(options: Mapping[str, Any], session: Session, installed: list[EngineInfo]) -> None:
+    """Raises ConfigurationError for options that the vLLM which will run rejects. Another version than the known one is asked by
+    the server program, before the engine starts."""
+    size = options.get("tensor_parallel_size", 1)
+    device = local_device()
+    # Without a GPU the CPU build splits the model over the processor's NUMA nodes.
+    if session.backend.is_this_host and device.cuda and size > device.gpu_count:
+        raise ConfigurationError(
+            f"deploy option tensor_parallel_size={size} needs {size} GPUs, and this machine has {device.gpu_count}: "
+            f"expected at most {device.gpu_count}"
+        )
+    if session.backend.uses_this_python and known_version() not in [engine.version for engine in installed]:
+        return
+    raw = options.get("engine_args", ())
+    complete = not (session.backend.uses_this_python and vllm_knows_more(raw))
+    for name in ENGINE_OPTIONS:
+        if name in options:
+            (argument,) = spec_fields({name: options[name]})["engine_args"]
+            if text := problem([argument], known_table(), names_are_complete=complete):
+                raise ConfigurationError(f"deploy option {text.replace(argument, f'{name}={options[name]!r}')}")
+    if text := problem(raw, known_table(), names_are_complete=complete):
+        raise ConfigurationError(f"deploy option engine_args: {text}")
+
+
+def _require_vllm(options: Mapping[str, Any], why: str) -> None:
+    if names := vllm_only(options):
+        raise ConfigurationError(
+            f"deploy option {', '.join(names)}: only vLLM has {'it' if len(names) == 1 else 'them'}, and the service would run on "
+            f"transformers ({why}): omit {'it' if len(names) == 1 else 'them'}"
+        )
 
 
 def _installed_engines(session: Session) -> list[EngineInfo]:
@@ -246,7 +410,7 @@ def _installed_engines(session: Session) -> list[EngineInfo]:
     return [engine for engine in describe_engines() if engine.distribution is not None]
 
 
-def _what_is_known(installed: list[EngineInfo], engine_args: tuple[str, ...] = ()) -> dict[str, Any]:
+def _what_is_known(installed: list[EngineInfo], engine_args: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "versions": {engine.name: engine.version for engine in installed},
         "vllm_knows_more": vllm_knows_more(engine_args),

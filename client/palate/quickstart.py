@@ -104,7 +104,7 @@ def _print_learning(job: TrainingJob) -> None:
     train = [entry for entry in metrics if entry["kind"] == "train"]
     held_out = [entry for entry in metrics if entry["kind"] == "eval"]
     first, last = train[0], train[-1]
-    print("training loss      {loss:.3f} at step {step}".format(**first))
+    print("training loss      {loss:.3f} at step {step}, before its first update".format(**first))
     print("                   {loss:.3f} at step {step}".format(**last))
     print("training margin    {rewards/margins:+.2f} at step {step}".format(**last))
     if held_out:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from palate.adapter_input import CHANNEL, keep_adapter, read_adapter
 from palate.job import TrainingJob
-from palate.preflight import check_memory, check_trainer, serving_notes, servings_after
+from palate.preflight import check_memory, check_trainer, serving_notes, servings_after, without_needless_notes
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
@@ -32,6 +32,9 @@ from palate_recipes.specs.train import TrainSpec
 from palate_recipes.text import did_you_mean
 
 CHANNELS = ("train", "validation", CHANNEL)
+
+_shown_notes: set[str] = set()
+"""Notes on changed defaults that this process has printed: the jobs of a sweep have the same ones."""
 
 
 def submit(
@@ -66,6 +69,7 @@ def submit(
     """
     source = reachable_weights(spec.model.source, session, session.backend)
     spec = replace(spec, model=replace(spec.model, source=source))
+    spec = without_needless_notes(spec, parameter_count(spec, row), session.backend.device(spec.placement))
     with checked_inputs(
         {channel: given for channel, given in inputs.items() if channel != CHANNEL},
         session,
@@ -179,7 +183,11 @@ def parameter_count(spec: TrainSpec, row: Model | None) -> float:
 
 def _announce(job: TrainingJob, spec: TrainSpec, inputs: Mapping[str, Input], *, notes: bool) -> None:
     rows = ", ".join(f"{item.rows} rows for {channel}" for channel, item in inputs.items())
-    lines = [f"job {job.id} submitted: {rows}", *(f"note: {text}" for text in spec.notes if notes)]
+    lines = [
+        f"job {job.id} submitted: {rows}",
+        *(f"note: {text}" for text in spec.notes if notes and text not in _shown_notes),
+    ]
+    _shown_notes.update(spec.notes if notes else ())
     lines += [line for channel, item in inputs.items() for line in item.remarks(channel, skipped=notes)]
     shown = [f"{name}={value}" for name, value, _ in differences(spec.hyperparameters) if name != "precision"]
     more = f"; `palate show {job.id}` lists the data and settings" if shown else ""

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from palate_recipes.specs.diagnose import read_run
 from palate_recipes.specs.divergence import DivergenceWatch
-from palate_recipes.specs.events import progress_line
+from palate_recipes.specs.events import Curves, progress_line
 from palate_recipes.specs.train import COMPLETE_MARK, METRICS_FILE
 from palate_trainer.checkpoint_marker import mark_complete
 from palate_trainer.distributed import any_process, is_main, sum_over_processes, wait_for_all
@@ -138,6 +138,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._watch.add({"kind": "start", **event})
         log(self.startup.line())
         log(f"training {self.rows} rows, {state.max_steps} steps, {trainable:,} of {total:,} parameters")
+        log(_what_lines_show(event))
         if state.global_step:
             log(f"resumed after step {state.global_step}")
             self._owed_evaluation = self._is_evaluation_missing(args, state)
@@ -294,6 +295,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             control.should_evaluate = False
         return control
+
+
+def _what_lines_show(start: dict[str, Any]) -> str:
+    """Returns what the figures of the log lines are. The reading compares with the exact loss of an untrained model."""
+    means = "a line has the means over the steps since the line before"
+    if start["step"]:
+        return means
+    untrained = Curves.of([{"kind": "start", **_without_nan(start)}]).first_loss  # known before any step, or None
+    exact = "" if untrained is None else f", whose exact loss is {untrained:.3f}"
+    if exact and start["precision"] != "float32":  # the reference was scored in other batches
+        exact += f": a difference is rounding in {start['precision']}"
+    return f"step 1 is the untrained model{exact}; {means}"
 
 
 def _mean(values: list[float]) -> float | None:

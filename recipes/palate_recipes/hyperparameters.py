@@ -88,6 +88,9 @@ _PAIR_NAMES = ("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "disc
 _DPO_NAMES = ("dpo_beta", *_PAIR_NAMES)
 _KTO_NAMES = ("desirable_weight", "undesirable_weight")
 _KTO_BATCH = 4
+
+NOT_4BIT = "load_in_4bit is false: "
+"""Start of the note that weights are not in 4 bits although that is the default."""
 """Default batch size for KTO: TRL recommends 4 or more answers for its estimate of the KL divergence."""
 _SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
@@ -212,9 +215,11 @@ def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: st
             f"per_device_train_batch_size is {_KTO_BATCH}: kto estimates the KL divergence from the answers of one batch, "
             "which is impossible with the default of 1."
         )
-    if "load_in_4bit" not in given and (reason := _why_not_4bit(resolved, method, device, precision)):
+    if "load_in_4bit" not in given and (method == "Standard_LLM" or resolved.load_in_8bit):
+        resolved = replace(resolved, load_in_4bit=False)  # without a note: the user has chosen other weights
+    elif "load_in_4bit" not in given and (reason := _why_not_4bit(resolved, method, device, precision)):
         resolved = replace(resolved, load_in_4bit=False)
-        notes.append(f"load_in_4bit is false: {reason}.")
+        notes.append(f"{NOT_4BIT}{reason}.")
     quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(resolved, name)]
     if quantised and not device.cuda:
         notes.append(
@@ -234,10 +239,6 @@ def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: st
 
 
 def _why_not_4bit(resolved: Hyperparameters, method: str, device: DeviceFacts, precision: Precision) -> str | None:
-    if method == "Standard_LLM":
-        return "Standard_LLM trains all weights, and 4-bit weights cannot be trained"
-    if resolved.load_in_8bit:
-        return "load_in_8bit=true was given, and only one of the two can be used"
     if resolved.fsdp == "full_shard" and device.cuda and device.gpu_count != 1:
         return f"fsdp=full_shard was given, and 4-bit weights cannot be sharded, so the weights are in {precision}"
     if not device.cuda and method != "QLoRA_LLM":

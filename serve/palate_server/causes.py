@@ -37,7 +37,7 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     (
         r"CUDA out of memory|OutOfMemoryError|HIP out of memory",
         "the GPU ran out of memory",
-        "set a smaller max_model_len or --engine-arg gpu-memory-utilization=0.8, or stop other programs on the GPU",
+        "set a smaller max_model_len or gpu_memory_utilization=0.8, or stop other programs on the GPU",
     ),
     (
         r"No available memory for the cache blocks|KV cache is needed|KV cache.*larger than the available",
@@ -95,9 +95,13 @@ def root_cause(lines: Sequence[str]) -> str | None:
         if _ERROR.match(text) and not any(wrapper in text for wrapper in _WRAPPERS):
             if inner := _WORKER.match(text):
                 return inner[1]
-            follows = _PREFIX.sub("", lines[number + 1]) if number + 1 < len(lines) else ""
-            # pydantic's first line only counts the errors; the next line has the first one
-            return f"{text}: {follows.strip()}" if "validation error" in text and follows.startswith(" ") else text
+            follows, then = (_PREFIX.sub("", line) for line in [*lines[number + 1 : number + 3], "", ""][:2])
+            # pydantic's first line only counts the errors; the next line has the first one, or the field that it is about
+            if "validation error" in text and follows.startswith(" "):
+                return f"{text}: {follows.strip()}"
+            if "validation error" in text and re.fullmatch(r"[\w.]+", follows) and then.startswith(" "):
+                return f"{text}: {follows}: {then.strip()}"
+            return text
     return None
 
 

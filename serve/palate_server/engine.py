@@ -129,17 +129,22 @@ class Engine:
     def returncode(self) -> int | None:
         return self._process.returncode
 
-    def end(self, *, quiet: bool = False) -> None:
+    def has_ended(self, *, within_s: float) -> bool:
+        """Whether the process ends within this time; then the event `ended` has been put."""
+        return self._process.has_ended(within_s=within_s)
+
+    def end(self, *, quiet: bool = False, at_once: bool = False) -> None:
         """Ends the process and all its descendants, and waits for them. Idempotent.
 
         Args:
             quiet: Whether its output is forwarded no more: vLLM reports its end on request as errors with a traceback.
+            at_once: Whether it gets no time to end by itself, because it hangs.
         """
         self.takes = False
         self._ending.set()
         if quiet:
             self._log.end_forwarding()
-        self._process.end()
+        self._process.end(at_once=at_once)
         self._log.finish()
         self._folder.cleanup()
         spec_file = Path(self.spec.work_dir) / f"engine-{self.name}.json"

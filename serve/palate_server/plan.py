@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from palate_recipes.device import available_memory, cpu_has_bf16, free_gpu_memory, gpu_ids
+from palate_recipes.engine_options import argument, known_table, known_version, problem
 from palate_recipes.errors import BadSpec, EngineMissing, OutOfMemory
-from palate_recipes.servability import GIB, Fit, changes_head, choose, fit, servings, too_long, vllm_lora_rank
+from palate_recipes.servability import (
+    GIB,
+    Fit,
+    adapter_rank,
+    changes_head,
+    choose,
+    fit,
+    servings,
+    too_long,
+    vllm_lora_rank,
+)
 from palate_recipes.specs.serve import (
     BASE_MODEL,
     TOKEN_VARIABLE,
@@ -27,13 +40,17 @@ from palate_recipes.specs.serve import (
     describe_engines,
     vllm_knows_more,
 )
-from palate_server import cpu_lora
+from palate_server import cpu_lora, vllm_options
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken")
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+"""Tags that transformers adds to Jinja."""
+_TABLE_TIMEOUT_S = 120.0
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HEADER_LIMIT_BYTES = 100_000_000
 """Of a safetensors file, as its format sets it."""
@@ -96,6 +113,10 @@ def check(spec: ServeSpec) -> EnginePlan:
         raise BadSpec(
             f"{tuned} has no tokenizer (no {' or '.join(_TOKENIZER_FILES[:2])}): save the tokenizer in the same folder"
         )
+    if spec.chat_template:
+        tokenizer_dir = _with_template(spec, tokenizer_dir)
+    if engine.name == "vllm":
+        _check_options(spec, engine, adapter)
     fitting = _fit(spec, engine, weights_dir, config, adapter_dir=tuned if adapter else None)
     return EnginePlan(
         engine=engine,
@@ -106,7 +127,9 @@ def check(spec: ServeSpec) -> EnginePlan:
         prompt_scores=adapter is None
         or engine.name != "vllm"
         or not (changes_head(adapter) or (engine.on_cpu and not cpu_lora.is_active())),
-        lora_rank=None if adapter is None else vllm_lora_rank(adapter),
+        lora_rank=None
+        if adapter is None
+        else int(argument(spec.engine_args, "max-lora-rank") or vllm_lora_rank(adapter)),
         tokenizer_dir=tokenizer_dir,
         kv_cache_gib=fitting.kv_cache_gib,
         # On a CPU, compilation takes a minute and gains little.
@@ -157,8 +180,64 @@ def _no_engine_args(spec: ServeSpec, why: str = "") -> None:
     if spec.engine_args:
         raise BadSpec(
             f"engine_args={' '.join(spec.engine_args)!r}, but the transformers engine accepts none: omit engine_args "
-            + (f"(--engine-arg); vLLM cannot serve it: {why}" if why else "(--engine-arg), or install vLLM")
+            "(--engine-arg) and the deploy options that only vLLM has, "
+            + (f"since vLLM cannot serve it: {why}" if why else "or install vLLM")
         )
+
+
+def _check_options(spec: ServeSpec, engine: EngineInfo, adapter: dict[str, Any] | None) -> None:
+    """Raises BadSpec for an option that this vLLM rejects, or that its adapter cannot be served with."""
+    if not spec.engine_args:
+        return
+    table = known_table() if engine.version == known_version() else _table_of_installed()
+    if text := problem(spec.engine_args, table, names_are_complete=not vllm_knows_more(spec.engine_args)):
+        raise BadSpec(f"engine_args: {text}")
+    rank, slots = argument(spec.engine_args, "max-lora-rank"), argument(spec.engine_args, "max-loras")
+    if adapter is not None and rank and int(rank) < adapter_rank(adapter):
+        raise BadSpec(
+            f"max_lora_rank={rank} is less than the adapter's rank: expected at least {vllm_lora_rank(adapter)}, or omit it"
+        )
+    if adapter is not None and engine.on_cpu and slots and int(slots) < 2:
+        raise BadSpec(f"max_loras={slots}: on a CPU, vLLM needs a second, empty place for 'base': expected at least 2")
+
+
+def _table_of_installed() -> dict[str, Any]:
+    """Returns the options of a vLLM that Palate does not know, from its own parser, which takes some seconds."""
+    command = [sys.executable, "-P", "-m", vllm_options.__name__]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TABLE_TIMEOUT_S, check=True, env=environment
+        )
+        table: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        last = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
+        raise BadSpec(
+            f"the options of the installed vLLM cannot be read ({''.join(last)}), and so not checked: omit engine options, or "
+            f"install vLLM {known_version()}"
+        ) from error
+    return table
+
+
+def _with_template(spec: ServeSpec, tokenizer_dir: Path) -> Path:
+    """Returns a folder with the tokenizer and the spec's chat template, which replaces all of the tokenizer's own."""
+    from jinja2 import Environment, TemplateError
+
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", spec.chat_template))
+    except TemplateError as error:
+        raise BadSpec(f"chat_template is not a Jinja template ({error}): correct it, or omit it") from error
+    folder = Path(spec.work_dir) / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in tokenizer_dir.iterdir():
+        if file.is_file() and file.suffix in _TOKENIZER_SUFFIXES:
+            shutil.copyfile(file, folder / file.name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        settings.write_text(json.dumps({**_read_json(settings), "chat_template": None}), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(spec.chat_template, encoding="utf-8")
+    return folder
 
 
 def _adapter(spec: ServeSpec) -> dict[str, Any] | None:
@@ -262,12 +341,13 @@ def gpus_for(spec: ServeSpec, *, used: Sequence[str]) -> tuple[str, ...]:
         spec: What it serves.
         used: Ids of the GPUs of the engines that run, each as often as it is used.
     """
-    visible = [one for one in os.environ.get(GPUS_VARIABLE, "").split(",") if one] or gpu_ids()
+    listed = os.environ.get(GPUS_VARIABLE)  # set to nothing: none
+    visible = gpu_ids() if listed is None else [one.strip() for one in listed.split(",") if one.strip()]
     if len(visible) < 2:
         return ()
     options = " ".join(spec.engine_args)
-    given = re.findall(r"(?:--tensor[-_]parallel[-_]size|-tp|--pipeline[-_]parallel[-_]size|-pp)[ =](\d+)", options)
-    size = math.prod(int(number) for number in given)
+    given = re.findall(r"(?:--(?:tensor|pipeline|data)[-_]parallel[-_]size|-[tpd]p)[ =](\d+)", options)
+    size = max(1, math.prod(int(number) for number in given))
     return tuple(sorted(visible, key=used.count)[:size])
 
 
@@ -366,6 +446,8 @@ def engine_command(
             command += ["--max-loras", "2"]
     else:
         command += ["--model", spec.model_dir, "--served-model-name", TUNED_MODEL]
+        if spec.chat_template:  # with the model's own, the model's folder is the tokenizer's
+            command += ["--tokenizer", str(plan.tokenizer_dir)]
     if spec.max_model_len is not None:
         command += ["--max-model-len", str(spec.max_model_len)]
     if plan.is_eager:

@@ -33,6 +33,8 @@ WAIT_FOR_ENGINE_S = 60.0
 """How long a request waits while every engine of its lane is being started again."""
 _LOOK_EVERY_S = 0.1
 _TRIES = 3
+_SUSPECT_S = 5.0
+"""An engine that broke off a request gets it again only if it still takes requests after this time."""
 _RETRY_AFTER_S = 5
 
 _HOP_BY_HOP = frozenset({
@@ -118,13 +120,14 @@ class Proxy:
             return engine
         if not waits:
             raise NoEngine("The service has no engine now")
-        deadline = time.monotonic() + WAIT_FOR_ENGINE_S
+        began = time.monotonic()
         self._routes.waiting += 1
         try:
-            while lane.wakes or time.monotonic() < deadline:
+            while lane.wakes or time.monotonic() < began + WAIT_FOR_ENGINE_S:
                 await asyncio.sleep(_LOOK_EVERY_S)
-                # One that failed may have been started again.
-                if (engine := lane.engine(without=failed) or lane.engine()) is not None:
+                # One that failed has usually ended, and the service sees that a moment later.
+                is_trusted = time.monotonic() > began + _SUSPECT_S
+                if (engine := lane.engine(without=() if is_trusted else failed)) is not None:
                     return engine
         finally:
             self._routes.waiting -= 1

@@ -51,6 +51,8 @@ _UNROUTED_S = 1.0
 _CRASHES_WITHIN_S = 600.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _LOAD_LIMIT_S = 300.0
+_END_LIMIT_S = 1.0
+"""Time for an engine that broke off an answer to be seen to have ended."""
 
 State = Literal["starting", "ready", "draining", "failed"]
 Event = tuple[str, Any, Any]
@@ -360,11 +362,11 @@ class Service:
     def _pool_of(self, engine: Engine) -> _Pool | None:
         return next((pool for pool in self._pools if engine in pool.engines or engine in pool.leaving), None)
 
-    def _retire(self, engine: Engine) -> None:
-        """Ends an engine in a thread: it takes seconds."""
+    def _retire(self, engine: Engine, *, at_once: bool = False) -> None:
+        """Ends an engine in a thread: it takes seconds, unless it is killed at once."""
 
         def end() -> None:
-            engine.end(quiet=True)
+            engine.end(quiet=True, at_once=at_once)
             self._on_engine_end(engine.socket)
 
         thread = threading.Thread(target=end)
@@ -404,13 +406,13 @@ class Service:
     ) -> None:
         """Handles the end of an engine that nobody asked for."""
         error = kind(message.replace("{story}", engine.story(by_itself=by_itself)))
-        self._retire(engine)
+        self._retire(engine, at_once=kind is EngineHung)  # its requests wait until it has ended
+        suspect = self._busy.pop(engine, None)
         if engine in pool.leaving:  # it was to end in any case, and what it answered is lost
             pool.leaving.remove(engine)
             logger.error("engine %s ended while it answered its last requests: %s", engine.name, error)
             return
         pool.engines.remove(engine)
-        suspect = self._busy.get(engine)
         for tuned in self._hot_on(pool):
             if tuned.state == "starting" and (tuned.on_trial or tuned.lane.model == suspect):
                 self._fail_tuned(tuned, EngineFailed(f"engine {engine.name} ended when it got this adapter: {error}"))
@@ -457,6 +459,7 @@ class Service:
             self._retire(engine)
         pool.engines.clear()
         if not any(version.state in ("ready", "starting") for version in self._versions.values()):
+            self._publish()
             raise error  # none that answers, or will
 
     def _fail_version(self, version: _Version, error: ServerError) -> None:
@@ -587,9 +590,9 @@ class Service:
                     known.state, known.unrouted_at = "ready" if known.is_proved else "starting", 0.0
         for key, placed in list(self._adapters.items()):
             for adapter in list(placed):
-                if adapter.pool not in self._pools:
+                if adapter.pool not in self._pools or (adapter.state == "failed" and key not in wanted):
                     placed.remove(adapter)
-                elif key not in wanted and (adapter.state == "failed" or not self._is_needed(adapter, wanted)):
+                elif key not in wanted and not self._is_needed(adapter, wanted):
                     adapter.unrouted_at = adapter.unrouted_at or now
                     adapter.state = "draining"
                     waited_s = now - adapter.unrouted_at
@@ -661,6 +664,8 @@ class Service:
             engine.token_of(model, timeout_s=_LOAD_LIMIT_S)
         except (EngineError, OSError) as error:
             why = f"engine {engine.name} did not load it: {error}"
+            if isinstance(error, OSError):
+                engine.has_ended(within_s=_END_LIMIT_S)  # then that is the cause, and is reported first
         self._events.put(("loaded", engine, (model, why)))
 
     def _unload_from(self, engine: Engine, model: str) -> None:
@@ -671,13 +676,11 @@ class Service:
         self._events.put(("unloaded", engine, None))
 
     def _loaded(self, engine: Engine, model: str, why: str) -> None:
-        self._busy.pop(engine, None)
-        pool = self._pool_of(engine)
-        if pool is None:
-            return
+        if self._busy.pop(engine, None) != model:
+            return  # it has ended
         if not why:
             engine.models = {*engine.models, model}
-        elif engine.returncode is None:  # else it did not refuse the adapter, but has ended
+        else:
             engine.failed[model] = why
             logger.error("%s", why)
 
@@ -724,6 +727,9 @@ class Service:
             result = compared(self._asking, spec, tuned.pool.plan, version=_trial(tuned))
         except ServerError as error:
             result = error
+            if type(error) is ServerError:  # it was not answered
+                for engine in tuned.pool.up():
+                    engine.has_ended(within_s=_END_LIMIT_S)  # then that is the cause, and is reported first
         except Exception as error:
             logger.exception("the comparison of %s", tuned.name)
             result = ServerError(
@@ -824,6 +830,7 @@ class Service:
                 seconds=version.seconds,
                 restarts=version.pool.restarts,
                 last_crash=version.pool.last_crash,
+                max_lora_rank=version.pool.plan.lora_rank if version.pool.loads_adapters else None,
             )
             for version in self._versions.values()
         )

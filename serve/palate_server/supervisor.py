@@ -86,8 +86,20 @@ class Supervised:
         """The command's exit code, 128 + n if signal n ended it; None while any of its processes runs."""
         return self._keeper.poll()
 
-    def end(self) -> None:
-        """Ends the command and all its descendants, and waits for them. Idempotent."""
+    def has_ended(self, *, within_s: float) -> bool:
+        """Whether the command ends within this time; then `on_end` has been called."""
+        self._watcher.join(within_s)
+        return not self._watcher.is_alive()
+
+    def end(self, *, at_once: bool = False) -> None:
+        """Ends the command and all its descendants, and waits for them. Idempotent.
+
+        Args:
+            at_once: Whether the command gets SIGKILL instead of SIGTERM.
+        """
+        if at_once:
+            with suppress(psutil.Error):  # the keeper stays, and ends what the command leaves behind
+                _signal(psutil.Process(self._keeper.pid).children(), signal.SIGKILL)
         with self._let_go:  # a second close could hit a reused descriptor
             if self._write_end >= 0:
                 os.close(self._write_end)

@@ -171,7 +171,7 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
     app.add_exception_handler(RequestValidationError, _not_an_object)
     add_scoring(app, models, spec.max_model_len)
 
-    @app.get(ACTIVITY_PATH)
+    @app.get(ACTIVITY_PATH, include_in_schema=False)
     def activity() -> dict[str, float]:
         return {"still_s": time.monotonic() - progress.moved_at}
 
@@ -215,7 +215,7 @@ def add_scoring(app: FastAPI, models: Any, max_model_len: int | None) -> None:
 
     one_at_a_time = threading.Lock()  # each request holds log-probs of a whole vocabulary per token
 
-    @app.post(SCORE_PATH)
+    @app.post(SCORE_PATH, include_in_schema=False)
     def score(request: ScoreRequest) -> dict[str, Any]:
         model, _ = models.load_model_and_processor(request.model)
         prompt, answer = request.prompt_ids, request.completion_ids
@@ -239,7 +239,7 @@ def add_scoring(app: FastAPI, models: Any, max_model_len: int | None) -> None:
                 logps += part.float().log_softmax(-1).gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
         return {"logps": [value if math.isfinite(value) else None for value in logps]}
 
-    @app.post(RENDER_PATH)
+    @app.post(RENDER_PATH, include_in_schema=False)
     def render(request: RenderRequest) -> dict[str, Any]:
         _, tokenizer = models.load_model_and_processor(request.model)
         if not request.messages:

@@ -95,7 +95,14 @@ def compared(asking: Asking, spec: ServeSpec, plan: EnginePlan, *, version: str 
             token_budget=_PARITY_TOKENS_ON_CPU if plan.on_cpu else Check.token_budget,
         )
         kind = VllmScores if plan.engine.name == "vllm" else OwnScores
-        parity = compare(kind(ask), check)
+        try:
+            parity = compare(kind(ask), check)
+        except ServerError:
+            raise
+        except Exception as error:  # an answer of another form
+            raise ServerError(
+                f"its comparison with the trained model failed ({type(error).__name__}: {error}); verify=False omits it"
+            ) from error
     except ServerError as error:
         if spec.verify == "error":
             raise

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
 from palate.errors import JobNotReadyError, NameTakenError, TrainingJobError, WaitTimeoutError
 from palate.runs.record import Record
-from palate_server.parity import SCORE_PATH
 from tests.backends.hands import Hands
 from tests.slow.conftest import until
 from tests.support.trainings import last_checkpoint
@@ -190,12 +190,12 @@ def test_a_job_is_sampled_while_it_trains_and_a_runner_that_is_killed_takes_its_
         assert [turn["role"] for turn in chat.messages] == ["system", "user", "assistant"]
         labels = chat.predictor.labels
         assert (labels["job"], labels["checkpoint"][:8]) == (job.id, "step-000")
-        row = {"prompt_ids": [1, 2, 3], "completion_ids": [4, 5, 6]}
-        scores = [
-            chat.predictor.raw_predict({"model": model, **row}, path=SCORE_PATH).json()["logps"]
+        asked: Any = chat.predictor.openai().completions.create
+        tuned, base = (
+            asked(model=model, prompt="Is 3 an even number?", max_tokens=32, temperature=0).choices[0].text
             for model in ("default", "base")
-        ]
-        assert max(abs(tuned - base) for tuned, base in zip(*scores, strict=True)) > 1e-3, "the adapter is not applied"
+        )
+        assert tuned != base, "the adapter is not applied"
         assert job.status == "Running"
     assert Predictor.list() == []
     assert "is a checkpoint: its files are verified, but its answers are not compared" in capfd.readouterr().err

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,20 @@ def _with_system(client: openai.OpenAI) -> str:
 
 
 @pytest.mark.parametrize("hands", ["process"], indirect=True)
+def test_a_merged_adapter_is_one_model_after_a_restart_too(hands: Hands, job: TrainingJob) -> None:
+    predictor = job.deploy("merged", options={**LIMITS, "merge": True, "dtype": "float32"})
+    for _ in range(2):
+        assert [model.id for model in predictor.openai().models.list().data] == ["default", "merged"]
+        parity = predictor.describe_service()["parity"]
+        assert parity["verdict"] == "same", parity
+        assert "effect" not in parity  # a service of one model has no base to compare with
+        assert any("rounded to float32, the merged weights keep 100%" in line for line in predictor.logs())
+        predictor.stop_service()
+        predictor.start_service()
+    predictor.delete_service()
+
+
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -236,12 +251,12 @@ def test_a_start_that_fails_or_hangs_raises_with_the_engines_words_and_leaves_no
     hands: Hands, job: TrainingJob
 ) -> None:
     with pytest.raises(ServiceError) as caught:
-        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--max-num-seqs=many"]})
+        job.deploy("broken", options={**LIMITS, "engine": "vllm", "engine_args": ["--stream-interval=0"]})
     # The images have vLLM; an environment of the variant transformers has none.
     lacks = job._run.session.backend.uses_this_python and any(
         engine.missing for engine in describe_engines() if engine.name == "vllm"
     )
-    assert ("needs vllm" if lacks else "--max-num-seqs") in str(caught.value)
+    assert ("needs vllm" if lacks else "stream_interval") in str(caught.value)
     assert Predictor("broken").service_status == "Failed"
     until(lambda: hands.left() == [], timeout_s=30)  # the runner says that it is over, then ends
     with pytest.raises(ServiceError, match="3"):  # the name is free again; this time the start hangs
@@ -316,6 +331,62 @@ def test_a_service_is_stopped_started_updated_and_missed_when_it_is_killed(hands
     predictor.delete_service()
 
 
+def copied(job: TrainingJob, name: str) -> TrainingJob:
+    """Another job with the same model."""
+    store = job._run.session.store
+    for info in store.list(f"jobs/{job.id}/"):
+        store.put(info.key.replace(job.id, name, 1), store.get(info.key))
+    return TrainingJob.attach(name)
+
+
+@pytest.mark.parametrize("hands", ["process"], indirect=True)
+def test_no_request_fails_while_a_service_is_updated_returns_and_is_scaled(hands: Hands, job: TrainingJob) -> None:
+    """Three clients ask all the time: over a hot load, a canary, a failed update, a rollback, and other engines."""
+    predictor = job.deploy("steady", options=LIMITS)
+    endpoint, failures, answered, ended = predictor.endpoint, [], [], threading.Event()
+
+    def load(model: str) -> None:
+        client = predictor.openai(max_retries=0)
+        while not ended.is_set():
+            try:
+                answered.append((model, ask(client, model)))
+            except openai.OpenAIError as error:
+                failures.append((model, repr(error)))
+
+    threads = [threading.Thread(target=load, args=(model,)) for model in ("default", "steady", "base")]
+    for thread in threads:
+        thread.start()
+    try:
+        begun = time.monotonic()
+        predictor.update_service(copied(job, "second"))
+        print(f"hot load: {time.monotonic() - begun:.1f} s")
+        assert (predictor.labels, predictor.endpoint) == ({"job": "second"}, endpoint)
+        with pytest.raises(ServiceError, match=r"could not be updated to job damaged.*missing or changed"):
+            predictor.update_service(damaged_copy(job))
+        predictor.update_service(copied(job, "third"), traffic=0.5)
+        assert [(one.name, one.state, one.share) for one in predictor.versions()[-2:]] == [
+            ("v3", "failed", 0.0),
+            ("v4", "ready", 0.5),
+        ]
+        predictor.promote()
+        assert predictor.labels == {"job": "third"}
+        begun = time.monotonic()
+        predictor.rollback()
+        print(f"rollback: {time.monotonic() - begun:.1f} s")
+        assert predictor.labels == {"job": "second"}
+        predictor.scale(2)
+        predictor.scale(1)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    print(f"{len(answered)} answers")
+    assert failures == []
+    # The model is the same in all versions, so the answers are.
+    assert len({text for model, text in answered if model != "base"}) == 1
+    predictor.delete_service()
+
+
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
@@ -332,3 +403,19 @@ def test_a_service_stops_by_itself_when_its_time_is_over(
         assert reason in predictor.describe_service()["Reason"]
         until(lambda: is_free(endpoint), timeout_s=30)  # the runner says that it is over, then ends
     assert Predictor.list() == []
+
+
+def test_a_running_service_is_renewed_and_ends_without_its_client(hands: Hands, job: TrainingJob) -> None:
+    with untuned(job, "renewed", time_to_live_s=3600) as predictor:
+        assert predictor.describe_service()["EndsAt"] == pytest.approx(time.time() + 3600, abs=300)
+        begun = time.monotonic()
+        predictor.renew(None)
+        assert predictor.describe_service()["EndsAt"] is None
+        predictor.renew(3)
+        assert time.monotonic() - begun < 2 * TOKENS_TAKEN_S
+        until(lambda: predictor.service_status == "Stopped", timeout_s=30)
+        assert predictor.describe_service()["Reason"] == "its time to live is over"
+        # It has the renewed time at its next start, too, and the runner writes when that ends.
+        predictor.renew(7200)
+        predictor.start_service()
+        assert predictor.describe_service()["EndsAt"] == pytest.approx(time.time() + 7200, abs=300)

@@ -18,6 +18,7 @@ from palate import Predictor, Session
 from palate.errors import ConfigurationError, DamagedFilesError, ServiceError
 from palate.http import openai_client
 from palate.runner.access import AccessFile
+from palate.runner.poll import RecordPoll
 from palate.runs.access import add, owner_token, read_access
 from palate.runs.record import NAMED_TOKENS_KEY, TOKEN_KEY, Record
 from palate.store import open_store
@@ -49,14 +50,15 @@ def running(record: Record, work: Path, *, follows: bool = True) -> Iterator[str
     """A gateway that runs for the service, and the part of its runner that follows the tokens; yields the endpoint."""
     work.mkdir()
     said: list[str] = []
-    file = AccessFile(record, work / ACCESS_FILE, said.append)
+    file = AccessFile(record, work / ACCESS_FILE)
     file.update()
     with fronted_service(OWNER, work_dir=work, LOOK_EVERY_S=0.05) as service:
         httpx.get(f"{service.endpoint}/health")  # waits until it answers
         record.note(state="Running", endpoint=service.endpoint, engine_id="elsewhere:1:2:x", finished_at=None)
         if follows:
-            with file:
+            with RecordPoll({"tokens": file.update}, said.append):
                 yield service.endpoint
+            assert said == []
         else:
             yield service.endpoint
 
@@ -69,7 +71,7 @@ def accepts(endpoint: str, value: str) -> bool:
 def test_tokens_of_a_running_service_are_added_limited_rotated_and_removed(
     session: Session, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("palate.runner.access.POLL_S", 0.1)
+    monkeypatch.setattr("palate.runner.poll.POLL_S", 0.1)
     predictor = Predictor("svc", session=session)
     with running(record, tmp_path / "work") as endpoint:
         held = predictor.openai(max_retries=0)
@@ -145,9 +147,8 @@ def test_a_service_that_does_not_follow_is_told(
 
 
 def test_the_runner_keeps_the_tokens_while_the_record_is_damaged(record: Record, tmp_path: Path) -> None:
-    said: list[str] = []
     add(record, "alice", rate_per_minute=None, concurrency=None)
-    file = AccessFile(record, tmp_path / ACCESS_FILE, said.append)
+    file = AccessFile(record, tmp_path / ACCESS_FILE)
     before = file.update()
     assert (before.owner, [token.name for token in before.tokens]) == (OWNER, ["alice"])
     good = record.store.get(record.key(NAMED_TOKENS_KEY))

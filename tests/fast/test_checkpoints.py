@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from palate import Session, TrainingJob
 from palate.checksums import Checksums
-from palate.deploy import _tell_parity
+from palate.deploy import tell_parity
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
 from palate.runner.checkpoints import stage_for_serving
 from palate.runs.checkpoints import check_servable, choose_checkpoint, complete_checkpoints
 from palate.runs.record import Record
-from palate.store import Store
+from palate.store import Store, open_store
 from palate_recipes.specs.run import ServeManifest
 from palate_recipes.specs.train import COMPLETE_MARK
 from tests.fast.test_deploy import NothingStarts
 from tests.support.fixtures import records_v1
-from tests.support.manifests import train_manifest
+from tests.support.manifests import serve_manifest, train_manifest
 from tests.support.stores import empty_store
 
 FILES = {
@@ -88,6 +90,87 @@ def test_latest_a_step_and_a_name(store: Store, tmp_path: Path) -> None:
             choose_checkpoint(record, wanted)
 
 
+def event(kind: str, step: int, **figures: float) -> dict[str, object]:
+    return {"kind": kind, "attempt": 1, "step": step, "total_steps": 150, **figures}
+
+
+def write_metrics(record: Record, *events: dict[str, object]) -> None:
+    record.append(
+        "metrics", record.last_part("metrics") + 1, "".join(json.dumps(one) + "\n" for one in events).encode()
+    )
+
+
+def test_the_list_has_size_time_state_and_the_metrics_of_the_step(store: Store, tmp_path: Path) -> None:
+    record = job(store)
+    before = time.time()
+    for name in ("step-000050", "step-000060", "step-000100"):
+        write(record, name, folder=tmp_path)
+    write(record, "step-000150", {"optimizer.pt": b"half of it"}, marked=False, folder=tmp_path)
+    store.put(record.key("checkpoints", "notes", "README.md"), b"somebody's own")
+    write_metrics(
+        record,
+        event("train", 50, loss=0.5, learning_rate=1e-4),
+        event("eval", 50, eval_loss=0.6, epoch=1.0),
+        event("train", 100, loss=0.25),
+    )
+    session = Session(store=store.root, backend=NothingStarts())
+    session._store = store
+    listed = TrainingJob.get("one", session=session).checkpoints()
+    assert [(one.name, one.step, one.attempt, one.is_complete) for one in listed] == [
+        ("step-000050", 50, 1, True),
+        ("step-000060", 60, 1, True),
+        ("step-000100", 100, 1, True),
+        ("step-000150", 150, 1, False),
+    ]
+    assert listed[0].metrics == {
+        "step": 50,
+        "total_steps": 150,
+        "loss": 0.5,
+        "learning_rate": 1e-4,
+        "eval_loss": 0.6,
+    }
+    # Between two log lines the figures are those of the line before; an evaluation counts at its own step only.
+    assert listed[1].metrics == {"step": 50, "total_steps": 150, "loss": 0.5, "learning_rate": 1e-4}
+    assert listed[2].metrics["loss"] == 0.25
+    assert "eval_loss" not in listed[2].metrics
+    assert [one.size_bytes > sum(map(len, FILES.values())) for one in listed] == [
+        True,
+        True,
+        True,
+        False,
+    ]  # with the marker
+    assert listed[3].size_bytes == len(b"half of it")
+    assert all(before - 2 <= one.written_at <= time.time() + 2 for one in listed)
+
+
+def checkpoints_command(*arguments: str) -> tuple[str, str]:
+    command = [sys.executable, "-m", "palate.cli", "checkpoints", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_the_command_lists_them_and_says_what_is_next(home: Path, tmp_path: Path) -> None:
+    record = job(open_store(f"file://{home}/store"))
+    shown, told = checkpoints_command("one")
+    columns = ("checkpoint", "step", "state", "age", "size", "loss", "validation loss", "validation accuracy", "margin")
+    assert shown.splitlines() == ["\t".join(columns)]
+    assert "job one is Creating and has no complete checkpoint yet: it writes one every 100 steps" in told
+    assert checkpoints_command("one", "--json") == ("[]\n", "")
+    write_metrics(record, event("train", 50, loss=0.5))
+    write(record, "step-000100", folder=tmp_path)
+    write(record, "step-000150", marked=False, folder=tmp_path)
+    shown, told = checkpoints_command("one")
+    rows = [line.split("\t") for line in shown.splitlines()[1:]]
+    assert [(row[0], row[2], row[5]) for row in rows] == [
+        ("step-000100", "complete", "0.5"),
+        ("step-000150", "incomplete", "0.5"),
+    ]
+    assert told == "next: palate deploy one --checkpoint latest\n"
+    (first, _) = json.loads(checkpoints_command("one", "--json")[0])
+    assert (first["name"], first["is_complete"], first["metrics"]["loss"]) == ("step-000100", True, 0.5)
+
+
 def test_of_many_checkpoints_the_newest_are_listed(store: Store, tmp_path: Path) -> None:
     record = job(store)
     for step in range(1, 14):
@@ -102,6 +185,20 @@ def test_a_job_without_a_checkpoint_says_how_to_get_one(store: Store) -> None:
     record.advance("Running", expect={"Creating"})
     with pytest.raises(JobNotReadyError, match=r"is Running and has no complete checkpoint yet: .*every 100 steps"):
         choose_checkpoint(record, "latest")
+    for at, words in (
+        (
+            event("train", 40, loss=0.5, seconds_left=1100.0),
+            r"at step 40 of 150: the first one comes at step 100, in about 10 min\. ",
+        ),
+        (
+            event("train", 90, loss=0.4),
+            r"at step 90 of 150: the first one comes at step 100\. Follow it with `palate watch one`",
+        ),
+        (event("train", 100, loss=0.4, seconds_left=9.0), r"at step 100 of 150: the first one is being uploaded\. "),
+    ):
+        write_metrics(record, at)
+        with pytest.raises(JobNotReadyError, match=words):
+            choose_checkpoint(record, "latest")
     record.advance("Succeeded", expect={"Running"})
     with pytest.raises(JobNotReadyError, match=r"is Succeeded .*deploy its model without a checkpoint"):
         choose_checkpoint(record, "latest")
@@ -250,12 +347,16 @@ def test_full_weights_are_served_in_the_precision_of_the_training(store: Store, 
     assert found.manifest.body.precision == "float32"
     body = found.deploy(checkpoint=100, wait=False).manifest.body
     assert (body.adapter, body.options["dtype"]) == (False, "float32")
-    chosen = found.deploy("other", checkpoint=100, options={"dtype": "bfloat16"}, wait=False).manifest.body
-    assert chosen.options["dtype"] == "bfloat16"
+    other = found.deploy("other", checkpoint=100, options={"dtype": "bfloat16"}, wait=False)
+    assert other.manifest.body.options["dtype"] == "bfloat16"
+    # An update keeps the service's own setting, and adds the training's precision where it has none.
+    served, run = found.served_model(checkpoint=100), other._run
+    assert served.instead_of(other.manifest, run).body.options["dtype"] == "bfloat16"
+    assert served.instead_of(serve_manifest(), run).body.options["dtype"] == "float32"
 
 
 def test_the_client_says_that_a_checkpoint_is_not_compared(capfd: pytest.CaptureFixture[str]) -> None:
-    _tell_parity({"verdict": "not verified", "text": "the model's folder has no probe.json"}, "step-000040")
+    tell_parity({"verdict": "not verified", "text": "the model's folder has no probe.json"}, "step-000040")
     assert (
         "step-000040 is a checkpoint: its files are verified, but its answers are not compared"
         in capfd.readouterr().err

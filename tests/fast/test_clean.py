@@ -17,7 +17,8 @@ from palate import Session, TrainingJob
 from palate.backends import get_backend
 from palate.paths import stale_work_folders, work_folder
 from palate.runs.lease import LEASE_KEY, lease_here
-from palate.runs.record import Record
+from palate.runs.record import RENEWAL_KEY, Record
+from palate.runs.renewal import write_renewal
 from palate_recipes.errors import DamagedFilesError
 from palate_recipes.specs.codec import encode
 from palate_recipes.specs.run import Lease
@@ -77,6 +78,17 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
     old = run(session, "services", "old", alive, started_at=time.time() + 10_000)
     _age(home, "services/old/status.json", 1000)
     run(session, "services", "young", alive, started_at=time.time() - 10_000)
+    # A renewal counts from when it was written, whether or not the service has followed it.
+    for name, age_s in (("renewed", 1), ("renewed-before", 1000)):
+        write_renewal(run(session, "services", name, alive), 60)
+        _age(home, f"services/{name}/status.json", 1000)
+        _age(home, f"services/{name}/renewal.json", age_s)
+    write_renewal(run(session, "services", "endless", alive), None)
+    unknown = run(session, "services", "unknown", alive)
+    unknown.store.put(unknown.key(RENEWAL_KEY), b"{")
+    for name in ("endless", "unknown"):
+        for file in ("status", "renewal"):
+            _age(home, f"services/{name}/{file}.json", 1000)
     ours = work_folder("jobs", "gone")
     stale = ours.with_name(f"{os.getpid()}-1-{ours.name.rpartition('-')[2]}")  # of a process that had this pid before
     elsewhere = ours.with_name(f"{os.getpid()}-1-00000000")
@@ -98,18 +110,20 @@ def test_what_is_left_behind_is_shown_then_removed_and_the_living_stay(session: 
             ("lost run", "jobs/lost"),
             ("stale lease", "jobs/over"),
             ("expired service", "old"),
+            ("expired service", "renewed-before"),
             ("stale folder", str(stale)),
             ("stale folder", str(keys)),
             ("orphan run", f"process {process.pid}: palate-run {stuck.uri}"),
         }
         until(lambda: clean(home)[0] == expected)
-        assert "6 found, nothing changed\nnext: palate clean --yes" in clean(home)[1]
+        assert "7 found, nothing changed\nnext: palate clean --yes" in clean(home)[1]
         assert lost.status().state == "Running"
         assert process.poll() is None
 
         # As its runner would at once: stop() waits minutes for one elsewhere.
-        old.advance("Stopped", expect={"Running"})
-        assert clean(home, "--yes")[0] == expected - {("expired service", "old")}
+        for service in (old, Record(session.store, "services", "renewed-before")):
+            service.advance("Stopped", expect={"Running"})
+        assert clean(home, "--yes")[0] == {item for item in expected if item[0] != "expired service"}
         process.wait(30)
         assert (lost.status().state, well.status().state) == ("Failed", "Running")
         assert (ours.exists(), stale.exists(), elsewhere.exists(), keys.exists()) == (True, False, True, False)

@@ -436,6 +436,12 @@ def test_a_running_service_is_deleted_only_with_yes_and_the_question_names_all_t
         ("chat tuned", "no service 'tuned' in file://{store}: it is a job: `palate deploy tuned` serves its model"),
         ("start tuned", "`palate deploy tuned`"),
         ("update tuned tuned", "`palate deploy tuned`"),
+        ("update svc tuned --checkpoint newest", "--checkpoint 'newest' is not a checkpoint: expected 'latest'"),
+        (
+            "update svc tuned --checkpoint latest",
+            "job tuned is Creating and has no complete checkpoint: save_steps is 0",
+        ),
+        ("checkpoints svc", "it is a service: `palate show svc`"),
         ("watch svc", "no job 'svc' in file://{store}: it is a service: `palate show svc`"),
         ("metrics svc", "`palate show svc`"),
         ("deploy svc", "`palate show svc`"),

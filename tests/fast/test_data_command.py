@@ -60,6 +60,24 @@ def test_a_check_names_file_row_field_and_remedy_and_fails(bad: Path) -> None:
     assert done.stderr.splitlines()[-1] == "next: palate data check prefs.jsonl --fix OUT.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("count", "strategy", "words"),
+    [
+        (20, "dpo", "note: with the default hyperparameters, 3 optimizer steps (20 examples, 8 per step"),
+        (73, "dpo", ""),
+        (20, "kto", "2 optimizer steps (40 examples, 32 per step"),  # of each pair both answers
+        (20, "sft", ""),  # the number of examples is not known
+    ],
+)
+def test_a_check_notes_what_is_too_little_to_learn_from(tmp_path: Path, count: int, strategy: str, words: str) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(rows(count)))
+    done = data("check", "p.json", "--strategy", strategy, folder=tmp_path)
+    assert done.returncode == 0
+    assert words in done.stderr
+    assert ("too few to learn from" in done.stderr) is bool(words)
+    assert done.stderr.splitlines()[-1].startswith("next: palate train p.json")
+
+
 def test_no_fix_is_proposed_where_no_row_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("[{}]")
     done = data("check", "none.json", folder=tmp_path)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from palate import Predictor, Session
-from palate.backends import EngineStatus
+from palate.backends import EngineStatus, PlacementRequest
 from palate.backends.process import ProcessBackend
 from palate.deploy import IDLE_TIME_TO_LIVE_S, ServedModel, start_service
 from palate.errors import ConfigurationError, NameTakenError, ServiceError
@@ -20,6 +20,7 @@ from palate.runner.context import RunContext
 from palate.runner.serve import _port
 from palate.runs.access import add, read_access
 from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.rollout import ask, history, open_update, reserve, update_to
 from palate.store import Store, open_store
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.support.manifests import serve_manifest
@@ -195,7 +196,7 @@ def test_a_service_that_serves_the_job_already_is_not_started_again(
     class Same:
         id = "one"
 
-        def served_model(self) -> ServedModel:
+        def served_model(self, checkpoint: str | int | None = None) -> ServedModel:
             body = manifest.body
             return ServedModel(
                 model=body.model,
@@ -232,3 +233,26 @@ def test_an_unknown_verify_is_refused(store: Store, model: ServedModel, given: o
     with pytest.raises(ConfigurationError, match="verify"):
         deploy(store, NothingStarts(), model, verify=given)
     assert not Record(store, "services", "svc").exists()
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_the_number_of_instances_is_in_the_record_and_bounded(store: Store, model: ServedModel) -> None:
+    session = Session(store=store.root, backend=NothingStarts())
+    for count, kept in ((None, 1), (3, 3)):
+        name = f"svc-{kept}"
+        where = PlacementRequest(kind="services", instance_count=count)
+        start_service(session, service_name=name, served=model, where=where, wait=False)
+        assert Record(store, "services", name).serve_manifest().body.instances == kept
+    for wrong in (0, 65):
+        where = PlacementRequest(kind="services", instance_count=wrong)
+        with pytest.raises(ConfigurationError, match=f"instance_count={wrong} is out of range"):
+            start_service(session, service_name="never", served=model, where=where, wait=False)
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+def test_a_service_over_a_failed_one_has_a_history_of_its_own(store: Store, model: ServedModel) -> None:
+    record = deploy(store, NothingStarts(), model)
+    ask(record, update_to(reserve(record, record.serve_manifest().body, {})))
+    record.advance("Failed", expect={"Creating"})
+    deploy(store, NothingStarts(), model)
+    assert (history(record), open_update(record), record.serve_manifest().body.version) == ([], None, 1)

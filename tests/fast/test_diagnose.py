@@ -83,7 +83,12 @@ def ramp(first: float, last: float, count: int = 20) -> list[float]:
 def test_a_margin_that_grows_is_learning_with_its_figures() -> None:
     reading = read_run(run(ramp(0, 1.5), validation=[0.6, 0.5, 0.45, 0.4]))
     assert reading.verdict == "learning"
-    for words in ("0.693", "validation loss to 0.400", "70% of the validation pairs", "margin of 0.50"):
+    for words in (
+        "went from 0.693 (ln 2, untrained) to",
+        "validation loss to 0.400",
+        "70% of the validation pairs",
+        "margin of 0.50",
+    ):
         assert words in reading.text
 
 
@@ -179,6 +184,7 @@ def test_sft_is_read_by_its_own_measures(losses: list[float], verdict: str) -> N
     reading = read_run(sft(losses))
     assert reading.verdict == verdict
     assert "margin" not in reading.text
+    assert verdict == "unstable" or "(mean of the first tenth) to" in reading.text
 
 
 def test_what_a_resumed_run_did_again_counts_once() -> None:

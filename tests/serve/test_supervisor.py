@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from palate_server import supervisor
-from palate_server.server import _Log
+from palate_server.engine import _Log
 from palate_server.supervisor import Supervised
 
 STUBBORN = """

@@ -10,7 +10,7 @@ import jsonschema
 
 from palate.store import Store
 
-NAMES = ("manifest", "status", "lease", "access_tokens")
+NAMES = ("manifest", "status", "lease", "access_tokens", "renewal", "adapters", "update")
 
 
 @cache
@@ -33,4 +33,8 @@ def check_records(store: Store) -> int:
                     errors = [*validator(name).iter_errors(json.loads(store.get(key)))]
                     assert not errors, f"{key}: {errors[0].message} at {errors[0].json_path}"
                     looked += 1
+            for info in store.list(f"{kind}/{run}/versions"):
+                errors = [*validator("version").iter_errors(json.loads(store.get(info.key)))]
+                assert not errors, f"{info.key}: {errors[0].message} at {errors[0].json_path}"
+                looked += 1
     return looked

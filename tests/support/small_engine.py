@@ -2,10 +2,17 @@
 
     python small_engine.py SPEC.json --uds SOCKET [--adapters '{"default": "/folder"}']
 
-It answers with the model's name, its folder and its own process id, so a test sees who has answered. The prompt says what it does,
-in words: `tokens:5`, `delay:0.1` (seconds per token), `die:2` (SIGKILL before token 2), `stick` (no request generates from now on),
-`error` (answers 500). An `engine.json` in a model's or an adapter's folder says how it starts or is loaded: `dies`, `says`
-(printed first), `slow_s`, `refuses` (answers 500 or refuses to load with this text), `until` (waits for this file).
+It answers with the model's name, its folder and its own process id, so a test sees who has answered. The prompt says what it does:
+
+    tokens:5 delay:0.1   that many tokens, with seconds before each
+    until:FILE           waits for the file
+    die:2                SIGKILL before token 2
+    stick:FILE           from now on no request generates; makes the file, and does nothing if it exists
+    error                answers 500
+
+An `engine.json` in a model's or an adapter's folder says how it is started or loaded: `says` (a line to print), `dies`, `slow_s`,
+`until` (a file to wait for), `once` (makes this file; dies if it exists), `refuses` (a text: an adapter is not loaded, a model
+answers 500).
 """
 
 from __future__ import annotations
@@ -75,7 +82,7 @@ class SmallEngine:
             await _fail(send, 404, f"The model `{request['model']}` does not exist.")
             return
         asked = request["messages"][-1]["content"] if chats else request["prompt"]
-        does = dict((*word.split(":"), "")[:2] for word in asked.split())
+        does = dict((*word.split(":", 1), "")[:2] for word in asked.split())
         if "error" in does or (why := _behaviour(folder).get("refuses")):
             await _fail(send, 500, "error" if "error" in does else why)
             return
@@ -86,9 +93,10 @@ class SmallEngine:
             tokens, delay_s = int(does.get("tokens", 1)), float(does.get("delay", 0))
             answer = _Answer(send, request, f"{request['model']} {folder} {PID}", chats=chats)
             for number in range(tokens):
-                if "stick" in does:
+                if "stick" in does and not Path(does["stick"]).exists():
+                    Path(does["stick"]).touch()
                     self._is_stuck = True
-                while self._is_stuck and not leaving.done():
+                while (self._is_stuck or _waits(does)) and not leaving.done():
                     await asyncio.sleep(0.01)
                 if does.get("die") == str(number):
                     os.kill(PID, signal.SIGKILL)
@@ -207,6 +215,10 @@ async def _left(receive: Any) -> None:
         pass
 
 
+def _waits(does: dict[str, str]) -> bool:
+    return "until" in does and not Path(does["until"]).exists()
+
+
 def _behaviour(folder: str) -> dict[str, Any]:
     file = Path(folder) / "engine.json"
     return json.loads(file.read_text()) if file.exists() else {}
@@ -217,9 +229,12 @@ def _start(folder: str) -> str:
     behaviour = _behaviour(folder)
     if says := behaviour.get("says"):
         print(says, flush=True)
-    if behaviour.get("dies"):
+    once = behaviour.get("once")
+    if behaviour.get("dies") or (once and Path(once).exists()):
         os.kill(PID, signal.SIGKILL)
-    while "until" in behaviour and not Path(behaviour["until"]).exists():
+    if once:
+        Path(once).touch()
+    while _waits(behaviour):
         time.sleep(0.01)
     time.sleep(behaviour.get("slow_s", 0))
     return str(behaviour.get("refuses", ""))

@@ -105,6 +105,8 @@ def test_a_line_has_rates_memory_and_time_left_and_tensorboard_has_the_same(
     assert end["tokens_per_s"] > 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "reading: {verdict}. {text}".format(**end["reading"])
+    first = "step 1 is the untrained model, whose exact loss is 0.693"
+    assert any(line.startswith(first) and line.endswith("means over the steps since the line before") for line in said)
     assert any(line.startswith("step 2/4 loss 0.6") and line.endswith(" s left") for line in said)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -32,7 +32,7 @@ class PlacementRequest:
         kind: Whether it trains or serves.
         image_uri: Image to run in.
         instance_type: Type of machine.
-        instance_count: Number of machines.
+        instance_count: Number of machines of a training; number of engines of a service.
         instance_spec: Resource limits of a training; see `Limits.parse`.
         resource_config: Resource limits of a service, as PAI's `ResourceConfig`.
     """
@@ -59,7 +59,7 @@ class PlacementRequest:
         """
         if self.instance_type not in {None, "local", backend}:
             self.refuse(backend, instance_type=f"it runs on this machine; {more}")
-        if self.instance_count not in {None, 1}:
+        if self.kind == "jobs" and self.instance_count not in {None, 1}:
             self.refuse(backend, instance_count="there is one machine; omit it or set it to 1")
 
 

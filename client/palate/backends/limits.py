@@ -33,7 +33,7 @@ class ResourceConfig:
         cpu: Cores.
         memory: MB (2^20 bytes).
         gpu: Not supported: a service gets all GPUs.
-        gpu_memory: Not supported: use vLLM's option, options={"engine_args": ["--gpu-memory-utilization", "0.5"]}.
+        gpu_memory: Not supported: use vLLM's option, options={"gpu_memory_utilization": 0.5}.
     """
 
     cpu: float

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from palate.cli import chat, machine, runs, top, train
+from palate.cli import chat, machine, rollout, runs, top, train
+from palate.cli.adapter import adapter
 from palate.cli.data import data
 from palate.cli.examples import add_examples
 from palate.cli.flags import name_flags, usage_hint
@@ -53,9 +55,11 @@ app = typer.Typer(
 train.register(app)
 chat.register(app)
 runs.register(app)
+rollout.register(app)
 top.register(app)
 machine.register(app)
 app.add_typer(token, name="token")
+app.add_typer(adapter, name="adapter")
 app.add_typer(data, name="data")
 app.add_typer(store, name="store")
 app.add_typer(images, name="images")
@@ -78,13 +82,26 @@ def options(
     """Preference-tune an open model and serve it behind an OpenAI-compatible endpoint."""
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise Terminated
+_SAME_SIGTERM_S = 3.0
+"""A SIGTERM within this time after another counts as the same one: a second exception would break off the first one's end."""
+
+
+def _raise_terminated() -> None:
+    """Makes SIGTERM raise Terminated."""
+    received: list[float] = []
+
+    def terminate(signum: int, frame: object) -> None:
+        now = time.monotonic()
+        if not received or now - received[-1] > _SAME_SIGTERM_S:
+            received.append(now)
+            raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def main() -> None:
     """Runs the command line. Prints Palate's errors as one message and exits with 1."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _raise_terminated()
     try:
         app(prog_name="palate")  # also with `python -m palate.cli`
     except PalateError as error:

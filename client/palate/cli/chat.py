@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +36,9 @@ Ctrl-C stops an answer."""
 
 _LEAVING = ("/exit", "/quit", "exit", "quit")
 _CTRL_C_HINT = "Ctrl-D leaves, /help lists the commands"
+
+_SAME_CTRL_C_S = 3.0
+"""A Ctrl-C within this time after another, which is still being handled, counts as the same one."""
 
 
 def chat(
@@ -88,7 +94,7 @@ def _check_text(what: str, text: str) -> None:
         raise ConfigurationError(f"{what} {text!r} is not valid UTF-8: check the terminal's encoding") from None
 
 
-def _answer(talk: Conversation, text: str) -> None:
+def _answer(talk: Conversation, text: str, ctrl_c: _CtrlC | None = None) -> None:
     """Prints the answer as it comes. The line is ended in any case, so that what follows starts on its own."""
     pieces = talk.ask(text)
     shown = False
@@ -96,6 +102,8 @@ def _answer(talk: Conversation, text: str) -> None:
         for piece in pieces:
             print(visible(piece), end="", flush=True)
             shown = True
+            if ctrl_c is not None:
+                ctrl_c.check()
     except BaseException:
         pieces.close()  # type: ignore[attr-defined]  # a generator; keeps what was shown before the next question
         if shown:
@@ -112,8 +120,14 @@ def _answer(talk: Conversation, text: str) -> None:
 def _converse(talk: Conversation) -> None:
     _say(f"{talk.service}, model {talk.model}; /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     lines = _LineReader(palate_home() / HISTORY_FILE)
+    with _CtrlC() as ctrl_c:
+        _read_and_answer(talk, lines, ctrl_c)
+
+
+def _read_and_answer(talk: Conversation, lines: _LineReader, ctrl_c: _CtrlC) -> None:
     while True:
         try:
+            ctrl_c.expect()
             line = lines.read("> ")
             if line is None:
                 _say("")
@@ -126,7 +140,7 @@ def _converse(talk: Conversation) -> None:
             elif text:
                 _check_text("the message", text)
                 with _keys_ignored():
-                    _answer(talk, text.removeprefix("/"))
+                    _answer(talk, text.removeprefix("/"), ctrl_c)
         except Terminated:
             raise
         except KeyboardInterrupt:
@@ -259,6 +273,43 @@ class _LineReader:
         return lines[-HISTORY_LINES:]
 
 
+class _CtrlC:
+    """SIGINT of a conversation: raises KeyboardInterrupt once per press. A context manager, which restores the handler.
+
+    A key that is held down, or pressed twice, sends several signals. A second exception while the first one is handled would end
+    the conversation, or leave the terminal without echo.
+    """
+
+    def __init__(self) -> None:
+        self._received_at: float | None = None
+        self._before: Any = None
+
+    def __enter__(self) -> _CtrlC:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # not where the process was started with SIGINT ignored
+            signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._before)
+
+    def expect(self) -> None:
+        """Called when an earlier one has been handled: the next one is raised at once."""
+        self._received_at = None
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one was received and lost: Python ignores exceptions in destructors and callbacks."""
+        if self._received_at is not None:
+            raise KeyboardInterrupt
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received_at is None or now - self._received_at > _SAME_CTRL_C_S:
+            self._received_at = now
+            raise KeyboardInterrupt
+
+
 @contextmanager
 def _keys_ignored() -> Iterator[None]:
     """Keeps keys pressed during an answer out of it and out of the next prompt. Ctrl-C still interrupts."""
@@ -271,11 +322,15 @@ def _keys_ignored() -> Iterator[None]:
     before = termios.tcgetattr(terminal)
     silent = termios.tcgetattr(terminal)
     silent[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     try:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
         yield
     finally:
-        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)  # FLUSH: drops what was typed and not read
+        try:
+            termios.tcsetattr(terminal, termios.TCSAFLUSH, before)  # FLUSH: drops what was typed and not read
+        except KeyboardInterrupt:  # a signal while it waited for the output to be shown
+            termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
+            raise
 
 
 def register(app: typer.Typer) -> None:

@@ -107,6 +107,7 @@ def check(
         )
     else:
         print(visible("\n".join(report.lines())))
+        _say_few_steps(report, wanted)
     if change:
         _say(change)
         say_next("data", "check", fix)
@@ -335,6 +336,19 @@ def _fetch_files(uris: list[str]) -> Iterator[list[tuple[Path, str]]]:
             single = len(fetched.files) == 1
             found += [(path, uri if single else path.name) for path in fetched.files]
         yield found
+
+
+def _say_few_steps(report: Report, strategy: str | None) -> None:
+    """Prints a note if a training on the data with the default hyperparameters has too few steps."""
+    from palate.preflight import few_steps_note
+    from palate_recipes.hyperparameters import DeviceFacts, resolve
+
+    if strategy not in ("dpo", "kto"):  # under sft, rows of several turns are several examples
+        return
+    device = DeviceFacts(cuda=False, bf16=False, fp16=False)  # the steps do not depend on it
+    values = resolve({"training_strategy": strategy}, method="LoRA_LLM", device=device).values
+    if text := few_steps_note(report.usable * (2 if strategy == "kto" else 1), values, gpus=1):
+        print(f"note: with the default hyperparameters, {text}", file=sys.stderr)
 
 
 def _say_train(files: list[str], validation: list[str], strategy: str) -> bool:

@@ -29,6 +29,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "input_columns": ("input_column",),
     "label_columns": ("label_column",),
     "hyperparameters": ("set_",),
+    "instance_count": ("instances",),
 }
 """Arguments of the Python API whose option has another name: the names in the commands, of which a command has one."""
 
@@ -38,7 +39,10 @@ _PHRASES = (
     (" (job.model_uri)", " (`palate show JOB` prints its URI)"),
     (", or None for no limit", "; omit it for no limit"),
     (", or None", "; or omit it"),
+    ("None removes the limit", "never removes the limit"),
     ("servable=False", "--no-servable"),
+    ("replace=True", "--replace"),
+    ("zero_downtime=False", "--stop-start"),
 )
 _OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt-name", "--from")
 """Options of `palate data` that `train` lacks."""

@@ -54,7 +54,25 @@ def seconds(words: str, flag: str) -> float:
 
 def age(since: float) -> str:
     """Formats the time since `since` (seconds since the epoch) in its largest unit."""
-    passed = max(0, int(time.time() - since))
+    return largest_unit(time.time() - since)
+
+
+def left(until: float) -> str:
+    """Formats the time until `until` (seconds since the epoch) in its largest unit."""
+    return largest_unit(until - time.time())
+
+
+def moment(seconds: float) -> str:
+    """Formats seconds since the epoch as local date and time."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # a record may contain any number
+        return f"{seconds:g} s since 1970"
+
+
+def largest_unit(seconds: float) -> str:
+    """Formats a duration in its largest unit."""
+    passed = max(0, int(seconds))
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if passed >= size:
             return f"{passed // size} {unit}"

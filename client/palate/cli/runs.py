@@ -1,14 +1,15 @@
-"""Commands for runs: list, watch, stop, update, delete, clean. Know arguments and output, not how runs are read."""
+"""Commands for runs: list, watch, stop, delete, clean. Know arguments and output, not how runs are read."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from palate.cli.format import Wide, age, open_run, pairs, say_next, seconds
+from palate.cli.format import Wide, age, left, moment, open_run, pairs, say_next, seconds
 from palate.cli.show import show
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate_recipes.text import visible
@@ -70,11 +71,25 @@ def services(
     since: _Since = None,
     limit: _Limit = None,
     timeout: _Timeout = _TIMEOUT_S,
+    live: Annotated[
+        bool, typer.Option("--live", help="Redraw the table until Ctrl-C, with what each service does.")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --live: seconds between two readings.")] = 2.0,
     as_json: _Json = False,
     wide: Wide = False,
 ) -> None:
-    """List services, newest first."""
+    """List services, newest first.
+
+    With --live also their end and, of those that can be reached from here, requests and tokens of the last minute.
+    """
     wanted = _wanted(status, name, model, label, since, 1)
+    if live:
+        from palate.cli.live import show_live
+
+        if as_json or not sys.stdout.isatty():
+            raise ConfigurationError("--live needs a terminal: omit it for one table, or use --json without it")
+        show_live(lambda: _list_runs("services", wanted, limit, timeout), interval, wide=wide)
+        return
     listing = _list_runs("services", wanted, limit, timeout)
     rows = [_service(found) for found in (*listing.runs, *listing.unread)]
     columns = ("service", "state", ("model", 2), "endpoint", ("age", 1), ("reason", 3))
@@ -258,6 +273,43 @@ def metrics(
     print(visible(f"reading: {job.reading()}"), file=sys.stderr)
 
 
+def checkpoints(
+    name: Annotated[str, typer.Argument(help="Job id.")],
+    as_json: _Json = False,
+    wide: Wide = False,
+) -> None:
+    """List a job's checkpoints, which `palate deploy JOB --checkpoint STEP` serves.
+
+    The figures are of the log line at the step or the last one before it, and of the validation at the step.
+    """
+    from palate.job import TrainingJob
+    from palate.runs.checkpoints import none_yet
+
+    job = TrainingJob.get(name)
+    state = job.status  # first, so that a lost runner is noticed
+    found = job.checkpoints()
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+        return
+    from palate.ui.terminal import Column, print_table
+
+    columns = ("loss", "eval_loss", "eval_rewards/accuracies", "rewards/margins")
+    rows = []
+    for one in found:
+        figures = [one.metrics.get(column) for column in columns]
+        shown = ["" if figure is None else f"{figure:.4g}" for figure in figures]
+        left = "being uploaded" if state in ("Running", "Stopping") else "incomplete"
+        ready = "complete" if one.is_complete else left
+        rows.append((one.name, one.step, ready, age(one.written_at), f"{one.size_bytes / 1e6:.1f} MB", *shown))
+    titles = ("loss", "validation loss", "validation accuracy", "margin")
+    table = [Column(title, drop) for title, drop in zip(titles, (0, 0, 2, 3), strict=True)]
+    print_table(("checkpoint", "step", "state", "age", Column("size", 1), *table), rows, wide=wide)
+    if any(one.is_complete for one in found):
+        say_next("deploy", job.id, "--checkpoint", "latest")
+    else:
+        print(visible(str(none_yet(job._run.record))), file=sys.stderr)
+
+
 def logs(
     name: Annotated[str, typer.Argument(help="Job id or service name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
@@ -308,21 +360,26 @@ def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
     print(f"{name}\t{predictor.endpoint}")
 
 
-def update(
+def renew(
     name: Annotated[str, typer.Argument(help="Service name.")],
-    job_id: Annotated[str, typer.Argument(help="Id or URI of the succeeded job to serve.")],
-    show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
+    time_to_live: Annotated[str, typer.Argument(help="Time until it stops, such as 30min, 2h, 7d; never: no limit.")],
 ) -> None:
-    """Switch a service to another job's model.
+    """Give a service a new time to live, counted from now.
 
-    Starts a stopped service. If that model does not start, the service keeps the old one.
+    If it is not running, the time counts from the first answer of its next start. Later starts use the new time, too.
     """
-    from palate.job import TrainingJob
-    from palate.predictor import Predictor
+    from palate.predictor import Predictor, ends_at
 
-    predictor = Predictor(name).update_service(TrainingJob.get(job_id), show_logs=show_logs)
-    print(f"{name}\t{predictor.endpoint}")
-    say_next("chat", name)
+    predictor = Predictor(name)
+    predictor.renew(None if time_to_live == "never" else seconds(time_to_live, "TIME_TO_LIVE"))
+    status = predictor._run.refresh()
+    if status.state != "Running":
+        print(f"{name}\t{status.state}: the time counts from its next first answer")
+        say_next("show" if status.state == "Creating" else "start", name)
+        return
+    end = ends_at(status)
+    print(f"{name}\t{'no end' if end is None else f'ends in {left(end)}, at {moment(end)}'}")
+    say_next("services", "--live")
 
 
 def delete(
@@ -397,5 +454,5 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, show, watch, metrics, logs, save, stop, start, update, delete, clean):
+    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, renew, delete, clean):
         app.command()(verb)

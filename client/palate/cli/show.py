@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palate.cli.format import age, open_run, say_next
+from palate.cli.format import age, left, moment, open_run, say_next
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.specs.events import duration
 from palate_recipes.text import visible
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from palate_recipes.specs.train import InputFile, TrainSpec
     from palate_recipes.specs.weights import BaseModel
 
-_DETAILS_HIDDEN = ("model_digest",)
+_DETAILS_HIDDEN = ("model_digest", "renewal", "ends_at")
 """Details that only `--json` shows."""
 
 
@@ -75,14 +75,21 @@ def _job(job: TrainingJob, status: Status) -> list[tuple[str, object]]:
 
 
 def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
-    manifest, body = service.manifest, service.manifest.body
-    lives = {"time_to_live_s": body.time_to_live_s, "idle_time_to_live_s": body.idle_time_to_live_s}
+    from palate.predictor import ends_at
+    from palate.runs.renewal import read_renewal
+
+    manifest, body, end = service.manifest, service.manifest.body, ends_at(status)
+    renewal = read_renewal(service._run.record)
+    time_to_live_s = body.time_to_live_s if renewal is None else renewal.time_to_live_s
+    lives = {"time_to_live_s": time_to_live_s, "idle_time_to_live_s": body.idle_time_to_live_s}
     given = {**body.options, **{name: value for name, value in lives.items() if value is not None}}
     return [
         ("service", service.service_name),
         *_state(status, manifest.created_at, noun="start"),
+        *((("ends", f"in {left(end)}, at {moment(end)}"),) if end is not None else ()),
         ("endpoint", status.endpoint or "none: it is not running"),
         *((("OpenAI base URL", f"{status.endpoint}/v1"),) if status.endpoint else ()),
+        ("version", f"v{body.version}, {body.instances} instance{'s' if body.instances > 1 else ''}"),
         ("default", body.tuned_uri or "the base model"),
         ("base", _model(body.model)),
         *((("system prompt", body.system_prompt),) if body.system_prompt else ()),
@@ -99,7 +106,7 @@ def _state(status: Status, created_at: float, *, noun: str = "attempt") -> list[
     facts: list[tuple[str, object]] = [("state", f"{status.state}{tries}")]
     if status.reason:
         facts.append(("reason", status.reason))
-    facts.append(("created", f"{_moment(created_at)} ({age(created_at)} ago)"))
+    facts.append(("created", f"{moment(created_at)} ({age(created_at)} ago)"))
     if status.started_at:
         end = status.finished_at or (time.time() if not status.is_terminal else status.updated_at)
         facts.append(("ran", f"{duration(max(0.0, end - status.started_at))} in this {noun}"))
@@ -109,7 +116,9 @@ def _state(status: Status, created_at: float, *, noun: str = "attempt") -> list[
 
 
 def _rest(labels: dict[str, str], backend: str, status: Status) -> list[tuple[str, object]]:
-    told = {name: value for name, value in status.details.items() if name not in _DETAILS_HIDDEN}
+    told = {
+        name: value for name, value in status.details.items() if name not in _DETAILS_HIDDEN and value not in ([], {})
+    }
     return [
         ("labels", ", ".join(f"{name}={value}" for name, value in sorted(labels.items())) or "none"),
         ("backend", backend),
@@ -142,13 +151,6 @@ def _differences(spec: TrainSpec) -> list[str]:
     from palate_recipes.hyperparameters import differences
 
     return [f"{name}={value} (default {default})" for name, value, default in differences(spec.hyperparameters)]
-
-
-def _moment(seconds: float) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):  # a record may contain any number
-        return f"{seconds:g} s since 1970"
 
 
 def _following(is_job: bool, status: Status) -> tuple[str, ...]:

@@ -85,14 +85,14 @@ def _print_lines(loads: Iterator[Load]) -> None:
 
 
 def _draw(loads: Iterator[Load]) -> None:
-    from palate.ui.terminal import LiveFacts
+    from palate.ui.terminal import LiveView
 
     with ExitStack() as stack:
-        view: LiveFacts | None = None
+        view: LiveView | None = None
         for load in loads:
             # Begun with the first reading, so that an error before it is a plain message.
-            view = view or stack.enter_context(LiveFacts())
-            view.show(_facts(load))
+            view = view or stack.enter_context(LiveView())
+            view.show_facts(_facts(load))
 
 
 def _facts(load: Load) -> list[tuple[str, str]]:

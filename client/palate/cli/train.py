@@ -200,11 +200,38 @@ def deploy(
     engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    instances: Annotated[
+        int, typer.Option(help="Number of engines, each with its own copy of the model; `palate scale` changes it.")
+    ] = 1,
     max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
     idle_time_to_live: Annotated[
         float | None,
         typer.Option(help="Stop the service after this many seconds without a request. Default: never."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Compute type: auto (that of the weights), bfloat16, float16 or float32.")
+    ] = "auto",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into its base and serve one model, without 'base'.")
+    ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file to use instead of the model's chat template.")
+    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="vLLM: how to quantise the weights, such as fp8.")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="vLLM: type of the KV cache, such as fp8.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="vLLM: GPUs that share the model.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="vLLM: share of the GPU's memory to use, above 0 and at most 1.")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="vLLM: requests that it computes at once.")] = None,
+    max_loras: Annotated[int | None, typer.Option(help="vLLM: adapters in one batch.")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="vLLM: largest rank of an adapter.")] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="vLLM: parser of tool calls, or none. Default: by the model.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="vLLM: parser of thoughts, or none. Default: by the model.")
     ] = None,
     engine_arg: Annotated[
         list[str] | None,
@@ -230,15 +257,36 @@ def deploy(
     options: dict[str, Any] = {"engine": engine, "port": port, "host": host, "idle_time_to_live_s": idle_time_to_live}
     if not base:
         options["verify"] = verify
-    if max_model_len is not None:
-        options["max_model_len"] = max_model_len
+    typed = {
+        "max_model_len": max_model_len,
+        "chat_template": chat_template,
+        "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
+        "tensor_parallel_size": tensor_parallel_size,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "max_num_seqs": max_num_seqs,
+        "max_loras": max_loras,
+        "max_lora_rank": max_lora_rank,
+        "tool_call_parser": tool_call_parser,
+        "reasoning_parser": reasoning_parser,
+    }
+    options |= {name: value for name, value in typed.items() if value is not None}
+    if dtype != "auto":
+        options["dtype"] = dtype
+    if merge:
+        options["merge"] = True
     if time_to_live is not None:
         options["time_to_live_s"] = time_to_live
     if engine_arg:
         options["engine_args"] = engine_args_of(engine_arg)
     if name is not None:
         check_name("service name", name)
-    more: dict[str, Any] = {"options": options, "wait": wait, "show_logs": show_logs}
+    more: dict[str, Any] = {
+        "options": options,
+        "instance_count": instances,
+        "wait": wait,
+        "show_logs": show_logs,
+    }
     if not base:
         try:
             job = TrainingJob.get(job_id)

@@ -6,7 +6,6 @@ requests, makes further attempts, and writes the terminal status last. However i
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -21,13 +20,13 @@ from typing import Any
 from palate.env_file import take_variables
 from palate.paths import stale_work_folders, work_folder
 from palate.runner.child_process import log_line, log_tail
-from palate.runner.context import Ending, RunContext
+from palate.runner.context import Ending, RunContext, reason_of
 from palate.runner.heartbeat import Heartbeat, Tail
 from palate.runner.retry import StoreRetry
 from palate.runs.lease import START_ID_VARIABLE, HeldLease, acquire
 from palate.runs.record import LOST, Record, locate
 from palate.session import Session
-from palate_recipes.errors import PalateError, StoreError
+from palate_recipes.errors import StoreError
 from palate_recipes.specs.run import ACTIVE
 from palate_recipes.specs.train import TrainSpec
 
@@ -183,12 +182,4 @@ def _attempt(context: RunContext, logs: Tail, reserve: Path) -> Ending:
     except Exception as error:  # the runner has no caller, so the cause must be saved here
         logger.exception("the runner failed")
         reserve.unlink(missing_ok=True)
-        return Ending(state="Failed", reason=_reason(error), log_tail=log_tail(context.log))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, PalateError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full: {error}. Free some space, or set PALATE_HOME to a folder on another disk."
-    return f"{type(error).__name__}: {error}"
+        return Ending(state="Failed", reason=reason_of(error), log_tail=log_tail(context.log))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from palate.runner.heartbeat import Heartbeat
 from palate.runner.retry import StoreRetry
 from palate.runs.record import Record
 from palate.session import Session
+from palate_recipes.errors import PalateError
 from palate_recipes.specs.run import Manifest
 
 
@@ -64,3 +66,12 @@ class Ending:
     exit_code: int | None = None
     log_tail: tuple[str, ...] = ()
     again: bool = True
+
+
+def reason_of(error: Exception) -> str:
+    """Returns an error in words, for a status."""
+    if isinstance(error, PalateError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: {error}. Free some space, or set PALATE_HOME to a folder on another disk."
+    return f"{type(error).__name__}: {error}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,11 +15,18 @@ from msgspec import to_builtins
 from palate.checksums import read_model_digests
 from palate.processes import bind_error
 from palate.runner.access import AccessFile
+from palate.runner.adapters import StagedAdapters
 from palate.runner.checkpoints import stage_for_serving
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
+from palate.runner.fleet import NotStaged, Rollout, Staged
+from palate.runner.lifetime import Lifetime
+from palate.runner.merge import merge_adapter
+from palate.runner.poll import RecordPoll
+from palate.runner.retry import StoreRetry
 from palate.store import open_parent
 from palate.weights import fetch_weights
+from palate_recipes.engine_options import spec_fields
 from palate_recipes.errors import StoreError
 from palate_recipes.specs.access import ACCESS_FILE
 from palate_recipes.specs.run import Deployment
@@ -31,25 +39,33 @@ _PORT_RELEASE_S = 10.0
 
 def run_service(context: RunContext, body: Deployment) -> Ending:
     """Runs a service until it stops or fails. Returns how it ended; the caller writes the status."""
-    record, work, options = context.record, context.work, body.options
+    work = context.work
     begun = time.monotonic()
-    tuned_uri = body.tuned_uri
-    tuned_dir = context.retry(lambda: _stage_tuned(context, tuned_uri, body)) if tuned_uri else None
-    base_dir: Path | None = None
-    if tuned_dir is None or body.adapter:  # full tuned weights need no base
-        base_dir, _ = context.retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
-    spec = ServeSpec(
-        service_name=record.name,
-        model_dir=str(tuned_dir or base_dir),
-        base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
-        work_dir=str(work),
-        idle_after_s=body.idle_time_to_live_s,
-        model_name=body.model.name,
-        **{**options, "port": _port(context, options), "engine_args": tuple(options.get("engine_args", ()))},
-    )
+    port = cache(lambda: _port(context, body.options))
+
+    def stage(body: Deployment, folder: Path, retry: StoreRetry) -> Staged:
+        return _stage(context, body, folder, retry, port=port)
+
+    try:
+        current = stage(body, work / "model", context.retry)
+    except NotStaged as refused:
+        return refused.ending
+    spec = current.spec
     spec.write(work / "spec.json")
-    access_file = AccessFile(context.direct, work / ACCESS_FILE, context.say)
+    access_file = AccessFile(context.direct, work / ACCESS_FILE)
     access = context.retry(access_file.update)
+    lifetime = Lifetime(context.direct, context.heartbeat.attempt, body.time_to_live_s or None)
+    context.retry(lifetime.update)
+    rollout = Rollout(
+        context.direct,
+        current,
+        work,
+        stage=stage,
+        attempt=lambda: context.heartbeat.attempt,
+        say=context.say,
+        adapters=StagedAdapters(context.direct, work / "adapters", context.session, context.say),
+    )
+    rollout.begin()
     context.say(f"starting the engine for {body.model.name}; it loads the model and answers a first request")
     child = Child(
         [sys.executable, "-P", "-m", "palate_server", str(work / "spec.json")],
@@ -57,17 +73,20 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
         env={TOKEN_VARIABLE: access.owner, "HF_HUB_OFFLINE": "1"},
         cwd=work,
     )
+    poll = RecordPoll(
+        {"tokens": access_file.update, "time to live": lifetime.update, "versions and adapters": rollout.update},
+        context.say,
+    )
     ready_file = work / READY_FILE
-    over_at: float | None = None
     announced = False
 
     def announce() -> None:
-        nonlocal announced, over_at
+        nonlocal announced
         if announced or not ready_file.exists():
             return
-        if body.time_to_live_s and over_at is None:
-            over_at = time.monotonic() + body.time_to_live_s  # the time to live starts with the first answer
+        life = lifetime.begin()  # also if the status cannot be written: the time to live starts with the first answer
         ready = Ready.read(ready_file)
+        facts = rollout.facts()
         try:
             context.direct.advance(
                 "Running",
@@ -81,20 +100,23 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
                     "start_s": round(time.monotonic() - begun, 1),
                     "port": urlsplit(ready.endpoint).port,
                     "parity": to_builtins(ready.parity),
+                    **life,
+                    **facts,
                 },
             )
         except StoreError:
             return  # retried at the next tick
         announced = True
+        rollout.announced(facts)
         context.say(f"{ready.engine} has answered its first request, {time.monotonic() - begun:.0f} s after the start")
 
-    with child, access_file:
+    with child, poll:
         outcome = watch(
             child,
             context.heartbeat,
             terminated=context.terminated,
             on_tick=announce,
-            deadline=lambda: over_at,
+            deadline=lifetime.ends_at,
             grace_s=STOP_GRACE_S,
         )
     code = child.process.returncode
@@ -108,7 +130,7 @@ def run_service(context: RunContext, body: Deployment) -> Ending:
     reason = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     return Ending(
         state="Failed",
-        reason=child.cause(reason or ""),
+        reason=child.cause(current.explain(reason)),
         exit_code=code,
         log_tail=log_tail(context.log),
     )
@@ -136,16 +158,53 @@ def _port(context: RunContext, options: Mapping[str, Any]) -> int:
     return 0
 
 
-def _stage_tuned(context: RunContext, uri: str, body: Deployment) -> Path:
+def _stage(
+    context: RunContext, body: Deployment, folder: Path, retry: StoreRetry, *, port: Callable[[], int]
+) -> Staged:
+    """Brings the model of a version to this machine. Returns it with what the server program gets.
+
+    Args:
+        context: The run.
+        body: The version.
+        folder: Where the tuned model is copied to, unless the store is on this machine.
+        retry: Retries store operations.
+        port: Returns the service's port. Called once the files are here: it may wait for a port to be released.
+
+    Raises:
+        NotStaged: The adapter could not be merged, or the run is to end.
+    """
+    options, tuned_uri = body.options, body.tuned_uri
+    tuned_dir = retry(lambda: _stage_tuned(context, tuned_uri, body, folder)) if tuned_uri else None
+    base_dir: Path | None = None
+    if tuned_dir is None or body.adapter:  # full tuned weights need no base
+        base_dir, _ = retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
+    merged = None
+    if options.get("merge") and tuned_dir is not None and base_dir is not None:
+        done = merge_adapter(context, base_dir=base_dir, adapter_dir=tuned_dir, out=folder / "merged", options=options)
+        if isinstance(done, Ending):
+            raise NotStaged(done)
+        merged, tuned_dir, base_dir = done, done.folder, None
+    spec = ServeSpec(
+        service_name=context.record.name,
+        model_dir=str(tuned_dir or base_dir),
+        base_model_dir=str(base_dir) if tuned_dir is not None and base_dir is not None else None,
+        work_dir=str(context.work),
+        idle_after_s=body.idle_time_to_live_s,
+        model_name=body.model.name,
+        **{**spec_fields(options), "port": port()},
+    )
+    return Staged(body=body, spec=spec, folder=folder if folder.exists() else None, merged=merged)
+
+
+def _stage_tuned(context: RunContext, uri: str, body: Deployment, folder: Path) -> Path:
     """Returns a local folder with the tuned model. Verifies every file by the digest that the training wrote."""
     store, prefix = open_parent(uri, options=context.session.options_for(uri))
     if body.checkpoint:
-        folder = context.work / "model"
         stage_for_serving(store, prefix, folder, digest=body.tuned_digest, what=uri)
         return folder
     found = store.local_path(prefix)
     if found is None:
-        found = context.work / "model"
+        found = folder
         store.download_tree(prefix, found)
     if body.tuned_digest:
         read_model_digests(store, prefix, body.tuned_digest, what=uri).check_folder(found, what=uri)

@@ -11,7 +11,7 @@ from msgspec import structs
 
 from palate.common.utils import check_name
 from palate.runs.record import NAMED_TOKENS_KEY, TOKEN_KEY, Record
-from palate_recipes.errors import ConfigurationError, DamagedFilesError, PreconditionFailedError
+from palate_recipes.errors import ConfigurationError, DamagedFilesError
 from palate_recipes.specs.access import (
     ACCESS_LIMIT_BYTES,
     CONCURRENCY_LIMIT,
@@ -25,7 +25,6 @@ from palate_recipes.specs.access import (
 )
 from palate_recipes.specs.codec import decode, encode
 
-_CAS_ATTEMPTS = 20
 _OWNER_BYTES = 1000
 
 
@@ -50,7 +49,7 @@ def write_owner_token(record: Record, token: str) -> None:
 
 def read_access(record: Record) -> Access:
     """Returns the named tokens. Raises DamagedFilesError if they cannot be read."""
-    return _parse(record, _stored(record))
+    return _parse(record, record.listed(NAMED_TOKENS_KEY, limit_bytes=ACCESS_LIMIT_BYTES))
 
 
 def forget_named_tokens(record: Record) -> None:
@@ -149,31 +148,12 @@ def _named(record: Record, tokens: tuple[AccessToken, ...], name: str) -> Access
 
 
 def _rewrite(record: Record, change: Callable[[tuple[AccessToken, ...]], tuple[AccessToken, ...]]) -> None:
-    """Writes the changed tokens on the condition that nobody wrote in between."""
-    key, written = record.key(NAMED_TOKENS_KEY), b""
-    for _ in range(_CAS_ATTEMPTS):
-        info = record.store.stat(key)  # before the read: a later write must not match
-        data = _stored(record)
-        # A put whose answer got lost is retried by the client, fails on its own ETag, and looks like a lost race.
-        if written and data == written:
-            return
-        written = encode(Access(tokens=change(_parse(record, data).tokens)))
-        try:
-            if info is None:
-                record.store.put(key, written, if_none_match=True, private=True)
-            else:
-                record.store.put(key, written, if_match=info.etag, private=True)
-        except (PreconditionFailedError, FileNotFoundError):
-            continue
-        return
-    raise RuntimeError(f"{record.uri}/{NAMED_TOKENS_KEY} changed {_CAS_ATTEMPTS} times during attempts to write it")
-
-
-def _stored(record: Record) -> bytes:
-    try:
-        return record.store.get_range(record.key(NAMED_TOKENS_KEY), 0, ACCESS_LIMIT_BYTES + 1)
-    except FileNotFoundError:
-        return b""
+    record.change_listed(
+        NAMED_TOKENS_KEY,
+        lambda data: encode(Access(tokens=change(_parse(record, data).tokens))),
+        limit_bytes=ACCESS_LIMIT_BYTES,
+        private=True,
+    )
 
 
 def _parse(record: Record, data: bytes) -> Access:

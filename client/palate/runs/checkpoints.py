@@ -1,4 +1,4 @@
-"""The complete checkpoints of a job in its store: lists, chooses and checks them. Knows no trainer and no engine.
+"""The checkpoints of a job in its store: lists, chooses and checks them. Knows no trainer and no engine.
 
 A checkpoint is complete if it has a marker file, which is written last and lists every file with its digest. Each attempt writes
 its own.
@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from palate.checksums import Checksums
-from palate.runs.record import Record
+from palate.runs.record import Record, events_once
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
 from palate_recipes.lora_targets import ADAPTER_FILES
+from palate_recipes.specs.events import duration
 from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK, TrainSpec
+
+if TYPE_CHECKING:
+    from palate.store import ObjectInfo
 
 LATEST = "latest"
 
-_NAME = r"step-(?P<step>[0-9]{1,18})(-attempt-(?P<attempt>[0-9]{1,9}))?"
-_WHOLE = re.compile(rf"(?P<name>{_NAME})/{re.escape(COMPLETE_MARK)}")
-"""Matches the path of a checkpoint's marker, relative to the folder of checkpoints."""
+_NAME = re.compile(r"step-(?P<step>[0-9]{1,18})(-attempt-(?P<attempt>[0-9]{1,9}))?")
 _WANTED = re.compile(r"(step-|checkpoint-)?(?P<step>[0-9]{1,18})")
 """A step as users write it: 100, step-100, or the trainer's name, which its log has."""
 
@@ -39,29 +42,75 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint.
+    """A checkpoint in the store. Created by `TrainingJob.checkpoints`.
 
     Attributes:
-        name: Name of its folder in the store.
+        name: Name of its folder in the store, which `checkpoint=` takes, as it takes the step.
         step: Optimizer steps before it.
         attempt: The attempt that wrote it.
+        is_complete: Whether it can be served and resumed from. If not, it is still being uploaded, or its runner died meanwhile.
+        written_at: When it was completed, or its last file was written, in seconds since the epoch.
+        size_bytes: Size of its files in the store.
+        metrics: Metrics of its step, with TRL's names: of the log line at the step, or of the last one before it (`loss`,
+            `rewards/margins` and so on), and of the evaluation at exactly this step, if there was one (`eval_loss` and so on).
     """
 
     name: str
     step: int
     attempt: int
+    is_complete: bool
+    written_at: float
+    size_bytes: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def list_checkpoints(record: Record) -> list[Checkpoint]:
+    """Returns a job's checkpoints without metrics, by step, and of the same step by attempt. Does not verify their files."""
+    prefix = record.key(CHECKPOINTS_DIR)
+    folders: dict[str, dict[str, ObjectInfo]] = {}
+    for info in record.store.list(prefix):
+        name, _, file = info.key.removeprefix(f"{prefix}/").partition("/")
+        folders.setdefault(name, {})[file] = info
+    found = []
+    for name, files in folders.items():
+        if (match := _NAME.fullmatch(name)) is None:
+            continue
+        mark = files.get(COMPLETE_MARK)
+        found.append(
+            Checkpoint(
+                name=name,
+                step=int(match["step"]),
+                attempt=int(match["attempt"] or 1),
+                is_complete=mark is not None,
+                written_at=mark.modified_s if mark else max(info.modified_s for info in files.values()),
+                size_bytes=sum(info.size for info in files.values()),
+            )
+        )
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
 
 
 def complete_checkpoints(record: Record) -> list[Checkpoint]:
-    """Returns a job's complete checkpoints by step, and of the same step by attempt. Does not verify their files."""
-    prefix = record.key(CHECKPOINTS_DIR)
-    names = (info.key.removeprefix(f"{prefix}/") for info in record.store.list(prefix))
-    found = [
-        Checkpoint(name=match["name"], step=int(match["step"]), attempt=int(match["attempt"] or 1))
-        for name in names
-        if (match := _WHOLE.fullmatch(name))
-    ]
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
+    """Returns those of `list_checkpoints` that are complete."""
+    return [checkpoint for checkpoint in list_checkpoints(record) if checkpoint.is_complete]
+
+
+def with_metrics(checkpoints: Sequence[Checkpoint], events: Iterable[dict[str, Any]]) -> list[Checkpoint]:
+    """Returns the checkpoints with their metrics.
+
+    Args:
+        checkpoints: Of one job.
+        events: Its metrics events, each step once.
+    """
+    known = [event for event in events if event["kind"] in ("train", "eval")]
+    return [replace(checkpoint, metrics=_metrics_at(checkpoint.step, known)) for checkpoint in checkpoints]
+
+
+def _metrics_at(step: int, events: list[dict[str, Any]]) -> dict[str, Any]:
+    lines = [event for event in events if event["kind"] == "train" and event["step"] <= step]
+    line = max(lines, key=lambda event: event["step"], default={})
+    evaluation = next((event for event in events if event["kind"] == "eval" and event["step"] == step), {})
+    figures = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+    return {name: value for name, value in {**line, **figures}.items() if name not in ("kind", "attempt")}
 
 
 def choose_checkpoint(record: Record, wanted: str | int) -> Checkpoint:
@@ -77,13 +126,13 @@ def choose_checkpoint(record: Record, wanted: str | int) -> Checkpoint:
     """
     given = str(wanted)
     step = None if isinstance(wanted, bool) else _WANTED.fullmatch(given)
-    if given != LATEST and step is None and not re.fullmatch(_NAME, given):
+    if given != LATEST and step is None and not _NAME.fullmatch(given):
         raise ConfigurationError(
             f"checkpoint={wanted!r} is not a checkpoint: expected '{LATEST}', a step such as 100, or a name such as 'step-000100'"
         )
     found = complete_checkpoints(record)
     if not found:
-        raise _none_yet(record)
+        raise none_yet(record)
     if given == LATEST:
         return found[-1]
     same = [one for one in found if one.name == given] or [
@@ -99,7 +148,8 @@ def choose_checkpoint(record: Record, wanted: str | int) -> Checkpoint:
     return same[-1]
 
 
-def _none_yet(record: Record) -> JobNotReadyError:
+def none_yet(record: Record) -> JobNotReadyError:
+    """Returns the error for a job without a complete checkpoint: when the first one comes, or how to get one."""
     status, body = record.status(), record.manifest().body
     assert isinstance(body, TrainSpec)  # a job's record has no other kind
     every = body.hyperparameters.save_steps
@@ -108,7 +158,8 @@ def _none_yet(record: Record) -> JobNotReadyError:
         return JobNotReadyError(f"{what}: deploy its model without a checkpoint (`palate deploy {record.name}`)")
     if every and not status.is_terminal:
         return JobNotReadyError(
-            f"{what} yet: it writes one every {every} steps (save_steps); follow it with `palate watch {record.name}`"
+            f"{what} yet: it writes one every {every} steps (save_steps){_first_one(record, every)}. Follow it with "
+            f"`palate watch {record.name}`"
         )
     remedy = (
         "set the hyperparameter save_steps, the steps between two checkpoints, to a number from 1 on when you train"
@@ -119,6 +170,24 @@ def _none_yet(record: Record) -> JobNotReadyError:
         f"{what}: save_steps is 0, so it writes one only if it is stopped (`palate stop {record.name}`, "
         f"`palate resume {record.name}` continues it). For checkpoints during a training {remedy}"
     )
+
+
+def _first_one(record: Record, every: int) -> str:
+    """Returns when a running job's first checkpoint comes, as far as its metrics tell; else ""."""
+    last: dict[str, Any] = {}
+    for event in events_once(record.metrics()):
+        last = event if event["kind"] == "train" else last
+    step, total = last.get("step", 0), last.get("total_steps", 0)
+    if not total:
+        return ""
+    first = min(every, total)  # also after the last step
+    if step >= first:
+        return f", and is at step {step} of {total}: the first one is being uploaded"
+    left = last.get("seconds_left")
+    when = ""
+    if isinstance(left, int | float) and left >= 0:
+        when = f", in about {duration(left * (first - step) / (total - step))}"
+    return f", and is at step {step} of {total}: the first one comes at step {first}{when}"
 
 
 def served_files(digests: Checksums) -> Checksums:

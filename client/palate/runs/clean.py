@@ -17,7 +17,8 @@ from palate.backends.container import stale_secrets
 from palate.paths import folder_now, palate_home, stale_work_folders
 from palate.runs.handle import RunHandle
 from palate.runs.lease import LEASE_KEY, LOST_AFTER_S, read_lease, silence_s, store_now
-from palate.runs.record import Record, locate, names
+from palate.runs.record import RENEWAL_KEY, Record, locate, names
+from palate.runs.renewal import read_renewal
 from palate.session import Session
 from palate.store import Store, open_store
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
@@ -85,7 +86,6 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
             try:
                 status = record.status()
                 manifest = handle.manifest  # may be damaged, too
-                ttl_s = manifest.body.time_to_live_s if isinstance(manifest, ServeManifest) else None
                 cause = "" if status.is_terminal else handle.lost(status)
             except DamagedFilesError as error:
                 # A newer version may have written what this one cannot read. Only `palate delete` removes that.
@@ -115,15 +115,29 @@ def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator
                     why=cause,
                     remove=lambda handle=handle: _settle(handle),  # type: ignore[misc]
                 )
-            elif status.state == "Running" and ttl_s:
-                age_s = silence_s(record, "status.json")  # the last change was to Running; by the store's clock
-                if age_s is not None and age_s > ttl_s + ENDING_S:
-                    yield Leftover(
-                        kind="expired service",
-                        what=name,
-                        why=f"its time to live of {ttl_s:g} s was over {age_s - ttl_s:.0f} s ago",
-                        remove=handle.stop,
-                    )
+            elif (
+                status.state == "Running"
+                and isinstance(manifest, ServeManifest)
+                and (why := _expired(record, manifest))
+            ):
+                yield Leftover(kind="expired service", what=name, why=why, remove=handle.stop)
+
+
+def _expired(record: Record, manifest: ServeManifest) -> str:
+    """Returns why a running service should have stopped by itself, or ""."""
+    try:
+        renewal = read_renewal(record)
+    except DamagedFilesError:
+        return ""  # it may have been renewed
+    ttl_s = manifest.body.time_to_live_s if renewal is None else renewal.time_to_live_s
+    if not ttl_s:
+        return ""
+    # By the store's clock. The status was last written when the service became Running, or later.
+    written = ["status.json", *([RENEWAL_KEY] if renewal else [])]
+    ages_s = [age_s for key in written if (age_s := silence_s(record, key)) is not None]
+    if len(ages_s) < len(written) or (over_s := min(ages_s) - ttl_s) <= ENDING_S:
+        return ""
+    return f"its time to live of {ttl_s:g} s was over {over_s:.0f} s ago"
 
 
 def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:

@@ -60,6 +60,10 @@ class RunHandle:
         self.record.replace_manifest(known, new)
         self._manifest = new
 
+    def forget_manifest(self) -> None:
+        """The manifest was replaced: the next access reads it again."""
+        self._manifest = None
+
     @property
     def backend(self) -> Backend:
         """The run's backend, limited to this run."""

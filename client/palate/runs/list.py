@@ -171,7 +171,7 @@ def find_runs(
 
 
 def _names(session: Session, kind: Literal["jobs", "services"], pattern: str, deadline: float | None) -> list[str]:
-    for _, listed in _each(session.store.list_children, [f"{kind}/"], deadline):
+    for _, listed in each_result(session.store.list_children, [f"{kind}/"], deadline):
         if isinstance(listed, BaseException):
             raise listed
         return [name for name in listed if fnmatchcase(name, pattern)]
@@ -186,7 +186,7 @@ def _read(
     """Sets the attribute `what` of each run, or its `error`."""
     for run in runs:
         run.error = WaitTimeoutError(f"{run.handle.record.uri}: its {what} was not read in time")
-    for run, value in _each(read, runs, deadline):
+    for run, value in each_result(read, runs, deadline):
         if not isinstance(value, BaseException):
             setattr(run, what, value)
             run.error = None
@@ -196,7 +196,7 @@ def _read(
             raise value
 
 
-def _each(
+def each_result(
     function: Callable[[_Item], _Result], items: Sequence[_Item], deadline: float | None
 ) -> Iterator[tuple[_Item, _Result | BaseException]]:
     """Yields each item with the result or exception of `function`, as they complete, until the deadline.

@@ -3,6 +3,9 @@
     jobs/<id>/      manifest.json  status.json  lease.json  logs/000001.log  metrics/000001.jsonl
                     inputs/  checkpoints/  model/  tensorboard/
     services/<name>/manifest.json  status.json  lease.json  logs/000001.log  access_token  access_tokens.json
+                    renewal.json
+                    adapters.json  adapters/<digest>/
+                    update.json  versions/<number>.json
 
 `manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`
@@ -15,7 +18,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 from msgspec.structs import replace
@@ -49,6 +52,12 @@ TOKEN_KEY = "access_token"
 """The owner's bearer token of a service. A separate key, so that no manifest, status or log contains it."""
 NAMED_TOKENS_KEY = "access_tokens.json"
 """The service's named tokens (see `palate_recipes.specs.access`)."""
+RENEWAL_KEY = "renewal.json"
+"""The service's renewed time to live; missing if it was never renewed."""
+ADAPTERS_KEY = "adapters.json"
+"""The service's adapters (see `palate_recipes.specs.adapters`)."""
+ADAPTER_COPIES = "adapters"
+"""Folder with copies of those adapters that only the client's machine had, one folder per digest."""
 
 LOST = "the runner died without writing a status: it was killed, or the machine went down"
 
@@ -219,6 +228,14 @@ class Record:
         """Changes fields of the status other than the state. Returns None if the run is deleted or at another attempt."""
         return self._rewrite(lambda current: replace(current, **changes), ACTIVE | TERMINAL, attempt)
 
+    def add_details(self, attempt: int, details: Mapping[str, Any]) -> bool:
+        """Adds details to the status of a running attempt, or replaces those of the same name. Returns False if it is not running."""
+
+        def change(current: Status) -> Status:
+            return replace(current, details={**current.details, **details})
+
+        return self._rewrite(change, {"Running"}, attempt) is not None
+
     def begin_again(
         self,
         *,
@@ -285,6 +302,44 @@ class Record:
                 continue
             return target
         raise RuntimeError(f"{self.uri}/status.json changed {_CAS_ATTEMPTS} times during attempts to write it")
+
+    # ── lists that several clients change ───────────────────────────────────────────────────────────────────────────
+
+    def listed(self, name: str, *, limit_bytes: int) -> bytes:
+        """Returns a small object of the run, b"" if there is none, and one byte more than the limit if it is larger."""
+        try:
+            return self.store.get_range(self.key(name), 0, limit_bytes + 1)
+        except FileNotFoundError:
+            return b""
+
+    def change_listed(
+        self, name: str, change: Callable[[bytes], bytes], *, limit_bytes: int, private: bool = False
+    ) -> None:
+        """Replaces a small object by the changed one, on the condition that nobody wrote in between.
+
+        Args:
+            name: Name of the object.
+            change: Gets what `listed` returns. It runs again on every try.
+            limit_bytes: As in `listed`.
+            private: As in `Store.put`.
+        """
+        key, written = self.key(name), b""
+        for _ in range(_CAS_ATTEMPTS):
+            info = self.store.stat(key)  # before the read: a later write must not match
+            data = self.listed(name, limit_bytes=limit_bytes)
+            # A put whose answer got lost is retried by the client, fails on its own ETag, and looks like a lost race.
+            if written and data == written:
+                return
+            written = change(data)
+            try:
+                if info is None:
+                    self.store.put(key, written, if_none_match=True, private=private)
+                else:
+                    self.store.put(key, written, if_match=info.etag, private=private)
+            except (PreconditionFailedError, FileNotFoundError):
+                continue
+            return
+        raise RuntimeError(f"{self.uri}/{name} changed {_CAS_ATTEMPTS} times during attempts to write it")
 
     # ── logs and metrics ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
@@ -133,27 +133,50 @@ class Column:
     wraps: bool = False
 
 
-class LiveFacts:
-    """Names and values on stdout that are redrawn in place; a context manager, so that the terminal is always restored."""
+class LiveView:
+    """A block on stdout that is redrawn in place; a context manager, so that the terminal is always restored."""
 
     def __init__(self) -> None:
-        self._live = Live(console=Console(), auto_refresh=False, transient=False)
+        self._console = Console()
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
 
-    def __enter__(self) -> LiveFacts:
+    def __enter__(self) -> LiveView:
         self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
-    def show(self, facts: Sequence[tuple[str, object]]) -> None:
+    def show_facts(self, facts: Sequence[tuple[str, object]]) -> None:
+        """Draws names and values."""
         grid = Table.grid(padding=(0, _GAP, 0, 0))
         for name, value in facts:
             grid.add_row(Text(visible(name), style="bold"), Text(visible(str(value))))
         self._live.update(grid, refresh=True)
 
+    def show_table(
+        self, columns: Sequence[str | Column], rows: Sequence[Sequence[object]], *, below: str = "", wide: bool = False
+    ) -> None:
+        """Draws rows as `print_table` does, with text below.
+
+        What is wider than the terminal is cut: a line that the terminal breaks could not be drawn again in its place.
+        """
+        every = _columns(columns)
+        cells = [[_one_line(cell) for cell in row] for row in rows]
+        shown = [*range(len(every))] if wide else _fitting(every, cells, self._console.width)
+        widths = dict(zip(shown, _widths(every, cells, shown, whole=True), strict=True))
+        cut: dict[int, int] = {}
+        if (excess := sum(widths.values()) - _GAP - self._console.width) > 0:
+            # The longest, such as a name, since a state that is cut could be another one.
+            longest = max(shown, key=lambda at: widths[at])
+            cut[longest] = max(_LEAST_CUT_WIDTH, widths[longest] - _GAP - excess)
+        table = _table(every, cells, shown, wraps=False, overflow="ellipsis", cut=cut)
+        text = Text(visible(below), no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(table, text) if below else table, refresh=True)
+
 
 _GAP = 2
+_LEAST_CUT_WIDTH = 8  # of a name in a table that is redrawn
 _LEAST_TEXT_WIDTH = 24
 """Width in characters below which a column of text is left out instead of wrapped."""
 
@@ -169,22 +192,51 @@ def print_table(
         wide: Show all columns, one line per row, however long.
         title: Shown above a table.
     """
-    every = [Column(column) if isinstance(column, str) else column for column in columns]
+    every = _columns(columns)
     if not sys.stdout.isatty():
         for row in ([column.title for column in every], *rows):
             print("\t".join(_one_line(cell) for cell in row))
         return
     cells = [[_one_line(cell) if wide else visible(str(cell)) for cell in row] for row in rows]
-    widths = [_width(every[at], [row[at] for row in cells], whole=wide) + _GAP for at in range(len(every))]
-    shown = list(range(len(every)))
-    console = Console()
-    while not wide and sum(widths[at] for at in shown) - _GAP > console.width:
+    width = Console().width
+    shown = [*range(len(every))] if wide else _fitting(every, cells, width)
+    # If the rest is still too wide, the terminal breaks the lines: an id that rich has cut or broken could not be copied.
+    console = Console(width=max(width, sum(_widths(every, cells, shown, whole=wide))))
+    console.print(_table(every, cells, shown, wraps=not wide, overflow="fold", title=title), crop=False)
+    if hidden := [every[at].title for at in range(len(every)) if at not in shown]:
+        print(f"not shown at this width: {', '.join(hidden)}; --wide shows all", file=sys.stderr)
+
+
+def _columns(columns: Sequence[str | Column]) -> list[Column]:
+    return [Column(column) if isinstance(column, str) else column for column in columns]
+
+
+def _fitting(every: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Returns the positions of the columns that are shown at a width: all that fit, and those that are never left out."""
+    shown = [*range(len(every))]
+    while sum(_widths(every, cells, shown, whole=False)) - _GAP > width:
         last = max(shown, key=lambda at: every[at].drop)
         if not every[last].drop:
             break
         shown.remove(last)
-    # If the rest is still too wide, the terminal breaks the lines: an id that rich has cut or broken could not be copied.
-    console = Console(width=max(console.width, sum(widths[at] for at in shown)))
+    return shown
+
+
+def _widths(every: Sequence[Column], cells: Sequence[Sequence[str]], shown: Sequence[int], *, whole: bool) -> list[int]:
+    return [_width(every[at], [row[at] for row in cells], whole=whole) + _GAP for at in shown]
+
+
+def _table(
+    every: Sequence[Column],
+    cells: Sequence[Sequence[str]],
+    shown: Sequence[int],
+    *,
+    wraps: bool,
+    overflow: Literal["fold", "ellipsis"],
+    title: str = "",
+    cut: Mapping[int, int] | None = None,
+) -> Table:
+    """Returns the table of the columns `shown`. `wraps`: columns of text may take several lines. `cut`: maximum widths."""
     table = Table(
         title=Text(visible(title)) if title else None,
         header_style="bold",
@@ -194,12 +246,15 @@ def print_table(
         pad_edge=False,
     )
     for at in shown:
-        table.add_column(Text(visible(every[at].title)), no_wrap=wide or not every[at].wraps, overflow="fold")
+        table.add_column(
+            Text(visible(every[at].title)),
+            no_wrap=not (wraps and every[at].wraps),
+            overflow=overflow,
+            max_width=(cut or {}).get(at),
+        )
     for row in cells:
         table.add_row(*(Text(row[at]) for at in shown))
-    console.print(table, crop=False)
-    if hidden := [every[at].title for at in range(len(every)) if at not in shown]:
-        print(f"not shown at this width: {', '.join(hidden)}; --wide shows all", file=sys.stderr)
+    return table
 
 
 def _one_line(cell: object) -> str:

@@ -265,7 +265,7 @@ def _still_falling(run: _Run) -> str:
 
 def _figures(run: _Run) -> str:
     where, points = ("validation", run.validation) if run.validation else ("training", run.curves.last())
-    words = f"the training loss went from {run.first:.3f} to {run.end:.3f}"
+    words = f"the training loss went from {run.first:.3f} ({run.curves.first_loss_source}) to {run.end:.3f} (mean of the last quarter)"
     words += "".join(f", the validation loss to {point.loss:.3f}" for point in run.validation)
     accuracy, margin, tokens = (mean(points, name) for name in ("accuracy", "margin", "token_accuracy"))
     if run.curves.is_dpo and accuracy is not None and margin is not None:

@@ -203,6 +203,13 @@ class Curves:
         early = [point for point in self.train if point.step <= max(1, self.steps / 10)]
         return mean(early or self.train[:1], "loss")
 
+    @property
+    def first_loss_source(self) -> str:
+        """What `first_loss` is, for a text that names it."""
+        if self.is_dpo and self.start.loss_type in _UNDECIDED:
+            return "ln 2, untrained"
+        return "first log line" if self.has_reference else "mean of the first tenth"
+
     def last(self, share: float = 0.25) -> list[Point]:
         """The training points of the last `share` of the steps, at least one."""
         return [point for point in self.train if point.step > self.steps * (1 - share)]

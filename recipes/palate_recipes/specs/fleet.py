@@ -12,12 +12,12 @@ from typing import Annotated, Literal, TypeVar
 from msgspec import Meta, Struct
 
 from palate_recipes.specs.codec import Int, Sha256, decode, encode
+from palate_recipes.specs.run import INSTANCES_LIMIT as INSTANCES_LIMIT
 from palate_recipes.specs.serve import Parity, ServeSpec
 
 FLEET_FILE = "fleet.json"
 FLEET_STATE_FILE = "fleet-state.json"
 
-INSTANCES_LIMIT = 64
 ADAPTERS_LIMIT = 256
 
 VersionName = Annotated[str, Meta(pattern=r"^v[1-9][0-9]{0,5}$")]
@@ -99,6 +99,7 @@ class VersionState(Struct, frozen=True, kw_only=True, omit_defaults=True):
         seconds: Time from its start to its first answers.
         restarts: How many times one of its engines ended unexpectedly and was started again.
         last_crash: The cause of the last one.
+        max_lora_rank: The highest rank of an adapter that its engines have room for; None if they load no adapters.
     """
 
     name: VersionName
@@ -110,6 +111,7 @@ class VersionState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     seconds: float = 0.0
     restarts: int = 0
     last_crash: str = ""
+    max_lora_rank: int | None = None
 
 
 class AdapterState(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,4 +1,4 @@
-"""The records of a run: manifest, status, lease and log index. Reading one validates it. Knows no store."""
+"""The records of a run: manifest, status, lease, renewal and log index. Reading one validates it. Knows no store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ ACTIVE: frozenset[State] = frozenset({"Creating", "Running", "Stopping"})
 MANIFEST_SCHEMA = 1
 STATUS_SCHEMA = 1
 LEASE_SCHEMA = 1
+RENEWAL_SCHEMA = 1
 """Incremented when the meaning of a field changes. A new field keeps the version: readers ignore unknown fields."""
+
+VERSIONS_LIMIT = 999_999
+"""Largest number of a service's version."""
+INSTANCES_LIMIT = 64
+"""Maximum number of engines of one version of a service."""
 
 
 class Deployment(Struct, frozen=True, kw_only=True):
@@ -44,10 +50,14 @@ class Deployment(Struct, frozen=True, kw_only=True):
         checkpoint: Name of the checkpoint that `tuned_uri` is; unset for the model of a finished job.
         adapter: Whether `tuned_uri` is an adapter for the base.
         system_prompt: The system prompt used in training; `palate chat` starts with it.
-        options: Fields of `palate_recipes.specs.serve.ServeSpec` as the user gave them.
+        options: Options of `deploy()` as the user gave them: fields of `palate_recipes.specs.serve.ServeSpec`, options of vLLM by
+            type (`palate_recipes.engine_options`), and `merge`.
         time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
         idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
         placement: The placement, as the backend returned it.
+        version: Number of the service's version that this is; each update has a number of its own. Earlier versions of Palate did not
+            write it.
+        instances: Engines that answer requests. Earlier versions of Palate did not write it.
         more: Fields that a newer version wrote.
     """
 
@@ -61,6 +71,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
     time_to_live_s: float | None = None
     idle_time_to_live_s: float | None = None
     placement: dict[str, Any] = {}
+    version: Annotated[int, Meta(ge=1, le=VERSIONS_LIMIT)] = 1
+    instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)] = 1
     more: dict[str, Any] = {}
 
 
@@ -109,16 +121,30 @@ class ServeManifest(_Manifest[Deployment], frozen=True, kw_only=True, tag="serve
     __doc__ = _Manifest.__doc__
 
     def encode(self) -> bytes:
-        values = msgspec.to_builtins(self)
-        return encode({**values, "body": spread(values["body"])})
+        return encode_deployed(self)
 
     @classmethod
     def decode(cls, data: bytes) -> ServeManifest:
         """Raises ValueError if a required field is missing or a field has the wrong type."""
-        values = parse_object(data)
-        if "body" in values:
-            values["body"] = gather(values["body"], Deployment)
-        return typed(values, cls)
+        return typed(parse_deployed(data), cls)
+
+
+def encode_deployed(record: Struct) -> bytes:
+    """Returns a record whose `body` is a Deployment as JSON. A service that was never updated or scaled is written as ever."""
+    values = msgspec.to_builtins(record)
+    body = spread(values["body"])
+    for name in ("version", "instances"):
+        if body[name] == 1:
+            del body[name]
+    return encode({**values, "body": body})
+
+
+def parse_deployed(data: bytes) -> dict[str, Any]:
+    """Returns the values of a record whose `body` is a Deployment. Raises ValueError if it is not an object."""
+    values = parse_object(data)
+    if "body" in values:
+        values["body"] = gather(values["body"], Deployment)
+    return values
 
 
 Manifest = TrainManifest | ServeManifest
@@ -233,6 +259,23 @@ class Lease(Struct, frozen=True, kw_only=True):
         A runner that looks dead here may run on another machine: a clone of a running machine has the mark of the original.
         """
         return min(2 * self.every_s, self.lost_after_s)
+
+
+LONGEST_LIFE_S = 10 * 365 * 24 * 3600.0
+"""Maximum of a renewed time to live. Without a limit a hostile store could name an end that no calendar has."""
+
+
+class Renewal(Struct, frozen=True, kw_only=True):
+    """A service's time to live in place of the one in its manifest: the content of `renewal.json`.
+
+    Attributes:
+        id: Random name. A running service that sees a new one counts from that moment; a start counts from its first answer.
+        time_to_live_s: Seconds until the service stops; None means no limit.
+    """
+
+    id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    time_to_live_s: Annotated[float, Meta(gt=0, le=LONGEST_LIFE_S)] | None
+    schema: Int = RENEWAL_SCHEMA
 
 
 class MergedLog(Struct, frozen=True, kw_only=True):

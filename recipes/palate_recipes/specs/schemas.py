@@ -13,13 +13,17 @@ from typing import Any
 import msgspec
 
 from palate_recipes.specs.access import ACCESS_SCHEMA, Access
+from palate_recipes.specs.adapters import ADAPTERS_SCHEMA, Adapters
+from palate_recipes.specs.rollout import UPDATE_SCHEMA, VERSION_SCHEMA, Update, Version
 from palate_recipes.specs.run import (
     LEASE_SCHEMA,
     MANIFEST_SCHEMA,
+    RENEWAL_SCHEMA,
     STATUS_SCHEMA,
     TERMINAL,
     Lease,
     Manifest,
+    Renewal,
     Status,
 )
 
@@ -38,7 +42,11 @@ def schemas() -> dict[str, dict[str, Any]]:
         f"manifest-{MANIFEST_SCHEMA}.json": _schema(Manifest, "manifest.json", MANIFEST_SCHEMA),
         f"status-{STATUS_SCHEMA}.json": status,
         f"lease-{LEASE_SCHEMA}.json": _schema(Lease, "lease.json", LEASE_SCHEMA),
+        f"renewal-{RENEWAL_SCHEMA}.json": _schema(Renewal, "renewal.json", RENEWAL_SCHEMA),
         f"access_tokens-{ACCESS_SCHEMA}.json": _schema(Access, "access_tokens.json", ACCESS_SCHEMA),
+        f"adapters-{ADAPTERS_SCHEMA}.json": _schema(Adapters, "adapters.json", ADAPTERS_SCHEMA),
+        f"update-{UPDATE_SCHEMA}.json": _schema(Update, "update.json", UPDATE_SCHEMA),
+        f"version-{VERSION_SCHEMA}.json": _schema(Version, "versions/<number>.json", VERSION_SCHEMA),
     }
 
 

@@ -93,6 +93,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         model_name: The base model's name in the catalog, which knows its parsers; any other text is ignored.
         verify: What to do if the service does not answer as the trained model (see `palate_server.parity`): `error` stops it,
             `warn` serves it, `off` does not compare.
+        chat_template: Text of a Jinja template to use instead of the model's own; "" uses the model's.
     """
 
     service_name: str
@@ -112,6 +113,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     restarts: int = 3
     model_name: str = ""
     verify: VerifyMode = "error"
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of bounds. The message has field, value and remedy."""
@@ -258,7 +260,7 @@ _SETTINGS = _words("""
     expert-placement-strategy fingerprint-mode fingerprint-value gpu-memory-utilization kv-cache-dtype
     kv-cache-memory-bytes kv-cache-metrics-sample kv-offloading-size limit-mm-per-prompt linear-backend log-level
     logprobs-mode long-prefill-token-threshold lora-dtype max-cpu-loras max-cudagraph-capture-size max-log-len
-    max-logprobs max-loras max-num-active-seqs max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens
+    max-logprobs max-lora-rank max-loras max-num-active-seqs max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens
     max-num-scheduled-tokens max-num-seqs max-parallel-loading-workers moe-backend num-gpu-blocks-override
     optimization-level override-generation-config performance-mode pipeline-parallel-size prefix-caching-hash-algo
     quantization reasoning-parser response-role safetensors-load-strategy scheduling-policy seed shutdown-timeout
@@ -290,6 +292,7 @@ _INSTEAD = {
     "port": "use the option port",
     "dtype": "use the option dtype",
     "max-model-len": "use the option max_model_len",
+    "chat-template": "use the option chat_template",
     "api-key": "each service has its own token",
 }
 """Options that Palate sets itself, and what to use instead."""

@@ -1,0 +1,176 @@
+"""Commands for the versions of a service: update, versions, traffic, promote, rollback, scale. Know arguments and output, no record."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from palate.cli.format import Wide, age, pairs, say_next
+from palate_recipes.errors import ConfigurationError
+from palate_recipes.text import visible
+
+_Service = Annotated[str, typer.Argument(help="Service name.")]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the service has followed.")]
+_StopStart = Annotated[
+    bool,
+    typer.Option(
+        "--stop-start",
+        help="Stop the current version first, on a machine that cannot hold two. Nothing answers meanwhile.",
+    ),
+]
+
+
+def update(
+    name: _Service,
+    job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP",
+            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
+        ),
+    ] = None,
+    traffic: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Let the new version answer this share of the requests, such as 0.1, beside the old one.",
+        ),
+    ] = None,
+    stop_start: _StopStart = False,
+    wait: _Wait = True,
+    show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
+) -> None:
+    """Switch a service to another job's model or checkpoint, while it answers.
+
+    If the new model does not start or is not what was trained, the service keeps the old one. Ctrl-C withdraws the update.
+    Starts a stopped service.
+    """
+    from palate.job import TrainingJob
+    from palate.predictor import Predictor
+
+    predictor = Predictor(name).update_service(
+        TrainingJob.get(job_id),
+        checkpoint=checkpoint,
+        wait=wait,
+        traffic=traffic,
+        zero_downtime=not stop_start,
+        show_logs=show_logs,
+    )
+    if not wait:
+        say_next("versions", name)
+        return
+    print(f"{name}\t{predictor.endpoint}")
+    say_next(*(("promote", name) if traffic is not None else ("chat", name)))
+
+
+def versions(
+    name: _Service,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    wide: Wide = False,
+) -> None:
+    """List a service's versions with their shares, oldest first."""
+    from dataclasses import asdict
+
+    from palate.predictor import Predictor
+
+    found = Predictor(name).versions()
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+        return
+    from palate.ui.terminal import Column, print_table
+
+    rows = [
+        (
+            one.name,
+            one.state,
+            f"{one.share:.0%}",
+            one.instances,
+            " ".join(filter(None, (one.job, one.checkpoint))) or one.model,
+            age(one.created_at),
+            one.reason.splitlines()[0] if one.reason else "",
+        )
+        for one in found
+    ]
+    columns = (
+        "version",
+        "state",
+        "share",
+        Column("instances", 2),
+        "job",
+        Column("age", 1),
+        Column("reason", 3, wraps=True),
+    )
+    print_table(columns, rows, wide=wide)
+    opened = any(one.state in ("starting", "ready") for one in found)
+    say_next(*(("promote", name) if opened else ("chat", name)))
+
+
+def traffic(
+    name: _Service,
+    shares: Annotated[list[str], typer.Argument(metavar="VERSION=SHARE", help="Share of a version, such as v2=0.1.")],
+) -> None:
+    """Set which share of the requests each of two versions answers.
+
+    With one share, the other version gets the rest.
+    """
+    from palate.predictor import Predictor
+
+    parsed = {}
+    for version, text in pairs(shares, "SHARES").items():
+        try:
+            parsed[version] = float(text)
+        except ValueError:
+            raise ConfigurationError(f"the share {text!r} of {version} is not a number: expected 0 to 1") from None
+    predictor = Predictor(name)
+    predictor.set_traffic(parsed)
+    for one in predictor.versions():
+        if one.state in ("current", "ready", "starting"):
+            print(f"{one.name}\t{one.share:.0%}")
+    say_next("promote", name)
+
+
+def promote(name: _Service, wait: _Wait = True) -> None:
+    """Make the second version of a service the current one.
+
+    `palate update --traffic` starts a second version.
+    """
+    from palate.predictor import Predictor
+
+    Predictor(name).promote(wait=wait)
+    say_next("versions", name)
+
+
+def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True) -> None:
+    """Withdraw an update, or return to the version before.
+
+    `palate versions` lists the versions.
+    """
+    from palate.predictor import Predictor
+
+    Predictor(name).rollback(wait=wait, zero_downtime=not stop_start)
+    say_next("versions", name)
+
+
+def scale(
+    name: _Service,
+    instances: Annotated[int, typer.Argument(help="Number of engines, from 1.")],
+    wait: _Wait = True,
+) -> None:
+    """Set how many engines answer a service's requests.
+
+    Each has its own copy of the model in memory.
+    """
+    from palate.predictor import Predictor
+
+    Predictor(name).scale(instances, wait=wait)
+    print(visible(f"{name}\t{instances}"))
+    say_next("versions", name)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to the command line."""
+    for verb in (update, versions, traffic, promote, rollback, scale):
+        app.command()(verb)
