@@ -33,13 +33,7 @@ from palate_recipes.specs.serve import (
 )
 from palate_server import plan
 from palate_server.causes import root_cause
-from palate_server.plan import (
-    beyond_engine,
-    engine_command,
-    engine_environment,
-    gpus_for,
-    same_rendering,
-)
+from palate_server.plan import beyond_engine, engine_command, engine_environment, gpus_for, same_rendering
 from palate_server.server import main
 
 from .conftest import TOKEN, installed
