@@ -270,7 +270,7 @@ def test_a_chat_template_of_the_users_replaces_all_of_the_tokenizers_own(tmp_pat
     assert (tiny_model / "chat_template.jinja").read_text() == "old"
     assert not (planned.tokenizer_dir / "model.safetensors").exists()
     if planned.engine.name == "vllm":
-        command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", port=4321, ipc_dir="ipc")
+        command = engine_command(wanted, planned, spec_file=tmp_path / "spec.json", socket="s", adapters={})
         assert command[command.index("--tokenizer") + 1] == str(planned.tokenizer_dir)
     with pytest.raises(BadSpec, match="chat_template is not a Jinja template"):
         plan.check(spec(tmp_path, model_dir=str(tiny_model), chat_template="{% if %}"))
