@@ -46,7 +46,7 @@ THINK_S = 0.5
 start would need minutes."""
 BETWEEN = 100
 """Requests that are answered between two changes."""
-CHANGE_LIMIT_S = 240.0
+CHANGE_LIMIT_S = 400.0
 GROWTH_LIMIT_BYTES = 30 * 1024 * 1024
 PROMPTS = ("Why is the sky blue?", "Tell me of whales.", "One two three", "Write a poem about rivers and roads.")
 ADAPTERS = tuple(f"a{number}" for number in range(10))
