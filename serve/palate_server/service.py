@@ -351,7 +351,7 @@ class Service:
                 adapters=adapters,
                 put=lambda kind, engine, detail: self._events.put((kind, engine, detail)),
                 gpus=() if may_have_all or pool.plan.on_cpu else gpus_for(pool.spec, used=used),
-                # During an update two pools run, but then this one has the cores for itself.
+                # The engines of a pool divide the cores; those of the version that an update replaces end soon.
                 sharing=pool.wanted if len(self._pools) > 1 or pool.wanted > 1 else 0,
             )
         except OSError as error:  # no more processes, files or disk

@@ -34,7 +34,6 @@ from palate_recipes.specs.serve import (
 from palate_server import plan
 from palate_server.causes import root_cause
 from palate_server.plan import (
-    EnginePlan,
     beyond_engine,
     engine_command,
     engine_environment,
@@ -613,27 +612,13 @@ def test_an_adapter_of_another_shape_is_for_another_base(
     assert plan._other_base(tmp_path, str(base)) == ""  # packed weights have other shapes
 
 
-@needs_vllm
-def test_engines_that_share_the_cores_are_not_bound_to_the_same_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_that_share_the_cores_are_not_bound_to_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    made = EnginePlan(
-        engine=replace(next(engine for engine in describe_engines() if engine.name == "vllm"), distribution="vllm-cpu"),
-        why="",
-        on_cpu=True,
-        dtype="float32",
-        computes_in="float32",
-        prompt_scores=True,
-        lora_rank=None,
-        tokenizer_dir=tmp_path,
-        kv_cache_gib=1,
-        is_eager=True,
-    )
+    made = replace(running_plan(None), on_cpu=True)
 
     def threads(sharing: int) -> tuple[str | None, str | None]:
-        environment = engine_environment(made, ipc_dir=str(tmp_path), sharing=sharing)
+        environment = engine_environment(made, ipc_dir="ipc", sharing=sharing)
         return environment.get("VLLM_CPU_OMP_THREADS_BIND"), environment.get("OMP_NUM_THREADS")
 
     cores = len(os.sched_getaffinity(0))

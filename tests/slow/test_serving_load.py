@@ -46,7 +46,7 @@ THINK_S = 0.5
 start would need minutes."""
 BETWEEN = 100
 """Requests that are answered between two changes."""
-CHANGE_LIMIT_S = 240.0
+CHANGE_LIMIT_S = 400.0
 GROWTH_LIMIT_BYTES = 30 * 1024 * 1024
 PROMPTS = ("Why is the sky blue?", "Tell me of whales.", "One two three", "Write a poem about rivers and roads.")
 ADAPTERS = tuple(f"a{number}" for number in range(10))
@@ -77,7 +77,7 @@ class Users:
         rendered: The prompts by their texts, as the chat template makes them.
         said: What each model may answer, by its name and prompt.
         done: Ended requests by kind.
-        wrong: What should not have happened.
+        wrong: What should not have happened, and how often.
         retries: Requests that OpenAI's client sent again by itself.
         broken: Streams that an ended engine broke off, which their user asked for again.
         times_s: Durations of the valid requests with their retries.
@@ -87,7 +87,7 @@ class Users:
     rendered: dict[str, str]
     said: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    wrong: Counter[str] = field(default_factory=Counter)
     retries: int = 0
     broken: int = 0
     times_s: list[float] = field(default_factory=list)
@@ -161,7 +161,7 @@ class Users:
                 else:
                     await self._valid(kind)
             except Exception as error:
-                self.wrong.append(f"{kind}: {type(error).__name__}: {error}")
+                self.wrong[f"{kind}: {type(error).__name__}: {error}"] += 1
             self.done[kind] += 1
 
     async def _valid(self, kind: str) -> None:
@@ -172,7 +172,7 @@ class Users:
         answer = await self._say(kind, model, key[1])
         self.times_s.append(time.monotonic() - began)
         if answer not in may_say | self.said[key]:
-            self.wrong.append(f"{kind}: {model} answered {key[1]!r} with {answer!r}, not one of {self.said[key]}")
+            self.wrong[f"{kind}: {model} answered {key[1]!r} with {answer!r}, not one of {self.said[key]}"] += 1
 
     async def _say(self, kind: str, model: str, prompt: str) -> str:
         messages: Any = [{"role": "user", "content": prompt}]
@@ -221,7 +221,7 @@ class Users:
         assert {"type", "param", "code"} <= error.keys(), answer.text
 
     async def _unauthorised(self) -> None:
-        given = self._chance.choice([None, "Bearer ", "Bearer wrong", f"Bearer {TOKEN}x", "Basic YTpi"])
+        given = self._chance.choice([None, "Bearer", "Bearer wrong", f"Bearer {TOKEN}x", "Basic YTpi"])
         body = {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
         answer = await self._post(json.dumps(body).encode(), {} if given is None else {"Authorization": given})
         assert answer.status_code == 401, f"{answer.status_code} for {given}: {answer.text[:300]}"
@@ -293,7 +293,7 @@ def test_no_valid_request_fails_while_everything_changes(base_model: Path, tmp_p
         began = time.monotonic()
         asyncio.run(through_changes(users, desired, folders, at_rest))
         print(f"{users.report()}; {time.monotonic() - began:.1f} s")
-        assert not users.wrong, "\n".join([f"{len(users.wrong)} went wrong:", *users.wrong[:20]])
+        assert not users.wrong, users.wrong.most_common(20)
         assert users.done.total() >= REQUESTS
         assert all(users.done[kind] > REQUESTS / 50 for kind in KINDS)
 
@@ -360,6 +360,9 @@ async def through_changes(
         await users.change(
             "scale-down", lambda: desired.scale(1), lambda: sum(map(is_engine, users.server.family())) == 1
         )
+
+        # New engines, because more than the adapter changes. After the scale-down: each that starts needs a minute of a core.
+        await update("update of the settings", "second", "third", max_model_len=768)
         await users.answered(BETWEEN)
 
 
