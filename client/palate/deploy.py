@@ -43,6 +43,8 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "hang_after_s": (int, float),
     "time_to_live_s": (int, float),
     "idle_time_to_live_s": (int, float, type(None)),
+    "sleep_after_s": (int, float, type(None)),
+    "restarts": (int,),
     "verify": (bool, str),
 }
 _LIVES = ("time_to_live_s", "idle_time_to_live_s")

@@ -26,6 +26,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "training_strategy": ("strategy",),
     "time_to_live_s": ("time_to_live",),
     "idle_time_to_live_s": ("idle_time_to_live",),
+    "sleep_after_s": ("sleep_after",),
     "input_columns": ("input_column",),
     "label_columns": ("label_column",),
     "hyperparameters": ("set_",),

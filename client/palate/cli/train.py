@@ -209,6 +209,13 @@ def deploy(
         float | None,
         typer.Option(help="Stop the service after this many seconds without a request. Default: never."),
     ] = None,
+    sleep_after: Annotated[
+        float | None,
+        typer.Option(help="End the engines after this many seconds without a request, until the next one. Default: never."),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(help="How often within ten minutes an engine that ended by itself is started again.")
+    ] = 3,
     dtype: Annotated[
         str, typer.Option(help="Compute type: auto (that of the weights), bfloat16, float16 or float32.")
     ] = "auto",
@@ -277,6 +284,10 @@ def deploy(
         options["merge"] = True
     if time_to_live is not None:
         options["time_to_live_s"] = time_to_live
+    if sleep_after is not None:
+        options["sleep_after_s"] = sleep_after
+    if restarts != 3:
+        options["restarts"] = restarts
     if engine_arg:
         options["engine_args"] = engine_args_of(engine_arg)
     if name is not None:
