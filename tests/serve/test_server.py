@@ -284,7 +284,8 @@ def whole(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             (folder / "model" / file.name).symlink_to(file)
     template = (Path(base_model) / "chat_template.jinja").read_text()
     (folder / "model" / "chat_template.jinja").write_text(TOOLS_TEMPLATE + template)
-    with running(folder / "work", model_dir=str(folder / "model"), engine="auto", max_model_len=512) as started:
+    fields = {"model_dir": str(folder / "model"), "engine": "auto", "max_model_len": 512, "restarts": 0}
+    with running(folder / "work", **fields) as started:
         yield started
 
 
@@ -374,7 +375,7 @@ def test_a_start_that_takes_too_long_leaves_nothing(base_model: str, tmp_path: P
 
 def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: Path) -> None:
     require("transformers")
-    with running(tmp_path, model_dir=base_model, engine="transformers") as server:
+    with running(tmp_path, model_dir=base_model, engine="transformers", restarts=0) as server:
         family = server.family()
         engine = next(p for p in family if "palate_server.transformers" in p.cmdline()[2:4])
         os.kill(engine.pid, signal.SIGKILL)
@@ -385,7 +386,7 @@ def test_an_engine_that_dies_later_ends_the_program(base_model: str, tmp_path: P
 
 def test_an_engine_that_is_frozen_is_noticed_and_ended(tiny_llama: str, tmp_path: Path) -> None:
     require("transformers")
-    with running(tmp_path, model_dir=tiny_llama, engine="transformers", hang_after_s=3) as server:
+    with running(tmp_path, model_dir=tiny_llama, engine="transformers", hang_after_s=3, restarts=0) as server:
         family = server.family()
         engine = next(p for p in family if "palate_server.transformers" in p.cmdline()[2:4])
         engine.suspend()
