@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,10 @@ class Running:
         """Returns the API server process of each engine by its socket."""
         found = {}
         for process in self.server.family():
-            line = process.cmdline()
-            if "vllm.entrypoints.openai.api_server" in line and "palate_server.supervisor" not in line:
-                found[line[line.index("--uds") + 1]] = process
+            with suppress(psutil.NoSuchProcess):  # one that was killed
+                line = process.cmdline()
+                if "vllm.entrypoints.openai.api_server" in line and "palate_server.supervisor" not in line:
+                    found[line[line.index("--uds") + 1]] = process
         return found
 
 
@@ -246,15 +248,15 @@ def test_a_killed_engine_comes_back_with_its_adapters(service: Running) -> None:
         assert list(pool.map(service.ids, ["lasting"] * 16)) == [service.expected(folder)] * 16
 
     def all_are_back() -> bool:
-        found = service.engines()
+        found, state = service.engines(), service.desired.serves(version)
         return (
-            service.desired.serves(version).instances == 2
+            state.restarts == restarts + 1
+            and state.instances == len(found) == 2
             and killed not in found
             and all(any(name.startswith("lasting-") for name in models_of(socket)) for socket in found)
         )
 
     until(all_are_back, lambda: f"{service.desired.state()}")
-    assert service.desired.serves(version).restarts == restarts + 1
     assert "ended" in service.desired.serves(version).last_crash
     before = {socket: answered_by(socket) for socket in service.engines()}
     with ThreadPoolExecutor(8) as pool:
