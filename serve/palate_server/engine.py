@@ -228,6 +228,8 @@ class Engine:
         return True
 
     def _context(self) -> int | None:
+        if self.plan.engine.name == "transformers":  # its list is that of a cache folder
+            return self.spec.max_model_len
         try:
             cards = json.loads(self.ask("/v1/models", timeout_s=10))["data"]
             return next((int(card["max_model_len"]) for card in cards if card.get("max_model_len")), None)

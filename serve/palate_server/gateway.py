@@ -61,6 +61,10 @@ class Activity:
         self._answering -= 1
         self._asked_at = time.monotonic()
 
+    def restart(self) -> None:
+        """Counts the time without a request from now."""
+        self._asked_at = time.monotonic()
+
     @property
     def open(self) -> int:
         """Open requests."""

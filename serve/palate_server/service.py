@@ -713,6 +713,7 @@ class Service:
         logger.info("%s is ready", tuned.name)
         if isinstance(tuned, _Version) and not self._is_ready:
             self._is_ready = True
+            self._activity.restart()  # a long start is no time without requests
             self._publish()
             self._on_ready(tuned.pool.title, tuned.parity)
 
