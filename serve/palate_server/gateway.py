@@ -15,7 +15,6 @@ from http import HTTPStatus
 from typing import Any
 
 from palate_recipes.specs.serve import (
-    ACTIVITY_PATH,
     BODY_LIMIT_BYTES,
     CHALLENGE_HEADER,
     HEALTH_PATH,
@@ -76,8 +75,9 @@ class Activity:
         return 0.0 if self._answering else time.monotonic() - self._asked_at
 
 
-_ENGINES_OWN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", ACTIVITY_PATH)
-"""Paths of engines that only the server program uses, on their sockets: they would load any folder's adapter."""
+_ENGINES_OWN = re.compile(r"/+(v1/+(un)?load_lora_adapter|adapters(/.*)?|palate/+activity)/*")
+"""Paths of engines that only the server program uses, on their sockets: they would load any folder's adapter. `/adapters` is
+vLLM's second name for them, after SageMaker's."""
 
 _WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/embeddings")
 """Where OpenAI's clients ask if their base_url lacks /v1."""
@@ -134,7 +134,7 @@ class Gateway:
                 await _answer(send, 200, {})
             else:
                 await self._pass_on(scope, receive, send)
-        elif path in _ENGINES_OWN:
+        elif _ENGINES_OWN.fullmatch(path):
             await _complain(send, 404, f"No such path {path}.", headers=[_CLOSE])
         elif (holder := self._holder(headers)) is None:
             await _refuse(send)

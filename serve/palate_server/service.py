@@ -34,6 +34,7 @@ from palate_recipes.specs.fleet import (
     VersionState,
 )
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, Parity, ServeSpec
+from palate_server import cpu_lora
 from palate_server.engine import Engine, EngineError
 from palate_server.gateway import Activity, calls_need_a_parser
 from palate_server.parsers import with_parsers
@@ -100,7 +101,9 @@ class _Pool:
 
     @property
     def loads_adapters(self) -> bool:
-        return self.plan.engine.name == "vllm" and self.spec.base_model_dir is not None
+        # Without the plugin, vLLM's CPU kernels take a request for the base as one for the adapter in the last slot (see `plan`).
+        keeps_base_apart = not self.plan.on_cpu or cpu_lora.is_active()
+        return self.plan.engine.name == "vllm" and self.spec.base_model_dir is not None and keeps_base_apart
 
     def up(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.is_up]
@@ -622,7 +625,10 @@ class Service:
         if asked.name in self._spec.models or any(asked.name == version.name for version in self._desired.versions):
             return f"the service has another model named {asked.name!r}: choose another name"
         if not pool.loads_adapters:
-            return "the service has no base model that vLLM serves with adapters"
+            return (
+                "the service has no base model that vLLM serves with adapters; on a processor it needs Palate's plugin, too, which "
+                "PALATE_CPU_LORA=0 turns off"
+            )
         try:
             return beyond_engine(Path(asked.path), pool.plan, pool.spec.base_model_dir)
         except Exception as error:  # whatever is wrong with its files must not end the service

@@ -202,6 +202,7 @@ def _with_system(client: openai.OpenAI) -> str:
     return (reply.choices[0].message.content or "").strip()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hands", ["process"], indirect=True)
 def test_a_merged_adapter_is_one_model_after_a_restart_too(hands: Hands, job: TrainingJob) -> None:
     predictor = job.deploy("merged", options={**LIMITS, "merge": True, "dtype": "float32"})
@@ -339,6 +340,7 @@ def copied(job: TrainingJob, name: str) -> TrainingJob:
     return TrainingJob.attach(name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hands", ["process"], indirect=True)
 def test_no_request_fails_while_a_service_is_updated_returns_and_is_scaled(hands: Hands, job: TrainingJob) -> None:
     """Three clients ask all the time: over a hot load, a canary, a failed update, a rollback, and other engines."""

@@ -208,12 +208,18 @@ def test_the_server_programs_token_has_no_limits_and_opens_its_own_paths(tmp_pat
         assert asyncio.run(status_of(gateway, ALICE, "POST", path)) == 404
 
 
-@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", ACTIVITY_PATH])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/load_lora_adapter/", "//v1//load_lora_adapter"),
+        *("/v1/load%5Flora_adapter", "/adapters", "/adapters/", "/adapters/x", "/%61dapters/x%2Fy", ACTIVITY_PATH),
+    ],
+)
 def test_nobody_reaches_the_engines_own_paths(tmp_path: Path, path: str) -> None:
     """They would load an adapter from any folder of the machine."""
     gateway = gateway_of(echo, spec(tmp_path), token="x", probe="probe")
     for value in ("x", "probe", "nobody"):
-        for method in ("POST", "GET"):
+        for method in ("POST", "GET", "DELETE"):
             assert asyncio.run(status_of(gateway, value, method, path)) == 404
 
 

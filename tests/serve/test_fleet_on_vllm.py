@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from palate_recipes.specs.fleet import FleetVersion
-from tests.serve.conftest import Server, installed, running
+from tests.serve.conftest import TOKEN, Server, installed, running
 from tests.support.fleets import Desired, fleet_adapter, until
 from tests.support.models import greedy, random_adapter, tiny_model
 
@@ -176,6 +177,19 @@ def test_two_instances_share_the_requests(service: Running) -> None:
         answers = list(pool.map(service.ids, ["base"] * 16))
     assert answers == [service.expected(None)] * 16
     assert all(answered_by(socket) - before[socket] >= 4 for socket in engines)
+
+
+def test_nobody_loads_an_adapter_through_the_endpoint(service: Running) -> None:
+    """Whatever vLLM calls its paths for that: they take any folder of the machine."""
+    paths = ask_engine(next(iter(service.engines())), "/openapi.json").json()["paths"]
+    own = [(method, path) for path, methods in paths.items() for method in methods if re.search("adapter|lora", path)]
+    assert ("post", "/v1/load_lora_adapter") in own
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    body = {"lora_name": "x", "lora_path": str(service.models.trained), "name": "x", "src": str(service.models.trained)}
+    for method, path in own:
+        answer = httpx.request(method, f"{service.server.url}{path}", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 404, (method, path)
+    assert all("x" not in models_of(socket) for socket in service.engines())
 
 
 def test_an_update_of_the_adapter_keeps_the_engines(service: Running) -> None:

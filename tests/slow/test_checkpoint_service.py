@@ -16,6 +16,7 @@ from tests.support.trainings import SETTINGS, last_checkpoint
 vllm = next(engine for engine in describe_engines() if engine.name == "vllm")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.thorough,
     pytest.mark.timeout(900),
     pytest.mark.skipif(vllm.distribution is None, reason="vLLM is not installed"),
 ]

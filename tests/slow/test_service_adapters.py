@@ -18,7 +18,7 @@ from palate_recipes.specs.serve import describe_engines
 from tests.support.models import tiny_model
 from tests.support.rows import preference_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(1800)]
 
 OPTIONS = {"engine": "vllm", "dtype": "float32", "max_model_len": 512, "start_timeout_s": 240, "verify": "off"}
 ROWS = {
@@ -72,7 +72,7 @@ def asked_all_the_time(predictor: Predictor, model: str) -> Iterator[list[str]]:
             one.result()
 
 
-@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
+@pytest.mark.parametrize("store_session", ["s3"], indirect=True)
 def test_adapters_come_and_go_while_the_service_answers(jobs: dict[str, TrainingJob]) -> None:
     alone = {}
     for name in ("second", "third"):

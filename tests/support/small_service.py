@@ -37,7 +37,7 @@ def small_plan(spec: ServeSpec) -> EnginePlan:
     return EnginePlan(
         engine=EngineInfo(name="vllm", distribution="small", version="1", missing=(), remedy="", chosen=True),
         why="",
-        on_cpu=True,
+        on_cpu=False,
         dtype="float32",
         computes_in="float32",
         prompt_scores=True,
