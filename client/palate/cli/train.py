@@ -211,7 +211,9 @@ def deploy(
     ] = None,
     sleep_after: Annotated[
         float | None,
-        typer.Option(help="End the engines after this many seconds without a request, until the next one. Default: never."),
+        typer.Option(
+            help="End the engines after this many seconds without a request, until the next one. Default: never."
+        ),
     ] = None,
     restarts: Annotated[
         int, typer.Option(help="How often within ten minutes an engine that ended by itself is started again.")
