@@ -4,8 +4,10 @@
     first-token    milliseconds from a request to its first token, one request at a time
     streams-N      tokens per second of N streams of 64 tokens
 
-Both servers run side by side and one works at a time: each round asks both for each load, in turn, so that a busy moment hits all
-alike. `start` stops both first. The model is served with full weights, so that vLLM needs nothing of Palate.
+Each round measures both for each load, in turn, so that a busy moment hits both alike. `start` runs one at a time. The other loads
+ask one engine process through the service's endpoint and on the engine's own socket, where plain vLLM answers. Two engines side by
+side would be no fair comparison: vLLM binds both to the same processor cores, and an idle one does not leave them. The model is
+served with full weights, so that vLLM needs nothing of Palate.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
+import httpx2
 import openai
+import psutil
 from lora_speed import ANSWER_TOKENS, TOKEN, service, small_model, timed_answer
 
 from palate_recipes.specs.serve import ServeSpec
@@ -33,6 +38,7 @@ from palate_server.plan import check, engine_command, engine_environment
 
 LOADS = ("start", "first-token", "streams-1", "streams-8", "streams-32")
 CONTEXT = 512
+Connect = Callable[[], openai.AsyncOpenAI]
 FIRST_TOKENS = 30
 """Requests per round of which the median time to the first token is taken."""
 
@@ -56,21 +62,23 @@ def main() -> None:
             for who in _turn(starts, number):
                 began = time.monotonic()
                 with starts[who](folder / f"{who}-{number}") as endpoint:  # type: ignore[attr-defined]
-                    asyncio.run(_first_token(endpoint, random.Random(number)))
+                    asyncio.run(_first_token(partial(_client, endpoint), random.Random(number)))
                     found.setdefault(("start", who), []).append(time.monotonic() - began)
-        with ExitStack() as servers:
-            endpoints = {
-                who: servers.enter_context(start(folder / who))  # type: ignore[arg-type]
-                for who, start in starts.items()
-                if loads != ["start"]
-            }
+        rounds = options.rounds + 1 if loads != ["start"] else 0
+        with ExitStack() as stack:
+            if rounds:
+                endpoint = stack.enter_context(service(spec_of(model, folder / "service")))
+                clients = {
+                    "bare": lambda: _client("http://engine", uds=_engine_socket()),
+                    "palate": lambda: _client(endpoint),
+                }
             draw = random.Random(0)
-            for number in range(options.rounds + 1):  # the first round warms up
+            for number in range(rounds):  # the first round warms up
                 for load in loads:
-                    for who in _turn(endpoints, number):
+                    for who in _turn(clients, number):
                         if load == "start":
                             continue
-                        value = asyncio.run(_measure(endpoints[who], load, draw))
+                        value = asyncio.run(_measure(clients[who], load, draw))
                         if number:
                             found.setdefault((load, who), []).append(value)
                             print(f"round {number} {load} {who}: {value:.2f}", file=sys.stderr)
@@ -132,27 +140,37 @@ def bare(model: Path, work: Path) -> Iterator[str]:
         process.wait()
 
 
-async def _measure(endpoint: str, load: str, draw: random.Random) -> float:
+async def _measure(connect: Connect, load: str, draw: random.Random) -> float:
     if load == "first-token":
-        return statistics.median([await _first_token(endpoint, draw) for _ in range(FIRST_TOKENS)])
+        return statistics.median([await _first_token(connect, draw) for _ in range(FIRST_TOKENS)])
     streams = int(load.removeprefix("streams-"))
-    async with _client(endpoint) as client:
+    async with connect() as client:
         prompts = [[draw.randrange(1000, 30000) for _ in range(8)] for _ in range(streams)]
         began = time.monotonic()
         await asyncio.gather(*(timed_answer(client, "default", tokens, ANSWER_TOKENS) for tokens in prompts))
         return streams * ANSWER_TOKENS / (time.monotonic() - began)
 
 
-async def _first_token(endpoint: str, draw: random.Random) -> float:
+async def _first_token(connect: Connect, draw: random.Random) -> float:
     """Returns the milliseconds to the first token of a short prompt."""
-    async with _client(endpoint) as client:
+    async with connect() as client:
         began = time.monotonic()
         first, _ = await timed_answer(client, "default", [draw.randrange(1000, 30000) for _ in range(16)], 2)
         return 1000 * (first - began)
 
 
-def _client(endpoint: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{endpoint}/v1", api_key=TOKEN, max_retries=0, timeout=600)
+def _client(endpoint: str, uds: str | None = None) -> openai.AsyncOpenAI:
+    http = openai.DefaultAsyncHttpxClient(transport=httpx2.AsyncHTTPTransport(uds=uds), timeout=600)
+    return openai.AsyncOpenAI(base_url=f"{endpoint}/v1", api_key=TOKEN, max_retries=0, http_client=http)
+
+
+def _engine_socket() -> str:
+    """Returns the socket of the engine that this program's service has started."""
+    for process in psutil.Process().children(recursive=True):
+        line = process.cmdline()
+        if "--uds" in line:
+            return line[line.index("--uds") + 1]
+    raise SystemExit("the service has no engine")
 
 
 if __name__ == "__main__":
