@@ -507,7 +507,7 @@ class Predictor:
 
         A running service has followed when this returns, and `describe_service()["EndsAt"]` is the new end. If it is not running,
         the time counts from the first answer of its next start. The new time to live also replaces the earlier one at all later
-        starts and updates, each time from the first answer.
+        starts, each time from the first answer; an update of a running service does not count anew.
 
         Args:
             time_to_live_s: Seconds; None removes the limit.

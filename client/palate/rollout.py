@@ -402,8 +402,8 @@ def _stop_and_start(
         note_outcome(run.record, version, "cancelled", reason=str(error))
         raise
     run.forget_manifest()
-    service.stop_service()
     try:
+        service.stop_service()
         shown = run.record.last_part("logs")
         service.start_service(wait=False)
         if not wait:
@@ -551,7 +551,8 @@ def _wait_for(service: Predictor, reached: Callable[[Status], bool], *, limit_s:
         if reached(status):
             return
         if time.monotonic() >= deadline:
-            reason = next((str(one["reason"]) for one in _live(status).values() if one.get("reason")), "")
+            told = _live(status).values()
+            reason = next((str(why) for one in told if (why := one.get("reason") or one.get("last_crash"))), "")
             raise ServiceError(
                 f"service {service.service_name} has not reached {what} within {limit_s:g} s",
                 reason=reason or _cannot_follow(service),

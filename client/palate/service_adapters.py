@@ -263,6 +263,11 @@ def _check_service(name: str, manifest: ServeManifest, status: Status) -> None:
             f"service {name} serves {served}, so it has no base to which adapters could be added: deploy a job of LoRA_LLM or "
             "QLoRA_LLM, and add the others to its service"
         )
+    if body.options.get("merge"):
+        raise ConfigurationError(
+            f"service {name} was deployed with merge=True, so it has no base to which adapters could be added: deploy the job without "
+            "merge, and add the others to its service"
+        )
     running = str(status.details.get("engine", "")) if status.state == "Running" else ""
     if body.options.get("engine") == "transformers" or running.startswith("transformers"):
         raise ConfigurationError(

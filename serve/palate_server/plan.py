@@ -129,9 +129,7 @@ def check(spec: ServeSpec) -> EnginePlan:
         prompt_scores=adapter is None
         or engine.name != "vllm"
         or not (changes_head(adapter) or (engine.on_cpu and not cpu_lora.is_active())),
-        lora_rank=None
-        if adapter is None
-        else int(argument(spec.engine_args, "max-lora-rank") or vllm_lora_rank(adapter)),
+        lora_rank=None if adapter is None else _lora_rank(spec, adapter),
         tokenizer_dir=tokenizer_dir,
         kv_cache_gib=fitting.kv_cache_gib,
         # On a CPU, compilation takes a minute and gains little.
@@ -280,6 +278,12 @@ def _model_config(folder: Path, field: str) -> dict[str, Any]:
     if not any(_weight_files(folder)):
         raise BadSpec(f"{field} {folder} has no weights ({' or '.join(_WEIGHTS)}): copy them there")
     return _read_json(folder / "config.json")
+
+
+def _lora_rank(spec: ServeSpec, adapter: dict[str, Any]) -> int:
+    if given := argument(spec.engine_args, "max-lora-rank"):
+        return int(given)
+    return max(vllm_lora_rank(adapter), vllm_lora_rank({"r": spec.adapters_rank}) if spec.adapters_rank else 0)
 
 
 def beyond_engine(adapter_dir: Path, plan: EnginePlan, base_model_dir: str | None) -> str:

@@ -270,6 +270,16 @@ class Service:
                 known.asked, known.state, known.unrouted_at = asked, "ready" if known.is_proved else "starting", 0.0
             elif known.state != "failed":
                 known.asked = asked
+        # A version that failed is not started again while another that is wanted answers or starts.
+        if not any(version.name in wanted and version.state in ("ready", "starting") for version in self._versions.values()):
+            for asked in desired.versions:
+                if (known := self._versions.get(asked.name)) is not None and known.state == "failed":
+                    del self._versions[asked.name]
+                    try:
+                        self._begin(asked)
+                    except ServerError as error:
+                        self._refused[asked.name] = error
+                        logger.error("%s cannot be started again: %s", asked.name, error)
         self._versions = {n: v for n, v in self._versions.items() if n in wanted or v.state != "failed"}
         if not self._versions:
             raise next(iter(self._refused.values()))
@@ -316,9 +326,11 @@ class Service:
         if not (pool.loads_adapters and pool.is_proved and pool.up()):
             return False
         asked = with_parsers_of(spec, pool.plan)
-        same = replace(asked, model_dir=pool.spec.model_dir, verify=pool.spec.verify) == pool.spec
+        own = pool.spec
+        same = replace(asked, model_dir=own.model_dir, verify=own.verify, adapters_rank=own.adapters_rank) == own
         return (
             same
+            and asked.adapters_rank <= (pool.plan.lora_rank or 0)
             and Path(spec.model_dir).is_dir()
             and same_rendering(Path(spec.model_dir), Path(pool.spec.model_dir))
             and not beyond_engine(Path(spec.model_dir), pool.plan, pool.spec.base_model_dir)
@@ -716,10 +728,10 @@ class Service:
                 return
             tuned.seconds = round(time.monotonic() - tuned.began_at, 1)
         tuned.state = "ready"
+        self._activity.restart()  # what was just asked for is not unused, and a long start is no time without requests
         logger.info("%s is ready", tuned.name)
         if isinstance(tuned, _Version) and not self._is_ready:
             self._is_ready = True
-            self._activity.restart()  # a long start is no time without requests
             self._publish()
             self._on_ready(tuned.pool.title, tuned.parity)
 
@@ -801,7 +813,8 @@ class Service:
         if ready:
             lanes[TUNED_MODEL] = lanes[self._spec.service_name] = shares
             if len(ready) > 1:
-                lanes |= {version.name: [(1.0, version.lane)] for version in ready}
+                for version in ready:
+                    lanes.setdefault(version.name, [(1.0, version.lane)])  # the service itself may be named v2
             main = max(ready, key=lambda version: version.asked.share).pool
             if main.spec.base_model_dir is not None:
                 lanes[BASE_MODEL] = [(1.0, main.base)]

@@ -46,6 +46,7 @@ class StagedAdapters:
         self._wanted: tuple[ServedAdapter, ...] = ()
         self._failures: dict[str, _Failure] = {}  # by digest and URI: the same files may be intact elsewhere
         self._unnamed_since: dict[str, float] = {}
+        self._served: dict[str, str] = {}  # digests by name
 
     @property
     def failed(self) -> tuple[AdapterState, ...]:
@@ -75,11 +76,14 @@ class StagedAdapters:
             self._stage(adapter)
         kept = {_key(one) for one in self._wanted}
         self._failures = {key: failure for key, failure in self._failures.items() if key in kept}
+        here = {one.name: one.digest for one in self._wanted if not self._reason(one)}
+        # Until the files that replace it are here, an adapter is served as before.
+        found = ((one.name, here.get(one.name) or self._served.get(one.name)) for one in self._wanted)
+        self._served = {name: digest for name, digest in found if digest}
         self._clean()
         return tuple(
-            FleetAdapter(name=one.name, digest=one.digest, path=str(self._folder / one.digest))
-            for one in self._wanted
-            if not self._reason(one)
+            FleetAdapter(name=name, digest=digest, path=str(self._folder / digest))
+            for name, digest in self._served.items()
         )
 
     def _stage(self, adapter: ServedAdapter) -> None:
@@ -114,7 +118,7 @@ class StagedAdapters:
 
     def _clean(self) -> None:
         """Removes folders that have had no name for a while."""
-        named, now = {one.digest for one in self._wanted}, time.monotonic()
+        named, now = {*(one.digest for one in self._wanted), *self._served.values()}, time.monotonic()
         there = [entry.name for entry in self._folder.iterdir()] if self._folder.is_dir() else []
         since = {name: self._unnamed_since.get(name, now) for name in there if name not in named}
         for name, when in since.items():

@@ -129,6 +129,10 @@ class _Staging:
         staged, error = None, ""
         try:
             staged = stage(body, self.folder, retry)
+        except NotStaged as caught:
+            if caught.ending.state == "Stopped":
+                return  # the service ends: its next start takes the update up again
+            error = caught.ending.reason
         except Exception as caught:  # whatever it is, the update has failed and the service continues
             error = reason_of(caught)
         with self._lock:

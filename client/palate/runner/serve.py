@@ -24,6 +24,7 @@ from palate.runner.lifetime import Lifetime
 from palate.runner.merge import merge_adapter
 from palate.runner.poll import RecordPoll
 from palate.runner.retry import StoreRetry
+from palate.runs.adapters import read_adapters
 from palate.store import open_parent
 from palate.weights import fetch_weights
 from palate_recipes.engine_options import spec_fields
@@ -191,6 +192,7 @@ def _stage(
         work_dir=str(context.work),
         idle_after_s=body.idle_time_to_live_s,
         model_name=body.model.name,
+        adapters_rank=max((one.rank for one in retry(lambda: read_adapters(context.record))), default=0),
         **{**spec_fields(options), "port": port()},
     )
     return Staged(body=body, spec=spec, folder=folder if folder.exists() else None, merged=merged)

@@ -2,9 +2,9 @@
 
 The program reads a `ServeSpec`, starts an engine, and writes `<work_dir>/ready.json` (a `Ready`) once the endpoint has answered
 a real completion. It runs in the foreground until SIGTERM, then ends the engine and all its children, removes ready.json and
-exits with 0. After `idle_after_s` without a request it does the same, and writes `<work_dir>/idle.txt`. If the engine cannot
-start, does not answer in time, hangs or dies, the program writes `<work_dir>/error.txt` (one message with the engine's last
-lines) and exits with 1.
+exits with 0. After `idle_after_s` without a request it does the same, and writes `<work_dir>/idle.txt`. If no engine can
+start, answer in time, or be started again, the program writes `<work_dir>/error.txt` (one message with the engine's last lines) and
+exits with 1. `palate_recipes.specs.fleet` has what may change while it runs.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         idle_after_s: Seconds without a request after which the service stops; None: never.
         sleep_after_s: Seconds without a request after which the engines end until the next request; None: never.
         restarts: How often within ten minutes an engine that ended by itself is started again.
+        adapters_rank: The highest rank of the adapters that are to be loaded beside its own; 0: none.
         model_name: The base model's name in the catalog, which knows its parsers; any other text is ignored.
         verify: What to do if the service does not answer as the trained model (see `palate_server.parity`): `error` stops it,
             `warn` serves it, `off` does not compare.
@@ -111,6 +112,7 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     idle_after_s: float | None = None
     sleep_after_s: float | None = None
     restarts: int = 3
+    adapters_rank: int = 0
     model_name: str = ""
     verify: VerifyMode = "error"
     chat_template: str = ""
