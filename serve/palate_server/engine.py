@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import logging
@@ -252,6 +253,8 @@ class Engine:
             except EngineError:
                 pass  # an error answer shows that the process is alive
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    continue  # this program's own lack of descriptors says nothing about the engine
                 if time.monotonic() - seen_at >= hang_after_s:
                     self._put("hung", self, f"it has not answered for {hang_after_s:g} s ({error})")
                     return

@@ -75,9 +75,15 @@ class Activity:
         return 0.0 if self._answering else time.monotonic() - self._asked_at
 
 
-_ENGINES_OWN = re.compile(r"/+(v1/+(un)?load_lora_adapter|adapters(/.*)?|palate/+activity)/*")
-"""Paths of engines that only the server program uses, on their sockets: they would load any folder's adapter. `/adapters` is
-vLLM's second name for them, after SageMaker's."""
+_ENGINES_OWN = re.compile(
+    r"/+(v1/+(un)?load_lora_adapter|adapters(/.*)?|palate/+activity|invocations|scale_elastic_ep|reset|load_model)/*"
+)
+"""Paths of engines that are not for users: they load adapters from any folder (`/adapters` is vLLM's second name for that, after
+SageMaker's), resize or reload the engine, or take the model's name from a header."""
+
+_PLAIN = re.compile(r"/[A-Za-z0-9/_.:~-]*")
+"""Paths that are forwarded. An engine's router could read any other one differently than the checks here: its patterns match before
+a line break, and libraries disagree about escapes and fragments."""
 
 _WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/embeddings")
 """Where OpenAI's clients ask if their base_url lacks /v1."""
@@ -133,11 +139,11 @@ class Gateway:
             elif self._routes.is_asleep:  # a health check does not wake it
                 await _answer(send, 200, {})
             else:
-                await self._pass_on(scope, receive, send)
-        elif _ENGINES_OWN.fullmatch(path):
-            await _complain(send, 404, f"No such path {path}.", headers=[_CLOSE])
+                await self._pass_on(scope, _without_body(receive), send)
         elif (holder := self._holder(headers)) is None:
             await _refuse(send)
+        elif _ENGINES_OWN.fullmatch(path):
+            await _complain(send, 404, f"No such path {path}.", headers=[_CLOSE])
         elif holder.is_program:
             request_of(scope).mark_probe()
             await self._within_limits(holder, scope, receive, send)
@@ -149,9 +155,13 @@ class Gateway:
         elif path in _WITHOUT_V1:
             await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
         elif path == METRICS_PATH and method in {"GET", "HEAD"}:
-            await answer_metrics(self._metrics, self._service_name, self._routes, self._app, scope, receive, send)
+            await answer_metrics(
+                self._metrics, self._service_name, self._routes, self._app, scope, _without_body(receive), send
+            )
+        elif not _is_plain(scope):
+            await _complain(send, 404, f"No such path {path[:200]!r}.", headers=[_CLOSE])
         elif method in _READING:
-            await self._pass_on(scope, receive, send)
+            await self._pass_on(scope, _without_body(receive), send)
         else:
             await self._within_limits(holder, scope, receive, send)
 
@@ -482,6 +492,26 @@ async def _answer(send: Send, status: int, content: object, *headers: tuple[byte
     fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     await send({"type": "http.response.body", "body": body})
+
+
+def _is_plain(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return bool(_PLAIN.fullmatch(path)) and scope.get("raw_path", path.encode()) == path.encode()
+
+
+def _without_body(receive: Receive) -> Receive:
+    """Returns a receive for a request whose method has no body: whatever its client sends is dropped as it comes."""
+    given = False
+
+    async def empty() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        message = await receive()
+        return message if message["type"] == "http.disconnect" else {**message, "body": b""}
+
+    return empty
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

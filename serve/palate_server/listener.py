@@ -48,6 +48,7 @@ class Front:
         listener: socket.socket,
         *,
         on_end: Callable[[], Awaitable[None]] = _nothing,
+        on_failure: Callable[[str], None] = lambda why: None,
         http: str = "auto",
         drain_s: float = DRAIN_S,
     ) -> None:
@@ -57,6 +58,7 @@ class Front:
             app: The ASGI app.
             listener: The listening socket.
             on_end: Called on the event loop when the server has ended.
+            on_failure: Called in the thread with the cause if the server ends by itself.
             http: Which of uvicorn's protocols: auto, h11 or httptools.
             drain_s: Time for open requests to be answered when it ends.
         """
@@ -75,6 +77,7 @@ class Front:
         self._server = uvicorn.Server(config)
         self._listener = listener
         self._on_end = on_end
+        self._on_failure = on_failure
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
 
@@ -108,8 +111,9 @@ class Front:
         try:
             with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
                 runner.run(self._serve())
-        except Exception:
+        except BaseException as error:  # also SystemExit, with which uvicorn gives up
             logger.exception("the HTTP server ended")
+            self._on_failure(f"{type(error).__name__}: {error}")
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -477,12 +477,13 @@ def engine_environment(plan: EnginePlan, *, ipc_dir: str, sharing: int = 0) -> d
         sharing: Engines that divide the cores, this one included; 0: no other runs.
     """
     environment = {
-        **{name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE},
+        **{name: value for name, value in os.environ.items() if name not in (TOKEN_VARIABLE, "VLLM_API_KEY")},
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ipc_dir,
         "TMPDIR": ipc_dir,  # files that an engine leaves behind are removed with this folder
         "DO_NOT_TRACK": "1",
+        "VLLM_SERVER_DEV_MODE": "0",  # it would give every user vLLM's administration
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # the engine's child processes inherit it
     }

@@ -43,6 +43,8 @@ _HOP_BY_HOP = frozenset({
 })  # fmt: skip
 _NOT_SENT = _HOP_BY_HOP | {b"authorization", b"content-length", b"expect"}
 """The service's tokens stay in the front. The length is that of the body as it is sent."""
+_SAGEMAKER = b"x-amzn-sagemaker"
+"""vLLM takes the model's name from such headers."""
 _NOT_RETURNED = _HOP_BY_HOP | {b"date", b"server"}
 """The front's own server adds them."""
 _NOT_ADDED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
@@ -90,7 +92,8 @@ class Proxy:
     async def _with_retries(self, lane: Lane, scope: Scope, body: bytes, send: Send) -> None:
         generates = scope["method"] == "POST"
         failed: list[Answering] = []
-        for _ in range(_TRIES):
+        written = 0
+        while len(failed) < _TRIES:
             try:
                 engine = await self._engine(lane, failed, waits=generates)
             except NoEngine as error:
@@ -110,6 +113,10 @@ class Proxy:
                     await answer.break_off(engine.name)
                     return
                 failed.append(engine)
+                # A request that ends every engine which reads it must not go on to all of them.
+                written += not isinstance(error, aiohttp.ClientConnectorError)
+                if written > 1:
+                    break
             finally:
                 engine.open -= generates
         await self._unavailable(send, "The service's engines ended while they answered this request")
@@ -134,10 +141,14 @@ class Proxy:
         raise NoEngine("The service's engine is being started again")
 
     async def _forward(self, engine: Answering, scope: Scope, body: bytes, answer: _Answer) -> None:
+        # The path as the gateway has checked it: one without escapes.
         query = scope["query_string"].decode("latin-1")
-        path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
-        url = URL(f"http://engine{path}{'?' if query else ''}{query}", encoded=True)
-        headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"] if k not in _NOT_SENT]
+        url = URL.build(scheme="http", host="engine", path=scope["path"], query_string=query, encoded=True)
+        headers = [
+            (k.decode("latin-1"), v.decode("latin-1"))
+            for k, v in scope["headers"]
+            if k not in _NOT_SENT and not k.startswith(_SAGEMAKER)
+        ]
         async with self._session(engine).request(
             scope["method"],
             url,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -33,6 +34,7 @@ from palate_server.trial import Asking
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_DESCRIPTORS = 65536
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> int:
         print("usage: python -m palate_server SPEC.json", file=sys.stderr)
         return 2
     try:
+        _raise_descriptor_limit()
         spec = ServeSpec.read(Path(argv[0]))
     except (OSError, ValueError) as error:
         print(f"palate_server: {error}", file=sys.stderr)
@@ -98,7 +101,7 @@ def serve(spec: ServeSpec) -> None:
             activity=activity,
         )
         REQUEST_LOG.follow(spec.engine_args)
-        front = Front(gateway, listener, on_end=proxy.close)
+        front = Front(gateway, listener, on_end=proxy.close, on_failure=lambda why: service.front_ended(why))
 
         def ready(engine: str, parity: Parity | None) -> None:
             METRICS.engine = engine
@@ -133,6 +136,14 @@ def serve(spec: ServeSpec) -> None:
         logger.info("stopped: %s", text)
     else:
         logger.info("stopped")
+
+
+def _raise_descriptor_limit() -> None:
+    """Raises the limit of open files: a forwarded request needs two, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _absolute(spec: ServeSpec, work_dir: Path) -> ServeSpec:

@@ -190,6 +190,10 @@ class Service:
         """Asks `run` to return. Safe in a signal handler, because put() of a SimpleQueue is."""
         self._events.put(("stop", None, None))
 
+    def front_ended(self, why: str) -> None:
+        """Says that the HTTP server has ended by itself: `run` raises."""
+        self._events.put(("front ended", None, why))
+
     def run(self) -> Literal["stop", "idle"]:
         """Runs the service until it is asked to stop, or is idle.
 
@@ -204,6 +208,8 @@ class Service:
                 kind, subject, detail = self._events.get(timeout=TICK_S)
                 if kind == "stop":
                     return "stop"
+                if kind == "front ended":
+                    raise ServerError(f"its HTTP server ended by itself: {detail}. Start the service again")
                 self._handle(kind, subject, detail)
             except Empty:
                 pass
@@ -231,11 +237,12 @@ class Service:
             mark = (found.st_mtime_ns, found.st_ino, found.st_size)
             if mark == self._seen:
                 return
-            self._seen = mark  # also for a damaged file: it is reported once
             desired = Fleet.read(path)
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
+            self._seen = mark
+        except OSError:
+            return  # it is not there, or cannot be read now
+        except ValueError as error:
+            self._seen = mark  # a damaged file is reported once
             logger.error("the service stays as it is: %s is not a desired state: %s", path, error)
             return
         if self._versions and desired == self._desired:
@@ -271,7 +278,9 @@ class Service:
             elif known.state != "failed":
                 known.asked = asked
         # A version that failed is not started again while another that is wanted answers or starts.
-        if not any(version.name in wanted and version.state in ("ready", "starting") for version in self._versions.values()):
+        if not any(
+            version.name in wanted and version.state in ("ready", "starting") for version in self._versions.values()
+        ):
             for asked in desired.versions:
                 if (known := self._versions.get(asked.name)) is not None and known.state == "failed":
                     del self._versions[asked.name]

@@ -165,8 +165,9 @@ def build_app(spec: ServeSpec, *, dtype: str, tokenizer_dir: str, merged: bool) 
         transcription_handler=TranscriptionHandler(models, state),
         generation_state=state,
     )
-    # It would answer with 500: the service's models know text only.
-    app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != "/v1/audio/transcriptions"]
+    # Transcriptions would be answered with 500, since the models know text only. The others unload or load models for everybody.
+    left_out = ("/v1/audio/transcriptions", "/reset", "/load_model")
+    app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") not in left_out]
 
     app.add_exception_handler(RequestValidationError, _not_an_object)
     add_scoring(app, models, spec.max_model_len)

@@ -549,8 +549,9 @@ def test_a_wait_ends_when_the_service_does_or_its_time_is_over(
     monkeypatch.setattr(palate.service_adapters, "READY_LIMIT_S", 60.0)
     for state, outcome in (("Failed", r"it failed meanwhile: out of memory"), ("Stopped", "")):
         record.note(**RUNNING, finished_at=None, reason="", details={})
-        ends = threading.Timer(0.3, lambda: record.note(state=state, reason="out of memory", finished_at=time.time()))  # noqa: B023
-        ends.start()
+        ended: dict[str, Any] = {"state": state, "reason": "out of memory", "finished_at": time.time()}
+        # Once the client waits: it has seen a running service by then.
+        monkeypatch.setattr(palate.service_adapters.time, "sleep", lambda _, ended=ended: record.note(**ended))
         if outcome:
             with pytest.raises(ServiceError, match=outcome):
                 predictor.add_adapter("support", "second")
@@ -558,7 +559,6 @@ def test_a_wait_ends_when_the_service_does_or_its_time_is_over(
         else:
             predictor.add_adapter("support", "second")
             assert [one.state for one in predictor.adapters()] == ["not running"]
-        ends.join()
 
 
 def other_base() -> BaseModel:

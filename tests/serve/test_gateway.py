@@ -297,3 +297,35 @@ def test_requests_hold_no_more_than_their_bound_together(monkeypatch: pytest.Mon
             ]
 
     assert asyncio.run(go()) == [200, 503, 200]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/load_lora_adapter%0A",
+        "/adapters%0A",
+        "/v1/models%0A",
+        "/palate/score%0A",
+        "/palate/score%23x",
+        "/v1/chat/completions%0A",
+        "/v1/%63hat/completions",
+        "/v1/chat%2Fcompletions",
+        "/v1/chat/completions;x",
+        "/v1/chat/completions%00",
+        "/invocations",
+        "/reset",
+    ],
+)
+def test_a_path_that_an_engine_could_read_differently_is_not_forwarded(target: str) -> None:
+    """Starlette's patterns match before a line break: `%0A` after a path went past every check on it."""
+    for method in ("POST", "GET", "DELETE"):
+        answer = ask(method, target, **({"json": {"model": "default"}} if method == "POST" else {}))
+        assert answer.status_code == 404, (method, answer.text)
+        assert "x-path" not in answer.headers
+
+
+def test_the_body_of_a_request_that_has_none_is_not_kept() -> None:
+    """`/health` needs no token, and its body was read to its end and sent to the engine."""
+    for path, headers in (("/health", {}), ("/version", None)):
+        answer = ask("GET", path, headers=headers, content=b"x" * 100_000)
+        assert (answer.status_code, answer.headers["x-path"], answer.content) == (200, path, b"")
