@@ -243,6 +243,7 @@ class Predictor:
 
     def describe_service(self) -> dict[str, Any]:
         """Returns the service's description, without its token."""
+        self._run.forget_manifest()  # the runner replaces it when an update is complete
         return describe(self._run, self._run.refresh())
 
     def logs(self, follow: bool = False) -> Iterator[str]:

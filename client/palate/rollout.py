@@ -442,6 +442,9 @@ def promote(service: Predictor, *, wait: bool = True) -> Predictor:
     run = service._run
     update = _open(service)
     name = version_name(update.body.version)
+    check_update(
+        run, replace(run.record.serve_manifest(), body=update.body)
+    )  # an adapter may have been added meanwhile
     shown = run.record.last_part("logs")
     changed = change_update(run.record, update.id, promote=True)
     if changed is None:

@@ -199,7 +199,9 @@ def test_the_service_proves_that_it_knows_its_token(service: FrontedService) -> 
     assert httpx.get(f"{service.endpoint}/health", headers={CHALLENGE_HEADER: "x" * 40}).status_code == 400
 
 
-@pytest.mark.parametrize("target", [b"/palate/score#x", b".x/palate/score", b"@h/palate/score", b"/v1/load_lora_adapter%0a"])
+@pytest.mark.parametrize(
+    "target", [b"/palate/score#x", b".x/palate/score", b"@h/palate/score", b"/v1/load_lora_adapter%0a"]
+)
 def test_a_target_that_is_no_plain_path_reaches_no_engine(service: FrontedService, target: bytes) -> None:
     with connect(service) as connection:
         head = b"POST " + target + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + AUTHORISED

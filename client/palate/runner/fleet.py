@@ -247,15 +247,24 @@ class Rollout:
         if not self._announced:
             return
         manifest = self._record.serve_manifest()
-        self._follow_update(manifest, open_update(self._record))
+        failed: Exception | None = None
+        # What is damaged for one of them must keep neither the other nor the number of engines from being followed.
+        steps: tuple[Callable[[], None], ...] = (
+            lambda: self._follow_update(manifest, open_update(self._record)),
+            self._follow_adapters,
+        )
+        for follow in steps:
+            try:
+                follow()
+            except Exception as error:
+                failed = failed or error
         if manifest.body.version == self._current.body.version:
             self._instances = manifest.body.instances
-        try:
-            self._follow_adapters()
-        finally:  # an adapter that cannot be read must not keep a version from being replaced
-            self._write_fleet()
-            self._remove_replaced()
-            self._tell()
+        self._write_fleet()
+        self._remove_replaced()
+        self._tell()
+        if failed is not None:
+            raise failed
 
     def _follow_adapters(self) -> None:
         """Starts the next look at the adapters, in a thread since it may download them. Raises the error of the last one."""

@@ -73,6 +73,7 @@ class RunHandle:
     def start(self, environments: dict[str, str] | None = None) -> None:
         """Starts the run on its backend. If that fails, sets the status to Failed and raises."""
         start_id = token_hex(8)
+        self.forget_manifest()  # an update may have replaced it
         remember_start(self.record.uri, self.record.manifest_bytes())
         launch = Launch(
             uri=self.record.uri,
