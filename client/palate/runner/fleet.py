@@ -196,6 +196,7 @@ class Rollout:
         self._current = current
         self._candidate: _Candidate | None = None
         self._outcome: dict[str, Any] = {}  # of the last update that this runner has ended
+        self._settling: Update | None = None  # that update, until the program no longer gives requests to the other version
         self._replaced: list[Staged] = []  # their engines may still answer open requests
         self._instances = current.body.instances
         self._staged_adapters: tuple[FleetAdapter, ...] = ()
@@ -342,7 +343,7 @@ class Rollout:
             self._current = candidate.staging.staged
         self._candidate = None
         self._instances = manifest.body.instances
-        self._outcome = _outcome(update, "promoted")
+        self._outcome, self._settling = _outcome(update, "promoted"), update
         self._say(f"{self._current.name} is the current version now")
 
     def _end(self, update: Update, outcome: Any, reason: str, table: str = "") -> None:
@@ -353,7 +354,7 @@ class Rollout:
         change_update(self._record, update.id, ended=True)
         name = version_name(update.body.version)
         self._say(f"the update to {name} {'failed' if outcome == 'failed' else 'ends'}: {reason}")
-        self._outcome = _outcome(update, outcome, reason=reason, table=table)
+        self._outcome, self._settling = _outcome(update, outcome, reason=reason, table=table), update
         if self._candidate is not None:
             self._drop(outcome, reason, table)
 
@@ -361,7 +362,7 @@ class Rollout:
         candidate = self._candidate
         assert candidate is not None
         self._candidate = None
-        self._outcome = _outcome(candidate.update, outcome, reason=reason, table=table)
+        self._outcome, self._settling = _outcome(candidate.update, outcome, reason=reason, table=table), candidate.update
         staged = candidate.staging.staged
         if staged is None:
             candidate.staging.abandon()
@@ -424,11 +425,22 @@ class Rollout:
     def _update_facts(self, state: FleetState) -> dict[str, Any]:
         candidate = self._candidate
         if candidate is None:
+            if self._settling is not None and not self._is_settled(state):
+                return _outcome(self._settling, "ready")  # a client that hears of the end may ask at once
+            self._settling = None
             return self._outcome
         if candidate.staging.staged is None:
             return _outcome(candidate.update, "staging")
         found = self._state_of(candidate, state)
         return _outcome(candidate.update, "ready" if found is not None and found.state == "ready" else "starting")
+
+    def _is_settled(self, state: FleetState) -> bool:
+        others = [one for one in state.versions if one.name != self._current.name]
+        return (
+            self._fleet is not None
+            and state.generation >= self._fleet.generation
+            and all(one.state in ("draining", "failed") for one in others)
+        )
 
     def _tell(self) -> None:
         facts = self.facts()
