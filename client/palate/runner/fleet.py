@@ -196,7 +196,9 @@ class Rollout:
         self._current = current
         self._candidate: _Candidate | None = None
         self._outcome: dict[str, Any] = {}  # of the last update that this runner has ended
-        self._settling: Update | None = None  # that update, until the program no longer gives requests to the other version
+        self._settling: Update | None = (
+            None  # that update, until the program no longer gives requests to the other version
+        )
         self._replaced: list[Staged] = []  # their engines may still answer open requests
         self._instances = current.body.instances
         self._staged_adapters: tuple[FleetAdapter, ...] = ()
@@ -362,7 +364,10 @@ class Rollout:
         candidate = self._candidate
         assert candidate is not None
         self._candidate = None
-        self._outcome, self._settling = _outcome(candidate.update, outcome, reason=reason, table=table), candidate.update
+        self._outcome, self._settling = (
+            _outcome(candidate.update, outcome, reason=reason, table=table),
+            candidate.update,
+        )
         staged = candidate.staging.staged
         if staged is None:
             candidate.staging.abandon()
