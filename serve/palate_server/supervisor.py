@@ -1,6 +1,6 @@
 """Runs a command whose processes all end when their holder ends or dies. Knows no engine.
 
-The holder uses `Supervised`. It starts a keeper process: `python -m palate_server.supervisor FD[,FD...] GRACE_S COMMAND...`.
+The holder uses `Supervised`. It starts a keeper process: `python -m palate_server.supervisor FD GRACE_S COMMAND...`.
 The keeper leads a new process group, runs the command in it, and reads from a pipe to which only the holder has the write end.
 EOF on the pipe (closed, or the holder killed with SIGKILL) means: end everything. The keeper sends SIGTERM to the command, waits
 for its grace period, then sends SIGTERM and SIGKILL to all remaining processes. On Linux the keeper adopts orphans, so processes
@@ -43,7 +43,6 @@ class Supervised:
         cwd: Path,
         grace_s: float,
         on_end: Callable[[], None],
-        pass_fds: Sequence[int] = (),
     ) -> None:
         """Starts the command.
 
@@ -53,16 +52,14 @@ class Supervised:
             cwd: Working folder of the command.
             grace_s: Seconds between SIGTERM and SIGKILL.
             on_end: Called from a thread after the command and all its descendants have ended.
-            pass_fds: File descriptors that the command inherits, with the same numbers.
         """
         self._grace_s = grace_s
         self._let_go = threading.Lock()
         # Python makes pipe ends non-inheritable, so only this process has the write end. If it dies in any way, the kernel
         # closes the pipe and the keeper reads EOF.
         read_end, self._write_end = os.pipe()
-        numbers = ",".join(str(number) for number in (read_end, *pass_fds))
         # A new interpreter instead of a fork: the holder has threads, and a fork of those can deadlock.
-        keeper = [sys.executable, "-P", "-m", __name__, numbers, str(grace_s), *command]
+        keeper = [sys.executable, "-P", "-m", __name__, str(read_end), str(grace_s), *command]
         try:
             self._keeper = subprocess.Popen(
                 keeper,
@@ -72,7 +69,7 @@ class Supervised:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(read_end, *pass_fds),
+                pass_fds=(read_end,),
             )
         finally:
             os.close(read_end)
@@ -123,7 +120,7 @@ class Supervised:
             pass
 
 
-def keep(leash_fd: int, grace_s: float, command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> int:
+def keep(leash_fd: int, grace_s: float, command: Sequence[str]) -> int:
     """Runs the command until it ends or the pipe is closed. Returns its exit code after all its processes have ended."""
     # SimpleQueue, because its put() is safe in a signal handler.
     events: SimpleQueue[str] = SimpleQueue()
@@ -131,9 +128,7 @@ def keep(leash_fd: int, grace_s: float, command: Sequence[str], *, pass_fds: Seq
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda *_: events.put("let go"))
     # The kernel kills the command if the keeper dies. preexec_fn is safe here, because the keeper has no other thread yet.
-    child = subprocess.Popen(command, preexec_fn=die_with_parent, pass_fds=tuple(pass_fds))
-    for number in pass_fds:
-        os.close(number)  # the keeper must not hold the engine's listening socket open
+    child = subprocess.Popen(command, preexec_fn=die_with_parent)
     threading.Thread(target=_report, args=(lambda: os.read(leash_fd, 1), "let go", events), daemon=True).start()
     threading.Thread(target=_report, args=(child.wait, "ended", events), daemon=True).start()
     # SIGTERM goes to the command first and alone, so that it can shut its workers down in order.
@@ -205,6 +200,5 @@ def _descendants() -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    leash_fd, *pass_fds = map(int, sys.argv[1].split(","))
-    code = keep(leash_fd, float(sys.argv[2]), sys.argv[3:], pass_fds=pass_fds)
+    code = keep(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
     sys.exit(code if code >= 0 else 128 - code)
