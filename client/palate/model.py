@@ -377,7 +377,8 @@ class ModelTrainingRecipe:
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
                 (default: 12 hours; None: never), `sleep_after_s` (seconds without a request after which the engines end until the
-                next one), `restarts` (of an engine that ended by itself, within ten minutes; default: 3), `merge` (True: serve
+                next one), `restarts` (of an engine that ended by itself, within ten minutes; default: 3), `autoscaling` (such as
+                `{"max_instances": 4}`, see `Predictor.autoscale`), `merge` (True: serve
                 the adapter merged into its base, as one model),
                 `chat_template` (path of a Jinja file), and of vLLM alone `quantization`, `kv_cache_dtype`,
                 `tensor_parallel_size`, `gpu_memory_utilization`, `max_num_seqs`, `max_loras`, `max_lora_rank`,

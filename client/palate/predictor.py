@@ -717,7 +717,9 @@ class Predictor:
         set_traffic(self, shares)
 
     def scale(self, instances: int, wait: bool = True) -> None:
-        """Sets the number of engines that answer the service's requests. One that is stopped answers its open requests first.
+        """Sets the number of engines that answer the service's requests, and ends `autoscale`.
+
+        An engine that is stopped answers its open requests first.
 
         Args:
             instances: 1 to 64. Each has its own copy of the model in memory.
@@ -730,6 +732,43 @@ class Predictor:
         from palate.rollout import scale
 
         scale(self, instances, wait=wait)
+
+    def autoscale(
+        self,
+        max_instances: int,
+        min_instances: int = 1,
+        target_requests: float | None = None,
+        *,
+        upscale_delay_s: float | None = None,
+        downscale_delay_s: float | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Lets the number of engines follow the open requests, between two bounds. `scale` ends it.
+
+        `sleep_after_s` of `deploy()` ends all engines of an unused service, also with bounds.
+
+        Args:
+            max_instances: The most engines, up to 64. Memory for so many must be there: each has its own copy of the model.
+            min_instances: The least.
+            target_requests: Open requests, waiting ones included, for which there should be one engine; None: 32 on a GPU, 4 on a
+                processor.
+            upscale_delay_s: Engines are added when the average of so many seconds needs more; None: 10.
+            downscale_delay_s: Engines are ended when fewer were needed during all of so many seconds; None: 300.
+            wait: Wait until their number is within the bounds.
+
+        Raises:
+            ConfigurationError: A value is out of range.
+            ServiceError: The running service has not reached the bounds in time.
+        """
+        from palate.rollout import autoscale
+
+        settings = {
+            "max_instances": max_instances,
+            "target_requests": target_requests,
+            "upscale_delay_s": upscale_delay_s,
+            "downscale_delay_s": downscale_delay_s,
+        }
+        autoscale(self, min_instances, settings, wait=wait)
 
     def stop_service(self, wait: bool = True) -> None:
         """Stops the service and keeps its name and settings.

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -40,6 +40,7 @@ from palate_server.gateway import Activity, calls_need_a_parser
 from palate_server.parsers import with_parsers
 from palate_server.plan import EnginePlan, beyond_engine, check, gpus_for, same_rendering
 from palate_server.routes import Lane, Parameters, Routes, Table
+from palate_server.scaling import TARGET_REQUESTS, Scaler
 from palate_server.transformers_parameters import prepared
 from palate_server.trial import Asking, compared
 
@@ -69,6 +70,8 @@ class _Pool:
         spec: What its engines serve.
         plan: How.
         wanted: Engines that it should have, once the first has been compared.
+        most: Engines that it may have at once.
+        scaler: Follows the requests with the number of engines, where a version asks for that.
         engines: Those that are starting or answer. Lanes share this list.
         leaving: Those that answer their open requests and then end.
         is_proved: Whether a version on it was compared with its trained model, or needs no comparison.
@@ -83,6 +86,8 @@ class _Pool:
     spec: ServeSpec
     plan: EnginePlan
     wanted: int = 1
+    most: int = 1
+    scaler: Scaler | None = None
     engines: list[Engine] = field(default_factory=list)
     leaving: list[Engine] = field(default_factory=list)
     is_proved: bool = False
@@ -137,6 +142,8 @@ class _Tuned:
 @dataclass(eq=False, kw_only=True)
 class _Version(_Tuned):
     asked: FleetVersion
+    needs: int = 0
+    """Engines that must be up before it gets requests, beside those that it asks for: as many as the version before has."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -306,9 +313,11 @@ class Service:
         except Exception as error:  # whatever is wrong with its files must not end the versions that answer
             logger.exception("%s", asked.name)
             raise ServerError(f"its files cannot be read ({type(error).__name__}: {error})") from error
-        model = TUNED_MODEL
+        model, needs = TUNED_MODEL, 0
         if pool is None:
-            pool = _Pool(name=asked.name, spec=spec, plan=plan, wanted=asked.instances)
+            pool = _Pool(name=asked.name, spec=spec, plan=plan)
+            self._count(pool, (asked,))
+            needs = pool.wanted
             pool.base = self._lane(pool, model=BASE_MODEL, label=BASE_MODEL)
             self._pools.append(pool)
         else:
@@ -317,7 +326,9 @@ class Service:
             pool.hot[model] = spec.model_dir
             logger.info("%s: loading its adapter into the running engines", asked.name)
         lane = self._lane(pool, model=model, label=TUNED_MODEL, version=asked.name)
-        self._versions[asked.name] = _Version(name=asked.name, asked=asked, pool=pool, lane=lane, folder=spec.model_dir)
+        self._versions[asked.name] = _Version(
+            name=asked.name, asked=asked, needs=needs, pool=pool, lane=lane, folder=spec.model_dir
+        )
         if not pool.started:
             self._start_engine(pool)
 
@@ -376,7 +387,7 @@ class Service:
                 put=lambda kind, engine, detail: self._events.put((kind, engine, detail)),
                 gpus=() if may_have_all or pool.plan.on_cpu else gpus_for(pool.spec, used=used),
                 # The engines of a pool divide the cores; those of the version that an update replaces end soon.
-                sharing=pool.wanted if len(self._pools) > 1 or pool.wanted > 1 else 0,
+                sharing=pool.most if len(self._pools) > 1 or pool.most > 1 else 0,
             )
         except OSError as error:  # no more processes, files or disk
             self._crashed(pool, name, EngineFailed(f"{pool.title} cannot be started: {error}"))
@@ -558,7 +569,7 @@ class Service:
     def _size(self, pool: _Pool, now: float) -> None:
         """Starts and ends engines until the pool has as many as its versions need."""
         versions = [version for version in self._on(pool) if version.state != "failed"]
-        pool.wanted = max((v.asked.instances for v in versions if v.state != "draining"), default=0)
+        self._count(pool, [version.asked for version in versions if version.state != "draining"])
         wanted = 0 if self._is_asleep else pool.wanted
         if not pool.is_proved:
             return  # one engine, until it was compared
@@ -579,6 +590,28 @@ class Service:
             if waited_s >= _UNROUTED_S and (not engine.open or waited_s >= _DRAIN_LIMIT_S):
                 pool.leaving.remove(engine)
                 self._retire(engine)
+
+    def _count(self, pool: _Pool, asked: Sequence[FleetVersion]) -> None:
+        """Sets how many engines a pool should have: as many as its versions ask for, or as its requests need."""
+        pool.wanted = pool.most = least = max((version.instances for version in asked), default=0)
+        settings = next((version.autoscaling for version in asked if version.autoscaling is not None), None)
+        if settings is None or least == 0:
+            pool.scaler = None
+            return
+        pool.most = max(least, settings.max_instances)
+        if pool.scaler is None:
+            # A version that replaces another one gets its requests all at once.
+            level = max((other.wanted for other in self._pools), default=least)
+            pool.scaler = Scaler(min(max(level, least), pool.most))
+        if not any(version.state == "ready" for version in self._on(pool)):
+            pool.wanted = min(max(pool.scaler.level, least), pool.most)  # it has no requests yet
+            return
+        target = settings.target_requests or TARGET_REQUESTS[pool.plan.on_cpu]
+        requests = sum(lane.open for lane in self._lanes_of(pool))
+        before = pool.scaler.level
+        pool.wanted = pool.scaler.follow(requests, least=least, settings=settings, target=target, now=time.monotonic())
+        if pool.wanted != before:
+            logger.info("%s: %d open requests: %d engines instead of %d", pool.name, requests, pool.wanted, before)
 
     def _late(self, pool: _Pool, now: float) -> None:
         limit_s = pool.spec.start_timeout_s
@@ -733,7 +766,8 @@ class Service:
                 self._spawn(self._try, tuned)
             return
         if isinstance(tuned, _Version):
-            if len(up) < tuned.asked.instances or not self._has_its_adapters(tuned.pool):
+            needs = min(tuned.pool.wanted, max(tuned.asked.instances, tuned.needs))
+            if len(up) < needs or not self._has_its_adapters(tuned.pool):
                 return
             tuned.seconds = round(time.monotonic() - tuned.began_at, 1)
         tuned.state = "ready"

@@ -41,11 +41,12 @@ from palate.runs.rollout import (
 )
 from palate.store import Store
 from palate_recipes.specs.fleet import FLEET_FILE, AdapterState, Fleet, FleetAdapter, VersionState
-from palate_recipes.specs.run import Deployment
+from palate_recipes.specs.run import Autoscaling, Deployment
 from palate_recipes.specs.serve import Parity, ServeSpec
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.fast.test_deploy import NothingStarts
 from tests.support.fleet import Program
+from tests.support.fleets import until
 from tests.support.manifests import serve_manifest
 from tests.support.schemas import check_records
 from tests.support.stores import empty_store
@@ -559,6 +560,11 @@ def test_a_runner_that_does_not_follow_is_told(
     assert numbers(record) == [2]
 
 
+def body(record: Record) -> dict[str, Any]:
+    """Returns the deployment in the service's manifest, as a reader of the JSON sees it."""
+    return dict(json.loads(record.serve_manifest().encode())["body"])
+
+
 @only_file
 def test_a_service_is_scaled(
     record: Record, service: Predictor, runner: Runner, monkeypatch: pytest.MonkeyPatch
@@ -569,6 +575,29 @@ def test_a_service_is_scaled(
         for wrong in (0, 65, True, 1.5):
             with pytest.raises(ConfigurationError, match="expected a whole number from 1 to 64"):
                 service.scale(wrong)  # type: ignore[arg-type]
+        service.autoscale(5, min_instances=2, target_requests=8)
+        wanted = {"instances": 2, "autoscaling": {"max_instances": 5, "target_requests": 8.0}}
+        assert {name: body(record).get(name) for name in wanted} == wanted
+        for settings, says in (
+            ({"max_instances": 1, "min_instances": 2}, "max_instances=1 is below the least number of instances, 2"),
+            ({"max_instances": 65}, "expected a whole number from 1 to 64"),
+            ({"max_instances": 2, "min_instances": 0}, "min_instances=0 is out of range"),
+            ({"max_instances": 2, "target_requests": 0}, "target_requests=0 is invalid"),
+            ({"max_instances": 2, "target_requests": "8"}, "target_requests='8' is invalid"),
+            ({"max_instances": 2, "downscale_delay_s": -1}, "downscale_delay_s=-1 is invalid"),
+        ):
+            with pytest.raises(ConfigurationError, match=says):
+                service.autoscale(**settings)  # type: ignore[arg-type]
+
+        def followed() -> bool:
+            [version] = Fleet.read(runner.work / FLEET_FILE).versions
+            return (version.instances, version.autoscaling) == (2, Autoscaling(max_instances=5, target_requests=8))
+
+        until(followed, lambda: str(runner.fleet), timeout_s=20)
+        service.update_service(job("two"))
+        assert {name: body(record).get(name) for name in wanted} == wanted, "an update keeps them"
+        service.scale(3)
+        assert "autoscaling" not in body(record), "a fixed number ends it"
     record.advance("Stopped", expect={"Running"})
     service.scale(2)
     assert record.serve_manifest().body.instances == 2
@@ -653,8 +682,20 @@ def test_the_commands_show_and_change_versions(
             ("v2", "ready", 0.25, "two"),
         ]
         command_line.promote("svc")
-        command_line.scale("svc", 3)
+        command_line.scale("svc", "3")
         assert capsys.readouterr().out == "svc\t3\n"
+        command_line.scale("svc", "3-4", downscale_delay=60)
+        assert capsys.readouterr().out == "svc\t3-4\n"
+        assert body(record)["autoscaling"] == {"max_instances": 4, "downscale_delay_s": 60.0}
+        for wrong, says in (
+            ("x", "is no number of engines"),
+            ("1-", "is no number"),
+            ("4-1", "max_instances=1 is below"),
+        ):
+            with pytest.raises(ConfigurationError, match=says):
+                command_line.scale("svc", wrong)
+        with pytest.raises(ConfigurationError, match="--upscale-delay: only with two bounds"):
+            command_line.scale("svc", "3", upscale_delay=1)
         command_line.rollback("svc")
         command_line.versions("svc")
         assert "current" in capsys.readouterr().out.splitlines()[-1]

@@ -17,6 +17,7 @@ import pytest
 
 from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
+from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import IDLE_FILE
 from palate_server import metrics, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
@@ -239,8 +240,57 @@ def test_scaling_fails_no_request(small: Small) -> None:
             running.want(running.version("v1", instances=count), settles=False)
             running.wait(lambda count=count: running.state().versions[0].instances == count)  # type: ignore[misc]
             running.wait(lambda count=count: len(running.engines()) == count)  # type: ignore[misc]
+            running.wait(lambda: len({answer.pid for answer in load.answers}) == 3)
     assert load.failures == []
-    assert len({answer.pid for answer in load.answers}) == 3
+
+
+SCALING = Autoscaling(max_instances=3, target_requests=2, upscale_delay_s=0.2, downscale_delay_s=0.5)
+
+
+def test_the_number_of_engines_follows_the_requests(small: Small) -> None:
+    running = small()
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    assert len(running.engines()) == 1
+    with ThreadPoolExecutor(12) as pool:
+        whole = [pool.submit(running.ask, f"until:{running.go}") for _ in range(3)]
+        running.wait(lambda: running.state().versions[0].instances == 2)  # 3 requests, 2 for each
+        whole += [pool.submit(running.ask, f"until:{running.go}") for _ in range(9)]
+        running.wait(lambda: running.state().versions[0].instances == 3)  # 6 would be needed
+        running.go.touch()
+        for one in whole:
+            one.result()
+    running.wait(lambda: len(running.engines()) == 1)
+    with Load(running, prompt="tokens:2 delay:0.2") as load:
+        running.wait(lambda: running.state().versions[0].instances == 2)
+        running.want(running.version("v1", instances=1))  # a fixed number
+        running.wait(lambda: len(running.engines()) == 1)
+    assert load.failures == []
+
+
+def test_an_update_starts_as_many_engines_as_the_requests_have_now(small: Small) -> None:
+    running = small()
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    with Load(running, prompt="tokens:2 delay:0.2", threads=6) as load:
+        running.wait(lambda: running.state().versions[0].instances == 3)
+        new = running.version("v2", running.folder("two"), autoscaling=SCALING)
+        running.want(new, settles=False)
+        running.wait(lambda: running.states().get("v2") == "ready")
+        assert next(one.instances for one in running.state().versions if one.name == "v2") == 3
+        running.wait_for(v2="ready")
+    assert load.failures == []
+    assert load.folders() == {"one", "two"}
+
+
+def test_engines_that_follow_the_requests_sleep_and_wake(small: Small) -> None:
+    running = small(sleep_after_s=0.3)
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    running.ask()
+    running.wait(lambda: running.engines() == [])
+    assert running.ask().folder == "one"
+    assert len(running.engines()) == 1
 
 
 def test_adapters_come_change_and_go_while_requests_run(small: Small) -> None:

@@ -155,7 +155,7 @@ class SmallService:
 
     def version(self, name: str, folder: str | None = None, **fields: Any) -> FleetVersion:
         """Returns a version; a field that FleetVersion does not have is one of the spec."""
-        own = {key: fields.pop(key) for key in ("instances", "share") if key in fields}
+        own = {key: fields.pop(key) for key in ("instances", "share", "autoscaling") if key in fields}
         values = {name: getattr(self.spec, name) for name in self.spec.__struct_fields__}
         spec = ServeSpec(**{**values, "model_dir": folder or self.spec.model_dir, **fields})
         return FleetVersion(name=name, spec=spec, **own)

@@ -156,16 +156,43 @@ def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True)
 
 def scale(
     name: _Service,
-    instances: Annotated[int, typer.Argument(help="Number of engines, from 1.")],
+    instances: Annotated[str, typer.Argument(help="Number of engines, such as 2, or two bounds, such as 1-4.")],
+    target_requests: Annotated[
+        float | None,
+        typer.Option(help="With bounds: open requests for one engine. Default: 32 on a GPU, 4 on a processor."),
+    ] = None,
+    upscale_delay: Annotated[
+        float | None,
+        typer.Option(help="With bounds: seconds over which requests are averaged to add engines. Default: 10."),
+    ] = None,
+    downscale_delay: Annotated[
+        float | None, typer.Option(help="With bounds: seconds of fewer requests before engines end. Default: 300.")
+    ] = None,
     wait: _Wait = True,
 ) -> None:
     """Set how many engines answer a service's requests.
 
-    Each has its own copy of the model in memory.
+    Between two bounds their number follows the open requests. Each has its own copy of the model in memory.
     """
     from palate.predictor import Predictor
+    from palate_recipes.errors import ConfigurationError
 
-    Predictor(name).scale(instances, wait=wait)
+    least, dash, most = instances.partition("-")
+    settings = {
+        "target_requests": target_requests,
+        "upscale_delay_s": upscale_delay,
+        "downscale_delay_s": downscale_delay,
+    }
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise ConfigurationError(
+            f"{instances!r} is no number of engines: expected one such as 2, or bounds such as 1-4"
+        )
+    if dash:
+        Predictor(name).autoscale(int(most), int(least), **settings, wait=wait)
+    elif given := [f"--{one.removesuffix('_s').replace('_', '-')}" for one in settings if settings[one] is not None]:
+        raise ConfigurationError(f"{', '.join(given)}: only with two bounds, such as `palate scale {name} 1-4`")
+    else:
+        Predictor(name).scale(int(least), wait=wait)
     print(visible(f"{name}\t{instances}"))
     say_next("versions", name)
 

@@ -203,6 +203,9 @@ def deploy(
     instances: Annotated[
         int, typer.Option(help="Number of engines, each with its own copy of the model; `palate scale` changes it.")
     ] = 1,
+    max_instances: Annotated[
+        int | None, typer.Option(help="Let their number follow the requests, up to this. Default: it stays the same.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
     idle_time_to_live: Annotated[
@@ -290,6 +293,8 @@ def deploy(
         options["sleep_after_s"] = sleep_after
     if restarts != 3:
         options["restarts"] = restarts
+    if max_instances is not None:
+        options["autoscaling"] = {"max_instances": max_instances}
     if engine_arg:
         options["engine_args"] = engine_args_of(engine_arg)
     if name is not None:

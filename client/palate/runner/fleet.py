@@ -200,7 +200,7 @@ class Rollout:
             None  # that update, until the program no longer gives requests to the other version
         )
         self._replaced: list[Staged] = []  # their engines may still answer open requests
-        self._instances = current.body.instances
+        self._sizes = current.body
         self._staged_adapters: tuple[FleetAdapter, ...] = ()
         self._staging_adapters: threading.Thread | None = None
         self._adapters_error: Exception | None = None
@@ -262,7 +262,7 @@ class Rollout:
             except Exception as error:
                 failed = failed or error
         if manifest.body.version == self._current.body.version:
-            self._instances = manifest.body.instances
+            self._sizes = manifest.body
         self._write_fleet()
         self._remove_replaced()
         self._tell()
@@ -344,7 +344,7 @@ class Rollout:
             self._replaced.append(self._current)
             self._current = candidate.staging.staged
         self._candidate = None
-        self._instances = manifest.body.instances
+        self._sizes = manifest.body
         self._outcome, self._settling = _outcome(update, "promoted"), update
         self._say(f"{self._current.name} is the current version now")
 
@@ -378,15 +378,21 @@ class Rollout:
 
     def _write_fleet(self) -> None:
         """Writes the desired state, if it has changed."""
-        versions = [(self._current, self._instances, 1.0)]
+        versions = [(self._current, 1.0)]
         candidate = self._candidate
         joins = candidate.staging.staged if candidate is not None else None
         if candidate is not None and joins is not None:
             share = candidate.update.share
-            versions = [(self._current, self._instances, round(1.0 - share, 9)), (joins, self._instances, share)]
+            versions = [(self._current, round(1.0 - share, 9)), (joins, share)]
         wanted = tuple(
-            FleetVersion(name=staged.name, spec=staged.spec, instances=instances, share=share)
-            for staged, instances, share in versions
+            FleetVersion(
+                name=staged.name,
+                spec=staged.spec,
+                instances=self._sizes.instances,
+                share=share,
+                autoscaling=self._sizes.autoscaling or None,
+            )
+            for staged, share in versions
         )
         known = self._fleet
         if known is not None and (known.versions, known.adapters) == (wanted, self._staged_adapters):

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from palate_recipes.specs.codec import Int, Sha256, decode, encode
 from palate_recipes.specs.run import INSTANCES_LIMIT as INSTANCES_LIMIT
+from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import Parity, ServeSpec
 
 FLEET_FILE = "fleet.json"
@@ -48,12 +49,14 @@ class FleetVersion(Struct, frozen=True, kw_only=True):
         spec: What its engines serve. Service name, host, port, work folder and time limits are those of the service.
         instances: Engines that answer for it; 0 stops them all.
         share: Share of the requests for the tuned model; the shares of all versions add up to 1.
+        autoscaling: How the number of engines follows the requests, from `instances` upwards; None: it does not.
     """
 
     name: VersionName
     spec: ServeSpec
     instances: Annotated[int, Meta(ge=0, le=INSTANCES_LIMIT)] = 1
     share: Share = 1.0
+    autoscaling: Autoscaling | None = None
 
 
 class FleetAdapter(Struct, frozen=True, kw_only=True):

@@ -39,6 +39,23 @@ INSTANCES_LIMIT = 64
 """Maximum number of engines of one version of a service."""
 
 
+class Autoscaling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the number of a service's engines follows its requests. The least is the deployment's `instances`.
+
+    Attributes:
+        max_instances: The most.
+        target_requests: Open requests, waiting ones included, for which there should be one engine; None: 32 on a GPU, 4 on a
+            processor.
+        upscale_delay_s: Engines are added when the average of so many seconds needs more.
+        downscale_delay_s: Engines are ended when fewer were needed during all of so many seconds.
+    """
+
+    max_instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)]
+    target_requests: Annotated[float, Meta(gt=0, le=10_000)] | None = None
+    upscale_delay_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    downscale_delay_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+
+
 class Deployment(Struct, frozen=True, kw_only=True):
     """What a service serves and how. The body of its manifest.
 
@@ -58,6 +75,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
         version: Number of the service's version that this is; each update has a number of its own. Earlier versions of Palate did not
             write it.
         instances: Engines that answer requests. Earlier versions of Palate did not write it.
+        autoscaling: How their number follows the requests; unset: it does not.
         more: Fields that a newer version wrote.
     """
 
@@ -73,6 +91,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     placement: dict[str, Any] = {}
     version: Annotated[int, Meta(ge=1, le=VERSIONS_LIMIT)] = 1
     instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)] = 1
+    autoscaling: Autoscaling | UnsetType = UNSET
     more: dict[str, Any] = {}
 
 
