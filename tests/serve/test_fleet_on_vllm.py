@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,9 +21,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from msgspec.structs import replace
 from openai.types.chat import ChatCompletion
 
 from palate_recipes.specs.fleet import FleetVersion
+from palate_recipes.specs.run import Autoscaling
 from tests.serve.conftest import TOKEN, Server, installed, running
 from tests.support.fleets import Desired, fleet_adapter, until
 from tests.support.models import greedy, random_adapter, tiny_model
@@ -129,8 +132,6 @@ class Running:
 
 
 def replace_share(version: FleetVersion, share: float) -> FleetVersion:
-    from msgspec.structs import replace
-
     return replace(version, share=share)
 
 
@@ -297,3 +298,38 @@ def test_an_update_that_is_not_what_was_trained_is_refused(service: Running, tmp
     parity = service.desired.serves(trained.name).parity
     assert parity is not None
     assert parity.verdict == "same", json.dumps(parity.text)
+
+
+@pytest.mark.thorough
+def test_an_engine_comes_with_the_requests_and_goes_with_them(service: Running) -> None:
+    fixed = service.desired.versions
+    name, expected = fixed[0].name, service.ids("default")
+    # A small model answers at once: few of the six requests are open when the service looks.
+    bounds = Autoscaling(max_instances=2, target_requests=0.5, upscale_delay_s=1, downscale_delay_s=2)
+
+    def has(count: int) -> None:
+        until(
+            lambda: service.desired.serves(name).instances == len(service.engines()) == count,
+            lambda: f"{service.desired.state()}\n{service.server.log.read_text()[-6000:]}",
+        )
+
+    service.desired.ask(versions=[replace(one, instances=1, autoscaling=bounds) for one in fixed])
+    has(1)
+    is_over = threading.Event()
+
+    def ask() -> list[list[int]]:
+        answers = []
+        while not is_over.is_set():
+            answers.append(service.ids("default"))
+        return answers
+
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(ask) for _ in range(6)]
+        try:
+            has(2)
+        finally:
+            is_over.set()
+        assert all(answer == expected for one in asking for answer in one.result())
+    has(1)
+    service.desired.ask(versions=fixed)
+    has(2)

@@ -19,7 +19,7 @@ from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
 from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import IDLE_FILE
-from palate_server import metrics, proxy, service
+from palate_server import metrics, pools, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
 
 __all__ = ["small"]  # a fixture
@@ -440,7 +440,7 @@ def test_a_desired_state_that_cannot_be_read_changes_nothing(small: Small, caplo
 
 
 def test_a_stream_is_broken_off_after_the_draining_limit(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "_DRAIN_LIMIT_S", 0.5)
+    monkeypatch.setattr(pools, "DRAIN_LIMIT_S", 0.5)
     running = small()
     running.start()
     stream = running.stream("tokens:1000 delay:0.05")
