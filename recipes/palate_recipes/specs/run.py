@@ -19,6 +19,7 @@ from palate_recipes.specs.codec import (
     parse_object,
     spread,
     typed,
+    whole,
 )
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
@@ -273,7 +274,7 @@ class Renewal(Struct, frozen=True, kw_only=True):
         time_to_live_s: Seconds until the service stops; None means no limit.
     """
 
-    id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    id: Annotated[str, whole("[0-9a-f]{16}")]
     time_to_live_s: Annotated[float, Meta(gt=0, le=LONGEST_LIFE_S)] | None
     schema: Int = RENEWAL_SCHEMA
 
