@@ -94,10 +94,18 @@ class ServedModel:
             "system_prompt": self.system_prompt,
         }
 
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a `Deployment` for a user's options, with the model's dtype if they have none."""
+        if not self.dtype or "dtype" in options:
+            return {"options": dict(options), "model_dtype": UNSET}
+        return {"options": {**options, "dtype": self.dtype}, "model_dtype": self.dtype}
+
     def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
         """Returns a service's manifest with the same settings and this model."""
-        options = {**({"dtype": self.dtype} if self.dtype else {}), **manifest.body.options}
-        body = structs.replace(manifest.body, options=options, **self.facts(run.session, run.backend))
+        body = manifest.body
+        # What came with the model that is replaced, goes with it.
+        own = {name: value for name, value in body.options.items() if name != "dtype" or body.model_dtype is UNSET}
+        body = structs.replace(body, **self.settings(own), **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palate.cli.format import Wide, age, pairs, say_next
+from palate.cli.format import Checkpoint, Wide, age, pairs, say_next
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import visible
 
@@ -25,13 +25,7 @@ _StopStart = Annotated[
 def update(
     name: _Service,
     job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STEP",
-            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     traffic: Annotated[
         float | None,
         typer.Option(
