@@ -383,21 +383,32 @@ def test_adapters_reach_the_program_with_the_versions(record: Record, runner: Ru
     adapter = FleetAdapter(name="polite", digest="0" * 64, path="/adapters/polite")
 
     class Adapters:
-        failed = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
+        missing = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
         away = False
+        downloads = threading.Event()
+        brought = 0
 
-        def update(self) -> tuple[FleetAdapter, ...]:
+        def look(self) -> tuple[FleetAdapter, ...]:
             if self.away:
                 raise StoreUnreachableError("the store is away")
-            return (adapter,)
+            return () if self.brought else (adapter,)
+
+        def bring(self) -> None:
+            self.brought += 1
+            assert self.downloads.wait(10)
 
     staged = runner.rollout._adapters = Adapters()
-    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,))
+    runner.step()
+    assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
     assert record.status().details["adapters"][-1]["reason"] == "no such file"
+    # It is removed while the other one is brought.
+    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == ())
+    assert staged.brought == 1
     staged.away = True
     with pytest.raises(StoreUnreachableError):
-        runner.steps(lambda: False)
-    assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
+        runner.step()
+    assert Fleet.read(runner.work / FLEET_FILE).adapters == ()
+    staged.downloads.set()
 
 
 # ── the record ──────────────────────────────────────────────────────────────────────────────────────────────────────
