@@ -105,7 +105,10 @@ class Adapters(Protocol):
 
 
 class _Staging:
-    """Stages a version in a thread of its own: a download takes minutes, and neither stop nor withdrawal must wait for it."""
+    """Stages a version in a thread of its own: a download takes minutes, and neither stop nor withdrawal must wait for it.
+
+    A version that is withdrawn gives up what it can: retries, and the program that merges.
+    """
 
     def __init__(self, stage: Stage, body: Deployment, folder: Path, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -122,7 +125,7 @@ class _Staging:
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
-        """Removes the folder, now or once the thread has ended."""
+        """Gives up, and removes the folder, now or once the thread has ended."""
         with self._lock:
             self._abandoned.set()
             ended = self.staged is not None or bool(self.error)
@@ -134,7 +137,7 @@ class _Staging:
         try:
             staged = stage(body, self.folder, retry)
         except NotStaged as caught:
-            if caught.ending.state == "Stopped":
+            if caught.ending.state == "Stopped" and not self._abandoned.is_set():
                 return  # the service ends: its next start takes the update up again
             error = caught.ending.reason
         except Exception as caught:  # whatever it is, the update has failed and the service continues
