@@ -490,7 +490,8 @@ class Predictor:
 
         Raises:
             ConfigurationError: The name is taken or reserved, the job trained full weights or another base, the service has no base
-                (full weights) or its engine serves one adapter only (transformers), or the rank is too high for the running engine.
+                (full weights) or its engine serves one adapter only (transformers), the rank is too high for the running engine, or
+                an update to another base is in progress.
             UnservableError: vLLM cannot serve the adapter.
             JobNotReadyError: The job has not succeeded.
             DataError: The folder has no adapter, or no digests.json.

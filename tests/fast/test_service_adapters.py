@@ -38,6 +38,7 @@ from palate.errors import (
 from palate.runner.adapters import StagedAdapters
 from palate.runs.adapters import add, read_adapters, remove, take_back
 from palate.runs.record import ADAPTERS_KEY, Record
+from palate.runs.rollout import ask, reserve, update_to, withdraw
 from palate.store import Store, StoreOptions, open_store
 from palate_recipes.specs.adapters import ServedAdapter
 from palate_recipes.specs.fleet import ADAPTERS_LIMIT, AdapterState, FleetAdapter
@@ -723,6 +724,30 @@ def test_an_update_keeps_the_base_of_the_adapters(
             predictor.update_service(TrainingJob.get(name, session))
     assert store.get(record.key("manifest.json")) == before
     assert record.status().state == "Stopped"
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+@pytest.mark.parametrize("full_weights", [False, True])
+def test_no_adapter_is_added_while_an_update_to_another_base_is_open(
+    store: Store, record: Record, session: Session, tmp_path: Path, full_weights: bool
+) -> None:
+    after: dict[str, Any] = {"adapter": False} if full_weights else {"model": other_base()}
+    folder = adapter_folder(tmp_path / "one")
+    job(store, folder)
+    predictor = Predictor("svc", session=session)
+    body = record.serve_manifest().body
+    update = update_to(reserve(record, replace(body, **after), {}), share=0.1, promote=False)
+    ask(record, update)
+    with pytest.raises(ConfigurationError, match=r"has an update to v2 in progress.*palate rollback svc") as refused:
+        predictor.add_adapter("support", "second")
+    assert "palate promote svc" in str(refused.value)
+    assert read_adapters(record) == ()
+    withdraw(record, update, reason="the test")
+    predictor.add_adapter("support", "second")
+    assert [one.name for one in read_adapters(record)] == ["support"]
+    remove(record, "support")
+    ask(record, update_to(reserve(record, body, {}), share=0.1, promote=False))  # on the same base: it keeps adapters
+    predictor.add_adapter("support", "second")
 
 
 @pytest.mark.parametrize("store", ["file"], indirect=True)
