@@ -643,6 +643,54 @@ def test_a_stopped_service_is_started_with_the_new_model(
     assert (states(service)[-1], record.status().attempt) == (("v3", "current"), 3)
 
 
+class Mounted(NothingStarts):
+    """A container sees what it was started with, and these folders are it."""
+
+    def __init__(self, *folders: Path) -> None:
+        super().__init__()
+        self.folders = [*folders]
+
+    def of_run(self, uri: str) -> Mounted:
+        return self
+
+    def folders_seen(self, engine_id: str) -> list[Path] | None:
+        assert engine_id == "elsewhere:1:2:x"
+        return self.folders
+
+
+@only_file
+def test_an_update_to_a_folder_that_the_container_cannot_see_is_refused_with_the_remedy(
+    record: Record, runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Mounted(tmp_path / "seen")
+    service = Predictor("svc", session=Session(store=record.store.root, backend=backend))
+    there, elsewhere = tmp_path / "seen" / "base", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def of(folder: Path) -> HasModel:
+        source = WeightsSource(kind="folder", location=str(folder))
+        return job("two", model=BaseModel(name="m", source=source), tuned_uri=record.store.uri("jobs/two/model"))
+
+    own = record.store.local_path("")
+    assert own is not None
+    backend.folders.append(own)
+    before = record.manifest_bytes()
+    with pytest.raises(ConfigurationError, match=r"started without .*/elsewhere.*palate update svc JOB --stop-start"):
+        service.update_service(of(elsewhere))
+    assert (record.manifest_bytes(), numbers(record), last_update(record)) == (before, [], None)
+    with running(runner, monkeypatch):
+        service.update_service(of(there))
+    assert service.manifest.body.version == 2
+    backend.folders = []
+    with pytest.raises(ConfigurationError, match="started without"):
+        service.update_service(of(elsewhere))
+    monkeypatch.setattr("palate.predictor.STOP_GRACE_S", 0.1)  # nothing runs that could stop by itself
+    service.update_service(of(elsewhere), zero_downtime=False, wait=False)
+    assert service.manifest.body.model.source.location == str(elsewhere)
+
+
 @only_file
 def test_the_commands_show_and_change_versions(
     record: Record, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
