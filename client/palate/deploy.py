@@ -87,7 +87,8 @@ def start_service(
     scaling = checked.pop("autoscaling", None)
     if session.backend.is_this_host:
         _check_port(checked)
-    engine = check_deployment(served, session, checked)
+    settings = served.settings(checked)
+    engine = check_deployment(served, session, settings["options"])
     where = where or PlacementRequest(kind="services")
     instances = check_instances("instance_count", 1 if where.instance_count is None else where.instance_count)
     autoscaling = UNSET if scaling is None else check_autoscaling(scaling, least=instances)
@@ -100,7 +101,7 @@ def start_service(
         versions=versions(),
         body=Deployment(
             **served.facts(session, session.backend),
-            options=checked,
+            **settings,
             time_to_live_s=lives.get("time_to_live_s"),
             idle_time_to_live_s=lives.get("idle_time_to_live_s", IDLE_TIME_TO_LIVE_S),
             placement=placement,

@@ -384,14 +384,11 @@ class TrainingJob:
         from palate.deploy import start_service
 
         served = self.served_model(checkpoint)
-        settings: dict[str, Any] = {"verify": verify}
-        if served.dtype:
-            settings["dtype"] = served.dtype
         return start_service(
             self._run.session,
             service_name=service_name or f"{self.id}-{served.checkpoint or 'service'}",
             served=served,
-            options={**settings, **(options or {})},
+            options={"verify": verify, **(options or {})},
             where=PlacementRequest(
                 kind="services",
                 instance_type=instance_type,

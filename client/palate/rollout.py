@@ -230,12 +230,19 @@ def _change(
     if (pending := open_update(record)) is not None:
         raise in_progress(record, pending)
     check_update(run, replace(record.serve_manifest(), body=body))
-    running = run.refresh().state == "Running"
+    status = run.refresh()
+    running = status.state == "Running"
     if not running or not zero_downtime:
         if traffic is not None:
             why = "it is not running" if not running else "zero_downtime=False stops the current version"
             raise ConfigurationError(f"traffic={traffic:g} cannot be shared between two versions: {why}")
         return _stop_and_start(service, body, labels, what=what, wait=wait, show_logs=show_logs)
+    if unseen := run.out_of_reach(body, status):
+        raise ConfigurationError(
+            f"service {service.service_name} runs in a container that was started without {unseen[0]}, so it cannot read the new "
+            f"model while it runs: zero_downtime=False (`palate update {service.service_name} JOB --stop-start`) starts it again with "
+            "that folder"
+        )
     _require_following(service)
     shown = record.last_part("logs")
     version = reserve(record, body, labels)

@@ -384,21 +384,32 @@ def test_adapters_reach_the_program_with_the_versions(record: Record, runner: Ru
     adapter = FleetAdapter(name="polite", digest="0" * 64, path="/adapters/polite")
 
     class Adapters:
-        failed = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
+        missing = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
         away = False
+        downloads = threading.Event()
+        brought = 0
 
-        def update(self) -> tuple[FleetAdapter, ...]:
+        def look(self) -> tuple[FleetAdapter, ...]:
             if self.away:
                 raise StoreUnreachableError("the store is away")
-            return (adapter,)
+            return () if self.brought else (adapter,)
+
+        def bring(self) -> None:
+            self.brought += 1
+            assert self.downloads.wait(10)
 
     staged = runner.rollout._adapters = Adapters()
-    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,))
+    runner.step()
+    assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
     assert record.status().details["adapters"][-1]["reason"] == "no such file"
+    # It is removed while the other one is brought.
+    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == ())
+    assert staged.brought == 1
     staged.away = True
     with pytest.raises(StoreUnreachableError):
-        runner.steps(lambda: False)
-    assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
+        runner.step()
+    assert Fleet.read(runner.work / FLEET_FILE).adapters == ()
+    staged.downloads.set()
 
 
 # ── the record ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -659,6 +670,54 @@ def test_a_stopped_service_is_started_with_the_new_model(
     record.advance("Running", expect={"Creating"})
     service.update_service(job("three", model=BaseModel(name="m", source=source)), zero_downtime=False, wait=False)
     assert (states(service)[-1], record.status().attempt) == (("v3", "current"), 3)
+
+
+class Mounted(NothingStarts):
+    """A container sees what it was started with, and these folders are it."""
+
+    def __init__(self, *folders: Path) -> None:
+        super().__init__()
+        self.folders = [*folders]
+
+    def of_run(self, uri: str) -> Mounted:
+        return self
+
+    def folders_seen(self, engine_id: str) -> list[Path] | None:
+        assert engine_id == "elsewhere:1:2:x"
+        return self.folders
+
+
+@only_file
+def test_an_update_to_a_folder_that_the_container_cannot_see_is_refused_with_the_remedy(
+    record: Record, runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Mounted(tmp_path / "seen")
+    service = Predictor("svc", session=Session(store=record.store.root, backend=backend))
+    there, elsewhere = tmp_path / "seen" / "base", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def of(folder: Path) -> HasModel:
+        source = WeightsSource(kind="folder", location=str(folder))
+        return job("two", model=BaseModel(name="m", source=source), tuned_uri=record.store.uri("jobs/two/model"))
+
+    own = record.store.local_path("")
+    assert own is not None
+    backend.folders.append(own)
+    before = record.manifest_bytes()
+    with pytest.raises(ConfigurationError, match=r"started without .*/elsewhere.*palate update svc JOB --stop-start"):
+        service.update_service(of(elsewhere))
+    assert (record.manifest_bytes(), numbers(record), last_update(record)) == (before, [], None)
+    with running(runner, monkeypatch):
+        service.update_service(of(there))
+    assert service.manifest.body.version == 2
+    backend.folders = []
+    with pytest.raises(ConfigurationError, match="started without"):
+        service.update_service(of(elsewhere))
+    monkeypatch.setattr("palate.predictor.STOP_GRACE_S", 0.1)  # nothing runs that could stop by itself
+    service.update_service(of(elsewhere), zero_downtime=False, wait=False)
+    assert service.manifest.body.model.source.location == str(elsewhere)
 
 
 @only_file

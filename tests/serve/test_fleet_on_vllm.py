@@ -5,7 +5,6 @@ The tests share one service. Each asks for the state that it needs, so they run 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from palate_recipes.specs.run import Autoscaling
 from tests.serve.conftest import TOKEN, Server, installed, running
 from tests.support.fleets import Desired, fleet_adapter, until
 from tests.support.models import greedy, random_adapter, tiny_model
+from tests.support.parity import check_agrees, check_every_damage_is_told_apart, engine_socket
 
 pytestmark = [
     pytest.mark.slow,
@@ -170,6 +170,20 @@ def service(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Running(server, desired, models)
 
 
+def test_the_first_version_is_verified_before_it_is_ready(service: Running) -> None:
+    assert service.server.ready is not None
+    check_agrees(service.server.ready.parity)
+
+
+def test_vllms_scores_tell_every_damage_apart(service: Running) -> None:
+    if service.desired.versions[0].spec.model_dir != str(service.models.trained):
+        service.update(service.models.trained)
+    names = models_of(engine_socket(service.server))
+    hot = f"default-{service.desired.versions[0].name}"
+    tuned = hot if hot in names else "default"
+    check_every_damage_is_told_apart(service.server, service.models.trained, tuned=tuned)
+
+
 def test_two_instances_share_the_requests(service: Running) -> None:
     engines = service.engines()
     assert len(engines) == service.desired.serves(service.desired.versions[0].name).instances == 2
@@ -251,6 +265,8 @@ def test_an_adapter_swapped_under_its_name_answers_nothing_from_the_cache_of_the
     assert answers[0] == answers[2] != answers[1]
 
 
+# tests/serve/test_service has the same over small engines, and the test under load kills one of vLLM's, too.
+@pytest.mark.thorough
 def test_a_killed_engine_comes_back_with_its_adapters(service: Running) -> None:
     folder = service.models.adapter("lasting")
     service.desired.ask(adapters=[fleet_adapter("lasting", folder)])
@@ -295,9 +311,7 @@ def test_an_update_that_is_not_what_was_trained_is_refused(service: Running, tmp
     service.desired.ask(versions=running_now)
     assert [one.name for one in service.desired.reached().versions] == [running_now[0].name]
     trained = service.update(service.models.trained)  # the same files, undamaged, are what was trained
-    parity = service.desired.serves(trained.name).parity
-    assert parity is not None
-    assert parity.verdict == "same", json.dumps(parity.text)
+    check_agrees(service.desired.serves(trained.name).parity)
 
 
 @pytest.mark.thorough

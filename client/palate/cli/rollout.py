@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from palate.cli.format import Wide, age, pairs, say_next
+from palate.cli.format import Checkpoint, Wide, age, pairs, say_next
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import visible
 
 _Service = Annotated[str, typer.Argument(help="Service name.")]
-_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the service has followed.")]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the change has taken effect.")]
 _StopStart = Annotated[
     bool,
     typer.Option(
         "--stop-start",
-        help="Stop the current version first, on a machine that cannot hold two. Nothing answers meanwhile.",
+        help="Stop the current version before the new one starts. Needs memory for one version only, but interrupts the service.",
     ),
 ]
 
@@ -25,18 +25,12 @@ _StopStart = Annotated[
 def update(
     name: _Service,
     job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STEP",
-            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     traffic: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Let the new version answer this share of the requests, such as 0.1, beside the old one.",
+            help="Share of the requests to send to the new version, such as 0.1. The old version answers the rest.",
         ),
     ] = None,
     stop_start: _StopStart = False,
@@ -45,8 +39,8 @@ def update(
 ) -> None:
     """Switch a service to another model or checkpoint.
 
-    If the new model does not start or is not what was trained, the service keeps the old one. Ctrl-C withdraws the update.
-    Starts a stopped service.
+    If the new model does not start, or its answers differ from the trained model's, the service keeps the old one. Ctrl-C cancels
+    the update. A stopped service is started with the new model.
     """
     from palate.job import TrainingJob
     from palate.predictor import Predictor
@@ -71,7 +65,7 @@ def versions(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     wide: Wide = False,
 ) -> None:
-    """List a service's versions with their shares, oldest first."""
+    """List the versions of a service and their shares of the requests, oldest first."""
     from dataclasses import asdict
 
     from palate.predictor import Predictor
@@ -110,11 +104,13 @@ def versions(
 
 def traffic(
     name: _Service,
-    shares: Annotated[list[str], typer.Argument(metavar="VERSION=SHARE", help="Share of a version, such as v2=0.1.")],
+    shares: Annotated[
+        list[str], typer.Argument(metavar="VERSION=SHARE", help="Share of the requests for a version, such as v2=0.1.")
+    ],
 ) -> None:
-    """Set which share of the requests each of two versions answers.
+    """Split the requests between two versions of a service.
 
-    With one share, the other version gets the rest.
+    Give one share or both. With one, the other version gets the rest.
     """
     from palate.predictor import Predictor
 
@@ -133,9 +129,9 @@ def traffic(
 
 
 def promote(name: _Service, wait: _Wait = True) -> None:
-    """Make the second version of a service the current one.
+    """Send all requests to the new version of a service.
 
-    `palate update --traffic` starts a second version.
+    For an update that was started with `palate update --traffic`.
     """
     from palate.predictor import Predictor
 
@@ -144,7 +140,7 @@ def promote(name: _Service, wait: _Wait = True) -> None:
 
 
 def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True) -> None:
-    """Withdraw an update, or return to the version before.
+    """Cancel the update in progress, or return to the previous version.
 
     `palate versions` lists the versions.
     """
@@ -170,7 +166,7 @@ def scale(
     ] = None,
     wait: _Wait = True,
 ) -> None:
-    """Set how many engines answer a service's requests.
+    """Set the number of engines of a service.
 
     Between two bounds their number follows the open requests. Each has its own copy of the model in memory.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palate.cli.format import pairs, say_next
+from palate.cli.format import Checkpoint, pairs, say_next
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
@@ -189,13 +189,7 @@ def deploy(
     name: Annotated[
         str | None, typer.Option(help="Service name. Default: the job id with -service, or with the checkpoint's name.")
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STEP",
-            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     base: Annotated[bool, typer.Option("--base", help="Serve an untuned model of the catalog.")] = False,
     engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,

@@ -19,6 +19,7 @@ from palate_recipes.specs.codec import (
     parse_object,
     spread,
     typed,
+    whole,
 )
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
@@ -69,6 +70,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
         system_prompt: The system prompt used in training; `palate chat` starts with it.
         options: Options of `deploy()` as the user gave them: fields of `palate_recipes.specs.serve.ServeSpec`, options of vLLM by
             type (`palate_recipes.engine_options`), and `merge`.
+        model_dtype: The `dtype` in `options` if it came with the checkpoint: an update to another model removes it. Unset if the user
+            gave it, or if there is none.
         time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
         idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
         placement: The placement, as the backend returned it.
@@ -86,6 +89,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     adapter: bool = False
     system_prompt: str = ""
     options: dict[str, Any] = {}
+    model_dtype: str | UnsetType = UNSET
     time_to_live_s: float | None = None
     idle_time_to_live_s: float | None = None
     placement: dict[str, Any] = {}
@@ -292,7 +296,7 @@ class Renewal(Struct, frozen=True, kw_only=True):
         time_to_live_s: Seconds until the service stops; None means no limit.
     """
 
-    id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    id: Annotated[str, whole("[0-9a-f]{16}")]
     time_to_live_s: Annotated[float, Meta(gt=0, le=LONGEST_LIFE_S)] | None
     schema: Int = RENEWAL_SCHEMA
 
