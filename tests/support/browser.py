@@ -1,4 +1,7 @@
-"""A headless Chromium that a test drives over a pipe (Chrome DevTools Protocol). Knows pages and requests, nothing of Palate."""
+"""A headless Chromium that a test drives over a pipe (Chrome DevTools Protocol). Knows pages and requests, nothing of Palate.
+
+python -m tests.support.browser install   Debian's chromium, if there is no browser; needs root
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -148,3 +152,24 @@ def running_browser() -> Iterator[Browser]:
             process.wait()
             os.close(reads)
             os.close(writes)
+
+
+def install() -> None:
+    """Installs Debian's Chromium, unless there is a browser."""
+    if find_chromium() is None:
+        for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", "chromium"]):
+            subprocess.run(
+                ["apt-get", *command],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["install"]:
+        sys.exit(str(__doc__))
+    try:
+        install()
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"chromium cannot be installed: {error}")

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,11 +23,7 @@ from palate_recipes.hyperparameters import HYPERPARAMETERS, differences
 from palate_recipes.preferences.report import RULES
 from palate_recipes.schema import show
 from palate_recipes.specs.events import duration
-from palate_recipes.text import html_text
-
-_PASSWORD = re.compile(r"(://)[^/\s@:]*:[^/\s@]+@")
-_SECRET_CHARACTERS = 8
-"""Shorter values of environment variables are not hidden: `1` or `true` are parts of many words."""
+from palate_recipes.text import html_text, without_secrets
 
 _LENGTHS = {"mean": "mean", "p50": "median", "p95": "95%", "max": "longest"}
 
@@ -124,16 +119,11 @@ class _Page:
 
     def __init__(self, jobs: Iterable[JobFacts]) -> None:
         # Records have no values of variables. A reason or a label can quote one, and this process may know it.
-        names = {name for job in jobs for name in job.spec.environment_names}
-        values = {os.environ.get(name, "") for name in names}
-        self._secrets = sorted((value for value in values if len(value) >= _SECRET_CHARACTERS), key=len, reverse=True)
+        self._names = {name for job in jobs for name in job.spec.environment_names}
 
     def hidden(self, value: object) -> str:
         """Returns a value as text without secrets."""
-        text = _PASSWORD.sub(r"\1***@", str(value))
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return without_secrets(str(value), self._names, os.environ)
 
     def text(self, value: object) -> str:
         """Returns a value as HTML text without secrets."""
