@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -91,16 +92,15 @@ def figures(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[tup
     """
     from plotly import graph_objects
 
-    found = []
+    found, several = [], len(runs) > 1
     axis = {"gridcolor": "#e3e6ea", "zerolinecolor": "#c3c8cf"}
     for chart in _CHARTS:
         traces, is_shared = [], len(chart.series) > 1
         for at, (run, events) in enumerate(runs):
-            for turn, series in enumerate(chart.series):
+            for turn, series in enumerate(chart.series[:2] if several else chart.series):
                 steps, values = _points(events, series)
                 if not any(value is not None for value in values):
                     continue
-                several = len(runs) > 1
                 words = [*([run] if several else []), *([series.name] if is_shared or not several else [])]
                 traces.append(
                     graph_objects.Scatter(
@@ -121,7 +121,7 @@ def figures(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[tup
             {
                 "template": "none",  # the others repeat 7 KB of settings in each figure
                 "autosize": True,
-                "height": 270 + 20 * (len(traces) // 3),  # the legend takes a line for three
+                "height": 255 + 20 * math.ceil(len(traces) / 2),  # the legend has two names in a line
                 "margin": {"l": 56, "r": 12, "t": 30, "b": 28},
                 "hovermode": "x unified",
                 "showlegend": len(traces) > 1,

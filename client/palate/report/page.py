@@ -227,7 +227,7 @@ class _Page:
             lengths = [
                 (name, *(f"{found.get(key, 0):,}" for key in _LENGTHS)) for name, found in report.lengths.items()
             ]
-            parts.append(self.table(lengths, ("characters of", *_LENGTHS.values())))
+            parts.append(self.table(lengths, ("characters", *_LENGTHS.values())))
             findings = [
                 (found.title, f"{found.count:,}", RULES[found.code].meaning, "\n".join(found.place_lines()))
                 for found in report.of("error", "warning", "info")
