@@ -61,6 +61,11 @@ class TrackerCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pass_on("end", "on_train_end", args, state, control, **kwargs)
+        if self.name == "wandb" and self._callback is not None:
+            # Its callback leaves this to the interpreter's shutdown, which workers of several GPUs skip.
+            import wandb
+
+            self._guarded("end", wandb.finish)
 
     def _pass_on(self, what: str, event: str, *args: Any, **kwargs: Any) -> None:
         if self._callback is not None and self._failures < _FAILURES:

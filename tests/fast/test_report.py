@@ -65,6 +65,21 @@ def make_job(home: Path, name: str, *, told: list[dict[str, Any]] | None = None,
     return TrainingJob.get(name)
 
 
+def put_evaluation(
+    record: Record, key: str, *, prompt: Any, models: tuple[str, str], answers: tuple[str, str], result: str = "A"
+) -> None:
+    """The files of an evaluation with one prompt."""
+    figure = {"value": 0.75, "low": 0.5, "high": 0.9}
+    counts = {"prompts": 4, "wins": 3, "losses": 1, "ties": 0}
+    comparison = {"first": models[0], "second": models[1], **counts, "win_rate": figure, "length_controlled": figure}
+    record.store.put(
+        record.key(f"evaluations/{key}.json"), json.dumps({"judge": "j", "comparisons": [comparison]}).encode()
+    )
+    row = {"prompt": prompt, "model_a": models[0], "model_b": models[1], "answer_a": answers[0], "answer_b": answers[1]}
+    lines = f'{json.dumps({**row, "result": result})}\n{{"cut off'
+    record.store.put(record.key(f"evaluations/{key}.rows.jsonl"), lines.encode())
+
+
 class _Elements(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -135,10 +150,7 @@ def hostile(home: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
     record.advance(
         "Failed", expect={"Running"}, reason=f"{ATTACK} token {SECRET}", details={"versions": {"trl": ATTACK}}
     )
-    rows = [{"prompt": ATTACK, "answers": {ATTACK: ATTACK, "base": BOLD}}]
-    record.store.put(
-        record.key("evaluations/one.json"), json.dumps({"win_rate": 0.5, "note": ATTACK, "rows": rows}).encode()
-    )
+    put_evaluation(record, "one", prompt=ATTACK, models=(ATTACK, "base"), answers=(ATTACK, BOLD))
     record.store.put(record.key("evaluations/two.json"), b"not JSON </script>")
     return job
 
@@ -274,6 +286,19 @@ def test_answers_are_side_by_side(home: Path, tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ConfigurationError, match=r"answers\.json"):
             job.report(answers=path)
+
+
+def test_an_evaluation_has_its_figures_answers_and_verdicts(home: Path) -> None:
+    job = make_job(home, "one")
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Flat?"}]
+    put_evaluation(job._run.record, "e1", prompt=prompt, models=("one", "base"), answers=("No", "Yes"))
+    text = check_page(job.report().html)
+    interval = "75.0% (95% interval 50.0% to 90.0%)"
+    assert (
+        f"one against base win-rate {interval}, at equal lengths {interval}; 3 won, 1 lost and 0 tied of 4 prompts"
+        in text
+    )
+    assert "system: Be brief.\nuser: Flat? one No base Yes judge one against base: prefers one" in text
 
 
 def test_the_script_of_a_report_gives_the_same_settings(home: Path) -> None:

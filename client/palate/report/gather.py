@@ -6,11 +6,13 @@ import hashlib
 import json
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from palate.runs.record import Record
 from palate.session import Session
@@ -18,6 +20,7 @@ from palate.store import open_parent
 from palate_recipes.errors import ConfigurationError, PalateError
 from palate_recipes.preferences.check import read_files
 from palate_recipes.preferences.report import Report as DataReport
+from palate_recipes.specs.codec import Natural, decode, parse_object
 from palate_recipes.specs.diagnose import Reading, read_run
 from palate_recipes.specs.run import Status, TrainManifest
 from palate_recipes.specs.train import InputFile, TrainSpec
@@ -179,47 +182,99 @@ def read_answers(path: Path) -> Answers:
     return found
 
 
+class _Figure(Struct, frozen=True):
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
+
+
+class _Comparison(Struct, frozen=True):
+    first: str
+    second: str
+    prompts: Natural
+    wins: Natural
+    losses: Natural
+    ties: Natural
+    win_rate: _Figure
+    length_controlled: _Figure | None = None
+
+    def fact(self) -> tuple[str, str]:
+        at_equal_length = f", at equal lengths {self.length_controlled}" if self.length_controlled else ""
+        counts = f"{self.wins} won, {self.losses} lost and {self.ties} tied of {self.prompts} prompts"
+        return f"{self.first} against {self.second}", f"win-rate {self.win_rate}{at_equal_length}; {counts}"
+
+
+class _Evaluation(Struct, frozen=True):
+    """What a report shows of an evaluation's figures. Its file has more."""
+
+    comparisons: tuple[_Comparison, ...] = ()
+    judge: str = ""
+
+
 def read_evaluations(record: Record) -> list[Answers]:
-    """Reads the evaluations of a job. The only place that knows their files; what it does not recognise is left out."""
+    """Reads the evaluations of a job. The only place that knows their files. A damaged one becomes a remark."""
     found = []
     keys = sorted(info.key for info in record.store.list(record.key("evaluations")) if info.key.endswith(".json"))
     for key in keys[-_MOST_EVALUATIONS:]:
-        try:
-            value = json.loads(record.store.get_range(key, 0, _EVALUATION_BYTES))
-        except (ValueError, RecursionError, PalateError):
-            continue
         title = f"evaluation {Path(key).stem}"
-        rows = value.get("rows") if isinstance(value, dict) else value
-        answers = _side_by_side(title, rows) if isinstance(rows, list) else None
-        facts = tuple(_scalars(value)) if isinstance(value, dict) else ()
-        if answers is not None or facts:
-            answers = answers or Answers(title)
-            found.append(Answers(title, answers.models, answers.rows, facts, answers.left_out))
+        try:
+            figures = decode(record.store.get_range(key, 0, _EVALUATION_BYTES), _Evaluation)
+            answers = _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
+        except (ValueError, PalateError) as error:
+            found.append(Answers(title, facts=(("not read", str(error)[:200]),)))
+            continue
+        facts = [("judge", figures.judge)] if figures.judge else []
+        facts += [comparison.fact() for comparison in figures.comparisons[:_MOST_ROWS]]
+        found.append(replace(answers, facts=tuple(facts)))
     return found
 
 
-def _scalars(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns names and values of an object's numbers, texts and flags, one level deep."""
-    found: list[tuple[str, str]] = []
-    for name, item in list(value.items())[:_MOST_ROWS]:
-        if isinstance(item, dict) and not prefix:
-            found += _scalars(item, f"{name}.")
-        elif isinstance(item, bool | int | float | str) and name != "schema":
-            found.append((f"{prefix}{name}"[:100], f"{item:.4g}" if isinstance(item, float) else str(item)[:500]))
-    return found
+def _compared(title: str, key: str, record: Record) -> Answers:
+    """Reads the rows of an evaluation: each has a prompt, two models with their answers, and what the judge decided."""
+    if record.store.stat(key) is None:
+        return Answers(title)
+    lines = record.store.get_range(key, 0, _EVALUATION_BYTES).splitlines()
+    questions: dict[str, dict[str, str]] = {}
+    verdicts: dict[str, list[str]] = {}
+    for line in lines:
+        try:
+            row = parse_object(line)
+        except ValueError:
+            continue  # the last one may be cut off
+        question = _prompt_text(row.get("prompt"))
+        models = str(row.get("model_a")), str(row.get("model_b"))
+        texts = str(row.get("answer_a", "")), str(row.get("answer_b", ""))
+        questions.setdefault(question, {}).update(zip(models, texts, strict=True))
+        result = {"A": f"prefers {models[0]}", "B": f"prefers {models[1]}"}.get(str(row.get("result")), "tie")
+        verdicts.setdefault(question, []).append(f"{' against '.join(models)}: {result}")
+    rows = [
+        {"question": question, **answers, "judge": "\n".join(verdicts[question])}
+        for question, answers in questions.items()
+    ]
+    return _side_by_side(title, rows) or Answers(title)
+
+
+def _prompt_text(prompt: object) -> str:
+    """Returns a prompt as text: itself, or the turns of a conversation."""
+    if not isinstance(prompt, list):
+        return str(prompt)
+    turns = [turn for turn in prompt if isinstance(turn, dict)]
+    return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
 
 
 def _side_by_side(title: str, rows: Sequence[Any]) -> Answers | None:
-    """Returns rows as questions with answers; None if a row has another form. Answers are fields, or an object `answers`."""
+    """Returns rows as questions with answers; None if a row has another form. The other texts are the answers."""
     pairs: list[tuple[str, dict[str, str]]] = []
     for row in rows:
         if not isinstance(row, dict):
             return None
         question = next((row[name] for name in ("question", "prompt") if isinstance(row.get(name), str)), None)
-        answers = row.get("answers", row)
-        if question is None or not isinstance(answers, dict):
+        if question is None:
             return None
-        texts = {name: text for name, text in answers.items() if isinstance(text, str)}
+        texts = {name: text for name, text in row.items() if isinstance(text, str)}
         pairs.append((question, {name: text for name, text in texts.items() if name not in ("question", "prompt")}))
     models = tuple(dict.fromkeys(name for _, answers in pairs[:_MOST_ROWS] for name in answers))
     if not models:
