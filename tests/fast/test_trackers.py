@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def test_the_trainer_refuses_a_tracker_that_is_not_installed(
     data.write_text(json.dumps(preference_rows(2)))
     files = LocalFiles(model_dir=str(tmp_path), train_file=str(data), output_dir=str(tmp_path / "out"))
     settings = {"training_strategy": "dpo", "report_to": "tensorboard,wandb"}
-    assert run(TrainTask(spec=train_spec(hyperparameters=settings), files=files)) == EXIT_FAILED
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(TrainTask(spec=train_spec(hyperparameters=settings), files=files)) == EXIT_FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)  # the program's own ends the process
     error = (tmp_path / "out" / ERROR_FILE).read_text()
     assert error.startswith("report_to=tensorboard,wandb: wandb is not installed in the environment that trains")
     assert error in capsys.readouterr().err
