@@ -117,10 +117,6 @@ _NEVER_USED = ("boto3", "botocore", "sklearn", "tensorflow")
 assisted generation in transformers, TensorFlow's file layer in TensorBoard (which has its own)."""
 
 
-_OF_TRACKERS = ("boto3", "botocore")
-"""MLflow writes artifacts to S3 with them."""
-
-
 @contextmanager
 def lean_imports(task: TrainTask) -> Iterator[None]:
     """Imports inside this context skip modules that `task` does not need, and run without the garbage collector.
@@ -131,9 +127,10 @@ def lean_imports(task: TrainTask) -> Iterator[None]:
     """
     gc.disable()
     try:
-        for name in (*_NEVER_USED, *(() if _quantised(task) else ("bitsandbytes",))):
-            if name not in _OF_TRACKERS or not set(chosen(task.spec.hyperparameters.report_to)) - {"tensorboard"}:
-                _leave_out(name)
+        # MLflow takes a module with an entry in sys.modules for imported, and uses it.
+        tracked = set(chosen(task.spec.hyperparameters.report_to)) - {"tensorboard"}
+        for name in (*(() if tracked else _NEVER_USED), *(() if _quantised(task) else ("bitsandbytes",))):
+            _leave_out(name)
         import torch
 
         if torch.accelerator.is_available():
