@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +182,7 @@ class TrainingJob:
         found = list_checkpoints(self._run.record)
         return with_metrics(found, self.metrics()) if found else []
 
-    def report(self, *others: TrainingJob, answers: str | Path | None = None) -> Report:
+    def report(self, others: Sequence[TrainingJob] = (), *, answers: str | Path | None = None) -> Report:
         """Returns one HTML document about the job: curves, reading, answers, data, settings, versions, how to reproduce it.
 
         It loads nothing from anywhere and has no secrets. In a notebook it is shown; `.save("report.html")` writes it.

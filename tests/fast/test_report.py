@@ -191,7 +191,7 @@ def test_a_browser_runs_nothing_of_it_and_requests_nothing(
 
 def test_charts_zoom_together_fit_a_phone_and_are_whole_in_print(home: Path, tmp_path: Path, browser: Browser) -> None:
     one, other = make_job(home, "one"), make_job(home, "other", told=events(factor=0.5))
-    path = one.report(other).save(tmp_path / "comparison.html")
+    path = one.report([other]).save(tmp_path / "comparison.html")
     browser.resize(360, 740, phone=True)
     browser.open(path)
     browser.until("document.documentElement.dataset.charts")
@@ -244,7 +244,7 @@ def test_one_job_has_a_figure_per_kind_of_metric(home: Path) -> None:
 def test_a_comparison_overlays_the_jobs_and_says_what_differs(home: Path) -> None:
     one = make_job(home, "one", given={"training_strategy": "dpo", "learning_rate": 1e-3})
     other = make_job(home, "other", given={"training_strategy": "dpo", "learning_rate": 1e-4})
-    html = one.report(other).html
+    html = one.report([other]).html
     assert {trace["name"] for trace in embedded_figures(html)[0]["data"]} == {
         f"{name}, {kind}" for name in ("one", "other") for kind in ("training", "validation")
     }
@@ -257,7 +257,7 @@ def test_a_comparison_overlays_the_jobs_and_says_what_differs(home: Path) -> Non
         "0.0001",
     ]
     with pytest.raises(ConfigurationError, match="1 to 12 different jobs, got 2"):
-        one.report(TrainingJob.get("one"))
+        one.report([TrainingJob.get("one")])
 
 
 def test_a_job_without_steps_or_with_figures_of_any_size_has_a_report(home: Path) -> None:

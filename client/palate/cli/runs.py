@@ -281,14 +281,14 @@ def report(
         Path | None, typer.Option(help="Also show the answers in this file, such as the quickstart's answers.json.")
     ] = None,
 ) -> None:
-    """Write a report of a job, or a comparison of jobs, as one HTML file.
+    """Write a report of one or several jobs as an HTML file.
 
     Curves, reading, answers, data, settings, versions, and how to reproduce it. The file loads nothing.
     """
     from palate.job import TrainingJob
 
     first, *others = map(TrainingJob.get, names)
-    print(first.report(*others, answers=answers).save(output))
+    print(first.report(others, answers=answers).save(output))
     if first.status == "Succeeded":
         say_next("deploy", first.id)
 
