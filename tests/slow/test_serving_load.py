@@ -44,7 +44,7 @@ RETRIES = 2
 THINK_S = 2.0
 """How long a user waits between two requests, on average. With 0.5 s the load alone keeps two cores busy, and an engine that starts
 takes twice as long, while nothing else changes."""
-BETWEEN = 100
+BETWEEN = 50
 """Requests that are answered between two changes."""
 CHANGE_LIMIT_S = 400.0
 GROWTH_LIMIT_BYTES = 30 * 1024 * 1024
