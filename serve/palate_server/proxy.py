@@ -37,6 +37,9 @@ _SUSPECT_S = 5.0
 """An engine that broke off a request gets it again only if it still takes requests after this time."""
 _RETRY_AFTER_S = 5
 
+_WITHOUT_MODEL = frozenset({"/tokenize", "/detokenize"})
+"""What vLLM's web server answers while its model hangs."""
+
 _HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"transfer-encoding", b"upgrade",
@@ -99,11 +102,9 @@ class Proxy:
             except NoEngine as error:
                 await self._unavailable(send, str(error))
                 return
-            answer = _Answer(send, engine if generates else None)
+            answer = _Answer(send, engine if generates and scope["path"] not in _WITHOUT_MODEL else None)
             if generates:
-                if not engine.open:
-                    engine.moved_at = time.monotonic()
-                engine.open += 1
+                _begin(engine)
             try:
                 await self._forward(engine, scope, body, answer)
                 return
@@ -118,7 +119,8 @@ class Proxy:
                 if written > 1:
                     break
             finally:
-                engine.open -= generates
+                if generates:
+                    _end(engine)
         await self._unavailable(send, "The service's engines ended while they answered this request")
 
     async def _engine(self, lane: Lane, failed: Sequence[Answering], *, waits: bool) -> Answering:
@@ -204,13 +206,16 @@ class _Answer:
 
     def __init__(self, send: Send, engine: Answering | None) -> None:
         self._send = send
-        self._engine = engine  # None: a health check is no progress, it would hide an engine that no longer generates
+        # None: a health check and an error are no progress, they would hide an engine that no longer generates.
+        self._engine = engine
         self._streams_events = False
         self.has_begun = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._streams_events = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
         self.has_begun = True
+        if status >= 400:
+            self._engine = None
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     def part(self, data: bytes) -> Awaitable[None]:
@@ -219,6 +224,8 @@ class _Answer:
         return self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
+        if self._engine is not None:
+            self._engine.moved_at = time.monotonic()
         await self._send({"type": "http.response.body", "body": b""})
 
     async def break_off(self, engine: str) -> None:
@@ -227,10 +234,21 @@ class _Answer:
             raise ConnectionAbortedError(f"engine {engine} ended within an answer")
         message = "The engine ended within this answer. Send the request again."
         error = {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 502}}
-        await self._send(
-            {"type": "http.response.body", "body": f"\n\ndata: {json.dumps(error)}\n\n".encode(), "more_body": True}
-        )
-        await self.end()
+        text = f"\n\ndata: {json.dumps(error)}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": text})
+
+
+def _begin(engine: Answering) -> None:
+    if not engine.open:
+        # A new request is no progress: clients that leave one after the other would hide an engine that hangs.
+        engine.waits_from = time.monotonic() - engine.still_s
+    engine.open += 1
+
+
+def _end(engine: Answering) -> None:
+    engine.open -= 1
+    if not engine.open:
+        engine.still_s = time.monotonic() - max(engine.moved_at, engine.waits_from)
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -18,7 +22,7 @@ import pytest
 from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
 from palate_recipes.specs.serve import IDLE_FILE
-from palate_server import metrics, proxy, service
+from palate_server import listener, metrics, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
 
 __all__ = ["small"]  # a fixture
@@ -118,6 +122,24 @@ def test_an_engine_that_generates_nothing_is_replaced_and_a_busy_one_is_not(smal
         assert silent.result().pid == first
     assert running.state().versions[0].restarts == 0
     assert running.ask(f"stick:{running.go}").pid != first
+    assert "generated no token within 2 s" in running.state().versions[0].last_crash
+
+
+def test_an_engine_that_hangs_is_replaced_though_its_clients_leave_and_come(small: Small) -> None:
+    """Each new request counted as progress, so clients with a short timeout kept an engine that answered none of them."""
+    running = small(hang_after_s=1)
+    running.start()
+    first = running.ask().pid
+    [engine] = running.engines()
+    asked = {"model": "default", "prompt": f"stick:{running.go}"}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=running.url, headers=headers, timeout=0.3, trust_env=False) as client:
+        deadline = time.monotonic() + 20
+        while engine.is_running() and time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                client.post("/v1/completions", json=asked)
+            assert client.post("/v1/completions", json={"model": 7}).status_code == 400
+    assert running.ask().pid != first
     assert "generated no token within 2 s" in running.state().versions[0].last_crash
 
 
@@ -549,6 +571,7 @@ def test_headers_and_bytes_pass_unchanged(small: Small) -> None:
 
 
 def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "KEPT_S", 0.0)
     running = small()
     running.start()
     running.ask()
@@ -560,7 +583,7 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkey
     for name in ("v1-0", "v1-1"):
         assert f'vllm:num_requests_running{{model_name="default",palate_engine="{name}"}} 0.0' in page
     assert page.count("# TYPE vllm:num_requests_running gauge") == 1
-    monkeypatch.setattr(metrics, "_PAGE_LIMIT_S", 1.0)
+    monkeypatch.setattr(metrics, "PAGE_LIMIT_S", 1.0)
     frozen = running.ask().pid
     kill(frozen, signal.SIGSTOP)
     assert running.metrics().count("# TYPE vllm:num_requests_running gauge") == 1  # of the other
@@ -568,6 +591,20 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkey
     kill(frozen)
     running.wait(lambda: 'palate_restarts{version="v1"} 1.0' in running.metrics())
     assert "palate_waiting_requests 0.0" in running.metrics()
+
+
+def test_a_client_that_reads_nothing_frees_its_engine(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request was open until its connection ended, so no version was drained and no service idle before that."""
+    monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
+    running = small()
+    running.start()
+    body = json.dumps({"model": "default", "prompt": "tokens:10000000", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(running.url).port)) as connection:
+        connection.sendall(head.encode() + body)
+        running.open(1)
+        running.open(0)
+        running.wait(lambda: "small_cancelled 1.0" in running.metrics())
 
 
 def test_a_service_that_starts_says_so(small: Small) -> None:
