@@ -598,9 +598,11 @@ def test_a_client_that_reads_nothing_frees_its_engine(small: Small, monkeypatch:
     monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
     running = small()
     running.start()
-    body = json.dumps({"model": "default", "prompt": "tokens:10000000", "stream": True}).encode()
+    body = json.dumps({"model": "default", "prompt": "tokens:10000000 delay:0.00001", "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", httpx.URL(running.url).port)) as connection:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", httpx.URL(running.url).port))
         connection.sendall(head.encode() + body)
         running.open(1)
         running.open(0)
