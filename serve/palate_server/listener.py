@@ -70,6 +70,7 @@ class Front:
             http=http,
             ws="none",
             lifespan="off",
+            proxy_headers=False,  # nothing here asks who the client is
             log_config=None,
             access_log=False,  # the request log replaces it: it has the query of every URL
             timeout_graceful_shutdown=math.ceil(drain_s),

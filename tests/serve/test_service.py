@@ -13,7 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import httpx
 import openai
 import psutil
@@ -598,7 +600,7 @@ def test_a_client_that_reads_nothing_frees_its_engine(small: Small, monkeypatch:
     monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
     running = small()
     running.start()
-    body = json.dumps({"model": "default", "prompt": "tokens:10000000 delay:0.00001", "stream": True}).encode()
+    body = json.dumps({"model": "default", "prompt": "tokens:100000 delay:0.001 pad:100000", "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -607,6 +609,38 @@ def test_a_client_that_reads_nothing_frees_its_engine(small: Small, monkeypatch:
         running.open(1)
         running.open(0)
         running.wait(lambda: "small_cancelled 1.0" in running.metrics())
+
+
+def test_requests_that_follow_each_other_share_a_connection_to_the_engine(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new connection per request delayed each first token. One whose client leaves, or is slow, is not used again."""
+    opened: list[str] = []
+    connect = aiohttp.UnixConnector._create_connection
+
+    async def counted(self: aiohttp.UnixConnector, *args: Any, **options: Any) -> Any:
+        opened.append(self.path)
+        return await connect(self, *args, **options)
+
+    monkeypatch.setattr(aiohttp.UnixConnector, "_create_connection", counted)
+    running = small()
+    running.start()
+    opened.clear()
+    pids = {running.ask("tokens:3").pid for _ in range(5)}
+    assert (len(pids), len(opened)) == (1, 1)
+    stream = running.stream("tokens:1000 delay:0.05")
+    next(stream)
+    stream.close()
+    running.wait(lambda: "small_cancelled 1.0" in running.metrics())
+    monkeypatch.setattr(proxy, "_LATE_S", -1.0)
+    opened.clear()
+    for _ in range(4):
+        assert len(list(running.stream("tokens:2 delay:0.05"))) == 2
+    assert len(opened) >= 3  # the first may use a connection that is left
+    monkeypatch.setattr(proxy, "_LATE_S", 1.0)
+    running.ask()
+    kill(pids.pop())
+    assert len({running.ask().pid for _ in range(2)}) == 1, "no connection to the engine that has ended is used"
 
 
 def test_a_service_that_starts_says_so(small: Small) -> None:
