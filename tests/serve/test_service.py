@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import httpx
 import openai
 import psutil
@@ -19,7 +25,7 @@ from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
 from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import IDLE_FILE
-from palate_server import metrics, pools, proxy, service
+from palate_server import listener, metrics, pools, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
 
 __all__ = ["small"]  # a fixture
@@ -119,6 +125,24 @@ def test_an_engine_that_generates_nothing_is_replaced_and_a_busy_one_is_not(smal
         assert silent.result().pid == first
     assert running.state().versions[0].restarts == 0
     assert running.ask(f"stick:{running.go}").pid != first
+    assert "generated no token within 2 s" in running.state().versions[0].last_crash
+
+
+def test_an_engine_that_hangs_is_replaced_though_its_clients_leave_and_come(small: Small) -> None:
+    """Each new request counted as progress, so clients with a short timeout kept an engine that answered none of them."""
+    running = small(hang_after_s=1)
+    running.start()
+    first = running.ask().pid
+    [engine] = running.engines()
+    asked = {"model": "default", "prompt": f"stick:{running.go}"}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=running.url, headers=headers, timeout=0.3, trust_env=False) as client:
+        deadline = time.monotonic() + 20
+        while engine.is_running() and time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                client.post("/v1/completions", json=asked)
+            assert client.post("/v1/completions", json={"model": 7}).status_code == 400
+    assert running.ask().pid != first
     assert "generated no token within 2 s" in running.state().versions[0].last_crash
 
 
@@ -599,6 +623,7 @@ def test_headers_and_bytes_pass_unchanged(small: Small) -> None:
 
 
 def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "KEPT_S", 0.0)
     running = small()
     running.start()
     running.ask()
@@ -610,7 +635,7 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkey
     for name in ("v1-0", "v1-1"):
         assert f'vllm:num_requests_running{{model_name="default",palate_engine="{name}"}} 0.0' in page
     assert page.count("# TYPE vllm:num_requests_running gauge") == 1
-    monkeypatch.setattr(metrics, "_PAGE_LIMIT_S", 1.0)
+    monkeypatch.setattr(metrics, "PAGE_LIMIT_S", 1.0)
     frozen = running.ask().pid
     kill(frozen, signal.SIGSTOP)
     assert running.metrics().count("# TYPE vllm:num_requests_running gauge") == 1  # of the other
@@ -618,6 +643,54 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkey
     kill(frozen)
     running.wait(lambda: 'palate_restarts{version="v1"} 1.0' in running.metrics())
     assert "palate_waiting_requests 0.0" in running.metrics()
+
+
+def test_a_client_that_reads_nothing_frees_its_engine(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request was open until its connection ended, so no version was drained and no service idle before that."""
+    monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
+    running = small()
+    running.start()
+    body = json.dumps({"model": "default", "prompt": "tokens:100000 delay:0.001 pad:100000", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", httpx.URL(running.url).port))
+        connection.sendall(head.encode() + body)
+        running.open(1)
+        running.open(0)
+        running.wait(lambda: "small_cancelled 1.0" in running.metrics())
+
+
+def test_requests_that_follow_each_other_share_a_connection_to_the_engine(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new connection per request delayed each first token. One whose client leaves, or is slow, is not used again."""
+    opened: list[str] = []
+    connect = aiohttp.UnixConnector._create_connection
+
+    async def counted(self: aiohttp.UnixConnector, *args: Any, **options: Any) -> Any:
+        opened.append(self.path)
+        return await connect(self, *args, **options)
+
+    monkeypatch.setattr(aiohttp.UnixConnector, "_create_connection", counted)
+    running = small()
+    running.start()
+    opened.clear()
+    pids = {running.ask("tokens:3").pid for _ in range(5)}
+    assert (len(pids), len(opened)) == (1, 1)
+    stream = running.stream("tokens:1000 delay:0.05")
+    next(stream)
+    stream.close()
+    running.wait(lambda: "small_cancelled 1.0" in running.metrics())
+    monkeypatch.setattr(proxy, "_LATE_S", -1.0)
+    opened.clear()
+    for _ in range(4):
+        assert len(list(running.stream("tokens:2 delay:0.05"))) == 2
+    assert len(opened) >= 3  # the first may use a connection that is left
+    monkeypatch.setattr(proxy, "_LATE_S", 1.0)
+    running.ask()
+    kill(pids.pop())
+    assert len({running.ask().pid for _ in range(2)}) == 1, "no connection to the engine that has ended is used"
 
 
 def test_a_service_that_starts_says_so(small: Small) -> None:
