@@ -41,7 +41,9 @@ class Case:
         self.is_empty = self.kind == "linear" and draw.random() < 0.1  # the adapter does not have this layer
         self.used_rank = draw.choice([self.rank, self.rank, self.rank // 2, 0])  # vLLM fills up with zeros
         # Those of vLLM's kernel for small weights, with B as one matrix or as several, and those that it does not take.
-        self.width, sizes = draw.choice([(64, (16, 48, 96)), (160, (2432, 3200)), (200, (16, 24, 96)), (48, (16, 24, 96))])
+        self.width, sizes = draw.choice(
+            [(64, (16, 48, 96)), (160, (2432, 3200)), (200, (16, 24, 96)), (48, (16, 24, 96))]
+        )
         self.slices = tuple(draw.choice(sizes) for _ in range(draw.randint(2, 3)))
         self.scale = draw.choice([1.0, 1.0, 0.25])
         self.add_inputs = draw.random() < 0.5
