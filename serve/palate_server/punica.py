@@ -283,6 +283,7 @@ class _Packed(_Copies):
             ranks=[len(a) for a, _ in parts],
             sizes=[len(b) for _, b in parts],
         )
+        self._product = torch.ops._C.weight_packed_linear.default  # looked up once: a step has hundreds of calls
 
     @staticmethod
     def can_hold(weights: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
@@ -295,7 +296,7 @@ class _Packed(_Copies):
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         if not self._a.shape[0]:
             return
-        scratch, product = self._scratch_for(y.shape[0]), torch.ops._C.weight_packed_linear.default
+        scratch, product = self._scratch_for(y.shape[0]), self._product
         product(scratch.shrunk, x.contiguous(), self._a, None, True)
         for b, (shrunk, out) in zip(self._bs, scratch.parts, strict=True):
             product(out, shrunk, b, None, True)
