@@ -275,7 +275,8 @@ class _Packed(_Copies):
         parts = [_without_zeros(a.t(), b.t()) for a, b in weights]  # A (rank, in), B (size, rank)
         ranks, sizes = sum(len(a) for a, _ in parts), sum(len(b) for _, b in parts)
         if len(parts) > 1 and ranks * sizes * parts[0][0].itemsize <= _JOINED_BYTES:
-            parts = [(torch.cat([a for a, _ in parts]), torch.block_diag(*(b for _, b in parts)))]
+            joined: torch.Tensor = torch.block_diag(*(b for _, b in parts))  # type: ignore[no-untyped-call]
+            parts = [(torch.cat([a for a, _ in parts]), joined)]
         parts = [(pad(a, (0, 0, 0, -len(a) % _TILE_K)), pad(b, (0, -len(a) % _TILE_K))) for a, b in parts]
         super().__init__(
             _packed(torch.cat([a for a, _ in parts])),
