@@ -257,7 +257,7 @@ class Rounds:
         """
         if vote not in VOTES:
             raise Refused(400, f"vote: expected one of {', '.join(VOTES)}")
-        known: Vote = vote  # type: ignore[assignment]  # one of VOTES
+        known: Vote = vote
         name = voter.strip() if isinstance(voter, str) else ""
         if not 0 < len(name) <= 80 or not name.isprintable():
             raise Refused(400, "voter: expected a name of 1 to 80 characters")
