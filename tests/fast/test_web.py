@@ -351,6 +351,17 @@ def test_an_answer_ends_in_the_service_when_the_reader_leaves(page: WebUI) -> No
     assert (found.finish, found.is_open) == ("stopped", False)
 
 
+def test_a_page_that_is_closed_ends_its_answers(service: Predictor, tmp_path: Path) -> None:
+    with service.webui(votes=tmp_path / "votes.jsonl") as page:
+        stream = page._rounds.stream(Caller(page).round("forever"), 0, has_left=lambda: False)
+        assert next(stream)[0] == "text"
+    *_, last = stream
+    assert last == ("finish", "stopped")
+    page.close()
+    with pytest.raises(ConnectionRefusedError):
+        Caller(page).call("/api/state")
+
+
 def test_as_many_answers_as_there_may_be_open_are_counted(page: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page._rounds, "_open", threading.BoundedSemaphore(1))
     caller = Caller(page)

@@ -231,6 +231,9 @@ class Rounds:
                 if piece:
                     put(("text", piece))
             put(("finish", finish))
+        except asyncio.CancelledError:
+            put(("finish", "stopped"))  # for a reader that is still there when the page is closed
+            raise
         except Exception as error:
             if getattr(error, "status_code", 401) == 401:
                 self._client = None  # the service may have another address or token now

@@ -17,6 +17,7 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
 from palate.paths import palate_home
@@ -137,7 +138,6 @@ class WebUI:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = True
     rounds: Rounds
     votes: VotesFile
     facts: dict[str, Any]
@@ -154,10 +154,8 @@ class _Server(ThreadingHTTPServer):
             raise ConfigurationError(f"port={port} is out of range: expected 0 to 65535") from None
 
     def server_bind(self) -> None:
-        # Not HTTPServer's, which asks DNS for the host's name.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_name, self.server_port = HOST, self.socket.getsockname()[1]
+        TCPServer.server_bind(self)  # not HTTPServer's, which asks DNS for the host's name
+        self.server_port = self.socket.getsockname()[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("a request of the page failed", exc_info=True)  # mostly a browser that has left

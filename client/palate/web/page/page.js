@@ -348,7 +348,8 @@ async function start() {
     Object.assign(box, { type: "checkbox", value: name, checked: told.selected.includes(name) });
     box.addEventListener("change", showHint);
     const label = make("label");
-    label.append(box, make("span", "", name));
+    const isTuned = name === "default" && told.models.includes("base");
+    label.append(box, make("span", "", isTuned ? `${name} (tuned)` : name));
     find("models").append(label);
   }
   find("system").value = told.system;
