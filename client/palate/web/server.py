@@ -138,6 +138,7 @@ class WebUI:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    allow_reuse_port = False  # true in newer Pythons: two pages would then share a port
     rounds: Rounds
     votes: VotesFile
     facts: dict[str, Any]
