@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import stat
 import subprocess
 import sys
@@ -420,14 +421,20 @@ def test_a_file_of_other_content_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_shows_the_address_and_ends_with_ctrl_c(service: Predictor, home: Path) -> None:
     command = [sys.executable, "-m", "palate.cli", "chat", "svc", "--web", "--model", "base", "--system", "Be rude"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
         assert process.stdout is not None
         address, _, key = process.stdout.readline().strip().partition("#")
         connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=60)
         connection.request("GET", "/api/state", headers={"Authorization": f"Bearer {key}"})
         told = json.loads(connection.getresponse().read())
         connection.close()
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=60)
     assert process.returncode == 0, shown
     assert (told["models"], told["selected"], told["system"]) == (["default", "base"], ["base"], "Be rude")

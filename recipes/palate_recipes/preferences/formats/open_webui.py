@@ -36,7 +36,7 @@ def read_feedback(row: Raw) -> Parts:
     messages = _messages(row)
     name = _object(row, "meta").get("message_id")
     rated = messages.get(name) if isinstance(name, str) else None
-    if not isinstance(rated, dict):
+    if not isinstance(name, str) or not isinstance(rated, dict):
         raise fault(
             "missing-field", "meta.message_id", f"`meta.message_id` is {shown(name)}, which no message of the chat has"
         )
