@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from msgspec import UNSET, structs
 
 from palate import service_adapters
 from palate.backends import Backend
+from palate.chat import MAX_TOKENS, TEMPERATURE
 from palate.common.utils import check_name
 from palate.http import ANSWER_TIMEOUT_S
 from palate.parameters import reject_unknown_keywords
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from palate.rollout import ServiceVersion
+    from palate.web import WebUI
 
 READY_MARGIN_S = 900.0
 """Time for staging model and base before the engine starts, including a first download of several GB."""
@@ -283,6 +285,51 @@ class Predictor:
         from palate.http import async_openai_client
 
         return async_openai_client(self.endpoint, self.access_token, url_suffix, kwargs)
+
+    def webui(
+        self,
+        *,
+        votes: str | Path | None = None,
+        port: int = 0,
+        models: Sequence[str] = (),
+        system: str | None = None,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = TEMPERATURE,
+    ) -> WebUI:
+        """Serves a page on this machine: chat with the models side by side, and blind votes, which become training data.
+
+            with predictor.webui() as page:
+                print(page.url)
+                page.wait()
+
+        The page runs in threads of this process and asks the service with its token, which no browser sees. It ends with `close()`
+        or with the process.
+
+        Args:
+            votes: File for the pairs, as JSON lines; ties are written next to it. Default: `votes/SERVICE.jsonl` in PALATE_HOME.
+            port: Port on 127.0.0.1; 0 takes a free one.
+            models: Models that are selected at first. Default: the tuned model and the base.
+            system: System prompt at first. Default: the one used in training.
+            max_tokens: Maximum tokens of an answer, at first.
+            temperature: Sampling temperature, at first.
+
+        Raises:
+            ServiceError: The service is not running, or does not answer.
+            ConfigurationError: The port is in use, a model is unknown, or the file of votes cannot be used.
+        """
+        from palate.web import WebUI
+
+        return WebUI(
+            self,
+            votes=votes,
+            port=port,
+            models=list(models),
+            defaults={
+                "system": self.manifest.body.system_prompt if system is None else system,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+            },
+        )
 
     def raw_predict(
         self,

@@ -17,6 +17,61 @@ IMAGE = {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "im
 AUDIO = {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}]}
 HALF = "half \ud83d"
 
+
+def feedback(*, rating: Any = 1, siblings: tuple[str, ...] = ("bad",), **changed: Any) -> dict[str, Any]:
+    """A feedback as Open WebUI exports it: a second question, an answer `good` that was rated, and its siblings.
+
+    Args:
+        rating: Its rating.
+        siblings: Other answers to the same question.
+        **changed: Fields of the messages `q1`, `a1`, `q2`, `a2` that are replaced.
+    """
+    others = [f"b{number}" for number in range(len(siblings))]
+    turns: dict[str, dict[str, Any]] = {
+        "q1": {"role": "user", "content": "first", "parentId": None, "childrenIds": ["a1"]},
+        "a1": {"role": "assistant", "content": "one", "parentId": "q1", "childrenIds": ["q2"], "model": "m"},
+        "q2": {"role": "user", "content": "q", "parentId": "a1", "childrenIds": [*others, "a2"], "models": ["m", "n"]},
+        "a2": {"role": "assistant", "content": "good", "parentId": "q2", "childrenIds": [], "model": "m", "done": True},
+        **{
+            name: {"role": "assistant", "content": text, "parentId": "q2", "childrenIds": [], "model": "n"}
+            for name, text in zip(others, siblings, strict=True)
+        },
+    }
+    for name, fields in changed.items():
+        turns[name] = {"id": name, **turns[name], **fields}
+    chat = {
+        "title": "t",
+        "models": ["m", "n"],
+        "history": {"messages": turns, "currentId": "a2"},
+        "params": {"system": "s"},
+    }
+    return {
+        "id": "f",
+        "user_id": "u",
+        "version": 0,
+        "type": "rating",
+        "data": {
+            "rating": rating,
+            "model_id": "m",
+            "sibling_model_ids": ["n"],
+            "reason": None,
+            "comment": "",
+            "tags": [],
+        },
+        "meta": {
+            "arena": False,
+            "model_id": "m",
+            "message_id": "a2",
+            "message_index": 4,
+            "chat_id": "c",
+            "base_models": {},
+        },
+        "snapshot": {"chat": {"id": "c", "user_id": "u", "title": "t", "chat": chat}},
+        "created_at": 1764400000,
+        "updated_at": 1764400001,
+    }
+
+
 _GOOD: dict[Strategy, Any] = {
     "dpo": GOOD,
     "sft": {"prompt": "What is up there?", "completion": "The blue sky."},
@@ -52,6 +107,7 @@ _BASES: dict[str, dict[str, Any]] = {
     "named-pairs": {"query": "q", "response": "a", "rejected_response": "b"},
     "compared": {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"},
     "ranked": {"prompt": "q", "completions": ["a", "b"], "scores": [2, 1]},
+    "open-webui": feedback(),
 }
 _STRATEGIES: dict[str, Strategy] = {
     "unpaired": "kto",
@@ -81,6 +137,42 @@ def _labelled(label: Any, text: Any = "good") -> dict[str, Any]:
 
 # fmt: off
 ROWS = [
+    # A feedback of Open WebUI.
+    _row("no snapshot", "open-webui", {"snapshot": None}, "missing-field", "snapshot", "no copy of its chat"),
+    _row("no chat", "open-webui", {"snapshot": {"chat": {}}},
+         "missing-field", "snapshot.chat.chat.history.messages", "is null, not an object"),
+    _row("chat that is text", "open-webui", {"snapshot": {"chat": {"chat": {"history": {"messages": "q"}}}}},
+         "not-text", "snapshot.chat.chat.history.messages", "is text, not an object"),
+    _row("no data", "open-webui", {"data": None}, "missing-field", "data", "is null"),
+    _row("no rating", "open-webui", {"data": {"reason": "r"}}, "bad-label", "data.rating", "is None, not 1, 0 or -1"),
+    _row("rating of ten", "open-webui", feedback(rating=7), "bad-label", "data.rating", "is 7, not 1, 0 or -1"),
+    _row("rating that is true", "open-webui", feedback(rating=True), "bad-label", "data.rating", "is True"),
+    _row("a draw", "open-webui", feedback(rating=0), "tie", "data.rating", "is a tie"),
+    _row("another type", "open-webui", {"type": "comment"}, "bad-label", "type", "'comment', not 'rating'"),
+    _row("no such message", "open-webui", {"meta": {"message_id": "x"}}, "missing-field", "meta.message_id", "'x', which no"),
+    _row("a question that is rated", "open-webui", {"meta": {"message_id": "q2"}},
+         "bad-role", "meta.message_id", "the role 'user'"),
+    _row("no parent", "open-webui", feedback(a2={"parentId": None}),
+         "turn-order", "snapshot.chat.chat.history.messages", "no user turn"),
+    _row("a parent that is not there", "open-webui", feedback(q2={"parentId": "x"}),
+         "missing-field", "snapshot.chat.chat.history.messages", "the parent 'x', which no message"),
+    _row("a circle", "open-webui", feedback(q1={"parentId": "q2"}),
+         "missing-field", "snapshot.chat.chat.history.messages", "the parent 'q2', which leads to no first"),
+    _row("an answer with no text", "open-webui", feedback(a2={"content": ""}),
+         "empty-field", "snapshot.chat.chat.history.messages.a2.content", "is empty"),
+    _row("thoughts alone", "open-webui", feedback(a2={"content": '<details type="reasoning" done="true">\nhm\n</details>\n'}),
+         "empty-field", "snapshot.chat.chat.history.messages.a2.content", "is empty"),
+    _row("a tool call", "open-webui", feedback(a1={"content": '<details type="tool_calls" name="f"></details>'}),
+         "not-text-content", "snapshot.chat.chat.history.messages.a1", "a tool call"),
+    _row("an image", "open-webui", feedback(q2={"files": [{"type": "image", "url": "u"}]}),
+         "not-text-content", "snapshot.chat.chat.history.messages.q2", "a file or an image"),
+    _row("half a character", "open-webui", feedback(q1={"content": HALF}),
+         "bad-text", "snapshot.chat.chat.history.messages.q1.content", "\\ud83d"),
+    _row("another role", "open-webui", feedback(a1={"role": "tool"}),
+         "bad-role", "snapshot.chat.chat.history.messages.a1", "the role 'tool'"),
+    _row("one answer", "open-webui", feedback(siblings=()), "wrong-kind", "", "it has a label, not two answers"),
+    _row("the same answer again", "open-webui", feedback(siblings=("good",)), "same-answers", "", "the same text"),
+    _row("a bad answer for SFT", "open-webui", feedback(rating=-1, siblings=()), "wrong-kind", "", "a bad answer", "sft"),
     # Texts in `prompt`, `chosen`, `rejected`.
     _row("no prompt", "pai", {"prompt": ...}, "missing-field", "prompt", "`prompt` is missing"),
     _row("no chosen", "pai", {"chosen": ...}, "missing-field", "chosen", "`chosen` is missing"),

@@ -17,6 +17,7 @@ from palate_recipes.preferences.formats.detection import SHAPES
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.preferences.row import Message, Row, RowFaults, Strategy
 from palate_recipes.preferences.writing import WRITTEN, write_rows
+from tests.fast.corpus_rows import feedback
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -292,6 +293,14 @@ PAIRS: list[tuple[str, str, dict[str, Any], tuple[Message, ...]]] = [
     ),
 ]
 
+OTHERS.append(
+    (
+        "Open WebUI",
+        "open-webui",
+        feedback(siblings=(B,), q2={"content": Q}, a2={"content": A}),
+        (Message("system", "s"), Message("user", "first"), Message("assistant", "one"), USER),
+    )
+)
 PAIRS += OTHERS
 
 SINGLE: list[tuple[str, str, Strategy, dict[str, Any], tuple[str | None, str | None]]] = [
@@ -687,3 +696,74 @@ def test_files_with_other_names_in_every_row_keep_few() -> None:
     assert 0 < len(SHAPES) <= 1024
     assert max(map(len, SHAPES)) <= 256
     assert max(len("".join(names)) for names in SHAPES) <= 4096
+
+
+# Open WebUI's export of feedback.
+
+BEFORE = (Message("system", "s"), Message("user", "first"), Message("assistant", "one"), Message("user", "q"))
+THOUGHT = '<details type="reasoning" done="true" duration="2">\n<summary>Thought</summary>\n> hm\n</details>\n'
+
+
+@pytest.mark.parametrize(
+    ("raw", "chosen", "rejected"),
+    [
+        (feedback(), "good", "bad"),
+        (feedback(rating="1"), "good", "bad"),
+        (feedback(rating=-1), "bad", "good"),
+        (feedback(rating="-1"), "bad", "good"),
+        (feedback(siblings=()), "good", None),
+        (feedback(rating=-1, siblings=()), None, "good"),
+        (feedback(siblings=("", "second", "third")), "good", "second"),
+        (feedback(siblings=(THOUGHT, "second")), "good", "second"),
+        (feedback(siblings=("first", "second"), b0={"error": {"content": "e"}}), "good", "second"),
+        # Both were found good: that is two labels, and no comparison.
+        (feedback(b0={"annotation": {"rating": 1}}), "good", None),
+        (feedback(b0={"annotation": {"rating": -1}}), "good", "bad"),
+        (feedback(a2={"content": f"{THOUGHT}good"}, a1={"content": f"{THOUGHT}one"}), "good", "bad"),
+        # As a browser of today writes it: null where there is nothing.
+        (
+            feedback(a2={"files": None, "annotation": {"rating": 1}}, b0={"annotation": None, "error": None}),
+            "good",
+            "bad",
+        ),
+    ],
+)
+def test_a_feedback_of_open_webui_is_a_pair_or_a_label(raw: dict[str, Any], chosen: Any, rejected: Any) -> None:
+    assert detect(raw, None).name == "open-webui"
+    assert read_row(raw, 3, strategy=None) == Row(3, BEFORE, chosen, rejected)
+    assert read_row(raw, 3, strategy="kto") == Row(3, BEFORE, chosen, rejected)
+    if chosen and rejected:
+        assert read_row(raw, 3) == Row(3, BEFORE, chosen, rejected)
+
+
+def test_an_export_of_open_webui_trains_on_pairs_or_on_labels(tmp_path: Path) -> None:
+    export = tmp_path / "feedback-history-export.json"
+    rows = [
+        feedback(),
+        feedback(rating=-1, siblings=()),
+        feedback(rating=0),
+        feedback(siblings=(), q2={"content": "why?"}),
+    ]
+    export.write_text(json.dumps(rows))
+    report = check([(export, export.name)], strategy="kto")
+    assert report.of("error") == []
+    assert report.formats == {"open-webui": 3}
+    assert report.findings["tie"].places[0].row == 3
+    assert "unread-fields" not in report.findings
+    assert [(row.number, row.chosen, row.rejected) for row in read_rows(export, strategy="kto")] == [
+        (1, "good", None),
+        (1, None, "bad"),
+        (2, None, "good"),
+        (4, "good", None),
+    ]
+    with pytest.raises(DataError, match=r"2 of 4 rows are invalid(?s:.*)row 2: is unpaired(?s:.*)row 4: is unpaired"):
+        read_rows(export)
+    assert [row.number for row in read_rows(export, bad_rows="skip")] == [1]
+
+
+def test_columns_that_an_export_also_has_keep_their_names(tmp_path: Path) -> None:
+    table = tmp_path / "prefs.csv"
+    table.write_text("ID,Type,type ,prompt,chosen,rejected\n1,x,y,q,a,b\n")
+    report = check([(table, table.name)])
+    assert report.of("error") == []
+    assert "other-names" not in report.findings

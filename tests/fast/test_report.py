@@ -20,7 +20,8 @@ from palate.runs.record import Record
 from palate.store import open_store
 from palate_recipes.hyperparameters import validate
 from palate_recipes.specs.train import InputFile
-from tests.support.browser import Browser, running_browser
+from tests.support.browser import Browser
+from tests.support.browser import browser as running_browser
 from tests.support.manifests import train_manifest
 
 pytest.importorskip("plotly", reason="NO PLOTLY: reports are not tested (pip install 'palate[report]')")
@@ -123,8 +124,8 @@ def embedded_figures(html: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_browser() as found:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with running_browser(tmp_path_factory.mktemp("downloads")) as found:
         yield found
 
 
@@ -173,50 +174,45 @@ def test_a_browser_runs_nothing_of_it_and_requests_nothing(
     hostile: TrainingJob, tmp_path: Path, browser: Browser
 ) -> None:
     path = hostile.report().save(tmp_path / "report.html")
-    before = len(browser.requests)
-    browser.resize(1200, 900)
-    browser.open(path)
-    assert browser.until("document.documentElement.dataset.charts") == "8"
-    assert browser.run("window.attacked") is None
-    assert browser.run("document.querySelectorAll('img, iframe, form, a').length") == 0
-    assert browser.requests[before:] == [path.absolute().as_uri()]
-    assert browser.said == []
+    page = browser.open(path.absolute().as_uri(), width=1200, height=900)
+    page.wait("document.documentElement.dataset.charts === '8'")
+    assert page.run("window.attacked") is None
+    assert page.run("document.querySelectorAll('img, iframe, form, a').length") == 0
+    assert page.requests() == [path.absolute().as_uri()]
+    assert page.complaints() == []
     # A text that got past the escaping would not run either.
-    browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.attacked=1\">')")
+    page.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.attacked=1\">')")
     script = "(() => { const s = document.createElement('script'); s.textContent = 'window.attacked=1'; document.body.append(s) })()"
-    browser.run(script)
-    assert browser.run("window.attacked") is None
-    browser.said.clear()
+    page.run(script)
+    assert page.run("window.attacked") is None
 
 
 def test_charts_zoom_together_fit_a_phone_and_are_whole_in_print(home: Path, tmp_path: Path, browser: Browser) -> None:
     one, other = make_job(home, "one"), make_job(home, "other", told=events(factor=0.5))
     path = one.report([other]).save(tmp_path / "comparison.html")
-    browser.resize(360, 740, phone=True)
-    browser.open(path)
-    browser.until("document.documentElement.dataset.charts")
-    assert browser.run("document.documentElement.scrollWidth") == 360
+    phone = browser.open(path.absolute().as_uri(), width=360, height=740)
+    phone.wait("document.documentElement.dataset.charts")
+    assert phone.run("document.documentElement.scrollWidth") == 360
     inside = "[...document.querySelectorAll('.plot .main-svg')].every(svg => svg.getBoundingClientRect().right <= {})"
-    assert browser.run(inside.format(360))
+    assert phone.run(inside.format(360))
 
-    browser.resize(1200, 900)
-    browser.open(path)
-    browser.until("document.documentElement.dataset.charts")
-    browser.run("document.getElementById('plot-0').scrollIntoView()")
-    box = browser.run(
+    page = browser.open(path.absolute().as_uri(), width=1200, height=900)
+    page.wait("document.documentElement.dataset.charts")
+    page.run("document.getElementById('plot-0').scrollIntoView()")
+    box = page.run(
         "(r => [r.x, r.y, r.width, r.height])(document.querySelector('#plot-0 .nsewdrag').getBoundingClientRect())"
     )
     x, y, width, height = box
-    browser.drag((x + 0.3 * width, y + 0.5 * height), (x + 0.7 * width, y + 0.5 * height))
+    page.drag((x + 0.3 * width, y + 0.5 * height), (x + 0.7 * width, y + 0.5 * height))
     ranges = "[0, 1, 2].map(at => document.getElementById(`plot-${at}`)._fullLayout.xaxis.range.map(v => Math.round(v * 100)).join())"
-    browser.until(f"new Set({ranges}).size === 1 && {ranges}[0].split(',')[1] - {ranges}[0].split(',')[0] < 300")
+    page.wait(f"new Set({ranges}).size === 1 && {ranges}[0].split(',')[1] - {ranges}[0].split(',')[0] < 300")
 
-    browser.print_as_on_paper(width=700)
-    browser.until("innerWidth === 700")
-    assert browser.run(inside.format(700))
+    page.print_as_on_paper(width=700)
+    page.wait("innerWidth === 700")
+    assert page.run(inside.format(700))
     cut = "box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight"
-    assert browser.run(f"[...document.querySelectorAll('.chart')].filter(box => {cut}).length") == 0
-    assert browser.said == []
+    assert page.run(f"[...document.querySelectorAll('.chart')].filter(box => {cut}).length") == 0
+    assert phone.complaints() == page.complaints() == []
 
 
 def test_one_job_has_a_figure_per_kind_of_metric(home: Path) -> None:

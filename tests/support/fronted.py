@@ -58,6 +58,7 @@ def fronted_service(
     hangs: bool = False,
     chats: bool = False,
     work_dir: Path = Path("w"),
+    adapts: bool = False,
     **limits: float,
 ) -> Iterator[FrontedService]:
     """Runs it until the block ends. It answers with what reached it, and never at `/hang`.
@@ -69,6 +70,7 @@ def fronted_service(
         hangs: Whether it answers no POST at all.
         chats: Whether it streams chat answers; see `talk`.
         work_dir: Where the tokens are read that a runner would write.
+        adapts: Whether it has a base model beside the tuned one.
         limits: Constants of palate_server.listener, gateway and access to be set to other values.
     """
     with socket.socket() as listener:
@@ -90,6 +92,7 @@ def fronted_service(
             str(work_dir),
             str(listener.fileno()),
             token,
+            *(["base"] if adapts else []),
         ]
         process = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()])
         port = listener.getsockname()[1]
@@ -160,7 +163,8 @@ def main() -> None:
         for module in (access, gateway, listener):
             if hasattr(module, name):
                 setattr(module, name, value)
-    spec = ServeSpec(service_name="svc", model_dir="m", work_dir=sys.argv[5])
+    base = sys.argv[8] if len(sys.argv) > 8 else None
+    spec = ServeSpec(service_name="svc", model_dir="m", base_model_dir=base, work_dir=sys.argv[5])
     app = gateway_of({"echo": echo, "talk": talk}[sys.argv[4]], spec, token=sys.argv[7])
     listener.Front(app, socket.socket(fileno=int(sys.argv[6])), http=http).run()
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from palate.web.votes import Shown, VotesFile
+from palate_recipes.preferences.check import check
 from palate_recipes.preferences.formats import FORMATS
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.preferences.row import Message, Row
 from palate_recipes.preferences.transform import convert
 from tests.support.rows import preference_rows
+from tests.trainer.support import losses, spec, train
 
 pytestmark = pytest.mark.slow
 
@@ -128,3 +133,16 @@ def test_the_check_with_a_tokenizer_says_what_a_training_does(renderer: Any, bas
     assert found == {"cut": [2], "no-room": [3], "same-after-cut": [4]}
     assert report.lengths["tokens"]["max"] == expected.longest
     assert f"seq_length={expected.longest} keeps all" in "\n".join(report.lines())
+
+
+def test_votes_of_the_page_pass_the_check_and_train(tiny: Path, tmp_path: Path) -> None:
+    votes = VotesFile(tmp_path / "votes.jsonl")
+    for number in range(4):
+        left, right = (Shown(name, f"{name} says {number}", "stop") for name in ("default", "base"))
+        prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Question {number}?"}]
+        facts = {"voter": "Ann", "sampling": {"temperature": 0.7, "max_tokens": 512}}
+        votes.add(prompt, left, right, ("left", "right", "tie", "both_bad")[number], facts)
+    assert check([(votes.path, "votes.jsonl")]).of("error") == []
+    wanted = spec(tiny, tmp_path / "run", max_steps=1)
+    (loss,) = losses(train(replace(wanted, files=replace(wanted.files, train_file=str(votes.path)))))
+    assert loss == pytest.approx(math.log(2), abs=1e-3)  # of DPO, before the first step

@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from palate.chat import MAX_TOKENS, TEMPERATURE, Conversation
-from palate.cli.format import Terminated
+from palate.cli.format import Terminated, say_next
 from palate.paths import palate_home
 from palate_recipes.errors import ConfigurationError, PalateError
-from palate_recipes.text import expand_path, visible
+from palate_recipes.text import expand_path, show_path, visible
+
+if TYPE_CHECKING:
+    from palate.web import WebUI
 
 HISTORY_FILE = "chat_history"
 HISTORY_LINES = 1000
@@ -52,6 +56,14 @@ def chat(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")
     ] = TEMPERATURE,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve a page on this machine: models side by side, and blind votes.")
+    ] = False,
+    votes: Annotated[
+        Path | None,
+        typer.Option(help="With --web: file for the votes. Default: votes/SERVICE.jsonl in PALATE_HOME."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="With --web: port on 127.0.0.1; 0 takes a free one.")] = 0,
 ) -> None:
     """Chat with a service; answers stream to stdout. At a terminal /help lists the commands of the conversation."""
     from palate.predictor import Predictor
@@ -63,6 +75,21 @@ def chat(
         if not message.strip():
             raise ConfigurationError("the message is empty: omit it for a conversation")
     predictor = Predictor(service)
+    if web:
+        if message is not None:
+            raise ConfigurationError("--web takes no message: write it in the page")
+        with predictor.webui(
+            votes=votes,
+            port=port,
+            models=[] if model == "default" else [model],
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+        ) as page:
+            _serve(page)
+        return
+    if votes is not None or port:
+        raise ConfigurationError(f"--{'port' if votes is None else 'votes'} is for the page: add --web")
     talk = Conversation(
         service=service,
         client=predictor.openai(),
@@ -85,6 +112,23 @@ def chat(
                     _answer(talk, text)
         except UnicodeDecodeError:
             raise ConfigurationError("the messages on stdin are not valid UTF-8: convert them, as with iconv") from None
+
+
+def _serve(page: WebUI) -> None:
+    print(page.url, flush=True)
+    port = urlsplit(page.url).port
+    _say(
+        f"Open this address in a browser of this machine; it contains a key, so do not share it. From another machine first run\n"
+        f"  ssh -L {port}:127.0.0.1:{port} HOST\nVotes: {show_path(page.votes)}. Ctrl-C ends the page"
+    )
+    try:
+        page.wait()
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        _say("")
+    if page.pairs_count:
+        say_next("data", "check", page.votes)
 
 
 def _check_text(what: str, text: str) -> None:

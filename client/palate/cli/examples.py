@@ -24,6 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "palate chat SERVICE",
         'palate chat SERVICE "Is the earth flat?"',
         'palate chat SERVICE "Is the earth flat?" --model base --temperature 0',
+        "palate chat SERVICE --web --votes votes.jsonl",
     ),
     "quickstart": ("palate quickstart", "palate quickstart --direction blunt --folder try"),
     "run": ("palate run pai_script.py", "palate run pai_script.py --epochs 3"),

@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from palate_recipes.preferences.formats import alpaca, compared, hh, named, nova, openai, ranked, sharegpt, trl
+from palate_recipes.preferences.formats import (
+    alpaca,
+    compared,
+    hh,
+    named,
+    nova,
+    open_webui,
+    openai,
+    ranked,
+    sharegpt,
+    trl,
+)
 from palate_recipes.preferences.formats import unpaired as unpaired_answers
 from palate_recipes.preferences.formats.fields import PROMPTS, Format, Raw, listed, missing_fields, nearest, other_names
 from palate_recipes.preferences.formats.question import QUESTIONS, given
@@ -38,6 +49,7 @@ _ORDER = (
     "named-pairs",
     "compared",
     "ranked",
+    "open-webui",
     "unpaired",
     "chat",
     "sharegpt-sft",
@@ -46,7 +58,7 @@ _ORDER = (
 )
 """In the order of `palate data formats`: pairs first."""
 
-_FAMILIES = (trl, openai, sharegpt, alpaca, hh, nova, named, compared, ranked, unpaired_answers)
+_FAMILIES = (trl, openai, sharegpt, alpaca, hh, nova, named, compared, ranked, open_webui, unpaired_answers)
 _ALL = {form.name: form for family in _FAMILIES for form in family.FORMATS}
 FORMATS: dict[str, Format] = {name: _ALL[name] for name in _ORDER}
 """All formats by name."""
@@ -57,8 +69,13 @@ REJECTED = frozenset(("rejected", "rejected_response", "rejected_messages", "non
 KNOWN_FIELDS = frozenset(_READ.split())
 """Fields that at least one format reads."""
 
-_NAMES = KNOWN_FIELDS.union(MEDIA, ("tools", "functions"), *(form.reads for form in FORMATS.values()))
-"""Names that a field can have in another case: those that are read, and those that are refused or reported."""
+_NAMES = KNOWN_FIELDS.union(
+    MEDIA, ("tools", "functions"), *(form.reads for form in FORMATS.values() if form.name != "open-webui")
+)
+"""Names that a field can have in another case: those that are read, and those that are refused or reported.
+
+Not those of a program's export, which nobody has typed: `type`, `data` and `id` are columns of many tables.
+"""
 
 _SHAPES_KEPT, _FIELDS_KEPT, _CHARACTERS_KEPT = 1024, 256, 4096
 """Bounds of the memory for shapes: a file can have other names in every row."""
@@ -175,6 +192,8 @@ def detect(row: Raw, strategy: Strategy | None = "dpo") -> Format:
 def _choices(names: frozenset[str], *, sft: bool) -> Iterator[Choice]:
     """Yields the formats that a row with these fields may have, in order of precedence."""
     has = names.__contains__
+    if names.issuperset(("type", *open_webui.FIELDS)):
+        yield FORMATS["open-webui"]
     if sft and has("prompt") and has("chosen"):
         yield FORMATS["completions"]  # SFT ignores `rejected`
     if has("chosen") and has("rejected"):
@@ -261,6 +280,8 @@ def _question_and_answer(row: Raw) -> Format | None:
 
 def is_unpaired(row: Raw) -> bool:
     """Whether a row has one answer and its label."""
+    if "snapshot" in row and "data" in row:  # a feedback without another answer
+        return True
     if "chosen" in row or not ("label" in row or "kto_tag" in row):
         return False
     if "instruction" in row and "output" in row:  # with instructions, `label` can also be a topic
