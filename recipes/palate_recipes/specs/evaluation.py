@@ -36,9 +36,8 @@ class EvaluationSpec(Struct, frozen=True, kw_only=True):
         checkpoint: Name of the checkpoint that `tuned_uri` is; "" for the model of a finished job.
         data: The held-out pairs.
         skipped: Number of rows that are left out: invalid ones (`bad_rows="skip"`) and ties.
-        seen_rows: Numbers of the rows that the job trained on, with the same prompt and the same answers; None if its data
-            cannot be read.
-        seen_prompts: Number of rows whose prompt is in the job's data, with these or other answers; None as for `seen_rows`.
+        seen_rows: Numbers of the rows whose prompt and chosen answer are in the job's training data; None if that cannot be read.
+        seen_prompts: Number of rows whose prompt is in it, with this or other answers; None as for `seen_rows`.
     """
 
     job: str
@@ -175,10 +174,10 @@ class PairScores(Struct, frozen=True, kw_only=True):
     seconds: Annotated[float, Meta(ge=0)]
 
     def __post_init__(self) -> None:
-        columns = [self.chosen_tokens, self.rejected_tokens]
-        columns += [column for model in (self.tuned, self.base) for column in (model.chosen, model.rejected)]
+        columns = [self.tuned.chosen, self.tuned.rejected, self.base.chosen, self.base.rejected]
         columns += [] if self.losses is None else [self.losses]
-        if any(len(column) != len(self.rows) for column in columns):
+        sizes = {len(column) for column in columns} | {len(self.chosen_tokens), len(self.rejected_tokens)}
+        if sizes != {len(self.rows)}:
             raise ValueError(f"its lists have different lengths, expected {len(self.rows)} entries in each")
 
     def encode(self) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -26,6 +26,7 @@ from palate_recipes.specs.weights import BaseModel
 
 Kind = Literal["jobs", "services", "evaluations"]
 """Folder of a store that a run is in: trainings, services, and evaluations of trained models."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 State = Literal["Creating", "Running", "Stopping", "Succeeded", "Failed", "Stopped"]
 TERMINAL: frozenset[State] = frozenset({"Succeeded", "Failed", "Stopped"})
