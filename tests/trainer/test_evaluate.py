@@ -148,9 +148,11 @@ def test_the_adapter_that_a_job_began_with_is_its_reference(small: Path, tmp_pat
     first = spec(small, tmp_path / "first", **settings)
     train(first)
     begun_with = str(Path(first.files.output_dir) / "model")
-    second = spec(small, tmp_path / "second", adapter_dir=begun_with, **settings)
-    train(second)
-    found = scores_of(task_for(second, tmp_path, HELD_OUT))
+    cache = str(tmp_path / "cache")
+    second = spec(small, tmp_path / "second", adapter_dir=begun_with, held_out=HELD_OUT, **settings)
+    train(second.changed(cache_dir=cache))
+    found = scores_of(task_for(second, tmp_path, HELD_OUT, cache_dir=cache))
+    assert found.cached == len(HELD_OUT)  # the training's own values hold: its reference had no dropout
     assert found.base == scores_of(task_for(first, tmp_path, HELD_OUT)).tuned
     assert found.tuned.chosen != pytest.approx(found.base.chosen, abs=0.1)
 
