@@ -387,7 +387,7 @@ def delete(
     names: Annotated[list[str], typer.Argument(help="Job ids, or names of services or evaluations.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete jobs, services and evaluations with all their files.
+    """Delete jobs, services and evaluations with their files.
 
     Asks before it deletes a job or a running service.
     """
