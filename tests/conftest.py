@@ -105,8 +105,9 @@ def _records_keep_their_schemas(request: pytest.FixtureRequest) -> Iterator[None
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: a broken rule shows in seconds. Then the longest one; those with containers late, when the images may
-    have been built meanwhile; and the short files of the trainer last, so that no worker is left alone with a long one."""
-    late = ("tests/backends", "tests/container", "tests/trainer")
+    have been built meanwhile; and the files of the trainer last, the longest of them first, so that no worker is left alone with
+    a long one."""
+    late = ("tests/backends", "tests/container", "tests/trainer/test_training", "tests/trainer")
 
     def turn(item: pytest.Item) -> tuple[bool, bool, int]:
         rank = next((number for number, folder in enumerate(late, 1) if item.nodeid.startswith(folder)), 0)

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import UNSET
+
 from palate.backends import PlacementRequest
 from palate.common.utils import check_name
 from palate.predictor import Predictor, ServedModel
 from palate.preflight import check_deployment
 from palate.processes import bind_error
-from palate.rollout import check_instances
+from palate.rollout import check_autoscaling, check_instances
 from palate.runs.access import forget_named_tokens, new_token, write_owner_token
 from palate.runs.adapters import forget_adapters
 from palate.runs.handle import RunHandle
@@ -45,6 +47,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "idle_time_to_live_s": (int, float, type(None)),
     "sleep_after_s": (int, float, type(None)),
     "restarts": (int,),
+    "autoscaling": (Mapping,),
     "verify": (bool, str),
 }
 _LIVES = ("time_to_live_s", "idle_time_to_live_s")
@@ -81,11 +84,14 @@ def start_service(
     check_name("service name", service_name)
     checked = _check_options(service_name, dict(options or {}))
     lives = {name: checked.pop(name) for name in _LIVES if name in checked}
+    scaling = checked.pop("autoscaling", None)
     if session.backend.is_this_host:
         _check_port(checked)
-    engine = check_deployment(served, session, checked)
+    settings = served.settings(checked)
+    engine = check_deployment(served, session, settings["options"])
     where = where or PlacementRequest(kind="services")
     instances = check_instances("instance_count", 1 if where.instance_count is None else where.instance_count)
+    autoscaling = UNSET if scaling is None else check_autoscaling(scaling, least=instances)
     placement = session.backend.place(where)
     record = Record(session.store, "services", service_name)
     manifest = ServeManifest(
@@ -95,11 +101,12 @@ def start_service(
         versions=versions(),
         body=Deployment(
             **served.facts(session, session.backend),
-            options=checked,
+            **settings,
             time_to_live_s=lives.get("time_to_live_s"),
             idle_time_to_live_s=lives.get("idle_time_to_live_s", IDLE_TIME_TO_LIVE_S),
             placement=placement,
             instances=instances,
+            autoscaling=autoscaling,
         ),
     )
     if not _take_over_failed(record, manifest, session):
@@ -197,7 +204,7 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
         options["chat_template"] = _read_template(options["chat_template"])
     if "verify" in options:
         options["verify"] = {True: "error", False: "off"}.get(options["verify"], options["verify"])
-    settings = {name: value for name, value in options.items() if name not in _LIVES}
+    settings = {name: value for name, value in options.items() if name not in (*_LIVES, "autoscaling")}
     try:
         ServeSpec(service_name=service_name, model_dir="", work_dir="", **spec_fields(settings))  # checks the bounds
     except ValueError as error:

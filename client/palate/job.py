@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from palate_recipes.specs.run import State, Status, TrainManifest
 if TYPE_CHECKING:
     from palate.chat import Chat
     from palate.predictor import Predictor, ServedModel
+    from palate.report import Report
 
 OUTPUT_CHANNELS = ("model", "checkpoints", "tensorboard")
 
@@ -180,6 +181,23 @@ class TrainingJob:
         """
         found = list_checkpoints(self._run.record)
         return with_metrics(found, self.metrics()) if found else []
+
+    def report(self, others: Sequence[TrainingJob] = (), *, answers: str | Path | None = None) -> Report:
+        """Returns one HTML document about the job: curves, reading, answers, data, settings, versions, how to reproduce it.
+
+        It loads nothing from anywhere and has no secrets. In a notebook it is shown; `.save("report.html")` writes it.
+
+        Args:
+            others: Jobs to compare with. Their curves are overlaid.
+            answers: A file with answers of several models to the same questions, such as the quickstart's `answers.json`.
+
+        Raises:
+            MissingDependencyError: Plotly is not installed: `pip install 'palate[report]'`.
+            ConfigurationError: There are more than twelve jobs, one is given twice, or `answers` has another form.
+        """
+        from palate.report import make_report
+
+        return make_report([self, *others], answers=answers)
 
     def output_path(self, channel_name: str = "model") -> str:
         """Returns the URI of an output of the job.
@@ -384,14 +402,11 @@ class TrainingJob:
         from palate.deploy import start_service
 
         served = self.served_model(checkpoint)
-        settings: dict[str, Any] = {"verify": verify}
-        if served.dtype:
-            settings["dtype"] = served.dtype
         return start_service(
             self._run.session,
             service_name=service_name or f"{self.id}-{served.checkpoint or 'service'}",
             served=served,
-            options={**settings, **(options or {})},
+            options={"verify": verify, **(options or {})},
             where=PlacementRequest(
                 kind="services",
                 instance_type=instance_type,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from palate_recipes.catalog import Model, find_model, models
 from palate_recipes.errors import ConfigurationError, JobNotReadyError, UnsupportedParameterError
 from palate_recipes.hyperparameters import METHODS, Resolved, as_definitions, check_method, resolve, validate
 from palate_recipes.specs.train import TrainSpec
+from palate_recipes.trackers import variables
 
 if TYPE_CHECKING:
     from palate.estimate import Estimate
@@ -66,7 +68,8 @@ class ModelTrainingRecipe:
         user_vpc_config: Not supported.
         labels: Key-value pairs, recorded with the job.
         requirements: Not supported.
-        environments: Environment variables of the training program; their values are never recorded.
+        environments: Environment variables of the training program; their values are never recorded. Those of this process that
+            configure a tracker in `report_to`, such as MLFLOW_TRACKING_URI, are added.
         experiment_config: Not supported.
         input_channels: Not supported.
         output_channels: Not supported.
@@ -257,7 +260,7 @@ class ModelTrainingRecipe:
             row=self._row,
             job_name=check_name("job_name", job_name or unique_name(base_name)),
             labels=self.labels,
-            environments=self.environments,
+            environments=self._variables(spec.hyperparameters.report_to),
             announce=show_logs,
             notes=not wait,
             servable=servable,
@@ -316,8 +319,12 @@ class ModelTrainingRecipe:
             max_run_time_s=self.max_run_time,
             max_attempts=self.max_attempts,
             placement=self.placement,
-            environment_names=tuple(sorted(self.environments)),
+            environment_names=tuple(sorted(self._variables(resolved.values.report_to))),
         )
+
+    def _variables(self, report_to: str) -> dict[str, str]:
+        """Returns `environments`, and the variables of this process that configure the trackers in `report_to`."""
+        return {**variables(report_to, os.environ), **self.environments}
 
     def job_name(self, job_name: str | None = None) -> str:
         """Returns `job_name`, or a new unique id for a job of this recipe."""
@@ -377,7 +384,8 @@ class ModelTrainingRecipe:
             options: `engine` (auto, vllm, transformers), `host` (default 127.0.0.1), `port` (default: a free one),
                 `dtype`, `max_model_len` (tokens), `start_timeout_s`, `hang_after_s`, `time_to_live_s`, `idle_time_to_live_s`
                 (default: 12 hours; None: never), `sleep_after_s` (seconds without a request after which the engines end until the
-                next one), `restarts` (of an engine that ended by itself, within ten minutes; default: 3), `merge` (True: serve
+                next one), `restarts` (of an engine that ended by itself, within ten minutes; default: 3), `autoscaling` (such as
+                `{"max_instances": 4}`, see `Predictor.autoscale`), `merge` (True: serve
                 the adapter merged into its base, as one model),
                 `chat_template` (path of a Jinja file), and of vLLM alone `quantization`, `kv_cache_dtype`,
                 `tensor_parallel_size`, `gpu_memory_utilization`, `max_num_seqs`, `max_loras`, `max_lora_rank`,

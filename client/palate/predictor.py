@@ -48,9 +48,9 @@ READY_MARGIN_S = 900.0
 STOP_GRACE_S = 30.0
 
 TOKENS_TAKEN_S = 5.0
-"""A running service whose store answers follows a change of its tokens or its time to live within this time."""
+"""A running service that reaches its store applies a change of its tokens or its time to live within this time."""
 _TOKENS_LIMIT_S = 30.0
-"""After this time a service that answers, but did not follow, counts as unable to."""
+"""A service that answers, but has not applied a change after this time, counts as unable to."""
 _TOKENS_POLL_S = 0.25
 
 _NOTES_OF_THE_RUNNER = ("renewal", "ends_at")
@@ -94,10 +94,18 @@ class ServedModel:
             "system_prompt": self.system_prompt,
         }
 
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a `Deployment` for a user's options, with the model's dtype if they have none."""
+        if not self.dtype or "dtype" in options:
+            return {"options": dict(options), "model_dtype": UNSET}
+        return {"options": {**options, "dtype": self.dtype}, "model_dtype": self.dtype}
+
     def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
         """Returns a service's manifest with the same settings and this model."""
-        options = {**({"dtype": self.dtype} if self.dtype else {}), **manifest.body.options}
-        body = structs.replace(manifest.body, options=options, **self.facts(run.session, run.backend))
+        body = manifest.body
+        # What came with the model that is replaced, goes with it.
+        own = {name: value for name, value in body.options.items() if name != "dtype" or body.model_dtype is UNSET}
+        body = structs.replace(body, **self.settings(own), **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
 
 
@@ -362,9 +370,9 @@ class Predictor:
         return [ServiceToken(name=OWNER, created_at=created_at), *named]
 
     def add_token(self, name: str, rate_per_minute: int | None = None, concurrency: int | None = None) -> str:
-        """Adds a token and returns its value, which is not stored: it cannot be read again.
+        """Adds a token and returns its value. The value is not stored, so it cannot be read again.
 
-        A running service accepts the token when this returns. It survives stop, start and update.
+        When this returns, a running service accepts the token. The token stays valid over stop, start and update.
 
         Args:
             name: Who or what uses it.
@@ -381,7 +389,7 @@ class Predictor:
         return value
 
     def remove_token(self, name: str) -> None:
-        """Removes a token. A running service refuses it when this returns; requests that it has accepted are answered.
+        """Removes a token. When this returns, a running service rejects it. Requests already accepted are still answered.
 
         Raises:
             ConfigurationError: No token has this name, or it is the owner's.
@@ -392,16 +400,16 @@ class Predictor:
             raise ServiceError(f"token {name} was removed from the record", reason=self._cannot_follow)
 
     def rotate_token(self, name: str = OWNER) -> str:
-        """Gives a token a new value and returns it. The limits stay. The old value is refused, as after `remove_token`.
+        """Replaces a token's value and returns the new one. The limits stay. The old value is rejected, as after `remove_token`.
 
-        Clients made with the old value of the owner's token get a 401; `openai()` returns a new one.
+        Clients that use the old value of the owner's token get a 401; `openai()` returns a client with the new one.
 
         Args:
             name: Default: the owner's token, which `access_token` returns and Palate's own clients read.
 
         Raises:
             ConfigurationError: No token has this name.
-            ServiceError: The running service does not follow. The owner's token stays as it was.
+            ServiceError: The running service has not applied the change. The owner's token is unchanged.
         """
         record = self._run.record
         before = access.owner_token(record)
@@ -458,7 +466,7 @@ class Predictor:
     # ── more tuned models on its base ───────────────────────────────────────────────────────────────────────────────
 
     def adapters(self) -> builtins.list[ServiceAdapter]:
-        """Returns the adapters that the service serves beside its own model, with their state, in the order of their addition.
+        """Returns the adapters that were added to the service, with their state, in the order in which they were added.
 
         Raises:
             DamagedFilesError: The record's list is damaged.
@@ -468,21 +476,22 @@ class Predictor:
     def add_adapter(
         self, name: str, job_or_uri: HasModel | str | Path, *, replace: bool = False, wait: bool = True
     ) -> None:
-        """Serves another job's adapter under a model name of its own, on the base that the service has loaded.
+        """Adds another job's adapter to the service, under its own model name. It runs on the base model that is already loaded.
 
-        A running service loads it while it answers requests. A stopped one serves it from its next start. Every start verifies all
-        files by their SHA-256. It survives stop, start and update, until `remove_adapter`.
+        A running service loads it while it answers requests; a stopped one loads it at its next start. Each start verifies all
+        files by SHA-256. The adapter stays over stop, start and update, until `remove_adapter`.
 
         Args:
             name: The model name in requests.
             job_or_uri: A succeeded job or its id; or a model folder with digests.json: `job.model_uri`, or a copy made by
                 `job.save_model()`. A folder outside the service's store is copied into it.
-            replace: Replace another adapter of this name. The previous one answers until the new one does.
-            wait: Wait until the running service answers for it.
+            replace: Replace an adapter with the same name. The old one answers until the new one is ready.
+            wait: Wait until the running service answers with it.
 
         Raises:
             ConfigurationError: The name is taken or reserved, the job trained full weights or another base, the service has no base
-                (full weights) or its engine serves one adapter only (transformers), or the rank is too high for the running engine.
+                (full weights) or its engine serves one adapter only (transformers), the rank is too high for the running engine, or
+                an update to another base is in progress.
             UnservableError: vLLM cannot serve the adapter.
             JobNotReadyError: The job has not succeeded.
             DataError: The folder has no adapter, or no digests.json.
@@ -493,7 +502,7 @@ class Predictor:
         service_adapters.add(self._run, name, job_or_uri, replace=replace, wait=wait)
 
     def remove_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that the service has accepted are answered; later ones get a 404.
+        """Removes an adapter. Requests already accepted are still answered; later ones get a 404.
 
         Raises:
             ConfigurationError: No adapter has this name.
@@ -504,18 +513,18 @@ class Predictor:
     # ── its life ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def renew(self, time_to_live_s: float | None) -> None:
-        """Gives the service a new time to live in place of the one it has: it stops after this many seconds from now.
+        """Sets a new time to live: the service stops this many seconds from now.
 
-        A running service has followed when this returns, and `describe_service()["EndsAt"]` is the new end. If it is not running,
-        the time counts from the first answer of its next start. The new time to live also replaces the earlier one at all later
-        starts, each time from the first answer; an update of a running service does not count anew.
+        When this returns, a running service has applied it, and `describe_service()["EndsAt"]` is the new end. Otherwise the time
+        counts from the first answer after the next start. All later starts use the new time to live too, counted from their first
+        answer. An update of a running service does not restart the count.
 
         Args:
             time_to_live_s: Seconds; None removes the limit.
 
         Raises:
             ConfigurationError: The time is out of range.
-            ServiceError: The running service does not follow, or it stopped meanwhile. Its next start does follow.
+            ServiceError: The running service has not applied it, or has stopped in the meantime. Its next start applies it.
         """
         record = self._run.record
         write_renewal(record, time_to_live_s)
@@ -596,7 +605,7 @@ class Predictor:
     def start_service(self, wait: bool = True) -> None:
         """Starts a stopped or failed service again with its model and settings, on the same port. Does nothing if it is running.
 
-        If another program has taken the port meanwhile, the service takes a free one; with a port chosen at the deploy it fails.
+        If another program uses the port by now, the service takes a free one. If the port was given to `deploy()`, the start fails.
         """
         status = self._run.refresh()
         shown = self._run.record.last_part("logs")  # the new start continues the log
@@ -619,27 +628,28 @@ class Predictor:
         zero_downtime: bool = True,
         show_logs: bool = False,
     ) -> Predictor:
-        """Serves another job's model, or one of its checkpoints, under this name, with the same token and settings, as a new version.
+        """Updates the service to another job's model or checkpoint. Name, token and settings stay.
 
-        A running service answers throughout: the new version starts beside the current one, is compared with its trained model, and
-        then replaces it. If it does not start or answers differently, the service is unchanged. A stopped service is started with
-        the new model. A running one that serves the job already is left alone.
+        The service answers during the update: the new version starts while the current one runs, is compared with its trained model,
+        and then replaces it. If it does not start, or its answers differ from the trained model's, the service is unchanged. A
+        stopped service is started with the new model. If the service already serves this model, nothing happens.
 
         Args:
-            job: A succeeded job; with `checkpoint` in any state.
+            job: A succeeded job; with `checkpoint`, a job in any state.
             checkpoint: `latest`, a step or a name, as in `TrainingJob.deploy`. None: the model of the succeeded job.
-            wait: Wait until the new version answers. Ctrl-C withdraws the update.
-            traffic: Share of the requests for the tuned model that the new version answers, above 0 to 1. Both versions then
-                answer until `promote()`, `rollback()` or another `set_traffic()`. None: it replaces the current version.
-            zero_downtime: If False, the current version is stopped first, for machines that cannot hold both. If the new one does
-                not start, the service returns to the previous model.
+            wait: Wait until the new version answers. Ctrl-C cancels the update.
+            traffic: Share of the requests for the tuned model that the new version answers, 0 < traffic <= 1. Both versions then
+                answer until `promote()` or `rollback()`. None: the new version replaces the current one.
+            zero_downtime: False stops the current version before the new one starts, for machines without memory for both. If the
+                new one does not start, the service returns to the previous model.
             show_logs: Show the engine's log while waiting.
 
         Raises:
-            JobNotReadyError: The job has not succeeded, or with `checkpoint` has no complete one. The service is unchanged.
+            JobNotReadyError: The job has not succeeded or, with `checkpoint`, has no complete checkpoint. The service is unchanged.
             ServiceError: The new version did not start, or is not what was trained. Has the reason and the last lines of the
                 engine's log.
-            ConfigurationError: Another update of the service is in progress, or it has adapters and the job has another base.
+            ConfigurationError: Another update is in progress; the service has adapters and the job has another base; or the service
+                runs in a container that cannot see the folder of the new model.
         """
         from palate.rollout import update_to_job
 
@@ -654,7 +664,7 @@ class Predictor:
         )
 
     def versions(self) -> builtins.list[ServiceVersion]:
-        """Returns the service's versions, oldest first: the current one, the one of an update in progress, and earlier ones.
+        """Returns the service's versions, oldest first: earlier ones, the current one, and that of an update in progress.
 
         Raises:
             DamagedFilesError: A record of a version cannot be read.
@@ -664,23 +674,23 @@ class Predictor:
         return list_versions(self)
 
     def promote(self, wait: bool = True) -> Predictor:
-        """Makes the new version of `update_service(job, traffic=...)` the current one. The other answers its open requests and ends.
+        """Completes `update_service(job, traffic=...)`: the new version gets all requests. The old one finishes its own and ends.
 
         Raises:
             ConfigurationError: There is no second version.
-            ServiceError: The new version failed. The service serves its previous model as before.
+            ServiceError: The new version failed. The service keeps its previous model.
         """
         from palate.rollout import promote
 
         return promote(self, wait=wait)
 
     def rollback(self, wait: bool = True, *, zero_downtime: bool = True) -> Predictor:
-        """Withdraws the update in progress. Without one, updates to the version that the current one has replaced.
+        """Cancels the update in progress. If there is none, returns to the previous version.
 
-        Twice in a row returns to the version of before; `switch_version()` goes further back.
+        A second rollback returns to where you were; `switch_version()` goes further back.
 
         Args:
-            wait: Wait until the other version answers, or the new one has ended.
+            wait: Wait until the previous version answers, or the cancelled one has ended.
             zero_downtime: As in `update_service`.
 
         Raises:
@@ -692,7 +702,7 @@ class Predictor:
         return rollback(self, wait=wait, zero_downtime=zero_downtime)
 
     def switch_version(self, version: int) -> None:
-        """Updates to a version of the service's history, under a new number. See `versions()` for their numbers.
+        """Returns to a version of the service's history, which gets a new number. `versions()` lists them.
 
         Raises:
             ConfigurationError: There is no such version, or another update is in progress.
@@ -703,39 +713,76 @@ class Predictor:
         update_to_version(self, version)
 
     def set_traffic(self, shares: Mapping[str, float]) -> None:
-        """Sets which share of the requests for the tuned model each version answers. Applied when it returns.
+        """Splits the requests for the tuned model between two versions. It has taken effect when this returns.
 
         Args:
             shares: By name of the version, such as `{"v1": 0.9, "v2": 0.1}`. With one of them, the other gets the rest.
 
         Raises:
             ConfigurationError: There is no second version, or the shares are invalid.
-            ServiceError: The running service does not follow.
+            ServiceError: The running service has not applied the change.
         """
         from palate.rollout import set_traffic
 
         set_traffic(self, shares)
 
     def scale(self, instances: int, wait: bool = True) -> None:
-        """Sets the number of engines that answer the service's requests. One that is stopped answers its open requests first.
+        """Sets the number of engines, and ends `autoscale`. An engine that is stopped completes its open requests first.
 
         Args:
             instances: 1 to 64. Each has its own copy of the model in memory.
-            wait: Wait until so many engines answer.
+            wait: Wait until that many engines answer.
 
         Raises:
             ConfigurationError: `instances` is out of range.
-            ServiceError: The running service has not reached the number in time.
+            ServiceError: The running service did not reach that number in time.
         """
         from palate.rollout import scale
 
         scale(self, instances, wait=wait)
 
-    def stop_service(self, wait: bool = True) -> None:
-        """Stops the service and keeps its name and settings.
+    def autoscale(
+        self,
+        max_instances: int,
+        min_instances: int = 1,
+        target_requests: float | None = None,
+        *,
+        upscale_delay_s: float | None = None,
+        downscale_delay_s: float | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Lets the number of engines follow the open requests, between two bounds. `scale` ends it.
+
+        `sleep_after_s` of `deploy()` ends all engines of an unused service, also with bounds.
 
         Args:
-            wait: Wait until its port and processes are gone; otherwise only request the stop.
+            max_instances: The most engines, up to 64. Memory for so many must be there: each has its own copy of the model.
+            min_instances: The least.
+            target_requests: Open requests, waiting ones included, for which there should be one engine; None: 32 on a GPU, 4 on a
+                processor.
+            upscale_delay_s: Engines are added when the average of so many seconds needs more; None: 10.
+            downscale_delay_s: Engines are ended when fewer were needed during all of so many seconds; None: 300.
+            wait: Wait until their number is within the bounds.
+
+        Raises:
+            ConfigurationError: A value is out of range.
+            ServiceError: The running service has not reached the bounds in time.
+        """
+        from palate.rollout import autoscale
+
+        settings = {
+            "max_instances": max_instances,
+            "target_requests": target_requests,
+            "upscale_delay_s": upscale_delay_s,
+            "downscale_delay_s": downscale_delay_s,
+        }
+        autoscale(self, min_instances, settings, wait=wait)
+
+    def stop_service(self, wait: bool = True) -> None:
+        """Stops the service. Its name and settings stay.
+
+        Args:
+            wait: Wait until its port is free and its processes have ended. False only requests the stop.
         """
         if wait:
             self._run.stop(grace_s=STOP_GRACE_S)

@@ -48,6 +48,7 @@ from palate_recipes.specs.merge import MERGE_PACKAGES
 from palate_recipes.specs.serve import EngineInfo, describe_engines, vllm_knows_more
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
+from palate_recipes.trackers import missing
 
 if TYPE_CHECKING:
     from palate.predictor import ServedModel
@@ -78,6 +79,12 @@ def check_trainer() -> None:
         raise MissingDependencyError(
             f"training on this machine needs {', '.join(missing)}, which is not installed: pip install 'palate[train]'"
         )
+
+
+def check_trackers(spec: TrainSpec) -> None:
+    """Raises MissingDependencyError if a tracker of `report_to` is not installed in this environment."""
+    if problem := missing(spec.hyperparameters.report_to):
+        raise MissingDependencyError(problem)
 
 
 def training_memory_gib(parameters: float, spec: TrainSpec, *, gpus: int = 1) -> float:

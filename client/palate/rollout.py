@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from msgspec import UNSET, UnsetType, ValidationError, convert
 from msgspec.structs import replace
 
 from palate.runs.handle import POLL_S, RunHandle
@@ -34,7 +35,8 @@ from palate.service_adapters import check_update
 from palate.ui import note
 from palate_recipes.errors import ConfigurationError, ServiceError, WaitTimeoutError
 from palate_recipes.specs.rollout import Update, Version, version_name
-from palate_recipes.specs.run import INSTANCES_LIMIT, TERMINAL, Deployment, ServeManifest, Status
+from palate_recipes.specs.run import INSTANCES_LIMIT, TERMINAL, Autoscaling, Deployment, Status
+from palate_recipes.text import did_you_mean
 
 if TYPE_CHECKING:
     from palate.predictor import Predictor, ServedModel
@@ -228,12 +230,19 @@ def _change(
     if (pending := open_update(record)) is not None:
         raise in_progress(record, pending)
     check_update(run, replace(record.serve_manifest(), body=body))
-    running = run.refresh().state == "Running"
+    status = run.refresh()
+    running = status.state == "Running"
     if not running or not zero_downtime:
         if traffic is not None:
             why = "it is not running" if not running else "zero_downtime=False stops the current version"
             raise ConfigurationError(f"traffic={traffic:g} cannot be shared between two versions: {why}")
         return _stop_and_start(service, body, labels, what=what, wait=wait, show_logs=show_logs)
+    if unseen := run.out_of_reach(body, status):
+        raise ConfigurationError(
+            f"service {service.service_name} runs in a container that was started without {unseen[0]}, so it cannot read the new "
+            f"model while it runs: zero_downtime=False (`palate update {service.service_name} JOB --stop-start`) starts it again with "
+            "that folder"
+        )
     _require_following(service)
     shown = record.last_part("logs")
     version = reserve(record, body, labels)
@@ -487,32 +496,52 @@ def set_traffic(service: Predictor, shares: Mapping[str, float]) -> None:
     _wait_for(service, applied, limit_s=_TAKEN_S, what=f"the share of {name}")
 
 
+# ── how many engines ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def scale(service: Predictor, instances: int, *, wait: bool = True) -> None:
     """Sets the number of engines. See `Predictor.scale`."""
-    run = service._run
     check_instances("instances", instances)
+    _resize(service, instances, UNSET)
+    if wait:
+        _wait_for_instances(service, instances, instances)
+
+
+def autoscale(service: Predictor, least: int, settings: Mapping[str, Any], *, wait: bool = True) -> None:
+    """Lets the number of engines follow the requests. See `Predictor.autoscale`."""
+    check_instances("min_instances", least)
+    autoscaling = check_autoscaling(settings, least=least)
+    _resize(service, least, autoscaling)
+    if wait:
+        _wait_for_instances(service, least, autoscaling.max_instances)
+
+
+def _resize(service: Predictor, instances: int, autoscaling: Autoscaling | UnsetType) -> None:
+    run = service._run
     if run.refresh().state == "Running":
         _require_following(service)
     for _ in range(_CAS_ATTEMPTS):
         known = run.record.serve_manifest()
-        if known.body.instances == instances:
-            break
+        body = replace(known.body, instances=instances, autoscaling=autoscaling)
+        if body == known.body:
+            return
         try:
-            run.replace_manifest(known, _with_instances(known, instances))
+            run.replace_manifest(known, replace(known, body=body))
         except ConfigurationError:
             continue  # somebody else has changed it, such as the runner that completes an update
-        break
-    else:
-        raise ConfigurationError(f"{run.record.uri} was changed by others again and again: try again")
-    if not wait:
         return
+    raise ConfigurationError(f"{run.record.uri} was changed by others again and again: try again")
 
+
+def _wait_for_instances(service: Predictor, least: int, most: int) -> None:
     def reached(status: Status) -> bool:
-        told = _live(status).get(version_name(run.record.serve_manifest().body.version), {})
-        asleep = told.get("state") == "ready" and told.get("instances") == 0  # they start with the next request
-        return bool(told.get("instances") == instances or asleep)
+        told = _live(status).get(version_name(service._run.record.serve_manifest().body.version), {})
+        count = told.get("instances")
+        asleep = told.get("state") == "ready" and count == 0  # they start with the next request
+        return asleep or (isinstance(count, int) and least <= count <= most)
 
-    _wait_for(service, reached, limit_s=service.ready_limit_s, what=f"{instances} instances")
+    what = f"{least} instances" if least == most else f"{least} to {most} instances"
+    _wait_for(service, reached, limit_s=service.ready_limit_s, what=what)
 
 
 def check_instances(name: str, instances: object) -> int:
@@ -524,8 +553,32 @@ def check_instances(name: str, instances: object) -> int:
     return instances
 
 
-def _with_instances(manifest: ServeManifest, instances: int) -> ServeManifest:
-    return replace(manifest, body=replace(manifest.body, instances=instances))
+def check_autoscaling(settings: Mapping[str, Any], *, least: int) -> Autoscaling:
+    """Returns valid settings. Raises ConfigurationError.
+
+    Args:
+        settings: Fields of `Autoscaling` as the user gave them; None stands for the default.
+        least: The least number of engines.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    fields = Autoscaling.__struct_fields__
+    for name in given:
+        if name not in fields:
+            hint = did_you_mean(name, fields)
+            raise ConfigurationError(f"unknown setting of autoscaling {name!r}: {hint}it has: {', '.join(fields)}")
+    if "max_instances" not in given:
+        raise ConfigurationError("autoscaling needs max_instances, such as 4: the most engines at once")
+    check_instances("max_instances", given["max_instances"])
+    if given["max_instances"] < least:
+        raise ConfigurationError(
+            f"max_instances={given['max_instances']} is below the least number of instances, {least}: expected at least {least}"
+        )
+    try:
+        return convert(given, Autoscaling)
+    except ValidationError as error:
+        text, _, place = str(error).partition(" - at `$.")
+        name = place.rstrip("`")
+        raise ConfigurationError(f"{name}={given.get(name)!r} is invalid: {text}") from None
 
 
 def _open(service: Predictor) -> Update:

@@ -24,6 +24,7 @@ from palate.preflight import check_adapter
 from palate.runs import adapters
 from palate.runs.handle import RunHandle
 from palate.runs.record import ADAPTER_COPIES
+from palate.runs.rollout import open_update
 from palate.ui import note
 from palate.weights import reachable_weights
 from palate_recipes.catalog import find_model
@@ -32,6 +33,7 @@ from palate_recipes.servability import adapter_rank
 from palate_recipes.specs.adapters import ServedAdapter, reserved
 from palate_recipes.specs.codec import convert, decode, encode
 from palate_recipes.specs.fleet import AdapterState
+from palate_recipes.specs.rollout import version_name
 from palate_recipes.specs.run import Deployment, ServeManifest, Status
 from palate_recipes.specs.weights import BaseModel
 
@@ -126,6 +128,7 @@ def add(run: RunHandle, name: str, given: str | Path | HasModel, *, replace: boo
     manifest = record.serve_manifest()  # the current one: an update may have replaced it
     status = run.refresh()
     _check_service(record.name, manifest, status)
+    _check_open_update(run, manifest)
     source = _read_given(given, run)
     files = find_adapter(source.uri, run.session, digest=source.digest)
     files.check_sizes()
@@ -177,7 +180,7 @@ def check_update(run: RunHandle, after: ServeManifest) -> None:
     if not names:
         return
     before = run.record.serve_manifest().body.model
-    if not (after.body.adapter and _same_weights(before, after.body.model)):
+    if not _keeps_base(before, after.body):
         raise ConfigurationError(
             f"service {run.record.name} has adapters ({', '.join(names)}) for {_shown(before)}, which it would no longer serve as "
             f"their base: remove them first (`palate adapter rm {run.record.name} {names[0]}`), or deploy the job under another name"
@@ -273,6 +276,24 @@ def _check_service(name: str, manifest: ServeManifest, status: Status) -> None:
         raise ConfigurationError(
             f"service {name} runs on the transformers engine, which serves one adapter: deploy it on vLLM (engine='vllm')"
         )
+
+
+def _check_open_update(run: RunHandle, manifest: ServeManifest) -> None:
+    """Raises ConfigurationError if an update is open after which the service would no longer serve this base."""
+    update, base = open_update(run.record), manifest.body.model
+    if update is None or _keeps_base(base, update.body):
+        return
+    name, version = run.record.name, version_name(update.body.version)
+    raise ConfigurationError(
+        f"service {name} has an update to {version} in progress, which does not serve {_shown(base)} as its base, so it could not "
+        f"serve the adapter: withdraw the update first (`palate rollback {name}`), or complete it (`palate promote {name}`) and add "
+        "an adapter for its base"
+    )
+
+
+def _keeps_base(base: BaseModel, after: Deployment) -> bool:
+    """Whether a deployment serves an adapter on these weights."""
+    return after.adapter and _same_weights(base, after.model)
 
 
 def _check_rank(what: str, config: Mapping[str, Any], service: str, status: Status) -> int:

@@ -15,7 +15,14 @@ from msgspec.structs import replace
 
 from palate.adapter_input import CHANNEL, keep_adapter, read_adapter
 from palate.job import TrainingJob
-from palate.preflight import check_memory, check_trainer, serving_notes, servings_after, without_needless_notes
+from palate.preflight import (
+    check_memory,
+    check_trackers,
+    check_trainer,
+    serving_notes,
+    servings_after,
+    without_needless_notes,
+)
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
 from palate.session import Session
@@ -147,7 +154,7 @@ def place_checks(
     source = spec.model.source
     here = session.backend.uses_this_python  # elsewhere the libraries are in the image
     return [
-        *([check_trainer] if here else []),
+        *([check_trainer, lambda: check_trackers(spec)] if here else []),
         *([lambda: check_architecture(source)] if here and source.kind == "hub" and row is None else []),
         lambda: check_memory(spec, parameter_count(spec, row), device=device, row=row),
         lambda: session.store.check(),

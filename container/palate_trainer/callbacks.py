@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -94,13 +95,22 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         rows: Rows per epoch over all processes.
         startup: Timer of the stages before the first step.
         start_event: Fields of the `start` event besides steps and seconds.
+        trackers: Callbacks of trackers.
     """
 
     def __init__(
-        self, metrics: Metrics, stop: StopSignal, *, rows: int, startup: StartupTimes, start_event: dict[str, Any]
+        self,
+        metrics: Metrics,
+        stop: StopSignal,
+        *,
+        rows: int,
+        startup: StartupTimes,
+        start_event: dict[str, Any],
+        trackers: Sequence[TrainerCallback] = (),
     ) -> None:
         self.metrics, self.stop, self.rows, self.start_event = metrics, stop, rows, start_event
-        self.startup = startup
+        self.startup, self._trackers = startup, trackers
+        self._tensorboard: Any = None
         self.trainer: Any = None
         self.last: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
         self.step_losses: list[float] = []  # one per step of this process
@@ -115,9 +125,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Connects to the trainer, and removes its callback that prints raw dicts."""
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
-        tensorboard = trainer.pop_callback(TensorBoardCallback)
-        if tensorboard is not None:
-            trainer.add_callback(tensorboard)  # must run after this callback, to write the values that it adds
+        self._tensorboard = trainer.pop_callback(TensorBoardCallback)
+        for callback in (self._tensorboard, *self._trackers):
+            if callback is not None:
+                trainer.add_callback(callback)  # must run after this callback, to write the values that it adds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop.deferred = True
@@ -141,6 +152,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         log(_what_lines_show(event))
         if state.global_step:
             log(f"resumed after step {state.global_step}")
+            if self._tensorboard is not None and is_main():
+                # Files of the attempt before are there too: its events of the steps that are repeated must not be shown.
+                from torch.utils.tensorboard import SummaryWriter
+
+                folder = self._tensorboard.logging_dir
+                self._tensorboard.tb_writer = SummaryWriter(log_dir=folder, purge_step=state.global_step + 1)
             self._owed_evaluation = self._is_evaluation_missing(args, state)
         if state.global_step >= state.max_steps:
             self._evaluate_if_owed()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from palate_recipes.specs.train import TrainTask
+from palate_recipes.trackers import chosen
 
 _QUIET_AND_OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -38,6 +40,44 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("transformers", "trl", "accelerate", "datasets", "peft", "tensorboard", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+PROJECT = "palate"
+"""Project or experiment of a run in trackers, unless a variable names another."""
+
+
+def prepare_trackers(task: TrainTask) -> None:
+    """Sets defaults of the trackers' variables. Call it before their packages are imported."""
+    tags = tracker_tags(task)
+    given = os.environ.get("MLFLOW_TAGS")
+    with suppress(ValueError):  # MLflow reports what is wrong with the user's own
+        os.environ["MLFLOW_TAGS"] = json.dumps({**tags, **(json.loads(given) if given else {})})
+    defaults = {
+        "MLFLOW_EXPERIMENT_NAME": PROJECT,
+        # MLflow's own are 7 retries and 120 s: a server that is away would hold up every step.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "WANDB_PROJECT": PROJECT,
+        "WANDB_TAGS": ",".join(value for value in tags.values() if value and "," not in value),
+        "WANDB_SILENT": "true",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the URL of the server may have a password
+
+
+def tracker_tags(task: TrainTask) -> dict[str, str]:
+    """Returns what identifies a run in a tracker, besides the arguments that transformers reports."""
+    spec = task.spec
+    found = {
+        "palate.job": task.files.run_name or "",
+        "palate.model": spec.model.name,
+        "palate.method": spec.method,
+        "palate.strategy": spec.hyperparameters.training_strategy,
+        "palate.precision": spec.precision,
+        **{f"palate.data.{name}": given.sha256 or "" for name, given in spec.inputs.items()},
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def keep_one_gpu() -> None:
@@ -87,7 +127,9 @@ def lean_imports(task: TrainTask) -> Iterator[None]:
     """
     gc.disable()
     try:
-        for name in _NEVER_USED if _quantised(task) else (*_NEVER_USED, "bitsandbytes"):
+        # MLflow takes a module with an entry in sys.modules for imported, and uses it.
+        tracked = set(chosen(task.spec.hyperparameters.report_to)) - {"tensorboard"}
+        for name in (*(() if tracked else _NEVER_USED), *(() if _quantised(task) else ("bitsandbytes",))):
             _leave_out(name)
         import torch
 

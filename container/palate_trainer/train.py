@@ -25,8 +25,9 @@ from palate_recipes.specs.train import (
     TENSORBOARD_DIR,
     TrainTask,
 )
-from palate_trainer.distributed import join_group, wait_for_all, world_size
-from palate_trainer.env import keep_one_gpu, lean_imports, prepare_environment, use_available_cores
+from palate_recipes.trackers import missing
+from palate_trainer.distributed import is_main, join_group, wait_for_all, world_size
+from palate_trainer.env import keep_one_gpu, lean_imports, prepare_environment, prepare_trackers, use_available_cores
 from palate_trainer.failures import explain, is_out_of_memory
 from palate_trainer.throughput import StartupTimes, device_name
 
@@ -89,9 +90,12 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
     train_data, skipped = _read_rows(task, task.files.train_file)
     validation_data, skipped_validation = _read_rows(task, task.files.validation_file)
     resume_from = _resume_folder(task)
+    if problem := missing(hyperparameters.report_to):
+        raise TrainerError(problem)
     startup.done("read")
 
     prepare_environment()
+    prepare_trackers(task)
     keep_one_gpu()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / TENSORBOARD_DIR)
     with importing:
@@ -217,6 +221,7 @@ def _fit(
     from palate_trainer.fast.forward import completion_tokens_only
     from palate_trainer.model import load_model
     from palate_trainer.reference_scores import ReferenceScores
+    from palate_trainer.trackers import make_trackers
     from palate_trainer.trainers import build_trainer
 
     hyperparameters = task.spec.hyperparameters
@@ -249,6 +254,7 @@ def _fit(
             **{name: getattr(hyperparameters, name) for name in ADVICE_NAMES},
             **start_event,
         },
+        trackers=make_trackers(task, note) if is_main() else (),
     )
     reference = ReferenceScores(task, log)
     trainer = None

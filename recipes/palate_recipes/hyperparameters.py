@@ -26,6 +26,7 @@ from palate_recipes.schema import (
     show,
 )
 from palate_recipes.text import nearest
+from palate_recipes.trackers import OFF
 
 __all__ = [
     "HYPERPARAMETERS",
@@ -81,6 +82,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "loss_weights": ("loss_weight", "pref_ftx", "rpo_alpha"),
     "precision": ("dtype", "torch_dtype", "mixed_precision", "compute_dtype", "bf16", "fp16"),
     "gradient_checkpointing": ("use_gradient_checkpointing", "activation_checkpointing"),
+    "report_to": ("tracker", "trackers", "logger", "loggers", "log_with"),
     "fsdp": ("sharding_strategy", "fsdp_strategy", "zero_stage"),
 }
 _LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
@@ -173,6 +175,8 @@ def validate(values: Mapping[str, object] | Hyperparameters | None, *, method: s
     problems.extend(_contradictions(given, method))
     problems.extend(_loss_contradictions(given))
     problems.extend(_kto_contradictions(given))
+    if OFF in (names := given.get("report_to", "").split(",")) and len(names) > 1:
+        problems.append(f"report_to = {shorten(given['report_to'])}: {OFF} turns trackers off; omit it, or the others")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise HyperparameterError(f"{count} in the hyperparameters for {method}:\n  " + "\n  ".join(problems))

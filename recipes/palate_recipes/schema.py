@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from msgspec import NODEFAULT, Meta, Struct
 from msgspec.structs import fields
 
+from palate_recipes.trackers import OFF, PREFIXES
+
 ALL_LINEAR = "all-linear"
 
 
@@ -450,6 +452,13 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
             "a copy on each"
         ),
     ] = "off"
+    report_to: Annotated[
+        str,
+        Meta(
+            description="trackers that also get the metrics, besides the job's own; none turns them off",
+            extra={"form": "names", "choices": (*PREFIXES, OFF)},
+        ),
+    ] = "tensorboard"
 
 
 def _row(name: str, kind: Any, default: Any) -> Hyperparameter:

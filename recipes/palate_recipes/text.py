@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 _CONTROLS = re.compile(
@@ -30,6 +30,20 @@ def visible(text: str) -> str:
 
 def _written_out(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode("ascii")
+
+
+_CREDENTIALS_IN_URL = re.compile(r"://[^/\s@]+@")
+_SHORTEST_SECRET = 6
+"""Shorter values are not hidden: `true` or `1` are parts of many words."""
+
+
+def without_secrets(text: str, names: Collection[str], environment: Mapping[str, str]) -> str:
+    """Returns a text without the values of these variables and without user and password of URLs."""
+    values = {environment.get(name, "") for name in names}
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return _CREDENTIALS_IN_URL.sub("://***@", text)
 
 
 def html_text(value: object) -> str:

@@ -24,8 +24,12 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
 WINDOW_S = 60.0
-_SLOT_RETRY_S = 1
-"""When a request ends is unknown, so a client of a token that has all its requests open is told to try again soon."""
+RETRY_S = 1
+"""When a request ends is unknown, so a client that has to wait for that is told to try again soon."""
+READS_PER_MINUTE = 600
+"""Limit of a named token's requests without a body. Ten a second are more than any monitoring needs."""
+BODIES_SHARE_BYTES = 2 * BODY_LIMIT_BYTES
+"""Limit of the bodies of a named token's open requests: a quarter of what all may have, so that no token can starve the others."""
 
 
 @dataclass
@@ -33,7 +37,9 @@ class _Usage:
     """What one name uses. It is kept when the token is rotated or its limits change."""
 
     open: int = 0
+    held_bytes: int = 0
     begun: deque[float] = field(default_factory=deque)
+    read: deque[float] = field(default_factory=deque)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +57,47 @@ class Holder:
     name: str
     rate_per_minute: int | None = None
     concurrency: int | None = None
+    reads_per_minute: int | None = None
+    bodies_bytes: int | None = None
     usage: _Usage = field(default_factory=_Usage)
     is_program: bool = False
     """Whether this is the server program itself."""
+
+    def read(self) -> TooMany | None:
+        """Counts a request without a body, or returns why it is refused."""
+        what = "requests without a body per minute"
+        return self._within_rate(self.usage.read, self.reads_per_minute, what, time.monotonic())
+
+    def hold(self, size: int) -> TooMany | None:
+        """Adds to the bytes that bodies hold, also beyond the limit: then returns why the request is refused."""
+        self.usage.held_bytes += size
+        if self.bodies_bytes is None or self.usage.held_bytes <= self.bodies_bytes:
+            return None
+        message = f"The bodies of token {self.name}'s open requests exceed {self.bodies_bytes} bytes."
+        return TooMany(message=f"{message} Wait for an answer first.", retry_after_s=RETRY_S)
 
     def enter(self) -> TooMany | None:
         """Counts a request as open, or returns why it is refused. A refused request does not count."""
         usage, now = self.usage, time.monotonic()
         if self.concurrency is not None and usage.open >= self.concurrency:
             message = f"Token {self.name} has {usage.open} open requests; its limit is {self.concurrency}."
-            return TooMany(message=f"{message} Wait for an answer first.", retry_after_s=_SLOT_RETRY_S)
-        if self.rate_per_minute is not None:
-            begun = usage.begun
-            while begun and begun[0] <= now - WINDOW_S:
-                begun.popleft()
-            if len(begun) >= self.rate_per_minute:
-                # The limit may have become smaller: then more than the oldest request must leave the window.
-                wait_s = max(1, math.ceil(begun[len(begun) - self.rate_per_minute] + WINDOW_S - now))
-                message = f"Token {self.name} has reached its limit of {self.rate_per_minute} requests per minute."
-                return TooMany(message=f"{message} Try again in {wait_s} s.", retry_after_s=wait_s)
-            begun.append(now)
-        usage.open += 1
+            return TooMany(message=f"{message} Wait for an answer first.", retry_after_s=RETRY_S)
+        too_many = self._within_rate(usage.begun, self.rate_per_minute, "requests per minute", now)
+        if too_many is None:
+            usage.open += 1
+        return too_many
+
+    def _within_rate(self, begun: deque[float], limit: int | None, what: str, now: float) -> TooMany | None:
+        if limit is None:
+            return None
+        while begun and begun[0] <= now - WINDOW_S:
+            begun.popleft()
+        if len(begun) >= limit:
+            # The limit may have become smaller: then more than the oldest request must leave the window.
+            wait_s = max(1, math.ceil(begun[len(begun) - limit] + WINDOW_S - now))
+            message = f"Token {self.name} has reached its limit of {limit} {what}."
+            return TooMany(message=f"{message} Try again in {wait_s} s.", retry_after_s=wait_s)
+        begun.append(now)
         return None
 
     def leave(self) -> None:
@@ -158,6 +184,9 @@ class Access:
                         name=token.name,
                         rate_per_minute=token.rate_per_minute,
                         concurrency=token.concurrency,
+                        # One with the owner's name is the owner's next token, which has no limits either.
+                        reads_per_minute=None if token.name == OWNER else READS_PER_MINUTE,
+                        bodies_bytes=None if token.name == OWNER else BODIES_SHARE_BYTES,
                         usage=self._usage[token.name],
                     ),
                 )

@@ -63,7 +63,7 @@ class Engine:
         gpus: Ids of the GPUs that it may use; none: all.
         leaving_at: Monotonic time since which it gets no new requests; 0 if it does.
         open: Open requests, as the front counts them.
-        moved_at: Monotonic time of its last progress.
+        moved_at, waits_from, still_s: Its progress, as the front tells it, see `routes.Answering`.
         began_at: Monotonic time of its start.
         max_model_len: Its context length in tokens; None until it is up, or if unknown.
         is_up: Whether it has answered; changed by the service alone, as are `takes` and `models`.
@@ -101,6 +101,7 @@ class Engine:
         self.gpus = tuple(gpus)
         self.models: set[str] = set()
         self.open = 0
+        self.waits_from = self.still_s = 0.0
         self.max_model_len: int | None = None
         self.began_at = self.moved_at = time.monotonic()
         self._put = put
@@ -241,8 +242,8 @@ class Engine:
         """Polls it every few seconds, and reports once if it hangs.
 
         A busy engine is not a hung one. It answers health checks from an event loop that does no computing, so if it is silent, the
-        process is stopped or stuck. If open requests make no progress, a one-token request decides: a working engine answers it
-        between the others.
+        process is stopped or stuck. If requests make no progress, a one-token request decides: a working engine answers it between
+        the others.
         """
         hang_after_s = self.spec.hang_after_s
         seen_at = time.monotonic()
@@ -262,20 +263,24 @@ class Engine:
             seen_at = asked_at
             if self._still_s() >= hang_after_s:
                 limit_s = _STILL_TIMES * hang_after_s
+                asked_at = time.monotonic()
                 try:
                     self.token_of(self._first_models[0], timeout_s=limit_s)
                 except EngineError:
                     pass  # an answer
                 except OSError as error:
-                    if not self._ending.is_set() and self._still_s() >= limit_s:
+                    has_moved = self.moved_at >= asked_at
+                    still_s = self._still_s(at_least=time.monotonic() - asked_at)  # also if all others have left
+                    if not self._ending.is_set() and not has_moved and still_s >= limit_s:
                         self._put("hung", self, f"it generated no token within {limit_s:g} s ({error})")
                         return
+                    continue
+                self.moved_at, self.still_s = time.monotonic(), 0.0
 
-    def _still_s(self) -> float:
-        """Returns the seconds without progress on its open requests; 0 if it has none."""
-        if not self.open:
-            return 0.0
-        still_s = time.monotonic() - self.moved_at
+    def _still_s(self, *, at_least: float = 0.0) -> float:
+        """Returns the seconds for which it had open requests without any progress, also if their clients have left."""
+        still_s = time.monotonic() - max(self.moved_at, self.waits_from) if self.open else self.still_s
+        still_s = max(still_s, at_least)
         if still_s < self.spec.hang_after_s or self.plan.engine.name != "transformers":
             return still_s
         try:  # it tells of each token of an answer that is not streamed

@@ -23,8 +23,8 @@ from palate_recipes.specs.serve import (
     VERSION_HEADER,
     ServeSpec,
 )
-from palate_server.access import Access, Holder, TooMany, drained
-from palate_server.metrics import METRICS, Metrics, answer_metrics
+from palate_server.access import RETRY_S, Access, Holder, TooMany, drained
+from palate_server.metrics import METRICS, EnginePages, Metrics, answer_metrics
 from palate_server.parity import PRIVATE_PATHS
 from palate_server.proxy import LANE
 from palate_server.request_log import REQUEST_LOG, RequestLog, observed, request_of
@@ -122,6 +122,7 @@ class Gateway:
         self._service_name = service_name
         self._metrics = metrics
         self._log = log
+        self._engine_pages = EnginePages(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -147,6 +148,8 @@ class Gateway:
         elif holder.is_program:
             request_of(scope).mark_probe()
             await self._within_limits(holder, scope, receive, send)
+        elif method in _READING and (too_many := holder.read()) is not None:
+            await _refuse_for_now(send, too_many, keep=await drained(receive))
         # Answered here, not by the engine: it does not know the aliases.
         elif path == "/v1/models" or path.startswith("/v1/models/"):
             await self._models(method, path, send)
@@ -155,9 +158,7 @@ class Gateway:
         elif path in _WITHOUT_V1:
             await _complain(send, 404, f"No such path {path}: it is /v1{path}. A client's base_url ends with /v1.")
         elif path == METRICS_PATH and method in {"GET", "HEAD"}:
-            await answer_metrics(
-                self._metrics, self._service_name, self._routes, self._app, scope, _without_body(receive), send
-            )
+            await answer_metrics(self._metrics, self._service_name, self._routes, self._engine_pages, send)
         elif not _is_plain(scope):
             await _complain(send, 404, f"No such path {path[:200]!r}.", headers=[_CLOSE])
         elif method in _READING:
@@ -171,7 +172,7 @@ class Gateway:
             await _refuse_for_now(send, too_many, keep=await drained(receive))
             return
         try:
-            await self._post(scope, receive, send)
+            await self._post(holder, scope, receive, send)
         finally:
             holder.leave()
 
@@ -207,9 +208,9 @@ class Gateway:
         else:
             await self._unknown(send, name)
 
-    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _post(self, holder: Holder, scope: Scope, receive: Receive, send: Send) -> None:
         """Forwards a request with a body. In a JSON body, replaces the model by the engine's name for it."""
-        body = _Body(receive, self)
+        body = _Body(receive, lambda size: self._hold(holder, size))
         try:
             content = await body.whole(claimed=_header(scope["headers"], b"content-length"))
             if content is None:
@@ -223,6 +224,10 @@ class Gateway:
                     return
                 scope, content = named
             await self._counted(scope, _replay(content, receive), send)
+        except _ForNow as refused:
+            await _refuse_for_now(
+                send, refused.too_many, status=refused.status, keep=body.is_read or await drained(receive)
+            )
         except Refused as refused:
             # A request with a bad parameter was read to the end: the connection stays usable.
             await _complain(
@@ -231,6 +236,7 @@ class Gateway:
         finally:
             # Also after a refusal or a disconnect: the sum must return to 0, or the service would refuse all requests.
             self._held_bytes -= body.size
+            holder.usage.held_bytes -= body.size
 
     async def _named(self, scope: Scope, content: bytes, send: Send) -> tuple[Scope, bytes] | None:
         """Returns the request to forward, or None if the model is unknown (then the 404 is already sent).
@@ -290,11 +296,14 @@ class Gateway:
         )
         await _complain(send, 404, message, param="model")
 
-    def hold(self, size: int) -> None:
-        """Adds to the bytes held by all bodies. Raises Refused if the total is over the limit."""
+    def _hold(self, holder: Holder, size: int) -> None:
+        """Adds to the bytes that bodies hold. Raises _ForNow if they are over the token's share or over the limit of all."""
         self._held_bytes += size
+        if (too_many := holder.hold(size)) is not None:
+            raise _ForNow(429, too_many)
         if self._held_bytes > BODIES_LIMIT_BYTES:
-            raise Refused(503, f"The bodies of all open requests exceed {BODIES_LIMIT_BYTES} bytes. Try again later.")
+            message = f"The bodies of all open requests exceed {BODIES_LIMIT_BYTES} bytes. Try again later."
+            raise _ForNow(503, TooMany(message=message, retry_after_s=RETRY_S))
 
 
 def calls_need_a_parser(spec: ServeSpec) -> Parameters:
@@ -356,13 +365,28 @@ class Refused(Exception):
         self.param = param
 
 
-class _Body:
-    """Reads a request's body within the size limits."""
+class _ForNow(Exception):
+    """Rejects a request that may be accepted a moment later."""
 
-    def __init__(self, receive: Receive, front: Gateway) -> None:
+    def __init__(self, status: int, too_many: TooMany) -> None:
+        super().__init__(too_many.message)
+        self.status = status
+        self.too_many = too_many
+
+
+class _Body:
+    """Reads a request's body within the size limits.
+
+    Attributes:
+        size: Bytes so far.
+        is_read: Whether it was read to its end.
+    """
+
+    def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
         self._receive = receive
-        self._front = front
+        self._hold = hold
         self.size = 0
+        self.is_read = False
 
     async def whole(self, *, claimed: bytes) -> bytes | None:
         """Returns the full body, or None if the client disconnected first.
@@ -371,23 +395,24 @@ class _Body:
             claimed: The Content-Length header. A value over the limit is rejected before reading.
 
         Raises:
-            Refused: The body is too large, alone or together with those of other requests.
+            Refused: The body is too large.
+            _ForNow: It is too large together with those of other requests.
         """
         # 20 digits are enough to exceed the limit. Python refuses to parse numbers of several thousand digits.
         if claimed.isdigit() and int(claimed[:20]) > BODY_LIMIT_BYTES:
             raise _too_large()
         parts: list[bytes] = []
-        more = True
-        while more:
+        while not self.is_read:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            self.size += len(parts[-1])
-            self._front.hold(len(parts[-1]))
-            if self.size > BODY_LIMIT_BYTES:
+            self.is_read = not message.get("more_body", False)
+            part = message.get("body", b"")
+            if self.size + len(part) > BODY_LIMIT_BYTES:
                 raise _too_large()
-            more = message.get("more_body", False)
+            parts.append(part)
+            self.size += len(part)
+            self._hold(len(part))
         return b"".join(parts)
 
 
@@ -474,11 +499,12 @@ async def _refuse(send: Send) -> None:
     await _answer(send, 401, error, (b"www-authenticate", b"Bearer"), _CLOSE)
 
 
-async def _refuse_for_now(send: Send, too_many: TooMany, *, keep: bool) -> None:
-    """Answers 429. Without `keep` the connection is closed, because the body was not read to the end."""
-    error = error_body(too_many.message, kind=error_kind(429), param=None, code="rate_limit_exceeded")
+async def _refuse_for_now(send: Send, too_many: TooMany, *, keep: bool, status: int = 429) -> None:
+    """Answers 429 or 503. Without `keep` the connection is closed, because the body was not read to the end."""
+    code: int | str = "rate_limit_exceeded" if status == 429 else status
+    error = error_body(too_many.message, kind=error_kind(status), param=None, code=code)
     retry_after = (b"retry-after", str(too_many.retry_after_s).encode())
-    await _answer(send, 429, error, retry_after, *([] if keep else [_CLOSE]))
+    await _answer(send, status, error, retry_after, *([] if keep else [_CLOSE]))
 
 
 async def _complain(

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S = 8.0
 """Time for open requests to be answered when the service stops."""
+WRITE_TIMEOUT_S = 60.0
+"""How long a client may read nothing of its answer. As long as it may take to send a request; a stopped one would keep its engine's
+place, and so a drain, for as long as its connection is open."""
 
 
 async def _nothing() -> None:
@@ -67,6 +70,7 @@ class Front:
             http=http,
             ws="none",
             lifespan="off",
+            proxy_headers=False,  # nothing here asks who the client is
             log_config=None,
             access_log=False,  # the request log replaces it: it has the query of every URL
             timeout_graceful_shutdown=math.ceil(drain_s),
@@ -127,7 +131,7 @@ class _Guard:
     """Mixin for uvicorn's protocols: closes connections whose request is too slow or too large.
 
     Two timers that never run at the same time: one for the request line and headers, one for the body. While the app answers,
-    neither runs: a long generation is not a slow client.
+    neither runs: a long generation is not a slow client. A third one runs while the answer fills the write buffer.
     """
 
     # Attributes of both uvicorn protocols (h11 and httptools).
@@ -141,6 +145,7 @@ class _Guard:
     _counted_cycle: Any = None
     _timer: asyncio.TimerHandle | None = None
     _timer_is_for = ""
+    _writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
@@ -182,7 +187,17 @@ class _Guard:
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_timer()
+        self._stop_writing_timer()
         super().connection_lost(error)  # type: ignore[misc]
+
+    def pause_writing(self) -> None:
+        """Called by the event loop when the client reads more slowly than the app writes."""
+        super().pause_writing()  # type: ignore[misc]
+        self._writing = self.loop.call_later(WRITE_TIMEOUT_S, self._is_stuck, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_writing_timer()
+        super().resume_writing()  # type: ignore[misc]
 
     def send_400_response(self, message: str) -> None:
         """Answers invalid HTTP with a JSON error. uvicorn would send plain text."""
@@ -203,6 +218,20 @@ class _Guard:
             self._timer.cancel()
             self._timer = None
         self._timer_is_for = ""
+
+    def _stop_writing_timer(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+
+    def _is_stuck(self, size: int) -> None:
+        """Breaks the connection off if its write buffer still has its size. uvicorn tells the app, which ends the request."""
+        now = self.transport.get_write_buffer_size()
+        if now < size:
+            self._writing = self.loop.call_later(WRITE_TIMEOUT_S, self._is_stuck, now)
+        else:
+            logger.warning("a client read nothing of its answer for %g s: its connection is closed", WRITE_TIMEOUT_S)
+            self.transport.abort()
 
     def _is_late(self, what: str, seconds: float) -> None:
         self._stop_timer()

@@ -7,6 +7,7 @@ prometheus_client only writes the page. Every label has a fixed set of values: a
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -15,11 +16,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from palate_recipes import __version__
+from palate_recipes.specs.serve import METRICS_PATH
 from palate_server.proxy import LANE
-from palate_server.routes import Routes
+from palate_server.routes import Lane, Routes
 
 if TYPE_CHECKING:
-    from palate_server.gateway import App, Message, Receive, Scope, Send
+    from palate_server.gateway import App, Message, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 OTHER = "other"
 """Label of everything outside a fixed set of values."""
@@ -52,8 +56,12 @@ _CONNECTION_REASONS = {
 ENGINE_LABEL = "palate_engine"
 """Label of an engine's own metrics if there are several engines."""
 
-_PAGE_LIMIT_S = 5.0
+PAGE_LIMIT_S = 5.0
 """An engine that hangs does not keep the page of the others."""
+PAGE_LIMIT_BYTES = 8 * 1024**2
+"""Limit of one engine's page. vLLM's has about 100 KB."""
+KEPT_S = 1.0
+"""How long the engines' pages are answered again. It is shorter than the interval of any scraper."""
 
 _PAGE_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -199,55 +207,91 @@ def _timed(name: str, text: str, times: Mapping[str, Times]) -> Any:
     return family
 
 
-async def answer_metrics(
-    metrics: Metrics, service: str, routes: Routes, app: App, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """Answers with the service's metrics, followed by those of its engines: as they are if there is one, else with its name."""
-    lanes = routes.each_engine()
-    if len(lanes) > 1:
-        scopes = [{**scope, LANE: lane} for lane in lanes.values()]
-        pages = await asyncio.gather(*(_page_in_time(app, one) for one in scopes))
-        # In a thread: it parses thousands of lines, and answers are streamed on this one.
-        of_engines = await asyncio.to_thread(_merged, dict(zip(lanes, pages, strict=True)))
-    else:
-        of_engines = await _engine_page(app, scope, receive)
+async def answer_metrics(metrics: Metrics, service: str, routes: Routes, pages: EnginePages, send: Send) -> None:
+    """Answers with the service's metrics, followed by those of its engines."""
+    of_engines = await pages.get(routes)
     page = metrics.page(service, routes) + of_engines
     headers = [(b"content-type", _PAGE_TYPE), (b"content-length", str(len(page)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": page})
 
 
-async def _engine_page(app: App, scope: Scope, receive: Receive) -> bytes:
-    """Returns the engine's own metrics in the text format; empty if it has none."""
-    status, kind, parts = 0, b"", list[bytes]()
+class EnginePages:
+    """The engines' own metrics: as they are if there is one engine, else with its name. Requests at once share one fetch."""
 
-    async def collect(message: Message) -> None:
-        nonlocal status, kind
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            kind = next((value for key, value in message["headers"] if key.lower() == b"content-type"), b"")
-        else:
-            parts.append(message.get("body", b""))
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._page = b""
+        self._engines: list[str] = []
+        self._kept_until = 0.0
+        self._fetching: asyncio.Task[bytes] | None = None
 
-    # Without what would select another format, an encoding or a part of the page: it is appended to ours.
-    headers = [(key, value) for key, value in scope["headers"] if not key.lower().startswith(b"accept")]
-    await app({**scope, "method": "GET", "query_string": b"", "headers": headers}, receive, collect)
-    return b"".join(parts) if status == 200 and kind.startswith(b"text/plain") else b""
+    async def get(self, routes: Routes) -> bytes:
+        """Returns the page, which may be `KEPT_S` old."""
+        lanes = routes.each_engine()
+        if list(lanes) == self._engines and time.monotonic() < self._kept_until:
+            return self._page
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch(lanes))
+        # Shielded: the others still want it if the client that came first leaves.
+        return await asyncio.shield(self._fetching)
+
+    async def _fetch(self, lanes: Mapping[str, Lane]) -> bytes:
+        try:
+            if len(lanes) > 1:
+                pages = await asyncio.gather(*(self._of(lane) for lane in lanes.values()))
+                # In a thread: it parses thousands of lines, and answers are streamed on this one.
+                page = await asyncio.to_thread(_merged, dict(zip(lanes, pages, strict=True)))
+            else:
+                page = await self._of(next(iter(lanes.values()), None))
+            self._page, self._engines, self._kept_until = page, list(lanes), time.monotonic() + KEPT_S
+            return page
+        finally:
+            self._fetching = None
+
+    async def _of(self, lane: Lane | None) -> bytes:
+        """Returns an engine's own metrics in the text format; empty if it has none, or not in time, or too many."""
+        status, kind, size, parts = 0, b"", 0, list[bytes]()
+        messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+        async def receive() -> Message:
+            for message in messages:
+                return message
+            return await asyncio.Future()  # the client does not leave: the time is limited
+
+        async def collect(message: Message) -> None:
+            nonlocal status, kind, size
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                kind = next((value for key, value in message["headers"] if key.lower() == b"content-type"), b"")
+            else:
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > PAGE_LIMIT_BYTES:
+                    raise _TooLarge
+
+        # Not the client's headers: they could select another format, an encoding or a part of the page, and others share it.
+        scope: Scope = {
+            "type": "http",
+            "method": "GET",
+            "path": METRICS_PATH,
+            "query_string": b"",
+            "headers": [],
+            LANE: lane,
+        }
+        try:
+            await asyncio.wait_for(self._app(scope, receive, collect), PAGE_LIMIT_S)
+        except (TimeoutError, _TooLarge) as error:
+            why = (
+                f"more than {PAGE_LIMIT_BYTES} bytes" if isinstance(error, _TooLarge) else f"not in {PAGE_LIMIT_S:g} s"
+            )
+            logger.warning("/metrics lacks an engine's own: %s", why)
+            return b""
+        return b"".join(parts) if status == 200 and kind.startswith(b"text/plain") else b""
 
 
-async def _page_in_time(app: App, scope: Scope) -> bytes:
-    """Returns an engine's own metrics; empty if it does not answer in time."""
-    messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
-
-    async def receive() -> Message:
-        for message in messages:
-            return message
-        return await asyncio.Future()  # the client does not leave: the time is limited
-
-    try:
-        return await asyncio.wait_for(_engine_page(app, scope, receive), _PAGE_LIMIT_S)
-    except TimeoutError:
-        return b""
+class _TooLarge(Exception):
+    """An engine's page is over its limit."""
 
 
 def _merged(pages: Mapping[str, bytes]) -> bytes:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
+import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +46,8 @@ from palate_recipes.specs.serve import (
     vllm_knows_more,
 )
 from palate_server import cpu_lora, vllm_options
+
+logger = logging.getLogger(__name__)
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -496,6 +501,11 @@ def engine_environment(plan: EnginePlan, *, ipc_dir: str, sharing: int = 0) -> d
         # --enforce-eager leaves out the model's compilation, but not that of a function that counts ranks: the first request for
         # log-probs would wait for a C++ compiler (13 s instead of 1 s on two cores).
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if plan.engine.name == "vllm" and not plan.is_eager and (folder := _compile_cache(plan.engine.version)):
+        # The first one also has vLLM's own artefacts of torch.compile, the others what is compiled outside of the model.
+        environment.setdefault("VLLM_CACHE_ROOT", str(folder / "vllm"))
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        environment.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     if plan.engine.name == "vllm" and plan.on_cpu and sharing:
         # vLLM binds its threads to all cores but the last, and each engine to the same ones: on two cores, an engine that starts
         # would wait minutes for the one that answers.
@@ -508,3 +518,51 @@ def engine_environment(plan: EnginePlan, *, ipc_dir: str, sharing: int = 0) -> d
         search = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(search)
     return environment
+
+
+def _compile_cache(version: str | None) -> Path | None:
+    """Returns the folder for compiled code that outlives a deploy, made if it is missing; None if it is not safe or not writable.
+
+    It is below PALATE_HOME/cache, which is the user's own folder in a container, too.
+    """
+    home = Path(os.environ.get("PALATE_HOME") or Path.home() / ".palate").expanduser().absolute()
+    folder = home / "cache" / "engine" / f"vllm-{version}-{_built_for()}"
+    try:
+        folders = (home / "cache", home / "cache" / "engine", folder)
+        for one in folders:
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = next(filter(None, map(_open_to_others, folders)), "") or _replaceable(home)
+    except OSError as error:
+        problem = f"{folder} cannot be made ({error.strerror or error})"
+    if problem:
+        logger.warning("the engine's compiled code is not kept for the next deploy: %s", problem)
+        return None
+    return folder
+
+
+def _open_to_others(folder: Path) -> str:
+    """Returns why another user could put code into a folder that the engine runs, or ""."""
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        return f"{folder} belongs to another user (uid {found.st_uid}): remove it"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{folder} can be written by others: remove it, or set its mode to 0700"
+    return ""
+
+
+def _replaceable(home: Path) -> str:
+    # The image's own home belongs to the image's user and is writable for its group, which only the container's user is in.
+    mode = home.stat().st_mode
+    return f"{home} can be written by everyone" if mode & stat.S_IWOTH and not mode & stat.S_ISVTX else ""
+
+
+@cache
+def _built_for() -> str:
+    """Returns a mark of what compiled code depends on, since machines with one home, or a machine and its containers, share a cache."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    facts = (platform.machine(), features, sys.version, sys.prefix, *platform.libc_ver())
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]

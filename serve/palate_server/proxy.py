@@ -36,6 +36,15 @@ _TRIES = 3
 _SUSPECT_S = 5.0
 """An engine that broke off a request gets it again only if it still takes requests after this time."""
 _RETRY_AFTER_S = 5
+_KEPT_S = 2.0
+"""How long an idle connection to an engine may be used again. The engines' web servers close theirs after 5 s: a request that is
+sent just then would be lost."""
+_LATE_S = 0.5
+"""If a client took longer to accept a part of its answer, the engine may have ended the answer long ago, and its time runs from
+then: the connection is not used again."""
+
+_WITHOUT_MODEL = frozenset({"/tokenize", "/detokenize"})
+"""What vLLM's web server answers while its model hangs."""
 
 _HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
@@ -99,11 +108,9 @@ class Proxy:
             except NoEngine as error:
                 await self._unavailable(send, str(error))
                 return
-            answer = _Answer(send, engine if generates else None)
+            answer = _Answer(send, engine if generates and scope["path"] not in _WITHOUT_MODEL else None)
             if generates:
-                if not engine.open:
-                    engine.moved_at = time.monotonic()
-                engine.open += 1
+                _begin(engine)
             try:
                 await self._forward(engine, scope, body, answer)
                 return
@@ -118,7 +125,8 @@ class Proxy:
                 if written > 1:
                     break
             finally:
-                engine.open -= generates
+                if generates:
+                    _end(engine)
         await self._unavailable(send, "The service's engines ended while they answered this request")
 
     async def _engine(self, lane: Lane, failed: Sequence[Answering], *, waits: bool) -> Answering:
@@ -161,14 +169,19 @@ class Proxy:
                 response.status, [(k.lower(), v) for k, v in response.raw_headers if k.lower() not in _NOT_RETURNED]
             )
             async for part in response.content.iter_any():
+                given_at = time.monotonic()
                 await answer.part(part)
+                # None: the answer has arrived to its end, so the engine's time runs from a moment ago.
+                if (connection := response.connection) is not None and time.monotonic() - given_at > _LATE_S:
+                    assert connection.protocol is not None
+                    connection.protocol.force_close()
             await answer.end()
 
     def _session(self, engine: Answering) -> aiohttp.ClientSession:
         session = self._sessions.get(engine.socket)
         if session is None:
-            # A new connection per request: the engine may close an idle one just when the next request is sent on it.
-            connector = aiohttp.UnixConnector(engine.socket, limit=0, force_close=True)
+            # Used again while requests follow each other: a new one costs the front and the engine 0.2 ms before the first token.
+            connector = aiohttp.UnixConnector(engine.socket, limit=0, keepalive_timeout=_KEPT_S)
             session = self._sessions[engine.socket] = aiohttp.ClientSession(
                 connector=connector,
                 auto_decompress=False,
@@ -204,13 +217,16 @@ class _Answer:
 
     def __init__(self, send: Send, engine: Answering | None) -> None:
         self._send = send
-        self._engine = engine  # None: a health check is no progress, it would hide an engine that no longer generates
+        # None: a health check and an error are no progress, they would hide an engine that no longer generates.
+        self._engine = engine
         self._streams_events = False
         self.has_begun = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._streams_events = any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in headers)
         self.has_begun = True
+        if status >= 400:
+            self._engine = None
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     def part(self, data: bytes) -> Awaitable[None]:
@@ -219,6 +235,8 @@ class _Answer:
         return self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
+        if self._engine is not None:
+            self._engine.moved_at = time.monotonic()
         await self._send({"type": "http.response.body", "body": b""})
 
     async def break_off(self, engine: str) -> None:
@@ -227,10 +245,21 @@ class _Answer:
             raise ConnectionAbortedError(f"engine {engine} ended within an answer")
         message = "The engine ended within this answer. Send the request again."
         error = {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 502}}
-        await self._send(
-            {"type": "http.response.body", "body": f"\n\ndata: {json.dumps(error)}\n\n".encode(), "more_body": True}
-        )
-        await self.end()
+        text = f"\n\ndata: {json.dumps(error)}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": text})
+
+
+def _begin(engine: Answering) -> None:
+    if not engine.open:
+        # A new request is no progress: clients that leave one after the other would hide an engine that hangs.
+        engine.waits_from = time.monotonic() - engine.still_s
+    engine.open += 1
+
+
+def _end(engine: Answering) -> None:
+    engine.open -= 1
+    if not engine.open:
+        engine.still_s = time.monotonic() - max(engine.moved_at, engine.waits_from)
 
 
 async def _body(receive: Receive) -> bytes | None:

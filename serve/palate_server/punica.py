@@ -4,6 +4,10 @@ vLLM's own CPU code copies the adapter once per token (`weights[indices]`) and m
 grouped by adapter once per step, and each layer multiplies a group with the adapter's weights where they are.
 
 The values are those of vLLM's code: the first product is accumulated in float32 and rounded to the output's type before the second.
+
+In a decoding step the products take as long as the calls around them. There a layer's A matrices are one matrix, and both products use
+the kernel that vLLM has for small weights, which needs a packed copy of them.
+
 vLLM compiles a model for one batch and drops the guards, so these groups would be those of that batch forever. In a compiled model
 (an option on a CPU) vLLM's own code computes instead.
 
@@ -17,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
+from torch.nn.functional import pad
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from palate_recipes.device import cpu_has_bf16
@@ -27,9 +32,13 @@ Groups = list[tuple[int, Rows]]
 """Slots of adapters with their tokens. Tokens without an adapter are in none."""
 
 _FEW = 32
-"""Below this number of rows, float32 products of converted weights are faster than bfloat16 ones, which have a high fixed cost."""
+"""Below this number of rows, the fixed cost of torch's bfloat16 products exceeds that of the ways in `_Packed` and `_Converted`."""
 _COPIES_BYTES = 512 * 1024**2
-"""Limit of the converted weights that are kept, of all layers together."""
+"""Limit of the copies of weights that are kept, of all layers together."""
+_JOINED_BYTES = 512 * 1024
+"""Up to this size, one matrix with the B of all slices, zeros included, is read faster than a further product is called."""
+_TILE_K, _TILE_N = 32, 16
+"""vLLM's kernel needs multiples of these as the inner and the outer width."""
 _HAS_BF16 = cpu_has_bf16()
 
 
@@ -41,7 +50,7 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         self._by_token: Groups = []
         self._by_sample: Groups = []
         self._layers: dict[int, _Layer] = {}
-        self._scratch: dict[tuple[int, ...], _Scratch] = {}
+        self._scratch: dict[tuple[Any, ...], dict[int, _Scratch]] = {}
         self._room_bytes = _COPIES_BYTES
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
@@ -121,8 +130,8 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         **options: Any,
     ) -> None:
         """The layers of a model: adds scale * x @ A @ B to the slices of y."""
-        by_vllm = is_compiling() or buffer is not None or options
-        if by_vllm or not len(y) == len(x) == self.indices_len[0] or y.dim() != 2:
+        by_vllm = is_compiling() or buffer is not None or options or y.dim() != 2
+        if by_vllm or not y.shape[0] == x.shape[0] == self.indices_len[0]:
             super().add_lora_linear(
                 y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **options
             )
@@ -130,11 +139,11 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
         if not self._by_token:
             return
         layer = self._layer(lora_a_stacked, lora_b_stacked)
+        fits = scale == 1.0 and x.dtype == y.dtype != torch.float32 and y.shape[1] == layer.width
         for slot, rows in self._by_token:
             x_rows, y_rows, start = _take(x, rows), _take(y, rows), 0
-            few = y.dtype != torch.float32 and len(x_rows) < _FEW and y.shape[1] == sum(output_slices)
-            if few and (copies := self._copies(layer, slot, y.dtype)):
-                self._add_few(y_rows, x_rows, copies, scale)
+            if fits and x_rows.shape[0] < _FEW and (copies := self._copies(layer, slot, y.dtype)):
+                copies.add(y_rows, x_rows)
             else:
                 for (a, b), size in zip(layer.weights(slot), output_slices, strict=True):
                     _expand(y_rows[:, start : start + size], _shrunk(x_rows, a, scale, y.dtype), b)
@@ -168,22 +177,8 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             _expand(y_rows[:, :width], shrunk, b[:, :width])
             _put_back(y, rows, y_rows)
 
-    def _add_few(self, y: torch.Tensor, x: torch.Tensor, copies: _Copies, scale: float) -> None:
-        """As `add_lora_linear`, for the few rows of a decoding step: float32 products, and as few operations as possible."""
-        shape = (len(x), *copies.shape)
-        scratch = self._scratch.get(shape)
-        if scratch is None:
-            scratch = self._scratch[shape] = _Scratch(*shape)
-        torch.mm(x.float(), copies.a, out=scratch.shrunk)
-        if scale != 1.0:
-            scratch.shrunk.mul_(scale)
-        scratch.shrunk.copy_(scratch.shrunk.to(y.dtype))  # vLLM rounds here
-        for b, shrunk, out in zip(copies.bs, scratch.shrunk_slices, scratch.out_slices, strict=True):
-            torch.mm(shrunk, b, out=out)
-        y.add_(scratch.out)
-
     def _copies(self, layer: _Layer, slot: int, dtype: torch.dtype) -> _Copies | None:
-        """Returns a slot's weights in float32, or None where they cannot be kept.
+        """Returns a slot's weights in a form for few rows, or None where they cannot be kept.
 
         They are kept until vLLM writes to the layer's tensors, which it does when it loads an adapter.
         """
@@ -195,7 +190,10 @@ class PunicaWrapperProducts(PunicaWrapperCPU):
             layer.copies_version = version
         copies = layer.copies.get(slot)
         if copies is None and self._room_bytes > 0:
-            copies = layer.copies[slot] = _Copies(layer.weights(slot), dtype)
+            weights = layer.weights(slot)
+            packs = dtype == torch.bfloat16 and _Packed.can_hold(weights)
+            copies = layer.copies[slot] = _Packed(weights) if packs else _Converted(weights, dtype)
+            copies.scratch = self._scratch.setdefault(copies.shape, {})
             self._room_bytes -= copies.bytes
         return copies
 
@@ -216,6 +214,7 @@ class _Layer:
 
     def __init__(self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
         self.a, self.b = a, b
+        self.width = sum(stacked.shape[-2] for stacked in b)
         self.copies: dict[int, _Copies] = {}
         self.copies_version: list[int] | None = None
         self._slots: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -243,23 +242,107 @@ class _Layer:
 
 
 class _Copies:
-    """A slot's weights in float32: A of all slices in one (in, slices * rank), and B (rank, size) of each."""
+    """A slot's weights in a form for few rows.
+
+    Attributes:
+        shape: Layers that are equal in it share their scratch.
+        scratch: Intermediate results by the number of rows.
+        bytes: Size of the copies.
+    """
+
+    def __init__(self, a: torch.Tensor, bs: list[torch.Tensor], *, ranks: list[int], sizes: list[int]) -> None:
+        self._a, self._bs = a, bs
+        self._ranks, self._sizes = ranks, sizes
+        self.shape = (a.dtype, *ranks, *sizes)
+        self.scratch: dict[int, _Scratch] = {}
+        self.bytes = a.itemsize * (a.numel() + sum(b.numel() for b in bs))
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds x @ A @ B to y."""
+        raise NotImplementedError
+
+    def _scratch_for(self, rows: int) -> _Scratch:
+        found = self.scratch.get(rows)
+        if found is None:
+            found = self.scratch[rows] = _Scratch(rows, self._ranks, self._sizes, self._a.dtype)
+        return found
+
+
+class _Packed(_Copies):
+    """Copies for vLLM's kernel for small weights: two products and a sum are all that a layer computes."""
+
+    def __init__(self, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        parts = [_without_zeros(a.t(), b.t()) for a, b in weights]  # A (rank, in), B (size, rank)
+        ranks, sizes = sum(len(a) for a, _ in parts), sum(len(b) for _, b in parts)
+        if len(parts) > 1 and ranks * sizes * parts[0][0].itemsize <= _JOINED_BYTES:
+            joined: torch.Tensor = torch.block_diag(*(b for _, b in parts))  # type: ignore[no-untyped-call]
+            parts = [(torch.cat([a for a, _ in parts]), joined)]
+        parts = [(pad(a, (0, 0, 0, -len(a) % _TILE_K)), pad(b, (0, -len(a) % _TILE_K))) for a, b in parts]
+        super().__init__(
+            _packed(torch.cat([a for a, _ in parts])),
+            [_packed(b.contiguous()) for _, b in parts],
+            ranks=[len(a) for a, _ in parts],
+            sizes=[len(b) for _, b in parts],
+        )
+        self._product = torch.ops._C.weight_packed_linear.default  # looked up once: a step has hundreds of calls
+
+    @staticmethod
+    def can_hold(weights: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        # vLLM registers the kernel where it was compiled for the processor: with AVX-512 and its bfloat16 instructions.
+        return hasattr(torch.ops._C, "weight_packed_linear") and all(
+            a.dtype == b.dtype == torch.bfloat16 and a.shape[0] % _TILE_K == 0 and b.shape[1] % _TILE_N == 0
+            for a, b in weights
+        )
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        if not self._a.shape[0]:
+            return
+        scratch, product = self._scratch_for(y.shape[0]), self._product
+        product(scratch.shrunk, x.contiguous(), self._a, None, True)
+        for b, (shrunk, out) in zip(self._bs, scratch.parts, strict=True):
+            product(out, shrunk, b, None, True)
+        y.add_(scratch.out)
+
+
+def _packed(weights: torch.Tensor) -> torch.Tensor:
+    return torch.ops._C.convert_weight_packed(weights) if weights.numel() else weights
+
+
+def _without_zeros(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A (rank, in) and B (size, rank) without the ranks that vLLM adds, which are all of a module without an adapter."""
+    used = a.any(dim=1)
+    return a[used], b[:, used]
+
+
+class _Converted(_Copies):
+    """Copies in float32, where vLLM has no such kernel."""
 
     def __init__(self, weights: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> None:
-        self.a = torch.cat([a.t().float() for a, _ in weights]).t()
-        self.bs = [b.to(dtype).float().contiguous() for _, b in weights]
-        self.shape = (self.a.shape[1], *(b.shape[1] for b in self.bs))
-        self.bytes = 4 * (self.a.numel() + sum(b.numel() for b in self.bs))
+        super().__init__(
+            torch.cat([a.t().float() for a, _ in weights]).t(),
+            [b.to(dtype).float().contiguous() for _, b in weights],
+            ranks=[a.shape[1] for a, _ in weights],
+            sizes=[b.shape[1] for _, b in weights],
+        )
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        scratch = self._scratch_for(y.shape[0])
+        torch.mm(x.float(), self._a, out=scratch.shrunk)
+        scratch.shrunk.copy_(scratch.shrunk.to(y.dtype))  # vLLM rounds here
+        for b, (shrunk, out) in zip(self._bs, scratch.parts, strict=True):
+            torch.mm(shrunk, b, out=out)
+        y.add_(scratch.out)
 
 
 class _Scratch:
-    """Intermediate results of `_add_few`, with their views by slice. All layers of one shape share them."""
+    """Intermediate results for some rows, with their views by slice."""
 
-    def __init__(self, rows: int, ranks: int, *sizes: int) -> None:
+    def __init__(self, rows: int, ranks: list[int], sizes: list[int], dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # else they could not be written outside of it later
-            self.shrunk, self.out = torch.empty(rows, ranks), torch.empty(rows, sum(sizes))
-        self.shrunk_slices = self.shrunk.split_with_sizes([ranks // len(sizes)] * len(sizes), dim=1)
-        self.out_slices = self.out.split_with_sizes(list(sizes), dim=1)
+            self.shrunk = torch.empty(rows, sum(ranks), dtype=dtype)
+            self.out = torch.empty(rows, sum(sizes), dtype=dtype)
+        shrunk, out = self.shrunk.split_with_sizes(ranks, dim=1), self.out.split_with_sizes(sizes, dim=1)
+        self.parts = list(zip(shrunk, out, strict=True))
 
 
 def _weights(stacked: torch.Tensor, slot: int) -> torch.Tensor:

@@ -25,7 +25,9 @@ class Answering(Protocol):
         takes: Whether it may get new requests.
         models: The engine's names of the models that it has.
         open: Requests that it answers now. Only the front changes it.
-        moved_at: Monotonic time of its last progress.
+        moved_at: Monotonic time of its last progress: bytes of an answer that its model has made.
+        waits_from: Monotonic time since which there was an open request, without the time when there was none.
+        still_s: Seconds without progress, counted as in `waits_from`, up to when it had no more open requests.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Answering(Protocol):
     models: set[str]
     open: int
     moved_at: float
+    waits_from: float
+    still_s: float
 
 
 def unchanged(_path: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
@@ -26,122 +25,29 @@ from palate_recipes.errors import EngineFailed, EngineHung, ServerError, StartTi
 from palate_recipes.specs.fleet import (
     FLEET_FILE,
     FLEET_STATE_FILE,
-    AdapterState,
     Fleet,
-    FleetAdapter,
     FleetState,
     FleetVersion,
     VersionState,
 )
 from palate_recipes.specs.serve import BASE_MODEL, TUNED_MODEL, Parity, ServeSpec
-from palate_server import cpu_lora
-from palate_server.engine import Engine, EngineError
-from palate_server.gateway import Activity, calls_need_a_parser
+from palate_server.adapters import END_LIMIT_S, Adapters, fail
+from palate_server.engine import Engine
+from palate_server.gateway import Activity
 from palate_server.parsers import with_parsers
 from palate_server.plan import EnginePlan, beyond_engine, check, gpus_for, same_rendering
-from palate_server.routes import Lane, Parameters, Routes, Table
-from palate_server.transformers_parameters import prepared
+from palate_server.pools import Pool, ServedAdapter, ServedVersion, Tuned, is_drained
+from palate_server.routes import Lane, Routes, Table
+from palate_server.scaling import TARGET_REQUESTS, Scaler
 from palate_server.trial import Asking, compared
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
-_DRAIN_LIMIT_S = 600.0
-"""A replaced version is ended after this time even if it still answers requests: no client waits longer."""
-_UNROUTED_S = 1.0
-"""A request that has chosen its lane may not be counted yet. After this time it is."""
 _CRASHES_WITHIN_S = 600.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_LOAD_LIMIT_S = 300.0
-_END_LIMIT_S = 1.0
-"""Time for an engine that broke off an answer to be seen to have ended."""
 
-State = Literal["starting", "ready", "draining", "failed"]
 Event = tuple[str, Any, Any]
-
-
-@dataclass(eq=False, kw_only=True)
-class _Pool:
-    """Engines with the same weights and settings.
-
-    Attributes:
-        name: Of the version that it was started for.
-        spec: What its engines serve.
-        plan: How.
-        wanted: Engines that it should have, once the first has been compared.
-        engines: Those that are starting or answer. Lanes share this list.
-        leaving: Those that answer their open requests and then end.
-        is_proved: Whether a version on it was compared with its trained model, or needs no comparison.
-        hot: Folders of the adapters that every engine should have beside those it was started with, by the engine's names.
-        wakes: Whether it was put to sleep, and no engine of it is up since.
-        started: Engines that were started so far.
-        crashes: Monotonic times of the last ends that nobody asked for.
-        restart_at: Monotonic time before which no engine is started.
-    """
-
-    name: str
-    spec: ServeSpec
-    plan: EnginePlan
-    wanted: int = 1
-    engines: list[Engine] = field(default_factory=list)
-    leaving: list[Engine] = field(default_factory=list)
-    is_proved: bool = False
-    hot: dict[str, str] = field(default_factory=dict)
-    started: int = 0
-    crashes: deque[float] = field(default_factory=deque)
-    restarts: int = 0
-    last_crash: str = ""
-    restart_at: float = 0.0
-    wakes: bool = False
-    base: Lane = field(default_factory=lambda: Lane(model=BASE_MODEL, label=BASE_MODEL))
-
-    @property
-    def title(self) -> str:
-        return f"{self.plan.engine.distribution} {self.plan.engine.version}"
-
-    @property
-    def loads_adapters(self) -> bool:
-        # Without the plugin, vLLM's CPU kernels take a request for the base as one for the adapter in the last slot (see `plan`).
-        keeps_base_apart = not self.plan.on_cpu or cpu_lora.is_active()
-        return self.plan.engine.name == "vllm" and self.spec.base_model_dir is not None and keeps_base_apart
-
-    def up(self) -> list[Engine]:
-        return [engine for engine in self.engines if engine.is_up]
-
-
-@dataclass(eq=False, kw_only=True)
-class _Tuned:
-    """A tuned model: a version of the service's own, or a further adapter.
-
-    Attributes:
-        name: `v1`, or the adapter's name in requests.
-        lane: Its lane.
-        folder: Its folder.
-        on_trial: Whether its comparison runs.
-    """
-
-    name: str
-    pool: _Pool
-    lane: Lane
-    folder: str
-    state: State = "starting"
-    reason: str = ""
-    parity: Parity | None = None
-    on_trial: bool = False
-    is_proved: bool = False
-    began_at: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-    unrouted_at: float = 0.0
-
-
-@dataclass(eq=False, kw_only=True)
-class _Version(_Tuned):
-    asked: FleetVersion
-
-
-@dataclass(eq=False, kw_only=True)
-class _Adapter(_Tuned):
-    asked: FleetAdapter
 
 
 class Service:
@@ -177,11 +83,10 @@ class Service:
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._seen: tuple[int, int, int] | None = None
         self._desired = Fleet(generation=0, versions=(FleetVersion(name="v1", spec=spec),))
-        self._pools: list[_Pool] = []
-        self._versions: dict[str, _Version] = {}
-        self._adapters: dict[tuple[str, str], list[_Adapter]] = {}
+        self._pools: list[Pool] = []
+        self._versions: dict[str, ServedVersion] = {}
+        self._adapters = Adapters(lambda kind, engine, detail: self._events.put((kind, engine, detail)))
         self._refused: dict[str, ServerError] = {}  # versions that could not even be started, by name
-        self._busy: dict[Engine, str] = {}  # the adapter that an engine loads or unloads now
         self._is_ready = self._is_asleep = False
         self._told: FleetState | None = None
         self._ending: list[threading.Thread] = []
@@ -306,18 +211,21 @@ class Service:
         except Exception as error:  # whatever is wrong with its files must not end the versions that answer
             logger.exception("%s", asked.name)
             raise ServerError(f"its files cannot be read ({type(error).__name__}: {error})") from error
-        model = TUNED_MODEL
+        model, needs = TUNED_MODEL, 0
         if pool is None:
-            pool = _Pool(name=asked.name, spec=spec, plan=plan, wanted=asked.instances)
-            pool.base = self._lane(pool, model=BASE_MODEL, label=BASE_MODEL)
+            pool = Pool(name=asked.name, spec=spec, plan=plan)
+            self._count(pool, (asked,))
+            needs = pool.wanted
             self._pools.append(pool)
         else:
             # A name that was never used: vLLM's prefix cache knows an adapter by its name (vLLM issue 42125).
             model = f"{TUNED_MODEL}-{asked.name}"
             pool.hot[model] = spec.model_dir
             logger.info("%s: loading its adapter into the running engines", asked.name)
-        lane = self._lane(pool, model=model, label=TUNED_MODEL, version=asked.name)
-        self._versions[asked.name] = _Version(name=asked.name, asked=asked, pool=pool, lane=lane, folder=spec.model_dir)
+        lane = pool.lane(model=model, label=TUNED_MODEL, version=asked.name)
+        self._versions[asked.name] = ServedVersion(
+            name=asked.name, asked=asked, needs=needs, pool=pool, lane=lane, folder=spec.model_dir
+        )
         if not pool.started:
             self._start_engine(pool)
 
@@ -330,7 +238,7 @@ class Service:
                     version.state = "draining"
                     version.unrouted_at = time.monotonic()
 
-    def _can_load(self, pool: _Pool, spec: ServeSpec) -> bool:
+    def _can_load(self, pool: Pool, spec: ServeSpec) -> bool:
         """Whether a version's adapter can be loaded into running engines: nothing else differs, and they have room for its rank."""
         if not (pool.loads_adapters and pool.is_proved and pool.up()):
             return False
@@ -345,13 +253,9 @@ class Service:
             and not beyond_engine(Path(spec.model_dir), pool.plan, pool.spec.base_model_dir)
         )
 
-    def _lane(self, pool: _Pool, *, model: str, label: str, version: str = "") -> Lane:
-        parameters: Parameters = prepared if pool.plan.engine.name == "transformers" else calls_need_a_parser(pool.spec)
-        return Lane(model=model, label=label, version=version, engines=pool.engines, parameters=parameters)
-
     # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _start_engine(self, pool: _Pool) -> None:
+    def _start_engine(self, pool: Pool) -> None:
         # A version that was not compared yet is loaded later: if its adapter ends the engine, the others must be able to start.
         tuned = {
             v.lane.model: v.folder
@@ -376,17 +280,17 @@ class Service:
                 put=lambda kind, engine, detail: self._events.put((kind, engine, detail)),
                 gpus=() if may_have_all or pool.plan.on_cpu else gpus_for(pool.spec, used=used),
                 # The engines of a pool divide the cores; those of the version that an update replaces end soon.
-                sharing=pool.wanted if len(self._pools) > 1 or pool.wanted > 1 else 0,
+                sharing=pool.most if len(self._pools) > 1 or pool.most > 1 else 0,
             )
         except OSError as error:  # no more processes, files or disk
             self._crashed(pool, name, EngineFailed(f"{pool.title} cannot be started: {error}"))
         else:
             pool.engines.append(engine)
 
-    def _on(self, pool: _Pool) -> list[_Version]:
+    def _on(self, pool: Pool) -> list[ServedVersion]:
         return [version for version in self._versions.values() if version.pool is pool]
 
-    def _pool_of(self, engine: Engine) -> _Pool | None:
+    def _pool_of(self, engine: Engine) -> Pool | None:
         return next((pool for pool in self._pools if engine in pool.engines or engine in pool.leaving), None)
 
     def _retire(self, engine: Engine, *, at_once: bool = False) -> None:
@@ -404,9 +308,9 @@ class Service:
         if kind == "proved":
             self._proved(subject, detail)
         elif kind == "loaded":
-            self._loaded(subject, *detail)
+            self._adapters.loaded(subject, *detail)
         elif kind == "unloaded":
-            self._busy.pop(subject, None)
+            self._adapters.interrupted(subject)
         elif (pool := self._pool_of(subject)) is not None:
             if kind == "up" and subject in pool.engines:
                 self._came_up(pool, subject)
@@ -420,7 +324,7 @@ class Service:
                 what = f"{pool.title} hangs: {detail}. It was stopped. {{story}}"
                 self._lost(pool, subject, EngineHung, what, by_itself=False)
 
-    def _came_up(self, pool: _Pool, engine: Engine) -> None:
+    def _came_up(self, pool: Pool, engine: Engine) -> None:
         loaded = {v.lane.model for v in self._on(pool)} if pool.spec.base_model_dir is None else set()
         engine.models = {*engine.started_with, *loaded, *([BASE_MODEL] if pool.spec.base_model_dir else [])}
         for lane in (pool.base, *(version.lane for version in self._on(pool))):
@@ -429,24 +333,25 @@ class Service:
         logger.info("engine %s answers after %.1f s", engine.name, time.monotonic() - engine.began_at)
 
     def _lost(
-        self, pool: _Pool, engine: Engine, kind: type[ServerError], message: str, *, by_itself: bool = True
+        self, pool: Pool, engine: Engine, kind: type[ServerError], message: str, *, by_itself: bool = True
     ) -> None:
         """Handles the end of an engine that nobody asked for."""
         error = kind(message.replace("{story}", engine.story(by_itself=by_itself)))
         self._retire(engine, at_once=kind is EngineHung)  # its requests wait until it has ended
-        suspect = self._busy.pop(engine, None)
+        suspect = self._adapters.interrupted(engine)
         if engine in pool.leaving:  # it was to end in any case, and what it answered is lost
             pool.leaving.remove(engine)
             logger.error("engine %s ended while it answered its last requests: %s", engine.name, error)
             return
         pool.engines.remove(engine)
-        for tuned in self._hot_on(pool):
+        hot = [one for one in self._all_tuned() if one.pool is pool and one.lane.model in pool.hot]
+        for tuned in hot:
             if tuned.state == "starting" and (tuned.on_trial or tuned.lane.model == suspect):
                 self._fail_tuned(tuned, EngineFailed(f"engine {engine.name} ended when it got this adapter: {error}"))
         if pool in self._pools:  # it was given up if that was its last version
             self._crashed(pool, engine.name, error)
 
-    def _crashed(self, pool: _Pool, name: str, error: ServerError) -> None:
+    def _crashed(self, pool: Pool, name: str, error: ServerError) -> None:
         """Decides whether a pool gets a new engine for one that ended or did not start."""
         if not pool.is_proved:
             self._fail(pool, error)
@@ -478,7 +383,7 @@ class Service:
             if version.state == "starting":
                 self._fail_version(version, error)
 
-    def _fail(self, pool: _Pool, error: ServerError) -> None:
+    def _fail(self, pool: Pool, error: ServerError) -> None:
         """Gives up a pool, with the versions on it. Raises the error if no other version answers."""
         for version in self._on(pool):
             self._fail_version(version, error)
@@ -490,7 +395,7 @@ class Service:
             self._publish()
             raise error  # none that answers, or will
 
-    def _fail_version(self, version: _Version, error: ServerError) -> None:
+    def _fail_version(self, version: ServedVersion, error: ServerError) -> None:
         version.state, version.reason = "failed", str(error)
         version.pool.hot.pop(version.lane.model, None)
         logger.error("%s failed: %s", version.name, error)
@@ -504,12 +409,14 @@ class Service:
         for version in list(self._versions.values()):
             if version.state == "draining":
                 self._drain(version, now)
-        self._want_adapters()
+        taken = {*self._spec.models, *(version.name for version in self._desired.versions)}
+        self._adapters.want(self._desired.adapters, self._pools, taken=taken)
         for pool in list(self._pools):
             self._size(pool, now)
             self._late(pool, now)
-            self._load(pool)
-        for tuned in (*self._versions.values(), *self._all_adapters()):
+            own = {version.lane.model for version in self._on(pool) if version.state != "failed"}
+            self._adapters.load(pool, own=own)
+        for tuned in self._all_tuned():
             if tuned.state == "starting":
                 self._advance(tuned)
 
@@ -521,8 +428,7 @@ class Service:
         limit_s = self._spec.sleep_after_s
         if limit_s is None or not self._is_ready:
             return
-        all_tuned = (*self._versions.values(), *self._all_adapters())
-        is_settled = all(tuned.state in ("ready", "failed") for tuned in all_tuned)
+        is_settled = all(tuned.state in ("ready", "failed") for tuned in self._all_tuned())
         if self._is_asleep and (self._routes.waiting or self._activity.open or not is_settled):
             self._is_asleep = False
             logger.info("%s: the engines start again", "a request came" if is_settled else "the service changes")
@@ -533,12 +439,11 @@ class Service:
             pool.wakes = self._is_asleep or (pool.wakes and pool.wanted > 0 and not pool.up())
         self._routes.is_asleep = any(pool.wakes for pool in self._pools)
 
-    def _drain(self, version: _Version, now: float) -> None:
-        waited_s = now - version.unrouted_at
+    def _drain(self, version: ServedVersion, now: float) -> None:
         pool = version.pool
         others = [one for one in self._on(pool) if one is not version and one.state != "failed"]
         lanes = [version.lane] if others else self._lanes_of(pool)
-        if waited_s < _UNROUTED_S or (waited_s < _DRAIN_LIMIT_S and any(lane.open for lane in lanes)):
+        if not is_drained(lanes, unrouted_at=version.unrouted_at, now=now):
             return
         del self._versions[version.name]
         pool.hot.pop(version.lane.model, None)
@@ -555,10 +460,10 @@ class Service:
             pool.engines.clear()
         logger.info("%s has answered its last request", version.name)
 
-    def _size(self, pool: _Pool, now: float) -> None:
+    def _size(self, pool: Pool, now: float) -> None:
         """Starts and ends engines until the pool has as many as its versions need."""
         versions = [version for version in self._on(pool) if version.state != "failed"]
-        pool.wanted = max((v.asked.instances for v in versions if v.state != "draining"), default=0)
+        self._count(pool, [version.asked for version in versions if version.state != "draining"])
         wanted = 0 if self._is_asleep else pool.wanted
         if not pool.is_proved:
             return  # one engine, until it was compared
@@ -575,12 +480,33 @@ class Service:
             pool.engines.remove(engine)
             pool.leaving.append(engine)
         for engine in list(pool.leaving):
-            waited_s = now - engine.leaving_at
-            if waited_s >= _UNROUTED_S and (not engine.open or waited_s >= _DRAIN_LIMIT_S):
+            if is_drained([engine], unrouted_at=engine.leaving_at, now=now):
                 pool.leaving.remove(engine)
                 self._retire(engine)
 
-    def _late(self, pool: _Pool, now: float) -> None:
+    def _count(self, pool: Pool, asked: Sequence[FleetVersion]) -> None:
+        """Sets how many engines a pool should have: as many as its versions ask for, or as its requests need."""
+        pool.wanted = pool.most = least = max((version.instances for version in asked), default=0)
+        settings = next((version.autoscaling for version in asked if version.autoscaling is not None), None)
+        if settings is None or least == 0:
+            pool.scaler = None
+            return
+        pool.most = max(least, settings.max_instances)
+        if pool.scaler is None:
+            # A version that replaces another one gets its requests all at once.
+            level = max((other.wanted for other in self._pools), default=least)
+            pool.scaler = Scaler(min(max(level, least), pool.most))
+        if not any(version.state == "ready" for version in self._on(pool)):
+            pool.wanted = min(max(pool.scaler.level, least), pool.most)  # it has no requests yet
+            return
+        target = settings.target_requests or TARGET_REQUESTS[pool.plan.on_cpu]
+        requests = sum(lane.open for lane in self._lanes_of(pool))
+        before = pool.scaler.level
+        pool.wanted = pool.scaler.follow(requests, least=least, settings=settings, target=target, now=time.monotonic())
+        if pool.wanted != before:
+            logger.info("%s: %d open requests: %d engines instead of %d", pool.name, requests, pool.wanted, before)
+
+    def _late(self, pool: Pool, now: float) -> None:
         limit_s = pool.spec.start_timeout_s
         for engine in list(pool.engines):
             if not engine.is_up and now - engine.began_at > limit_s:
@@ -590,134 +516,15 @@ class Service:
                 )
                 self._lost(pool, engine, StartTimeout, what, by_itself=False)
 
-    # ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _lanes_of(self, pool: Pool) -> list[Lane]:
+        return [pool.base, *(one.lane for one in self._all_tuned() if one.pool is pool)]
 
-    def _all_adapters(self) -> list[_Adapter]:
-        return [adapter for placed in self._adapters.values() for adapter in placed]
-
-    def _hot_on(self, pool: _Pool) -> list[_Tuned]:
-        """Returns what is loaded into the pool's running engines."""
-        every: tuple[_Tuned, ...] = (*self._versions.values(), *self._all_adapters())
-        return [one for one in every if one.pool is pool and one.lane.model in pool.hot]
-
-    def _lanes_of(self, pool: _Pool) -> list[Lane]:
-        tuned: tuple[_Tuned, ...] = (*self._versions.values(), *self._all_adapters())
-        return [pool.base, *(one.lane for one in tuned if one.pool is pool)]
-
-    def _want_adapters(self) -> None:
-        """Adds the desired adapters to every pool, and drops others once nothing uses them."""
-        now = time.monotonic()
-        wanted = {(adapter.name, adapter.digest): adapter for adapter in self._desired.adapters}
-        for key, asked in wanted.items():
-            placed = self._adapters.setdefault(key, [])
-            for pool in self._pools:
-                known = next((one for one in placed if one.pool is pool), None)
-                if known is None and pool.is_proved:
-                    placed.append(self._place(asked, pool))
-                elif known is not None and known.state == "draining":  # it was wanted no more, and is again
-                    known.state, known.unrouted_at = "ready" if known.is_proved else "starting", 0.0
-        for key, placed in list(self._adapters.items()):
-            for adapter in list(placed):
-                if adapter.pool not in self._pools or (adapter.state == "failed" and key not in wanted):
-                    placed.remove(adapter)
-                elif key not in wanted and not self._is_needed(adapter, wanted):
-                    adapter.unrouted_at = adapter.unrouted_at or now
-                    adapter.state = "draining"
-                    waited_s = now - adapter.unrouted_at
-                    if waited_s >= _UNROUTED_S and (not adapter.lane.open or waited_s >= _DRAIN_LIMIT_S):
-                        adapter.pool.hot.pop(adapter.lane.model, None)
-                        placed.remove(adapter)
-            if not placed and key not in wanted:
-                del self._adapters[key]
-
-    def _place(self, asked: FleetAdapter, pool: _Pool) -> _Adapter:
-        """Adds an adapter to a pool; one that it cannot load has failed from the start."""
-        model = f"{asked.name}-{asked.digest[:12]}"
-        lane = self._lane(pool, model=model, label=asked.name)
-        adapter = _Adapter(name=asked.name, asked=asked, pool=pool, lane=lane, folder=asked.path)
-        if why := self._beyond(asked, pool):
-            self._fail_tuned(adapter, EngineFailed(why))
-        else:
-            pool.hot[model] = asked.path
-        return adapter
-
-    def _beyond(self, asked: FleetAdapter, pool: _Pool) -> str:
-        """Returns why a pool cannot serve an adapter; "" if it can."""
-        if asked.name in self._spec.models or any(asked.name == version.name for version in self._desired.versions):
-            return f"the service has another model named {asked.name!r}: choose another name"
-        if not pool.loads_adapters:
-            return (
-                "the service has no base model that vLLM serves with adapters; on a processor it needs Palate's plugin, too, which "
-                "PALATE_CPU_LORA=0 turns off"
-            )
-        try:
-            return beyond_engine(Path(asked.path), pool.plan, pool.spec.base_model_dir)
-        except Exception as error:  # whatever is wrong with its files must not end the service
-            logger.exception("adapter %s", asked.name)
-            return f"its files cannot be read ({type(error).__name__}: {error})"
-
-    def _is_needed(self, adapter: _Adapter, wanted: Mapping[tuple[str, str], FleetAdapter]) -> bool:
-        """Whether an adapter that is no longer desired answers until the one that has its name now is ready."""
-        is_named = any(name == adapter.name for name, _ in wanted)
-        return is_named and not any(
-            other.state == "ready" and other.pool is adapter.pool and key in wanted and key[0] == adapter.name
-            for key, placed in self._adapters.items()
-            for other in placed
-        )
-
-    def _load(self, pool: _Pool) -> None:
-        """Lets each engine load what it lacks, and unload what nothing uses: one adapter at a time."""
-        if not pool.loads_adapters or not pool.is_proved:
-            return
-        own = {version.lane.model for version in self._on(pool) if version.state != "failed"}
-        for engine in pool.up():
-            engine.failed = {model: why for model, why in engine.failed.items() if model in pool.hot}
-            if engine in self._busy:
-                continue
-            lacking = [model for model in pool.hot if model not in engine.models and model not in engine.failed]
-            unused = engine.models - {BASE_MODEL, *own, *pool.hot}
-            if unused:
-                model = self._busy[engine] = unused.pop()
-                engine.models = engine.models - {model}
-                self._spawn(self._unload_from, engine, model)
-            elif lacking:
-                model = self._busy[engine] = lacking[0]
-                self._spawn(self._load_into, engine, model, pool.hot[model])
-
-    def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
-        threading.Thread(target=target, args=arguments, daemon=True).start()
-
-    def _load_into(self, engine: Engine, model: str, folder: str) -> None:
-        why = ""
-        try:
-            asked = {"lora_name": model, "lora_path": folder}
-            engine.ask("/v1/load_lora_adapter", asked, timeout_s=_LOAD_LIMIT_S)
-            engine.token_of(model, timeout_s=_LOAD_LIMIT_S)
-        except (EngineError, OSError) as error:
-            why = f"engine {engine.name} did not load it: {error}"
-            if isinstance(error, OSError):
-                engine.has_ended(within_s=_END_LIMIT_S)  # then that is the cause, and is reported first
-        self._events.put(("loaded", engine, (model, why)))
-
-    def _unload_from(self, engine: Engine, model: str) -> None:
-        try:
-            engine.ask("/v1/unload_lora_adapter", {"lora_name": model}, timeout_s=_LOAD_LIMIT_S)
-        except (EngineError, OSError) as error:
-            logger.warning("engine %s did not unload %s: %s", engine.name, model, error)
-        self._events.put(("unloaded", engine, None))
-
-    def _loaded(self, engine: Engine, model: str, why: str) -> None:
-        if self._busy.pop(engine, None) != model:
-            return  # it has ended
-        if not why:
-            engine.models = {*engine.models, model}
-        else:
-            engine.failed[model] = why
-            logger.error("%s", why)
+    def _all_tuned(self) -> list[Tuned]:
+        return [*self._versions.values(), *self._adapters]
 
     # ── trials ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _advance(self, tuned: _Tuned) -> None:
+    def _advance(self, tuned: Tuned) -> None:
         """Compares a model once its engines have it, then lets it answer."""
         up = tuned.pool.up()
         if why := next((e.failed[tuned.lane.model] for e in up if tuned.lane.model in e.failed), ""):
@@ -730,30 +537,26 @@ class Service:
             if not tuned.on_trial:
                 tuned.on_trial = True
                 self._publish()
-                self._spawn(self._try, tuned)
+                threading.Thread(target=self._try, args=(tuned,), daemon=True).start()
             return
-        if isinstance(tuned, _Version):
-            if len(up) < tuned.asked.instances or not self._has_its_adapters(tuned.pool):
+        if isinstance(tuned, ServedVersion):
+            needs = min(tuned.pool.wanted, max(tuned.asked.instances, tuned.needs))
+            if len(up) < needs or not self._adapters.is_complete(tuned.pool, self._desired.adapters):
                 return
             tuned.seconds = round(time.monotonic() - tuned.began_at, 1)
         tuned.state = "ready"
         self._activity.restart()  # what was just asked for is not unused, and a long start is no time without requests
         logger.info("%s is ready", tuned.name)
-        if isinstance(tuned, _Version) and not self._is_ready:
+        if isinstance(tuned, ServedVersion) and not self._is_ready:
             self._is_ready = True
             self._publish()
             self._on_ready(tuned.pool.title, tuned.parity)
 
-    def _has_its_adapters(self, pool: _Pool) -> bool:
-        placed = {(one.asked.name, one.asked.digest): one for one in self._all_adapters() if one.pool is pool}
-        found = [placed.get((asked.name, asked.digest)) for asked in self._desired.adapters]
-        return all(one is not None and one.state != "starting" for one in found)
-
-    def _try(self, tuned: _Tuned) -> None:
+    def _try(self, tuned: Tuned) -> None:
         """Compares a model with its training, in a thread."""
         result: Parity | ServerError | None
         spec = replace(tuned.pool.spec, model_dir=tuned.folder)
-        if isinstance(tuned, _Version):
+        if isinstance(tuned, ServedVersion):
             spec = replace(spec, verify=tuned.asked.spec.verify)
         try:
             result = compared(self._asking, spec, tuned.pool.plan, version=_trial(tuned))
@@ -761,7 +564,7 @@ class Service:
             result = error
             if type(error) is ServerError:  # it was not answered
                 for engine in tuned.pool.up():
-                    engine.has_ended(within_s=_END_LIMIT_S)  # then that is the cause, and is reported first
+                    engine.has_ended(within_s=END_LIMIT_S)  # then that is the cause, and is reported first
         except Exception as error:
             logger.exception("the comparison of %s", tuned.name)
             result = ServerError(
@@ -769,7 +572,7 @@ class Service:
             )
         self._events.put(("proved", tuned, result))
 
-    def _proved(self, tuned: _Tuned, result: Parity | ServerError | None) -> None:
+    def _proved(self, tuned: Tuned, result: Parity | ServerError | None) -> None:
         tuned.on_trial = False
         if tuned.state != "starting" or tuned.pool not in self._pools:
             return
@@ -784,16 +587,14 @@ class Service:
         tuned.is_proved = tuned.pool.is_proved = True
         tuned.parity = result
 
-    def _fail_tuned(self, tuned: _Tuned, error: ServerError) -> None:
-        if isinstance(tuned, _Version):
+    def _fail_tuned(self, tuned: Tuned, error: ServerError) -> None:
+        if isinstance(tuned, ServedVersion):
             if any(other is not tuned and other.state != "failed" for other in self._on(tuned.pool)):
                 self._fail_version(tuned, error)  # the engines serve another version too
             else:
                 self._fail(tuned.pool, error)
-        else:
-            tuned.state, tuned.reason = "failed", str(error)
-            tuned.pool.hot.pop(tuned.lane.model, None)
-            logger.error("adapter %s failed: %s", tuned.name, error)
+        elif isinstance(tuned, ServedAdapter):
+            fail(tuned, str(error))
 
     # ── what others see ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -813,7 +614,7 @@ class Service:
             v for v in self._versions.values() if v.state == "ready" or (v.state == "starting" and v.is_proved)
         ]
         ready = [v for v in answering if v.state == "ready"] or answering
-        for tuned in (*self._versions.values(), *self._all_adapters()):
+        for tuned in self._all_tuned():
             tuned.lane.wakes = tuned.pool.base.wakes = tuned.pool.wakes
         shares = [(version.asked.share, version.lane) for version in ready]
         if shares and not any(share for share, _ in shares):
@@ -827,11 +628,10 @@ class Service:
             main = max(ready, key=lambda version: version.asked.share).pool
             if main.spec.base_model_dir is not None:
                 lanes[BASE_MODEL] = [(1.0, main.base)]
-            for adapter in self._answering_adapters(main):
+            for adapter in self._adapters.answering(main):
                 adapter.lane.max_model_len = main.base.max_model_len
                 lanes[adapter.name] = [(1.0, adapter.lane)]
-        tried = (*self._versions.values(), *self._all_adapters())
-        trials = {_trial(one): self._trial_lanes(one) for one in tried if one.on_trial}
+        trials = {_trial(one): self._trial_lanes(one) for one in self._all_tuned() if one.on_trial}
         instances: Counter[tuple[str, str]] = Counter()
         for version in self._versions.values():
             if version.state != "failed":
@@ -841,14 +641,7 @@ class Service:
         restarts = {version.name: version.pool.restarts for version in self._versions.values()}
         return Table(lanes=lanes, trials=trials, instances=instances, restarts=restarts)
 
-    def _answering_adapters(self, pool: _Pool) -> Iterable[_Adapter]:
-        """Yields the adapters of a pool that answer. Of two with one name, the later one comes last."""
-        for placed in self._adapters.values():
-            for adapter in placed:
-                if adapter.pool is pool and adapter.state == "ready":
-                    yield adapter
-
-    def _trial_lanes(self, tuned: _Tuned) -> Mapping[str, Lane]:
+    def _trial_lanes(self, tuned: Tuned) -> Mapping[str, Lane]:
         return {TUNED_MODEL: tuned.lane, self._spec.service_name: tuned.lane, BASE_MODEL: tuned.pool.base}
 
     def _state(self) -> FleetState:
@@ -871,15 +664,8 @@ class Service:
         return FleetState(
             generation=self._desired.generation,
             versions=(*versions, *refused),
-            adapters=tuple(self._adapter_state(asked) for asked in self._desired.adapters),
+            adapters=tuple(self._adapters.state(asked) for asked in self._desired.adapters),
         )
-
-    def _adapter_state(self, asked: FleetAdapter) -> AdapterState:
-        placed = self._adapters.get((asked.name, asked.digest), [])
-        if why := next((one.reason for one in placed if one.state == "failed"), ""):
-            return AdapterState(name=asked.name, digest=asked.digest, state="failed", reason=why)
-        is_ready = bool(placed) and all(one.state == "ready" for one in placed)
-        return AdapterState(name=asked.name, digest=asked.digest, state="ready" if is_ready else "loading")
 
 
 def _within(service: ServeSpec, version: ServeSpec) -> ServeSpec:
@@ -906,6 +692,6 @@ def with_parsers_of(spec: ServeSpec, plan: EnginePlan) -> ServeSpec:
     return replace(spec, engine_args=found)
 
 
-def _trial(tuned: _Tuned) -> str:
+def _trial(tuned: Tuned) -> str:
     """Returns the name under which a model on trial is asked."""
-    return tuned.name if isinstance(tuned, _Version) else f"adapter {tuned.lane.model}"
+    return tuned.name if isinstance(tuned, ServedVersion) else f"adapter {tuned.lane.model}"

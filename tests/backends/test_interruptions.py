@@ -32,7 +32,16 @@ def train(model: Path, prefs: Path, name: str, precision: str, *, wait: bool) ->
     return recipe.train(inputs={"train": prefs}, wait=wait, job_name=name, show_logs=False)
 
 
-@pytest.mark.parametrize("store_session", ["s3", pytest.param("file", marks=pytest.mark.thorough)], indirect=True)
+# The store knows nothing of the precision: each of the two is tested with one value of the other.
+@pytest.mark.parametrize(
+    ("store_session", "precision"),
+    [
+        ("s3", "float32"),
+        pytest.param("file", "float32", marks=pytest.mark.thorough),
+        pytest.param("s3", "bfloat16", marks=pytest.mark.thorough),
+    ],
+    indirect=["store_session"],
+)
 def test_what_was_ended_and_killed_goes_on_and_equals_the_run_without_a_break(
     hands: Hands,
     store_session: Session,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from palate.backends import Launch, PlacementRequest
+from palate.backends import Launch, PlacementRequest, folders_seen
 from palate.backends.container import ContainerBackend
 from palate.backends.engine import Engine as PalateEngine
 from palate.backends.engine import find_engine
@@ -176,6 +176,10 @@ def test_a_run_starts_keeps_its_secrets_hears_a_stop_and_leaves_nothing(
     until(lambda: "begun by" in backend.logs(engine_id), timeout_s=30)
     assert f"begun by {os.getuid()} built" in backend.logs(engine_id)
     assert backend.status(engine_id).state == "running"
+    seen = folders_seen(backend, engine_id)
+    assert seen is not None
+    assert tmp_path in seen
+    assert tmp_path.with_name("another") not in seen
     (run,) = backend.runs()
     assert (run.uri, run.engine_id) == (f"test:/{tmp_path}/jobs/waits", engine_id)
     assert "told-to-nobody" not in inspected(there, engine_id)
@@ -183,6 +187,7 @@ def test_a_run_starts_keeps_its_secrets_hears_a_stop_and_leaves_nothing(
     assert (tmp_path / "heard").read_text() == "told-to-nobody"
     assert (tmp_path / "heard").stat().st_uid == os.getuid()
     assert (backend.status(engine_id).state, backend.logs(engine_id), backend.runs()) == ("gone", "", [])
+    assert folders_seen(backend, engine_id) is None
     backend.stop(engine_id, grace_s=1)  # gone is no error
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,14 @@ def test_full_weights_are_served_in_the_precision_of_the_training(store: Store, 
     served, run = found.served_model(checkpoint=100), other._run
     assert served.instead_of(other.manifest, run).body.options["dtype"] == "bfloat16"
     assert served.instead_of(serve_manifest(), run).body.options["dtype"] == "float32"
+    # What the checkpoint brought leaves with it: the finished model has the engine choose again.
+    of_checkpoint = ServeManifest.decode(found.deploy("third", checkpoint=100, wait=False).manifest.encode())
+    finished = with_fields(served, checkpoint="", dtype="")
+    assert "dtype" not in finished.instead_of(of_checkpoint, run).body.options
+    other_checkpoint = with_fields(served, dtype="float16").instead_of(of_checkpoint, run)
+    assert other_checkpoint.body.options["dtype"] == "float16"
+    assert "dtype" not in finished.instead_of(other_checkpoint, run).body.options
+    assert finished.instead_of(other.manifest, run).body.options["dtype"] == "bfloat16"
 
 
 def test_the_client_says_that_a_checkpoint_is_not_compared(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from palate_recipes.specs import codec
-from palate_recipes.specs.run import Attempt, Lease, ServeManifest, Status, TrainManifest
+from palate_recipes.specs.access import GatewayAccess, TokenName
+from palate_recipes.specs.fleet import AdapterName, VersionName
+from palate_recipes.specs.merge import Merged
+from palate_recipes.specs.run import Attempt, Lease, Renewal, ServeManifest, Status, TrainManifest
+from palate_recipes.specs.schemas import schemas
 from palate_recipes.specs.train import TrainSpec
 from tests.support.manifests import serve_manifest, train_manifest
 
@@ -162,3 +169,61 @@ def test_what_passes_can_be_written_from_a_deeper_stack() -> None:
         taken += 1
         rewritten(status, 30)
     assert 0 < taken < 600
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (codec.Sha256, "0" * 64),
+        (TokenName, "alice"),
+        (AdapterName, "support"),
+        (VersionName, "v1"),
+    ],
+)
+def test_a_name_does_not_end_in_a_newline(kind: Any, text: str) -> None:
+    """Python's `$` would accept it, and the name becomes a file's or a header's."""
+    assert msgspec.convert(text, kind) == text
+    for refused in (f"{text}\n", f"{text}\n\n", f"\n{text}", ""):
+        with pytest.raises(msgspec.ValidationError, match="matching regex"):
+            msgspec.convert(refused, kind)
+
+
+def test_neither_does_a_value_within_a_record() -> None:
+    for kind, values in (
+        (Renewal, {"id": "0" * 16, "time_to_live_s": None}),
+        (GatewayAccess, {"owner": "a-token"}),
+    ):
+        name, text = next(iter(values.items()))
+        assert codec.typed({**values}, kind)
+        with pytest.raises(ValueError, match=f"{name} is "):
+            codec.typed({**values, name: f"{text}\n"}, kind)
+
+
+def test_every_pattern_of_a_record_is_one_of_whole_texts() -> None:
+    def patterns(schema: object) -> list[str]:
+        if isinstance(schema, list):
+            return [found for one in schema for found in patterns(one)]
+        if not isinstance(schema, dict):
+            return []
+        own = [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
+        return own + [found for one in schema.values() for found in patterns(one)]
+
+    found = patterns([*schemas().values()])
+    assert len(found) >= 4
+    assert [pattern for pattern in found if not pattern.endswith(r"(?!\n)$")] == []
+
+
+def test_a_file_is_replaced_whole_and_a_secret_one_is_the_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "access.json"
+    (tmp_path / "access.tmp").write_text("the draft of a process that was killed")
+    for owner in ("first", "second"):
+        GatewayAccess(owner=owner).write(path)
+        assert GatewayAccess.read(path) == GatewayAccess(owner=owner)
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["access.json"]
+    before = os.umask(0o022)
+    try:
+        Merged(dtype="float32", kept=1.0, seconds=1.0).write(tmp_path / "merged.json")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "merged.json").stat().st_mode & 0o777 == 0o644

@@ -739,6 +739,17 @@ def test_every_command_knows_its_options() -> None:
         assert flags <= real, name
 
 
+def test_deploy_and_update_take_a_checkpoint_in_one_way() -> None:
+    taken = {
+        name: (item.metavar, item.help)  # type: ignore[attr-defined]
+        for name, command in commands(typer.main.get_command(app))
+        for item in command.params
+        if "--checkpoint" in item.opts
+    }
+    assert len(taken) == 2, taken
+    assert len(set(taken.values())) == 1, taken
+
+
 def test_a_reader_that_stops_early_is_no_error(home: Path) -> None:
     """As in `palate models --json | head -1`: the output is larger than a pipe holds."""
     script = f"{shlex.quote(sys.executable)} -m palate.cli models --hyperparameters --json | head -1; exit ${{PIPESTATUS[0]}}"

@@ -22,9 +22,9 @@ from palate_recipes.errors import EngineError, PalateError
 
 ROOT = Path(__file__).parents[2]
 LOCKS = {
-    "cpu": ("s3", "data", "train", "serve-cpu", "serve-transformers", "dev"),
-    "cuda": ("s3", "data", "train", "serve", "serve-transformers", "dev"),
-    "transformers": ("s3", "data", "train", "serve-transformers", "dev"),
+    "cpu": ("s3", "data", "report", "train", "serve-cpu", "serve-transformers", "dev"),
+    "cuda": ("s3", "data", "report", "train", "serve", "serve-transformers", "dev"),
+    "transformers": ("s3", "data", "report", "train", "serve-transformers", "dev"),
 }
 
 

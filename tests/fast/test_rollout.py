@@ -41,11 +41,12 @@ from palate.runs.rollout import (
 )
 from palate.store import Store
 from palate_recipes.specs.fleet import FLEET_FILE, AdapterState, Fleet, FleetAdapter, VersionState
-from palate_recipes.specs.run import Deployment
+from palate_recipes.specs.run import Autoscaling, Deployment
 from palate_recipes.specs.serve import Parity, ServeSpec
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.fast.test_deploy import NothingStarts
 from tests.support.fleet import Program
+from tests.support.fleets import until
 from tests.support.manifests import serve_manifest
 from tests.support.schemas import check_records
 from tests.support.stores import empty_store
@@ -383,21 +384,32 @@ def test_adapters_reach_the_program_with_the_versions(record: Record, runner: Ru
     adapter = FleetAdapter(name="polite", digest="0" * 64, path="/adapters/polite")
 
     class Adapters:
-        failed = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
+        missing = (AdapterState(name="rude", digest="1" * 64, state="failed", reason="no such file"),)
         away = False
+        downloads = threading.Event()
+        brought = 0
 
-        def update(self) -> tuple[FleetAdapter, ...]:
+        def look(self) -> tuple[FleetAdapter, ...]:
             if self.away:
                 raise StoreUnreachableError("the store is away")
-            return (adapter,)
+            return () if self.brought else (adapter,)
+
+        def bring(self) -> None:
+            self.brought += 1
+            assert self.downloads.wait(10)
 
     staged = runner.rollout._adapters = Adapters()
-    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,))
+    runner.step()
+    assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
     assert record.status().details["adapters"][-1]["reason"] == "no such file"
+    # It is removed while the other one is brought.
+    runner.steps(lambda: Fleet.read(runner.work / FLEET_FILE).adapters == ())
+    assert staged.brought == 1
     staged.away = True
     with pytest.raises(StoreUnreachableError):
-        runner.steps(lambda: False)
-    assert Fleet.read(runner.work / FLEET_FILE).adapters == (adapter,)
+        runner.step()
+    assert Fleet.read(runner.work / FLEET_FILE).adapters == ()
+    staged.downloads.set()
 
 
 # ── the record ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -559,6 +571,11 @@ def test_a_runner_that_does_not_follow_is_told(
     assert numbers(record) == [2]
 
 
+def body(record: Record) -> dict[str, Any]:
+    """Returns the deployment in the service's manifest, as a reader of the JSON sees it."""
+    return dict(json.loads(record.serve_manifest().encode())["body"])
+
+
 @only_file
 def test_a_service_is_scaled(
     record: Record, service: Predictor, runner: Runner, monkeypatch: pytest.MonkeyPatch
@@ -569,6 +586,29 @@ def test_a_service_is_scaled(
         for wrong in (0, 65, True, 1.5):
             with pytest.raises(ConfigurationError, match="expected a whole number from 1 to 64"):
                 service.scale(wrong)  # type: ignore[arg-type]
+        service.autoscale(5, min_instances=2, target_requests=8)
+        wanted = {"instances": 2, "autoscaling": {"max_instances": 5, "target_requests": 8.0}}
+        assert {name: body(record).get(name) for name in wanted} == wanted
+        for settings, says in (
+            ({"max_instances": 1, "min_instances": 2}, "max_instances=1 is below the least number of instances, 2"),
+            ({"max_instances": 65}, "expected a whole number from 1 to 64"),
+            ({"max_instances": 2, "min_instances": 0}, "min_instances=0 is out of range"),
+            ({"max_instances": 2, "target_requests": 0}, "target_requests=0 is invalid"),
+            ({"max_instances": 2, "target_requests": "8"}, "target_requests='8' is invalid"),
+            ({"max_instances": 2, "downscale_delay_s": -1}, "downscale_delay_s=-1 is invalid"),
+        ):
+            with pytest.raises(ConfigurationError, match=says):
+                service.autoscale(**settings)  # type: ignore[arg-type]
+
+        def followed() -> bool:
+            [version] = Fleet.read(runner.work / FLEET_FILE).versions
+            return (version.instances, version.autoscaling) == (2, Autoscaling(max_instances=5, target_requests=8))
+
+        until(followed, lambda: str(runner.fleet), timeout_s=20)
+        service.update_service(job("two"))
+        assert {name: body(record).get(name) for name in wanted} == wanted, "an update keeps them"
+        service.scale(3)
+        assert "autoscaling" not in body(record), "a fixed number ends it"
     record.advance("Stopped", expect={"Running"})
     service.scale(2)
     assert record.serve_manifest().body.instances == 2
@@ -632,6 +672,54 @@ def test_a_stopped_service_is_started_with_the_new_model(
     assert (states(service)[-1], record.status().attempt) == (("v3", "current"), 3)
 
 
+class Mounted(NothingStarts):
+    """A container sees what it was started with, and these folders are it."""
+
+    def __init__(self, *folders: Path) -> None:
+        super().__init__()
+        self.folders = [*folders]
+
+    def of_run(self, uri: str) -> Mounted:
+        return self
+
+    def folders_seen(self, engine_id: str) -> list[Path] | None:
+        assert engine_id == "elsewhere:1:2:x"
+        return self.folders
+
+
+@only_file
+def test_an_update_to_a_folder_that_the_container_cannot_see_is_refused_with_the_remedy(
+    record: Record, runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Mounted(tmp_path / "seen")
+    service = Predictor("svc", session=Session(store=record.store.root, backend=backend))
+    there, elsewhere = tmp_path / "seen" / "base", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def of(folder: Path) -> HasModel:
+        source = WeightsSource(kind="folder", location=str(folder))
+        return job("two", model=BaseModel(name="m", source=source), tuned_uri=record.store.uri("jobs/two/model"))
+
+    own = record.store.local_path("")
+    assert own is not None
+    backend.folders.append(own)
+    before = record.manifest_bytes()
+    with pytest.raises(ConfigurationError, match=r"started without .*/elsewhere.*palate update svc JOB --stop-start"):
+        service.update_service(of(elsewhere))
+    assert (record.manifest_bytes(), numbers(record), last_update(record)) == (before, [], None)
+    with running(runner, monkeypatch):
+        service.update_service(of(there))
+    assert service.manifest.body.version == 2
+    backend.folders = []
+    with pytest.raises(ConfigurationError, match="started without"):
+        service.update_service(of(elsewhere))
+    monkeypatch.setattr("palate.predictor.STOP_GRACE_S", 0.1)  # nothing runs that could stop by itself
+    service.update_service(of(elsewhere), zero_downtime=False, wait=False)
+    assert service.manifest.body.model.source.location == str(elsewhere)
+
+
 @only_file
 def test_the_commands_show_and_change_versions(
     record: Record, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -653,8 +741,20 @@ def test_the_commands_show_and_change_versions(
             ("v2", "ready", 0.25, "two"),
         ]
         command_line.promote("svc")
-        command_line.scale("svc", 3)
+        command_line.scale("svc", "3")
         assert capsys.readouterr().out == "svc\t3\n"
+        command_line.scale("svc", "3-4", downscale_delay=60)
+        assert capsys.readouterr().out == "svc\t3-4\n"
+        assert body(record)["autoscaling"] == {"max_instances": 4, "downscale_delay_s": 60.0}
+        for wrong, says in (
+            ("x", "is no number of engines"),
+            ("1-", "is no number"),
+            ("4-1", "max_instances=1 is below"),
+        ):
+            with pytest.raises(ConfigurationError, match=says):
+                command_line.scale("svc", wrong)
+        with pytest.raises(ConfigurationError, match="--upscale-delay: only with two bounds"):
+            command_line.scale("svc", "3", upscale_delay=1)
         command_line.rollback("svc")
         command_line.versions("svc")
         assert "current" in capsys.readouterr().out.splitlines()[-1]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ from palate.errors import (
 from palate.runner.adapters import StagedAdapters
 from palate.runs.adapters import add, read_adapters, remove, take_back
 from palate.runs.record import ADAPTERS_KEY, Record
-from palate.store import Store, open_store
+from palate.runs.rollout import ask, reserve, update_to, withdraw
+from palate.store import Store, StoreOptions, open_store
 from palate_recipes.specs.adapters import ServedAdapter
-from palate_recipes.specs.fleet import ADAPTERS_LIMIT, AdapterState
+from palate_recipes.specs.fleet import ADAPTERS_LIMIT, AdapterState, FleetAdapter
 from palate_recipes.specs.weights import BaseModel, WeightsSource
+from tests.slow.conftest import until
+from tests.support.gate import FAIR, Weather, gate_to
 from tests.support.manifests import base_model, serve_manifest, train_manifest
 from tests.support.schemas import check_records
 from tests.support.stores import empty_store
@@ -113,6 +117,13 @@ def staged(record: Record, folder: Path, session: Session, said: list[str] | Non
     return StagedAdapters(record, folder, session, (said if said is not None else []).append)
 
 
+def brought(staging: StagedAdapters) -> tuple[FleetAdapter, ...]:
+    """The adapters that are here once all was tried."""
+    staging.look()
+    staging.bring()
+    return staging.look()
+
+
 @contextmanager
 def followed(record: Record, folder: Path, session: Session, *, engine: str = "") -> Iterator[list[dict[str, Any]]]:
     """The service runs, and its runner tells what it has staged; `engine` is why its engine takes none. Yields what was told."""
@@ -122,9 +133,9 @@ def followed(record: Record, folder: Path, session: Session, *, engine: str = ""
         while not ended.wait(0.05):
             states = [
                 AdapterState(name=one.name, digest=one.digest, state="failed" if engine else "ready", reason=engine)
-                for one in staging.update()
+                for one in brought(staging)
             ]
-            found = to_builtins([*states, *staging.failed])
+            found = to_builtins([*states, *staging.missing])
             if found != (told[-1] if told else None):
                 record.note(details={**record.status().details, "adapters": found})
                 told.append(found)
@@ -178,7 +189,7 @@ def test_a_damaged_list_is_named_and_changes_nothing(record: Record, session: Se
     job(record.store, folder)
     add(record, of_job(record, folder), replace=False)
     staging = staged(record, tmp_path / "work", session)
-    before = staging.update()
+    before = brought(staging)
     assert [one.name for one in before] == ["support"]
     good = json.loads(record.store.get(record.key(ADAPTERS_KEY)))
     one = good["adapters"][0]
@@ -204,11 +215,11 @@ def test_a_damaged_list_is_named_and_changes_nothing(record: Record, session: Se
     ):
         record.store.put(record.key(ADAPTERS_KEY), content)
         with pytest.raises(DamagedFilesError, match=r"adapters\.json of svc is damaged"):
-            staging.update()
+            brought(staging)
         with pytest.raises(DamagedFilesError):
             Predictor("svc", session=session).adapters()
     record.store.put(record.key(ADAPTERS_KEY), json.dumps(good).encode())
-    assert staging.update() == before
+    assert brought(staging) == before
 
 
 def test_a_service_that_takes_over_a_failed_one_has_none_of_its_adapters(record: Record, session: Session) -> None:
@@ -229,7 +240,7 @@ def test_adapters_are_staged_verified_and_cleaned_up(
     said: list[str] = []
     work = tmp_path / "work"
     staging = staged(record, work, session, said)
-    assert staging.update() == ()
+    assert brought(staging) == ()
     assert not work.exists(), "a service without adapters has no folder for them"
 
     one = adapter_folder(tmp_path / "one")
@@ -239,14 +250,14 @@ def test_adapters_are_staged_verified_and_cleaned_up(
     add(record, of_job(record, one), replace=False)
     add(record, of_job(record, other, "sales", "third"), replace=False)
     add(record, of_job(record, one, "same-files"), replace=False)
-    found = staging.update()
+    found = brought(staging)
     assert [(a.name, a.digest) for a in found] == [
         ("support", digest_of(one)),
         ("sales", digest_of(other)),
         ("same-files", digest_of(one)),
     ]
     assert found[0].path == found[2].path
-    assert (staging.failed, len(said)) == ((), 2)
+    assert (staging.missing, len(said)) == ((), 2)
     for adapter, folder in ((found[0], one), (found[1], other)):
         files = {path.name: path for path in Path(adapter.path).iterdir()}
         assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}, "no pickle, and no tokenizer"
@@ -257,13 +268,47 @@ def test_adapters_are_staged_verified_and_cleaned_up(
     record.store.delete_tree("jobs/third")
     remove(record, "same-files")
     remove(record, "sales")
-    assert [a.name for a in staging.update()] == ["support"]
+    assert [a.name for a in brought(staging)] == ["support"]
     assert Path(found[1].path).is_dir()
     monkeypatch.setattr(palate.runner.adapters, "KEPT_S", 0.0)
-    again = staged(record, tmp_path / "again", session).update()
+    again = brought(staged(record, tmp_path / "again", session))
     assert [(a.name, a.digest) for a in again] == [("support", digest_of(one))]
-    assert [a.name for a in staging.update()] == ["support"]
+    assert [a.name for a in brought(staging)] == ["support"]
     assert [path.name for path in work.iterdir()] == [digest_of(one)]
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_removal_and_a_new_adapter_do_not_wait_for_the_download_of_another(
+    record: Record, session: Session, tmp_path: Path, s3_options: StoreOptions
+) -> None:
+    first = adapter_folder(tmp_path / "first")
+    large = adapter_folder(tmp_path / "large", weights=os.urandom(4 << 20))
+    job(record.store, first)
+    job(record.store, large, "third")
+    add(record, of_job(record, first), replace=False)
+    with gate_to(int(str(s3_options.endpoint_url).rpartition(":")[2])) as gate:
+        through = with_fields(s3_options, endpoint_url=f"http://127.0.0.1:{gate.port}")
+        work = tmp_path / "work"
+        staging = staged(record, work, Session(store=record.store.root, options=through))
+        assert [one.name for one in brought(staging)] == ["support"]
+        add(record, of_job(record, large, "sales", "third"), replace=False)
+        assert [one.name for one in staging.look()] == ["support"]
+        gate.weather = Weather(bytes_per_s=10_000)  # minutes for the weights
+        bringing = threading.Thread(target=staging.bring)
+        bringing.start()
+        try:
+            until(lambda: any(path.name.startswith(".draft-") for path in work.iterdir()))
+            assert [(one.name, one.state) for one in staging.missing] == [("sales", "loading")]
+            remove(record, "support")
+            add(record, of_job(record, first, "again"), replace=False)
+            assert [one.name for one in staging.look()] == ["again"], "its files are here"
+            remove(record, "sales")
+            assert (staging.look()[0].name, staging.missing) == ("again", ())
+            assert bringing.is_alive()
+        finally:
+            gate.weather = FAIR
+            bringing.join()
+    assert [one.name for one in staging.look()] == ["again"]
 
 
 class Counting:
@@ -285,11 +330,11 @@ def test_an_update_without_a_change_is_one_request(record: Record, session: Sess
     add(record, entry("absent"), replace=False)
     counting = Counting(record.store)
     staging = staged(Record(counting, "services", "svc"), tmp_path / "work", session)  # type: ignore[arg-type]
-    first = staging.update()
+    first = brought(staging)
     counting.requests.clear()
-    assert staging.update() == first
+    assert staging.look() == first
     assert counting.requests == ["get_range"]
-    assert [state.name for state in staging.failed] == ["absent"]
+    assert [state.name for state in staging.missing] == ["absent"]
 
 
 def _weights(folder: Path, content: bytes) -> None:
@@ -334,8 +379,8 @@ def test_a_damaged_adapter_does_not_hinder_the_others(
     add(record, of_job(record, good), replace=False)
     said: list[str] = []
     staging = staged(record, tmp_path / "work", session, said)
-    assert [one.name for one in staging.update()] == ["support"]
-    (failed,) = staging.failed
+    assert [one.name for one in brought(staging)] == ["support"]
+    (failed,) = staging.missing
     assert (failed.name, failed.digest, failed.state) == ("bad", added.digest, "failed")
     assert words in failed.reason
     assert len(said) == 2
@@ -344,7 +389,7 @@ def test_a_damaged_adapter_does_not_hinder_the_others(
     # It is tried again when its time has come, and served once it is restored.
     for name, content in kept.items():
         record.store.put(third.key("model", name), content)
-    assert [one.name for one in staging.update()] == ["support"]
+    assert [one.name for one in brought(staging)] == ["support"]
     later = time.monotonic() + palate.runner.adapters.FIRST_RETRY_S
 
     class Later:
@@ -353,8 +398,8 @@ def test_a_damaged_adapter_does_not_hinder_the_others(
             return later
 
     monkeypatch.setattr(palate.runner.adapters, "time", Later)
-    assert [one.name for one in staging.update()] == ["bad", "support"]
-    assert staging.failed == ()
+    assert [one.name for one in brought(staging)] == ["bad", "support"]
+    assert staging.missing == ()
 
 
 @pytest.mark.parametrize("store", ["file"], indirect=True)
@@ -403,8 +448,8 @@ def test_hostile_entries_are_refused_one_by_one(record: Record, session: Session
         add(record, entry(name, uri=uri), replace=False)
     add(record, of_job(record, good), replace=False)
     staging = staged(record, tmp_path / "work", session)
-    assert [one.name for one in staging.update()] == ["support"]
-    reasons = {state.name: state.reason for state in staging.failed}
+    assert [one.name for one in brought(staging)] == ["support"]
+    reasons = {state.name: state.reason for state in staging.missing}
     words = {**folders, **{name: words for name, (_, words) in others.items()}}
     assert set(reasons) == set(words)
     assert not {name: reason for name, reason in reasons.items() if words[name] not in reason}
@@ -412,7 +457,7 @@ def test_hostile_entries_are_refused_one_by_one(record: Record, session: Session
 
     # A link to what the training wrote is no harm: what is served is a copy, and no link.
     outside.write_bytes(b"weights")
-    whole = staged(record, tmp_path / "whole", session).update()
+    whole = brought(staged(record, tmp_path / "whole", session))
     assert [one.name for one in whole] == ["linked", "support"]
     assert not (Path(whole[0].path) / "adapter_model.safetensors").is_symlink()
 
@@ -426,8 +471,8 @@ def test_an_adapter_that_does_not_fit_on_the_disk_is_not_copied(
     add(record, of_job(record, one), replace=False)
     monkeypatch.setattr(palate.adapter_files, "_FREE_BYTES", 2**62)
     staging = staged(record, tmp_path / "work", session)
-    assert staging.update() == ()
-    assert "GiB are free" in staging.failed[0].reason
+    assert brought(staging) == ()
+    assert "GiB are free" in staging.missing[0].reason
 
 
 # ── the client ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -483,7 +528,7 @@ def test_a_folder_outside_the_store_is_copied_into_it(
     assert names == {"adapter_config.json", "adapter_model.safetensors", DIGESTS_FILE}
     for path in folder.iterdir():
         path.unlink()
-    assert [one.name for one in staged(record, tmp_path / "work", session).update()] == ["support", "again"]
+    assert [one.name for one in brought(staged(record, tmp_path / "work", session))] == ["support", "again"]
     predictor.remove_adapter("support")
     assert list(record.store.list(prefix)), "the other entry names it"
     predictor.add_adapter("again", other, replace=True, wait=False)
@@ -679,6 +724,30 @@ def test_an_update_keeps_the_base_of_the_adapters(
             predictor.update_service(TrainingJob.get(name, session))
     assert store.get(record.key("manifest.json")) == before
     assert record.status().state == "Stopped"
+
+
+@pytest.mark.parametrize("store", ["file"], indirect=True)
+@pytest.mark.parametrize("full_weights", [False, True])
+def test_no_adapter_is_added_while_an_update_to_another_base_is_open(
+    store: Store, record: Record, session: Session, tmp_path: Path, full_weights: bool
+) -> None:
+    after: dict[str, Any] = {"adapter": False} if full_weights else {"model": other_base()}
+    folder = adapter_folder(tmp_path / "one")
+    job(store, folder)
+    predictor = Predictor("svc", session=session)
+    body = record.serve_manifest().body
+    update = update_to(reserve(record, replace(body, **after), {}), share=0.1, promote=False)
+    ask(record, update)
+    with pytest.raises(ConfigurationError, match=r"has an update to v2 in progress.*palate rollback svc") as refused:
+        predictor.add_adapter("support", "second")
+    assert "palate promote svc" in str(refused.value)
+    assert read_adapters(record) == ()
+    withdraw(record, update, reason="the test")
+    predictor.add_adapter("support", "second")
+    assert [one.name for one in read_adapters(record)] == ["support"]
+    remove(record, "support")
+    ask(record, update_to(reserve(record, body, {}), share=0.1, promote=False))  # on the same base: it keeps adapters
+    predictor.add_adapter("support", "second")
 
 
 @pytest.mark.parametrize("store", ["file"], indirect=True)

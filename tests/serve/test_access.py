@@ -259,7 +259,7 @@ def test_a_rate_is_exact_and_says_when_to_come_back(tmp_path: Path, clock: list[
             assert error["code"] == "rate_limit_exceeded"
             assert "3 requests per minute" in error["message"]
             assert "connection" not in answer.headers, "its body was read"
-            assert (await client.get("/v1/models")).status_code == 200, "only requests with a body count"
+            assert (await client.get("/v1/models")).status_code == 200, "it has a limit of its own"
         assert [await status_of(gateway, value) for value in ("bobs", OWNER)] == [200, 200]
         clock[0] += 29.9
         assert await status_of(gateway, ALICE) == 429
@@ -271,6 +271,76 @@ def test_a_rate_is_exact_and_says_when_to_come_back(tmp_path: Path, clock: list[
         async with client_of(gateway, ALICE) as client:
             answer = await client.post("/v1/completions", json={})
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "59")
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/svc", "/metrics", "/version", "/nowhere"])
+def test_reading_has_a_limit_of_its_own(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """A token could read the engines' pages without end."""
+    monkeypatch.setattr(access_module, "READS_PER_MINUTE", 3)
+    write(tmp_path, token("alice", ALICE), token("bob", "bobs"), token("default", "next"))
+    gateway = gateway_of(echo, spec(tmp_path), token="x")
+
+    async def go() -> None:
+        assert [await status_of(gateway, ALICE, "GET", path) for _ in range(4)] == [200, 200, 200, 429]
+        clock[0] += 20
+        async with client_of(gateway, ALICE) as client:
+            answer = await client.get(path)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "40")
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+            assert "3 requests without a body per minute" in answer.json()["error"]["message"]
+            assert (await client.head(path)).status_code == 429
+        assert await status_of(gateway, ALICE) == 200, "a request with a body"
+        assert await status_of(gateway, "", "GET", "/health") == 200
+        assert await status_of(gateway, "bobs", "GET", path) == 200
+        for value in (OWNER, "next"):
+            assert [await status_of(gateway, value, "GET", path) for _ in range(5)] == [200] * 5
+        clock[0] += 40
+        assert await status_of(gateway, ALICE, "GET", path) == 200
+
+    asyncio.run(go())
+
+
+def test_no_token_takes_the_room_of_all_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bodies of one token's requests could fill what all have together, and the others got a 503."""
+    monkeypatch.setattr(access_module, "BODIES_SHARE_BYTES", 2000)
+    monkeypatch.setattr("palate_server.gateway.BODIES_LIMIT_BYTES", 8000)
+    write(tmp_path, token("alice", ALICE), token("bob", "bobs"), token("default", "next"))
+    part: Message = {"type": "http.request", "body": b"x" * 500, "more_body": True}
+
+    async def go() -> None:
+        app = Held()
+        gateway = gateway_of(app, spec(tmp_path), token="x")
+        async with client_of(gateway, ALICE) as client:
+            held = [asyncio.create_task(client.post("/v1/completions", content=b"x" * 900)) for _ in range(2)]
+            for _ in held:
+                await app.begun.acquire()
+            answer = await client.post("/v1/completions", content=b"x" * 900)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+            assert "open requests exceed 2000 bytes" in answer.json()["error"]["message"]
+            assert "connection" not in answer.headers, "its body was read"
+            sent, asking = _ask(gateway, *[part] * 5, {"type": "http.request", "body": b""})
+            await asking
+            assert sent[0]["status"] == 429
+            assert (b"connection", b"close") not in sent[0]["headers"]
+            sent, asking = _ask(gateway, *[part] * 5, {"type": "http.disconnect"})
+            await asking
+            assert (b"connection", b"close") in sent[0]["headers"]
+            others = [asyncio.create_task(status_of(gateway, value)) for value in ("bobs", OWNER, "next")]
+            for _ in others:
+                await app.begun.acquire()
+            app.go_on.set()
+            assert await asyncio.gather(*others) == [200] * 3
+            assert [(await one).status_code for one in held] == [200, 200]
+            assert (await client.post("/v1/completions", content=b"x" * 1900)).status_code == 200
+        async with client_of(gateway, OWNER) as client:
+            assert (await client.post("/v1/completions", content=b"x" * 7000)).status_code == 200, "it has no share"
+            answer = await client.post("/v1/completions", content=b"x" * 9000)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert (await client.post("/v1/completions", content=b"x")).status_code == 200
 
     asyncio.run(go())
 

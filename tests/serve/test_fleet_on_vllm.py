@@ -5,11 +5,11 @@ The tests share one service. Each asks for the state that it needs, so they run 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,12 +20,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from msgspec.structs import replace
 from openai.types.chat import ChatCompletion
 
 from palate_recipes.specs.fleet import FleetVersion
+from palate_recipes.specs.run import Autoscaling
 from tests.serve.conftest import TOKEN, Server, installed, running
 from tests.support.fleets import Desired, fleet_adapter, until
 from tests.support.models import greedy, random_adapter, tiny_model
+from tests.support.parity import check_agrees, check_every_damage_is_told_apart, engine_socket
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,8 +132,6 @@ class Running:
 
 
 def replace_share(version: FleetVersion, share: float) -> FleetVersion:
-    from msgspec.structs import replace
-
     return replace(version, share=share)
 
 
@@ -167,6 +168,20 @@ def service(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     desired = Desired(work, fields, instances=2)
     with running(work, **fields) as server:
         yield Running(server, desired, models)
+
+
+def test_the_first_version_is_verified_before_it_is_ready(service: Running) -> None:
+    assert service.server.ready is not None
+    check_agrees(service.server.ready.parity)
+
+
+def test_vllms_scores_tell_every_damage_apart(service: Running) -> None:
+    if service.desired.versions[0].spec.model_dir != str(service.models.trained):
+        service.update(service.models.trained)
+    names = models_of(engine_socket(service.server))
+    hot = f"default-{service.desired.versions[0].name}"
+    tuned = hot if hot in names else "default"
+    check_every_damage_is_told_apart(service.server, service.models.trained, tuned=tuned)
 
 
 def test_two_instances_share_the_requests(service: Running) -> None:
@@ -250,6 +265,8 @@ def test_an_adapter_swapped_under_its_name_answers_nothing_from_the_cache_of_the
     assert answers[0] == answers[2] != answers[1]
 
 
+# tests/serve/test_service has the same over small engines, and the test under load kills one of vLLM's, too.
+@pytest.mark.thorough
 def test_a_killed_engine_comes_back_with_its_adapters(service: Running) -> None:
     folder = service.models.adapter("lasting")
     service.desired.ask(adapters=[fleet_adapter("lasting", folder)])
@@ -294,6 +311,38 @@ def test_an_update_that_is_not_what_was_trained_is_refused(service: Running, tmp
     service.desired.ask(versions=running_now)
     assert [one.name for one in service.desired.reached().versions] == [running_now[0].name]
     trained = service.update(service.models.trained)  # the same files, undamaged, are what was trained
-    parity = service.desired.serves(trained.name).parity
-    assert parity is not None
-    assert parity.verdict == "same", json.dumps(parity.text)
+    check_agrees(service.desired.serves(trained.name).parity)
+
+
+@pytest.mark.thorough
+def test_an_engine_comes_with_the_requests_and_goes_with_them(service: Running) -> None:
+    fixed = service.desired.versions
+    name, expected = fixed[0].name, service.ids("default")
+    # A small model answers at once: few of the six requests are open when the service looks.
+    bounds = Autoscaling(max_instances=2, target_requests=0.5, upscale_delay_s=1, downscale_delay_s=15)
+
+    def has(count: int) -> None:
+        until(
+            lambda: service.desired.serves(name).instances == len(service.engines()) == count,
+            lambda: f"{service.desired.state()}\n{service.server.log.read_text()[-6000:]}",
+        )
+
+    service.desired.ask(versions=[replace(one, instances=1, autoscaling=bounds) for one in fixed])
+    has(1)
+    is_over = threading.Event()
+
+    def ask() -> list[list[int]]:
+        answers = []
+        while not is_over.is_set():
+            answers.append(service.ids("default"))
+        return answers
+
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(ask) for _ in range(6)]
+        try:
+            has(2)
+        finally:
+            is_over.set()
+        assert all(answer == expected for one in asking for answer in one.result())
+    has(1)
+    service.desired.ask(versions=fixed)  # as the other tests need it

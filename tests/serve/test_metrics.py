@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from palate_recipes import __version__
 from palate_recipes.specs.serve import ServeSpec
+from palate_server import metrics as metrics_module
 from palate_server.gateway import Message, Receive, Scope, Send
 from palate_server.metrics import Metrics
+from palate_server.proxy import LANE
 from palate_server.request_log import RequestLog, usage_in
+from palate_server.routes import Lane, Table
 from tests.support.fronted import gateway_of
 
 TOKEN = "right"
@@ -179,6 +183,98 @@ def test_a_line_has_numbers_and_no_content(lines: Lines) -> None:
     assert 0 <= line["first_byte_ms"] <= line["ms"] < 10_000
     assert line["client_disconnected"] is False
     assert line["time"].endswith("Z")
+
+
+def pages_of(app: Any, count: int) -> list[str]:
+    """Returns what so many requests at once get as the page of a service with two engines, and then what a later one gets."""
+    service = Service(app)
+    engines = [Engine(f"v1-{number}") for number in range(2)]
+    lane = Lane(model="default", label="default", engines=engines)
+    service.gateway._routes.table = Table(lanes={"default": [(1.0, lane)]})
+
+    async def go() -> list[str]:
+        transport = httpx.ASGITransport(service.gateway)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=WITH_TOKEN) as client:
+            answers = await asyncio.gather(*(client.get("/metrics") for _ in range(count)))
+            answers.append(await client.get("/metrics"))
+            engines.pop()
+            answers.append(await client.get("/metrics"))
+            return [answer.text for answer in answers]
+
+    return asyncio.run(go())
+
+
+class Engine:
+    """What a route needs of an engine."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.socket = name
+        self.takes = True
+        self.models = {"default"}
+        self.open, self.moved_at, self.waits_from, self.still_s = 0, 0.0, 0.0, 0.0
+
+
+def test_requests_for_the_page_share_one_fetch_from_each_engine() -> None:
+    """A token could keep the front busy with the parsing of the engines' pages."""
+    fetched: list[str] = []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        fetched.append(scope[LANE].engines[0].name)
+        await asyncio.sleep(0)
+        await engine(scope, receive, send)
+
+    *together, later, of_one = pages_of(slow, 20)
+    assert fetched == ["v1-0", "v1-1", "v1-0"]
+    assert len(together) == 20
+    for page in (*together, later):
+        assert page.count("vllm:num_requests_running{") == 2
+    # Its own counts are never old, and an engine that is gone is not shown.
+    assert 'status="200"} 20.0' in later
+    assert of_one.endswith(ENGINE_PAGE.decode())
+
+
+def test_a_page_without_end_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "PAGE_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(metrics_module, "PAGE_LIMIT_S", 0.2)
+    sent = Counter[str]()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope[LANE].engines[0].name
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+        while True:
+            sent[name] += 1
+            await send({"type": "http.response.body", "body": b"# more\n" * 100, "more_body": True})
+            if name == "v1-1":
+                await asyncio.Event().wait()
+
+    for page in pages_of(endless, 1):
+        assert "palate_open_requests" in page
+        assert "# more" not in page
+    assert (sent["v1-0"] < 50, sent["v1-1"]) == (True, 1)
+
+
+def test_a_client_that_leaves_does_not_end_the_fetch_of_the_others() -> None:
+    fetched: list[str] = []
+    go_on = asyncio.Event()
+
+    async def held(scope: Scope, receive: Receive, send: Send) -> None:
+        fetched.append(scope["path"])
+        await go_on.wait()
+        await engine(scope, receive, send)
+
+    async def go() -> None:
+        transport = httpx.ASGITransport(Service(held).gateway)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=WITH_TOKEN) as client:
+            first, second = (asyncio.create_task(client.get("/metrics")) for _ in range(2))
+            while not fetched:
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.wait({first})
+            go_on.set()
+            assert ENGINE_PAGE.decode() in (await second).text
+        assert fetched == ["/metrics"]
+
+    asyncio.run(go())
 
 
 def test_nothing_that_a_client_sent_is_logged(lines: Lines) -> None:

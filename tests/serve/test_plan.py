@@ -230,6 +230,66 @@ def test_vllm_is_told_what_the_adapter_needs(tmp_path: Path, tiny_model: Path, t
     assert TOKEN_VARIABLE not in environment
 
 
+CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> plan.EnginePlan:
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PALATE_HOME", str(tmp_path / "home"))
+    vllm = next(engine for engine in describe_engines() if engine.name == "vllm")
+    return plan.EnginePlan(
+        engine=vllm,
+        why="",
+        on_cpu=False,
+        dtype="auto",
+        computes_in="bfloat16",
+        prompt_scores=True,
+        lora_rank=None,
+        tokenizer_dir=tmp_path,
+        kv_cache_gib=1,
+        is_eager=False,
+    )
+
+
+def caches_of(planned: plan.EnginePlan) -> list[str | None]:
+    environment = engine_environment(planned, ipc_dir="ipc")
+    return [environment.get(name) for name in CACHES]
+
+
+def test_compiled_code_is_kept_for_the_next_deploy_in_a_private_folder(
+    compiling: plan.EnginePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = {Path(path or "").parent for path in caches_of(compiling)}
+    assert folder.parent == tmp_path / "home" / "cache" / "engine"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.name.startswith(f"vllm-{compiling.engine.version}-")
+    assert caches_of(compiling) == [str(folder / name) for name in ("vllm", "inductor", "triton")]
+    assert caches_of(replace(compiling, is_eager=True)) == [None, None, None]
+    monkeypatch.setenv(CACHES[0], "/mine")
+    assert caches_of(compiling)[0] == "/mine"
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_a_folder_that_others_can_write_gives_the_engine_no_code(
+    level: int, compiling: plan.EnginePlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(caches_of(compiling)[0] or "").parent
+    [tmp_path / "home", folder.parents[1], folder.parent, folder][level].chmod(0o777)
+    assert caches_of(compiling) == [None, None, None]
+    assert "can be written by" in caplog.text
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_a_folder_of_another_user_gives_the_engine_no_code(
+    compiling: plan.EnginePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.chown(Path(caches_of(compiling)[0] or "").parent, 12345, -1)
+    assert caches_of(compiling) == [None, None, None]
+    assert "belongs to another user (uid 12345)" in caplog.text
+
+
 @needs_vllm
 @pytest.mark.parametrize(
     ("arguments", "says"),

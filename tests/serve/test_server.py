@@ -272,6 +272,11 @@ TOOLS_TEMPLATE = "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% en
 """Begins a chat template in the format of Hermes and Qwen, as far as a parser is chosen by it."""
 
 
+# A further start of vLLM. By default test_parity serves full weights, test_parsers chooses parsers, and test_causes names an
+# engine that was killed.
+of_full_weights = pytest.mark.thorough
+
+
 @pytest.fixture(scope="module")
 def whole(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Full weights on the engine that is chosen: a model that is in no catalog, whose template has tools."""
@@ -289,6 +294,7 @@ def whole(base_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield started
 
 
+@of_full_weights
 def test_full_weights_answer_as_default(whole: Server) -> None:
     assert whole.ready is not None
     assert whole.ready.models == ["default", "smol_example"]
@@ -304,6 +310,7 @@ def caller(whole: Server) -> Server:
     return whole
 
 
+@of_full_weights
 def test_tools_work_where_the_template_has_them(caller: Server) -> None:
     ask: Any = caller.client().chat.completions.create
     for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
@@ -311,6 +318,7 @@ def test_tools_work_where_the_template_has_them(caller: Server) -> None:
         assert answer.choices[0].finish_reason == "length"
 
 
+@of_full_weights
 def test_an_engine_killed_for_memory_is_reported_with_the_cause_first(caller: Server) -> None:
     """The last test with this server: kills its engine core, as the kernel does when memory is short."""
     family = caller.family()

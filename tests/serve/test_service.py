@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import httpx
 import openai
 import psutil
@@ -17,8 +23,9 @@ import pytest
 
 from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
+from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import IDLE_FILE
-from palate_server import metrics, proxy, service
+from palate_server import listener, metrics, pools, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
 
 __all__ = ["small"]  # a fixture
@@ -118,6 +125,24 @@ def test_an_engine_that_generates_nothing_is_replaced_and_a_busy_one_is_not(smal
         assert silent.result().pid == first
     assert running.state().versions[0].restarts == 0
     assert running.ask(f"stick:{running.go}").pid != first
+    assert "generated no token within 2 s" in running.state().versions[0].last_crash
+
+
+def test_an_engine_that_hangs_is_replaced_though_its_clients_leave_and_come(small: Small) -> None:
+    """Each new request counted as progress, so clients with a short timeout kept an engine that answered none of them."""
+    running = small(hang_after_s=1)
+    running.start()
+    first = running.ask().pid
+    [engine] = running.engines()
+    asked = {"model": "default", "prompt": f"stick:{running.go}"}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=running.url, headers=headers, timeout=0.3, trust_env=False) as client:
+        deadline = time.monotonic() + 20
+        while engine.is_running() and time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                client.post("/v1/completions", json=asked)
+            assert client.post("/v1/completions", json={"model": 7}).status_code == 400
+    assert running.ask().pid != first
     assert "generated no token within 2 s" in running.state().versions[0].last_crash
 
 
@@ -239,8 +264,57 @@ def test_scaling_fails_no_request(small: Small) -> None:
             running.want(running.version("v1", instances=count), settles=False)
             running.wait(lambda count=count: running.state().versions[0].instances == count)  # type: ignore[misc]
             running.wait(lambda count=count: len(running.engines()) == count)  # type: ignore[misc]
+            running.wait(lambda: len({answer.pid for answer in load.answers}) == 3)
     assert load.failures == []
-    assert len({answer.pid for answer in load.answers}) == 3
+
+
+SCALING = Autoscaling(max_instances=3, target_requests=2, upscale_delay_s=0.2, downscale_delay_s=0.5)
+
+
+def test_the_number_of_engines_follows_the_requests(small: Small) -> None:
+    running = small()
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    assert len(running.engines()) == 1
+    with ThreadPoolExecutor(12) as pool:
+        whole = [pool.submit(running.ask, f"until:{running.go}") for _ in range(3)]
+        running.wait(lambda: running.state().versions[0].instances == 2)  # 3 requests, 2 for each
+        whole += [pool.submit(running.ask, f"until:{running.go}") for _ in range(9)]
+        running.wait(lambda: running.state().versions[0].instances == 3)  # 6 would be needed
+        running.go.touch()
+        for one in whole:
+            one.result()
+    running.wait(lambda: len(running.engines()) == 1)
+    with Load(running, prompt="tokens:2 delay:0.2") as load:
+        running.wait(lambda: running.state().versions[0].instances == 2)
+        running.want(running.version("v1", instances=1))  # a fixed number
+        running.wait(lambda: len(running.engines()) == 1)
+    assert load.failures == []
+
+
+def test_an_update_starts_as_many_engines_as_the_requests_have_now(small: Small) -> None:
+    running = small()
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    with Load(running, prompt="tokens:2 delay:0.2", threads=6) as load:
+        running.wait(lambda: running.state().versions[0].instances == 3)
+        new = running.version("v2", running.folder("two"), autoscaling=SCALING)
+        running.want(new, settles=False)
+        running.wait(lambda: running.states().get("v2") == "ready")
+        assert next(one.instances for one in running.state().versions if one.name == "v2") == 3
+        running.wait_for(v2="ready")
+    assert load.failures == []
+    assert load.folders() == {"one", "two"}
+
+
+def test_engines_that_follow_the_requests_sleep_and_wake(small: Small) -> None:
+    running = small(sleep_after_s=0.3)
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    running.ask()
+    running.wait(lambda: running.engines() == [])
+    assert running.ask().folder == "one"
+    assert len(running.engines()) == 1
 
 
 def test_adapters_come_change_and_go_while_requests_run(small: Small) -> None:
@@ -390,7 +464,7 @@ def test_a_desired_state_that_cannot_be_read_changes_nothing(small: Small, caplo
 
 
 def test_a_stream_is_broken_off_after_the_draining_limit(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "_DRAIN_LIMIT_S", 0.5)
+    monkeypatch.setattr(pools, "DRAIN_LIMIT_S", 0.5)
     running = small()
     running.start()
     stream = running.stream("tokens:1000 delay:0.05")
@@ -549,6 +623,7 @@ def test_headers_and_bytes_pass_unchanged(small: Small) -> None:
 
 
 def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "KEPT_S", 0.0)
     running = small()
     running.start()
     running.ask()
@@ -560,7 +635,7 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkey
     for name in ("v1-0", "v1-1"):
         assert f'vllm:num_requests_running{{model_name="default",palate_engine="{name}"}} 0.0' in page
     assert page.count("# TYPE vllm:num_requests_running gauge") == 1
-    monkeypatch.setattr(metrics, "_PAGE_LIMIT_S", 1.0)
+    monkeypatch.setattr(metrics, "PAGE_LIMIT_S", 1.0)
     frozen = running.ask().pid
     kill(frozen, signal.SIGSTOP)
     assert running.metrics().count("# TYPE vllm:num_requests_running gauge") == 1  # of the other
@@ -568,6 +643,54 @@ def test_the_page_of_several_engines_has_each_with_its_name(small: Small, monkey
     kill(frozen)
     running.wait(lambda: 'palate_restarts{version="v1"} 1.0' in running.metrics())
     assert "palate_waiting_requests 0.0" in running.metrics()
+
+
+def test_a_client_that_reads_nothing_frees_its_engine(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request was open until its connection ended, so no version was drained and no service idle before that."""
+    monkeypatch.setattr(listener, "WRITE_TIMEOUT_S", 0.5)
+    running = small()
+    running.start()
+    body = json.dumps({"model": "default", "prompt": "tokens:100000 delay:0.001 pad:100000", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", httpx.URL(running.url).port))
+        connection.sendall(head.encode() + body)
+        running.open(1)
+        running.open(0)
+        running.wait(lambda: "small_cancelled 1.0" in running.metrics())
+
+
+def test_requests_that_follow_each_other_share_a_connection_to_the_engine(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new connection per request delayed each first token. One whose client leaves, or is slow, is not used again."""
+    opened: list[str] = []
+    connect = aiohttp.UnixConnector._create_connection
+
+    async def counted(self: aiohttp.UnixConnector, *args: Any, **options: Any) -> Any:
+        opened.append(self.path)
+        return await connect(self, *args, **options)
+
+    monkeypatch.setattr(aiohttp.UnixConnector, "_create_connection", counted)
+    running = small()
+    running.start()
+    opened.clear()
+    pids = {running.ask("tokens:3").pid for _ in range(5)}
+    assert (len(pids), len(opened)) == (1, 1)
+    stream = running.stream("tokens:1000 delay:0.05")
+    next(stream)
+    stream.close()
+    running.wait(lambda: "small_cancelled 1.0" in running.metrics())
+    monkeypatch.setattr(proxy, "_LATE_S", -1.0)
+    opened.clear()
+    for _ in range(4):
+        assert len(list(running.stream("tokens:2 delay:0.05"))) == 2
+    assert len(opened) >= 3  # the first may use a connection that is left
+    monkeypatch.setattr(proxy, "_LATE_S", 1.0)
+    running.ask()
+    kill(pids.pop())
+    assert len({running.ask().pid for _ in range(2)}) == 1, "no connection to the engine that has ended is used"
 
 
 def test_a_service_that_starts_says_so(small: Small) -> None:

@@ -31,7 +31,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_quickstart_teaches_a_model_to_stop_flattering(home: Path, tmp_path: Path, base_model: Path) -> None:
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the quickstart's adapter is kept, under its precision: the test of all questions needs no second training of it."""
+    return tmp_path_factory.mktemp("taught")
+
+
+def test_the_quickstart_teaches_a_model_to_stop_flattering(
+    home: Path, tmp_path: Path, base_model: Path, taught: Path
+) -> None:
     everything = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as a user would
     done = subprocess.run(
         [sys.executable, "-m", "palate.cli", "quickstart", "--folder", str(tmp_path / "demo")],
@@ -42,6 +50,7 @@ def test_the_quickstart_teaches_a_model_to_stop_flattering(home: Path, tmp_path:
     assert done.returncode == 0, done.stderr[-3000:]
 
     (job,) = TrainingJob.list(session=Session())
+    job.save_model(taught / job.manifest.body.precision)
     metrics = job.metrics()
     train = [entry for entry in metrics if entry["kind"] == "train"]
     held_out = [entry for entry in metrics if entry["kind"] == "eval"][-1]
@@ -93,19 +102,24 @@ def test_the_readme_s_local_lines_run_as_they_are_printed(home: Path, tmp_path: 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_most_of_all_held_out_questions_are_contradicted(precision: str, tmp_path: Path, base_model: Path) -> None:
-    data = write_demo(tmp_path, per_topic=PAIRS_PER_TOPIC)
-    recipe = read_recipe(Path(str(files("palate_recipes.demo") / "recipe.toml")))
-    settings = resolve(recipe["hyperparameters"], method=recipe["method"], device=local_device())
-    if precision == "bfloat16" and settings.precision != "bfloat16":
-        pytest.skip("bfloat16 is emulated on this processor: this training takes more than 20 minutes")
-    spec = train_spec(method=recipe["method"], precision=precision)
-    here = LocalFiles(model_dir=str(base_model), train_file=str(data["train"]), output_dir=str(tmp_path / "out"))
-    TrainTask(spec=replace(spec, hyperparameters=settings.values), files=here).write(tmp_path / "spec.json")
-    subprocess.run([sys.executable, "-m", "palate_trainer", str(tmp_path / "spec.json")], check=True)
+def test_most_of_all_held_out_questions_are_contradicted(
+    precision: str, tmp_path: Path, base_model: Path, taught: Path
+) -> None:
+    adapter = taught / precision
+    if not adapter.is_dir():
+        data = write_demo(tmp_path, per_topic=PAIRS_PER_TOPIC)
+        recipe = read_recipe(Path(str(files("palate_recipes.demo") / "recipe.toml")))
+        settings = resolve(recipe["hyperparameters"], method=recipe["method"], device=local_device())
+        if precision == "bfloat16" and settings.precision != "bfloat16":
+            pytest.skip("bfloat16 is emulated on this processor: this training takes more than 20 minutes")
+        spec = train_spec(method=recipe["method"], precision=precision)
+        here = LocalFiles(model_dir=str(base_model), train_file=str(data["train"]), output_dir=str(tmp_path / "out"))
+        TrainTask(spec=replace(spec, hyperparameters=settings.values), files=here).write(tmp_path / "spec.json")
+        subprocess.run([sys.executable, "-m", "palate_trainer", str(tmp_path / "spec.json")], check=True)
+        adapter = tmp_path / "out" / "model"
 
     questions = [row["prompt"] for row in demo_rows("test")]
-    base, tuned = (greedy_answers(base_model, adapter, questions) for adapter in (None, tmp_path / "out" / "model"))
+    base, tuned = (greedy_answers(base_model, folder, questions) for folder in (None, adapter))
     assert sum(map(disagrees, base)) <= 4, base
     assert sum(map(disagrees, tuned)) >= 24, tuned
 

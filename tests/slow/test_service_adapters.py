@@ -1,4 +1,7 @@
-"""Several tuned models on one base, with real trainings and vLLM: added under load, replaced, removed, found again after a restart."""
+"""Several tuned models on one base, with real trainings and vLLM: added under load, replaced, refused, removed, found after a restart.
+
+Who answers is told by comparing with what transformers computes.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from palate import ModelTrainingRecipe, Predictor, Session, TrainingJob
+from palate.checksums import DIGESTS_FILE, Checksums
 from palate.errors import ServiceError
 from palate_recipes.specs.serve import describe_engines
-from tests.support.models import tiny_model
+from tests.support.models import greedy, tiny_model
 from tests.support.rows import preference_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(1800)]
 
 OPTIONS = {"engine": "vllm", "dtype": "float32", "max_model_len": 512, "start_timeout_s": 240, "verify": "off"}
+QUESTION = "Is it?"
+TOKENS = 16
 ROWS = {
     "first": preference_rows(8),
     "second": [{"prompt": "Is it?", "chosen": "No, never, not at all.", "rejected": "Yes."}] * 8,
@@ -49,8 +56,22 @@ def jobs(store_session: Session, base_model: Path, tmp_path: Path) -> dict[str, 
 
 
 def ask(client: openai.OpenAI, model: str) -> str:
-    answer = client.completions.create(model=model, prompt="Is it?", temperature=0, max_tokens=16, timeout=60)
-    return answer.choices[0].text
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    answer = client.chat.completions.create(
+        model=model, messages=messages, temperature=0, max_tokens=TOKENS, timeout=60
+    )
+    return answer.choices[0].message.content or ""
+
+
+def computed(base: Path, adapter: Path | None) -> str:
+    """Returns the answer that a model gives without an engine."""
+    from transformers import AutoTokenizer
+
+    answer = AutoTokenizer.from_pretrained(base).decode(
+        greedy(base, adapter, QUESTION, TOKENS), skip_special_tokens=True
+    )
+    assert isinstance(answer, str)
+    return answer
 
 
 @contextmanager
@@ -73,29 +94,31 @@ def asked_all_the_time(predictor: Predictor, model: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("store_session", ["s3"], indirect=True)
-def test_adapters_come_and_go_while_the_service_answers(jobs: dict[str, TrainingJob]) -> None:
-    alone = {}
-    for name in ("second", "third"):
-        with jobs[name].deploy(f"{name}-alone", options=OPTIONS) as other:
-            alone[name] = ask(other.openai(), "default")
+def test_adapters_come_and_go_while_the_service_answers(jobs: dict[str, TrainingJob], tmp_path: Path) -> None:
+    base_folder = tmp_path / "model"
+    folders = {name: tmp_path / f"saved-{name}" for name in jobs}
+    for name, job in jobs.items():
+        job.save_model(folders[name])
+    base = computed(base_folder, None)
+    tuned, second, third = (computed(base_folder, folders[name]) for name in ("first", "second", "third"))
+    assert len({base, tuned, second, third}) == 4, "they must differ, or nothing is tested"
 
     with jobs["first"].deploy("assistant", options=OPTIONS) as predictor:
         client = predictor.openai()
-        tuned, base = ask(client, "default"), ask(client, "base")
-        assert len({tuned, base, *alone.values()}) == 4, "they must differ, or nothing is tested"
+        assert (ask(client, "default"), ask(client, "base")) == (tuned, base)
         with asked_all_the_time(predictor, "default") as answers:
             predictor.add_adapter("support", jobs["second"])
-            assert ask(client, "support") == alone["second"], "it answers when the call returns"
+            assert ask(client, "support") == second, "it answers when the call returns"
             # The other one takes its name without a gap: until it answers, the previous one does.
             with asked_all_the_time(predictor, "support") as of_support:
                 predictor.add_adapter("support", "third", replace=True)
-                assert ask(client, "support") == alone["third"]
-            assert set(of_support) <= {alone["second"], alone["third"]}
+                assert ask(client, "support") == third
+            assert set(of_support) <= {second, third}
             predictor.add_adapter("sales", jobs["second"].model_uri)
             with ThreadPoolExecutor() as pool:
                 names = ["default", "support", "base", "sales"] * 3
                 together = list(pool.map(lambda name: ask(client, name), names))
-            assert together == [tuned, alone["third"], base, alone["second"]] * 3
+            assert together == [tuned, third, base, second] * 3
         assert set(answers) == {tuned}
         assert len(answers) >= 4
 
@@ -105,6 +128,16 @@ def test_adapters_come_and_go_while_the_service_answers(jobs: dict[str, Training
         with pytest.raises(openai.NotFoundError, match="support"):
             ask(client, "sales")
 
+        # The files of this one are what its list says, so only the engine can tell that they are no weights.
+        (folders["second"] / "adapter_model.safetensors").write_bytes(b"no weights")
+        (folders["second"] / DIGESTS_FILE).write_bytes(Checksums.of(folders["second"]).encode())
+        with pytest.raises(ServiceError, match="broken was not added to service assistant"):
+            predictor.add_adapter("broken", folders["second"])
+        assert [(one.name, one.state) for one in predictor.adapters()] == [("support", "ready")]
+        assert [ask(client, name) for name in ("default", "support")] == [tuned, third]
+        with pytest.raises(openai.NotFoundError):
+            ask(client, "broken")
+
         predictor.stop_service()
         assert [one.state for one in predictor.adapters()] == ["not running"]
         predictor.add_adapter("sales", "second")
@@ -112,32 +145,4 @@ def test_adapters_come_and_go_while_the_service_answers(jobs: dict[str, Training
         predictor.add_adapter("sales", "second")  # waits until it answers
         predictor.add_adapter("support", "third")
         client = predictor.openai()
-        assert [ask(client, name) for name in ("default", "support", "sales")] == [
-            tuned,
-            alone["third"],
-            alone["second"],
-        ]
-
-
-@pytest.mark.parametrize("store_session", ["file"], indirect=True)
-def test_an_adapter_that_the_engine_refuses_is_taken_back(
-    store_session: Session, jobs: dict[str, TrainingJob], tmp_path: Path
-) -> None:
-    """Its files are what its list says, so only the engine can tell that they are no weights."""
-    from palate.checksums import DIGESTS_FILE, Checksums
-
-    folder = tmp_path / "no-weights"
-    jobs["second"].save_model(folder)
-    (folder / "adapter_model.safetensors").write_bytes(b"no weights")
-    (folder / DIGESTS_FILE).write_bytes(Checksums.of(folder).encode())
-    with jobs["first"].deploy("assistant", options=OPTIONS) as predictor:
-        client = predictor.openai()
-        tuned = ask(client, "default")
-        predictor.add_adapter("support", jobs["second"])
-        support = ask(client, "support")
-        with pytest.raises(ServiceError, match="broken was not added to service assistant"):
-            predictor.add_adapter("broken", folder)
-        assert [(one.name, one.state) for one in predictor.adapters()] == [("support", "ready")]
-        assert [ask(client, name) for name in ("default", "support")] == [tuned, support]
-        with pytest.raises(openai.NotFoundError):
-            ask(client, "broken")
+        assert [ask(client, name) for name in ("default", "support", "sales")] == [tuned, third, second]

@@ -41,10 +41,10 @@ USERS = 32
 """Clients that each wait for an answer, and think, before they ask again."""
 RETRIES = 2
 """The retry budget: what OpenAI's client does by itself."""
-THINK_S = 0.5
-"""How long a user waits between two requests, on average: without it the load alone would keep two cores busy, and engines that
-start would need minutes."""
-BETWEEN = 100
+THINK_S = 2.0
+"""How long a user waits between two requests, on average. With 0.5 s the load alone keeps two cores busy, and an engine that starts
+takes twice as long, while nothing else changes."""
+BETWEEN = 50
 """Requests that are answered between two changes."""
 CHANGE_LIMIT_S = 400.0
 GROWTH_LIMIT_BYTES = 30 * 1024 * 1024

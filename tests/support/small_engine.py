@@ -6,6 +6,7 @@ It answers with the model's name, its folder and its own process id, so a test s
 
     tokens:5 delay:0.1   that many tokens, with seconds before each
     until:FILE           waits for the file
+    pad:1000             so many characters more in each token
     die:2                SIGKILL before token 2
     stick:FILE           from now on no request generates; makes the file, and does nothing if it exists
     error                answers 500
@@ -91,7 +92,8 @@ class SmallEngine:
         leaving = asyncio.ensure_future(_left(receive))
         try:
             tokens, delay_s = int(does.get("tokens", 1)), float(does.get("delay", 0))
-            answer = _Answer(send, request, f"{request['model']} {folder} {PID}", chats=chats)
+            text = f"{request['model']} {folder} {PID}"
+            answer = _Answer(send, request, text, chats=chats, pad=" " * int(does.get("pad", 0)))
             for number in range(tokens):
                 if "stick" in does and not Path(does["stick"]).exists():
                     Path(does["stick"]).touch()
@@ -126,8 +128,9 @@ class SmallEngine:
 class _Answer:
     """A completion or a chat, whole or streamed."""
 
-    def __init__(self, send: Any, request: dict[str, Any], text: str, *, chats: bool) -> None:
+    def __init__(self, send: Any, request: dict[str, Any], text: str, *, chats: bool, pad: str) -> None:
         self._send = send
+        self._pad = pad
         self._streams = bool(request.get("stream"))
         self._model, self._text, self._chats = request["model"], text, chats
         self._has_begun = False
@@ -137,7 +140,7 @@ class _Answer:
         self._count += 1
         if self._streams:
             await self._begin(b"text/event-stream; charset=utf-8")
-            content = self._text if number == 0 else f" {number}"
+            content = (self._text if number == 0 else f" {number}") + self._pad
             await self._part(f"data: {json.dumps(self._body(content, streams=True))}\n\n".encode())
 
     async def end(self) -> None:

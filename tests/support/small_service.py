@@ -21,7 +21,7 @@ import pytest
 from palate_recipes.errors import BadSpec
 from palate_recipes.specs.fleet import FLEET_FILE, FLEET_STATE_FILE, Fleet, FleetAdapter, FleetState, FleetVersion
 from palate_recipes.specs.serve import ERROR_FILE, READY_FILE, TOKEN_VARIABLE, EngineInfo, Ready, ServeSpec
-from palate_server import engine, server, service
+from palate_server import engine, pools, server, service
 from palate_server.plan import EnginePlan
 from tests.support import small_engine
 
@@ -64,7 +64,7 @@ def with_small_engines(replace: Callable[[Any, str, Any], None]) -> None:
     replace(service, "check", small_plan)
     replace(engine, "engine_command", small_command)
     replace(service, "TICK_S", 0.05)
-    replace(service, "_UNROUTED_S", 0.2)
+    replace(pools, "UNROUTED_S", 0.2)
     replace(service, "_FIRST_PAUSE_S", 0.05)
     replace(engine, "_PROBE_EVERY_S", 0.02)
     replace(engine, "_LOOK_EVERY_S", 0.1)
@@ -155,7 +155,7 @@ class SmallService:
 
     def version(self, name: str, folder: str | None = None, **fields: Any) -> FleetVersion:
         """Returns a version; a field that FleetVersion does not have is one of the spec."""
-        own = {key: fields.pop(key) for key in ("instances", "share") if key in fields}
+        own = {key: fields.pop(key) for key in ("instances", "share", "autoscaling") if key in fields}
         values = {name: getattr(self.spec, name) for name in self.spec.__struct_fields__}
         spec = ServeSpec(**{**values, "model_dir": folder or self.spec.model_dir, **fields})
         return FleetVersion(name=name, spec=spec, **own)

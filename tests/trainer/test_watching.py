@@ -122,6 +122,23 @@ def test_a_line_has_rates_memory_and_time_left_and_tensorboard_has_the_same(
         assert points == [(entry["step"], pytest.approx(entry[name], rel=1e-4)) for entry in lines]
 
 
+@pytest.mark.thorough
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tiny: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_train_epochs": 2, "save_steps": 3}
+    train(spec(tiny, tmp_path / "whole", **settings))
+    # As a runner stages it: with the events of all steps, and a checkpoint before the last ones.
+    whole, resumed = tmp_path / "whole" / "out", tmp_path / "resumed" / "out"
+    shutil.copytree(whole / TENSORBOARD_DIR, resumed / TENSORBOARD_DIR)
+    checkpoint = whole / "checkpoints" / "checkpoint-3"
+    train(spec(tiny, tmp_path / "resumed", resume_from=str(checkpoint), **settings))
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(resumed / TENSORBOARD_DIR))
+    board.Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_resumed_run_has_sane_rates_and_time_left(tiny: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"num_train_epochs": 4, "save_steps": 6, "learning_rate": 1e-3}
     train(spec(tiny, tmp_path / "whole", **settings))

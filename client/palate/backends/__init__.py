@@ -180,6 +180,16 @@ def for_run(backend: Backend, uri: str) -> Backend:
     return bound
 
 
+def folders_seen(backend: Backend, engine_id: str) -> list[Path] | None:
+    """Returns the local folders that a running run sees; None if it sees all, or if that is not known here.
+
+    A backend without the method `folders_seen(engine_id)` runs on the machine as it is.
+    """
+    ask = getattr(backend, "folders_seen", None)
+    seen: list[Path] | None = None if ask is None else ask(engine_id)
+    return seen
+
+
 def backend_names() -> list[str]:
     """Returns the names of all installed backends."""
     return sorted(_known())

@@ -170,6 +170,11 @@ class ContainerBackend:
         lines = (done.stdout + done.stderr).splitlines(keepends=True) if done.returncode == 0 else []
         return "".join(lines[-_LOG_LINES:])
 
+    def folders_seen(self, engine_id: str) -> list[Path] | None:
+        """Returns what was mounted when the container started: nothing can be added to it later."""
+        found = self._inspect(engine_id)
+        return None if isinstance(found, EngineStatus) else [Path(mount["Destination"]) for mount in found["Mounts"]]
+
     def stop(self, engine_id: str, *, grace_s: float) -> None:
         engine, run = self._find(engine_id)
         if engine is None or run is None:

@@ -32,6 +32,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "show": ("palate show JOB", "palate show SERVICE --json", "palate show SERVICE --token"),
     "watch": ("palate watch JOB", "palate watch JOB --timeout 60"),
     "metrics": ("palate metrics JOB", "palate metrics JOB --json"),
+    "report": (
+        "palate report JOB -o report.html",
+        "palate report JOB OTHER_JOB -o comparison.html",
+        "palate report JOB --answers palate-quickstart/answers.json",
+    ),
     "checkpoints": ("palate checkpoints JOB", "palate checkpoints JOB --json"),
     "top": ("palate top SERVICE", "palate top SERVICE --once --json"),
     "logs": ("palate logs JOB", "palate logs -f SERVICE"),

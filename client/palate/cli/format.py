@@ -1,4 +1,4 @@
-"""What the commands share: NAME=VALUE, ages, a run by its name, the next command. Knows no command."""
+"""What the commands share: options, NAME=VALUE, ages, a run by its name, the next command. Knows no command."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 EXAMPLE_MODEL = "smollm2-135m-instruct"
 """The model in printed commands. It trains on any machine, so the printed line runs unchanged."""
 
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STEP", help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100."
+    ),
+]
 Wide = Annotated[bool, typer.Option("--wide", help="Show all columns and whole lines, however long.")]
 
 _UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

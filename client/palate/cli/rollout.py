@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from palate.cli.format import Wide, age, pairs, say_next
+from palate.cli.format import Checkpoint, Wide, age, pairs, say_next
 from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import visible
 
 _Service = Annotated[str, typer.Argument(help="Service name.")]
-_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the service has followed.")]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the change has taken effect.")]
 _StopStart = Annotated[
     bool,
     typer.Option(
         "--stop-start",
-        help="Stop the current version first, on a machine that cannot hold two. Nothing answers meanwhile.",
+        help="Stop the current version before the new one starts. Needs memory for one version only, but interrupts the service.",
     ),
 ]
 
@@ -25,18 +25,12 @@ _StopStart = Annotated[
 def update(
     name: _Service,
     job_id: Annotated[str, typer.Argument(help="Id or URI of the job to serve.")],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STEP",
-            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     traffic: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Let the new version answer this share of the requests, such as 0.1, beside the old one.",
+            help="Share of the requests to send to the new version, such as 0.1. The old version answers the rest.",
         ),
     ] = None,
     stop_start: _StopStart = False,
@@ -45,8 +39,8 @@ def update(
 ) -> None:
     """Switch a service to another model or checkpoint.
 
-    If the new model does not start or is not what was trained, the service keeps the old one. Ctrl-C withdraws the update.
-    Starts a stopped service.
+    If the new model does not start, or its answers differ from the trained model's, the service keeps the old one. Ctrl-C cancels
+    the update. A stopped service is started with the new model.
     """
     from palate.job import TrainingJob
     from palate.predictor import Predictor
@@ -71,7 +65,7 @@ def versions(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     wide: Wide = False,
 ) -> None:
-    """List a service's versions with their shares, oldest first."""
+    """List the versions of a service and their shares of the requests, oldest first."""
     from dataclasses import asdict
 
     from palate.predictor import Predictor
@@ -110,11 +104,13 @@ def versions(
 
 def traffic(
     name: _Service,
-    shares: Annotated[list[str], typer.Argument(metavar="VERSION=SHARE", help="Share of a version, such as v2=0.1.")],
+    shares: Annotated[
+        list[str], typer.Argument(metavar="VERSION=SHARE", help="Share of the requests for a version, such as v2=0.1.")
+    ],
 ) -> None:
-    """Set which share of the requests each of two versions answers.
+    """Split the requests between two versions of a service.
 
-    With one share, the other version gets the rest.
+    Give one share or both. With one, the other version gets the rest.
     """
     from palate.predictor import Predictor
 
@@ -133,9 +129,9 @@ def traffic(
 
 
 def promote(name: _Service, wait: _Wait = True) -> None:
-    """Make the second version of a service the current one.
+    """Send all requests to the new version of a service.
 
-    `palate update --traffic` starts a second version.
+    For an update that was started with `palate update --traffic`.
     """
     from palate.predictor import Predictor
 
@@ -144,7 +140,7 @@ def promote(name: _Service, wait: _Wait = True) -> None:
 
 
 def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True) -> None:
-    """Withdraw an update, or return to the version before.
+    """Cancel the update in progress, or return to the previous version.
 
     `palate versions` lists the versions.
     """
@@ -156,16 +152,43 @@ def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True)
 
 def scale(
     name: _Service,
-    instances: Annotated[int, typer.Argument(help="Number of engines, from 1.")],
+    instances: Annotated[str, typer.Argument(help="Number of engines, such as 2, or two bounds, such as 1-4.")],
+    target_requests: Annotated[
+        float | None,
+        typer.Option(help="With bounds: open requests for one engine. Default: 32 on a GPU, 4 on a processor."),
+    ] = None,
+    upscale_delay: Annotated[
+        float | None,
+        typer.Option(help="With bounds: seconds over which requests are averaged to add engines. Default: 10."),
+    ] = None,
+    downscale_delay: Annotated[
+        float | None, typer.Option(help="With bounds: seconds of fewer requests before engines end. Default: 300.")
+    ] = None,
     wait: _Wait = True,
 ) -> None:
-    """Set how many engines answer a service's requests.
+    """Set the number of engines of a service.
 
-    Each has its own copy of the model in memory.
+    Between two bounds their number follows the open requests. Each has its own copy of the model in memory.
     """
     from palate.predictor import Predictor
+    from palate_recipes.errors import ConfigurationError
 
-    Predictor(name).scale(instances, wait=wait)
+    least, dash, most = instances.partition("-")
+    settings = {
+        "target_requests": target_requests,
+        "upscale_delay_s": upscale_delay,
+        "downscale_delay_s": downscale_delay,
+    }
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise ConfigurationError(
+            f"{instances!r} is no number of engines: expected one such as 2, or bounds such as 1-4"
+        )
+    if dash:
+        Predictor(name).autoscale(int(most), int(least), **settings, wait=wait)
+    elif given := [f"--{one.removesuffix('_s').replace('_', '-')}" for one in settings if settings[one] is not None]:
+        raise ConfigurationError(f"{', '.join(given)}: only with two bounds, such as `palate scale {name} 1-4`")
+    else:
+        Predictor(name).scale(int(least), wait=wait)
     print(visible(f"{name}\t{instances}"))
     say_next("versions", name)
 

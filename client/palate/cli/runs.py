@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
@@ -274,6 +275,25 @@ def metrics(
     print(visible(f"reading: {job.reading()}"), file=sys.stderr)
 
 
+def report(
+    names: Annotated[list[str], typer.Argument(help="Job ids; several are compared.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    answers: Annotated[
+        Path | None, typer.Option(help="Also show the answers in this file, such as the quickstart's answers.json.")
+    ] = None,
+) -> None:
+    """Write a report of one or several jobs as an HTML file.
+
+    Curves, reading, answers, data, settings, versions, and how to reproduce it. The file loads nothing.
+    """
+    from palate.job import TrainingJob
+
+    first, *others = map(TrainingJob.get, names)
+    print(first.report(others, answers=answers).save(output))
+    if first.status == "Succeeded":
+        say_next("deploy", first.id)
+
+
 def checkpoints(
     name: Annotated[str, typer.Argument(help="Job id.")],
     as_json: _Json = False,
@@ -458,5 +478,20 @@ def clean(
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to the command line."""
-    for verb in (jobs, services, show, watch, metrics, checkpoints, logs, save, stop, start, renew, delete, clean):
+    for verb in (
+        jobs,
+        services,
+        show,
+        watch,
+        metrics,
+        report,
+        checkpoints,
+        logs,
+        save,
+        stop,
+        start,
+        renew,
+        delete,
+        clean,
+    ):
         app.command()(verb)

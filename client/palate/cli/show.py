@@ -16,7 +16,7 @@ from palate_recipes.text import visible
 if TYPE_CHECKING:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
-    from palate_recipes.specs.run import Status
+    from palate_recipes.specs.run import Deployment, Status
     from palate_recipes.specs.train import InputFile, TrainSpec
     from palate_recipes.specs.weights import BaseModel
 
@@ -80,6 +80,12 @@ def _job(job: TrainingJob, status: Status) -> list[tuple[str, object]]:
     return [*facts, *_rest(manifest.labels, manifest.backend, status), ("record", job.uri)]
 
 
+def _instances(body: Deployment) -> str:
+    if body.autoscaling:
+        return f"{body.instances} to {body.autoscaling.max_instances} instances, as the requests need"
+    return f"{body.instances} instance{'s' if body.instances > 1 else ''}"
+
+
 def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
     from palate.predictor import ends_at
     from palate.runs.renewal import read_renewal
@@ -95,7 +101,7 @@ def _service(service: Predictor, status: Status) -> list[tuple[str, object]]:
         *((("ends", f"in {left(end)}, at {moment(end)}"),) if end is not None else ()),
         ("endpoint", status.endpoint or "none: it is not running"),
         *((("OpenAI base URL", f"{status.endpoint}/v1"),) if status.endpoint else ()),
-        ("version", f"v{body.version}, {body.instances} instance{'s' if body.instances > 1 else ''}"),
+        ("version", f"v{body.version}, {_instances(body)}"),
         ("default", body.tuned_uri or "the base model"),
         ("base", _model(body.model)),
         *((("system prompt", body.system_prompt),) if body.system_prompt else ()),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palate.cli.format import pairs, say_next
+from palate.cli.format import Checkpoint, pairs, say_next
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
@@ -189,13 +189,7 @@ def deploy(
     name: Annotated[
         str | None, typer.Option(help="Service name. Default: the job id with -service, or with the checkpoint's name.")
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STEP",
-            help="Serve a checkpoint of the job, which may still be running: latest, or a step such as 100.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     base: Annotated[bool, typer.Option("--base", help="Serve an untuned model of the catalog.")] = False,
     engine: Annotated[str, typer.Option(help="Serving engine: auto, vllm or transformers.")] = "auto",
     port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.")] = 0,
@@ -203,6 +197,9 @@ def deploy(
     instances: Annotated[
         int, typer.Option(help="Number of engines, each with its own copy of the model; `palate scale` changes it.")
     ] = 1,
+    max_instances: Annotated[
+        int | None, typer.Option(help="Let their number follow the requests, up to this. Default: it stays the same.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
     idle_time_to_live: Annotated[
@@ -290,6 +287,8 @@ def deploy(
         options["sleep_after_s"] = sleep_after
     if restarts != 3:
         options["restarts"] = restarts
+    if max_instances is not None:
+        options["autoscaling"] = {"max_instances": max_instances}
     if engine_arg:
         options["engine_args"] = engine_args_of(engine_arg)
     if name is not None:

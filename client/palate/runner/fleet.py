@@ -89,19 +89,26 @@ class Adapters(Protocol):
     """Brings the adapters of the record to this machine.
 
     Attributes:
-        failed: Those that it could not bring, with the reason.
+        missing: Those that are not here: they load, or could not be brought.
     """
 
     @property
-    def failed(self) -> tuple[AdapterState, ...]: ...
+    def missing(self) -> tuple[AdapterState, ...]: ...
 
-    def update(self) -> tuple[FleetAdapter, ...]:
-        """Returns those that are here. May take as long as a download."""
+    def look(self) -> tuple[FleetAdapter, ...]:
+        """Reads the record and returns those that are here."""
+        ...
+
+    def bring(self) -> None:
+        """Brings what is missing. May take as long as a download, while `look` is called."""
         ...
 
 
 class _Staging:
-    """Stages a version in a thread of its own: a download takes minutes, and neither stop nor withdrawal must wait for it."""
+    """Stages a version in a thread of its own: a download takes minutes, and neither stop nor withdrawal must wait for it.
+
+    A version that is withdrawn gives up what it can: retries, and the program that merges.
+    """
 
     def __init__(self, stage: Stage, body: Deployment, folder: Path, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -118,7 +125,7 @@ class _Staging:
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
-        """Removes the folder, now or once the thread has ended."""
+        """Gives up, and removes the folder, now or once the thread has ended."""
         with self._lock:
             self._abandoned.set()
             ended = self.staged is not None or bool(self.error)
@@ -130,7 +137,7 @@ class _Staging:
         try:
             staged = stage(body, self.folder, retry)
         except NotStaged as caught:
-            if caught.ending.state == "Stopped":
+            if caught.ending.state == "Stopped" and not self._abandoned.is_set():
                 return  # the service ends: its next start takes the update up again
             error = caught.ending.reason
         except Exception as caught:  # whatever it is, the update has failed and the service continues
@@ -200,10 +207,9 @@ class Rollout:
             None  # that update, until the program no longer gives requests to the other version
         )
         self._replaced: list[Staged] = []  # their engines may still answer open requests
-        self._instances = current.body.instances
+        self._sizes = current.body
         self._staged_adapters: tuple[FleetAdapter, ...] = ()
-        self._staging_adapters: threading.Thread | None = None
-        self._adapters_error: Exception | None = None
+        self._bringing: threading.Thread | None = None
         self._fleet: Fleet | None = None
         self._shares: dict[str, float] = {}  # those that the program has read
         self._told: dict[str, Any] = {}
@@ -233,7 +239,7 @@ class Rollout:
                 {**to_builtins(one), "instances": one.instances, "share": self._shares.get(one.name, 0.0)}
                 for one in state.versions
             ],
-            "adapters": to_builtins((*state.adapters, *(self._adapters.failed if self._adapters is not None else ()))),
+            "adapters": to_builtins((*state.adapters, *(self._adapters.missing if self._adapters is not None else ()))),
             "update": self._update_facts(state),
             "max_lora_rank": next(
                 (one.max_lora_rank for one in state.versions if one.name == self._current.name), None
@@ -262,7 +268,7 @@ class Rollout:
             except Exception as error:
                 failed = failed or error
         if manifest.body.version == self._current.body.version:
-            self._instances = manifest.body.instances
+            self._sizes = manifest.body
         self._write_fleet()
         self._remove_replaced()
         self._tell()
@@ -270,20 +276,13 @@ class Rollout:
             raise failed
 
     def _follow_adapters(self) -> None:
-        """Starts the next look at the adapters, in a thread since it may download them. Raises the error of the last one."""
-        if self._adapters is None or (self._staging_adapters is not None and self._staging_adapters.is_alive()):
+        """Looks at the record, and brings what is missing in a thread: neither a removal nor an update waits for a download."""
+        if self._adapters is None:
             return
-        error, self._adapters_error = self._adapters_error, None
-        self._staging_adapters = threading.Thread(target=self._stage_adapters, args=(self._adapters,), daemon=True)
-        self._staging_adapters.start()
-        if error is not None:
-            raise error
-
-    def _stage_adapters(self, adapters: Adapters) -> None:
-        try:
-            self._staged_adapters = adapters.update()
-        except Exception as error:  # raised where the others are
-            self._adapters_error = error
+        self._staged_adapters = self._adapters.look()
+        if self._adapters.missing and (self._bringing is None or not self._bringing.is_alive()):
+            self._bringing = threading.Thread(target=self._adapters.bring, daemon=True)
+            self._bringing.start()
 
     # ── the update ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -344,7 +343,7 @@ class Rollout:
             self._replaced.append(self._current)
             self._current = candidate.staging.staged
         self._candidate = None
-        self._instances = manifest.body.instances
+        self._sizes = manifest.body
         self._outcome, self._settling = _outcome(update, "promoted"), update
         self._say(f"{self._current.name} is the current version now")
 
@@ -378,15 +377,21 @@ class Rollout:
 
     def _write_fleet(self) -> None:
         """Writes the desired state, if it has changed."""
-        versions = [(self._current, self._instances, 1.0)]
+        versions = [(self._current, 1.0)]
         candidate = self._candidate
         joins = candidate.staging.staged if candidate is not None else None
         if candidate is not None and joins is not None:
             share = candidate.update.share
-            versions = [(self._current, self._instances, round(1.0 - share, 9)), (joins, self._instances, share)]
+            versions = [(self._current, round(1.0 - share, 9)), (joins, share)]
         wanted = tuple(
-            FleetVersion(name=staged.name, spec=staged.spec, instances=instances, share=share)
-            for staged, instances, share in versions
+            FleetVersion(
+                name=staged.name,
+                spec=staged.spec,
+                instances=self._sizes.instances,
+                share=share,
+                autoscaling=self._sizes.autoscaling or None,
+            )
+            for staged, share in versions
         )
         known = self._fleet
         if known is not None and (known.versions, known.adapters) == (wanted, self._staged_adapters):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,24 @@ class MergedModel:
 
 
 def merge_adapter(
-    context: RunContext, *, base_dir: Path, adapter_dir: Path, out: Path, options: Mapping[str, Any]
+    context: RunContext,
+    *,
+    base_dir: Path,
+    adapter_dir: Path,
+    out: Path,
+    options: Mapping[str, Any],
+    withdrawn: Callable[[], bool],
 ) -> MergedModel | Ending:
-    """Writes the merged model to `out` and returns it, or how the run ended if that was stopped or failed."""
+    """Writes the merged model to `out` and returns it, or how the run ended if that was stopped or failed.
+
+    Args:
+        context: The run.
+        base_dir: The base's weights.
+        adapter_dir: The adapter.
+        out: Folder to write.
+        options: Options of the deployment: `dtype` and `verify` are used.
+        withdrawn: Returns True once nobody wants the model any more: the program ends, and so its memory is free.
+    """
     out.parent.mkdir(exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     dtype = str(options.get("dtype", "auto"))
@@ -63,7 +78,7 @@ def merge_adapter(
             context.heartbeat,
             terminated=context.terminated,
             on_tick=lambda: None,
-            deadline=lambda: None,
+            deadline=lambda: 0.0 if withdrawn() else None,
             grace_s=_GRACE_S,
         )
     code = child.process.returncode

@@ -37,11 +37,14 @@ class StoreRetry:
     Args:
         say: Called with a log line when the store fails and when it is back.
         give_up: Returns True to stop retrying and raise the error at once.
+
+    Attributes:
+        give_up: As given. True also means that nobody waits for the result any more.
     """
 
     def __init__(self, say: Callable[[str], None], give_up: Callable[[], bool]) -> None:
         self._say = say
-        self._give_up = give_up
+        self.give_up = give_up
 
     def __call__(self, act: Callable[[], T]) -> T:
         """Calls `act` until it succeeds, and returns its result.
@@ -59,7 +62,7 @@ class StoreRetry:
                 raise
             except StoreError as error:
                 limit_s = UNREACHABLE_LIMIT_S if isinstance(error, StoreUnreachableError) else OTHER_LIMIT_S
-                if self._give_up() or time.monotonic() - begun >= limit_s:
+                if self.give_up() or time.monotonic() - begun >= limit_s:
                     raise
                 if not failed:
                     self._say(f"note: the store fails, trying again for up to {limit_s:.0f} s: {error}")
@@ -69,7 +72,7 @@ class StoreRetry:
                     self._say(f"note: the store is back after {time.monotonic() - begun:.0f} s")
                 return result
             until = time.monotonic() + random.uniform(0.5, 1.0) * pause_s
-            while time.monotonic() < until and not self._give_up():
+            while time.monotonic() < until and not self.give_up():
                 time.sleep(0.1)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 

@@ -166,7 +166,7 @@ def _stage(
         context: The run.
         body: The version.
         folder: Where the tuned model is copied to, unless the store is on this machine.
-        retry: Retries store operations.
+        retry: Retries store operations, and says when the version is no longer wanted.
         port: Returns the service's port. Called once the files are here: it may wait for a port to be released.
 
     Raises:
@@ -187,7 +187,14 @@ def _stage(
         base_dir, _ = retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
     merged = None
     if options.get("merge") and tuned_dir is not None and base_dir is not None:
-        done = merge_adapter(context, base_dir=base_dir, adapter_dir=tuned_dir, out=folder / "merged", options=options)
+        done = merge_adapter(
+            context,
+            base_dir=base_dir,
+            adapter_dir=tuned_dir,
+            out=folder / "merged",
+            options=options,
+            withdrawn=retry.give_up,
+        )
         if isinstance(done, Ending):
             raise NotStaged(done)
         merged, tuned_dir, base_dir = done, done.folder, None

@@ -20,6 +20,7 @@ from palate.checksums import DIGESTS_FILE, Checksums
 from palate.runner.checkpoints import CheckpointPusher, stage_last_checkpoint
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
+from palate.runner.event_files import EventFilePusher
 from palate.runner.heartbeat import Tail
 from palate.runner.reference_cache import ReferenceCache
 from palate.runs.record import events_once
@@ -86,6 +87,7 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
         )  # there may be space again when the trainer has ended
         checkpoints.look()
         cache.look()
+        event_files.look()
 
     pusher = CheckpointPusher(
         record,
@@ -94,7 +96,8 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
         staged=resumed_from.name if resumed_from else None,
         before_mark=lambda: context.retry(metrics.push),
     )
-    with child, cache, pusher as checkpoints:
+    event_files = EventFilePusher(context.direct, output / TENSORBOARD_DIR, TENSORBOARD_DIR)
+    with event_files, child, cache, pusher as checkpoints:
         outcome = watch(
             child,
             context.heartbeat,
@@ -174,6 +177,7 @@ def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[Trai
         cache_dir=str(work / "cache"),
         resume_from=str(resumed_from) if resumed_from else None,
         attempt=context.heartbeat.attempt,
+        run_name=context.record.name,
     )
     task = TrainTask(spec=spec, files=files)
     task.write(work / "spec.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from palate.backends import Backend, EngineStatus, Launch, backend_names, for_run, get_backend
+from palate.backends import Backend, EngineStatus, Launch, backend_names, folders_seen, for_run, get_backend
 from palate.paths import forget_start, remember_start, was_started_here, work_folder
 from palate.runs.lease import LOST_AFTER_S, START_ID_VARIABLE, is_dead_here, read_lease, silence_s
 from palate.runs.record import LONGEST_LINE, LOST, Record
@@ -21,7 +21,7 @@ from palate.ui import make_display
 from palate.ui.display import Display
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
 from palate_recipes.specs.evaluation import EvaluationSpec
-from palate_recipes.specs.run import ACTIVE, TERMINAL, Manifest, ServeManifest, State, Status
+from palate_recipes.specs.run import ACTIVE, TERMINAL, Deployment, Manifest, ServeManifest, State, Status
 from palate_recipes.specs.train import TrainSpec
 
 logger = logging.getLogger("palate.runs.handle")
@@ -81,7 +81,7 @@ class RunHandle:
             kind=self.record.kind,
             name=self.record.name,
             env={**self.session.environment(), **(environments or {}), START_ID_VARIABLE: start_id},
-            folders=self._folders(),
+            folders=self._folders(self.manifest.body),
             placement=self.manifest.body.placement,
         )
         try:
@@ -91,9 +91,15 @@ class RunHandle:
             raise
         self.record.note(engine_id=engine_id, start_id=start_id)
 
-    def _folders(self) -> dict[Path, bool]:
-        """Local folders that the run uses, and whether it writes to them."""
-        body = self.manifest.body
+    def out_of_reach(self, body: Deployment, status: Status) -> list[Path]:
+        """Returns the local folders that a deployment uses and the running runner, as its backend started it, cannot see."""
+        seen = folders_seen(self.backend, status.engine_id)
+        if seen is None:
+            return []
+        return [folder for folder in self._folders(body) if not any(folder.is_relative_to(one) for one in seen)]
+
+    def _folders(self, body: TrainSpec | Deployment | EvaluationSpec) -> dict[Path, bool]:
+        """Local folders that a run uses, and whether it writes to them."""
         source = body.model.source
         if isinstance(body, TrainSpec):
             uris = [facts.uri for facts in body.inputs.values()]

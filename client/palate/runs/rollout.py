@@ -216,7 +216,10 @@ def make_current(record: Record, manifest: ServeManifest, version: Version) -> S
     """
     before = of_manifest(manifest, read_version(record, manifest.body.version))
     note_outcome(record, before, "replaced")
-    after = replace(manifest, labels=version.labels, body=replace(version.body, instances=manifest.body.instances))
+    # The number of engines is the service's, whatever it was when the version was asked for.
+    sizes = manifest.body
+    body = replace(version.body, instances=sizes.instances, autoscaling=sizes.autoscaling)
+    after = replace(manifest, labels=version.labels, body=body)
     record.replace_manifest(manifest, after)
     note_outcome(record, version, "current")
     return after

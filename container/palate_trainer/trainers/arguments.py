@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from trl import DPOConfig, KTOConfig, SFTConfig
 
 from palate_recipes.specs.train import CHECKPOINTS_DIR, TrainTask
+from palate_recipes.trackers import chosen
 from palate_trainer.distributed import world_size
+from palate_trainer.env import PROJECT
 from palate_trainer.sharding import fsdp_arguments, is_sharded
 
 _OF_ONE_BATCH = {"sft", "aot", "aot_unpaired"}
@@ -121,6 +124,9 @@ def _common_arguments(task: TrainTask, evaluates: bool, joined: int) -> dict[str
         "remove_unused_columns": False,  # keeps the length column, which orders the batches
         **fsdp_arguments(task),
         "accelerator_config": {"even_batches": False},  # `Rounds` evens them out
-        "report_to": ["tensorboard"],
+        # The others are added by RunCallback, which guards them.
+        "report_to": [name for name in chosen(hyperparameters.report_to) if name == "tensorboard"],
+        "run_name": task.files.run_name,
+        "project": os.environ.get("TRACKIO_PROJECT", PROJECT),
         "disable_tqdm": True,
     }

@@ -8,12 +8,11 @@ long, so there is no dictionary to precompute; and a salt per token would cost o
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from msgspec import Meta, Struct
 
-from palate_recipes.specs.codec import Int, Sha256, decode, encode
+from palate_recipes.specs.codec import File, Int, Sha256, whole
 
 ACCESS_FILE = "access.json"
 """In the work folder of a service. The runner replaces it when the record changes; the gateway reads it again."""
@@ -31,7 +30,7 @@ OWNER_TOKEN = r"[!-~]{1,1000}"
 RATE_LIMIT = 60_000
 CONCURRENCY_LIMIT = 1024
 
-TokenName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+TokenName = Annotated[str, whole("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")]
 
 
 class AccessToken(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -64,29 +63,18 @@ class Access(Struct, frozen=True, kw_only=True):
     schema: Int = ACCESS_SCHEMA
 
 
-class GatewayAccess(Struct, frozen=True, kw_only=True):
-    """The content of `access.json` in the work folder.
+class GatewayAccess(File, frozen=True, kw_only=True):
+    """The content of `access.json` in the work folder. Only this user can read it.
 
     Attributes:
         owner: The owner's token.
         tokens: As in `Access`.
     """
 
-    owner: Annotated[str, Meta(pattern=rf"\A{OWNER_TOKEN}\Z")]
+    MODE: ClassVar[int] = 0o600
+
+    owner: Annotated[str, whole(OWNER_TOKEN)]
     tokens: Annotated[tuple[AccessToken, ...], Meta(max_length=TOKENS_LIMIT + 1)] = ()
-
-    def write(self, path: Path) -> None:
-        """Replaces the file atomically. Only this user can read it."""
-        draft = path.with_suffix(".tmp")
-        draft.unlink(missing_ok=True)
-        draft.touch(mode=0o600, exist_ok=False)
-        draft.write_bytes(encode(self))
-        draft.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> GatewayAccess:
-        """Raises OSError or ValueError."""
-        return decode(path.read_bytes(), cls)
 
 
 def token_digest(token: bytes) -> str:

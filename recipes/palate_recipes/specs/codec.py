@@ -8,8 +8,9 @@ integers beyond 64 bits.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from threading import Lock
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -18,7 +19,18 @@ Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 """An int that other programs can read, too. msgspec alone accepts integers of any length."""
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Ordinal = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+def whole(pattern: str) -> Meta:
+    """Returns the rule that a text matches a regular expression from its first to its last character.
+
+    msgspec and JSON schemas search, and Python's `$` also matches before a newline at the end. `\\Z` would prevent that, but no
+    other language reads it in a schema.
+    """
+    return Meta(pattern=f"^{pattern}(?!\\n)$")
+
+
+Sha256 = Annotated[str, whole("[0-9a-f]{64}")]
 
 _LARGEST = 64 * 1024**2
 """Bytes. A record has a few KiB, and parsing needs a multiple of an object's size in memory."""
@@ -97,6 +109,26 @@ _one_at_a_time = Lock()
 def encode(value: object) -> bytes:
     """Returns a record as indented JSON in UTF-8. Raises UnicodeEncodeError for a lone surrogate."""
     return msgspec.json.format(msgspec.json.encode(value), indent=1)
+
+
+class File(Struct, frozen=True, kw_only=True):
+    """A record in a local file, which one process writes and another reads."""
+
+    MODE: ClassVar[int] = 0o666
+    """Permissions of the file, less those that the umask takes away."""
+
+    def write(self, path: Path) -> None:
+        """Replaces the file atomically: a reader sees the whole of the old or of the new one."""
+        draft = path.with_suffix(".tmp")
+        draft.unlink(missing_ok=True)  # of a process that was killed; it may have other permissions
+        draft.touch(mode=self.MODE, exist_ok=False)
+        draft.write_bytes(encode(self))
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises OSError or ValueError."""
+        return decode(path.read_bytes(), cls)
 
 
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)

@@ -247,7 +247,10 @@ def _behind(run: _Run) -> str:
 
 
 def _still_falling(run: _Run) -> str:
-    before = mean([point for point in run.curves.last(0.5) if point not in run.curves.last()], "loss")
+    quarter_begins = (
+        run.curves.steps * 0.75
+    )  # as `last()` counts; looking each point up in it takes a minute in a long run
+    before = mean([point for point in run.curves.last(0.5) if point.step <= quarter_begins], "loss")
     rising = any(_loss(last) > _loss(previous) for previous, last in pairwise(run.curves.validation[-2:]))
     if (
         before is None

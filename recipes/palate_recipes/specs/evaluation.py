@@ -112,6 +112,7 @@ class EvaluateTask(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             lora_dropout=0.0,
             gradient_checkpointing=False,
             fsdp="off",
+            report_to="none",
         )
         files = LocalFiles(
             model_dir=model_dir,

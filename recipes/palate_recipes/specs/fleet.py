@@ -6,13 +6,13 @@ engines until the service equals it, and reports in `fleet-state.json` what it h
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from palate_recipes.specs.codec import Int, Sha256, decode, encode
+from palate_recipes.specs.codec import File, Int, Sha256, whole
 from palate_recipes.specs.run import INSTANCES_LIMIT as INSTANCES_LIMIT
+from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import Parity, ServeSpec
 
 FLEET_FILE = "fleet.json"
@@ -20,24 +20,9 @@ FLEET_STATE_FILE = "fleet-state.json"
 
 ADAPTERS_LIMIT = 256
 
-VersionName = Annotated[str, Meta(pattern=r"^v[1-9][0-9]{0,5}$")]
-AdapterName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+VersionName = Annotated[str, whole("v[1-9][0-9]{0,5}")]
+AdapterName = Annotated[str, whole("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-
-T = TypeVar("T", bound="_File")
-
-
-class _File(Struct, frozen=True, kw_only=True):
-    def write(self, path: Path) -> None:
-        """Replaces the file atomically."""
-        draft = path.with_suffix(".tmp")
-        draft.write_bytes(encode(self))
-        draft.replace(path)
-
-    @classmethod
-    def read(cls: type[T], path: Path) -> T:
-        """Raises OSError or ValueError."""
-        return decode(path.read_bytes(), cls)
 
 
 class FleetVersion(Struct, frozen=True, kw_only=True):
@@ -48,12 +33,14 @@ class FleetVersion(Struct, frozen=True, kw_only=True):
         spec: What its engines serve. Service name, host, port, work folder and time limits are those of the service.
         instances: Engines that answer for it; 0 stops them all.
         share: Share of the requests for the tuned model; the shares of all versions add up to 1.
+        autoscaling: How the number of engines follows the requests, from `instances` upwards; None: it does not.
     """
 
     name: VersionName
     spec: ServeSpec
     instances: Annotated[int, Meta(ge=0, le=INSTANCES_LIMIT)] = 1
     share: Share = 1.0
+    autoscaling: Autoscaling | None = None
 
 
 class FleetAdapter(Struct, frozen=True, kw_only=True):
@@ -70,7 +57,7 @@ class FleetAdapter(Struct, frozen=True, kw_only=True):
     path: str
 
 
-class Fleet(_File, frozen=True, kw_only=True):
+class Fleet(File, frozen=True, kw_only=True):
     """The desired state.
 
     Attributes:
@@ -123,7 +110,7 @@ class AdapterState(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
 
 
-class FleetState(_File, frozen=True, kw_only=True):
+class FleetState(File, frozen=True, kw_only=True):
     """What the service is.
 
     Attributes:

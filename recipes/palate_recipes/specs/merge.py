@@ -5,11 +5,7 @@ It writes `merged.json` (a `Merged`) last, so its existence means done; or `erro
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from msgspec import Struct
-
-from palate_recipes.specs.codec import decode, encode
+from palate_recipes.specs.codec import File
 
 MERGED_FILE = "merged.json"
 
@@ -20,7 +16,7 @@ KEPT_AT_LEAST = 0.7
 """Part of the adapter's change that must survive the rounding. The comparison with the trained model has the same limit."""
 
 
-class Merged(Struct, frozen=True, kw_only=True):
+class Merged(File, frozen=True, kw_only=True):
     """How an adapter was merged.
 
     Attributes:
@@ -37,12 +33,3 @@ class Merged(Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         """One line about what rounding has cost."""
         return f"rounded to {self.dtype}, the merged weights keep {self.kept:.0%} of the adapter's change"
-
-    def write(self, path: Path) -> None:
-        draft = path.with_suffix(".tmp")
-        draft.write_bytes(encode(self))
-        draft.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> Merged:
-        return decode(path.read_bytes(), cls)

@@ -19,6 +19,7 @@ from palate_recipes.specs.codec import (
     parse_object,
     spread,
     typed,
+    whole,
 )
 from palate_recipes.specs.evaluation import EvaluationSpec
 from palate_recipes.specs.train import TrainSpec
@@ -44,6 +45,23 @@ INSTANCES_LIMIT = 64
 """Maximum number of engines of one version of a service."""
 
 
+class Autoscaling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the number of a service's engines follows its requests. The least is the deployment's `instances`.
+
+    Attributes:
+        max_instances: The most.
+        target_requests: Open requests, waiting ones included, for which there should be one engine; None: 32 on a GPU, 4 on a
+            processor.
+        upscale_delay_s: Engines are added when the average of so many seconds needs more.
+        downscale_delay_s: Engines are ended when fewer were needed during all of so many seconds.
+    """
+
+    max_instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)]
+    target_requests: Annotated[float, Meta(gt=0, le=10_000)] | None = None
+    upscale_delay_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    downscale_delay_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+
+
 class Deployment(Struct, frozen=True, kw_only=True):
     """What a service serves and how. The body of its manifest.
 
@@ -57,12 +75,15 @@ class Deployment(Struct, frozen=True, kw_only=True):
         system_prompt: The system prompt used in training; `palate chat` starts with it.
         options: Options of `deploy()` as the user gave them: fields of `palate_recipes.specs.serve.ServeSpec`, options of vLLM by
             type (`palate_recipes.engine_options`), and `merge`.
+        model_dtype: The `dtype` in `options` if it came with the checkpoint: an update to another model removes it. Unset if the user
+            gave it, or if there is none.
         time_to_live_s: Seconds from the first answer until the service stops; None means no limit.
         idle_time_to_live_s: Seconds without a request until the service stops; None means no limit. Earlier versions did not write it.
         placement: The placement, as the backend returned it.
         version: Number of the service's version that this is; each update has a number of its own. Earlier versions of Palate did not
             write it.
         instances: Engines that answer requests. Earlier versions of Palate did not write it.
+        autoscaling: How their number follows the requests; unset: it does not.
         more: Fields that a newer version wrote.
     """
 
@@ -73,11 +94,13 @@ class Deployment(Struct, frozen=True, kw_only=True):
     adapter: bool = False
     system_prompt: str = ""
     options: dict[str, Any] = {}
+    model_dtype: str | UnsetType = UNSET
     time_to_live_s: float | None = None
     idle_time_to_live_s: float | None = None
     placement: dict[str, Any] = {}
     version: Annotated[int, Meta(ge=1, le=VERSIONS_LIMIT)] = 1
     instances: Annotated[int, Meta(ge=1, le=INSTANCES_LIMIT)] = 1
+    autoscaling: Autoscaling | UnsetType = UNSET
     more: dict[str, Any] = {}
 
 
@@ -290,7 +313,7 @@ class Renewal(Struct, frozen=True, kw_only=True):
         time_to_live_s: Seconds until the service stops; None means no limit.
     """
 
-    id: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+    id: Annotated[str, whole("[0-9a-f]{16}")]
     time_to_live_s: Annotated[float, Meta(gt=0, le=LONGEST_LIFE_S)] | None
     schema: Int = RENEWAL_SCHEMA
 

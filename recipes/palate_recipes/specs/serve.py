@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from palate_recipes.device import has_gpu_tool, installed_version
 from palate_recipes.errors import ConfigurationError
-from palate_recipes.specs.codec import decode, encode
+from palate_recipes.specs.codec import File, decode
 from palate_recipes.text import did_you_mean
 
 ERROR_FILE = "error.txt"
@@ -68,7 +68,7 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 VerifyMode = Literal["error", "warn", "off"]
 
 
-class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServeSpec(File, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One service, as the server program reads it from JSON.
 
     Attributes:
@@ -152,13 +152,9 @@ class ServeSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The names of the served models, tuned first."""
         return [TUNED_MODEL, self.service_name, *([BASE_MODEL] if self.base_model_dir else [])]
 
-    def write(self, path: Path) -> None:
-        """Writes the spec as JSON."""
-        path.write_bytes(encode(self) + b"\n")
-
     @classmethod
     def read(cls, path: Path) -> ServeSpec:
-        """Reads a spec. Raises ValueError for invalid JSON and for unknown, missing or invalid fields."""
+        """Reads a spec. Raises OSError, or ValueError for invalid JSON and for unknown, missing or invalid fields."""
         try:
             return decode(path.read_bytes(), cls)
         except ValueError as error:
@@ -195,8 +191,8 @@ class Parity(Struct, frozen=True, kw_only=True, omit_defaults=True):
     seconds: float = 0.0
 
 
-class Ready(Struct, frozen=True, kw_only=True):
-    """Content of `ready.json`, written once the endpoint has answered.
+class Ready(File, frozen=True, kw_only=True):
+    """Content of `ready.json`, written once the endpoint has answered: its existence means ready.
 
     Attributes:
         endpoint: Base URL without `/v1`, such as `http://127.0.0.1:40123`; loopback if the host is a wildcard.
@@ -211,16 +207,6 @@ class Ready(Struct, frozen=True, kw_only=True):
     models: list[str]
     seconds: float
     parity: Parity | None = None
-
-    def write(self, path: Path) -> None:
-        """Writes the file atomically, because its existence means ready."""
-        draft = path.with_suffix(".tmp")
-        draft.write_bytes(encode(self))
-        draft.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> Ready:
-        return decode(path.read_bytes(), cls)
 
 
 def token_proof(token: bytes, challenge: str, *, port: int) -> str:

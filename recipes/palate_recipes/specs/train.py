@@ -115,6 +115,7 @@ class LocalFiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             arrive in the store.
         fast: False computes as TRL does, without packed trees and fused layers: same losses, more time.
         processes: Number of processes on this machine, one per GPU. 0 means all visible GPUs, or one process without CUDA.
+        run_name: Name of the run in trackers: the job's id.
     """
 
     model_dir: str
@@ -127,6 +128,7 @@ class LocalFiles(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     attempt: Ordinal = 1
     fast: bool = True
     processes: Natural = 0
+    run_name: str | None = None
 
 
 class TrainTask(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

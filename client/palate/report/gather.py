@@ -1,0 +1,332 @@
+"""What a report says of a job, read from its store: record, metrics, data, answers. Knows no HTML and no chart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from palate.runs.record import Record
+from palate.session import Session
+from palate.store import open_parent
+from palate_recipes.errors import ConfigurationError, PalateError
+from palate_recipes.preferences.check import read_files
+from palate_recipes.preferences.report import Report as DataReport
+from palate_recipes.specs.codec import Natural, decode, parse_object
+from palate_recipes.specs.diagnose import Reading, read_run
+from palate_recipes.specs.run import Status, TrainManifest
+from palate_recipes.specs.train import InputFile, TrainSpec
+
+if TYPE_CHECKING:
+    from palate.job import TrainingJob
+
+_DATA_BYTES = 64 * 1024**2
+"""Larger data files are not read again for a report: the manifest has their rows, size and digest."""
+
+_EVALUATION_BYTES = 16 * 1024**2
+_MOST_ROWS = 50
+"""Questions that a report shows of one file. The file has the others."""
+
+_MOST_EVALUATIONS = 8
+
+
+@dataclass(frozen=True)
+class ChannelFacts:
+    """The data of one channel.
+
+    Attributes:
+        name: `train`, `validation` or `adapter`.
+        given: The manifest's entry.
+        checked: The check of the file as it is now; None if it was not read.
+        remark: Why it was not read, or that it has changed since; may be empty.
+    """
+
+    name: str
+    given: InputFile
+    checked: DataReport | None = None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of several models to the same questions.
+
+    Attributes:
+        title: Where they come from.
+        models: Names of the models.
+        rows: Question, and one answer per model.
+        facts: Further figures, by name.
+        left_out: Number of rows that are not shown.
+    """
+
+    title: str
+    models: tuple[str, ...] = ()
+    rows: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """Everything that a report says of one job."""
+
+    name: str
+    uri: str
+    manifest: TrainManifest
+    status: Status
+    events: list[dict[str, Any]]
+    reading: Reading
+    channels: list[ChannelFacts] = field(default_factory=list)
+    answers: list[Answers] = field(default_factory=list)
+
+    @property
+    def spec(self) -> TrainSpec:
+        return self.manifest.body
+
+    def last(self, kind: str) -> dict[str, Any]:
+        """The last event of a kind, or an empty one."""
+        return next((event for event in reversed(self.events) if event.get("kind") == kind), {})
+
+
+def gather(job: TrainingJob) -> JobFacts:
+    """Reads everything that a report needs. Data and answers that cannot be read become remarks."""
+    status, events = job.describe(), job.metrics()
+    return JobFacts(
+        name=job.id,
+        uri=job.uri,
+        manifest=job.manifest,
+        status=status,
+        events=events,
+        reading=read_run(events),
+        channels=_channels(job.manifest.body, job._run.session),
+        answers=read_evaluations(job._run.record),
+    )
+
+
+def _channels(spec: TrainSpec, session: Session) -> list[ChannelFacts]:
+    """Checks the data files of a training again, as they are now."""
+    found: dict[str, ChannelFacts] = {}
+    strategy = spec.hyperparameters.training_strategy
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palate-report-")))
+        prompts = None
+        # Validation first: the training data is compared with its prompts.
+        for name in sorted(spec.inputs, key=("validation", "train", "adapter").index):
+            given = spec.inputs[name]
+            if name == "adapter":
+                found[name] = ChannelFacts(name, given)
+                continue
+            try:
+                path, remark = _fetch(given, session, scratch / name)
+                if path is None:
+                    found[name] = ChannelFacts(name, given, remark=remark)
+                    continue
+                linter = read_files(
+                    [(path, path.name)],
+                    strategy=strategy,
+                    against=prompts if name == "train" else None,
+                    index_prompts=name == "validation",
+                )
+                prompts = linter.prompts if name == "validation" else prompts
+                found[name] = ChannelFacts(name, given, linter.finish(), remark)
+            except (PalateError, OSError) as error:
+                found[name] = ChannelFacts(name, given, remark=f"not read: {error}")
+    return [found[name] for name in ("train", "validation", "adapter") if name in found]
+
+
+def _fetch(given: InputFile, session: Session, folder: Path) -> tuple[Path | None, str]:
+    """Returns a local copy of a data file, and a remark. The copy is None if the file is too large."""
+    store, name = open_parent(given.uri, options=session.options_for(given.uri))
+    info = store.stat(name)
+    if info is None:
+        return None, "not read: the file does not exist any more"
+    if info.size > _DATA_BYTES:
+        return None, f"not read again: it has {info.size / 1e6:.0f} MB"
+    path = store.local_path(name)
+    if path is None:
+        path = folder / name
+        store.download(name, path)
+    changed = given.sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != given.sha256
+    return (
+        path,
+        "the file has changed since the training: the findings are those of its present content" if changed else "",
+    )
+
+
+def read_answers(path: Path) -> Answers:
+    """Reads answers from a file such as the quickstart's `answers.json`: objects with a question and an answer per model.
+
+    Raises:
+        ConfigurationError: The file has another form.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{path} is not JSON: {str(error)[:200]}. Give the quickstart's answers.json"
+        ) from None
+    found = _side_by_side(path.name, rows) if isinstance(rows, list) else None
+    if found is None:
+        raise ConfigurationError(
+            f"{path} has no answers: expected a list of objects with `question` and one answer per model, such as the"
+            " quickstart's answers.json"
+        )
+    return found
+
+
+class _Figure(Struct, frozen=True):
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
+
+
+class _Comparison(Struct, frozen=True):
+    first: str
+    second: str
+    prompts: Natural
+    wins: Natural
+    losses: Natural
+    ties: Natural
+    win_rate: _Figure
+    length_controlled: _Figure | None = None
+
+    def fact(self) -> tuple[str, str]:
+        at_equal_length = f", at equal lengths {self.length_controlled}" if self.length_controlled else ""
+        counts = f"{self.wins} won, {self.losses} lost and {self.ties} tied of {self.prompts} prompts"
+        return f"{self.first} against {self.second}", f"win-rate {self.win_rate}{at_equal_length}; {counts}"
+
+
+class _Evaluation(Struct, frozen=True):
+    """What a report shows of an evaluation's figures. Its file has more."""
+
+    comparisons: tuple[_Comparison, ...] = ()
+    judge: str = ""
+
+
+def read_evaluations(record: Record) -> list[Answers]:
+    """Reads the evaluations of a job. The only place that knows their files. A damaged one becomes a remark."""
+    found = []
+    keys = sorted(info.key for info in record.store.list(record.key("evaluations")) if info.key.endswith(".json"))
+    for key in keys[-_MOST_EVALUATIONS:]:
+        title = f"evaluation {Path(key).stem}"
+        try:
+            figures = decode(record.store.get_range(key, 0, _EVALUATION_BYTES), _Evaluation)
+            answers = _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
+        except (ValueError, PalateError) as error:
+            found.append(Answers(title, facts=(("not read", str(error)[:200]),)))
+            continue
+        facts = [("judge", figures.judge)] if figures.judge else []
+        facts += [comparison.fact() for comparison in figures.comparisons[:_MOST_ROWS]]
+        found.append(replace(answers, facts=tuple(facts)))
+    return found
+
+
+def _compared(title: str, key: str, record: Record) -> Answers:
+    """Reads the rows of an evaluation: each has a prompt, two models with their answers, and what the judge decided."""
+    if record.store.stat(key) is None:
+        return Answers(title)
+    lines = record.store.get_range(key, 0, _EVALUATION_BYTES).splitlines()
+    questions: dict[str, dict[str, str]] = {}
+    verdicts: dict[str, list[str]] = {}
+    for line in lines:
+        try:
+            row = parse_object(line)
+        except ValueError:
+            continue  # the last one may be cut off
+        question = _prompt_text(row.get("prompt"))
+        models = str(row.get("model_a")), str(row.get("model_b"))
+        texts = str(row.get("answer_a", "")), str(row.get("answer_b", ""))
+        questions.setdefault(question, {}).update(zip(models, texts, strict=True))
+        result = {"A": f"prefers {models[0]}", "B": f"prefers {models[1]}"}.get(str(row.get("result")), "tie")
+        verdicts.setdefault(question, []).append(f"{' against '.join(models)}: {result}")
+    rows = [
+        {"question": question, **answers, "judge": "\n".join(verdicts[question])}
+        for question, answers in questions.items()
+    ]
+    return _side_by_side(title, rows) or Answers(title)
+
+
+def _prompt_text(prompt: object) -> str:
+    """Returns a prompt as text: itself, or the turns of a conversation."""
+    if not isinstance(prompt, list):
+        return str(prompt)
+    turns = [turn for turn in prompt if isinstance(turn, dict)]
+    return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
+
+
+def _side_by_side(title: str, rows: Sequence[Any]) -> Answers | None:
+    """Returns rows as questions with answers; None if a row has another form. The other texts are the answers."""
+    pairs: list[tuple[str, dict[str, str]]] = []
+    for row in rows:
+        if not isinstance(row, dict):
+            return None
+        question = next((row[name] for name in ("question", "prompt") if isinstance(row.get(name), str)), None)
+        if question is None:
+            return None
+        texts = {name: text for name, text in row.items() if isinstance(text, str)}
+        pairs.append((question, {name: text for name, text in texts.items() if name not in ("question", "prompt")}))
+    models = tuple(dict.fromkeys(name for _, answers in pairs[:_MOST_ROWS] for name in answers))
+    if not models:
+        return None
+    shown = tuple(
+        (question, tuple(answers.get(name, "") for name in models)) for question, answers in pairs[:_MOST_ROWS]
+    )
+    # The service's name of the model that was trained says little to a reader.
+    return Answers(
+        title, tuple({"default": "tuned"}.get(name, name) for name in models), shown, (), len(pairs) - len(shown)
+    )
+
+
+def reproduce(facts: JobFacts) -> tuple[str, str]:
+    """Returns the training as a Python script and as a command."""
+    spec, revision = facts.spec, facts.status.details.get("model_revision")
+    source = spec.model.source
+    # What the machine decided is fixed, so that another machine computes the same.
+    values: dict[str, Any] = {**spec.given, "precision": spec.precision}
+    if spec.trains_adapter and not spec.hyperparameters.load_in_4bit and "load_in_4bit" not in values:
+        values["load_in_4bit"] = False
+    arguments: dict[str, Any] = {}
+    if source.kind in ("folder", "store"):
+        arguments["model_uri"] = source.location
+    else:
+        arguments["model_name"] = spec.model.name
+        if source.kind == "hub" and isinstance(revision, str) and revision:
+            arguments["model_version"] = revision
+    inputs = {name: given.uri for name, given in spec.inputs.items()}
+    lines = ["from palate import ModelTrainingRecipe", "", "recipe = ModelTrainingRecipe("]
+    lines += [f"    {name}={value!r}," for name, value in {**arguments, "method": spec.method}.items()]
+    lines += ["    hyperparameters={", *(f"        {name!r}: {value!r}," for name, value in values.items()), "    },"]
+    if spec.environment_names:
+        names = ", ".join(f"{name!r}: …" for name in spec.environment_names)
+        lines.append(f"    environments={{{names}}},  # the values are not recorded")
+    lines += [")", "job = recipe.train(inputs={", *(f"    {name!r}: {uri!r}," for name, uri in inputs.items()), "})"]
+    lines += ["predictor = job.deploy()", "print(predictor.endpoint)"]
+    command = ["palate", "train", inputs.pop("train", "")]
+    for name, uri in inputs.items():
+        command += [f"--{name}", uri]
+    if "model_uri" in arguments:
+        command += ["--model-uri", arguments["model_uri"]]
+    else:
+        version = f"@{arguments['model_version']}" if "model_version" in arguments and spec.model.hub_id else ""
+        command += ["--model", f"hf://{spec.model.hub_id}{version}" if version else spec.model.name]
+    command += ["--method", spec.method]
+    for name, value in {"training_strategy": spec.hyperparameters.training_strategy, **values}.items():
+        command += ["-s", f"{name}={_flag(value)}"]
+    return "\n".join(lines), shlex.join(command)
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
