@@ -61,10 +61,16 @@ class PalateDPOTrainer(PalateMixin, DPOTrainer):
             everyone = {row: values for share in gather_rows(found) for row, values in share.items()}
             return [everyone[row] for row in rows]
 
-        # This replaces TRL's own cache, which misses too often, and returns wrong values if the truncation changed.
-        logps = self.reference.logps(
-            list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size * world_size()
-        )
+        # A reference that is an adapter has LoRA's dropout too, which would make its values, and the cache's, random.
+        training = self.model.training
+        self.model.eval()
+        try:
+            # This replaces TRL's own cache, which misses too often, and returns wrong values if the truncation changed.
+            logps = self.reference.logps(
+                list(dataset["digest"]), list(dataset["length"]), score, name=name, batch_size=batch_size * world_size()
+            )
+        finally:
+            self.model.train(training)
         chosen, rejected = zip(*logps, strict=True)
         return dataset.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected))
 
