@@ -119,9 +119,7 @@ def test_the_best_is_chosen_by_the_metric_at_the_end_of_epochs_too(
     seen = evaluations(events, metric)
     best = max(seen, key=lambda step: (seen[step], -step))
     assert events[-1]["best_step"] == best
-    assert same(
-        weights(tmp_path / "out/model"), weights(tmp_path / "out/checkpoints" / f"checkpoint-{best}")
-    )
+    assert same(weights(tmp_path / "out/model"), weights(tmp_path / "out/checkpoints" / f"checkpoint-{best}"))
 
 
 def test_the_best_of_all_weights_is_loaded(tiny: Path, tmp_path: Path) -> None:
@@ -132,7 +130,8 @@ def test_the_best_of_all_weights_is_loaded(tiny: Path, tmp_path: Path) -> None:
     best = events[-1]["best_step"]
     assert best < 4
     ours, theirs = (
-        load_file(tmp_path / "out" / folder / "model.safetensors") for folder in ("model", f"checkpoints/checkpoint-{best}")
+        load_file(tmp_path / "out" / folder / "model.safetensors")
+        for folder in ("model", f"checkpoints/checkpoint-{best}")
     )
     assert same(ours, theirs)
 

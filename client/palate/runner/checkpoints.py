@@ -141,7 +141,9 @@ def _stage_best(record: Record, folder: Path, complete: list[Checkpoint]) -> Non
         return
     same = [one for one in complete if one.step == step]
     if not same:
-        raise DamagedFilesError(f"{folder.name} needs checkpoint-{step}, which has the best evaluation and is not in the store")
+        raise DamagedFilesError(
+            f"{folder.name} needs checkpoint-{step}, which has the best evaluation and is not in the store"
+        )
     try:
         _fetch(record, same[-1], target)
     except (DamagedFilesError, FileNotFoundError):
