@@ -147,7 +147,7 @@ def run_experiment(
             planned = plans.grid()
             crew.work(planned)
         else:
-            planned = _search(experiment, plans, crew, at_once, metric or "eval_loss")
+            planned = _search(plans, crew, at_once, metric or "eval_loss")
     found = [plan.job for plan in planned if plan.job is not None]
     comparison = compare_jobs(
         found, metric=metric, varied=sorted({name for plan in planned for name in plan.run.varied})
@@ -327,20 +327,9 @@ def _digest_of(values: Any) -> str:
 
 def planned_runs(plans: Plans) -> list[Planned]:
     """Returns the runs of a grid, or the first trial of a search, whose others depend on results."""
-    experiment = plans.experiment
-    if experiment.search == "grid":
+    if plans.experiment.search == "grid":
         return plans.grid()
-    searcher = Searcher(
-        experiment.axes,
-        tpe=experiment.search == "tpe",
-        seed=experiment.search_seed,
-        maximize=_maximizes(experiment.metric),
-    )
-    return [_trial(experiment, plans, searcher, 0)]
-
-
-def _maximizes(metric: str) -> bool:
-    return METRICS[metric or "eval_loss"]
+    return [_trial(plans, _searcher(plans.experiment, plans.experiment.metric), 0)]
 
 
 # ── jobs, some at a time ───────────────────────────────────────────────────────────────────────────────────────
@@ -458,15 +447,22 @@ def _ending(plan: Planned) -> str:
 # ── a search ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _search(experiment: Experiment, plans: Plans, crew: _Crew, at_once: int, metric: str) -> list[Planned]:
-    """Runs the trials of a search, `at_once` at a time: the next ones are chosen by the results so far."""
-    searcher = Searcher(
-        experiment.axes, tpe=experiment.search == "tpe", seed=experiment.search_seed, maximize=METRICS[metric]
+def _searcher(experiment: Experiment, metric: str) -> Searcher:
+    return Searcher(
+        experiment.axes,
+        tpe=experiment.search == "tpe",
+        seed=experiment.search_seed,
+        maximize=METRICS[metric or "eval_loss"],
     )
+
+
+def _search(plans: Plans, crew: _Crew, at_once: int, metric: str) -> list[Planned]:
+    """Runs the trials of a search, `at_once` at a time: the next ones are chosen by the results so far."""
+    searcher, trials = _searcher(plans.experiment, metric), plans.experiment.trials
     planned: list[Planned] = []
-    while len(planned) < experiment.trials:
-        numbers = range(len(planned), min(len(planned) + at_once, experiment.trials))
-        wave = [_trial(experiment, plans, searcher, number) for number in numbers]
+    while len(planned) < trials:
+        numbers = range(len(planned), min(len(planned) + at_once, trials))
+        wave = [_trial(plans, searcher, number) for number in numbers]
         crew.work(wave)
         for number, plan in zip(numbers, wave, strict=True):
             figures = figures_of(plan.job.metrics()) if plan.job is not None and plan.job.is_succeeded() else {}
@@ -475,7 +471,7 @@ def _search(experiment: Experiment, plans: Plans, crew: _Crew, at_once: int, met
     return planned
 
 
-def _trial(experiment: Experiment, plans: Plans, searcher: Searcher, number: int) -> Planned:
+def _trial(plans: Plans, searcher: Searcher, number: int) -> Planned:
     """Returns a trial: that of the store, or with values that the search chooses now.
 
     Its job's id has its number and not its settings, so that a search goes on where it was, whatever its results depended on.
@@ -490,9 +486,9 @@ def _trial(experiment: Experiment, plans: Plans, searcher: Searcher, number: int
     except RunNotFoundError:
         varied = searcher.ask(number)
     try:
-        run = experiment.with_values(varied)
+        run = plans.experiment.with_values(varied)
     except HyperparameterError as error:
         raise ConfigurationError(
-            f"experiment {experiment.id}: trial {number} chose {describe(varied)}, which cannot be trained: {error}. Narrow the search"
+            f"experiment {plans.experiment.id}: trial {number} chose {describe(varied)}, which is not valid: {error}"
         ) from None
     return plans.plan(run, name=name, labels=labels)
