@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palate.common.utils import random_str
-    from palate.compare import compare
+    from palate.comparison import compare
     from palate.experiments import ExperimentFile
     from palate.job import TrainingJob
     from palate.model import ModelTrainingRecipe, RegisteredModel
@@ -27,7 +27,7 @@ _HOMES = {
     "Session": "palate.session",
     "get_default_session": "palate.session",
     "setup_default_session": "palate.session",
-    "compare": "palate.compare",
+    "compare": "palate.comparison",
     "ExperimentFile": "palate.experiments",
     "random_str": "palate.common.utils",
     "PalateError": "palate.errors",

@@ -90,7 +90,9 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
     train_data, skipped = _read_rows(task, task.files.train_file)
     validation_data, skipped_validation = _read_rows(task, task.files.validation_file)
     if (setting := needs_validation(hyperparameters)) and not validation_data:
-        raise TrainerError(f"{setting} needs validation data, and this run has none: give a validation file, or omit it")
+        raise TrainerError(
+            f"{setting} needs validation data, and this run has none: give a validation file, or omit it"
+        )
     resume_from = _resume_folder(task)
     startup.done("read")
 

@@ -13,7 +13,7 @@ from palate_recipes.errors import ConfigurationError
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
-    from palate.compare import Comparison
+    from palate.comparison import Comparison
     from palate.experiments.execute import Planned
 
 _Metric = Annotated[
@@ -85,7 +85,7 @@ def compare(
 
     Best job first. Data is compared by its digest.
     """
-    from palate.compare import compare
+    from palate.comparison import compare
 
     comparison = compare(names, metric=metric or "")
     _print(comparison, as_json=as_json, as_csv=as_csv, wide=wide)

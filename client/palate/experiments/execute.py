@@ -20,7 +20,7 @@ from typing import Any
 from msgspec.structs import asdict
 
 from palate.checksums import file_facts
-from palate.compare import METRICS, Comparison, check_metric, compare_jobs, figures_of
+from palate.comparison import METRICS, Comparison, check_metric, compare_jobs, figures_of
 from palate.experiments.experiment_file import Experiment, Run
 from palate.experiments.search import Searcher
 from palate.experiments.sweep import describe

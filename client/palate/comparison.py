@@ -158,7 +158,7 @@ def compare(jobs: Iterable[TrainingJob | str], *, metric: str = "", session: Ses
 
     Args:
         jobs: Jobs, ids or URIs, in any state.
-        metric: What ranks them, one of `palate.compare.METRICS`; default: eval_loss if a job has it, else final_loss.
+        metric: What ranks them, one of `palate.comparison.METRICS`; default: eval_loss if a job has it, else final_loss.
         session: For ids; default: the default session.
 
     Returns:
