@@ -112,7 +112,7 @@ def traffic(
     name: _Service,
     shares: Annotated[list[str], typer.Argument(metavar="VERSION=SHARE", help="Share of a version, such as v2=0.1.")],
 ) -> None:
-    """Set which share of the requests each of two versions answers.
+    """Set which share of the requests each version answers.
 
     With one share, the other version gets the rest.
     """
