@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from palate import ExperimentFile, Session, TrainingJob, compare
+from palate import ExperimentFile, ModelTrainingRecipe, Session, TrainingJob, compare
 from palate.weights import SETTING
 from tests.slow.conftest import processes_of, until
 from tests.support.html import check_html
 from tests.support.rows import ROWS, preference_rows
 from tests.support.sheets import Spreadsheet, as_pem, make_key, running_sheets
+from tests.support.trainings import adapter, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,7 @@ def test_a_sweep_scores_the_reference_once_and_trains_nothing_twice(
     until(lambda: processes_of(home) == [], timeout_s=30)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_leaves_the_job_and_the_same_command_follows_and_resumes_it(
     session: Session, home: Path, file: Path
 ) -> None:
@@ -130,6 +132,36 @@ def test_ctrl_c_leaves_the_job_and_the_same_command_follows_and_resumes_it(
         program.kill()
         program.wait()
     job.delete()
+    until(lambda: processes_of(home) == [], timeout_s=60)
+
+
+@pytest.mark.thorough
+def test_a_job_that_was_stopped_after_its_best_step_ends_with_the_same_best_model(
+    session: Session, home: Path, tiny: Path, tmp_path: Path, precision: str
+) -> None:
+    """The best checkpoint comes from the store, into a work folder that never had it."""
+    (tmp_path / "prefs.json").write_text(json.dumps(preference_rows()))
+    worse = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in preference_rows(4)]
+    (tmp_path / "held-out.json").write_text(json.dumps(worse))
+    text = SWEEP.replace("MODEL", str(tiny)).replace("precision: float32", f"precision: {precision}")
+    more = "    learning_rate: 1e-3\n    save_steps: 1\n    eval_steps: 1\n    logging_steps: 1\n    load_best_model_at_end: true\n"
+    path = tmp_path / "experiments.yml"
+    path.write_text(text + f"best:\n  hyperparameters:\n{more}    max_steps: 60\n")
+    experiment = ExperimentFile.load(path, "best")
+    (run,) = experiment.runs()
+    recipe = ModelTrainingRecipe(**run.arguments, hyperparameters=run.hyperparameters)
+    whole = recipe.train(experiment.inputs, job_name="whole", show_logs=False)
+    best = whole.metrics()[-1]["best_step"]
+    assert best < 40
+    broken = recipe.train(experiment.inputs, job_name="broken", wait=False, show_logs=False)
+    until(lambda: last_checkpoint(broken) > best, timeout_s=300)
+    broken.stop()
+    stopped_at = last_checkpoint(broken)
+    assert broken.status == "Stopped"
+    assert best < stopped_at < 60
+    broken.resume(show_logs=False)
+    assert broken.metrics()[-1]["best_step"] == best
+    assert adapter(broken) == adapter(whole)
     until(lambda: processes_of(home) == [], timeout_s=60)
 
 

@@ -70,6 +70,7 @@ def test_the_model_is_the_best_checkpoint_and_the_training_stops_early(
     assert same(model, weights(tmp_path / "resumed/out/model"))
 
 
+@pytest.mark.thorough
 def test_a_run_that_ended_between_its_early_stop_and_its_model_makes_no_further_step(
     tiny: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -96,13 +97,14 @@ def test_a_run_that_ended_between_its_early_stop_and_its_model_makes_no_further_
     assert evaluations(owed) == pytest.approx({last: evaluations(whole)[last]}, abs=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(
     ("strategy", "metric"),
     [
         ("dpo", "eval_rewards/accuracies"),
-        pytest.param("kto", "eval_rewards/margins", marks=pytest.mark.thorough),
-        pytest.param("sft", "eval_mean_token_accuracy", marks=pytest.mark.thorough),
+        ("kto", "eval_rewards/margins"),
+        ("sft", "eval_mean_token_accuracy"),
     ],
 )
 def test_the_best_is_chosen_by_the_metric_at_the_end_of_epochs_too(
@@ -122,6 +124,7 @@ def test_the_best_is_chosen_by_the_metric_at_the_end_of_epochs_too(
     assert same(weights(tmp_path / "out/model"), weights(tmp_path / "out/checkpoints" / f"checkpoint-{best}"))
 
 
+@pytest.mark.thorough
 def test_the_best_of_all_weights_is_loaded(tiny: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

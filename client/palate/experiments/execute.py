@@ -370,12 +370,11 @@ class _Crew:
                     running.append(plan)
                     if plan.reference and plan.reference not in self._scored:
                         scoring = plan, before
-                for plan in running:
-                    assert plan.job is not None
-                    if plan.job.is_completed():
-                        self._say(_ending(plan))
-                running = [plan for plan in running if plan.job is not None and not plan.job.is_completed()]
-                if running:
+                ended = [plan for plan in running if plan.job is not None and plan.job.is_completed()]
+                for plan in ended:
+                    running.remove(plan)
+                    self._say(_ending(plan))
+                if running and not ended:
                     time.sleep(_POLL_S)
         except KeyboardInterrupt as interrupt:
             ids = " ".join(plan.name for plan in running)
