@@ -233,6 +233,7 @@ BASE = "a:\n  model_name: smollm2-135m-instruct\n  inputs: {train: p.json}\n"
         ("  hyperparameters: {lora_dim: 8, _: [{lora_dim: 8}]}", "lora_dim is in _ and in hyperparameters"),
         ("  hyperparameters: {learning_rate: {min: 1e-5, max: 1e-4}}", "a range, which a grid cannot have; add search"),
         ("  hyperparameters: {load_in_4bit: [true, false], load_in_8bit: true}", "load_in_4bit = true, load_in_8bit"),
+        ("  metric: eval_los", "FILE:4: metric = \"eval_los\": unknown; did you mean 'eval_loss'?"),
         ("  search: tpe", "search has nothing to vary"),
         ("  trials: 3", "trials: belongs to search: random or tpe"),
         ("  environments: {HF_TOKEN: hf_abcdefabcdefabcdef}", "a file must not contain credentials"),

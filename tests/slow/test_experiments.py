@@ -104,6 +104,23 @@ def test_a_sweep_scores_the_reference_once_and_trains_nothing_twice(
 
 
 @pytest.mark.thorough
+def test_a_search_goes_on_with_further_trials(session: Session, home: Path, file: Path) -> None:
+    pytest.importorskip("optuna")
+    search = "search:\n  search: tpe\n  trials: 2\n  hyperparameters: {max_steps: 1, learning_rate: {min: 1e-5, max: 1e-2, log: true}}\n"
+    file.write_text(file.read_text() + search)
+    first = ExperimentFile.load(file, "search").run(jobs=2)
+    assert [run.state for run in first.runs] == ["Succeeded"] * 2
+    rates = [run.varied["learning_rate"] for run in first.runs]
+    assert len(set(rates)) == 2
+    file.write_text(file.read_text().replace("trials: 2", "trials: 3"))
+    second = ExperimentFile.load(file, "search").run(jobs=1)
+    assert [run.is_reused for run in second.runs] == [True, True, False]
+    assert [run.varied["learning_rate"] for run in second.runs][:2] == rates
+    assert len(TrainingJob.list()) == 3
+    until(lambda: processes_of(home) == [], timeout_s=30)
+
+
+@pytest.mark.thorough
 def test_ctrl_c_leaves_the_job_and_the_same_command_follows_and_resumes_it(
     session: Session, home: Path, file: Path
 ) -> None:
@@ -122,7 +139,7 @@ def test_ctrl_c_leaves_the_job_and_the_same_command_follows_and_resumes_it(
         program.wait()
     (job,) = TrainingJob.list()
     assert program.returncode == 130
-    assert f"these jobs continue: {job.id}. `palate stop JOB` stops one" in said
+    assert f"these jobs continue: {job.id}. `palate stop JOB` stops one; the same command follows them" in said
     assert job.status == "Running"
     job.stop()
     program = begin()

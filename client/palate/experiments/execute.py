@@ -378,10 +378,9 @@ class _Crew:
                     time.sleep(_POLL_S)
         except KeyboardInterrupt as interrupt:
             ids = " ".join(plan.name for plan in running)
-            interrupt.add_note(
-                (f"these jobs continue: {ids}. `palate stop JOB` stops one. " if ids else "")
-                + f"The same command follows them and starts the other {len(waiting)}"
-            )
+            rest = f"follows them and starts the other {len(waiting)}" if waiting else "follows them"
+            if ids:
+                interrupt.add_note(f"these jobs continue: {ids}. `palate stop JOB` stops one; the same command {rest}")
             raise
 
     def _start(self, plan: Planned) -> bool:

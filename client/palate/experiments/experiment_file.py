@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from palate.common.utils import check_name
+from palate.comparison import METRICS
 from palate.env_file import is_credential
 from palate.experiments.gllm_form import is_gllm_form, translate
 from palate.experiments.sweep import MOST_RUNS, Axes, SweepError, add_axis, clashes
@@ -80,7 +81,7 @@ class Experiment:
         search: `grid` runs all combinations, `random` and `tpe` choose from ranges and lists.
         trials: Number of runs of a search.
         search_seed: Seed of a search.
-        metric: What ranks the runs, see `palate.compare`; "" for the default.
+        metric: What ranks the runs, see `palate.comparison.METRICS`; "" for the default.
         jobs: Number of jobs at a time.
         store: The session's store, or None.
         upload: Folder that the best model is copied to, with the job's id appended; "" for none.
@@ -365,6 +366,9 @@ class _Reader:
         if name == "method" and value not in (*METHODS, "Standard"):
             hint = did_you_mean(value, METHODS)
             self.problem(node, f"method = {shorten(value)}: unknown; {hint}use one of {', '.join(METHODS)}")
+        if name == "metric" and value not in METRICS:
+            hint = did_you_mean(value, METRICS)
+            self.problem(node, f"metric = {shorten(value)}: unknown; {hint}use one of {', '.join(METRICS)}")
         if name == "search" and value not in ("grid", "random", "tpe"):
             self.problem(node, f"search = {shorten(node.plain)}: expected grid, random or tpe")
             return "grid"
