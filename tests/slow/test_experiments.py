@@ -106,7 +106,8 @@ def test_a_sweep_scores_the_reference_once_and_trains_nothing_twice(
 @pytest.mark.thorough
 def test_a_search_goes_on_with_further_trials(session: Session, home: Path, file: Path) -> None:
     pytest.importorskip("optuna")
-    search = "search:\n  search: tpe\n  trials: 2\n  hyperparameters: {max_steps: 1, learning_rate: {min: 1e-5, max: 1e-2, log: true}}\n"
+    space = "{max_steps: 1, learning_rate: {min: 1e-5, max: 1e-2, log: true}}"
+    search = f"search:\n  search: tpe\n  trials: 2\n  hyperparameters: {space}\n"
     file.write_text(file.read_text() + search)
     first = ExperimentFile.load(file, "search").run(jobs=2)
     assert [run.state for run in first.runs] == ["Succeeded"] * 2
