@@ -237,6 +237,7 @@ BASE = "a:\n  model_name: smollm2-135m-instruct\n  inputs: {train: p.json}\n"
         ("  search: tpe", "search has nothing to vary"),
         ("  trials: 3", "trials: belongs to search: random or tpe"),
         ("  environments: {HF_TOKEN: hf_abcdefabcdefabcdef}", "a file must not contain credentials"),
+        ("  other: {deep: {hf_token: abcdef}}", "FILE:4: hf_token: a file must not contain credentials"),
         ("  labels: {note: hf_abcdefabcdefabcdef}", "a file must not contain credentials"),
         ("  model_name: other", "FILE:4: key 'model_name' is also in line 2"),
         ("  labels: !!python/object/apply:os.system [id]", "FILE:4: tag 'tag:yaml.org,2002:python/object/apply:os.system'"),

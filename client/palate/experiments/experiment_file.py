@@ -197,6 +197,7 @@ class ExperimentFile:
         file = Path(path).absolute()
         reader = _Reader(file, str(path))
         reader.check_secrets(root)
+        reader.finish()  # now: a message about another value around a credential would show it
         defaults = root.value.get("defaults", Node({}, 1))
         if not isinstance(defaults.value, dict):
             reader.problem(defaults, "defaults: expected a mapping with the settings that all experiments share")
@@ -251,12 +252,9 @@ class _Reader:
         self.folder = file.parent
         self._shown = shown
         self._problems: dict[str, int] = {}  # a problem in `defaults` would be reported by each experiment
-        self._secret_lines: set[int] = set()  # other messages about them would show the value
 
     def problem(self, node: Node | int, what: str) -> None:
         line = node if isinstance(node, int) else node.line
-        if line in self._secret_lines:
-            return
         self._problems[f"{self._shown}:{line}: {what}"] = line
 
     def finish(self) -> None:
@@ -283,7 +281,6 @@ class _Reader:
                 f"{key}: a file must not contain credentials. Remove the value and set it in the environment; `environments: "
                 "[NAME]` passes a variable to the training program",
             )
-            self._secret_lines.add(node.line)
 
     def experiment(self, key: str, node: Node, defaults: Node) -> Experiment | None:
         if not isinstance(node.value, dict):
