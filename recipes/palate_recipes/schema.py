@@ -516,6 +516,9 @@ _ROWS = tuple(
     for field in fields(Hyperparameters)
 )
 
+ADDED = ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold")
+"""Hyperparameters that records of version 0.1.0 do not have."""
+
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})
 
 
