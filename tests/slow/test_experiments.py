@@ -128,7 +128,14 @@ def test_ctrl_c_leaves_the_job_and_the_same_command_follows_and_resumes_it(
     command = [sys.executable, "-m", "palate.cli", "run-experiment", str(file), "long"]
 
     def begin() -> subprocess.Popen[str]:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell's background job ignores SIGINT, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     program = begin()
     try:
