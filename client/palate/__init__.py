@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palate.common.utils import random_str
+    from palate.comparison import compare
+    from palate.experiments import ExperimentFile
     from palate.job import TrainingJob
     from palate.model import ModelTrainingRecipe, RegisteredModel
     from palate.predictor import Predictor
@@ -25,11 +27,14 @@ _HOMES = {
     "Session": "palate.session",
     "get_default_session": "palate.session",
     "setup_default_session": "palate.session",
+    "compare": "palate.comparison",
+    "ExperimentFile": "palate.experiments",
     "random_str": "palate.common.utils",
     "PalateError": "palate.errors",
 }
 
 __all__ = [
+    "ExperimentFile",
     "ModelTrainingRecipe",
     "PalateError",
     "Predictor",
@@ -38,6 +43,7 @@ __all__ = [
     "Session",
     "TrainingJob",
     "__version__",
+    "compare",
     "get_default_session",
     "random_str",
     "setup_default_session",

@@ -49,3 +49,8 @@ def take_variables() -> None:
         path.unlink()
     except OSError:
         pass  # mounted read-only: its writer deletes it
+
+
+def is_credential(name: str) -> bool:
+    """Whether a name, of a variable or of a setting, is that of a credential."""
+    return _CREDENTIAL.search(name) is not None

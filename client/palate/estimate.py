@@ -36,7 +36,7 @@ from palate.sources.hub_model import HubModel
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.store import open_store
 from palate.store.uri import check_key
-from palate.submit import check_channels, imitation_note, parameter_count, place_checks
+from palate.submit import check_channels, check_validation, imitation_note, parameter_count, place_checks
 from palate.weights import config_at_hand, fetch_weights
 from palate_recipes.catalog import Model
 from palate_recipes.errors import MissingDependencyError, PalateError, WeightsError
@@ -147,6 +147,8 @@ def estimate(
     attempt(lambda: check_channels(inputs))
     if not isinstance(inputs, Mapping):
         inputs = {}  # check_channels has said so
+    else:
+        attempt(lambda: check_validation(spec, inputs))
     examples = 0
     if CHANNEL in inputs:
         attempt(continue_from_adapter)

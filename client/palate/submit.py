@@ -31,8 +31,8 @@ from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.ui import note
 from palate.weights import config_at_hand, reachable_weights
 from palate_recipes.catalog import Model
-from palate_recipes.errors import ConfigurationError, NameTakenError
-from palate_recipes.hyperparameters import differences
+from palate_recipes.errors import ConfigurationError, HyperparameterError, NameTakenError
+from palate_recipes.hyperparameters import differences, needs_validation
 from palate_recipes.servability import require_servable
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import TrainSpec
@@ -74,6 +74,7 @@ def submit(
     Raises:
         PalateError: Something cannot work. Nothing has been written. See `ModelTrainingRecipe.train`.
     """
+    check_validation(spec, inputs)
     source = reachable_weights(spec.model.source, session, session.backend)
     spec = replace(spec, model=replace(spec.model, source=source))
     spec = without_needless_notes(spec, parameter_count(spec, row), session.backend.device(spec.placement))
@@ -180,6 +181,18 @@ def check_channels(inputs: Mapping[str, Any]) -> None:
             )
     if "train" not in inputs:
         raise ConfigurationError('no training data: give inputs={"train": "<path or URI of a preference file>"}')
+
+
+def check_validation(spec: TrainSpec, inputs: Mapping[str, Any]) -> None:
+    """Rejects hyperparameters that compare evaluations, if there is no validation data.
+
+    Raises:
+        HyperparameterError: Names the hyperparameter.
+    """
+    if "validation" not in inputs and (setting := needs_validation(spec.hyperparameters)):
+        raise HyperparameterError(
+            f'{setting} compares evaluations, but there is no validation data: add inputs["validation"], or omit it'
+        )
 
 
 def parameter_count(spec: TrainSpec, row: Model | None) -> float:

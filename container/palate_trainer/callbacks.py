@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback
+import numpy as np
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -86,6 +87,35 @@ class StopSignal:
             log("stop requested: finishing the current step")
 
 
+class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+    """Stops after evaluations without an improvement. Also after a resume: it counts again what the checkpoint's log has."""
+
+    @property
+    def has_stopped(self) -> bool:
+        return bool(self.early_stopping_patience_counter >= self.early_stopping_patience)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not the base's: it only warns that the best model is not loaded at the end, which Palate does itself.
+        self.early_stopping_patience_counter = 0
+        best, better = state.best_metric, np.greater if args.greater_is_better else np.less
+        state.best_metric = None
+        for entry in state.log_history:
+            value = entry.get(args.metric_for_best_model)
+            if value is not None:
+                self.check_metric_value(args, state, control, value)
+                if state.best_metric is None or better(value, state.best_metric):
+                    state.best_metric = value
+        state.best_metric = best
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.has_stopped:
+            log(
+                f"stopped early at step {state.global_step}: {args.metric_for_best_model} has not improved in "
+                f"{self.early_stopping_patience_counter} evaluations"
+            )
+
+
 class RunCallback(TrainerCallback):  # type: ignore[misc]
     """Writes events and log lines, and turns a stop request into a last checkpoint.
 
@@ -96,6 +126,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         startup: Timer of the stages before the first step.
         start_event: Fields of the `start` event besides steps and seconds.
         trackers: Callbacks of trackers.
+        early: Early stopping, if the run has it. Its events must come before those of this callback.
     """
 
     def __init__(
@@ -107,8 +138,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         startup: StartupTimes,
         start_event: dict[str, Any],
         trackers: Sequence[TrainerCallback] = (),
+        early: EarlyStopping | None = None,
     ) -> None:
         self.metrics, self.stop, self.rows, self.start_event = metrics, stop, rows, start_event
+        self.early = early
         self.startup, self._trackers = startup, trackers
         self._tensorboard: Any = None
         self.trainer: Any = None
@@ -159,7 +192,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 folder = self._tensorboard.logging_dir
                 self._tensorboard.tb_writer = SummaryWriter(log_dir=folder, purge_step=state.global_step + 1)
             self._owed_evaluation = self._is_evaluation_missing(args, state)
-        if state.global_step >= state.max_steps:
+        if self.all_steps_done:
             self._evaluate_if_owed()
             raise StopRequested  # resumed after the last step: transformers would run one step too many
 
@@ -236,8 +269,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def all_steps_done(self) -> bool:
-        """Whether the last planned step is done."""
-        return bool(self.trainer.state.global_step >= self.trainer.state.max_steps)
+        """Whether the last step is done: the last planned one, or that of an early stop."""
+        return self.stopped_early or bool(self.trainer.state.global_step >= self.trainer.state.max_steps)
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.early is not None and self.early.has_stopped
 
     def checkpoint_now(self) -> None:
         """Writes a checkpoint of the last finished step, unless it exists or training is over."""
@@ -249,11 +286,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             trainer._save_checkpoint(trainer.model, trial=None)
             self.on_save(trainer.args, trainer.state, trainer.control)
 
-    def finish(self, *, seconds: float) -> dict[str, Any]:
+    def finish(self, *, seconds: float, best_step: int | None = None) -> dict[str, Any]:
         """Writes the `end` event with the reading of the run, and returns it.
 
         Args:
             seconds: Wall time of the whole run.
+            best_step: Step of the model's weights, if they are not those of the last step.
         """
         reading = read_run(self.metrics.read())
         state = self.trainer.state
@@ -272,6 +310,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             "eval": _numbers_only(self.last["eval"]),
             "reading": {"verdict": reading.verdict, "text": reading.text},
         }
+        if self.trainer.args.metric_for_best_model is not None:
+            event |= {"best_metric": state.best_metric, "stopped_early": self.stopped_early}
+        if best_step is not None:
+            event["best_step"] = best_step
         self.metrics.write("end", event)
         return event
 
@@ -279,7 +321,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Makes the evaluation that a stop or a kill left out after the checkpoint's step."""
         if self._owed_evaluation:
             self._owed_evaluation = False
-            self.trainer.evaluate()
+            self.trainer._determine_best_metric(self.trainer.evaluate(), trial=None)
+            if self.stopped_early:
+                raise StopRequested  # the unbroken run stopped here, and transformers would run the step that begins
 
     def _is_evaluation_missing(self, args: Any, state: Any) -> bool:
         """Whether an evaluation was due at the checkpoint's step, and the checkpoint was written without it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from palate_recipes.errors import NotFiniteError, PalateError, TrainerError
+from palate_recipes.hyperparameters import needs_validation
 from palate_recipes.preferences.load import describe_skipped, read_rows
 from palate_recipes.preferences.row import Row
 from palate_recipes.schema import Hyperparameters
@@ -89,6 +90,10 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
     # All checks that need no ML libraries and no weights come first, so that bad input fails within seconds.
     train_data, skipped = _read_rows(task, task.files.train_file)
     validation_data, skipped_validation = _read_rows(task, task.files.validation_file)
+    if (setting := needs_validation(hyperparameters)) and not validation_data:
+        raise TrainerError(
+            f"{setting} needs validation data, and this run has none: give a validation file, or omit it"
+        )
     resume_from = _resume_folder(task)
     if problem := missing(hyperparameters.report_to):
         raise TrainerError(problem)
@@ -174,8 +179,11 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
         stop.deferred = True  # only saving is left, so a stop must not interrupt it
+        best_step = trainer.load_best() if hyperparameters.load_best_model_at_end else None
+        if best_step is not None:
+            log(f"the model is that of step {best_step}, with the best {hyperparameters.metric_for_best_model}")
         save_model(task, trainer, renderer, validation_rows or train_rows, validation_data or train_data)
-        summary = callback.finish(seconds=startup.seconds)
+        summary = callback.finish(seconds=startup.seconds, best_step=best_step)
         wait_for_all()
     except StopRequested:
         log("stopped before the first step")
@@ -217,7 +225,7 @@ def _fit(
     """
     from transformers import set_seed
 
-    from palate_trainer.callbacks import Metrics, RunCallback, StopRequested, log
+    from palate_trainer.callbacks import EarlyStopping, Metrics, RunCallback, StopRequested, log
     from palate_trainer.fast.forward import completion_tokens_only
     from palate_trainer.model import load_model
     from palate_trainer.reference_scores import ReferenceScores
@@ -237,6 +245,8 @@ def _fit(
     log(f"loading {task.spec.model.name or task.files.model_dir} in {task.spec.precision} ({threads} threads)")
     model = load_model(task)
     startup.done("model")
+    patience = hyperparameters.early_stopping_patience
+    early = EarlyStopping(patience, hyperparameters.early_stopping_threshold) if patience else None
     callback = RunCallback(
         Metrics(Path(task.files.output_dir), attempt=task.files.attempt),
         stop,
@@ -255,6 +265,7 @@ def _fit(
             **start_event,
         },
         trackers=make_trackers(task, note) if is_main() else (),
+        early=early,
     )
     reference = ReferenceScores(task, log)
     trainer = None
@@ -266,7 +277,7 @@ def _fit(
                 tokenizer=tokenizer,
                 train=train,
                 validation=validation,
-                callbacks=[callback],
+                callbacks=[*([early] if early else []), callback],
                 reference=reference,
                 note=note,
             )

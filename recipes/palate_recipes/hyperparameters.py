@@ -41,6 +41,7 @@ __all__ = [
     "describe",
     "differences",
     "known_name",
+    "needs_validation",
     "resolve",
     "validate",
 ]
@@ -77,6 +78,9 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler", "scheduler"),
     "max_grad_norm": ("max_gradient_norm", "gradient_clipping", "clip_grad"),
     "seed": ("random_seed",),
+    "load_best_model_at_end": ("load_best_model", "save_best_model", "save_best"),
+    "metric_for_best_model": ("best_metric", "metric", "monitor"),
+    "early_stopping_patience": ("early_stopping", "patience"),
     "loss_type": ("pref_loss", "dpo_loss", "dpo_loss_type"),
     "bad_rows": ("skip_bad_rows", "on_bad_row"),
     "loss_weights": ("loss_weight", "pref_ftx", "rpo_alpha"),
@@ -90,6 +94,14 @@ _PAIR_NAMES = ("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "disc
 _DPO_NAMES = ("dpo_beta", *_PAIR_NAMES)
 _KTO_NAMES = ("desirable_weight", "undesirable_weight")
 _KTO_BATCH = 4
+_BEST_NAMES = ("load_best_model_at_end", "early_stopping_patience")
+_METRIC_NAMES = ("metric_for_best_model", "early_stopping_threshold")
+BEST_METRICS: Mapping[str, tuple[str, ...]] = {
+    "sft": ("eval_loss", "eval_mean_token_accuracy"),
+    "dpo": ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"),
+    "kto": ("eval_loss", "eval_rewards/margins"),
+}
+"""Metrics that an evaluation has, by training strategy."""
 
 NOT_4BIT = "load_in_4bit is false: "
 """Start of the note that weights are not in 4 bits although that is the default."""
@@ -177,6 +189,7 @@ def validate(values: Mapping[str, object] | Hyperparameters | None, *, method: s
     problems.extend(_kto_contradictions(given))
     if OFF in (names := given.get("report_to", "").split(",")) and len(names) > 1:
         problems.append(f"report_to = {shorten(given['report_to'])}: {OFF} turns trackers off; omit it, or the others")
+    problems.extend(_best_model_contradictions(given))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise HyperparameterError(f"{count} in the hyperparameters for {method}:\n  " + "\n  ".join(problems))
@@ -343,6 +356,25 @@ def _kto_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
         yield "desirable_weight = 0, undesirable_weight = 0: the loss would always be 0; set at least one above 0"
 
 
+def _best_model_contradictions(given: Mapping[str, Any]) -> Iterable[str]:
+    metric, strategy = given.get("metric_for_best_model"), given.get("training_strategy", "sft")
+    if metric is not None and metric not in BEST_METRICS[strategy]:
+        yield (
+            f"metric_for_best_model = {show(metric)}: an evaluation of {strategy} has no such metric; use one of "
+            f"{', '.join(BEST_METRICS[strategy])}"
+        )
+    if given.get("load_best_model_at_end") and given.get("fsdp") == "full_shard":
+        yield (
+            'load_best_model_at_end = true, fsdp = "full_shard": the best checkpoint cannot be loaded into sharded weights; '
+            "omit one, or serve a checkpoint with deploy(checkpoint=…)"
+        )
+
+
+def needs_validation(values: Hyperparameters) -> str:
+    """Returns the hyperparameter that needs validation data, as `name=value`; "" if none does."""
+    return next((f"{name}={show(value)}" for name in _BEST_NAMES if (value := getattr(values, name))), "")
+
+
 def _without_effect(given: Mapping[str, Any], resolved: Hyperparameters, method: str) -> Iterable[str]:
     if resolved.training_strategy == "sft":
         for name in _DPO_NAMES:
@@ -362,6 +394,12 @@ def _without_effect(given: Mapping[str, Any], resolved: Hyperparameters, method:
         yield "system_prompt has no effect: apply_chat_template is false."
     if given.get("warmup_ratio") and resolved.lr_scheduler_type == "constant":
         yield "warmup_ratio has no effect: lr_scheduler_type is constant; use constant_with_warmup."
+    if not needs_validation(resolved):
+        for name in _METRIC_NAMES:
+            if name in given and given[name] != HYPERPARAMETERS[name].default:
+                yield f"{name} has no effect: neither load_best_model_at_end nor early_stopping_patience is set."
+    elif "early_stopping_threshold" in given and not resolved.early_stopping_patience:
+        yield "early_stopping_threshold has no effect: early_stopping_patience is 0."
     if "num_train_epochs" in given and resolved.max_steps:
         yield f"num_train_epochs has no effect: max_steps={resolved.max_steps} takes precedence."
 

@@ -130,12 +130,12 @@ def read_recipe_file(path: str | Path) -> RecipeFile:
     inputs |= {channel: values.pop(channel) for channel in CHANNELS if channel in values}
     if inputs:
         values["default_training_inputs"] = {
-            channel: _beside(folder, inputs[channel]) for channel in CHANNELS if channel in inputs
+            channel: beside(folder, inputs[channel]) for channel in CHANNELS if channel in inputs
         }
     if values.get("model_uri"):
-        values["model_uri"] = _beside(folder, values["model_uri"])
+        values["model_uri"] = beside(folder, values["model_uri"])
     store, name = values.pop("store", None), values.pop("name", None)
-    return RecipeFile(arguments=values, store=store and _beside(folder, store), name=name)
+    return RecipeFile(arguments=values, store=store and beside(folder, store), name=name)
 
 
 def _check_key(path: Path, key: str, known: tuple[str, ...], *, table: str = "") -> None:
@@ -146,7 +146,7 @@ def _check_key(path: Path, key: str, known: tuple[str, ...], *, table: str = "")
         )
 
 
-def _beside(folder: Path, location: str) -> str:
+def beside(folder: Path, location: str) -> str:
     """Returns a location of the file with a relative path joined to the file's folder; URIs and `~` stay as they are."""
     if "://" in location or location.startswith("~") or os.path.isabs(location):
         return location

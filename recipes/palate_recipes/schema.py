@@ -132,6 +132,7 @@ Schedule = Literal[  # transformers.SchedulerType, without those that need lr_sc
     "polynomial",
     "inverse_sqrt",
 ]
+BestMetric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_mean_token_accuracy"]
 LOSS_TYPES = (  # trl.DPOConfig.loss_type 1.16, all of them
     "sigmoid",
     "hinge",
@@ -383,6 +384,39 @@ class Hyperparameters(Struct, frozen=True, kw_only=True):
             extra={"unit": "optimizer steps"},
         ),
     ] = 0
+    load_best_model_at_end: Annotated[
+        bool,
+        Meta(
+            description="the model is the checkpoint of the evaluation with the best metric_for_best_model, not the last step; "
+            "needs validation data, and writes a checkpoint at each improvement"
+        ),
+    ] = False
+    metric_for_best_model: Annotated[
+        BestMetric,
+        Meta(
+            description="metric of the evaluations that load_best_model_at_end and early_stopping_patience compare; lower is "
+            "better for eval_loss, higher for the others"
+        ),
+    ] = "eval_loss"
+    early_stopping_patience: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000,
+            description="stops the training after this many evaluations in a row without an improvement; 0 turns it off; "
+            "needs validation data",
+            extra={"unit": "evaluations"},
+        ),
+    ] = 0
+    early_stopping_threshold: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1000,
+            description="smallest change of metric_for_best_model that counts as an improvement for early_stopping_patience",
+            extra={"unit": "of the metric"},
+        ),
+    ] = 0.0
     loss_type: Annotated[
         str,
         Meta(
@@ -490,6 +524,9 @@ _ROWS = tuple(
     _row(field.name, field.type, field.default if field.default_factory is NODEFAULT else field.default_factory())
     for field in fields(Hyperparameters)
 )
+
+ADDED = ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold")
+"""Hyperparameters that records of version 0.1.0 do not have."""
 
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})
 

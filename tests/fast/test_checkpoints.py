@@ -15,7 +15,7 @@ from palate import Session, TrainingJob
 from palate.checksums import Checksums
 from palate.deploy import tell_parity
 from palate.errors import ConfigurationError, DamagedFilesError, JobNotReadyError
-from palate.runner.checkpoints import stage_for_serving
+from palate.runner.checkpoints import stage_for_serving, stage_last_checkpoint
 from palate.runs.checkpoints import check_servable, choose_checkpoint, complete_checkpoints
 from palate.runs.record import Record
 from palate.store import Store, open_store
@@ -383,3 +383,26 @@ def test_the_command_names_its_flag(failed: tuple[TrainingJob, NothingStarts]) -
         "failed", "--checkpoint", "7"
     )
     assert "--checkpoint is of a job" in deploy("smollm2-135m-instruct", "--base", "--checkpoint", "latest")
+
+
+def test_a_resumed_run_also_gets_the_best_checkpoint_before_its_last(store: Store, tmp_path: Path) -> None:
+    def state(best: int | None) -> dict[str, bytes]:
+        return {**FILES, "trainer_state.json": json.dumps({"best_global_step": best}).encode()}
+
+    record = Record(store, "jobs", "one")
+    record.create(train_manifest(hyperparameters={"load_best_model_at_end": True}))
+    write(record, "step-000050", state(50), folder=tmp_path)
+    write(record, "step-000100-attempt-2", state(50), folder=tmp_path)
+    write(record, "step-000150-attempt-2", state(140), folder=tmp_path)  # the best one was never uploaded
+    write(record, "step-000200-attempt-2", {**FILES, "trainer_state.json": b"[]"}, folder=tmp_path)
+    said: list[str] = []
+    staged = stage_last_checkpoint(record, tmp_path / "staged", said.append)
+    assert staged == tmp_path / "staged/checkpoint-100"
+    assert [line.partition(": ")[0] for line in said] == ["note"] * 2
+    assert "has no readable trainer_state.json" in said[0]
+    assert "checkpoint-150 needs checkpoint-140, which has the best evaluation" in said[1]
+    assert {path.name for path in (tmp_path / "staged").iterdir()} == {"checkpoint-50", "checkpoint-100"}
+    assert (tmp_path / "staged/checkpoint-50/adapter_model.safetensors").read_bytes() == b"weights"
+    # Only the one that is resumed from has a marker: the other would be uploaded again.
+    assert not (tmp_path / "staged/checkpoint-50" / COMPLETE_MARK).exists()
+    assert (tmp_path / "staged/checkpoint-100" / COMPLETE_MARK).exists()

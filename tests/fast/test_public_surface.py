@@ -83,6 +83,7 @@ def test_no_command_is_registered_twice() -> None:
 
 def test_the_public_names() -> None:
     assert set(palate.__all__) == {
+        "ExperimentFile",
         "ModelTrainingRecipe",
         "PalateError",
         "Predictor",
@@ -91,6 +92,7 @@ def test_the_public_names() -> None:
         "Session",
         "TrainingJob",
         "__version__",
+        "compare",
         "get_default_session",
         "random_str",
         "setup_default_session",

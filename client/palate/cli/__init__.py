@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from palate.cli import chat, machine, rollout, runs, top, train
+from palate.cli import chat, experiments, machine, rollout, runs, top, train
 from palate.cli.adapter import adapter
 from palate.cli.data import data
 from palate.cli.examples import add_examples
@@ -53,6 +53,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 train.register(app)
+experiments.register(app)
 chat.register(app)
 runs.register(app)
 rollout.register(app)

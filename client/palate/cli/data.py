@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from palate_recipes.preferences.report import Report
     from palate_recipes.preferences.transform import Change
 
-data = typer.Typer(help="Check, convert, split, describe and generate preference data.", no_args_is_help=True)
+data = typer.Typer(help="Check, convert, split and generate preference data.", no_args_is_help=True)
 
 Files = Annotated[list[str], typer.Argument(help="Files, folders, globs or URIs (s3://, oss://, hf://, gsheet://).")]
 Strategy = Annotated[str, typer.Option(help="Training strategy: dpo, sft, kto or any.")]

@@ -13,6 +13,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "palate train prefs.jsonl --model qwen2-0.5b-instruct --dry-run",
         "palate train prefs.jsonl --recipe recipe.toml --no-wait",
     ),
+    "run-experiment": (
+        "palate run-experiment experiments.yml learning-rate --dry-run",
+        "palate run-experiment experiments.yml learning-rate --jobs 2",
+    ),
+    "compare": ("palate compare JOB JOB", "palate compare JOB JOB --metric win_rate --json"),
+    "runs compare": ("palate runs compare JOB JOB --csv",),
     "resume": ("palate resume JOB", "palate resume JOB --no-wait"),
     "deploy": (
         "palate deploy JOB",

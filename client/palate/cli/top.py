@@ -29,7 +29,7 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line per reading.")] = False,
 ) -> None:
-    """Show what a service does, until Ctrl-C: rates, times, errors.
+    """Show a service's rates, times and errors until Ctrl-C.
 
     A live view on a terminal, a tab-separated line per reading elsewhere. Rates and times are those of the last minute.
     """

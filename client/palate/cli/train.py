@@ -101,7 +101,7 @@ def train(
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend, session=session)
     job_name = file.name if file and name is None else name
     if dry_run:
-        _print_estimate(recipe.estimate(inputs, job_name=job_name, servable=servable))
+        print_estimate(recipe.estimate(inputs, job_name=job_name, servable=servable))
         return
     job = recipe.train(inputs=inputs, wait=wait, job_name=job_name, servable=servable)
     print(job.id)
@@ -109,7 +109,7 @@ def train(
     say_next("deploy" if wait else "watch", job.id, store=recipe.session.store_uri if is_elsewhere else None)
 
 
-def _print_estimate(found: Estimate) -> None:
+def print_estimate(found: Estimate) -> None:
     """Prints an estimate as a table, problems to stderr. Exits with 1 if the training would be rejected."""
     from palate.ui.terminal import Column, print_table
     from palate_recipes.specs.events import duration

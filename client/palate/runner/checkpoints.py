@@ -7,18 +7,19 @@ touch those of the next attempt.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from palate.checksums import Checksums, read_model_digests
-from palate.runs.checkpoints import complete_checkpoints, deleted, served_files
+from palate.runs.checkpoints import Checkpoint, complete_checkpoints, deleted, served_files
 from palate.runs.record import Record
 from palate.session import Session
 from palate.store import Store, open_parent
 from palate_recipes.errors import DamagedFilesError, StoreError
-from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK
+from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK, TrainSpec
 
 
 class CheckpointPusher:
@@ -92,17 +93,12 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         StoreError: The store cannot be read.
     """
     # By step first: an earlier attempt may have come further. Of the same step, the latest attempt's.
-    for checkpoint in reversed(complete_checkpoints(record)):
-        source = record.key(CHECKPOINTS_DIR, checkpoint.name)
-        mark = f"{source}/{COMPLETE_MARK}"
+    complete = complete_checkpoints(record)
+    for checkpoint in reversed(complete):
         target = folder / f"checkpoint-{checkpoint.step}"
         try:
-            digests = Checksums.parse(record.store.get(mark), where=record.store.uri(mark))
-            target.mkdir(parents=True, exist_ok=True)
-            for name in digests.files:
-                record.store.download(f"{source}/{name}", target / name)
-            # Only the listed files were copied here.
-            digests.check_folder(target, what=record.store.uri(source), may_hold_more=True)
+            _fetch(record, checkpoint, target)
+            _stage_best(record, target, complete)
         except (DamagedFilesError, FileNotFoundError) as error:
             say(f"note: a checkpoint is skipped: {error}")
             shutil.rmtree(target, ignore_errors=True)
@@ -110,6 +106,50 @@ def stage_last_checkpoint(record: Record, folder: Path, say: Callable[[str], Non
         (target / COMPLETE_MARK).touch()  # last: its presence means complete
         return target
     return None
+
+
+def _fetch(record: Record, checkpoint: Checkpoint, target: Path) -> None:
+    """Copies a checkpoint to `target`, without a marker. Raises DamagedFilesError or FileNotFoundError if it is not whole."""
+    source = record.key(CHECKPOINTS_DIR, checkpoint.name)
+    mark = f"{source}/{COMPLETE_MARK}"
+    digests = Checksums.parse(record.store.get(mark), where=record.store.uri(mark))
+    target.mkdir(parents=True, exist_ok=True)
+    for name in digests.files:
+        record.store.download(f"{source}/{name}", target / name)
+    # Only the listed files were copied here.
+    digests.check_folder(target, what=record.store.uri(source), may_hold_more=True)
+
+
+def _stage_best(record: Record, folder: Path, complete: list[Checkpoint]) -> None:
+    """Also copies the checkpoint of the best evaluation before the one in `folder`: load_best_model_at_end may load it.
+
+    It gets no marker, so that it is not uploaded again. Without load_best_model_at_end a state may name a step that has no
+    checkpoint, and nothing is copied.
+
+    Raises:
+        DamagedFilesError: It is missing or damaged, and the run would need it.
+    """
+    body = record.manifest().body
+    if not isinstance(body, TrainSpec) or not body.hyperparameters.load_best_model_at_end:
+        return
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        step = state.get("best_global_step")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedFilesError(f"{folder.name} has no readable trainer_state.json: {error}") from None
+    target = folder.with_name(f"checkpoint-{step}")
+    if step is None or target == folder:
+        return
+    same = [one for one in complete if one.step == step]
+    if not same:
+        raise DamagedFilesError(
+            f"{folder.name} needs checkpoint-{step}, which has the best evaluation and is not in the store"
+        )
+    try:
+        _fetch(record, same[-1], target)
+    except (DamagedFilesError, FileNotFoundError):
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 def stage_for_serving(store: Store, prefix: str, folder: Path, *, digest: str | None, what: str) -> None:

@@ -197,6 +197,7 @@ def build_trainer(
                 f"target_modules={task.spec.hyperparameters.target_modules!r} does not fit this model: {error}"
             ) from error
         raise
+    trainer.keeps_best = task.spec.hyperparameters.load_best_model_at_end
     trainer.pack()
     trainer.use_float32_updates()
     for name, value in start.items():

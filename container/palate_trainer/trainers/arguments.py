@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from trl import DPOConfig, KTOConfig, SFTConfig
 
+from palate_recipes.hyperparameters import needs_validation
 from palate_recipes.specs.train import CHECKPOINTS_DIR, TrainTask
 from palate_recipes.trackers import chosen
 from palate_trainer.distributed import world_size
@@ -116,7 +117,13 @@ def _common_arguments(task: TrainTask, evaluates: bool, joined: int) -> dict[str
         "logging_steps": hyperparameters.logging_steps,
         "logging_first_step": True,  # computed before the first update, so this is the untrained model's loss
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if hyperparameters.save_steps else "no",
+        # "best" alone makes transformers record the step of the best evaluation; PalateMixin decides what is saved. Its own
+        # load_best_model_at_end stays off: it would require save_steps to be a multiple of eval_steps, and does not load after a
+        # resume from the last step.
+        "save_strategy": (
+            "steps" if hyperparameters.save_steps else "best" if hyperparameters.load_best_model_at_end else "no"
+        ),
+        "metric_for_best_model": hyperparameters.metric_for_best_model if needs_validation(hyperparameters) else None,
         "save_steps": hyperparameters.save_steps or 500,
         "eval_strategy": ("steps" if hyperparameters.eval_steps else "epoch") if evaluates else "no",
         "eval_steps": hyperparameters.eval_steps or None,

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from palate_recipes.errors import NotFiniteError
+from palate_recipes.errors import NotFiniteError, TrainerError
+from palate_recipes.specs.train import COMPLETE_MARK
 from palate_trainer.distributed import Rounds, gather_rows, rank, world_size
 from palate_trainer.fast.packing import EXACT, ROUNDED, Trial, rounds_activations, try_fast_path
 from palate_trainer.fast.tree import TreeCollator
@@ -233,6 +235,41 @@ class PalateMixin(DistributedMixin):
             torch.set_rng_state(states[2])
             torch.cuda.set_rng_state_all(cuda)
             raise
+
+    keeps_best: bool = False
+    """Whether a better evaluation writes a checkpoint, for `load_best`."""
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        better = super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
+        # A checkpoint of this step may have been written before the evaluation, at the end of an epoch. It is complete, may be
+        # on its way to the store, and must not change.
+        if better and self.keeps_best and not self._checkpoint_exists(self.state.global_step):  # type: ignore[attr-defined]
+            self.control.should_save = True  # type: ignore[attr-defined]
+        return bool(self.control.should_save)  # type: ignore[attr-defined]  # with save_strategy="best" it becomes this
+
+    def _checkpoint_exists(self, step: int) -> bool:
+        return (Path(self.args.output_dir) / f"checkpoint-{step}" / COMPLETE_MARK).exists()  # type: ignore[attr-defined]
+
+    def load_best(self) -> int:
+        """Loads the weights of the best evaluation, and returns its step.
+
+        Raises:
+            TrainerError: Its checkpoint is missing, or there was no evaluation.
+        """
+        state = self.state  # type: ignore[attr-defined]
+        if state.best_global_step is None:
+            raise TrainerError(
+                "load_best_model_at_end: no evaluation had a finite metric_for_best_model. Check the validation data, or omit it"
+            )
+        folder = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"  # type: ignore[attr-defined]
+        if not folder.is_dir():
+            raise TrainerError(
+                f"load_best_model_at_end: {folder}, the checkpoint of the best evaluation, is missing. Train again, or resume from "
+                "an earlier checkpoint"
+            )
+        state.best_model_checkpoint = str(folder)  # a resumed state has the path of another machine
+        self._load_best_model()  # type: ignore[attr-defined]
+        return int(state.best_global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if world_size() > 1:

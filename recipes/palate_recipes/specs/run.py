@@ -8,6 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from palate_recipes.schema import ADDED, HYPERPARAMETERS
 from palate_recipes.specs.codec import (
     Int,
     Natural,
@@ -137,7 +138,13 @@ class TrainManifest(_Manifest[TrainSpec], frozen=True, kw_only=True, tag="train"
     __doc__ = _Manifest.__doc__
 
     def encode(self) -> bytes:
-        return encode(self)
+        """Returns the record. A training that does not use the hyperparameters added since version 0.1.0 is written as ever."""
+        values = msgspec.to_builtins(self)
+        hyperparameters = values["body"]["hyperparameters"]
+        for name in ADDED:
+            if hyperparameters[name] == HYPERPARAMETERS[name].default:
+                del hyperparameters[name]
+        return encode(values)
 
     @classmethod
     def decode(cls, data: bytes) -> TrainManifest:

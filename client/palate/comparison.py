@@ -1,0 +1,290 @@
+"""Compares jobs: what differs between them, and what came out, ranked by a metric. Reads records, trains nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import asdict
+
+from palate.job import TrainingJob
+from palate.runs.list import each_result
+from palate.session import Session
+from palate_recipes.errors import ConfigurationError, JobNotReadyError
+from palate_recipes.text import did_you_mean, html_block, html_table
+
+METRICS: Mapping[str, bool] = {
+    "eval_loss": False,
+    "best_eval_loss": False,
+    "eval_rewards/accuracies": True,
+    "eval_rewards/margins": True,
+    "eval_mean_token_accuracy": True,
+    "final_loss": False,
+    "win_rate": True,
+    "tokens_per_s": True,
+    "seconds": False,
+}
+"""Metrics that rank jobs, and whether higher is better."""
+
+_LARGEST = 1 << 20
+"""Size limit of an evaluation's record in bytes: a store may have anything."""
+_NOT_SETTINGS = ("precision",)  # in the hyperparameters too, as it was given
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedJob:
+    """A job in a comparison.
+
+    Attributes:
+        id: The job's id.
+        state: Its state.
+        settings: Everything that may differ: model, method, hyperparameters, precision, digests of the data, versions.
+        figures: What came out, by the names of `METRICS`, and `steps` and `best_step`. Those of an evaluation are of the step that the
+            model has. A figure that the job does not have is missing.
+        reason: Why it failed or stopped.
+        reading: The verdict on its curves.
+    """
+
+    id: str
+    state: str
+    settings: dict[str, Any]
+    figures: dict[str, float]
+    reason: str = ""
+    reading: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Jobs side by side.
+
+    Attributes:
+        metric: What ranks them.
+        jobs: The jobs, best first. Those without the metric are last.
+        varied: Names that are always shown among the settings, such as those of a sweep.
+    """
+
+    metric: str
+    jobs: tuple[ComparedJob, ...]
+    varied: tuple[str, ...] = field(default=())
+
+    @property
+    def best(self) -> ComparedJob:
+        """The best succeeded job.
+
+        Raises:
+            JobNotReadyError: No job has succeeded with this metric.
+        """
+        for job in self.jobs:
+            if job.state == "Succeeded" and self.metric in job.figures:
+                return job
+        raise JobNotReadyError(
+            f"no job has succeeded with {self.metric}: {', '.join(f'{job.id} is {job.state}' for job in self.jobs)}"
+        )
+
+    @property
+    def differing(self) -> list[str]:
+        """The settings that are not the same in all jobs, and those that were varied."""
+        names = dict.fromkeys(name for job in self.jobs for name in job.settings)
+        return [
+            name
+            for name in names
+            if name in self.varied or len({_key(job.settings.get(name)) for job in self.jobs}) > 1
+        ]
+
+    @property
+    def columns(self) -> list[str]:
+        """The head of the table."""
+        figures = [name for name in (*METRICS, "steps", "best_step") if any(name in job.figures for job in self.jobs)]
+        return ["job", "state", *self.differing, *figures, "reading"]
+
+    def rows(self) -> list[list[Any]]:
+        """Returns one row for each job, in the order of `columns`; None where a job has no value."""
+        names = self.columns[2:-1]
+        return [
+            [job.id, job.state, *(job.settings.get(name, job.figures.get(name)) for name in names), job.reading]
+            for job in self.jobs
+        ]
+
+    def cells(self) -> list[list[str]]:
+        """Returns the rows as text, with rounded figures."""
+        return [[shown(value) for value in row] for row in self.rows()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns everything as values for JSON."""
+        return {
+            "metric": self.metric,
+            "higher_is_better": METRICS[self.metric],
+            "differing": self.differing,
+            "jobs": [
+                {
+                    "rank": rank if self.metric in job.figures else None,
+                    "id": job.id,
+                    "state": job.state,
+                    "reason": job.reason,
+                    "settings": {name: job.settings.get(name) for name in self.differing},
+                    "figures": job.figures,
+                    "reading": job.reading,
+                }
+                for rank, job in enumerate(self.jobs, start=1)
+            ],
+        }
+
+    def to_csv(self) -> str:
+        """Returns the table as CSV, with unrounded figures."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([_csv_cell(value) for value in row] for row in self.rows())
+        return text.getvalue()
+
+    def __str__(self) -> str:
+        table = [self.columns, *self.cells()]
+        widths = [max(len(row[at]) for row in table) for at in range(len(self.columns))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        )
+
+    def _repr_html_(self) -> str:
+        return html_block(html_table(self.cells(), self.columns))
+
+
+def compare(jobs: Iterable[TrainingJob | str], *, metric: str = "", session: Session | None = None) -> Comparison:
+    """Compares jobs: a table of the settings that differ and of what came out.
+
+    Args:
+        jobs: Jobs, ids or URIs, in any state.
+        metric: What ranks them, one of `palate.comparison.METRICS`; default: eval_loss if a job has it, else final_loss.
+        session: For ids; default: the default session.
+
+    Returns:
+        The comparison, best job first. It prints as a table, and shows as one in a notebook.
+
+    Raises:
+        ConfigurationError: There is no job, one is given twice, or the metric is unknown.
+        RunNotFoundError: No job has this id.
+    """
+    if isinstance(jobs, str):
+        jobs = [jobs]
+    found = [TrainingJob.get(job, session) if isinstance(job, str) else job for job in jobs]
+    return compare_jobs(found, metric=metric)
+
+
+def compare_jobs(jobs: Sequence[TrainingJob], *, metric: str = "", varied: Sequence[str] = ()) -> Comparison:
+    """As `compare`, with names of settings to show even if they are the same."""
+    if not jobs:
+        raise ConfigurationError("jobs is empty: give the ids of the jobs to compare (`palate jobs` lists them)")
+    seen = [job.uri for job in jobs]
+    if twice := next((job.id for job in jobs if seen.count(job.uri) > 1), None):
+        raise ConfigurationError(f"job {twice} is given twice: remove one of them")
+    check_metric(metric)
+    read: dict[str, ComparedJob] = {}
+    for job, result in each_result(_read, jobs, None):
+        if isinstance(result, BaseException):
+            raise result
+        read[job.uri] = result
+    compared = [read[uri] for uri in seen]
+    if not metric:
+        metric = "eval_loss" if any("eval_loss" in job.figures for job in compared) else "final_loss"
+    sign = -1 if METRICS[metric] else 1
+    ranked = sorted(compared, key=lambda job: sign * job.figures.get(metric, sign * math.inf))
+    return Comparison(metric=metric, jobs=tuple(ranked), varied=tuple(varied))
+
+
+def check_metric(metric: str) -> None:
+    """Raises ConfigurationError if it is neither "" nor a metric that ranks jobs."""
+    if metric and metric not in METRICS:
+        raise ConfigurationError(
+            f"metric={metric!r} is unknown: {did_you_mean(metric, METRICS)}expected one of {', '.join(METRICS)}"
+        )
+
+
+def _read(job: TrainingJob) -> ComparedJob:
+    status, events = job.describe(), job.metrics()
+    body = job.manifest.body
+    libraries = status.details.get("versions")
+    versions = {**(libraries if isinstance(libraries, dict) else {}), **job.manifest.versions}
+    settings = {
+        "model": body.model.name,
+        "method": body.method,
+        **{name: value for name, value in asdict(body.hyperparameters).items() if name not in _NOT_SETTINGS},
+        "precision": body.precision,
+        **{f"data {channel}": (given.sha256 or given.uri)[:12] for channel, given in body.inputs.items()},
+        "weights": str(status.details.get("model_revision") or "")[:12],
+        **{f"version {name}": str(found) for name, found in versions.items()},
+    }
+    figures = figures_of(events)
+    if (rate := _win_rate(job)) is not None:
+        figures["win_rate"] = rate
+    end = events[-1] if events and events[-1]["kind"] == "end" else {}
+    reading = end.get("reading")
+    return ComparedJob(
+        id=job.id,
+        state=status.state,
+        settings=settings,
+        figures=figures,
+        reason=status.reason,
+        reading=str(reading.get("verdict", "")) if isinstance(reading, dict) else "",
+    )
+
+
+def figures_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the figures of a job's metrics events, also of a job that still runs."""
+    end: Mapping[str, Any] = next((event for event in reversed(events) if event["kind"] == "end"), {})
+    evaluations = [event for event in events if event["kind"] == "eval"]
+    steps = [event for event in events if event["kind"] == "train"]
+    best_step = end.get("best_step")
+    at = next((event for event in evaluations if event["step"] == best_step), evaluations[-1] if evaluations else {})
+    values: dict[str, Any] = {name: at.get(name) for name in METRICS if name.startswith("eval_")}
+    values["best_eval_loss"] = min(
+        (event["eval_loss"] for event in evaluations if _is_number(event.get("eval_loss"))), default=None
+    )
+    values["final_loss"] = end.get("final_loss", steps[-1].get("loss") if steps else None)
+    values["tokens_per_s"] = end.get("tokens_per_s")
+    values["seconds"] = end.get("seconds")
+    values["steps"] = end.get("step", steps[-1]["step"] if steps else None)
+    values["best_step"] = best_step
+    return {name: value for name, value in values.items() if _is_number(value)}
+
+
+def _win_rate(job: TrainingJob) -> float | None:
+    """Returns the win-rate against the base in the job's newest evaluation, or None."""
+    store, prefix = job._run.record.store, job._run.record.key("evaluations")
+    found = [info for info in store.list(prefix) if info.key.endswith(".json") and info.size <= _LARGEST]
+    for info in sorted(found, key=lambda info: info.modified_s, reverse=True):
+        try:
+            record = json.loads(store.get(info.key))
+            comparisons = [one for one in record["comparisons"] if {one["first"], one["second"]} == {job.id, "base"}]
+            if comparisons:
+                rate = float(comparisons[0]["win_rate"]["value"])
+                return rate if comparisons[0]["first"] == job.id else 1 - rate
+        except (ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
+            continue  # of another form, or deleted meanwhile
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def shown(value: Any) -> str:
+    """Formats a value of the table."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _csv_cell(value: Any) -> Any:
+    text = json.dumps(value) if isinstance(value, list | dict) else value
+    # A spreadsheet would run a text that begins like a formula, and names and readings come from a store.
+    return f"'{text}" if isinstance(text, str) and text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -1,0 +1,117 @@
+"""Chooses the values of a search's trials with Optuna. Knows the space and results, no job.
+
+Each trial is drawn with a seed of its own, from the search's seed and the trial's number. So a search that is interrupted and run again
+draws the same values: all of a random search, and with TPE those that see the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from palate.experiments.sweep import Axes
+from palate_recipes.errors import ConfigurationError, MissingDependencyError
+
+
+class Searcher:
+    """A search over ranges, lists and groups.
+
+    Args:
+        axes: What is varied.
+        tpe: Whether to use the tree-structured Parzen estimator (Bergstra et al., 2011), else uniform draws.
+        seed: Seed of the search.
+        maximize: Whether higher results are better.
+
+    Raises:
+        MissingDependencyError: Optuna is not installed.
+    """
+
+    def __init__(self, axes: Axes, *, tpe: bool, seed: int, maximize: bool) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise MissingDependencyError(
+                "search: random and tpe need Optuna, which is not installed: pip install 'palate[sweep]'"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna = optuna
+        self._axes = axes
+        self._tpe = tpe
+        self._seed = seed
+        self._study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=self._sampler(0))
+        self._asked: dict[int, Any] = {}
+        self._space: dict[str, Any] = {}
+        for name, found in axes.ranges.items():
+            if found.is_int:
+                self._space[name] = optuna.distributions.IntDistribution(
+                    int(found.low), int(found.high), log=found.is_log, step=int(found.step or 1)
+                )
+            else:
+                self._space[name] = optuna.distributions.FloatDistribution(
+                    found.low, found.high, log=found.is_log, step=found.step
+                )
+        # By position: Optuna's choices are numbers and texts, and a hyperparameter may be a list.
+        self._choices = {
+            **{name: [{name: value} for value in values] for name, values in axes.lists.items()},
+            **axes.groups,
+        }
+        for name, values in self._choices.items():
+            self._space[name] = optuna.distributions.CategoricalDistribution(range(len(values)))
+
+    def ask(self, number: int) -> dict[str, Any]:
+        """Returns the values of a trial."""
+        self._study.sampler = self._sampler(number)
+        trial = self._study.ask(self._space)
+        self._asked[number] = trial
+        values: dict[str, Any] = {}
+        for name, chosen in trial.params.items():
+            values |= self._choices[name][chosen] if name in self._choices else {name: chosen}
+        return values
+
+    def tell(self, number: int, values: Mapping[str, Any], result: float | None) -> None:
+        """Records the result of a trial; None if it failed."""
+        state = self._optuna.trial.TrialState
+        if number in self._asked:
+            asked = self._asked.pop(number)
+            self._study.tell(asked, result, state=state.COMPLETE if result is not None else state.FAIL)
+            return
+        self._study.add_trial(
+            self._optuna.trial.create_trial(
+                params=self._params(values),
+                distributions=self._space,
+                value=result,
+                state=state.COMPLETE if result is not None else state.FAIL,
+            )
+        )
+
+    def values_in(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of a trial that was trained before.
+
+        Args:
+            given: The hyperparameters of its job, as they were given.
+            arguments: Further settings of its job.
+        """
+        names = [*self._axes.ranges, *(name for choices in self._choices.values() for name in choices[0])]
+        return {name: given[name] if name in given else arguments[name] for name in names}
+
+    def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        from palate_recipes.schema import HYPERPARAMETERS
+
+        def parsed(name: str, value: Any) -> Any:
+            return HYPERPARAMETERS[name].parse(value) if name in HYPERPARAMETERS else value
+
+        params = {name: values[name] for name in self._axes.ranges}
+        for name, choices in self._choices.items():
+            for at, choice in enumerate(choices):
+                if all(parsed(one, value) == values[one] for one, value in choice.items()):
+                    params[name] = at
+        if len(params) < len(self._space):
+            raise ConfigurationError(
+                f"a trial in the store has {dict(values)!r}, which are not values of this search: give the experiment another id"
+            )
+        return params
+
+    def _sampler(self, number: int) -> Any:
+        seed = (self._seed * 1_000_003 + number) % 2**32
+        samplers = self._optuna.samplers
+        return samplers.TPESampler(seed=seed, n_startup_trials=5) if self._tpe else samplers.RandomSampler(seed=seed)

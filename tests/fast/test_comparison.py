@@ -1,0 +1,111 @@
+"""What `compare` says of jobs in a store, whose records are written here as a runner writes them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any
+
+import pytest
+
+from palate import Session, TrainingJob, compare
+from palate.errors import ConfigurationError, JobNotReadyError, RunNotFoundError
+from palate.runs.record import Record
+from palate_recipes.specs.run import State
+from palate_recipes.specs.train import InputFile
+from tests.support.html import check_html
+from tests.support.manifests import train_manifest
+
+
+def write(
+    session: Session,
+    name: str,
+    events: list[dict[str, Any]],
+    *,
+    state: State = "Succeeded",
+    data: str = "a" * 64,
+    **hyperparameters: Any,
+) -> Record:
+    record = Record(session.store, "jobs", name)
+    inputs = {"train": InputFile(uri="file:///prefs.json", sha256=data)}
+    record.create(train_manifest(name, hyperparameters={"training_strategy": "dpo", **hyperparameters}, inputs=inputs))
+    record.append("metrics", 1, "".join(json.dumps(event) + "\n" for event in events).encode())
+    record.advance("Running", expect={"Creating"})
+    if state != "Running":
+        record.advance(state, expect={"Running"}, reason="the loss is NaN" if state == "Failed" else "")
+    return record
+
+
+def evaluation(step: int, loss: float, accuracy: float = 0.5) -> dict[str, Any]:
+    return {"kind": "eval", "step": step, "eval_loss": loss, "eval_rewards/accuracies": accuracy}
+
+
+def ended(step: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "end", "step": step, "seconds": 9.5, "tokens_per_s": 100.0, "final_loss": 0.4, **more}
+
+
+@pytest.fixture
+def jobs(session: Session) -> list[str]:
+    write(session, "late", [evaluation(1, 0.5, 0.9), evaluation(2, 0.7, 0.6), ended(2)], learning_rate=1e-4)
+    best = [evaluation(1, 0.6, 0.8), evaluation(2, 0.65, 0.7), ended(2, best_step=1)]
+    write(session, "best", best, learning_rate=1e-3, lora_dim=8)
+    write(session, "failed", [{"kind": "train", "step": 1, "loss": None}], state="Failed", data="b" * 64)
+    return ["late", "best", "failed"]
+
+
+def test_jobs_are_ranked_and_only_what_differs_is_shown(session: Session, jobs: list[str]) -> None:
+    comparison = compare(jobs)
+    assert comparison.metric == "eval_loss"
+    assert [job.id for job in comparison.jobs] == ["best", "late", "failed"]
+    assert comparison.differing == ["learning_rate", "lora_dim", "data train"]
+    figures = {job.id: job.figures for job in comparison.jobs}
+    assert (figures["late"]["eval_loss"], figures["late"]["best_eval_loss"]) == (0.7, 0.5)
+    # The model is that of step 1: the figures are of its evaluation.
+    assert (figures["best"]["eval_loss"], figures["best"]["eval_rewards/accuracies"]) == (0.6, 0.8)
+    assert "eval_loss" not in figures["failed"]
+    assert comparison.jobs[-1].reason == "the loss is NaN"
+    assert comparison.best.id == "best"
+    assert [job.id for job in compare(jobs, metric="best_eval_loss").jobs][:2] == ["late", "best"]
+    assert [job.id for job in compare(jobs, metric="eval_rewards/accuracies").jobs][:2] == ["best", "late"]
+    with pytest.raises(JobNotReadyError, match=r"no job has succeeded with win_rate: .*failed is Failed"):
+        _ = compare(jobs, metric="win_rate").best
+
+
+def test_json_csv_and_html_have_the_same_table(session: Session, jobs: list[str]) -> None:
+    comparison = compare([TrainingJob.get(name) for name in jobs])
+    values = json.loads(json.dumps(comparison.as_dict()))
+    assert [(job["id"], job["rank"]) for job in values["jobs"]] == [("best", 1), ("late", 2), ("failed", None)]
+    table = list(csv.reader(comparison.to_csv().splitlines()))
+    assert table[0] == comparison.columns
+    assert [row[0] for row in table[1:]] == ["best", "late", "failed"]
+    html = check_html(comparison._repr_html_())
+    assert len(list(html.iter("tr"))) == 4
+    assert str(comparison).splitlines()[0].split()[:3] == ["job", "state", "learning_rate"]
+
+
+def test_the_newest_readable_evaluation_gives_the_win_rate(session: Session, jobs: list[str]) -> None:
+    store = session.store
+    against = {"first": "base", "second": "late", "win_rate": {"value": 0.25, "low": 0.1, "high": 0.4}}
+    store.put("jobs/late/evaluations/k.json", json.dumps({"comparisons": [against]}).encode())
+    store.put("jobs/best/evaluations/damaged.json", b'{"comparisons": [{"first": 1}]}')
+    store.put("jobs/best/evaluations/deep.json", b"[" * 100_000)
+    comparison = compare(["best", "late"], metric="win_rate")
+    assert [(job.id, job.figures.get("win_rate")) for job in comparison.jobs] == [("late", 0.75), ("best", None)]
+
+
+def test_what_a_store_holds_is_shown_as_text(session: Session) -> None:
+    write(session, "a", [ended(1, reading={"verdict": "=1+1<script>\x1b[2J", "text": ""})])
+    comparison = compare("a")
+    check_html(comparison._repr_html_())
+    assert list(csv.reader(comparison.to_csv().splitlines()))[1][-1].startswith("'=1+1")
+
+
+def test_mistakes(session: Session, jobs: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="jobs is empty"):
+        compare([])
+    with pytest.raises(ConfigurationError, match="job late is given twice"):
+        compare(["late", "late"])
+    with pytest.raises(ConfigurationError, match=r"metric='loss' is unknown: .*expected one of eval_loss"):
+        compare(jobs, metric="loss")
+    with pytest.raises(RunNotFoundError):
+        compare(["none"])
