@@ -32,6 +32,7 @@ from palate_recipes.errors import (
     UnsupportedParameterError,
     WaitTimeoutError,
     WeightsError,
+    WinRateError,
 )
 
 __all__ = [
@@ -66,4 +67,5 @@ __all__ = [
     "UnsupportedParameterError",
     "WaitTimeoutError",
     "WeightsError",
+    "WinRateError",
 ]

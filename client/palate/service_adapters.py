@@ -177,7 +177,7 @@ def check_update(run: RunHandle, after: ServeManifest) -> None:
     if not names:
         return
     before = run.record.serve_manifest().body.model
-    if not (after.body.adapter and _same_weights(before, after.body.model)):
+    if not (after.body.adapter and same_weights(before, after.body.model)):
         raise ConfigurationError(
             f"service {run.record.name} has adapters ({', '.join(names)}) for {_shown(before)}, which it would no longer serve as "
             f"their base: remove them first (`palate adapter rm {run.record.name} {names[0]}`), or deploy the job under another name"
@@ -294,7 +294,7 @@ def _check_base(given: _Given, config: Mapping[str, Any], manifest: ServeManifes
     if given.base is not None:
         source = reachable_weights(given.base.source, run.session, run.backend)  # as the service's was
         base = structs.replace(given.base, source=source)
-        if not _same_weights(base, body.model):
+        if not same_weights(base, body.model):
             raise ConfigurationError(
                 f"{given.what} was trained on {_shown(base)}, and service "
                 f"{run.record.name} serves {_shown(body.model)}: both must have the same weights. Deploy the job as a service "
@@ -313,7 +313,8 @@ def _check_base(given: _Given, config: Mapping[str, Any], manifest: ServeManifes
         )
 
 
-def _same_weights(one: BaseModel, other: BaseModel) -> bool:
+def same_weights(one: BaseModel, other: BaseModel) -> bool:
+    """Returns whether two base models are the same weights from the same place."""
     return all(getattr(one.source, field) == getattr(other.source, field) for field in ("kind", "location", "revision"))
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from palate.cli import chat, machine, rollout, runs, top, train
+from palate.cli import chat, evaluate, machine, rollout, runs, top, train
 from palate.cli.adapter import adapter
 from palate.cli.data import data
 from palate.cli.examples import add_examples
@@ -54,6 +54,7 @@ app = typer.Typer(
 )
 train.register(app)
 chat.register(app)
+evaluate.register(app)
 runs.register(app)
 rollout.register(app)
 top.register(app)
