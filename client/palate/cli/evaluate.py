@@ -74,6 +74,10 @@ def evaluate(
         str | None, typer.Option(help="Running service with these models. Default: one is started and deleted.")
     ] = None,
     engine: Annotated[str, typer.Option(help="Engine of the started service: auto, vllm or transformers.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Compute type of the started service: auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Context length of the started service in tokens.")] = None,
     lm_eval: Annotated[
         list[str] | None, typer.Option(metavar="TASK", help="Also run a task of lm-eval on model and base; repeatable.")
     ] = None,
@@ -105,6 +109,11 @@ def evaluate(
     if prompts is None and data is None and not lm_eval and judge is None and judge_service is None:
         _print_list(job.evaluations(), as_json=as_json, wide=wide)
         return
+    options: dict[str, object] = {} if service else {"engine": engine}
+    if dtype != "auto":
+        options["dtype"] = dtype
+    if max_model_len is not None:
+        options["max_model_len"] = max_model_len
     prepared = prepare(
         job,
         prompts=prompts,
@@ -126,7 +135,7 @@ def evaluate(
         timeout_s=timeout,
         seed=seed,
         service=service,
-        options={"engine": engine},
+        options=options,
         lm_eval=lm_eval or (),
     )
     plan = prepared.plan()

@@ -62,6 +62,9 @@ MOST_MODELS = 8
 
 _SHOWN_FAILURES = 5
 
+_OF_ANSWERS = ("dtype", "quantization", "kv_cache_dtype", "chat_template", "engine_args")
+"""Options of a service that its answers depend on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedEvaluation:
@@ -253,7 +256,11 @@ def prepare(
         DataError: Prompts, data or labels cannot be read.
     """
     session = job._run.session
-    models = _models(job, checkpoint, against)
+    served_by = Predictor(service, session=session) if isinstance(service, str) else service
+    if served_by is not None and options:
+        raise ConfigurationError("options are of a service that is started for the evaluation: omit them with service=")
+    given_options = dict(options or {}) if served_by is None else served_by.manifest.body.options
+    models = _models(job, checkpoint, against, given_options)
     if lm_eval:
         check_lm_eval()
     if judge is None and (prompts is not None or labels is not None):
@@ -294,8 +301,8 @@ def prepare(
         labels=() if labels is None else tuple(read_labels(labels)),
         settings=settings,
         data=data,
-        service=Predictor(service, session=session) if isinstance(service, str) else service,
-        options=dict(options or {}),
+        service=served_by,
+        options=given_options,
         tasks=tuple(lm_eval),
     )
 
@@ -306,16 +313,21 @@ def list_evaluations(job: TrainingJob) -> list[Evaluation]:
     return [Evaluation(job.id, one, record) for one in read_all(record)]
 
 
-def _models(job: TrainingJob, checkpoint: str | int | None, against: Sequence[str | TrainingJob]) -> tuple[Model, ...]:
-    found = [_model(job, checkpoint)]
+def _models(
+    job: TrainingJob,
+    checkpoint: str | int | None,
+    against: Sequence[str | TrainingJob],
+    options: Mapping[str, Any],
+) -> tuple[Model, ...]:
+    found = [_model(job, checkpoint, options)]
     for other in against:
         if isinstance(other, str):
             if other == BASE:  # always takes part
                 continue
             name, _, step = other.partition("@")
-            found.append(_model(TrainingJob.get(name, job._run.session), step or None))
+            found.append(_model(TrainingJob.get(name, job._run.session), step or None, options))
         else:
-            found.append(_model(other, None))
+            found.append(_model(other, None, options))
     body = job.manifest.body
     for one in found[1:]:
         if not same_weights(one.served.model, body.model):
@@ -324,7 +336,10 @@ def _models(job: TrainingJob, checkpoint: str | int | None, against: Sequence[st
                 "models of the same base"
             )
     found.append(
-        Model(weights=Weights(BASE, _identity(ServedModel(model=body.model))), served=ServedModel(model=body.model))
+        Model(
+            weights=Weights(BASE, _identity(ServedModel(model=body.model), options)),
+            served=ServedModel(model=body.model),
+        )
     )
     names = [one.name for one in found]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -336,15 +351,16 @@ def _models(job: TrainingJob, checkpoint: str | int | None, against: Sequence[st
     return tuple(found)
 
 
-def _model(job: TrainingJob, checkpoint: str | int | None) -> Model:
+def _model(job: TrainingJob, checkpoint: str | int | None, options: Mapping[str, Any]) -> Model:
     served = job.served_model(checkpoint)
     name = f"{job.id}@{served.checkpoint}" if served.checkpoint else job.id
-    return Model(weights=Weights(name, _identity(served)), served=served, job=job)
+    return Model(weights=Weights(name, _identity(served, options)), served=served, job=job)
 
 
-def _identity(served: ServedModel) -> str:
+def _identity(served: ServedModel, options: Mapping[str, Any]) -> str:
     source = served.model.source
-    entering = [source.kind, source.location, source.revision, served.tuned_digest or served.tuned_uri]
+    entering: list[Any] = [source.kind, source.location, source.revision, served.tuned_digest or served.tuned_uri]
+    entering += [[name, str(options[name])] for name in _OF_ANSWERS if name in options]
     return f"weights:{hashlib.sha256(json.dumps(entering).encode()).hexdigest()}"
 
 
