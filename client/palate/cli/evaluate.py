@@ -209,7 +209,7 @@ def _print_plan(plan: EvaluationPlan) -> None:
 
 
 def _print_result(result: Evaluation, *, as_json: bool, wide: bool) -> None:
-    from palate.evaluation.result import COLUMNS, describe_agreement
+    from palate.evaluation.result import COLUMNS, describe_agreement, held_out_rows
     from palate.ui.terminal import Column, print_table
 
     if as_json:
@@ -223,6 +223,8 @@ def _print_result(result: Evaluation, *, as_json: bool, wide: bool) -> None:
     if result.strengths:
         ranked = [(name, f"{value:+.2f}") for name, value in result.strengths.items()]
         print_table(("ranking", "strength"), ranked, wide=wide)
+    if result.preferences:
+        print_table(("model", "held-out pairs", "tuned", "base"), held_out_rows(result), wide=wide)
     for model, tasks in (result.record.tasks or {}).items():
         cells = [(model, task, name, f"{value:.4g}") for task, found in tasks.items() for name, value in found.items()]
         print_table(("model", "task", "metric", "value"), cells, wide=wide)

@@ -136,6 +136,42 @@ class Agreement(Struct, frozen=True, kw_only=True):
     kappa: float | None
 
 
+class HeldOut(Struct, frozen=True, kw_only=True):
+    """A model and its reference on held-out pairs, scored by the trainer's code. Log-probabilities are in nats.
+
+    Attributes:
+        name: Name of the stored scores, with all rows.
+        rows: Pairs that were scored.
+        skipped: Invalid rows and ties that were left out.
+        dropped: Pairs that the job's settings leave out because of their length.
+        truncated: Pairs that were cut at the job's `seq_length`.
+        seen: Rows that are in the job's training data; None if that cannot be read.
+        accuracy: Share of pairs whose chosen answer is more likely than the rejected one.
+        base_accuracy: The same by the reference.
+        reward_accuracy: Share of pairs whose chosen answer gained more than the rejected one.
+        margin: Mean log-probability of chosen minus rejected.
+        base_margin: The same by the reference.
+        reward_margin: Mean difference of the implicit rewards.
+        loss: The job's loss; None for SFT and KTO.
+        base_loss: The same of the untrained model.
+    """
+
+    name: str
+    rows: Natural
+    skipped: Natural
+    dropped: Natural
+    truncated: Natural
+    seen: Natural | None
+    accuracy: Figure
+    base_accuracy: Figure
+    reward_accuracy: Figure
+    margin: Figure
+    base_margin: Figure
+    reward_margin: Figure
+    loss: float | None = None
+    base_loss: float | None = None
+
+
 class Spent(Struct, frozen=True, kw_only=True):
     """Calls and tokens of a model in one role, earlier runs included; `cost` in the currency of the prices."""
 
@@ -158,7 +194,7 @@ class EvaluationRecord(Struct, frozen=True, kw_only=True):
         comparisons: Every two of them.
         strengths: Bradley–Terry strengths by model, as log-odds with a mean of 0; empty for two models.
         agreement: Agreement with people's labels; None without labels.
-        preferences: Figures of held-out preferences by the trainer's code; None if they were not asked for.
+        preferences: Figures of held-out preferences by model; empty without data.
         tasks: Results of lm-eval by model and task; None if it was not asked for.
         judge: Model name of the judge.
         judge_url: Its base URL.
@@ -176,7 +212,7 @@ class EvaluationRecord(Struct, frozen=True, kw_only=True):
     comparisons: tuple[Comparison, ...] = ()
     strengths: dict[str, float] = {}
     agreement: Agreement | None = None
-    preferences: dict[str, Any] | None = None
+    preferences: dict[str, HeldOut] = {}
     tasks: dict[str, dict[str, dict[str, float]]] | None = None
     judge: str = ""
     judge_url: str = ""

@@ -12,6 +12,7 @@ from palate.evaluation.record import (
     Contestant,
     EvaluationRecord,
     Figure,
+    HeldOut,
     read_rows,
 )
 from palate.runs.record import Record
@@ -65,6 +66,11 @@ class Evaluation:
         return self.record.agreement
 
     @property
+    def preferences(self) -> dict[str, HeldOut]:
+        """Figures of held-out preferences by model; empty without `data`."""
+        return self.record.preferences
+
+    @property
     def name(self) -> str:
         """Name of the evaluated model: the job's id, with a checkpoint `JOB@CHECKPOINT`."""
         own = next((one.name for one in self.models if one.job == self.job), None)
@@ -114,6 +120,7 @@ class Evaluation:
             lines.append("ranking: " + ", ".join(f"{name} {value:+.2f}" for name, value in self.strengths.items()))
         if self.agreement is not None:
             lines.append(describe_agreement(self.agreement))
+        lines += [f"{name}: {describe_held_out(one)}" for name, one in self.preferences.items()]
         return "\n".join(lines) or f"evaluation {self.key} of job {self.job}"
 
     def __repr__(self) -> str:
@@ -149,3 +156,33 @@ def describe_agreement(one: Agreement) -> str:
     """Returns the judge's agreement with people as one line."""
     kappa = "undefined, because all labels are the same" if one.kappa is None else f"{one.kappa:.2f}"
     return f"judge and people: {one.agreed} of {one.rows} labels agree, Cohen's kappa {kappa}"
+
+
+def describe_held_out(one: HeldOut) -> str:
+    """Returns the figures of held-out preferences as one line."""
+    seen = f"; WARNING: {one.seen} are in the training data" if one.seen else ""
+    return (
+        f"accuracy {one.accuracy} (base {one.base_accuracy}), reward accuracy {one.reward_accuracy}, reward margin "
+        f"{_signed(one.reward_margin)} on {one.rows} held-out pairs{seen}"
+    )
+
+
+def held_out_rows(result: Evaluation) -> list[tuple[str, str, str, str]]:
+    """Returns the figures of held-out preferences as cells: model, figure, the tuned model's value, the base's."""
+    found = []
+    for name, one in result.preferences.items():
+        found += [
+            (name, f"accuracy on {one.rows} pairs", str(one.accuracy), str(one.base_accuracy)),
+            (name, "margin in nats", _signed(one.margin), _signed(one.base_margin)),
+            (name, "reward accuracy", str(one.reward_accuracy), ""),
+            (name, "reward margin", _signed(one.reward_margin), ""),
+        ]
+        if one.loss is not None and one.base_loss is not None:
+            found.append((name, "loss", f"{one.loss:.4g}", f"{one.base_loss:.4g}"))
+        if one.seen:
+            found.append((name, "rows that the training had", str(one.seen), ""))
+    return found
+
+
+def _signed(figure: Figure) -> str:
+    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"

@@ -37,7 +37,7 @@ from palate.evaluation.arena import (
 )
 from palate.evaluation.inputs import Prompts, distinct_prompts, judge_of, read_labels, read_prompts_of, read_rubric
 from palate.evaluation.lm_eval import check_lm_eval, run_lm_eval
-from palate.evaluation.record import BASE, Contestant, EvaluationRecord, Spent, read_all, write
+from palate.evaluation.record import BASE, Contestant, EvaluationRecord, HeldOut, Spent, read_all, write
 from palate.evaluation.result import Evaluation
 from palate.evaluation.serving import Model, seats_in, serve_in_turn
 from palate.evaluation.statistics import bradley_terry
@@ -125,6 +125,7 @@ class PreparedEvaluation:
             EndpointError: The judge rejected a request or is unreachable; finished calls are kept.
             DataError: No prompt could be compared.
         """
+        preferences = self._preferences()
         with CompletionLog(self.ledger) as ledger:
             failures, tasks = self._serve(ledger, progress)
             answers = read_answers(self._weights, self.prompts, self.settings, ledger)
@@ -166,6 +167,7 @@ class PreparedEvaluation:
             comparisons=tuple(comparisons),
             strengths=bradley_terry(names, scores) if len(names) > 2 and scores else {},
             agreement=agreement,
+            preferences=preferences,
             tasks=tasks,
             judge=self.settings.judge_model,
             judge_url=endpoint.base_url if endpoint else "",
@@ -192,6 +194,18 @@ class PreparedEvaluation:
         for job in dict.fromkeys(one.job for one in self.models if one.job is not None):
             write(_record(job), record, rows)
         return Evaluation(self.job.id, record, _record(self.job))
+
+    def _preferences(self) -> dict[str, HeldOut]:
+        """Scores the held-out preferences with each job's model: the trainer's own program, before any service needs the memory."""
+        if self.data is None:
+            return {}
+        from palate.evaluation.held_out import held_out
+
+        return {
+            one.name: held_out(one.job, one.served.checkpoint or None, self.data, seed=self.settings.seed)
+            for one in self.models
+            if one.job is not None
+        }
 
     @property
     def _weights(self) -> list[Weights]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CONFIDENCE = 0.95
 RESAMPLES = 10_000
-_LENGTH_RESAMPLES = 1000
+_FEWER_RESAMPLES = 1000
+"""Where each one costs a pass over all prompts."""
+
+_TAIL = 0.025
+"""Probability beyond each end of an interval of 95%."""
+
 _BATCH = 2_000_000
 """Weights of resamples that are in memory at once."""
 
@@ -42,14 +46,26 @@ def win_rate(scores: Sequence[float], *, seed: int = 0) -> Interval:
     counts = np.array([sum(score == value for score in scores) for value in (0.0, 0.5, 1.0)])
     total = len(scores)
     value = float(counts @ (0.0, 0.5, 1.0)) / total
-    tail = (1.0 - CONFIDENCE) / 2
     if counts.max() == total:
-        same = tail ** (1.0 / total)
+        same = _TAIL ** (1.0 / total)
         return Interval(value, value * same, value * same + 1.0 - same)
     # Three outcomes: their counts in a resample of the prompts are multinomial.
     drawn = np.random.default_rng(seed).multinomial(total, counts / total, size=RESAMPLES)
-    low, high = np.quantile(drawn @ np.array([0.0, 0.5, 1.0]) / total, [tail, 1.0 - tail])
+    low, high = np.quantile(drawn @ np.array([0.0, 0.5, 1.0]) / total, [_TAIL, 1.0 - _TAIL])
     return Interval(value, float(low), float(high))
+
+
+def mean(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """Returns the mean of any values, one per row, with a bootstrap interval: 1,000 resamples of the rows.
+
+    Args:
+        values: At least one.
+        seed: Of the resampling.
+    """
+    given = np.asarray(values, float)
+    found = np.concatenate([weights @ given for weights in _resamples(len(given), seed)]) / len(given)
+    low, high = np.quantile(found, [_TAIL, 1.0 - _TAIL])
+    return Interval(float(given.mean()), float(low), float(high))
 
 
 def length_controlled(scores: Sequence[float], differences: Sequence[float], *, seed: int = 0) -> Interval | None:
@@ -75,16 +91,8 @@ def length_controlled(scores: Sequence[float], differences: Sequence[float], *, 
     inputs = np.stack([np.ones_like(won), np.tanh(differs / spread)], axis=1)  # (prompts, 2)
     total = len(won)
     theta = _logistic(inputs, won, np.ones((1, total)))[0, 0]
-    generator = np.random.default_rng(seed)
-    found: list[Array] = []
-    left = _LENGTH_RESAMPLES
-    while left:
-        batch = min(left, max(1, _BATCH // total))
-        weights = generator.multinomial(total, np.full(total, 1.0 / total), size=batch).astype(float)
-        found.append(_logistic(inputs, won, weights)[:, 0])
-        left -= batch
-    tail = (1.0 - CONFIDENCE) / 2
-    low, high = np.quantile(_sigmoid(np.concatenate(found)), [tail, 1.0 - tail])
+    found = np.concatenate([_logistic(inputs, won, weights)[:, 0] for weights in _resamples(total, seed)])
+    low, high = np.quantile(_sigmoid(found), [_TAIL, 1.0 - _TAIL])
     return Interval(float(_sigmoid(theta)), float(low), float(high))
 
 
@@ -120,6 +128,16 @@ def bradley_terry(names: Sequence[str], results: Mapping[tuple[str, str], Sequen
     weights = np.array([[len(results[pair]) for pair in rows]], float)
     strengths = _logistic(inputs, shares, weights)[0]
     return {name: float(value) for name, value in zip(names, strengths - strengths.mean(), strict=True)}
+
+
+def _resamples(total: int, seed: int) -> Iterator[Array]:
+    """Yields how often each of `total` rows is in each resample: (resamples, rows), in batches."""
+    generator = np.random.default_rng(seed)
+    left = _FEWER_RESAMPLES
+    while left:
+        batch = min(left, max(1, _BATCH // total))
+        yield generator.multinomial(total, np.full(total, 1.0 / total), size=batch).astype(float)
+        left -= batch
 
 
 def _sigmoid(value: Any) -> Any:
