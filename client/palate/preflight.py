@@ -161,6 +161,28 @@ def check_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts, row
     )
 
 
+def check_scoring_memory(spec: TrainSpec, parameters: float, *, device: DeviceFacts) -> None:
+    """Raises NotEnoughMemoryError if the weights of a training do not fit without optimizer and reference.
+
+    Args:
+        spec: The training whose model is scored. Of full fine-tuning the weights are loaded in float32.
+        parameters: Number of parameters of the model; 0 if unknown.
+        device: Where it runs.
+    """
+    if spec.method == "Standard_LLM":
+        needed = parameters * _BYTES["float32"] / GIB + _PROCESS_GIB
+    else:
+        whole = replace(spec, hyperparameters=replace(spec.hyperparameters, fsdp="off"))
+        needed = training_memory_gib(parameters, whole)
+    there = available_memory_gib(device)
+    if parameters and there and needed > there:
+        where = f"{device.gpu_name or 'the GPU'} has" if device.cuda else "free are"
+        raise NotEnoughMemoryError(
+            f"scoring pairs with {spec.model.name} in {spec.precision} needs at least {needed:.1f} GiB of memory on one device, but "
+            f"{where} {there:.1f} GiB: stop other programs, or evaluate on a machine with more memory"
+        )
+
+
 def _fits(spec: TrainSpec, parameters: float, there: float, gpus: int) -> bool:
     """Whether the training's minimum memory is available, by the formula that rejects it."""
     return training_memory_gib(parameters, spec, gpus=gpus) <= there

@@ -27,6 +27,7 @@ class ReferenceScores:
     Args:
         task: The run. Without a `cache_dir` every row is scored.
         note: Called with a progress line.
+        label: What is scored, in messages; default: the reference and the name of the data set.
 
     Attributes:
         cached_rows: Rows found in the table so far.
@@ -34,8 +35,9 @@ class ReferenceScores:
         seconds: Time spent on both.
     """
 
-    def __init__(self, task: TrainTask, note: Callable[[str], None]) -> None:
+    def __init__(self, task: TrainTask, note: Callable[[str], None], *, label: str = "") -> None:
         self.note = note
+        self._label = label
         self.cached_rows, self.scored_rows, self.seconds = 0, 0, 0.0
         self._precision = task.spec.precision
         self._quantised = bool(task.spec.hyperparameters.load_in_4bit or task.spec.hyperparameters.load_in_8bit)
@@ -82,6 +84,7 @@ class ReferenceScores:
             batch_size: Rows per batch.
         """
         began = time.monotonic()
+        what = self._label or f"reference {name}"
         first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # score a repeated row once
         found = {digest: self._table.rows[digest] for digest in first if digest in self._table.rows}
         kept = sorted(self._kept.intersection(found))
@@ -89,15 +92,15 @@ class ReferenceScores:
             found = {}
         missing = sorted((row for digest, row in first.items() if digest not in found), key=lambda row: -lengths[row])
         self._table.add(found.items())  # marks them as recently used: a full table drops the oldest rows
-        scored = self._score(missing, digests, score, name=name, batch_size=batch_size)
+        scored = self._score(missing, digests, score, what=what, batch_size=batch_size)
 
         cached = sum(digest in self._kept for digest in digests)
         seconds = time.monotonic() - began
         self.cached_rows += cached
         self.scored_rows += len(digests) - cached
         self.seconds += seconds
-        what = f"{cached} of {len(digests)} pairs from the cache, " if self._path is not None else ""
-        self.note(f"reference {name}: {what}{len(digests) - cached} scored in {seconds:.1f} s")
+        found_some = f"{cached} of {len(digests)} pairs from the cache, " if self._path is not None else ""
+        self.note(f"{what}: {found_some}{len(digests) - cached} scored in {seconds:.1f} s")
         return [found[digest] if digest in found else scored[digest] for digest in digests]
 
     def _score(
@@ -106,7 +109,7 @@ class ReferenceScores:
         digests: Sequence[str],
         score: Callable[[list[int]], list[LogProbs]],
         *,
-        name: str,
+        what: str,
         batch_size: int,
     ) -> dict[str, LogProbs]:
         scored: dict[str, LogProbs] = {}
@@ -120,7 +123,7 @@ class ReferenceScores:
                 now = time.monotonic()
                 if now - said > _PROGRESS_EVERY_S:
                     said = now
-                    self.note(f"reference {name} {start + len(batch)}/{len(rows)} pairs")
+                    self.note(f"{what} {start + len(batch)}/{len(rows)} pairs")
                 if now - saved > _SAVE_EVERY_S:
                     self._save()
                     saved = time.monotonic()

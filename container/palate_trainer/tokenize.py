@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 
 from palate_recipes.errors import DataError, TrainerError
 from palate_recipes.preferences.row import Message, Row
-from palate_trainer.template_probe import VerbatimTemplate, find_verbatim
+from palate_recipes.schema import Hyperparameters
+from palate_trainer.template_probe import VerbatimTemplate, find_verbatim, take_out_system_default
 
 ROWS_NAMED = 8
 _BATCH_ROWS = 500
@@ -406,6 +407,33 @@ def _numbers(rows: list[int]) -> str:
     shown = ", ".join(str(row) for row in rows[:ROWS_NAMED])
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+
+
+def load_renderer(model_dir: str, hyperparameters: Hyperparameters) -> tuple[Renderer, list[str]]:
+    """Loads the tokenizer of a base model for a training.
+
+    Args:
+        model_dir: Folder of the base model.
+        hyperparameters: Of the training.
+
+    Returns:
+        The renderer, and notes for the user.
+
+    Raises:
+        TrainerError: There is no usable tokenizer, or it cannot render rows with these settings.
+    """
+    tokenizer = load_tokenizer(model_dir)
+    renderer = Renderer(
+        tokenizer=tokenizer,
+        apply_chat_template=hyperparameters.apply_chat_template,
+        system_prompt=hyperparameters.system_prompt,
+        seq_length=hyperparameters.seq_length,
+        stop_ids=stop_token_ids(model_dir),
+    )
+    renderer.check()
+    if renderer.apply_chat_template and not renderer.system_prompt.strip():
+        return renderer, [*filter(None, [take_out_system_default(tokenizer)])]
+    return renderer, []
 
 
 def load_tokenizer(model_dir: str) -> Any:

@@ -100,8 +100,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         from palate_trainer.callbacks import StopRequested, StopSignal, log
         from palate_trainer.model import check_model_dir, check_target_modules
         from palate_trainer.save import save_model
-        from palate_trainer.template_probe import take_out_system_default
-        from palate_trainer.tokenize import Renderer, encode_pairs, load_tokenizer, stop_token_ids
+        from palate_trainer.tokenize import encode_pairs, load_renderer
         from palate_trainer.trainers import build_trainer  # noqa: F401  # imported here to count as import time
         from palate_trainer.trainers.kto import balance_note
 
@@ -112,22 +111,13 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         set_seed(hyperparameters.seed)
         check_model_dir(task)
         check_target_modules(task)
-        tokenizer = load_tokenizer(task.files.model_dir)
-        renderer = Renderer(
-            tokenizer=tokenizer,
-            apply_chat_template=hyperparameters.apply_chat_template,
-            system_prompt=hyperparameters.system_prompt,
-            seq_length=hyperparameters.seq_length,
-            stop_ids=stop_token_ids(task.files.model_dir),
-        )
-        renderer.check()
+        renderer, template_notes = load_renderer(task.files.model_dir, hyperparameters)
         notes = [
             f"{name}: {describe_skipped(rows)}"
             for name, rows in (("train", skipped), ("validation", skipped_validation))
             if rows
         ]
-        if renderer.apply_chat_template and not renderer.system_prompt.strip():
-            notes += filter(None, [take_out_system_default(tokenizer)])
+        notes += template_notes
         train_rows, report = encode_pairs(train_data, renderer, name="train")
         notes += report.notes("train", renderer.seq_length)
         if strategy == "kto":
@@ -146,7 +136,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
             log(f"note: {notes[-1]}")
         fit = partial(
             _fit,
-            tokenizer=tokenizer,
+            tokenizer=renderer.tokenizer,
             train=train_rows,
             validation=validation_rows,
             start_event={
@@ -175,7 +165,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
         if warning:  # outside the except block, because its exception keeps the model in memory
             log(warning)
             notes.append(warning)
-            _free_memory()
+            free_memory()
             trainer, callback = fit(task.changed(fast=False))
         if stop.agreed and not callback.all_steps_done:
             return EXIT_STOPPED
@@ -288,20 +278,21 @@ def _fit(
                 callback.checkpoint_now()
     except Exception as error:
         in_use = task.files.fast and (trainer is None or (trainer.trial is not None and trainer.trial.fast))
-        if in_use and not callback.step_losses and _may_be_of_the_fast_path(error):
+        if in_use and not callback.step_losses and may_be_of_the_fast_path(error):
             raise _FastPathError(explain(error)) from error
         raise
     return trainer, callback
 
 
-def _may_be_of_the_fast_path(error: Exception) -> bool:
+def may_be_of_the_fast_path(error: Exception) -> bool:
     """Excludes errors with a known cause: our own, files, and out of memory (TRL's path needs more)."""
     if isinstance(error, PalateError):
         return isinstance(error, NotFiniteError)
     return not isinstance(error, OSError) and not is_out_of_memory(error)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Returns the memory of what nobody refers to any more."""
     import gc
 
     import torch

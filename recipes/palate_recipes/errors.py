@@ -16,6 +16,7 @@ PalateError
 ├── DamagedFilesError (RuntimeError)            a model, checkpoint or record is not what was written
 ├── WaitTimeoutError (TimeoutError)             a wait reached its time limit
 ├── TrainingJobError (RuntimeError)             a job failed or was stopped; has reason and last log lines
+├── EvaluationError (RuntimeError)              an evaluation failed or was stopped; has reason and last log lines
 ├── ServiceError (RuntimeError)                 a service failed to start, or died; has reason and last log lines
 ├── EndpointError (RuntimeError)                an OpenAI-compatible endpoint rejects a call, or stopped answering
 ├── WeightsError (RuntimeError)                 a model's weights cannot be fetched
@@ -133,6 +134,15 @@ class TrainingJobError(_RunError):
     Attributes:
         reason: The cause.
         log_tail: The last lines of the job's log.
+    """
+
+
+class EvaluationError(_RunError):
+    """An evaluation failed or was stopped.
+
+    Attributes:
+        reason: The cause.
+        log_tail: The last lines of its log.
     """
 
 

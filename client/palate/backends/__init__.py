@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from palate_recipes.errors import ConfigurationError, UnsupportedParameterError
 from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.specs.run import Kind
 from palate_recipes.text import did_you_mean
 
 _BUILT_IN = {
@@ -20,8 +21,6 @@ _BUILT_IN = {
     "container": "palate.backends.container:ContainerBackend",
 }
 _GROUP = "palate.backends"
-
-Kind = Literal["jobs", "services"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,8 @@ class Launch:
 
     Attributes:
         uri: URI of the run, the only argument of the runner: `palate-run URI`.
-        kind: Whether it trains or serves.
-        name: Job id or service name.
+        kind: Whether it trains, serves or evaluates.
+        name: Job id, or name of a service or evaluation.
         env: Additional environment variables of the runner. May contain credentials, so never log it.
         folders: Local folders that the run reads; True if it also writes them.
         placement: The result of `place`.

@@ -21,7 +21,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, get_args
 
-from palate.backends import EngineRun, EngineStatus, Kind, Launch, PlacementRequest
+from palate.backends import EngineRun, EngineStatus, Launch, PlacementRequest
 from palate.backends.engine import Engine, EngineName, find_engine
 from palate.backends.images import Program, image_name, need_image
 from palate.backends.limits import Limits
@@ -32,6 +32,7 @@ from palate.runs.record import locate
 from palate_recipes.device import local_device
 from palate_recipes.errors import ConfigurationError, EngineError
 from palate_recipes.hyperparameters import DeviceFacts
+from palate_recipes.specs.run import Kind
 
 RUN_LABEL = "ai.palate.run"
 """Label of a container with the URI of its run."""
@@ -41,7 +42,11 @@ _HOME_LABEL = "ai.palate.home"
 
 _NAME_PREFIX = "palate-"
 
-IMAGE_VARIABLES: dict[Kind, str] = {"jobs": "PALATE_TRAINER_IMAGE", "services": "PALATE_SERVER_IMAGE"}
+IMAGE_VARIABLES: dict[Kind, str] = {
+    "jobs": "PALATE_TRAINER_IMAGE",
+    "services": "PALATE_SERVER_IMAGE",
+    "evaluations": "PALATE_TRAINER_IMAGE",
+}
 """Environment variables with images to use instead of those of this version."""
 
 _HOME = "/home/palate/.palate"
@@ -209,14 +214,14 @@ class ContainerBackend:
         return replace(here, memory_gib=limit_gib, memory_is_limited=True)
 
     def place(self, request: PlacementRequest) -> dict[str, Any]:
-        spec = "instance_spec" if request.kind == "jobs" else "resource_config"
+        spec = "resource_config" if request.kind == "services" else "instance_spec"
         request.refuse_other_machines(self.name, more=f"omit it, and set limits with {spec}")
         limits = Limits.parse(spec, getattr(request, spec))
         engine = find_engine()
         if limits.named() and (lacking := limits.named() - engine.enforces()):
             lacks = " and ".join(sorted(lacking))
             request.refuse(self.name, **{spec: _UNENFORCED.format(engine=engine.name, lacks=lacks)})
-        program: Program = "trainer" if request.kind == "jobs" else "server"
+        program: Program = "server" if request.kind == "services" else "trainer"
         usual = image_name(program, "cuda" if local_device().cuda else "cpu")
         name = request.image_uri or os.environ.get(IMAGE_VARIABLES[request.kind]) or usual
         image = need_image(engine, name)

@@ -16,6 +16,7 @@ from palate_recipes.errors import ConfigurationError, RunNotFoundError
 from palate_recipes.text import visible
 
 if TYPE_CHECKING:
+    from palate.evaluation.preferences import PreferenceRun
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
@@ -104,8 +105,8 @@ def say_next(*words: object, store: str | None = None) -> None:
     print(visible(f"next: {where}{shlex.join([*program(), *map(str, words)])}"), file=sys.stderr)
 
 
-def open_run(name: str) -> TrainingJob | Predictor:
-    """Returns the job or, if there is none, the service with this name."""
+def open_run(name: str) -> TrainingJob | Predictor | PreferenceRun:
+    """Returns the job or, if there is none, the service or the evaluation with this name."""
     from palate.job import TrainingJob
     from palate.predictor import Predictor
     from palate.session import get_default_session
@@ -116,6 +117,12 @@ def open_run(name: str) -> TrainingJob | Predictor:
         pass
     try:
         return Predictor(name)
+    except RunNotFoundError:
+        pass
+    from palate.evaluation.preferences import PreferenceRun
+
+    try:
+        return PreferenceRun.get(name)
     except RunNotFoundError:
         raise RunNotFoundError(
             f"no job or service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them"

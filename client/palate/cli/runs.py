@@ -17,6 +17,7 @@ from palate_recipes.text import visible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from palate.evaluation.preferences import PreferenceRun
     from palate.job import TrainingJob
     from palate.predictor import Predictor
     from palate.runs.list import Listing, RunFilter, RunSummary
@@ -311,10 +312,10 @@ def checkpoints(
 
 
 def logs(
-    name: Annotated[str, typer.Argument(help="Job id or service name.")],
+    name: Annotated[str, typer.Argument(help="Job id, or name of a service or evaluation.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
 ) -> None:
-    """Print the log of a job or service."""
+    """Print the log of a job, service or evaluation."""
     for line in open_run(name).logs(follow=follow):
         print(visible(line), flush=follow)
 
@@ -335,20 +336,20 @@ def save(
     say_next("deploy", name)
 
 
-def stop(name: Annotated[str, typer.Argument(help="Job id or service name.")]) -> None:
-    """Stop a job or a service.
+def stop(name: Annotated[str, typer.Argument(help="Job id, or name of a service or evaluation.")]) -> None:
+    """Stop a job, a service or an evaluation.
 
     A job writes a checkpoint first: `palate resume` continues it. `palate start` restarts a service.
     """
-    from palate.job import TrainingJob
+    from palate.predictor import Predictor
 
     found = open_run(name)
-    if isinstance(found, TrainingJob):
-        found.stop()
-        print(f"{name}\t{found.status}")
-    else:
+    if isinstance(found, Predictor):
         found.stop_service()
         print(f"{name}\t{found.service_status}")
+    else:
+        found.stop()
+        print(f"{name}\t{found.status}")
 
 
 def start(name: Annotated[str, typer.Argument(help="Service name.")]) -> None:
@@ -383,14 +384,14 @@ def renew(
 
 
 def delete(
-    names: Annotated[list[str], typer.Argument(help="Job ids or service names.")],
+    names: Annotated[list[str], typer.Argument(help="Job ids, or names of services or evaluations.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete jobs and services with all their files.
+    """Delete jobs, services and evaluations with all their files.
 
     Asks before it deletes a job or a running service.
     """
-    from palate.job import TrainingJob
+    from palate.predictor import Predictor
 
     found = {name: open_run(name) for name in names}  # a wrong name is an error before anything is deleted
     losses = [f"{name} ({loss})" for name, run in found.items() if (loss := _lost_with(run))]
@@ -401,19 +402,22 @@ def delete(
             raise ConfigurationError(f"nothing was deleted: this would delete {what}; confirm with --yes")
         typer.confirm(visible(f"delete {what}?"), abort=True)
     for name, run in found.items():
-        if isinstance(run, TrainingJob):
-            run.delete()
-        else:
+        if isinstance(run, Predictor):
             run.delete_service()
+        else:
+            run.delete()
         print(f"{name}\tdeleted")
 
 
-def _lost_with(run: TrainingJob | Predictor) -> str:
+def _lost_with(run: TrainingJob | Predictor | PreferenceRun) -> str:
     """Returns what a user would miss of a run, or ""."""
+    from palate.evaluation.preferences import PreferenceRun
     from palate.job import TrainingJob
 
     if isinstance(run, TrainingJob):
         return "job, with model and checkpoints"
+    if isinstance(run, PreferenceRun):
+        return ""
     try:
         return "running service" if run.service_status == "Running" else ""
     except DamagedFilesError:

@@ -25,20 +25,21 @@ _DETAILS_HIDDEN = ("model_digest", "renewal", "ends_at")
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="Job id or service name.")],
+    name: Annotated[str, typer.Argument(help="Job id, or name of a service or evaluation.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print manifest and status as JSON.")] = False,
     token: Annotated[bool, typer.Option("--token", help="Print only the service's bearer token.")] = False,
 ) -> None:
-    """Show one job or service: state, model, data, settings.
+    """Show one job, service or evaluation: state, model, data, settings.
 
     Only hyperparameters that differ from the defaults are listed; --json has all.
     """
     from palate.job import TrainingJob
+    from palate.predictor import Predictor
 
     found = open_run(name)
     if token:
-        if isinstance(found, TrainingJob):
-            raise ConfigurationError(f"{name} is a job: only a service has a token")
+        if not isinstance(found, Predictor):
+            raise ConfigurationError(f"{name} is not a service: only a service has a token")
         print(found.access_token)
         return
     status = found.describe() if isinstance(found, TrainingJob) else found._run.refresh()
@@ -47,6 +48,11 @@ def show(
 
         record = {"manifest": msgspec.to_builtins(found.manifest), "status": msgspec.to_builtins(status)}
         print(json.dumps(record, indent=1))
+        return
+    if not isinstance(found, TrainingJob | Predictor):
+        print(f"evaluation {found.name}: {status.state}{f': {status.reason}' if status.reason else ''}")
+        if status.state == "Succeeded":
+            print(visible(str(found.scores())))
         return
     facts = _job(found, status) if isinstance(found, TrainingJob) else _service(found, status)
     width = max(len(title) for title, _ in facts)

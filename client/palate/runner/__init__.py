@@ -1,7 +1,7 @@
 """`palate-run URI`: runs a run's program and keeps its record. Knows stores and the record; no backend, no ML.
 
-It acquires the run's lease, stages inputs, runs the trainer or the server as a child process, uploads its output, handles stop
-requests, makes further attempts, and writes the terminal status last. However it ends, the child process ends with it.
+It acquires the run's lease, stages inputs, runs the trainer, the server or an evaluation as a child process, uploads its output,
+handles stop requests, makes further attempts, and writes the terminal status last. However it ends, the child process ends with it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from palate.runs.lease import START_ID_VARIABLE, HeldLease, acquire
 from palate.runs.record import LOST, Record, locate
 from palate.session import Session
 from palate_recipes.errors import StoreError
+from palate_recipes.specs.evaluation import EvaluationSpec
 from palate_recipes.specs.run import ACTIVE
 from palate_recipes.specs.train import TrainSpec
 
 logger = logging.getLogger("palate.runner")
 
-USAGE = "usage: palate-run <store>/jobs/<id> | <store>/services/<name> | train"
+USAGE = "usage: palate-run <store>/jobs/<id> | <store>/services/<name> | <store>/evaluations/<name> | train"
 
 _RESERVE_BYTES = 1 << 20
 """Reserved in the work folder, so that a run on a full disk can still report it."""
@@ -176,6 +177,10 @@ def _attempt(context: RunContext, logs: Tail, reserve: Path) -> Ending:
             from palate.runner.train import run_training
 
             return run_training(context, body, logs)
+        if isinstance(body, EvaluationSpec):
+            from palate.runner.evaluate import run_evaluation
+
+            return run_evaluation(context, body)
         from palate.runner.serve import run_service
 
         return run_service(context, body)

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from palate.checksums import Checksums
+from palate.checksums import Checksums, read_model_digests
 from palate.runs.checkpoints import complete_checkpoints, deleted, served_files
 from palate.runs.record import Record
-from palate.store import Store
+from palate.session import Session
+from palate.store import Store, open_parent
 from palate_recipes.errors import DamagedFilesError, StoreError
 from palate_recipes.specs.train import CHECKPOINTS_DIR, COMPLETE_MARK
 
@@ -135,6 +136,32 @@ def stage_for_serving(store: Store, prefix: str, folder: Path, *, digest: str | 
     except FileNotFoundError:
         raise deleted(what, what.split("/")[-3]) from None
     files.check_folder(folder, what=what, remedy="Deploy another checkpoint")
+
+
+def stage_tuned(session: Session, uri: str, folder: Path, *, checkpoint: bool, digest: str | None) -> Path:
+    """Returns a local folder with a trained model or a checkpoint. Verifies every file by the digest that the training wrote.
+
+    Args:
+        session: Opens `uri`.
+        uri: Of the model or the checkpoint.
+        folder: Where it is copied to, unless the store is on this machine.
+        checkpoint: Whether it is a checkpoint.
+        digest: SHA-256 of its list of files; None verifies nothing.
+
+    Raises:
+        DamagedFilesError: A file is missing, changed or added.
+    """
+    store, prefix = open_parent(uri, options=session.options_for(uri))
+    if checkpoint:
+        stage_for_serving(store, prefix, folder, digest=digest, what=uri)
+        return folder
+    found = store.local_path(prefix)
+    if found is None:
+        found = folder
+        store.download_tree(prefix, found)
+    if digest:
+        read_model_digests(store, prefix, digest, what=uri).check_folder(found, what=uri)
+    return found
 
 
 def _step(folder: Path) -> int:

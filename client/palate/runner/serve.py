@@ -12,11 +12,10 @@ from urllib.parse import urlsplit
 
 from msgspec import to_builtins
 
-from palate.checksums import read_model_digests
 from palate.processes import bind_error
 from palate.runner.access import AccessFile
 from palate.runner.adapters import StagedAdapters
-from palate.runner.checkpoints import stage_for_serving
+from palate.runner.checkpoints import stage_tuned
 from palate.runner.child_process import Child, log_tail, watch
 from palate.runner.context import Ending, RunContext
 from palate.runner.fleet import NotStaged, Rollout, Staged
@@ -25,7 +24,6 @@ from palate.runner.merge import merge_adapter
 from palate.runner.poll import RecordPoll
 from palate.runner.retry import StoreRetry
 from palate.runs.adapters import read_adapters
-from palate.store import open_parent
 from palate.weights import fetch_weights
 from palate_recipes.engine_options import spec_fields
 from palate_recipes.errors import StoreError
@@ -175,7 +173,15 @@ def _stage(
         NotStaged: The adapter could not be merged, or the run is to end.
     """
     options, tuned_uri = body.options, body.tuned_uri
-    tuned_dir = retry(lambda: _stage_tuned(context, tuned_uri, body, folder)) if tuned_uri else None
+    tuned_dir = (
+        retry(
+            lambda: stage_tuned(
+                context.session, tuned_uri, folder, checkpoint=bool(body.checkpoint), digest=body.tuned_digest
+            )
+        )
+        if tuned_uri
+        else None
+    )
     base_dir: Path | None = None
     if tuned_dir is None or body.adapter:  # full tuned weights need no base
         base_dir, _ = retry(lambda: fetch_weights(body.model.source, context.session, say=context.say))
@@ -196,18 +202,3 @@ def _stage(
         **{**spec_fields(options), "port": port()},
     )
     return Staged(body=body, spec=spec, folder=folder if folder.exists() else None, merged=merged)
-
-
-def _stage_tuned(context: RunContext, uri: str, body: Deployment, folder: Path) -> Path:
-    """Returns a local folder with the tuned model. Verifies every file by the digest that the training wrote."""
-    store, prefix = open_parent(uri, options=context.session.options_for(uri))
-    if body.checkpoint:
-        stage_for_serving(store, prefix, folder, digest=body.tuned_digest, what=uri)
-        return folder
-    found = store.local_path(prefix)
-    if found is None:
-        found = folder
-        store.download_tree(prefix, found)
-    if body.tuned_digest:
-        read_model_digests(store, prefix, body.tuned_digest, what=uri).check_folder(found, what=uri)
-    return found

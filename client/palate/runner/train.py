@@ -125,7 +125,10 @@ def run_training(context: RunContext, spec: TrainSpec, logs: Tail) -> Ending:
         reason = f"max_run_time of {spec.max_run_time_s} s was reached; complete checkpoints are kept"
         return Ending(state="Failed", exit_code=code, reason=reason, log_tail=log_tail(context.log), again=False)
     return Ending(
-        state="Failed", exit_code=code, reason=_cause(output, child, was_full), log_tail=log_tail(context.log)
+        state="Failed",
+        exit_code=code,
+        reason=cause_of(output, child, was_full=was_full),
+        log_tail=log_tail(context.log),
     )
 
 
@@ -149,14 +152,14 @@ def _stage_all(context: RunContext, spec: TrainSpec, output: Path) -> tuple[Trai
             f"the weights of {spec.model.name} have changed since the run started (revision {revision}, "
             f"before {before}): restore them, or start a new training"
         )
-    details = {**earlier.details, "model_revision": revision, "versions": _library_versions()}
+    details = {**earlier.details, "model_revision": revision, "versions": library_versions()}
     context.record.note(attempt=context.heartbeat.attempt, details=details)
     inputs = {channel: facts.uri for channel, facts in spec.inputs.items()}
 
     def stage(channel: str) -> str | None:
         if channel not in inputs:
             return None
-        return str(retry(lambda: _stage(inputs[channel], context.session, work / channel)))
+        return str(retry(lambda: stage_file(inputs[channel], context.session, work / channel)))
 
     files = LocalFiles(
         model_dir=str(model_dir),
@@ -211,7 +214,8 @@ def _push_model(context: RunContext, folder: Path) -> str:
     return hashlib.sha256(listed).hexdigest()
 
 
-def _cause(output: Path, child: Child, was_full: bool) -> str:
+def cause_of(output: Path, child: Child, *, was_full: bool) -> str:
+    """Returns why the trainer failed: its own message, or a full disk, else its exit."""
     error = output / ERROR_FILE
     told = error.read_text(encoding="utf-8").strip() if error.exists() else ""
     if not told and (was_full or shutil.disk_usage(output).free < _FULL_BYTES):
@@ -219,7 +223,7 @@ def _cause(output: Path, child: Child, was_full: bool) -> str:
     return child.cause(told)
 
 
-def _stage(uri: str, session: Session, folder: Path) -> Path:
+def stage_file(uri: str, session: Session, folder: Path) -> Path:
     """Returns a local file with the content of `uri` and the same name, which error messages use."""
     store, name = open_parent(uri, options=session.options_for(uri))
     local = store.local_path(name)
@@ -230,5 +234,6 @@ def _stage(uri: str, session: Session, folder: Path) -> Path:
     return target
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Returns the versions of the training libraries that are installed here."""
     return {name: found for name in LIBRARIES if (found := installed_version(name)) is not None}

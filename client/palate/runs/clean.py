@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from palate.backends import Kind, backend_names, get_backend
+from palate.backends import backend_names, get_backend
 from palate.backends.container import stale_secrets
 from palate.paths import folder_now, palate_home, stale_work_folders
 from palate.runs.handle import RunHandle
@@ -22,7 +22,7 @@ from palate.runs.renewal import read_renewal
 from palate.session import Session
 from palate.store import Store, open_store
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, RunNotFoundError
-from palate_recipes.specs.run import ServeManifest
+from palate_recipes.specs.run import KINDS, Kind, ServeManifest
 
 ENDING_S = 30.0
 """Time that a runner may need after its last status, and a service after its time to live."""
@@ -32,8 +32,6 @@ UNFINISHED_S = 86400.0
 
 CACHE_S = 30 * 86400.0
 """Age at which files in the store's cache are removed. They are computed again when needed."""
-
-_KINDS: tuple[Kind, ...] = ("jobs", "services")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ def find_leftovers(session: Session) -> list[Leftover]:
     Raises:
         StoreError: The store cannot be read.
     """
-    named = {kind: names(session.store, kind) for kind in _KINDS}
+    named = {kind: names(session.store, kind) for kind in KINDS}
     return [
         *_of_the_store(session, named),
         *_unnamed(session.store, named),
@@ -79,7 +77,7 @@ def find_leftovers(session: Session) -> list[Leftover]:
 
 
 def _of_the_store(session: Session, named: Mapping[Kind, list[str]]) -> Iterator[Leftover]:
-    for kind in _KINDS:
+    for kind in KINDS:
         for name in named[kind]:
             record = Record(session.store, kind, name)
             handle = RunHandle(record, session)
@@ -145,7 +143,7 @@ def _unnamed(store: Store, named: Mapping[Kind, list[str]]) -> Iterator[Leftover
     now = store_now(store)
     if now is None:
         return  # a read-only store cannot be cleaned
-    for kind in _KINDS:
+    for kind in KINDS:
         for name in sorted(set(store.list_children(f"{kind}/")) - set(named[kind])):
             age_s = now - max((info.modified_s for info in store.list(f"{kind}/{name}/")), default=now)
             if age_s > UNFINISHED_S:
@@ -180,7 +178,7 @@ def _of_the_engines(session: Session) -> Iterator[Leftover]:
 
 def _of_this_machine() -> Iterator[Leftover]:
     home = palate_home()
-    for kind in _KINDS:
+    for kind in KINDS:
         for folder in _children(home / "work" / kind):
             for stale in stale_work_folders(kind, folder.name):
                 yield Leftover(
@@ -208,7 +206,7 @@ def _of_this_machine() -> Iterator[Leftover]:
             )
 
 
-def _over(root: str, kind: Literal["jobs", "services"], name: str, session: Session) -> str:
+def _over(root: str, kind: Kind, name: str, session: Session) -> str:
     """Returns why a runner is not needed any more, or ""."""
     record = Record(open_store(root, options=session.options_for(root)), kind, name)
     try:

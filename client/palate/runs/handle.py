@@ -20,6 +20,7 @@ from palate.store.uri import normal_uri
 from palate.ui import make_display
 from palate.ui.display import Display
 from palate_recipes.errors import ConfigurationError, DamagedFilesError, WaitTimeoutError
+from palate_recipes.specs.evaluation import EvaluationSpec
 from palate_recipes.specs.run import ACTIVE, TERMINAL, Manifest, ServeManifest, State, Status
 from palate_recipes.specs.train import TrainSpec
 
@@ -94,7 +95,13 @@ class RunHandle:
         """Local folders that the run uses, and whether it writes to them."""
         body = self.manifest.body
         source = body.model.source
-        uris = [facts.uri for facts in body.inputs.values()] if isinstance(body, TrainSpec) else [body.tuned_uri or ""]
+        if isinstance(body, TrainSpec):
+            uris = [facts.uri for facts in body.inputs.values()]
+        elif isinstance(body, EvaluationSpec):
+            began_with = body.training.inputs.get("adapter")
+            uris = [body.tuned_uri, body.data.uri, began_with.uri if began_with else ""]
+        else:
+            uris = [body.tuned_uri or ""]
         read = [Path(source.location)] if source.kind == "folder" else []
         for uri in filter(None, uris):
             scheme, _, path = normal_uri(uri).partition("://")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from queue import Empty, SimpleQueue
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, PalateError, RunNotFoundError, WaitTimeoutError
-from palate_recipes.specs.run import Manifest, State, Status
+from palate_recipes.specs.run import Kind, Manifest, State, Status
 
 _THREADS = 16
 _BATCH = 64
@@ -124,7 +124,7 @@ class Listing:
 
 def find_runs(
     session: Session,
-    kind: Literal["jobs", "services"],
+    kind: Kind,
     wanted: RunFilter,
     *,
     status: bool = True,
@@ -135,7 +135,7 @@ def find_runs(
 
     Args:
         session: The session with the store.
-        kind: `jobs` or `services`.
+        kind: `jobs`, `services` or `evaluations`.
         wanted: The filter.
         status: Whether to read states. If False, `RunSummary.status` is None unless `wanted` needs it.
         limit: Maximum number of runs to return, newest first. The status of the others is not read.
@@ -170,7 +170,7 @@ def find_runs(
     return Listing(runs=runs[:limit], unread=sorted(unread, key=lambda run: run.name))
 
 
-def _names(session: Session, kind: Literal["jobs", "services"], pattern: str, deadline: float | None) -> list[str]:
+def _names(session: Session, kind: Kind, pattern: str, deadline: float | None) -> list[str]:
     for _, listed in each_result(session.store.list_children, [f"{kind}/"], deadline):
         if isinstance(listed, BaseException):
             raise listed

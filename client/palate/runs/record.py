@@ -6,6 +6,8 @@
                     renewal.json
                     adapters.json  adapters/<digest>/
                     update.json  versions/<number>.json
+    evaluations/<name>/
+                    manifest.json  status.json  lease.json  logs/000001.log  inputs/  scores.json
 
 `manifest.json` is written once and has everything that a run needs. `status.json` is written conditionally, so that of two
 writers (a stop and a finish) one wins. A terminal state is written last, after everything that it promises. `lease.json`
@@ -37,8 +39,11 @@ from palate_recipes.specs.codec import decode, encode, parse_object, shown
 from palate_recipes.specs.events import is_event
 from palate_recipes.specs.run import (
     ACTIVE,
+    KINDS,
     TERMINAL,
     Attempt,
+    EvaluateManifest,
+    Kind,
     LogIndex,
     Manifest,
     MergedLog,
@@ -69,11 +74,11 @@ class Record:
 
     Args:
         store: The store.
-        kind: `jobs` or `services`.
-        name: Job id or service name.
+        kind: `jobs`, `services` or `evaluations`.
+        name: Job id, or name of a service or evaluation.
     """
 
-    def __init__(self, store: Store, kind: Literal["jobs", "services"], name: str) -> None:
+    def __init__(self, store: Store, kind: Kind, name: str) -> None:
         self.store = store
         self.kind = kind
         self.name = name
@@ -82,6 +87,11 @@ class Record:
     @property
     def uri(self) -> str:
         return self.store.uri(self.prefix)
+
+    @property
+    def noun(self) -> str:
+        """What it is, in messages."""
+        return self.kind.removesuffix("s")
 
     def key(self, *parts: str) -> str:
         """Returns the store key of a path in the run's folder."""
@@ -100,10 +110,10 @@ class Record:
         try:
             self.store.put(self.key("manifest.json"), _encode(manifest), if_none_match=True)
         except PreconditionFailedError:
-            noun = "job" if self.kind == "jobs" else "service"
-            update = "" if self.kind == "jobs" else f"serve another job under it (`palate update {self.name} JOB`), "
+            services = self.kind == "services"
+            update = f"serve another job under it (`palate update {self.name} JOB`), " if services else ""
             raise NameTakenError(
-                f"{noun} name {self.name!r} is taken in {self.store.root}: choose another, {update}"
+                f"{self.noun} name {self.name!r} is taken in {self.store.root}: choose another, {update}"
                 f"or delete it first (`palate delete {self.name}`; `palate {self.kind}` lists what is there)"
             ) from None
         # The manifest decides who owns the name, so it is first. A client that dies before the next line leaves a run that
@@ -116,6 +126,8 @@ class Record:
         """Returns the manifest. Raises RunNotFoundError if there is none, DamagedFilesError if it cannot be read."""
         if self.kind == "services":
             return self.serve_manifest()
+        if self.kind == "evaluations":
+            return self.evaluate_manifest()
         try:
             return TrainManifest.decode(self.manifest_bytes())
         except ValueError as error:
@@ -128,22 +140,28 @@ class Record:
         except ValueError as error:
             self._raise_damaged("manifest.json", error)
 
+    def evaluate_manifest(self) -> EvaluateManifest:
+        """Returns the manifest of an evaluation. Raises as `manifest`."""
+        try:
+            return EvaluateManifest.decode(self.manifest_bytes())
+        except ValueError as error:
+            self._raise_damaged("manifest.json", error)
+
     def manifest_bytes(self) -> bytes:
         """Returns the manifest as it was written. Raises RunNotFoundError if there is none."""
         try:
             return self.store.get(self.key("manifest.json"))
         except FileNotFoundError:
-            noun = "job" if self.kind == "jobs" else "service"
-            other: Literal["jobs", "services"] = "services" if self.kind == "jobs" else "jobs"
-            hint = f"`palate {self.kind}` lists what is there"
-            if Record(self.store, other, self.name).exists():
+            other: Kind = "services" if self.kind == "jobs" else "jobs"
+            hint = f"`palate {other if self.kind == 'evaluations' else self.kind}` lists what is there"
+            if self.kind != "evaluations" and Record(self.store, other, self.name).exists():
                 hint = (
                     f"it is a service: `palate show {self.name}` shows which job it serves; `palate jobs` lists jobs"
                     if other == "services"
                     else f"it is a job: `palate deploy {self.name}` serves its model; `palate services` lists services"
                 )
             raise RunNotFoundError(
-                f"no {noun} {self.name!r} in {self.store.root}: {hint}; "
+                f"no {self.noun} {self.name!r} in {self.store.root}: {hint}; "
                 "PALATE_STORE or Session(store=…) selects another store"
             ) from None
 
@@ -165,7 +183,7 @@ class Record:
             ) from None
         raise DamagedFilesError(
             f"{name} of {self.name} is damaged ({error}): restore {self.uri}/{name}, or remove the whole "
-            f"{'job' if self.kind == 'jobs' else 'service'} with `palate delete {self.name}`"
+            f"{self.noun} with `palate delete {self.name}`"
         ) from None
 
     def replace_manifest(self, known: ServeManifest, new: ServeManifest) -> None:
@@ -540,17 +558,18 @@ def _encode(manifest: Manifest) -> bytes:
         ) from None
 
 
-def names(store: Store, kind: Literal["jobs", "services"]) -> list[str]:
+def names(store: Store, kind: Kind) -> list[str]:
     """Returns the names of all runs of a kind in a store."""
     return [name for name in store.list_children(f"{kind}/") if store.stat(f"{kind}/{name}/manifest.json")]
 
 
-def locate(uri: str) -> tuple[str, Literal["jobs", "services"], str]:
+def locate(uri: str) -> tuple[str, Kind, str]:
     """Splits a run's URI into store root, kind and name. Raises ConfigurationError if the URI or the name is invalid."""
     root, _, name = uri.rstrip("/").rpartition("/")
     root, _, kind = root.rpartition("/")
-    if kind == "jobs" and name:
-        return root, "jobs", check_name("the name in the URI of a run", name)
-    if kind == "services" and name:
-        return root, "services", check_name("the name in the URI of a run", name)
-    raise ConfigurationError(f"{uri!r} is not the URI of a run: expected <store>/jobs/<id> or <store>/services/<name>")
+    for known in KINDS:
+        if kind == known and name:
+            return root, known, check_name("the name in the URI of a run", name)
+    raise ConfigurationError(
+        f"{uri!r} is not the URI of a run: expected <store>/jobs/<id>, <store>/services/<name> or <store>/evaluations/<name>"
+    )

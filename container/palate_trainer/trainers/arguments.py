@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ def may_join(task: TrainTask) -> bool:
     strategy = task.spec.hyperparameters.training_strategy
     if strategy == "kto":  # the KL divergence is estimated per batch
         return False
-    return strategy != "dpo" or not _OF_ONE_BATCH.intersection(task.spec.hyperparameters.loss_type.split(","))
+    return strategy != "dpo" or not compares_rows(task.spec.hyperparameters.loss_type.split(","))
+
+
+def compares_rows(loss_types: Iterable[str]) -> bool:
+    """Whether the value of a mix of losses depends on which rows share a batch."""
+    return not _OF_ONE_BATCH.isdisjoint(loss_types)
 
 
 def dpo_config(task: TrainTask, rows: int, evaluates: bool, *, joined: int, reference_known: bool) -> DPOConfig:

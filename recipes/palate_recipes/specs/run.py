@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -20,8 +20,13 @@ from palate_recipes.specs.codec import (
     spread,
     typed,
 )
+from palate_recipes.specs.evaluation import EvaluationSpec
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.specs.weights import BaseModel
+
+Kind = Literal["jobs", "services", "evaluations"]
+"""Folder of a store that a run is in: trainings, services, and evaluations of trained models."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 State = Literal["Creating", "Running", "Stopping", "Succeeded", "Failed", "Stopped"]
 TERMINAL: frozenset[State] = frozenset({"Succeeded", "Failed", "Stopped"})
@@ -76,16 +81,16 @@ class Deployment(Struct, frozen=True, kw_only=True):
     more: dict[str, Any] = {}
 
 
-_Body = TypeVar("_Body", TrainSpec, Deployment)
+_Body = TypeVar("_Body", TrainSpec, Deployment, EvaluationSpec)
 
 
 class _Manifest(Struct, Generic[_Body], frozen=True, kw_only=True, tag_field="kind"):
     """What is needed to reproduce a run. Contains no secrets.
 
     Attributes:
-        name: Job id or service name.
+        name: Job id, or name of a service or evaluation.
         backend: Name of the backend that runs it.
-        body: The training or the deployment.
+        body: The training, the deployment or the evaluation.
         labels: The user's key-value pairs.
         created_at: Seconds since the epoch, by the client's clock.
         versions: Versions of Palate and Python at submission.
@@ -129,6 +134,18 @@ class ServeManifest(_Manifest[Deployment], frozen=True, kw_only=True, tag="serve
         return typed(parse_deployed(data), cls)
 
 
+class EvaluateManifest(_Manifest[EvaluationSpec], frozen=True, kw_only=True, tag="evaluate"):
+    __doc__ = _Manifest.__doc__
+
+    def encode(self) -> bytes:
+        return encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> EvaluateManifest:
+        """Raises ValueError if a required field is missing or a field has the wrong type."""
+        return decode(data, cls)
+
+
 def encode_deployed(record: Struct) -> bytes:
     """Returns a record whose `body` is a Deployment as JSON. A service that was never updated or scaled is written as ever."""
     values = msgspec.to_builtins(record)
@@ -147,7 +164,7 @@ def parse_deployed(data: bytes) -> dict[str, Any]:
     return values
 
 
-Manifest = TrainManifest | ServeManifest
+Manifest = TrainManifest | ServeManifest | EvaluateManifest
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
