@@ -17,14 +17,17 @@ from palate import Session, TrainingJob
 from palate.errors import ConfigurationError, DamagedFilesError, DataError, MissingDependencyError, WinRateError
 from palate.evaluation.arena import answer_call
 from palate.evaluation.gate import check_win_rate
+from palate.evaluation.held_out import figures_of
 from palate.evaluation.inputs import judge_of, read_labels
 from palate.evaluation.lm_eval import check_lm_eval
+from palate.evaluation.preferences import PreferenceScores
 from palate.evaluation.record import Comparison, EvaluationRecord, Figure, read_all, write
-from palate.evaluation.run import PreparedEvaluation, list_evaluations, prepare
+from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
 from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
+from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.run import ServeManifest
 from tests.support.chat import ChatServer, chat_server, completion
 from tests.support.evaluations import alphabetical, job_of
@@ -281,13 +284,55 @@ def test_lm_eval_that_is_not_installed_is_said_before_anything_starts(
         pytest.skip("lm-eval is installed")
 
 
+def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
+    pairs = PairScores(
+        rows=[1, 2, 3, 4],
+        chosen_tokens=[2] * 4,
+        rejected_tokens=[2] * 4,
+        tuned=AnswerLogProbs(chosen=[-1.0, -2.0, -3.0, -4.0], rejected=[-3.0, -3.0, -3.5, -3.0]),
+        base=AnswerLogProbs(chosen=[-2.0, -2.0, -3.0, -4.0], rejected=[-2.5, -1.0, -2.0, -3.0]),
+        losses=None,
+        loss=0.5,
+        base_loss=math.log(2),
+        file_rows=5,
+        truncated=[2],
+        dropped=[5],
+        cached=0,
+        packed=True,
+        notes=[],
+        seconds=1.0,
+    )
+    scores = PreferenceScores(
+        name="one-abc",
+        job="one",
+        checkpoint="",
+        strategy="dpo",
+        beta=0.1,
+        loss_type="sigmoid",
+        pairs=pairs,
+        skipped=1,
+        seen_rows=(2,),
+        seen_prompts=1,
+    )
+    found = figures_of(scores, seed=0)
+    assert (found.rows, found.skipped, found.dropped, found.truncated, found.seen) == (4, 1, 1, 1, 1)
+    assert (found.accuracy.value, found.base_accuracy.value, found.reward_accuracy.value) == (0.75, 0.25, 0.75)
+    assert found.margin.value == pytest.approx(scores.margin.value)
+    assert found.margin.low < found.margin.value < found.margin.high
+    assert found.reward_margin.value == pytest.approx(0.1 * (1.5 + 2.0 + 1.5 + 0.0) / 4)
+    record = replace(evaluated(job, "d" * 16, 0.5, at=1.0), preferences={"one": found})
+    write(job._run.record, record, [])
+    (kept,) = job.evaluations()
+    assert kept.preferences == {"one": found}
+    assert "on 4 held-out pairs; WARNING: 1 are in the training data" in str(kept)
+
+
 # ── the gate ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def evaluated(job: TrainingJob, key: str, low: float, *, at: float, digest: str | None = None) -> EvaluationRecord:
     """Writes an evaluation of the job against its base."""
-    prepared = prepare(job, lm_eval=(), data="held-out.jsonl")
-    from palate.evaluation.run import _facts
+    prepared = prepare(job, data="held-out.jsonl")
 
     one, base = (_facts(model) for model in prepared.models)
     figure = Figure(value=min(1.0, low + 0.1), low=low, high=min(1.0, low + 0.2))

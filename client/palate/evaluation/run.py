@@ -98,9 +98,8 @@ class PreparedEvaluation:
         uri = self.job.uri.encode()
         return palate_home() / "evaluations" / f"{self.job.id}-{hashlib.sha256(uri).hexdigest()[:8]}.ledger.jsonl"
 
-    @property
-    def key(self) -> str:
-        """Digest of everything that the figures depend on."""
+    def _key(self, preferences: Mapping[str, HeldOut]) -> str:
+        """Returns a digest of everything that the figures depend on. The name of held-out scores is one of their data."""
         endpoint = self.settings.judge_endpoint
         entering = [
             [one.weights for one in self.models],
@@ -108,6 +107,7 @@ class PreparedEvaluation:
             [endpoint.identity if endpoint else "", self.settings.judge_model, self.settings.judge_max_tokens],
             [self.settings.rubric, self.settings.max_tokens, self.settings.temperature, self.settings.seed],
             [tuple(row) for row in self.labels],
+            sorted(one.name for one in preferences.values()),
             self.tasks,
         ]
         return hashlib.sha256(json.dumps(entering).encode()).hexdigest()[:16]
@@ -157,7 +157,7 @@ class PreparedEvaluation:
             note(f"{len(failures)} calls failed and are left out: the same call again asks them again")
         endpoint, body = self.settings.judge_endpoint, self.job.manifest.body
         record = EvaluationRecord(
-            key=self.key,
+            key=self._key(preferences),
             created_at=round(time.time(), 3),
             base=body.model,
             models=tuple(
