@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_con
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
+from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.run import ServeManifest
 from tests.support.chat import ChatServer, chat_server, completion
@@ -325,6 +328,40 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     (kept,) = job.evaluations()
     assert kept.preferences == {"one": found}
     assert "on 4 held-out pairs; WARNING: 1 are in the training data" in str(kept)
+
+
+def palate(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "palate.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_command_plans_prints_and_lists(job: TrainingJob, judge: ChatServer, tmp_path: Path) -> None:
+    prompts, compared, pairs = (tmp_path / name for name in ("prompts.txt", "compared.jsonl", "pairs.jsonl"))
+    prompts.write_text("\n".join(PROMPTS))
+    prepared_for(job, judge)  # its answers are there, so no service is started
+    words = ["eval", "one", "--prompts", prompts, "--judge", f"{judge.url}/strict", "--price", "strict=2,10"]
+    planned = palate(*words, "--dry-run")
+    assert "remaining calls, maximum\t6" in planned.stdout
+    assert "cost, maximum" in planned.stdout
+    assert f"--judge {judge.url}/strict" in planned.stderr
+    assert judge.asked == []
+    done = palate(*words, "--rows", compared, "--pairs", pairs)
+    assert "one\tbase\t62.5%" in done.stdout
+    assert "up to 6 calls (8 already finished)" in done.stderr
+    assert "deploy one --require-win-rate" in done.stderr
+    assert [json.loads(line)["result"] for line in compared.read_text().splitlines()] == ["A", "A", "B", "same"]
+    trained = read_rows(pairs)
+    assert [row.chosen for row in trained] == ["a", "a", "c"]
+    listed = json.loads(palate("eval", "one", "--json").stdout)
+    assert listed[0]["comparisons"][0]["win_rate"]["value"] == 0.625
+    assert "62.5%" in palate("eval", "one").stdout
+    # The gate, in the words of the command line.
+    refused = palate("deploy", "one", "--require-win-rate", "0.9", code=1)
+    assert "--require-win-rate 0.9" in refused.stderr
+    assert "palate eval one --prompts" in refused.stderr
+    assert palate("services", "--json").stdout.strip() == "[]"
 
 
 # ── the gate ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -231,9 +231,11 @@ def _print_result(result: Evaluation, *, as_json: bool, wide: bool) -> None:
     if result.agreement is not None:
         print(describe_agreement(result.agreement), file=sys.stderr)
     for one in result.models:
-        if one.answers and (one.cut or one.failed):
+        if one.answers:
+            counts = [(one.cut, "cut at the token limit"), (one.empty, "empty"), (one.failed, "failed")]
+            told = "".join(f", {count} {what}" for count, what in counts if count)
             print(
-                visible(f"{one.name}: {one.cut} answers were cut at the token limit, {one.failed} failed"),
+                visible(f"{one.name}: {one.answers} answers of {one.mean_length:.0f} characters on average{told}"),
                 file=sys.stderr,
             )
     cost = [row.cost for row in result.record.spent if row.cost is not None]
