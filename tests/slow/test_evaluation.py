@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def job(place: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
     adapter = random_adapter(tmp_path_factory.mktemp("adapter") / "one", tiny, seed=1)
-    return job_of(palate.session.get_default_session(), "one", tiny, adapter)
+    return job_of(palate.session.get_default_session(), "one", tiny, adapter, system_prompt="")
 
 
 @pytest.fixture
@@ -145,7 +145,8 @@ def test_several_jobs_answer_from_one_service_on_vllm(
     base = tiny_model(tmp_path / "base", base_model, head_dim=32)
     session = palate.session.get_default_session()
     jobs = [
-        job_of(session, f"job{seed}", base, random_adapter(tmp_path / f"{seed}", base, seed=seed)) for seed in (1, 2)
+        job_of(session, f"job{seed}", base, random_adapter(tmp_path / f"{seed}", base, seed=seed), system_prompt="")
+        for seed in (1, 2)
     ]
     options = {"engine": "vllm", "dtype": "float32", "max_model_len": 512}
     prepared = prepare(
