@@ -15,12 +15,14 @@ import pytest
 import palate.session
 from palate import Predictor, TrainingJob
 from palate.errors import ServiceError, WinRateError
+from palate.evaluation.preferences import preference_scores
 from palate.evaluation.run import prepare
 from palate_recipes.specs.serve import describe_engines
 from tests.slow.conftest import processes_of, until
 from tests.support.chat import ChatServer, chat_server
 from tests.support.evaluations import alphabetical, job_of
 from tests.support.models import greedy, random_adapter, tiny_model
+from tests.support.rows import preference_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -176,4 +178,21 @@ def test_several_jobs_answer_from_one_service_on_vllm(
         ).run()
         assert [one.name for one in predictor.adapters()] == ["second"]
         assert all(one.answers == 1 for one in other.models)
+    nothing_is_left(place)
+
+
+@pytest.mark.thorough
+def test_held_out_preferences_are_scored_by_the_trainer_and_kept(place: Path, tiny: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(tmp_path / "held", tiny, seed=3)
+    job = job_of(palate.session.get_default_session(), "held", tiny, adapter, training_strategy="dpo")
+    data = tmp_path / "held-out.json"
+    data.write_text(json.dumps(preference_rows()))
+    result = job.evaluate(data=data)
+    scores = preference_scores(job, data)  # stored: nothing is started
+    found = result.preferences["held"]
+    assert found.rows == len(scores.pairs.rows) == len(preference_rows())
+    assert found.accuracy.value == pytest.approx(scores.accuracy.value)
+    assert found.margin.low <= scores.margin.value <= found.margin.high
+    assert result.comparisons == ()
+    assert [one.key for one in job.evaluations()] == [result.key]
     nothing_is_left(place)

@@ -144,13 +144,14 @@ def evaluate(
         _print_plan(plan)
         say_next(*(word for word in command if word != "--dry-run"))
         return
-    tokens = plan.prompt_tokens + plan.completion_tokens
-    money = "" if plan.cost is None else f", cost {plan.cost:.4f}"
-    print(
-        f"{len(plan.models)} models, {plan.prompts} prompts: up to {plan.calls} calls ({plan.finished} already finished), "
-        f"up to {tokens:,} tokens of the judge{money}",
-        file=sys.stderr,
-    )
+    if plan.prompts:
+        tokens = plan.prompt_tokens + plan.completion_tokens
+        money = "" if plan.cost is None else f", cost {plan.cost:.4f}"
+        print(
+            f"{len(plan.models)} models, {plan.prompts} prompts: up to {plan.calls} calls ({plan.finished} already finished), "
+            f"up to {tokens:,} tokens of the judge{money}",
+            file=sys.stderr,
+        )
     if plan.cost and not yes and sys.stdin.isatty():
         typer.confirm("Continue?", abort=True, err=True)
     news = _News()

@@ -30,7 +30,7 @@ def check_lm_eval() -> str:
     found = str(beside) if beside.exists() else shutil.which("lm_eval")
     if found is None:
         raise MissingDependencyError(
-            "lm_eval is not installed, which lm_eval= (--lm-eval) runs: pip install 'lm-eval[api]'"
+            "lm_eval is not installed, which lm_eval= (--lm-eval) runs: pip install 'lm-eval[api]' transformers"
         )
     return found
 
