@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,12 +153,12 @@ def _service(model: Model, session: Session, options: Mapping[str, Any]) -> Iter
 
 
 def _delete(name: str, session: Session) -> None:
-    with suppress(RunNotFoundError):
-        predictor = Predictor(name, session=session)
-        try:
-            predictor.delete_service()
-        except PalateError as error:
-            note(f"WARNING: service {name} could not be deleted: {error}. `palate delete {name}` deletes it")
+    try:
+        Predictor(name, session=session).delete_service()
+    except RunNotFoundError:  # it was refused before it had a record
+        pass
+    except PalateError as error:  # not raised: what ended the evaluation is more important
+        note(f"WARNING: service {name} could not be deleted: {error}. `palate delete {name}` deletes it")
 
 
 def _seat(predictor: Predictor, model: str) -> Seat:
