@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
@@ -19,6 +18,7 @@ from palate.runs.record import Record
 from palate_recipes.specs.evaluation import SCORES_FILE
 from tests.slow.conftest import until
 from tests.support.architectures import random_model
+from tests.support.manifests import train_manifest
 from tests.support.rows import preference_rows
 
 pytestmark = pytest.mark.slow
@@ -53,6 +53,9 @@ def runs_of(job: TrainingJob) -> list[str]:
 def test_the_same_question_is_answered_once(
     job: TrainingJob, session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    with pytest.raises(DataError, match="`rejected` is missing"):
+        preference_scores(job, [{"prompt": "a", "chosen": "b"}])
+    assert runs_of(job) == []
     held_out = tmp_path / "held-out.json"
     held_out.write_text(json.dumps(HELD_OUT))
     scores = preference_scores(job, held_out)
@@ -80,7 +83,7 @@ def test_the_same_question_is_answered_once(
     assert checkpoint.pairs.tuned != scores.pairs.tuned
 
     record = Record(session.store, "evaluations", scores.name)
-    changed = record.store.get(record.key(SCORES_FILE)).replace(b"-1", b"-2", 1)
+    changed = record.store.get(record.key(SCORES_FILE)).replace(b"-", b"", 1)
     record.store.put(record.key(SCORES_FILE), changed)
     with pytest.raises(DamagedFilesError, match="missing or changed"):
         preference_scores(job, held_out)
@@ -90,8 +93,8 @@ def test_the_same_question_is_answered_once(
 
 def test_a_killed_run_is_continued_and_a_damaged_model_refused(job: TrainingJob, session: Session) -> None:
     run = start_preference_scores(job, HELD_OUT, announce=False)
-    status = until(lambda: run._run.record.status(), lambda found: found.state == "Running")
-    os.kill(psutil.Process(int(status.engine_id.split(":")[1])).pid, signal.SIGKILL)
+    until(lambda: run._run.record.status().state == "Running")
+    os.kill(int(run._run.record.status().engine_id.split(":")[1]), signal.SIGKILL)
     with pytest.raises(EvaluationError, match="the runner died"):
         run.wait(show_logs=False, timeout_s=120)
     scores = preference_scores(job, HELD_OUT, show_logs=False)
@@ -112,11 +115,10 @@ def test_a_killed_run_is_continued_and_a_damaged_model_refused(job: TrainingJob,
     shutil.rmtree(folder)
 
 
-def test_what_cannot_be_scored_starts_nothing(job: TrainingJob, session: Session) -> None:
-    with pytest.raises(DataError, match="`rejected` is missing"):
-        preference_scores(job, [{"prompt": "a", "chosen": "b"}])
-    job._run.record.note(details={})
-    Record(session.store, "jobs", "one")._rewrite(lambda current: type(current)(state="Stopped"), {"Succeeded"}, None)
-    with pytest.raises(JobNotReadyError, match="is Stopped"):
-        preference_scores(job, HELD_OUT)
-    assert runs_of(job) == []
+def test_a_job_without_a_model_is_refused(session: Session) -> None:
+    Record(session.store, "jobs", "one").create(train_manifest("one"))
+    with pytest.raises(JobNotReadyError, match="is Creating"):
+        preference_scores("one", HELD_OUT)
+    with pytest.raises(JobNotReadyError, match="no complete checkpoint"):
+        preference_scores("one", HELD_OUT, checkpoint="latest")
+    assert not session.store.list_children("evaluations/")

@@ -9,6 +9,7 @@ from importlib import resources
 import jsonschema
 
 from palate.store import Store
+from palate_recipes.specs.run import KINDS
 
 NAMES = ("manifest", "status", "lease", "access_tokens", "renewal", "adapters", "update")
 
@@ -25,7 +26,7 @@ def validator(name: str) -> jsonschema.Draft202012Validator:
 def check_records(store: Store) -> int:
     """Fails for the first record of a store that breaks its schema; returns how many were looked at."""
     looked = 0
-    for kind in ("jobs", "services"):
+    for kind in KINDS:
         for run in store.list_children(f"{kind}/"):
             for name in NAMES:
                 key = f"{kind}/{run}/{name}.json"
