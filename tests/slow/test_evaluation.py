@@ -190,6 +190,7 @@ def test_held_out_preferences_are_scored_by_the_trainer_and_kept(place: Path, ti
     result = job.evaluate(data=data)
     scores = preference_scores(job, data)  # stored: nothing is started
     found = result.preferences["held"]
+    assert found.seen == 0
     assert found.rows == len(scores.pairs.rows) == len(preference_rows())
     assert found.accuracy.value == pytest.approx(scores.accuracy.value)
     assert found.margin.low <= scores.margin.value <= found.margin.high

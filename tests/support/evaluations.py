@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from msgspec.structs import replace
 from palate import Session, TrainingJob
 from palate.checksums import DIGESTS_FILE, Checksums
 from palate.runs.record import Record
+from palate_recipes.specs.train import InputFile
 from palate_recipes.specs.weights import BaseModel, WeightsSource
 from tests.support.chat import Answer, completion, shown_answers
 from tests.support.manifests import train_manifest
+
+TRAINED_ON = [{"prompt": "Is 0 an even number?", "chosen": "It is.", "rejected": "Yes, of course, as you say."}]
+"""What the jobs say that they were trained on."""
 
 
 def job_of(session: Session, name: str, base: Path, model: Path, **hyperparameters: Any) -> TrainingJob:
@@ -31,7 +36,12 @@ def job_of(session: Session, name: str, base: Path, model: Path, **hyperparamete
     record = Record(session.store, "jobs", name)
     manifest = train_manifest(name, hyperparameters=hyperparameters)
     source = WeightsSource(kind="folder", location=str(base))
-    record.create(replace(manifest, body=replace(manifest.body, model=BaseModel(name="tiny", source=source))))
+    record.store.put(record.key("inputs", "train", "train.json"), json.dumps(TRAINED_ON).encode())
+    inputs = {
+        "train": InputFile(uri=record.store.uri(record.key("inputs", "train", "train.json")), rows=len(TRAINED_ON))
+    }
+    body = replace(manifest.body, model=BaseModel(name="tiny", source=source), inputs=inputs)
+    record.create(replace(manifest, body=body))
     for path in model.iterdir():
         record.store.upload(path, record.key("model", path.name))
     digest = hashlib.sha256((model / DIGESTS_FILE).read_bytes()).hexdigest()
