@@ -184,7 +184,7 @@ def test_several_jobs_answer_from_one_service_on_vllm(
 @pytest.mark.thorough
 def test_held_out_preferences_are_scored_by_the_trainer_and_kept(place: Path, tiny: Path, tmp_path: Path) -> None:
     adapter = random_adapter(tmp_path / "held", tiny, seed=3)
-    job = job_of(palate.session.get_default_session(), "held", tiny, adapter, training_strategy="dpo")
+    job = job_of(palate.session.get_default_session(), "held", tiny, adapter, lora_dim=8, lora_alpha=16)
     data = tmp_path / "held-out.json"
     data.write_text(json.dumps(preference_rows()))
     result = job.evaluate(data=data)
