@@ -33,6 +33,7 @@ from palate_recipes.errors import (
     UnsupportedParameterError,
     WaitTimeoutError,
     WeightsError,
+    WinRateError,
 )
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "UnsupportedParameterError",
     "WaitTimeoutError",
     "WeightsError",
+    "WinRateError",
 ]

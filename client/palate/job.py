@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +24,13 @@ from palate_recipes.specs.run import State, Status, TrainManifest
 
 if TYPE_CHECKING:
     from palate.chat import Chat
+    from palate.evaluation.arena import EvaluationProgress
+    from palate.evaluation.inputs import Prompts
+    from palate.evaluation.result import Evaluation
+    from palate.generate.chat_client import Endpoint
     from palate.predictor import Predictor, ServedModel
     from palate.report import Report
+    from palate.sources.inputs import PreferenceData, Rows
 
 OUTPUT_CHANNELS = ("model", "checkpoints", "tensorboard")
 
@@ -378,6 +383,7 @@ class TrainingJob:
         wait: bool = True,
         show_logs: bool = False,
         verify: bool | str = True,
+        require_win_rate: float | None = None,
     ) -> Predictor:
         """Serves the job's model, or one of its checkpoints. See `ModelTrainingRecipe.deploy`.
 
@@ -392,8 +398,11 @@ class TrainingJob:
             wait: As there.
             show_logs: As there.
             verify: As there. A checkpoint has no probe, so there is nothing to compare.
+            require_win_rate: Deploy only if the last evaluation of exactly this model against its base has a win-rate whose 95%
+                interval begins at this value or above, such as 0.55.
 
         Raises:
+            WinRateError: There is no such evaluation, or its interval begins lower. Nothing was started.
             JobNotReadyError: The job has not succeeded; with `checkpoint`: it has no complete checkpoint.
             ConfigurationError: The job has no such checkpoint. The message lists those that it has.
             DamagedFilesError: A file of the model is missing or has the wrong size. The service's runner also compares all
@@ -402,6 +411,10 @@ class TrainingJob:
         from palate.deploy import start_service
 
         served = self.served_model(checkpoint)
+        if require_win_rate is not None:
+            from palate.evaluation.gate import check_win_rate
+
+            check_win_rate(self, served, require_win_rate)
         return start_service(
             self._run.session,
             service_name=service_name or f"{self.id}-{served.checkpoint or 'service'}",
@@ -442,6 +455,112 @@ class TrainingJob:
         except BaseException:  # nobody else has its name
             predictor.delete_service()
             raise
+
+    def evaluate(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        judge: str | Predictor | tuple[Endpoint, str] | None = None,
+        data: str | Path | Rows | PreferenceData | None = None,
+        against: Sequence[str | TrainingJob] = (),
+        checkpoint: str | int | None = None,
+        labels: str | Path | Iterable[Mapping[str, Any]] | None = None,
+        rubric: str | Path | None = None,
+        system_prompt: str | None = None,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        limit: int | None = None,
+        judge_api_key_env: str | None = None,
+        judge_max_tokens: int = 512,
+        prices: Mapping[str, tuple[float, float]] | None = None,
+        concurrency: int = 8,
+        requests_per_minute: float | None = None,
+        timeout_s: float = 300.0,
+        seed: int = 0,
+        service: str | Predictor | None = None,
+        options: Mapping[str, Any] | None = None,
+        lm_eval: Sequence[str] = (),
+        progress: Callable[[EvaluationProgress], None] | None = None,
+    ) -> Evaluation:
+        """Compares the job's model with its base and other models: each answers the same prompts, and a judge compares the answers.
+
+        Starts a service for the answers, and deletes it. The result is kept with the job. The same call resumes after any
+        interruption: finished calls are not sent again.
+
+        Args:
+            prompts: A file of prompts (text, JSON, JSONL, CSV), strings, or lists of messages. Not from the training data.
+            judge: `URL/MODEL` of any OpenAI-compatible endpoint, such as `https://api.openai.com/v1/gpt-4o-mini`; a model name
+                at OPENAI_BASE_URL; a running service; or an endpoint and a model name.
+            data: Held-out preference data, as `inputs` of a training takes it. With a judge and without `prompts`, its prompts
+                are used.
+            against: Further jobs on the same base: jobs, ids, or `ID@CHECKPOINT`. Every two models are compared.
+            checkpoint: Evaluate a checkpoint, as in `deploy`.
+            labels: Answers that people have compared, a file or rows: `prompt`, `answer_a`, `answer_b`, `label` (A, B or tie).
+                The judge compares them too, and Cohen's kappa tells how far it agrees.
+            rubric: What makes an answer better: a text, or the Path of a text file. Default: `palate.generate.judge.RUBRIC`.
+            system_prompt: Prepended to prompts without one. Default: that of the training.
+            max_tokens: Maximum tokens of an answer.
+            temperature: Sampling temperature of the answers.
+            limit: Use only the first N prompts.
+            judge_api_key_env: Environment variable with the judge's key.
+            judge_max_tokens: Maximum tokens of a verdict, including its reasoning.
+            prices: Price per million prompt and completion tokens of the judge's model, by its name.
+            concurrency: Maximum concurrent calls.
+            requests_per_minute: Rate limit of the judge; None: no limit.
+            timeout_s: Timeout of one request in seconds.
+            seed: Of the intervals.
+            service: A running service that serves these models; None starts one. It is not changed.
+            options: Of the started service, as in `deploy`.
+            lm_eval: Tasks of the installed lm-eval, which are run on the model and its base.
+            progress: Called after each prompt of a step.
+
+        Returns:
+            Win-rates with 95% intervals, answers and verdicts.
+
+        Raises:
+            ConfigurationError: Arguments are missing or out of range, or a model has another base.
+            JobNotReadyError: A job has not succeeded; with a checkpoint: has no complete one.
+            DataError: Prompts, data or labels cannot be read, or no prompt could be compared.
+            ServiceError: The service did not start. Nothing keeps running.
+            EndpointError: The judge rejected a request or is unreachable. Finished calls are kept.
+        """
+        from palate.evaluation.run import prepare
+
+        prepared = prepare(
+            self,
+            prompts=prompts,
+            data=data,
+            judge=judge,
+            against=against,
+            checkpoint=checkpoint,
+            labels=labels,
+            rubric=rubric,
+            system_prompt=system_prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            limit=limit,
+            judge_api_key_env=judge_api_key_env,
+            judge_max_tokens=judge_max_tokens,
+            prices=prices,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            timeout_s=timeout_s,
+            seed=seed,
+            service=service,
+            options=options,
+            lm_eval=lm_eval,
+        )
+        return prepared.run(progress)
+
+    def evaluations(self) -> builtins.list[Evaluation]:
+        """Returns the evaluations in which the job took part, newest first.
+
+        Raises:
+            DamagedFilesError: One of them cannot be read.
+        """
+        from palate.evaluation.run import list_evaluations
+
+        return list_evaluations(self)
 
     def served_model(self, checkpoint: str | int | None = None) -> ServedModel:
         """Returns the model for a service of this job, or one of its checkpoints. Raises as `deploy`."""

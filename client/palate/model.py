@@ -368,6 +368,7 @@ class ModelTrainingRecipe:
         *,
         show_logs: bool = False,
         verify: bool | str = True,
+        require_win_rate: float | None = None,
     ) -> Predictor:
         """Serves the latest job's model behind an OpenAI-compatible endpoint.
 
@@ -395,6 +396,8 @@ class ModelTrainingRecipe:
             show_logs: With `wait`: whether to show the engine's log.
             verify: Whether to compare the service's log-probs with the trainer's before it counts as ready. True stops a service
                 that does not answer as the trained model, "warn" keeps it and says so, False does not compare.
+            require_win_rate: Deploy only if the last evaluation of this model against its base (`TrainingJob.evaluate`) has a
+                win-rate whose 95% interval begins at this value or above, such as 0.55.
 
         Returns:
             The predictor. As a context manager it deletes the service at the end.
@@ -402,6 +405,7 @@ class ModelTrainingRecipe:
         Raises:
             JobNotReadyError: The latest job has not succeeded.
             NameTakenError: `service_name` is in use.
+            WinRateError: There is no such evaluation, or its interval begins lower. Nothing was started.
             ServiceError: The service failed to start; has the reason and the engine's last lines. Nothing keeps running.
         """
         refuse(resource_id=resource_id, inference_spec=inference_spec)
@@ -414,6 +418,7 @@ class ModelTrainingRecipe:
             wait=wait,
             show_logs=show_logs,
             verify=verify,
+            require_win_rate=require_win_rate,
         )
 
     def _need_job(self) -> TrainingJob:

@@ -674,6 +674,7 @@ class Predictor:
         traffic: float | None = None,
         zero_downtime: bool = True,
         show_logs: bool = False,
+        require_win_rate: float | None = None,
     ) -> Predictor:
         """Updates the service to another job's model or checkpoint. Name, token and settings stay.
 
@@ -690,9 +691,12 @@ class Predictor:
             zero_downtime: False stops the current version before the new one starts, for machines without memory for both. If the
                 new one does not start, the service returns to the previous model.
             show_logs: Show the engine's log while waiting.
+            require_win_rate: Update only if the last evaluation of exactly this model against the one that the service serves has
+                a win-rate whose 95% interval begins at this value or above, such as 0.55.
 
         Raises:
             JobNotReadyError: The job has not succeeded or, with `checkpoint`, has no complete checkpoint. The service is unchanged.
+            WinRateError: There is no such evaluation, or its interval begins lower. The service is unchanged.
             ServiceError: The new version did not start, or is not what was trained. Has the reason and the last lines of the
                 engine's log.
             ConfigurationError: Another update is in progress; the service has adapters and the job has another base; or the service
@@ -700,9 +704,14 @@ class Predictor:
         """
         from palate.rollout import update_to_job
 
+        served = job.served_model(checkpoint=checkpoint)
+        if require_win_rate is not None:
+            from palate.evaluation.gate import check_win_rate
+
+            check_win_rate(job, served, require_win_rate, instead_of=self._run.record.serve_manifest())
         return update_to_job(
             self,
-            job.served_model(checkpoint=checkpoint),
+            served,
             job.id,
             wait=wait,
             traffic=traffic,

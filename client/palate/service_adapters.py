@@ -293,7 +293,7 @@ def _check_open_update(run: RunHandle, manifest: ServeManifest) -> None:
 
 def _keeps_base(base: BaseModel, after: Deployment) -> bool:
     """Whether a deployment serves an adapter on these weights."""
-    return after.adapter and _same_weights(base, after.model)
+    return after.adapter and same_weights(base, after.model)
 
 
 def _check_rank(what: str, config: Mapping[str, Any], service: str, status: Status) -> int:
@@ -315,7 +315,7 @@ def _check_base(given: _Given, config: Mapping[str, Any], manifest: ServeManifes
     if given.base is not None:
         source = reachable_weights(given.base.source, run.session, run.backend)  # as the service's was
         base = structs.replace(given.base, source=source)
-        if not _same_weights(base, body.model):
+        if not same_weights(base, body.model):
             raise ConfigurationError(
                 f"{given.what} was trained on {_shown(base)}, and service "
                 f"{run.record.name} serves {_shown(body.model)}: both must have the same weights. Deploy the job as a service "
@@ -334,7 +334,8 @@ def _check_base(given: _Given, config: Mapping[str, Any], manifest: ServeManifes
         )
 
 
-def _same_weights(one: BaseModel, other: BaseModel) -> bool:
+def same_weights(one: BaseModel, other: BaseModel) -> bool:
+    """Returns whether two base models are the same weights from the same place."""
     return all(getattr(one.source, field) == getattr(other.source, field) for field in ("kind", "location", "revision"))
 
 

@@ -12,6 +12,7 @@ PalateError
 ├── NameTakenError (FileExistsError)            a job or service with this name exists
 ├── RunNotFoundError (LookupError)              no job or service with this name in this store
 ├── JobNotReadyError (RuntimeError)             the job's state does not allow it: deploy before success, resume while running
+├── WinRateError (RuntimeError)                 no evaluation shows the win-rate that a deploy requires
 ├── DamagedFilesError (RuntimeError)            a model, checkpoint or record is not what was written
 ├── WaitTimeoutError (TimeoutError)             a wait reached its time limit
 ├── TrainingJobError (RuntimeError)             a job failed or was stopped; has reason and last log lines
@@ -103,6 +104,10 @@ class RunNotFoundError(PalateError, LookupError):
 
 class JobNotReadyError(PalateError, RuntimeError):
     """The job's state does not allow the operation, such as deploy before success or resume while running."""
+
+
+class WinRateError(PalateError, RuntimeError):
+    """No stored evaluation of the model shows the win-rate that a deploy or update requires. Nothing was started."""
 
 
 class DamagedFilesError(PalateError, RuntimeError):

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from palate.cli import chat, experiments, machine, rollout, runs, top, train
+from palate.cli import chat, evaluate, experiments, machine, rollout, runs, top, train
 from palate.cli.adapter import adapter
 from palate.cli.data import data
 from palate.cli.examples import add_examples
@@ -55,6 +55,7 @@ app = typer.Typer(
 train.register(app)
 experiments.register(app)
 chat.register(app)
+evaluate.register(app)
 runs.register(app)
 rollout.register(app)
 top.register(app)

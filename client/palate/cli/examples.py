@@ -23,6 +23,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "deploy": (
         "palate deploy JOB",
         "palate deploy JOB --checkpoint latest",
+        "palate deploy JOB --require-win-rate 0.55",
         "palate deploy JOB --name assistant --port 8000 --idle-time-to-live 3600",
         "palate deploy smollm2-135m-instruct --base --engine transformers",
     ),
@@ -31,6 +32,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'palate chat SERVICE "Is the earth flat?"',
         'palate chat SERVICE "Is the earth flat?" --model base --temperature 0',
         "palate chat SERVICE --web --votes votes.jsonl",
+    ),
+    "eval": (
+        "palate eval JOB --prompts prompts.jsonl --judge http://127.0.0.1:8000/v1/judge --dry-run",
+        "palate eval JOB --prompts prompts.jsonl --judge https://api.openai.com/v1/gpt-4o-mini --judge-api-key-env OPENAI_API_KEY",
+        "palate eval JOB OTHER_JOB --prompts prompts.jsonl --judge-service SERVICE --rubric rubric.txt",
+        "palate eval JOB",
     ),
     "quickstart": ("palate quickstart", "palate quickstart --direction blunt --folder try"),
     "run": ("palate run pai_script.py", "palate run pai_script.py --epochs 3"),

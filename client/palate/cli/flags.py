@@ -31,6 +31,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "label_columns": ("label_column",),
     "hyperparameters": ("set_",),
     "instance_count": ("instances",),
+    "system_prompt": ("system",),
 }
 """Arguments of the Python API whose option has another name: the names in the commands, of which a command has one."""
 

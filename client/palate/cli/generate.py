@@ -93,7 +93,7 @@ def generate(
         concurrency=concurrency,
         requests_per_minute=requests_per_minute,
         timeout_s=timeout,
-        prices=_prices(price or []),
+        prices=prices_of(price or []),
     )
     plan = plan_pairs(prompts, output=output, settings=settings)
     command = sys.argv[1:]
@@ -161,7 +161,8 @@ def _text(path: Path) -> str:
         raise ConfigurationError(f"--rubric {path} cannot be read: {error}. Pass a UTF-8 text file") from None
 
 
-def _prices(entries: list[str]) -> dict[str, tuple[float, float]]:
+def prices_of(entries: list[str]) -> dict[str, tuple[float, float]]:
+    """Parses a repeated option MODEL=IN,OUT."""
     prices = {}
     for entry in entries:
         name, _, value = entry.rpartition("=")

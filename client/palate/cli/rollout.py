@@ -33,6 +33,13 @@ def update(
             help="Share of the requests to send to the new version, such as 0.1. The old version answers the rest.",
         ),
     ] = None,
+    require_win_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Update only if an evaluation against the served model has a win-rate whose 95% interval begins here or above.",
+        ),
+    ] = None,
     stop_start: _StopStart = False,
     wait: _Wait = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
@@ -52,6 +59,7 @@ def update(
         traffic=traffic,
         zero_downtime=not stop_start,
         show_logs=show_logs,
+        require_win_rate=require_win_rate,
     )
     if not wait:
         say_next("versions", name)

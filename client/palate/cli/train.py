@@ -246,6 +246,13 @@ def deploy(
     verify: Annotated[
         str, typer.Option(help="If it does not answer as the trained model: error, warn, or off (do not compare).")
     ] = "error",
+    require_win_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Deploy only if an evaluation of exactly this model has a win-rate whose 95% interval begins here or above.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the service answers.")] = True,
     show_logs: Annotated[bool, typer.Option(help="Show the engine's log while waiting.")] = False,
 ) -> None:
@@ -307,7 +314,9 @@ def deploy(
                 find_model(job_id)
                 raise RunNotFoundError(f"{error}. To serve the untuned model of this name add --base") from None
             raise
-        predictor = job.deploy(name, checkpoint=checkpoint, **more)
+        predictor = job.deploy(name, checkpoint=checkpoint, require_win_rate=require_win_rate, **more)
+    elif require_win_rate is not None:
+        raise ConfigurationError("--require-win-rate is of a job, and --base serves an untuned model: omit one of them")
     elif checkpoint is None:
         model = RegisteredModel(job_id)
         own = model.model_name.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters

@@ -6,29 +6,24 @@ atomically. So the same call resumes after any interruption: finished calls are 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from palate.generate.chat_client import Call, ChatClient
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import comparison, most_comparisons
 from palate.generate.pairs import Maker, Outcome, PairSettings, Usage, merge, usage_of
 from palate.generate.prompts import Prompt, as_prompts, with_system
+from palate.generate.running import TEMPLATE_TOKENS, in_parallel, most_tokens, run_to_end
 from palate_recipes.errors import ConfigurationError, DataError, EndpointError
-
-_DRAIN_S = 10.0
-"""Seconds for calls in flight to finish when the run fails: their responses are kept."""
 
 _SHOWN_FAILURES = 5
 
-T = TypeVar("T")
 Prompts = str | Path | Iterable[str | Sequence[Mapping[str, str]]]
 
 
@@ -137,7 +132,7 @@ def plan_pairs(prompts: Prompts, *, output: str | Path, settings: PairSettings) 
     """
     wanted, _ = _different(prompts, settings)
     with CompletionLog(completion_log_path(output), read_only=True) as ledger:
-        counted = _run(plan_calls(wanted, settings, ledger))
+        counted = run_to_end(plan_calls(wanted, settings, ledger))
     return GenerationPlan(
         prompts=len(wanted),
         answers=counted.answers,
@@ -185,7 +180,7 @@ def generate_pairs(
         )
     with CompletionLog(kept) as ledger:
         known = len(ledger)
-        outcomes = _run(_make_all(wanted, settings, ledger, progress))
+        outcomes = run_to_end(_make_all(wanted, settings, ledger, progress))
         asked = len(ledger) - known
         kinds = Counter(outcome.kind for outcome in outcomes)
         failures = [outcome.failure for outcome in outcomes if outcome.failure]
@@ -257,21 +252,10 @@ async def _make_all(
                         )
                     )
 
-        workers = [asyncio.create_task(work()) for _ in range(min(settings.concurrency, len(prompts)))]
         try:
-            ended, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            failure = next((error for worker in ended if (error := worker.exception())), None)
-            if failure is not None:
-                asker.stop(failure)
-                if others:
-                    await asyncio.wait(others, timeout=_DRAIN_S)
-                if isinstance(failure, EndpointError):
-                    raise _with_what_is_safe(failure, pairs, len(outcomes), len(prompts), ledger) from None
-                raise failure
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            await in_parallel(asker, work, workers=min(settings.concurrency, len(prompts)))
+        except EndpointError as failure:
+            raise _with_what_is_safe(failure, pairs, len(outcomes), len(prompts), ledger) from None
     return [outcomes[index] for index in range(len(prompts))]
 
 
@@ -321,33 +305,6 @@ def _write(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ) from None
 
 
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to completion, also inside a notebook's running loop; KeyboardInterrupt cancels it."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
-
-    async def known() -> T:
-        task = asyncio.create_task(work)
-        begun.append((asyncio.get_running_loop(), task))
-        return await task
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, known())
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            for loop, task in begun:
-                loop.call_soon_threadsafe(task.cancel)
-            raise
-
-
-_TEMPLATE_TOKENS = 16
-"""Estimated maximum tokens that a chat template adds to a message."""
-
-
 class Planned(NamedTuple):
     """Calls for all prompts: in total, finished, and remaining; `usage` is an upper bound of the remaining ones."""
 
@@ -394,14 +351,18 @@ async def plan_calls(prompts: Sequence[Prompt], settings: PairSettings, ledger: 
         finished += found
         answers_left += len(asked)
         verdicts_left += verdicts
-        prompt_tokens = _most_tokens(prompt.as_messages())
-        rows += [usage_of(settings, call.model, "answers", 1, prompt_tokens, settings.max_tokens) for call in asked]
+        prompt_tokens = most_tokens(prompt.as_messages())
+        rows += [
+            usage_of(settings.prices, call.model, "answers", 1, prompt_tokens, settings.max_tokens) for call in asked
+        ]
         if verdicts:
-            once = _most_tokens(comparison(prompt.messages, "", "", settings.rubric)) + 2 * settings.max_tokens
-            again = once + settings.judge_max_tokens + 10 * _TEMPLATE_TOKENS
+            once = most_tokens(comparison(prompt.messages, "", "", settings.rubric)) + 2 * settings.max_tokens
+            again = once + settings.judge_max_tokens + 10 * TEMPLATE_TOKENS
             limit = 2 * settings.judge_max_tokens
             rows.append(
-                usage_of(settings, judge_model, "verdicts", verdicts, verdicts * (once + again), verdicts * limit)
+                usage_of(
+                    settings.prices, judge_model, "verdicts", verdicts, verdicts * (once + again), verdicts * limit
+                )
             )
         rows = list(merge(rows))
     return Planned(
@@ -411,8 +372,3 @@ async def plan_calls(prompts: Sequence[Prompt], settings: PairSettings, ledger: 
         calls=answers_left + verdicts_left,
         usage=tuple(rows),
     )
-
-
-def _most_tokens(messages: Sequence[Mapping[str, str]]) -> int:
-    """Returns an upper bound of the tokens: a token has at least one byte."""
-    return sum(len(message["content"].encode()) + _TEMPLATE_TOKENS for message in messages)

@@ -161,12 +161,14 @@ class Call(NamedTuple):
     """Whether to send no temperature to a model that does not support it."""
     about: str = ""
     """Its purpose, for error messages."""
+    as_model: str = ""
+    """Name of the model in the key; default: `model`. For weights that other services serve under other names."""
 
     def key(self) -> str:
         """Returns a digest of the inputs of the call, without the API key."""
         entering = [
             self.endpoint.identity,
-            self.model,
+            self.as_model or self.model,
             self.messages,
             float(self.temperature),
             self.max_tokens,

@@ -8,17 +8,16 @@ from typing import Any, Literal, NamedTuple
 
 from palate.generate.chat_client import Call, CallFailed, Endpoint
 from palate.generate.completion_log import Reply
-from palate.generate.judge import RUBRIC, agreed, asked_again, choose, comparison, read_verdict, together
+from palate.generate.judge import RUBRIC, choose, together
 from palate.generate.prompts import Prompt
+from palate.generate.verdicts import CUT, Judge
 from palate_recipes.errors import ConfigurationError
 
 _MOST_ANSWERS = 64
-_CUT = {"length", "max_tokens", "model_length"}
 _NO_ANSWER = {"content_filter", "tool_calls", "function_call", "error", "abort"}
-"""Finish reasons of answers cut at the token limit, and of responses that are not answers. All others are complete answers."""
+"""Finish reasons of responses that are not answers. All but these and `CUT` are complete answers."""
 
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "n": (1, _MOST_ANSWERS),
+REQUEST_BOUNDS: Mapping[str, tuple[float, float]] = {
     "max_tokens": (1, 1_000_000),
     "judge_max_tokens": (1, 1_000_000),
     "limit": (1, 1_000_000_000),
@@ -28,6 +27,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "retries": (0, 100),
     "retry_wait_s": (0.001, 30),
 }
+"""Bounds of the settings that every run with a judge has."""
+_BOUNDS = {"n": (1, _MOST_ANSWERS), **REQUEST_BOUNDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,7 @@ class PairSettings:
     """Price per million prompt tokens and per million completion tokens, by model."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ConfigurationError(f"{name}={value!r} is out of range: expected {low:g} <= {name} <= {high:g}")
+        check_bounds(self, _BOUNDS)
         object.__setattr__(self, "models", tuple(dict.fromkeys(self.models)))
         object.__setattr__(self, "temperatures", tuple(dict.fromkeys(float(value) for value in self.temperatures)))
         if not self.models or not all(self.models):
@@ -128,6 +126,14 @@ class PairSettings:
             for temperature in self.temperatures
             for sample in range(self.n if temperature > 0 else 1)
         ]
+
+
+def check_bounds(settings: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ConfigurationError if a setting is out of its bounds; None passes."""
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigurationError(f"{name}={value!r} is out of range: expected {low:g} <= {name} <= {high:g}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ class Maker:
         whole = [
             (reply.text, call.model)
             for call, reply in zip(calls, replies, strict=True)
-            if reply.text and reply.finish not in _NO_ANSWER and (reply.finish not in _CUT or self._settings.keep_cut)
+            if reply.text and reply.finish not in _NO_ANSWER and (reply.finish not in CUT or self._settings.keep_cut)
         ]
         different: dict[str, str] = {}
         for text, model in whole:
@@ -241,34 +247,25 @@ class Maker:
     async def _compare(
         self, prompt: Prompt, texts: Sequence[str], first: int, second: int, notes: _Notes
     ) -> int | None:
-        rubric = self._settings.rubric
-        straight, swapped = await together(
-            self._verdict(prompt, comparison(prompt.messages, texts[first], texts[second], rubric), notes),
-            self._verdict(prompt, comparison(prompt.messages, texts[second], texts[first], rubric), notes),
-        )
-        result = agreed(straight, swapped)
-        notes.disagreements += result == "disagreement"
-        return {"first": first, "second": second}.get(result)
-
-    async def _verdict(self, prompt: Prompt, messages: list[dict[str, str]], notes: _Notes) -> Any:
         endpoint, model = self._settings.judge
-        limit = self._settings.judge_max_tokens
-        for attempt in range(2):
-            call = Call(endpoint, model, messages, 0.0, limit, attempt, True, f"verdict on prompt {prompt.number}")
-            reply = await self._noted(call, "verdicts", notes)
-            verdict = None if reply.finish in _CUT else read_verdict(reply.text)  # cut: the verdict could still follow
-            if verdict is not None:
-                return verdict
-            messages = asked_again(messages, reply.text)
-        notes.unreadable += 1
-        return None
+        judge = Judge(endpoint, model, self._settings.rubric, self._settings.judge_max_tokens)
+
+        async def ask(call: Call) -> Reply:
+            return await self._noted(call, "verdicts", notes)
+
+        verdicts = await judge.compare(
+            ask, prompt.messages, texts[first], texts[second], about=f"prompt {prompt.number}"
+        )
+        notes.unreadable += verdicts.unreadable
+        notes.disagreements += verdicts.result == "disagreement"
+        return {"first": first, "second": second}.get(verdicts.result)
 
     async def _noted(self, call: Call, role: Literal["answers", "verdicts"], notes: _Notes) -> Reply:
         reply = await self._ask(call)
         known = reply.prompt_tokens is not None and reply.completion_tokens is not None
         notes.usage.append(
             usage_of(
-                self._settings,
+                self._settings.prices,
                 call.model,
                 role,
                 1,
@@ -281,7 +278,7 @@ class Maker:
 
 
 def usage_of(
-    settings: PairSettings,
+    prices: Mapping[str, tuple[float, float]],
     model: str,
     role: Literal["answers", "verdicts"],
     calls: int,
@@ -289,7 +286,7 @@ def usage_of(
     completion_tokens: int,
     without_usage: int = 0,
 ) -> Usage:
-    """Returns tokens with their cost, if the settings have a price for the model."""
-    price = settings.prices.get(model)
+    """Returns tokens with their cost, if the model has a price."""
+    price = prices.get(model)
     cost = None if price is None else (prompt_tokens * price[0] + completion_tokens * price[1]) / 1e6
     return Usage(model, role, calls, prompt_tokens, completion_tokens, without_usage, cost)

@@ -1,0 +1,444 @@
+"""Evaluations without an engine: figures, their record, the gate, what is read. The judge answers over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from palate import Session, TrainingJob
+from palate.errors import ConfigurationError, DamagedFilesError, DataError, MissingDependencyError, WinRateError
+from palate.evaluation.arena import answer_call
+from palate.evaluation.gate import check_win_rate
+from palate.evaluation.held_out import figures_of
+from palate.evaluation.inputs import judge_of, read_labels
+from palate.evaluation.lm_eval import check_lm_eval
+from palate.evaluation.preferences import PreferenceScores
+from palate.evaluation.record import Comparison, EvaluationRecord, Figure, read_all, write
+from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
+from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
+from palate.generate.completion_log import CompletionLog, Reply
+from palate.generate.judge import agreed
+from palate.predictor import ServedModel
+from palate_recipes.preferences.load import read_rows
+from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
+from palate_recipes.specs.run import ServeManifest
+from tests.support.chat import ChatServer, chat_server, completion
+from tests.support.evaluations import alphabetical, job_of
+from tests.support.manifests import serve_manifest
+
+EVALSCOPE = json.loads((Path(__file__).parents[1] / "fixtures/evalscope/verdicts.json").read_text())
+SCORES = {"first": 1.0, "second": 0.0}
+
+
+# ── figures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def evalscope_scores() -> dict[tuple[str, str], list[float]]:
+    found: dict[tuple[str, str], list[float]] = {}
+    for first, second, straight, swapped in EVALSCOPE["verdicts"]:
+        found.setdefault((first, second), []).append(SCORES.get(agreed(straight, swapped), 0.5))
+    return found
+
+
+def test_win_rates_are_those_of_evalscopes_arena() -> None:
+    scores = evalscope_scores()
+    alone = {name: win_rate(scores[name, "base"]).value for name in ("first", "second")}
+    assert alone == pytest.approx(EVALSCOPE["win_rates"]["alone"], abs=1e-5)
+    strengths = bradley_terry(["first", "second", "base"], scores)
+    ranked = {name: 1 / (1 + math.exp(strengths["base"] - strengths[name])) for name in ("first", "second")}
+    assert ranked == pytest.approx(EVALSCOPE["win_rates"]["ranked"], abs=1e-4)
+    assert sum(strengths.values()) == pytest.approx(0)
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_prompts() -> None:
+    scores = [1.0] * 50 + [0.5] * 20 + [0.0] * 30
+    found = win_rate(scores)
+    generator = np.random.default_rng(3)
+    means = np.sort([generator.choice(scores, len(scores)).mean() for _ in range(4000)])
+    assert found.value == pytest.approx(0.6)
+    assert (found.low, found.high) == pytest.approx((means[100], means[3900]), abs=0.01)
+    assert win_rate(scores) == found
+
+
+@pytest.mark.parametrize(("score", "low", "high"), [(1.0, 0.025**0.1, 1.0), (0.0, 0.0, 1 - 0.025**0.1)])
+def test_a_model_that_wins_everything_has_an_interval_too(score: float, low: float, high: float) -> None:
+    assert tuple(win_rate([score] * 10)) == pytest.approx((score, low, high))
+    tied = win_rate([0.5] * 10)
+    assert tied.low < 0.5 < tied.high
+
+
+def test_the_length_controlled_win_rate_is_that_without_the_judges_liking_for_length() -> None:
+    generator = random.Random(0)
+    differences = [generator.gauss(80, 100) for _ in range(4000)]
+    spread = float(np.std(differences))
+    likely = [1 / (1 + math.exp(-(0.4 + 2 * math.tanh(one / spread)))) for one in differences]
+    scores = [float(generator.random() < one) for one in likely]
+    found = length_controlled(scores, differences)
+    assert found is not None
+    assert win_rate(scores).value > 0.7
+    assert found.value == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.03)
+    assert found.low < found.value < found.high
+    assert length_controlled([1.0, 0.0], [5, 5]) is None
+    decided = length_controlled([1.0, 1.0, 0.0, 0.0], [9, 8, -9, -8])  # by length alone
+    assert decided is not None
+    assert decided.value == pytest.approx(0.5, abs=0.05)
+
+
+def test_cohens_kappa() -> None:
+    # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: observed 0.7, by chance 0.5
+    first = ["yes"] * 25 + ["no"] * 25
+    second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    assert cohens_kappa(first, second) == pytest.approx(0.4)
+    assert cohens_kappa(["A"] * 3, ["A"] * 3) is None
+    assert cohens_kappa([], []) is None
+
+
+# ── what is read ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("given", "url", "model"),
+    [
+        ("http://127.0.0.1:8000/v1/judge", "http://127.0.0.1:8000/v1", "judge"),
+        ("https://h/compatible-mode/v1/Qwen/Qwen3-8B", "https://h/compatible-mode/v1", "Qwen/Qwen3-8B"),
+        ("https://h/v1beta/openai/gemini", "https://h/v1beta/openai", "gemini"),
+    ],
+)
+def test_a_judge_is_a_url_and_a_model(given: str, url: str, model: str) -> None:
+    endpoint, name = judge_of(given)
+    assert endpoint is not None
+    assert (endpoint.base_url, name) == (url, model)
+
+
+def test_a_judge_without_a_model_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="URL/MODEL"):
+        judge_of("http://127.0.0.1:8000/v1")
+
+
+def test_labels_are_read_and_wrong_ones_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": "Is it?", "answer_a": "Yes.", "answer_b": "No."}
+    file = tmp_path / "labels.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({**row, **more}) for more in ({"label": "a"}, {"label": ""}, {"preference": "tie"}))
+    )
+    assert [(one.number, one.label) for one in read_labels(file)] == [(1, "A"), (3, "tie")]
+    for wrong in ([{**row, "label": "C"}], [{"prompt": "x", "label": "A"}], [row]):
+        with pytest.raises(DataError, match="label"):
+            read_labels(wrong)
+
+
+# ── an evaluation, with answers that are in the ledger already ──────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def job(session: Session, tmp_path: Path) -> TrainingJob:
+    return job_of(session, "one", tmp_path / "base", adapter(tmp_path / "one"), system_prompt="Be brief.")
+
+
+def adapter(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    return folder
+
+
+@pytest.fixture
+def judge() -> Iterator[ChatServer]:
+    with chat_server(alphabetical) as running:
+        yield running
+
+
+ANSWERS = {"one": ["a", "a", "z", "same"], "base": ["b", "bbb", "c", "same"], "two": ["0", "0", "0", "0"]}
+PROMPTS = ["First?", "Second?", "Third?", "Fourth?"]
+
+
+def answered(prepared: PreparedEvaluation) -> PreparedEvaluation:
+    """The same evaluation, after its models have answered."""
+    with CompletionLog(prepared.ledger) as ledger:
+        for model in prepared.models:
+            for prompt, text in zip(prepared.prompts, ANSWERS[model.name], strict=True):
+                call = answer_call(model.weights, prompt, prepared.settings)
+                ledger.add(call.key(), Reply(text, "stop", 10, 5), model="default", temperature=0.0)
+    return prepared
+
+
+def prepared_for(job: TrainingJob, judge: ChatServer, **changes: Any) -> PreparedEvaluation:
+    return answered(prepare(job, **{"prompts": PROMPTS, "judge": f"{judge.url}/strict", **changes}))
+
+
+def test_figures_rows_cost_and_the_record(job: TrainingJob, judge: ChatServer) -> None:
+    prepared = prepared_for(job, judge, prices={"strict": (2.0, 10.0)})
+    plan = prepared.plan()
+    assert (plan.prompts, plan.answers, plan.verdicts, plan.finished, plan.calls) == (4, 8, 8, 8, 6)
+    assert judge.asked == []
+    result = prepared.run()
+    assert len(judge.asked) == 6  # both orders of three; identical answers are not asked about
+    assert all("system: Be brief." in asked.body["messages"][0]["content"] for asked in judge.asked)
+    found = result.against("base")
+    assert found is not None
+    assert (found.wins, found.ties, found.losses, found.same, found.prompts) == (2, 1, 1, 1, 4)
+    assert result.win_rate is not None
+    assert result.win_rate.value == 0.625
+    assert found.seen_from("base").win_rate.value == 0.375
+    assert [row["result"] for row in result.rows()] == ["A", "A", "B", "same"]
+    assert result.to_rows()[2] == {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Third?"}],
+        "chosen": "c",
+        "rejected": "z",
+        "chosen_model": "base",
+        "rejected_model": "one",
+    }
+    verdicts = next(row for row in result.record.spent if row.role == "verdicts")
+    assert (verdicts.calls, verdicts.cost) == (6, pytest.approx((600 * 2 + 6 * 10) / 1e6))
+    assert plan.cost is not None
+    assert verdicts.cost is not None
+    assert plan.cost > verdicts.cost
+    assert plan.prompt_tokens >= 600
+
+    # Again: nothing is asked, and the store has one evaluation.
+    assert prepared.plan().calls == 0
+    assert prepared.run().comparisons == result.comparisons
+    assert len(judge.asked) == 6
+    (kept,) = job.evaluations()
+    assert kept.record.comparisons == result.record.comparisons
+    assert "62.5%" in str(kept)
+    assert "62.5%" in kept._repr_html_()
+    # Another rubric asks the judge alone.
+    assert prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", rubric="Shorter.").plan().calls == 6
+
+
+def test_flips_are_ties_and_unreadable_verdicts_too(job: TrainingJob, judge: ChatServer) -> None:
+    judge.behaviour = lambda body, number: completion("A" if "<answer-A-" in body["messages"][0]["content"] else "?")
+    found = prepared_for(job, judge).run().against("base")
+    assert found is not None
+    assert (found.ties, found.flips, found.flip_rate) == (4, 3, 1.0)
+    judge.behaviour = lambda body, number: completion("I do not know")
+    found = prepared_for(job, judge, rubric="Another.").run().against("base")
+    assert found is not None
+    assert (found.ties, found.flips, found.unreadable) == (4, 0, 6)
+
+
+def test_several_jobs_are_ranked_and_each_has_the_record(
+    job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path
+) -> None:
+    two = job_of(session, "two", tmp_path / "base", adapter(tmp_path / "two"), system_prompt="Be brief.")
+    result = prepared_for(job, judge, against=["two"]).run()
+    assert [(one.first, one.second) for one in result.comparisons] == [("one", "two"), ("one", "base"), ("two", "base")]
+    assert next(iter(result.strengths)) == "two"
+    (of_two,) = two.evaluations()
+    against = of_two.against("one")
+    assert of_two.name == "two"
+    assert against is not None
+    assert against.wins == 4
+
+
+def test_people_agree_with_the_judge_or_not(job: TrainingJob, judge: ChatServer) -> None:
+    rows = [{**row, "label": label} for row, label in zip(prepared_for(job, judge).run().rows(), "AABA", strict=True)]
+    asked = len(judge.asked)
+    agreement = prepared_for(job, judge, labels=rows).run().agreement
+    assert agreement is not None
+    assert (agreement.rows, agreement.agreed) == (4, 3)
+    # The rows had been judged with the same conversation; only the identical answers are new.
+    assert len(judge.asked) == asked + 2
+
+
+def test_what_is_missing_or_contradictory_is_refused(
+    job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path
+) -> None:
+    url = f"{judge.url}/strict"
+    other = job_of(session, "other", tmp_path / "base", adapter(tmp_path / "other"), system_prompt="Be long.")
+    elsewhere = job_of(session, "elsewhere", tmp_path / "another", adapter(tmp_path / "elsewhere"))
+    for match, arguments in {
+        "judge is missing": {"prompts": PROMPTS},
+        "prompts is missing": {"judge": url},
+        "nothing to evaluate": {},
+        "different system prompts": {"prompts": PROMPTS, "judge": url, "against": [other]},
+        "same base": {"prompts": PROMPTS, "judge": url, "against": [elsewhere]},
+        "twice": {"prompts": PROMPTS, "judge": url, "against": ["one"]},
+        "rubric is empty": {"prompts": PROMPTS, "judge": url, "rubric": " "},
+        "temperature=3": {"prompts": PROMPTS, "judge": url, "temperature": 3},
+        "not used": {"prompts": PROMPTS, "judge": url, "prices": {"x": (1, 1)}},
+    }.items():
+        with pytest.raises(ConfigurationError, match=match):
+            prepare(job, **arguments)  # type: ignore[arg-type]
+    assert judge.asked == []
+
+
+def test_lm_eval_that_is_not_installed_is_said_before_anything_starts(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    try:
+        check_lm_eval()
+    except MissingDependencyError:
+        with pytest.raises(MissingDependencyError, match="pip install"):
+            job.evaluate(lm_eval=["arc_easy"])
+    else:
+        pytest.skip("lm-eval is installed")
+
+
+def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
+    pairs = PairScores(
+        rows=[1, 2, 3, 4],
+        chosen_tokens=[2] * 4,
+        rejected_tokens=[2] * 4,
+        tuned=AnswerLogProbs(chosen=[-1.0, -2.0, -3.0, -4.0], rejected=[-3.0, -3.0, -3.5, -3.0]),
+        base=AnswerLogProbs(chosen=[-2.0, -2.0, -3.0, -4.0], rejected=[-2.5, -1.0, -2.0, -3.0]),
+        losses=None,
+        loss=0.5,
+        base_loss=math.log(2),
+        file_rows=5,
+        truncated=[2],
+        dropped=[5],
+        cached=0,
+        packed=True,
+        notes=[],
+        seconds=1.0,
+    )
+    scores = PreferenceScores(
+        name="one-abc",
+        job="one",
+        checkpoint="",
+        strategy="dpo",
+        beta=0.1,
+        loss_type="sigmoid",
+        pairs=pairs,
+        skipped=1,
+        seen_rows=(2,),
+        seen_prompts=1,
+    )
+    found = figures_of(scores, seed=0)
+    assert (found.rows, found.skipped, found.dropped, found.truncated, found.seen) == (4, 1, 1, 1, 1)
+    assert (found.accuracy.value, found.base_accuracy.value, found.reward_accuracy.value) == (0.75, 0.25, 0.75)
+    assert found.margin.value == pytest.approx(scores.margin.value)
+    assert found.margin.low < found.margin.value < found.margin.high
+    assert found.reward_margin.value == pytest.approx(0.1 * (1.5 + 2.0 + 1.5 + 0.0) / 4)
+    record = replace(evaluated(job, "d" * 16, 0.5, at=1.0), preferences={"one": found})
+    write(job._run.record, record, [])
+    (kept,) = job.evaluations()
+    assert kept.preferences == {"one": found}
+    assert "on 4 held-out pairs; WARNING: 1 are in the training data" in str(kept)
+
+
+def palate(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "palate.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_command_plans_prints_and_lists(job: TrainingJob, judge: ChatServer, tmp_path: Path) -> None:
+    prompts, compared, pairs = (tmp_path / name for name in ("prompts.txt", "compared.jsonl", "pairs.jsonl"))
+    prompts.write_text("\n".join(PROMPTS))
+    prepared_for(job, judge)  # its answers are there, so no service is started
+    words = ["eval", "one", "--prompts", prompts, "--judge", f"{judge.url}/strict", "--price", "strict=2,10"]
+    planned = palate(*words, "--dry-run")
+    assert "remaining calls, maximum\t6" in planned.stdout
+    assert "cost, maximum" in planned.stdout
+    assert f"--judge {judge.url}/strict" in planned.stderr
+    assert judge.asked == []
+    done = palate(*words, "--rows", compared, "--pairs", pairs)
+    assert "one\tbase\t62.5%" in done.stdout
+    assert "up to 6 calls (8 already finished)" in done.stderr
+    assert "deploy one --require-win-rate" in done.stderr
+    assert [json.loads(line)["result"] for line in compared.read_text().splitlines()] == ["A", "A", "B", "same"]
+    trained = read_rows(pairs)
+    assert [row.chosen for row in trained] == ["a", "a", "c"]
+    listed = json.loads(palate("eval", "one", "--json").stdout)
+    assert listed[0]["comparisons"][0]["win_rate"]["value"] == 0.625
+    assert "62.5%" in palate("eval", "one").stdout
+    # The gate, in the words of the command line.
+    refused = palate("deploy", "one", "--require-win-rate", "0.9", code=1)
+    assert "--require-win-rate 0.9" in refused.stderr
+    assert "palate eval one --prompts" in refused.stderr
+    assert palate("services", "--json").stdout.strip() == "[]"
+
+
+# ── the gate ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def evaluated(job: TrainingJob, key: str, low: float, *, at: float, digest: str | None = None) -> EvaluationRecord:
+    """Writes an evaluation of the job against its base."""
+    prepared = prepare(job, data="held-out.jsonl")
+
+    one, base = (_facts(model) for model in prepared.models)
+    figure = Figure(value=min(1.0, low + 0.1), low=low, high=min(1.0, low + 0.2))
+    counts = dict.fromkeys(("wins", "losses", "flips", "same", "unreadable", "failed"), 0)
+    record = EvaluationRecord(
+        key=key,
+        created_at=at,
+        base=job.manifest.body.model,
+        models=(replace(one, digest=digest or one.digest), base),
+        comparisons=(Comparison(first="one", second="base", prompts=9, ties=9, win_rate=figure, **counts),),
+        judge="strict",
+    )
+    write(job._run.record, record, [])
+    return record
+
+
+def test_a_deploy_needs_an_evaluation_of_exactly_this_model(job: TrainingJob) -> None:
+    served = job.served_model()
+    with pytest.raises(WinRateError, match="no evaluation of exactly this model of one"):
+        job.deploy("svc", require_win_rate=0.55)
+    evaluated(job, "a" * 16, 0.7, at=1.0, digest="f" * 64)
+    with pytest.raises(WinRateError, match="palate eval one --prompts"):
+        check_win_rate(job, served, 0.55)
+    evaluated(job, "b" * 16, 0.56, at=2.0)
+    check_win_rate(job, served, 0.55)
+    with pytest.raises(WinRateError, match=r"begins at 0\.560"):
+        check_win_rate(job, served, 0.57)
+    evaluated(job, "c" * 16, 0.4, at=3.0)  # the last one counts
+    with pytest.raises(WinRateError, match=r"begins at 0\.400.*cccc"):
+        check_win_rate(job, served, 0.55)
+    with pytest.raises(ConfigurationError, match="out of range"):
+        check_win_rate(job, served, 55)
+    assert [one.key[0] for one in list_evaluations(job)] == ["c", "b", "a"]
+
+
+def test_an_update_needs_an_evaluation_against_what_the_service_serves(
+    job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path
+) -> None:
+    two = job_of(session, "two", tmp_path / "base", adapter(tmp_path / "two"), system_prompt="Be brief.")
+    prepared_for(job, judge, against=["two"]).run()
+    served = two.served_model()
+
+    def serving(model: ServedModel | None, **labels: str) -> ServeManifest:
+        given = serve_manifest("svc")
+        facts = (
+            {"model": served.model}
+            if model is None
+            else {
+                "model": model.model,
+                "tuned_uri": model.tuned_uri,
+                "tuned_digest": model.tuned_digest,
+                "adapter": True,
+            }
+        )
+        return replace(given, labels=labels, body=replace(given.body, **facts))
+
+    # two wins all four prompts: the exact interval begins at 0.025 ** (1 / 4).
+    check_win_rate(two, served, 0.39, instead_of=serving(job.served_model(), job="one"))
+    with pytest.raises(WinRateError, match=r"against one, which service svc serves, begins|win-rate against one"):
+        check_win_rate(two, served, 0.5, instead_of=serving(job.served_model(), job="one"))
+    check_win_rate(two, served, 0.39, instead_of=serving(None))
+    check_win_rate(two, served, 1.0, instead_of=serving(served, job="two"))  # it is served already
+    three = job_of(session, "three", tmp_path / "base", adapter(tmp_path / "three"))
+    with pytest.raises(WinRateError, match=r"palate eval two three --prompts"):
+        check_win_rate(two, served, 0.1, instead_of=serving(three.served_model(), job="three"))
+
+
+def test_a_damaged_evaluation_is_said_to_be(job: TrainingJob) -> None:
+    record = job._run.record
+    record.store.put(record.key("evaluations", "x.json"), b"{}")
+    with pytest.raises(DamagedFilesError, match=r"evaluations/x\.json is damaged"):
+        read_all(record)
