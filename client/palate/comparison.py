@@ -7,15 +7,17 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import asdict
 
+from palate.evaluation import record as evaluations
 from palate.job import TrainingJob
 from palate.runs.list import each_result
 from palate.session import Session
-from palate_recipes.errors import ConfigurationError, JobNotReadyError
+from palate_recipes.errors import ConfigurationError, JobNotReadyError, PalateError
 from palate_recipes.text import did_you_mean, html_block, html_table
 
 METRICS: Mapping[str, bool] = {
@@ -31,8 +33,6 @@ METRICS: Mapping[str, bool] = {
 }
 """Metrics that rank jobs, and whether higher is better."""
 
-_LARGEST = 1 << 20
-"""Size limit of an evaluation's record in bytes: a store may have anything."""
 _NOT_SETTINGS = ("precision",)  # in the hyperparameters too, as it was given
 
 
@@ -253,17 +253,14 @@ def figures_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _win_rate(job: TrainingJob) -> float | None:
     """Returns the win-rate against the base in the job's newest evaluation, or None."""
-    store, prefix = job._run.record.store, job._run.record.key("evaluations")
-    found = [info for info in store.list(prefix) if info.key.endswith(".json") and info.size <= _LARGEST]
-    for info in sorted(found, key=lambda info: info.modified_s, reverse=True):
-        try:
-            record = json.loads(store.get(info.key))
-            comparisons = [one for one in record["comparisons"] if {one["first"], one["second"]} == {job.id, "base"}]
-            if comparisons:
-                rate = float(comparisons[0]["win_rate"]["value"])
-                return rate if comparisons[0]["first"] == job.id else 1 - rate
-        except (ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
-            continue  # of another form, or deleted meanwhile
+    record, found = job._run.record, []
+    for key in evaluations.keys(record):
+        with suppress(FileNotFoundError, PalateError):  # deleted meanwhile, or damaged
+            found.append(evaluations.read(record, key))
+    for evaluation in sorted(found, key=lambda one: one.created_at, reverse=True):
+        for one in evaluation.comparisons:
+            if {one.first, one.second} == {job.id, evaluations.BASE}:
+                return one.seen_from(job.id).win_rate.value
     return None
 
 

@@ -10,9 +10,12 @@ import pytest
 
 from palate import Session, TrainingJob, compare
 from palate.errors import ConfigurationError, JobNotReadyError, RunNotFoundError
+from palate.evaluation.record import Figure
+from palate.evaluation.record import write as write_evaluation
 from palate.runs.record import Record
 from palate_recipes.specs.run import State
 from palate_recipes.specs.train import InputFile
+from tests.support.evaluations import compared, evaluation_record
 from tests.support.html import check_html
 from tests.support.manifests import train_manifest
 
@@ -85,8 +88,8 @@ def test_json_csv_and_html_have_the_same_table(session: Session, jobs: list[str]
 
 def test_the_newest_readable_evaluation_gives_the_win_rate(session: Session, jobs: list[str]) -> None:
     store = session.store
-    against = {"first": "base", "second": "late", "win_rate": {"value": 0.25, "low": 0.1, "high": 0.4}}
-    store.put("jobs/late/evaluations/k.json", json.dumps({"comparisons": [against]}).encode())
+    against = compared("base", "late", Figure(value=0.25, low=0.1, high=0.4))
+    write_evaluation(Record(store, "jobs", "late"), evaluation_record("k", "late", "base", comparisons=(against,)), [])
     store.put("jobs/best/evaluations/damaged.json", b'{"comparisons": [{"first": 1}]}')
     store.put("jobs/best/evaluations/deep.json", b"[" * 100_000)
     comparison = compare(["best", "late"], metric="win_rate")

@@ -14,14 +14,17 @@ import pytest
 
 from palate import TrainingJob
 from palate.errors import ConfigurationError
+from palate.evaluation.record import Figure
 from palate.report import Report
 from palate.report.gather import reproduce
 from palate.runs.record import Record
 from palate.store import open_store
 from palate_recipes.hyperparameters import validate
+from palate_recipes.specs.codec import encode
 from palate_recipes.specs.train import InputFile
 from tests.support.browser import Browser
 from tests.support.browser import browser as running_browser
+from tests.support.evaluations import compared, evaluation_record
 from tests.support.manifests import train_manifest
 
 pytest.importorskip("plotly", reason="NO PLOTLY: reports are not tested (pip install 'palate[report]')")
@@ -70,12 +73,10 @@ def put_evaluation(
     record: Record, key: str, *, prompt: Any, models: tuple[str, str], answers: tuple[str, str], result: str = "A"
 ) -> None:
     """The files of an evaluation with one prompt."""
-    figure = {"value": 0.75, "low": 0.5, "high": 0.9}
-    counts = {"prompts": 4, "wins": 3, "losses": 1, "ties": 0}
-    comparison = {"first": models[0], "second": models[1], **counts, "win_rate": figure, "length_controlled": figure}
-    record.store.put(
-        record.key(f"evaluations/{key}.json"), json.dumps({"judge": "j", "comparisons": [comparison]}).encode()
-    )
+    figure = Figure(value=0.75, low=0.5, high=0.9)
+    comparison = compared(*models, figure, wins=3, losses=1, ties=0, length_controlled=figure)
+    made = evaluation_record(key, *models, comparisons=(comparison,), judge="j")
+    record.store.put(record.key(f"evaluations/{key}.json"), encode(made))
     row = {"prompt": prompt, "model_a": models[0], "model_b": models[1], "answer_a": answers[0], "answer_b": answers[1]}
     lines = f'{json.dumps({**row, "result": result})}\n{{"cut off'
     record.store.put(record.key(f"evaluations/{key}.rows.jsonl"), lines.encode())

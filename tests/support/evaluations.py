@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from palate import Session, TrainingJob
 from palate.checksums import DIGESTS_FILE, Checksums
+from palate.evaluation.record import Comparison, Contestant, EvaluationRecord, Figure
 from palate.runs.record import Record
 from palate_recipes.specs.train import InputFile
 from palate_recipes.specs.weights import BaseModel, WeightsSource
@@ -47,6 +48,26 @@ def job_of(session: Session, name: str, base: Path, model: Path, **hyperparamete
     digest = hashlib.sha256((model / DIGESTS_FILE).read_bytes()).hexdigest()
     record.advance("Succeeded", expect={"Creating"}, details={"model_digest": digest})
     return TrainingJob.get(name, session)
+
+
+def evaluation_record(
+    key: str, *models: str, comparisons: tuple[Comparison, ...] = (), **fields: Any
+) -> EvaluationRecord:
+    """Returns the record of an evaluation that nobody made."""
+    return EvaluationRecord(
+        key=key,
+        created_at=1.0,
+        base=BaseModel(name="tiny", source=WeightsSource(kind="folder", location="/models/tiny")),
+        models=tuple(Contestant(name=name) for name in models),
+        comparisons=comparisons,
+        **fields,
+    )
+
+
+def compared(first: str, second: str, win_rate: Figure, **fields: Any) -> Comparison:
+    """Returns a comparison of which all verdicts are ties, but for `win_rate`."""
+    counts = {"prompts": 4, "wins": 0, "losses": 0, "ties": 4, "flips": 0, "same": 0, "unreadable": 0, "failed": 0}
+    return Comparison(first=first, second=second, win_rate=win_rate, **{**counts, **fields})
 
 
 def alphabetical(body: dict[str, Any], number: int) -> Answer:

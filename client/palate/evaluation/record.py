@@ -24,6 +24,9 @@ EVALUATION_SCHEMA = 1
 BASE = "base"
 """Name of the untuned model in an evaluation, as in a service."""
 
+LARGEST_BYTES = 16 * 1024**2
+"""A larger file is not read: an evaluation of 100 models has about 2 MB of figures."""
+
 _FOLDER = "evaluations"
 _ROWS = ".rows.jsonl"
 
@@ -237,19 +240,34 @@ def write(record: Record, evaluation: EvaluationRecord, rows: Iterable[dict[str,
     record.store.put(record.key(_FOLDER, f"{evaluation.key}.json"), encode(evaluation))
 
 
+def keys(record: Record) -> list[str]:
+    """Returns the keys of a job's evaluations in the store."""
+    return sorted(info.key for info in record.store.list(record.key(_FOLDER)) if info.key.endswith(".json"))
+
+
+def read(record: Record, key: str) -> EvaluationRecord:
+    """Reads one of `keys`.
+
+    Raises:
+        FileNotFoundError: The job is being deleted.
+        DamagedFilesError: The file is no evaluation.
+    """
+    try:
+        return decode(record.store.get_range(key, 0, LARGEST_BYTES), EvaluationRecord)
+    except ValueError as error:
+        raise DamagedFilesError(
+            f"{record.store.uri(key)} is damaged ({error}): restore it, or delete the file and evaluate again"
+        ) from None
+
+
 def read_all(record: Record) -> list[EvaluationRecord]:
     """Returns a job's evaluations, newest first. Raises DamagedFilesError if one cannot be read."""
     found = []
-    for info in record.store.list(record.key(_FOLDER)):
-        if info.key.endswith(".json"):
-            try:
-                found.append(decode(record.store.get(info.key), EvaluationRecord))
-            except FileNotFoundError:
-                continue  # the job is being deleted
-            except ValueError as error:
-                raise DamagedFilesError(
-                    f"{record.store.uri(info.key)} is damaged ({error}): restore it, or delete the file and evaluate again"
-                ) from None
+    for key in keys(record):
+        try:
+            found.append(read(record, key))
+        except FileNotFoundError:
+            continue
     return sorted(found, key=lambda one: one.created_at, reverse=True)
 
 

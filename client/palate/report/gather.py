@@ -6,21 +6,21 @@ import hashlib
 import json
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
+from palate.evaluation import record as evaluations
+from palate.evaluation.record import EvaluationRecord, Figure
 from palate.runs.record import Record
 from palate.session import Session
 from palate.store import open_parent
 from palate_recipes.errors import ConfigurationError, PalateError
 from palate_recipes.preferences.check import read_files
 from palate_recipes.preferences.report import Report as DataReport
-from palate_recipes.specs.codec import Natural, decode, parse_object
+from palate_recipes.specs.codec import parse_object
 from palate_recipes.specs.diagnose import Reading, read_run
 from palate_recipes.specs.run import Status, TrainManifest
 from palate_recipes.specs.train import InputFile, TrainSpec
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _DATA_BYTES = 64 * 1024**2
 """Larger data files are not read again for a report: the manifest has their rows, size and digest."""
 
-_EVALUATION_BYTES = 16 * 1024**2
 _MOST_ROWS = 50
 """Questions that a report shows of one file. The file has the others."""
 
@@ -182,61 +181,47 @@ def read_answers(path: Path) -> Answers:
     return found
 
 
-class _Figure(Struct, frozen=True):
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
-
-
-class _Comparison(Struct, frozen=True):
-    first: str
-    second: str
-    prompts: Natural
-    wins: Natural
-    losses: Natural
-    ties: Natural
-    win_rate: _Figure
-    length_controlled: _Figure | None = None
-
-    def fact(self) -> tuple[str, str]:
-        at_equal_length = f", at equal lengths {self.length_controlled}" if self.length_controlled else ""
-        counts = f"{self.wins} won, {self.losses} lost and {self.ties} tied of {self.prompts} prompts"
-        return f"{self.first} against {self.second}", f"win-rate {self.win_rate}{at_equal_length}; {counts}"
-
-
-class _Evaluation(Struct, frozen=True):
-    """What a report shows of an evaluation's figures. Its file has more."""
-
-    comparisons: tuple[_Comparison, ...] = ()
-    judge: str = ""
-
-
 def read_evaluations(record: Record) -> list[Answers]:
-    """Reads the evaluations of a job. The only place that knows their files. A damaged one becomes a remark."""
-    found = []
-    keys = sorted(info.key for info in record.store.list(record.key("evaluations")) if info.key.endswith(".json"))
-    for key in keys[-_MOST_EVALUATIONS:]:
+    """Reads the newest evaluations of a job. A damaged one becomes a remark."""
+    found: list[tuple[float, Answers]] = []
+    for key in evaluations.keys(record):
         title = f"evaluation {Path(key).stem}"
         try:
-            figures = decode(record.store.get_range(key, 0, _EVALUATION_BYTES), _Evaluation)
+            figures = evaluations.read(record, key)
             answers = _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
-        except (ValueError, PalateError) as error:
-            found.append(Answers(title, facts=(("not read", str(error)[:200]),)))
+        except (FileNotFoundError, ValueError, PalateError) as error:
+            found.append((0.0, Answers(title, facts=(("not read", str(error)[:200]),))))
             continue
-        facts = [("judge", figures.judge)] if figures.judge else []
-        facts += [comparison.fact() for comparison in figures.comparisons[:_MOST_ROWS]]
-        found.append(replace(answers, facts=tuple(facts)))
-    return found
+        found.append((figures.created_at, replace(answers, facts=tuple(_facts(figures)))))
+    newest = sorted(found, key=lambda one: one[0], reverse=True)
+    return [answers for _, answers in newest[:_MOST_EVALUATIONS]]
+
+
+def _facts(evaluation: EvaluationRecord) -> Iterator[tuple[str, str]]:
+    if evaluation.judge:
+        yield "judge", evaluation.judge
+    for one in evaluation.comparisons[:_MOST_ROWS]:
+        at_equal_length = f", at equal lengths {_shown(one.length_controlled)}" if one.length_controlled else ""
+        counts = f"{one.wins} won, {one.losses} lost and {one.ties} tied of {one.prompts} prompts"
+        yield f"{one.first} against {one.second}", f"win-rate {_shown(one.win_rate)}{at_equal_length}; {counts}"
+    if (agreement := evaluation.agreement) is not None:
+        kappa = "" if agreement.kappa is None else f", Cohen's κ {agreement.kappa:.2f}"
+        yield "agreement with people", f"{agreement.agreed} of {agreement.rows} labels{kappa}"
+    for name, held in list(evaluation.preferences.items())[:_MOST_ROWS]:
+        margins = f"margin {held.margin.value:.3g} nats (reference {held.base_margin.value:.3g})"
+        accuracy = f"accuracy {_shown(held.accuracy)} (reference {held.base_accuracy.value:.1%})"
+        yield f"{name} on {held.rows} held-out pairs", f"{accuracy}; {margins}"
+
+
+def _shown(figure: Figure) -> str:
+    return f"{figure.value:.1%} (95% interval {figure.low:.1%} to {figure.high:.1%})"
 
 
 def _compared(title: str, key: str, record: Record) -> Answers:
     """Reads the rows of an evaluation: each has a prompt, two models with their answers, and what the judge decided."""
     if record.store.stat(key) is None:
         return Answers(title)
-    lines = record.store.get_range(key, 0, _EVALUATION_BYTES).splitlines()
+    lines = record.store.get_range(key, 0, evaluations.LARGEST_BYTES).splitlines()
     questions: dict[str, dict[str, str]] = {}
     verdicts: dict[str, list[str]] = {}
     for line in lines:
