@@ -29,6 +29,7 @@ EXPECTED = {
     "sweep.py": (["1e-4", "2e-3"], 2, r"step +1e-04 +2e-03\n +1 +0\.69\d +0\.69\d.*lowest validation loss"),
     "from_pai.py": (["{demo}"], 1, r"model data: .*/model\n\s*\S"),
     "first_model.ipynb": ([], 1, r"68 pairs.*step +1  loss.*base .*default "),
+    "evaluate.ipynb": ([], 1, r"pairs: accuracy .*win-rate against the base: [\d.]+% \[.*A is .*B is "),
     "sweep.ipynb": ([], 2, r"lowest validation loss.*scored 42  cached 0.*scored \d  cached 42"),
 }
 
@@ -44,7 +45,9 @@ def test_every_example_is_run_here_and_named_in_the_list() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.thorough) if name in ("five_lines.py", "from_pai.py", "sweep.py") else name
+        pytest.param(name, marks=pytest.mark.thorough)
+        if name in ("five_lines.py", "from_pai.py", "sweep.py", "evaluate.ipynb")
+        else name
         for name in EXPECTED
     ],
 )
