@@ -525,7 +525,10 @@ _ROWS = tuple(
     for field in fields(Hyperparameters)
 )
 
-ADDED = ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold")
+ADDED = (
+    *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold"),
+    "report_to",
+)
 """Hyperparameters that records of version 0.1.0 do not have."""
 
 HYPERPARAMETERS: Mapping[str, Hyperparameter] = MappingProxyType({row.name: row for row in _ROWS})

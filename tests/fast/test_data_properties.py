@@ -407,7 +407,8 @@ def read_or_codes(row: dict[str, Any], strategy: Strategy | None) -> Row | list[
 @CALM
 @given(st.data())
 def test_case_and_blanks_of_names_change_no_row(data: st.DataObject) -> None:
-    row = data.draw(st.sampled_from([case[2] for case in PAIRS]))
+    # What another program exports has its names exactly, and they are so common that other files must not be taken for it.
+    row = data.draw(st.sampled_from([case[2] for case in PAIRS if case[1] != "open-webui"]))
     other = dict(zip(spelt(row, data), row.values(), strict=True))
     strategy = data.draw(st.sampled_from(STRATEGIES))
     assert read_or_codes(other, strategy) == read_or_codes(row, strategy)

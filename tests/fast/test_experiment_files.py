@@ -164,6 +164,7 @@ def test_a_file_in_the_form_of_gllm_training_is_read_unchanged(tmp_path: Path) -
         "save_steps": 50,
         "load_best_model_at_end": True,
         "eval_steps": 2,
+        "report_to": "tensorboard",
         "training_strategy": "dpo",
         "system_prompt": "",
     }

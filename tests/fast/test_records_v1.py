@@ -106,7 +106,7 @@ def test_a_failed_job_is_made_ready_to_go_on(session: Session, home: Path, tmp_p
     assert (folder / "optimizer.pt").is_file()
     handle = RunHandle(record, session)
     assert handle.environments() == {}
-    places = handle._folders()
+    places = handle._folders(handle.manifest.body)
     assert places[home / "models" / "tiny"] is False
     assert places[home / "store"] is True
     begun = record.begin_again(expect={"Failed"}, attempt=1, more=1)

@@ -13,7 +13,7 @@ import typer
 from msgspec.structs import replace
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
-from palate.cli.train import _print_estimate
+from palate.cli.train import print_estimate
 from palate.deploy import ServedModel, start_service
 from palate.errors import UnservableError
 from palate.runs.record import Record
@@ -290,7 +290,7 @@ def test_the_command_line_says_its_own_flag(home: Path, tmp_path: Path, prefs: P
 
 def test_a_dry_run_shows_both_engines(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
-        _print_estimate(recipe_of(tmp_path, GPT_NEO).estimate({}))
+        print_estimate(recipe_of(tmp_path, GPT_NEO).estimate({}))
     shown = " ".join(capsys.readouterr().out.split())
     assert "serving not vLLM 0.32.0: vLLM 0.32 does not know GPTNeoForCausalLM" in shown
     assert "transformers 5.19.0: the adapter, merged in float32" in shown

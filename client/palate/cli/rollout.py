@@ -73,7 +73,10 @@ def versions(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     wide: Wide = False,
 ) -> None:
-    """List the versions of a service and their shares of the requests, oldest first."""
+    """List the versions of a service.
+
+    Oldest first, with their shares of the requests.
+    """
     from dataclasses import asdict
 
     from palate.predictor import Predictor
@@ -148,7 +151,7 @@ def promote(name: _Service, wait: _Wait = True) -> None:
 
 
 def rollback(name: _Service, stop_start: _StopStart = False, wait: _Wait = True) -> None:
-    """Cancel the update in progress, or return to the previous version.
+    """Cancel an update, or return to the previous version.
 
     `palate versions` lists the versions.
     """

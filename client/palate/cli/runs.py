@@ -282,7 +282,7 @@ def report(
         Path | None, typer.Option(help="Also show the answers in this file, such as the quickstart's answers.json.")
     ] = None,
 ) -> None:
-    """Write a report of one or several jobs as an HTML file.
+    """Write a report of jobs as one HTML file.
 
     Curves, reading, answers, data, settings, versions, and how to reproduce it. The file loads nothing.
     """

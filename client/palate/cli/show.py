@@ -29,7 +29,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print manifest and status as JSON.")] = False,
     token: Annotated[bool, typer.Option("--token", help="Print only the service's bearer token.")] = False,
 ) -> None:
-    """Show one job, service or evaluation: state, data, settings.
+    """Show one job, service or evaluation.
 
     Only hyperparameters that differ from the defaults are listed; --json has all.
     """
