@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 END_LIMIT_S = 1.0
 """Time for an engine that broke off an answer to be seen to have ended."""
 _LOAD_LIMIT_S = 300.0
+_AGAIN_S = 30.0
+"""An adapter that other engines have is loaded again after this time by one that failed to."""
 
 _Key = tuple[str, str]
 
@@ -43,6 +45,7 @@ class Adapters:
         self._put = put
         self._placed: dict[_Key, list[ServedAdapter]] = {}
         self._busy: dict[Engine, str] = {}  # what an engine loads or unloads now
+        self._failed_at: dict[tuple[Engine, str], float] = {}
 
     def __iter__(self) -> Iterator[ServedAdapter]:
         return (adapter for placed in self._placed.values() for adapter in placed)
@@ -118,8 +121,15 @@ class Adapters:
         """
         if not pool.loads_adapters or not pool.is_proved:
             return
+        now = time.monotonic()
+        ready = {one.lane.model for one in self if one.state == "ready"}
         for engine in pool.up():
-            engine.failed = {model: why for model, why in engine.failed.items() if model in pool.hot}
+            engine.failed = {
+                model: why
+                for model, why in engine.failed.items()
+                if model in pool.hot
+                and (model not in ready or now < self._failed_at.get((engine, model), 0.0) + _AGAIN_S)
+            }
             if engine in self._busy:
                 continue
             lacking = [model for model in pool.hot if model not in engine.models and model not in engine.failed]
@@ -158,11 +168,13 @@ class Adapters:
         if not why:
             engine.models = {*engine.models, model}
         else:
-            engine.failed[model] = why
+            engine.failed[model], self._failed_at[engine, model] = why, time.monotonic()
             logger.error("%s", why)
 
     def interrupted(self, engine: Engine) -> str | None:
         """Notes that an engine has unloaded what it should, or has ended. Returns what it loaded or unloaded."""
+        if engine.returncode is not None:
+            self._failed_at = {key: at for key, at in self._failed_at.items() if key[0] is not engine}
         return self._busy.pop(engine, None)
 
 

@@ -281,10 +281,10 @@ class EnginePages:
         }
         try:
             await asyncio.wait_for(self._app(scope, receive, collect), PAGE_LIMIT_S)
-        except (TimeoutError, _TooLarge) as error:
-            why = (
-                f"more than {PAGE_LIMIT_BYTES} bytes" if isinstance(error, _TooLarge) else f"not in {PAGE_LIMIT_S:g} s"
-            )
+        except (OSError, _TooLarge) as error:  # a timeout is an OSError
+            why = str(error) or f"not in {PAGE_LIMIT_S:g} s"
+            if isinstance(error, _TooLarge):
+                why = f"more than {PAGE_LIMIT_BYTES} bytes"
             logger.warning("/metrics lacks an engine's own: %s", why)
             return b""
         return b"".join(parts) if status == 200 and kind.startswith(b"text/plain") else b""

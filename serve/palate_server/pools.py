@@ -45,6 +45,7 @@ class Pool:
         started: Engines that were started so far.
         crashes: Monotonic times of the last ends that nobody asked for.
         restart_at: Monotonic time before which no engine is started.
+        failed_starts: Starts of additional engines that failed since one has come up.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Pool:
     restarts: int = 0
     last_crash: str = ""
     restart_at: float = 0.0
+    failed_starts: int = 0
     wakes: bool = False
     base: Lane = field(init=False)
 

@@ -300,7 +300,8 @@ class _Packed(_Copies):
         scratch, product = self._scratch_for(y.shape[0]), self._product
         product(scratch.shrunk, x.contiguous(), self._a, None, True)
         for b, (shrunk, out) in zip(self._bs, scratch.parts, strict=True):
-            product(out, shrunk, b, None, True)
+            if b.numel():  # else the adapter leaves this slice alone; the kernel would divide by its rank
+                product(out, shrunk, b, None, True)
         y.add_(scratch.out)
 
 
@@ -340,7 +341,7 @@ class _Scratch:
     def __init__(self, rows: int, ranks: list[int], sizes: list[int], dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # else they could not be written outside of it later
             self.shrunk = torch.empty(rows, sum(ranks), dtype=dtype)
-            self.out = torch.empty(rows, sum(sizes), dtype=dtype)
+            self.out = torch.zeros(rows, sum(sizes), dtype=dtype)  # slices without a rank are never written
         shrunk, out = self.shrunk.split_with_sizes(ranks, dim=1), self.out.split_with_sizes(sizes, dim=1)
         self.parts = list(zip(shrunk, out, strict=True))
 

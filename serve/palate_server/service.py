@@ -240,8 +240,8 @@ class Service:
 
     def _can_load(self, pool: Pool, spec: ServeSpec) -> bool:
         """Whether a version's adapter can be loaded into running engines: nothing else differs, and they have room for its rank."""
-        if not (pool.loads_adapters and pool.is_proved and pool.up()):
-            return False
+        if not (pool.loads_adapters and pool.is_proved):
+            return False  # one that sleeps, or is being restarted, loads it when it is up
         asked = with_parsers_of(spec, pool.plan)
         own = pool.spec
         same = replace(asked, model_dir=own.model_dir, verify=own.verify, adapters_rank=own.adapters_rank) == own
@@ -270,7 +270,7 @@ class Service:
         pool.started += 1
         used = [gpu for other in self._pools for engine in (*other.engines, *other.leaving) for gpu in engine.gpus]
         # transformers spreads a model over all GPUs that it sees.
-        may_have_all = pool.plan.engine.name == "transformers" and len(self._pools) == 1 and pool.wanted <= 1
+        may_have_all = pool.plan.engine.name == "transformers" and len(self._pools) == 1 and pool.most <= 1
         try:
             engine = Engine(
                 name,
@@ -283,7 +283,7 @@ class Service:
                 sharing=pool.most if len(self._pools) > 1 or pool.most > 1 else 0,
             )
         except OSError as error:  # no more processes, files or disk
-            self._crashed(pool, name, EngineFailed(f"{pool.title} cannot be started: {error}"))
+            self._crashed(pool, name, EngineFailed(f"{pool.title} cannot be started: {error}"), was_up=False)
         else:
             pool.engines.append(engine)
 
@@ -330,6 +330,7 @@ class Service:
         for lane in (pool.base, *(version.lane for version in self._on(pool))):
             lane.max_model_len = engine.max_model_len
         engine.is_up = engine.takes = True
+        pool.failed_starts = 0
         logger.info("engine %s answers after %.1f s", engine.name, time.monotonic() - engine.began_at)
 
     def _lost(
@@ -346,17 +347,25 @@ class Service:
         pool.engines.remove(engine)
         hot = [one for one in self._all_tuned() if one.pool is pool and one.lane.model in pool.hot]
         for tuned in hot:
-            if tuned.state == "starting" and (tuned.on_trial or tuned.lane.model == suspect):
+            was_tried = tuned.on_trial and tuned.lane.model in engine.models
+            if tuned.state == "starting" and (was_tried or tuned.lane.model == suspect):
                 self._fail_tuned(tuned, EngineFailed(f"engine {engine.name} ended when it got this adapter: {error}"))
         if pool in self._pools:  # it was given up if that was its last version
-            self._crashed(pool, engine.name, error)
+            self._crashed(pool, engine.name, error, was_up=engine.is_up)
 
-    def _crashed(self, pool: Pool, name: str, error: ServerError) -> None:
+    def _crashed(self, pool: Pool, name: str, error: ServerError, *, was_up: bool) -> None:
         """Decides whether a pool gets a new engine for one that ended or did not start."""
         if not pool.is_proved:
             self._fail(pool, error)
             return
         now = time.monotonic()
+        if not was_up and pool.up() and all(version.state != "starting" for version in self._on(pool)):
+            # One more than the machine can hold, perhaps. It must not use up the restarts of those that answer.
+            pool.failed_starts += 1
+            pause_s = min(_FIRST_PAUSE_S * 2**pool.failed_starts, _CRASHES_WITHIN_S)
+            pool.restart_at, pool.last_crash = now + pause_s, str(error).splitlines()[0]
+            logger.error("engine %s did not start; the next attempt is in %.0f s: %s", name, pause_s, error)
+            return
         pool.crashes.append(now)
         while pool.crashes[0] < now - _CRASHES_WITHIN_S:
             pool.crashes.popleft()
@@ -615,7 +624,11 @@ class Service:
         ]
         ready = [v for v in answering if v.state == "ready"] or answering
         for tuned in self._all_tuned():
-            tuned.lane.wakes = tuned.pool.base.wakes = tuned.pool.wakes
+            pool, model = tuned.pool, tuned.lane.model
+            # An engine that has just started may have to load it first.
+            is_awaited = tuned.state == "ready" and not any(model in e.models or model in e.failed for e in pool.up())
+            pool.base.wakes = pool.wakes
+            tuned.lane.wakes = pool.wakes or (is_awaited and bool(pool.up()))
         shares = [(version.asked.share, version.lane) for version in ready]
         if shares and not any(share for share, _ in shares):
             shares = [(1.0, lane) for _, lane in shares]

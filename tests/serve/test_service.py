@@ -25,7 +25,7 @@ from palate_recipes.errors import ParityFailed
 from palate_recipes.specs.fleet import FLEET_FILE, Fleet
 from palate_recipes.specs.run import Autoscaling
 from palate_recipes.specs.serve import IDLE_FILE
-from palate_server import listener, metrics, pools, proxy, service
+from palate_server import adapters, listener, metrics, pools, proxy, service
 from tests.support.small_service import TOKEN, Answer, Load, SmallService, small
 
 __all__ = ["small"]  # a fixture
@@ -317,6 +317,44 @@ def test_engines_that_follow_the_requests_sleep_and_wake(small: Small) -> None:
     assert len(running.engines()) == 1
 
 
+def test_an_engine_that_cannot_be_added_uses_up_no_restart_of_the_others(
+    small: Small, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = small(restarts=1)
+    running.want(running.version("v1", autoscaling=SCALING))
+    running.start()
+    first = running.ask().pid
+    running.folder("one", dies=True)
+    with ThreadPoolExecutor(6) as pool:
+        whole = [pool.submit(running.ask, f"until:{running.go}") for _ in range(6)]
+        running.wait(lambda: caplog.text.count("did not start; the next attempt") == 3)
+        running.go.touch()
+        assert {one.result().pid for one in whole} == {first}
+    [version] = running.state().versions
+    assert (version.state, version.restarts) == ("ready", 0)
+    assert "ended unexpectedly" in version.last_crash
+    running.folder("one")
+    kill(first)
+    assert running.ask().folder == "one"
+
+
+def test_an_adapter_that_a_further_engine_did_not_load_is_loaded_later(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_AGAIN_S", 0.3)
+    running = small(base=True)
+    running.start()
+    extra = running.adapter("extra", running.folder("extra"))
+    running.want(running.version("v1"), adapters=(extra,))
+    running.folder("extra", refuses="no memory")
+    running.want(running.version("v1", instances=2), adapters=(extra,), settles=False)
+    running.wait(lambda: running.state().versions[0].instances == 2)
+    with Load(running, model="extra") as load:
+        running.folder("extra")
+        running.wait(lambda: len({answer.pid for answer in load.answers}) == 2)
+    assert load.failures == []
+
+
 def test_adapters_come_change_and_go_while_requests_run(small: Small) -> None:
     running = small(base=True)
     running.start()
@@ -398,7 +436,7 @@ def test_an_update_with_own_engines_takes_the_adapters_along_and_waits_for_their
     assert load.failures == []
 
 
-def test_engines_sleep_until_a_request_comes(small: Small) -> None:
+def test_engines_sleep_until_a_request_comes(small: Small, caplog: pytest.LogCaptureFixture) -> None:
     running = small(base=True, sleep_after_s=0.3)
     running.start()
     running.ask()
@@ -408,9 +446,11 @@ def test_engines_sleep_until_a_request_comes(small: Small) -> None:
     assert running.engines() == []
     assert running.ask().folder == "one"
     # A change wakes it as long as it takes.
+    caplog.set_level("INFO", logger="palate_server.service")
     running.wait(lambda: running.engines() == [])
     running.want(running.version("v2", running.folder("two")), settles=False)
     running.wait_for(v2="ready")
+    assert "v2: loading its adapter" in caplog.text  # into the engine that it wakes: no second one
     running.wait(lambda: running.engines() == [])
     assert running.ask().folder == "two"
 
