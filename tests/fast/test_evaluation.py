@@ -21,7 +21,7 @@ from palate.evaluation.arena import answer_call
 from palate.evaluation.gate import check_win_rate
 from palate.evaluation.held_out import figures_of
 from palate.evaluation.inputs import judge_of, read_labels
-from palate.evaluation.lm_eval import check_lm_eval
+from palate.evaluation.lm_eval import check_lm_eval, failure
 from palate.evaluation.preferences import PreferenceScores
 from palate.evaluation.record import Comparison, EvaluationRecord, Figure, read_all, write
 from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
@@ -285,6 +285,46 @@ def test_lm_eval_that_is_not_installed_is_said_before_anything_starts(
             job.evaluate(lm_eval=["arc_easy"])
     else:
         pytest.skip("lm-eval is installed")
+
+
+def test_an_engine_that_cannot_run_lm_eval_is_rejected_before_anything_starts(job: TrainingJob) -> None:
+    with pytest.raises(ConfigurationError, match="--engine vllm"):
+        prepare(job, lm_eval=["arc_easy"], options={"engine": "transformers"})
+
+
+REJECTION = (
+    "2026-11-29:18:09:52 WARNING  [models.api_models:521] API request failed! Status code: 400, Response text: "
+    '{"error": {"message": "logprobs=1 is not supported. Omit it.", "type": "BadRequestError", "param": "logprobs", '
+    '"code": 400}}. Retrying...\n'
+    "2026-11-29:18:09:52 ERROR    [models.api_models:557] Exception:ClientResponseError(), (no outputs), retrying.\n"
+)
+GIVEN_UP = """Traceback (most recent call last):
+  File "lm_eval/models/api_models.py", line 526, in amodel_call
+    response.raise_for_status()
+aiohttp.client_exceptions.ClientResponseError: 400, message='Bad Request', url='http://127.0.0.1:1/v1/completions'
+"""
+AFTERMATH = """Task exception was never retrieved
+future: <Task finished name='Task-19' exception=ServerDisconnectedError('Server disconnected')>
+Traceback (most recent call last):
+  File "aiohttp/client_reqrep.py", line 745, in start
+    message, payload = await protocol.read()
+aiohttp.client_exceptions.ServerDisconnectedError: Server disconnected
+"""
+
+
+def test_a_failure_of_lm_eval_says_what_the_service_rejected_and_no_connection_that_lm_eval_closed() -> None:
+    # As lm-eval 0.4.13 prints it, shortened. Before, only the last of these lines were shown.
+    said = failure(REJECTION * 3 + GIVEN_UP + AFTERMATH * 4)
+    assert "HTTP 400 (3 times): logprobs=1 is not supported. Omit it." in said
+    assert "ClientResponseError: 400, message='Bad Request'" in said
+    assert "ServerDisconnectedError" not in said
+
+
+def test_a_failure_of_lm_eval_shows_a_body_without_a_message_and_a_traceback_that_comes_last() -> None:
+    rejection = "API request failed! Status code: 502, Response text: <html>\nBad Gateway</html>. Retrying...\n"
+    assert "HTTP 502 (1 times): <html>\nBad Gateway</html>" in failure(rejection + GIVEN_UP)
+    assert failure(AFTERMATH + GIVEN_UP).endswith("url='http://127.0.0.1:1/v1/completions'")
+    assert failure("no such task\n") == "Its last lines:\n  no such task"
 
 
 def test_held_out_scores_get_intervals(job: TrainingJob) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -207,3 +208,25 @@ def test_a_target_that_is_no_plain_path_reaches_no_engine(service: FrontedServic
         head = b"POST " + target + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + AUTHORISED
         connection.sendall(head + b"content-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
         assert answer(connection)[0] in (400, 404)
+
+
+def test_a_rejected_parameter_is_answered_each_time_and_keeps_the_connection(service: FrontedService) -> None:
+    """As lm-eval asks: eight connections, each used again and again, and every request is rejected."""
+    connections = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=30) for _ in range(8)]
+    try:
+        for connection in connections:
+            connection.connect()
+        ports = [connection.sock.getsockname()[1] for connection in connections]
+        for _ in range(4):
+            for connection in connections:
+                headers = {**WITH_TOKEN, "content-type": "application/json"}
+                connection.request("POST", "/v1/completions", json.dumps({"model": [1]}), headers)
+            for connection in connections:
+                response = connection.getresponse()
+                assert response.status == 400
+                assert json.load(response)["error"]["param"] == "model"
+        # http.client opens another one after `connection: close`.
+        assert ports == [connection.sock.getsockname()[1] for connection in connections]
+    finally:
+        for connection in connections:
+            connection.close()

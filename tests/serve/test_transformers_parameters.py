@@ -141,3 +141,15 @@ def test_what_the_engine_would_leave_out_without_a_word_is_rejected() -> None:
 def test_a_response_is_streamed_only_if_asked() -> None:
     assert prepared(RESPONSES, {"input": "Why?"})["stream"] is False
     assert prepared(RESPONSES, {"input": "Why?", "stream": True})["stream"] is True
+
+
+def test_the_requests_of_lm_eval_are_rejected_by_name() -> None:
+    common = {"model": "default", "prompt": [[3, 5, 8]], "max_tokens": 1, "temperature": 0, "seed": 1234}
+    for name, request in {
+        "logprobs": {**common, "logprobs": 1, "echo": True},  # a task by log-probabilities
+        "stop": {**common, "stop": ["\n"]},  # a task that generates
+        "prompt": {**common, "stop": []},
+    }.items():
+        with pytest.raises(Refused, match=f"^{name}=") as caught:
+            prepared(COMPLETIONS, request)
+        assert (caught.value.status, caught.value.param) == (400, name)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +24,13 @@ from palate_recipes.errors import EngineError, MissingDependencyError
 
 _TAIL = 15
 _CONCURRENT = 8
+_REJECTED = re.compile(r"API request failed! Status code: (\d{3}), Response text: (.*?)\. Retrying\.\.\.", re.DOTALL)
+"""How lm-eval logs a response other than 2xx."""
+_SHOWN_REJECTIONS = 3
+_LONGEST_REJECTION = 500
+_AFTERMATH = "Task exception was never retrieved"
+"""asyncio's first line about a request that was open when lm-eval gave up. After one request that failed for good, lm-eval closes its
+connections, so the others end with `ServerDisconnectedError` or `Session is closed`, whatever the cause was."""
 
 
 def check_lm_eval() -> str:
@@ -45,7 +54,7 @@ def run_lm_eval(tasks: Sequence[str], seat: Seat, served: ServedModel, session: 
         session: Opens that folder.
 
     Raises:
-        EngineError: lm-eval failed. Has the last lines of what it printed.
+        EngineError: lm-eval failed. Has what the service rejected, and the last lines that lm-eval printed.
         MissingDependencyError: It is not installed.
     """
     program = check_lm_eval()
@@ -78,16 +87,38 @@ def run_lm_eval(tasks: Sequence[str], seat: Seat, served: ServedModel, session: 
         )
         results = sorted(Path(folder).glob("out/**/results_*.json"))
         if done.returncode or not results:
-            tail = [seat.endpoint.without_key(line) for line in (done.stdout + done.stderr).splitlines()[-_TAIL:]]
-            lines = "\n".join(f"  {line}" for line in tail)
-            raise EngineError(
-                f"lm_eval failed with exit code {done.returncode} on {seat.model}. Its last lines:\n{lines}"
-            )
+            why = seat.endpoint.without_key(failure(done.stdout + done.stderr))
+            raise EngineError(f"lm_eval failed with exit code {done.returncode} on {seat.model}. {why}")
         found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
     return {
         task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in found.items()
     }
+
+
+def failure(printed: str) -> str:
+    """Returns why lm-eval failed, from all that it printed: the service's rejections, the most frequent first, and the last lines."""
+    lines = []
+    rejections = Counter((status, _message(body)) for status, body in _REJECTED.findall(printed))
+    if rejections:
+        lines.append("The service rejected requests:")
+        for (status, message), count in rejections.most_common(_SHOWN_REJECTIONS):
+            lines.append(f"  HTTP {status} ({count} times): {message}")
+    before, _, _ = printed.partition(_AFTERMATH)
+    # Without a traceback before it, the cause comes later or is the aftermath itself.
+    shown = before if "Traceback" in before else printed
+    lines.append("Its last lines:")
+    lines += [f"  {line}" for line in shown.splitlines()[-_TAIL:]]
+    return "\n".join(lines)
+
+
+def _message(body: str) -> str:
+    """Returns the message of an error in OpenAI's format, and any other body as it is."""
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = body
+    return str(message)[:_LONGEST_REJECTION]
 
 
 def _tokenizer(served: ServedModel, session: Session, folder: Path) -> str:

@@ -276,6 +276,12 @@ def prepare(
     given_options = dict(options or {}) if served_by is None else served_by.manifest.body.options
     models = _models(job, checkpoint, against, given_options)
     if lm_eval:
+        # With engine="auto" it is known only when the service runs: it then rejects lm-eval's requests with the reason.
+        if given_options.get("engine") == "transformers":
+            raise ConfigurationError(
+                "lm_eval needs an engine that takes token ids, logprobs, echo and stop, and engine=transformers does not: use "
+                "engine=vllm (--engine vllm)"
+            )
         check_lm_eval()
     if judge is None and (prompts is not None or labels is not None):
         raise ConfigurationError(
