@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -734,6 +735,31 @@ def test_a_feedback_of_open_webui_is_a_pair_or_a_label(raw: dict[str, Any], chos
     assert read_row(raw, 3, strategy="kto") == Row(3, BEFORE, chosen, rejected)
     if chosen and rejected:
         assert read_row(raw, 3) == Row(3, BEFORE, chosen, rejected)
+
+
+OPENER = '<details type="reasoning" done="true">'
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        (f"one {THOUGHT} \n two{THOUGHT}", "one two"),
+        (f"{OPENER}{OPENER}</details>good</details>", "good</details>"),  # as far as the first closer
+        (f"{THOUGHT}good {OPENER} hm", f"good {OPENER} hm"),
+        (f"good{OPENER[:-1]}</details", f"good{OPENER[:-1]}</details"),
+        ('<details type="note">a</details>good', '<details type="note">a</details>good'),
+    ],
+)
+def test_thoughts_of_an_answer_are_left_out(content: str, answer: str) -> None:
+    assert read_row(feedback(a2={"content": content}), 1, strategy="kto").chosen == answer
+
+
+@pytest.mark.parametrize("opener", [OPENER, OPENER[:-1]])
+def test_thoughts_that_never_end_take_linear_time(opener: str) -> None:
+    content = f"{opener * 4_000}good"  # 150 kB
+    begun = time.process_time()
+    assert read_row(feedback(a2={"content": content}, b0={"content": opener * 4_000}), 1).chosen == content
+    assert time.process_time() - begun < 2
 
 
 def test_an_export_of_open_webui_trains_on_pairs_or_on_labels(tmp_path: Path) -> None:

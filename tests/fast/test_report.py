@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -55,13 +57,22 @@ def events(steps: int = 6, factor: float = 1.0) -> list[dict[str, Any]]:
     return found
 
 
-def make_job(home: Path, name: str, *, told: list[dict[str, Any]] | None = None, **fields: Any) -> TrainingJob:
+def make_job(
+    home: Path,
+    name: str,
+    *,
+    told: list[dict[str, Any]] | None = None,
+    given_file: InputFile | None = None,
+    **fields: Any,
+) -> TrainingJob:
     """A job as a training leaves it, without its model."""
     record = Record(open_store(str(home / "store")), "jobs", name)
     rows = [{"prompt": f"Ask {n} {ATTACK}", "chosen": f"Yes {n}", "rejected": "No"} for n in range(4)]
     key = record.key("inputs", "train", "prefs.jsonl")
-    record.store.put(key, "".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]).encode())
-    inputs = {"train": InputFile(uri=record.store.uri(key), rows=5, sha256="0" * 64)}
+    content = "".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]).encode()
+    record.store.put(key, content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    inputs = {"train": given_file or InputFile(uri=record.store.uri(key), rows=5, sha256=sha256)}
     given = fields.pop("given", {"training_strategy": "dpo"})
     record.create(train_manifest(name, inputs=inputs, given=given, hyperparameters=given, **fields))
     record.advance("Running", expect={"Creating"})
@@ -235,7 +246,7 @@ def test_one_job_has_a_figure_per_kind_of_metric(home: Path) -> None:
         "75%",
     ):
         assert words in text
-    assert "the file has changed since the training" in text  # its digest is not the manifest's
+    assert "warning[duplicate]" in text  # of the data file, which is as it was
 
 
 def test_a_comparison_overlays_the_jobs_and_says_what_differs(home: Path) -> None:
@@ -342,8 +353,70 @@ def test_it_is_saved_where_it_can_be(tmp_path: Path) -> None:
         report.save("a\0b")
 
 
+ROWS = b'{"prompt": "q", "chosen": "a", "rejected": "b", "password": "c"}\n' * 2
+ROWS_SHA256 = hashlib.sha256(ROWS).hexdigest()
+CHANGED = "the file has changed or is another"
+
+
+def data_section(job: TrainingJob) -> str:
+    """What a report says of the data files, without the URI of the manifest."""
+    section = job.report().html.partition("<h2>Data</h2>")[2].partition("</section>")[0]
+    return section.replace(job.manifest.body.inputs["train"].uri, "URI")
+
+
+def test_a_report_reads_only_the_data_that_the_manifest_has_the_digest_of(home: Path, tmp_path: Path) -> None:
+    private = tmp_path / "private.jsonl"
+    private.write_bytes(ROWS)
+    uri, absent = private.as_uri(), (tmp_path / "absent.jsonl").as_uri()
+    same = data_section(make_job(home, "same", given_file=InputFile(uri=uri, sha256=ROWS_SHA256)))
+    assert "[duplicate]" in same
+    other = data_section(make_job(home, "other", given_file=InputFile(uri=uri, sha256="0" * 64)))
+    assert CHANGED in other
+    assert "[duplicate]" not in other
+    assert "password" not in other
+    # Nor does it say whether there is such a file, or any folder, bucket or file that cannot be read.
+    for name, hidden in (
+        ("absent", absent),
+        ("folder", tmp_path.as_uri()),
+        ("inside", f"{uri}/x"),
+        ("root", "file:///"),
+    ):
+        found = data_section(make_job(home, name, given_file=InputFile(uri=hidden, sha256="0" * 64)))
+        assert found == other, name
+    without = [
+        data_section(make_job(home, name, given_file=InputFile(uri=hidden)))
+        for name, hidden in (("there", uri), ("not-there", absent))
+    ]
+    assert without[0] == without[1]
+    assert "the manifest has no SHA-256" in without[0]
+
+
+@pytest.mark.parametrize("name", ["file.jsonl", "folder/private.jsonl", "../../../../private.jsonl"])
+def test_a_report_reads_nothing_through_links_and_paths_out_of_the_inputs(home: Path, name: str) -> None:
+    private = home / "private.jsonl"
+    home.mkdir()
+    private.write_bytes(ROWS)
+    inputs = home / "store" / "jobs" / "one" / "inputs"
+    job = make_job(home, "one", given_file=InputFile(uri=f"file://{inputs}/{name}"))
+    os.symlink(private, inputs / "file.jsonl")
+    os.symlink(home, inputs / "folder")
+    assert (inputs / name).read_bytes() == ROWS
+    text = data_section(job)
+    assert "[duplicate]" not in text
+    assert "the manifest has no SHA-256" in text
+
+
+def test_own_inputs_without_a_digest_are_read_and_changed_ones_are_not(home: Path) -> None:
+    record = Record(open_store(str(home / "store")), "jobs", "own")
+    uri = record.store.uri(record.key("inputs", "train", "prefs.jsonl"))
+    assert "[duplicate]" in data_section(make_job(home, "own", given_file=InputFile(uri=uri)))
+    uri = uri.replace("/own/", "/changed/")
+    changed = data_section(make_job(home, "changed", given_file=InputFile(uri=uri, sha256="0" * 64)))
+    assert CHANGED in changed
+    assert "[duplicate]" not in changed
+
+
 def test_the_packed_library_is_the_one_that_the_policy_names(home: Path) -> None:
-    import hashlib
     import zlib
 
     html = make_job(home, "one").report().html

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from palate import Predictor
 from palate.errors import ConfigurationError, ServiceError
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
-from palate.web import WebUI
+from palate.web import WebUI, server
 from palate.web.votes import Shown, VotesFile
 from palate_recipes.preferences.check import check
 from palate_recipes.preferences.load import read_rows
@@ -371,6 +373,134 @@ def test_as_many_answers_as_there_may_be_open_are_counted(page: WebUI, monkeypat
     assert caller.request("POST", "/api/answer", {"round": identity, "side": 0})[0] == 429
     stream.close()  # type: ignore[attr-defined]
     assert text_of(caller.answer(identity))
+
+
+# ── connections without the key ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Connections:
+    """Raw connections to a page, from a process of this machine that does not have its key."""
+
+    def __init__(self, page: WebUI) -> None:
+        host, _, port = Caller(page).host.partition(":")
+        self.address = host, int(port)
+        self.open: list[socket.socket] = []
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        made = socket.create_connection(self.address, timeout=60)
+        self.open.append(made)
+        made.sendall(sent)
+        return made
+
+    def __enter__(self) -> Connections:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for one in self.open:
+            one.close()
+
+
+def is_ended(connection: socket.socket) -> bool:
+    """Waits until the page ends a connection without an answer."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_connections_without_the_key_do_not_keep_the_reader_out(page: WebUI) -> None:
+    threads = threading.active_count()
+    with Connections(page) as others:
+        caller = Caller(page)
+        kept = http.client.HTTPConnection(caller.host, timeout=60)
+        kept.request("GET", "/api/state", headers={"Authorization": f"Bearer {caller.key}"})
+        kept.getresponse().read()
+        for _ in range(3 * server.MOST_CONNECTIONS):
+            others.connect(b"GET / HT")
+        first = others.open[: 2 * server.MOST_CONNECTIONS]
+        assert all(is_ended(one) for one in first)
+        assert caller.call("/api/state")[0] == 200
+        assert threading.active_count() - threads <= server.MOST_CONNECTIONS + 2
+        # The one with the key is older than all of them, and was not ended for them.
+        kept.request("GET", "/api/state", headers={"Authorization": f"Bearer {caller.key}"})
+        assert kept.getresponse().status == 200
+        kept.close()
+
+
+def test_a_new_connection_is_closed_if_all_others_have_the_key(page: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
+    caller = Caller(page)
+    head = f"GET /api/state HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {caller.key}\r\n\r\n".encode()
+    with Connections(page) as others:
+        for _ in range(2):
+            assert others.connect(head).recv(15) == b"HTTP/1.1 200 OK"
+        assert is_ended(others.connect())
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_connection_without_the_key_has_a_time_for_its_requests(
+    page: WebUI, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(server, "_HEAD_S", 0.5)
+    with Connections(page) as others:
+        connection, received = others.connect(sent), b""
+        while piece := connection.recv(1 << 16):  # ends when the page ends the connection
+            received += piece
+        assert received.startswith(b"HTTP/1.1 200 OK") is sent.endswith(b"\r\n\r\n")
+
+
+def test_a_head_that_comes_byte_by_byte_has_an_end(page: WebUI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_HEAD_S", 0.5)
+    with Connections(page) as others:
+        connection = others.connect(b"GET / HTTP/1.1\r\nX: ")
+        connection.settimeout(0.05)
+        for _ in range(1000):
+            try:
+                connection.sendall(b"x")
+                if connection.recv(1) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+        pytest.fail("the connection was not ended")
+
+
+def test_an_accept_that_fails_does_not_spin() -> None:
+    failed = threading.Semaphore(0)
+
+    class Counting(server._Server):
+        failures = 0
+
+        def get_request(self) -> tuple[socket.socket, Any]:
+            try:
+                return super().get_request()
+            except OSError:
+                self.failures += 1
+                failed.release()
+                raise
+
+    page = Counting(0)
+    thread = threading.Thread(target=page.serve_forever)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with page, socket.socket() as connection:
+        thread.start()
+        try:
+            # The descriptors below the limit are in use, so the accept fails.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            connection.connect(page.server_address[:2])
+            for _ in range(2):
+                assert failed.acquire(timeout=30)
+            before = page.failures
+            thread.join(timeout=0.5)
+            assert page.failures - before <= 10
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        connection.settimeout(60)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        page.shutdown()
+        thread.join()
 
 
 # ── the files of votes ──────────────────────────────────────────────────────────────────────────────────────────────────

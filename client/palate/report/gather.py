@@ -16,7 +16,8 @@ from palate.evaluation import record as evaluations
 from palate.evaluation.record import EvaluationRecord, Figure
 from palate.runs.record import Record
 from palate.session import Session
-from palate.store import open_parent
+from palate.store import Store, open_parent
+from palate.store.uri import normal_uri
 from palate_recipes.errors import ConfigurationError, PalateError
 from palate_recipes.preferences.check import read_files
 from palate_recipes.preferences.report import Report as DataReport
@@ -44,8 +45,8 @@ class ChannelFacts:
     Attributes:
         name: `train`, `validation` or `adapter`.
         given: The manifest's entry.
-        checked: The check of the file as it is now; None if it was not read.
-        remark: Why it was not read, or that it has changed since; may be empty.
+        checked: The check of the file; None if it was not read.
+        remark: Why it was not read; may be empty.
     """
 
     name: str
@@ -105,13 +106,13 @@ def gather(job: TrainingJob) -> JobFacts:
         status=status,
         events=events,
         reading=read_run(events),
-        channels=_channels(job.manifest.body, job._run.session),
+        channels=_channels(job.manifest.body, job._run.record, job._run.session),
         answers=read_evaluations(job._run.record),
     )
 
 
-def _channels(spec: TrainSpec, session: Session) -> list[ChannelFacts]:
-    """Checks the data files of a training again, as they are now."""
+def _channels(spec: TrainSpec, record: Record, session: Session) -> list[ChannelFacts]:
+    """Checks the data files of a training again."""
     found: dict[str, ChannelFacts] = {}
     strategy = spec.hyperparameters.training_strategy
     with ExitStack() as stack:
@@ -124,7 +125,7 @@ def _channels(spec: TrainSpec, session: Session) -> list[ChannelFacts]:
                 found[name] = ChannelFacts(name, given)
                 continue
             try:
-                path, remark = _fetch(given, session, scratch / name)
+                path, remark = _fetch(given, record, session, scratch / name)
                 if path is None:
                     found[name] = ChannelFacts(name, given, remark=remark)
                     continue
@@ -135,29 +136,63 @@ def _channels(spec: TrainSpec, session: Session) -> list[ChannelFacts]:
                     index_prompts=name == "validation",
                 )
                 prompts = linter.prompts if name == "validation" else prompts
-                found[name] = ChannelFacts(name, given, linter.finish(), remark)
+                found[name] = ChannelFacts(name, given, linter.finish())
             except (PalateError, OSError) as error:
                 found[name] = ChannelFacts(name, given, remark=f"not read: {error}")
     return [found[name] for name in ("train", "validation", "adapter") if name in found]
 
 
-def _fetch(given: InputFile, session: Session, folder: Path) -> tuple[Path | None, str]:
-    """Returns a local copy of a data file, and a remark. The copy is None if the file is too large."""
-    store, name = open_parent(given.uri, options=session.options_for(given.uri))
-    info = store.stat(name)
-    if info is None:
-        return None, "not read: the file does not exist any more"
-    if info.size > _DATA_BYTES:
-        return None, f"not read again: it has {info.size / 1e6:.0f} MB"
-    path = store.local_path(name)
-    if path is None:
-        path = folder / name
-        store.download(name, path)
-    changed = given.sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != given.sha256
-    return (
-        path,
-        "the file has changed since the training: the findings are those of its present content" if changed else "",
-    )
+def _fetch(given: InputFile, record: Record, session: Session, folder: Path) -> tuple[Path | None, str]:
+    """Returns a copy of a data file, or None and a remark.
+
+    Whoever can write to a store can write any URI into a manifest. So a file outside of the run's inputs is read only if it has the
+    recorded digest, and the remark is the same whether it is missing, has changed or is a file that only the reader can read.
+    """
+    if given.bytes is not None and given.bytes > _DATA_BYTES:
+        return None, f"not read again: it has {given.bytes / 1e6:.0f} MB"
+    key = _own_key(given.uri, record)
+    if key is None:
+        if given.sha256 is None:
+            return None, "not read: it is not among the job's own inputs, and the manifest has no SHA-256 of it"
+        try:
+            store, name = open_parent(given.uri, options=session.options_for(given.uri))
+            content = _content(store, name)
+        except (PalateError, OSError):
+            content = None
+    else:
+        store, name = record.store, key
+        info = store.stat(key)
+        if info is None:
+            return None, "not read: the file does not exist any more"
+        if info.size > _DATA_BYTES:
+            return None, f"not read again: it has {info.size / 1e6:.0f} MB"
+        content = _content(store, key)
+    # The digest is that of the bytes that are checked: a file that is replaced meanwhile is not read a second time.
+    if content is None or (given.sha256 is not None and hashlib.sha256(content).hexdigest() != given.sha256):
+        return None, "not read: the file has changed or is another"
+    path = folder / name.rpartition("/")[2]
+    folder.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path, ""
+
+
+def _own_key(uri: str, record: Record) -> str | None:
+    """Returns the key of a file in the run's `inputs/`; None if it is elsewhere, also by a symbolic link."""
+    inputs = record.key("inputs")
+    below = f"{record.store.uri(inputs)}/"
+    whole = normal_uri(uri)
+    if not whole.startswith(below):
+        return None
+    key = f"{inputs}/{whole.removeprefix(below)}"
+    path, root = record.store.local_path(key), record.store.local_path()
+    is_linked = path is not None and root is not None and path.resolve() != root.resolve() / key
+    return None if is_linked else key
+
+
+def _content(store: Store, key: str) -> bytes | None:
+    """Returns the content of an object; None if it is too large."""
+    content = store.get_range(key, 0, _DATA_BYTES + 1)
+    return content if len(content) <= _DATA_BYTES else None
 
 
 def read_answers(path: Path) -> Answers:

@@ -4,6 +4,8 @@ Who may: any process of this machine can connect, and any web page that is open 
 files needs the key of the address, which only the reader of the terminal has. The key is in the fragment, which browsers do not send;
 the page takes it out of the address, keeps it for its tab, and sends it as a header. There is no cookie, so no other page can use it,
 also none on another port of this machine. A request under another host name (DNS rebinding) or from another origin is refused.
+
+A process without the key cannot keep the reader out either: connections are few and short until they show it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ import secrets
 import select
 import socket
 import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedReader
 from pathlib import Path
 from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
@@ -32,7 +38,15 @@ logger = logging.getLogger("palate.web")
 
 HOST = "127.0.0.1"
 MOST_BODY_BYTES = 1 << 20
+MOST_CONNECTIONS = 64
+"""Each has a thread and a descriptor. One more ends the oldest that has not shown the key, or is closed if all have."""
+
 _IDLE_S = 60.0
+"""Wait for the next request of a connection that has shown the key, or for a piece of its body."""
+_HEAD_S = 10.0
+"""Time for the whole head of a request. Without the key also the wait for a request, and head and answer together."""
+_ACCEPT_PAUSE_S = 0.1
+"""Pause after a failed accept: without a free descriptor the listening socket stays readable, and the loop would spin."""
 
 _PAGE = Path(__file__).parent / "page"
 _FILES = {
@@ -135,9 +149,23 @@ class WebUI:
         return f"WebUI({self.url})"
 
 
+@dataclass(eq=False)
+class _Connection:
+    """What the server knows of an open connection.
+
+    Attributes:
+        has_key: Whether one of its requests had the key.
+        ends_at: Monotonic time at which the server ends it; None while it may last.
+    """
+
+    has_key: bool = False
+    ends_at: float | None = None
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # with the usual 5, a burst of others delays the reader by seconds: TCP tries again late
     allow_reuse_port = False  # true in newer Pythons: two pages would then share a port
     rounds: Rounds
     votes: VotesFile
@@ -145,6 +173,8 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, port: int) -> None:
         self.key = secrets.token_urlsafe(32)
+        self._open: dict[socket.socket, _Connection] = {}  # oldest first
+        self._lock = threading.Lock()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -158,6 +188,48 @@ class _Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)  # not HTTPServer's, which asks DNS for the host's name
         self.server_port = self.socket.getsockname()[1]
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_ACCEPT_PAUSE_S)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Registers a new connection; False closes it at once."""
+        with self._lock:
+            if len(self._open) >= MOST_CONNECTIONS:
+                oldest = next((one for one, known in self._open.items() if not known.has_key), None)
+                if oldest is None:
+                    return False
+                self._end(oldest)
+            self._open[request] = _Connection(ends_at=time.monotonic() + _HEAD_S)
+            return True
+
+    def service_actions(self) -> None:
+        """Ends connections that are past their time. The loop of the server calls it twice a second or more often."""
+        now = time.monotonic()
+        with self._lock:
+            late = [one for one, known in self._open.items() if known.ends_at is not None and known.ends_at < now]
+            for connection in late:
+                self._end(connection)
+
+    def _end(self, connection: socket.socket) -> None:
+        """Wakes the thread of a connection, which closes it. Call with the lock: a closed socket is not in the table."""
+        del self._open[connection]
+        with suppress(OSError):  # the other side has ended it
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def known(self, connection: socket.socket) -> _Connection:
+        """Returns what is known of a connection; nothing of one that was ended meanwhile."""
+        with self._lock:
+            return self._open.get(connection) or _Connection()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("a request of the page failed", exc_info=True)  # mostly a browser that has left
 
@@ -167,6 +239,19 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "palate", ""
     timeout = _IDLE_S
+    rfile: BufferedReader
+
+    def setup(self) -> None:
+        super().setup()
+        self._known = self.server.known(self.connection)
+
+    def handle_one_request(self) -> None:
+        self._known.ends_at = time.monotonic() + (_IDLE_S if self._known.has_key else _HEAD_S)
+        if not self.rfile.peek(1):
+            self.close_connection = True
+            return
+        self._known.ends_at = time.monotonic() + _HEAD_S
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         self._answered(self._get)
@@ -253,6 +338,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if not secrets.compare_digest(given.encode(), self.server.key.encode()):
             raise Refused(401, "open the address that the terminal shows: this tab does not have its key")
+        self._known.has_key, self._known.ends_at = True, None
 
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")

@@ -18,8 +18,9 @@ FIELDS = ("data", "meta", "snapshot")
 _CHAT = "snapshot.chat.chat"
 _MESSAGES = f"{_CHAT}.history.messages"
 
-_DETAILS = re.compile(r'<details\s+type="(?:reasoning|code_interpreter)"[^>]*>.*?</details>\s*', re.DOTALL)
-"""Thoughts within an answer, which Open WebUI does not send back to a model either."""
+_THOUGHT = re.compile(r'<details\s+type="(?:reasoning|code_interpreter)"')
+_THOUGHT_END = "</details>"
+_SPACES = re.compile(r"\s*")
 _TOOLS = re.compile(r'<details\s+type="tool_calls"')
 
 
@@ -126,8 +127,25 @@ def _text(message: dict[str, Any], field: str) -> str:
     if isinstance(content, str):
         if _TOOLS.search(content):
             raise fault("not-text-content", field, f"{quoted(field)} has a tool call; Palate trains on text alone")
-        content = _DETAILS.sub("", content)
+        content = _without_thoughts(content)
     return read_text(content, f"{field}.content")
+
+
+def _without_thoughts(content: str) -> str:
+    """Returns an answer without its thoughts, which Open WebUI does not send back to a model either."""
+    # One pass: a single regular expression from opener to closer takes quadratic time over openers that are never closed.
+    kept: list[str] = []
+    start = 0
+    while (opener := _THOUGHT.search(content, start)) is not None:
+        inner = content.find(">", opener.end())
+        end = content.find(_THOUGHT_END, inner) if inner >= 0 else -1
+        if end < 0:  # no later opener has a closer either
+            break
+        kept.append(content[start : opener.start()])
+        after = _SPACES.match(content, end + len(_THOUGHT_END))
+        assert after is not None  # the pattern also matches the empty text
+        start = after.end()
+    return "".join((*kept, content[start:]))
 
 
 def _other(messages: dict[str, Any], rated: dict[str, Any], name: str, is_good: bool) -> str | None:
@@ -137,7 +155,7 @@ def _other(messages: dict[str, Any], rated: dict[str, Any], name: str, is_good: 
         found = messages.get(sibling) if isinstance(sibling, str) and sibling != name else None
         if not isinstance(found, dict) or found.get("role") != "assistant" or found.get("error"):
             continue
-        if not isinstance(found.get("content"), str) or not _DETAILS.sub("", found["content"]).strip():
+        if not isinstance(found.get("content"), str) or not _without_thoughts(found["content"]).strip():
             continue
         annotation = found.get("annotation")
         own = annotation.get("rating") if isinstance(annotation, dict) else None
