@@ -210,7 +210,10 @@ class _Server(ThreadingHTTPServer):
         """Ends connections that are past their time. The loop of the server calls it twice a second or more often."""
         now = time.monotonic()
         with self._lock:
-            late = [one for one, known in self._open.items() if known.ends_at is not None and known.ends_at < now]
+            # ends_at is read once: its connection's thread writes it without the lock.
+            late = [
+                one for one, known in self._open.items() if (ends_at := known.ends_at) is not None and ends_at < now
+            ]
             for connection in late:
                 self._end(connection)
 
