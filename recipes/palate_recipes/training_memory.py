@@ -1,0 +1,269 @@
+"""Expected peak memory of a training, and how many batches share a forward pass. Knows shapes and sizes, no model and no data.
+
+The terms are those of the trainer's fast path: packed rows, fused LoRA layers, norms and gates, and a head that never holds all
+logits. Measured with SmolLM2-135M on a CPU; see docs/training.md. On a GPU the same terms are not calibrated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from palate_recipes.schema import Hyperparameters
+from palate_recipes.servability import DTYPE_BYTES, GIB, adapter_bytes, planned_adapter, text_config
+from palate_recipes.specs.train import TrainSpec
+
+_WANTED_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens per batch beyond which matrix products get no faster."""
+_MEMORY_SHARE = 0.2
+"""Share of free memory for the activations of a joined batch. The user did not choose its size, so keep it small."""
+_ACTIVATION_FACTOR = 17
+"""Values kept per token and layer, in units of the hidden size, without recomputation (arXiv 2205.05198, table 2: 34 bytes
+in 16 bits)."""
+
+
+def batches_at_once(
+    batch_size: int,
+    accumulation: int,
+    tokens: Sequence[int],
+    *,
+    device: str,
+    layers: int,
+    hidden: int,
+    free_bytes: float,
+    width: int,
+) -> int:
+    """How many of a step's micro-batches to run as one forward pass. Changes the speed, not the result.
+
+    Small batches are bound by memory bandwidth. Batches are joined up to the size at which the device computes efficiently,
+    within a share of the free memory, and never across optimizer steps.
+
+    Args:
+        batch_size: Rows per micro-batch, as configured.
+        accumulation: Micro-batches per optimizer step.
+        tokens: Tokens of each row, as packed.
+        device: `cpu` or `cuda`.
+        layers: Number of the model's layers.
+        hidden: Its hidden size.
+        free_bytes: Free memory of the device.
+        width: Bytes per value.
+
+    Returns:
+        A divisor of `accumulation`; 1 to join nothing.
+    """
+    long = sorted(tokens)[int(0.9 * len(tokens))]  # 90th percentile
+    a_token = _ACTIVATION_FACTOR * width * layers * hidden
+    most = min(_WANTED_TOKENS[device], _MEMORY_SHARE * free_bytes / a_token)
+    fitting = [n for n in range(1, accumulation + 1) if accumulation % n == 0 and n * batch_size * long <= most]
+    return max(fitting, default=1)
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_CHARACTERS_A_TOKEN = 4.0
+"""Of English text. Other languages have fewer, so their trainings need more than is said."""
+_TEMPLATE_TOKENS = 12
+"""What a chat template adds to a conversation of two turns."""
+_TAIL = 1.645
+"""Standard deviations from mean to 95th percentile of a normal distribution."""
+_P90 = 1.282
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Tokens of training rows after truncation: of both answers of a pair, with the prompt once.
+
+    Attributes:
+        count: Number of rows.
+        mean, deviation, largest: Of the tokens per row.
+    """
+
+    count: int
+    mean: float
+    deviation: float
+    largest: float
+
+    def batch(self, size: int, batches: float, *, padded: bool) -> float:
+        """Expected tokens of the largest of several random batches.
+
+        Args:
+            size: Rows per batch.
+            batches: Their number.
+            padded: Whether every row of a batch is as long as its longest.
+        """
+        size = min(size, self.count)
+        if padded:
+            return size * min(self.largest, self.mean + self.deviation * _highest(size * batches))
+        return min(size * self.largest, size * self.mean + self.deviation * math.sqrt(size) * _highest(batches))
+
+    def cut(self, share: float) -> RowTokens:
+        """The rows if none may be longer than a share of the longest."""
+        top = self.largest * share
+        return RowTokens(self.count, min(self.mean, top), min(self.deviation, top), top)
+
+
+def _highest(draws: float) -> float:
+    """Expected maximum of normal draws, in standard deviations."""
+    return math.sqrt(2 * math.log(draws)) if draws > 1 else 0.0
+
+
+def tokens_of_characters(
+    lengths: Mapping[str, Mapping[str, int]], count: int, *, strategy: str, seq_length: int
+) -> RowTokens | None:
+    """Returns roughly the tokens of rows that are not tokenized; None for rows without lengths.
+
+    Args:
+        lengths: `lengths` of a data report: characters of `prompt`, `chosen` and `rejected`.
+        count: Number of rows.
+        strategy: Of the training.
+        seq_length: Maximum tokens of prompt and answer.
+    """
+    answers = [lengths[name] for name in ("chosen", "rejected") if name in lengths]
+    if not answers or not count:
+        return None
+    if strategy != "dpo":
+        answers = answers[:1]
+    parts = [*([lengths["prompt"]] if "prompt" in lengths else []), *answers]
+
+    def tokens(name: str) -> float:
+        return sum(part[name] for part in parts) / _CHARACTERS_A_TOKEN + _TEMPLATE_TOKENS
+
+    top = float(seq_length * len(answers))
+    mean = min(top, tokens("mean"))
+    return RowTokens(
+        count * (2 if strategy == "kto" and len(lengths) == 3 else 1),
+        mean,
+        max(0.0, min(top, tokens("p95")) - mean) / _TAIL,
+        min(top, tokens("max")),
+    )
+
+
+# ── the peak ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_PROCESS_GIB = {"cpu": 0.58, "cuda": 0.0}
+"""Python, torch and the libraries. On a GPU only torch's allocations count."""
+_ALLOCATOR = 1.03
+"""Peak resident memory of what a step allocates over the sum of its tensors: fragments and buffers of kernels."""
+_TRAINED_BYTES = 16
+"""Per trained value: weight, gradient and two Adam moments in float32."""
+_BLOCK, _SMALLEST_BLOCK, _LOGITS = 8192, 1024, 2**24
+"""Vocabulary rows per block of the head, at least and at most, and the logits of one block (palate_trainer.fast.head)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a dense decoder, in values per token."""
+
+    layers: int
+    hidden: int
+    query: int
+    key: int
+    inner: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | None) -> Shape | None:
+        """Reads config.json. None if it is not here, or of another kind: experts, or a field that is missing."""
+        config = text_config(config or {})
+        if any("expert" in name and config[name] for name in config):
+            return None
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+        values = [config.get(name) for name in names]
+        if not all(isinstance(value, int) and 0 < value < 2**40 for value in values):
+            return None
+        layers, hidden, heads, inner, vocabulary = (int(value) for value in values if value)
+        wide, keys = config.get("head_dim") or hidden // heads, config.get("num_key_value_heads") or heads
+        if not all(isinstance(value, int) and 0 < value < 2**40 for value in (wide, keys)):
+            return None
+        return cls(layers, hidden, heads * wide, keys * wide, inner, vocabulary)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The terms of a training's expected peak memory, in bytes.
+
+    Attributes:
+        process: Libraries.
+        weights: Of base and reference.
+        trained: The trained values with gradients and moments; under full fine-tuning the weights are part of it.
+        activations: What a forward pass keeps for the backward pass.
+        working: Buffers of one layer, of the head, and of the pass that scores the reference.
+    """
+
+    process: float
+    weights: float
+    trained: float
+    activations: float
+    working: float
+
+    @property
+    def gib(self) -> float:
+        step = (self.activations + self.working) * _ALLOCATOR
+        return (self.process + self.weights + self.trained + step) / GIB
+
+
+def peak_of_batch(
+    spec: TrainSpec, parameters: float, config: Mapping[str, Any], shape: Shape, tokens: float, *, cuda: bool, gpus: int
+) -> Peak:
+    """Returns the expected peak of a training whose largest forward pass has this many tokens.
+
+    Args:
+        spec: The training.
+        parameters: Number of parameters of the model.
+        config: config.json of the model.
+        shape: Its widths.
+        tokens: Of the largest batch, as packed.
+        cuda: Whether it runs on a GPU.
+        gpus: Number of GPUs, which share the weights with `fsdp=full_shard`.
+    """
+    values = spec.hyperparameters
+    width = DTYPE_BYTES[spec.precision]
+    shards = gpus if values.fsdp == "full_shard" else 1
+    mixed = not spec.trains_adapter and spec.precision != "float32"
+    hidden, attention, inner = shape.hidden, 2 * shape.query + 2 * shape.key, 3 * shape.inner
+    if spec.trains_adapter:
+        a_value = 0.6 if values.load_in_4bit else 1.1 if values.load_in_8bit else width
+        weights = parameters * a_value
+        small = 7 * values.lora_dim
+        trained = adapter_bytes(config, planned_adapter(values, config)) / 2 * _TRAINED_BYTES
+        # Per layer: both residuals and both norms; query, keys, values and their result; gate, up and their product.
+        a_layer = (4 * hidden + attention + inner + small) * width
+        if values.lora_dropout:  # each adapter keeps its own input, and what was dropped
+            a_layer += (4 * hidden + shape.query + shape.inner) * (width + 1)
+    else:
+        trained = parameters * _TRAINED_BYTES
+        weights = parameters * 4 if values.training_strategy == "kto" else 0.0
+        # Autocast keeps a copy of the weights in 16 bits during a step.
+        weights += parameters * width if mixed else 0.0
+        # A trained norm also keeps its normalised input, in float32.
+        a_layer = 4 * hidden * 4 + (2 * hidden + attention + inner) * width
+    activations = tokens * a_layer * shape.layers
+    if values.gradient_checkpointing:  # the input of every layer, and one layer that is computed again
+        activations = tokens * (hidden * width * shape.layers + a_layer)
+    working = _buffers(shape, tokens, width)
+    if values.training_strategy == "dpo":
+        # The reference is scored before, in batches of twice the size. The C library's heap keeps those buffers, in pieces that
+        # the steps cannot fill; torch's allocator on a GPU reuses them.
+        scoring = _buffers(shape, 2 * tokens, width)
+        working = max(working, scoring) if cuda else working + scoring
+    return Peak(
+        process=_PROCESS_GIB["cuda" if cuda else "cpu"] * GIB,
+        weights=weights / shards,
+        trained=trained / shards,
+        activations=activations,
+        working=working,
+    )
+
+
+def _buffers(shape: Shape, tokens: float, width: int) -> float:
+    """Bytes of one layer's intermediate values and of the head, which holds logits of one block of the vocabulary only."""
+    layer = tokens * (4 * shape.inner + 2 * shape.hidden) * width
+    block = min(shape.vocabulary, _BLOCK, max(_SMALLEST_BLOCK, _LOGITS / max(1.0, tokens)))
+    head = tokens * 3 * (block + shape.hidden) * 4
+    if width < 4:  # the mean over the head's weights is computed from a float32 copy of them
+        head = max(head, shape.vocabulary * shape.hidden * 4)
+    return layer + head
