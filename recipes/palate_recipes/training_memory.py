@@ -7,7 +7,7 @@ logits. Measured with SmolLM2-135M on a CPU; see docs/training.md. On a GPU the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,21 @@ _MEMORY_SHARE = 0.2
 _ACTIVATION_FACTOR = 17
 """Values kept per token and layer, in units of the hidden size, without recomputation (arXiv 2205.05198, table 2: 34 bytes
 in 16 bits)."""
+
+_OF_ONE_BATCH = {"sft", "aot", "aot_unpaired"}
+"""Losses whose value depends on which rows share a batch."""
+
+
+def may_join(values: Hyperparameters) -> bool:
+    """Whether a step's batches can be joined, or split, without changing the loss."""
+    if values.training_strategy == "kto":  # the KL divergence is estimated per batch
+        return False
+    return values.training_strategy != "dpo" or not compares_rows(values.loss_type.split(","))
+
+
+def compares_rows(loss_types: Iterable[str]) -> bool:
+    """Whether the value of a mix of losses depends on which rows share a batch."""
+    return not _OF_ONE_BATCH.isdisjoint(loss_types)
 
 
 def batches_at_once(
@@ -144,8 +159,8 @@ def tokens_of_characters(
 
 # ── the peak ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_PROCESS_GIB = {"cpu": 0.58, "cuda": 0.0}
-"""Python, torch and the libraries. On a GPU only torch's allocations count."""
+_PROCESS_GIB = {"cpu": 0.58, "cuda": 0.7}
+"""Python, torch and the libraries. On a GPU the CUDA context and the workspaces of libraries, not measured."""
 _ALLOCATOR = 1.03
 """Peak resident memory of what a step allocates over the sum of its tensors: fragments and buffers of kernels."""
 _TRAINED_BYTES = 16
@@ -267,3 +282,117 @@ def _buffers(shape: Shape, tokens: float, width: int) -> float:
     if width < 4:  # the mean over the head's weights is computed from a float32 copy of them
         head = max(head, shape.vocabulary * shape.hidden * 4)
     return layer + head
+
+
+def peak_memory_gib(
+    spec: TrainSpec,
+    parameters: float,
+    config: Mapping[str, Any] | None,
+    rows: RowTokens | None,
+    *,
+    available_gib: float,
+    cuda: bool,
+    gpus: int = 1,
+) -> float | None:
+    """Returns the expected peak memory of a training in GiB, per GPU or for the machine if it has none.
+
+    Args:
+        spec: The training.
+        parameters: Number of parameters of the model; 0 if unknown.
+        config: Its config.json, or None if it is not at hand.
+        rows: Tokens of the training rows, or None if unknown.
+        available_gib: Memory of the device. Small batches of a step are joined only within a share of it.
+        cuda: Whether it runs on a GPU, where the formula is not calibrated.
+        gpus: Number of GPUs.
+
+    Returns:
+        None if a fact is unknown: size, shape or rows, or for a model with experts, whose activations depend on the router.
+    """
+    shape = Shape.of(config)
+    if not parameters or shape is None or config is None or rows is None or not rows.count:
+        return None
+    values = spec.hyperparameters
+    size, accumulation, width = values.per_device_train_batch_size, values.gradient_accumulation_steps, 4
+    if spec.precision != "float32":
+        width = 2
+    batches = math.ceil(rows.count / (size * gpus)) * max(1.0, values.num_train_epochs)
+    if values.max_steps:
+        batches = values.max_steps * accumulation
+    if may_join(values) and accumulation > 1:
+        joined = batches_at_once(
+            size,
+            accumulation,
+            [math.ceil(min(rows.largest, rows.mean + _P90 * rows.deviation))],
+            device="cuda" if cuda else "cpu",
+            layers=shape.layers,
+            hidden=shape.hidden,
+            free_bytes=max(0.0, available_gib) * GIB,
+            width=width,
+        )
+        size, batches = size * joined, batches / joined
+    tokens = rows.batch(size, batches, padded=values.training_strategy == "kto")
+    return peak_of_batch(spec, parameters, config, shape, tokens, cuda=cuda, gpus=gpus).gib
+
+
+def memory_warning(
+    spec: TrainSpec,
+    parameters: float,
+    config: Mapping[str, Any] | None,
+    rows: RowTokens | None,
+    *,
+    available_gib: float,
+    cuda: bool,
+    gpus: int = 1,
+) -> str:
+    """Returns a warning if a training is expected to need more memory than there is, with the settings that fit; else "".
+
+    Args:
+        spec, parameters, config, rows, available_gib, cuda, gpus: As in `peak_memory_gib`.
+    """
+
+    def expected(values: Hyperparameters, rows: RowTokens) -> float:
+        changed = replace(spec, hyperparameters=values)
+        found = peak_memory_gib(changed, parameters, config, rows, available_gib=available_gib, cuda=cuda, gpus=gpus)
+        return found or 0.0
+
+    if rows is None or not available_gib or (peak := expected(spec.hyperparameters, rows)) <= available_gib:
+        return ""
+    kinds: dict[str, str] = {}
+    for kind, text, values, changed in _smaller(spec.hyperparameters, rows):
+        if kind not in kinds and expected(values, changed) <= available_gib:
+            kinds[kind] = text
+    alone = [text for kind, text in kinds.items() if kind != "together"]
+    found = alone or list(kinds.values())
+    remedy = f"set {', or '.join(found)}" if found else "use a smaller model, or a machine with more memory"
+    where = " (a formula that is not calibrated on GPUs)" if cuda else ""
+    return (
+        f"the training is expected to need {peak:.1f} GiB of memory at its peak{where}, and {available_gib:.1f} GiB are free: it may "
+        f"run out of memory. {remedy[0].upper()}{remedy[1:]}"
+    )
+
+
+def _smaller(values: Hyperparameters, rows: RowTokens) -> Iterator[tuple[str, str, Hyperparameters, RowTokens]]:
+    """Yields settings that need less memory: their kind, what to set, and rows and hyperparameters with it, the nearest first."""
+    size, accumulation = values.per_device_train_batch_size, values.gradient_accumulation_steps
+    smallest, text = values, ""
+    for part in range(size - 1, 0, -1):
+        if size % part == 0 and may_join(values):
+            more = accumulation * size // part
+            text = f"per_device_train_batch_size={part} with gradient_accumulation_steps={more}"
+            smallest = replace(values, per_device_train_batch_size=part, gradient_accumulation_steps=more)
+            yield "batch", text, smallest, rows
+    if not values.gradient_checkpointing:
+        smallest = replace(smallest, gradient_checkpointing=True)
+        text = ", ".join(filter(None, [text, "gradient_checkpointing=true"]))
+        yield "checkpointing", "gradient_checkpointing=true", replace(values, gradient_checkpointing=True), rows
+        yield "together", text, smallest, rows
+    # Of a pair, the prompt counts once: its tokens can be nearly twice the length of its longer answer.
+    answers = 2 if values.training_strategy == "dpo" else 1
+    longest = min(values.seq_length, math.ceil(rows.largest))
+    length = 2 ** math.ceil(math.log2(max(2, longest)) - 1)
+    while length >= 16:
+        shorter = rows.cut(min(1.0, answers * length / rows.largest))
+        yield "length", f"seq_length={length}", replace(values, seq_length=length), shorter
+        both = ", ".join(filter(None, [text, f"seq_length={length}"]))
+        yield "together", both, replace(smallest, seq_length=length), shorter
+        length //= 2

@@ -135,6 +135,8 @@ def print_estimate(found: Estimate) -> None:
         return "not known" if all(value is None for value in values) else text
 
     needed = "not known" if found.memory_gib is None else f"at least {found.memory_gib:.1f} GiB"
+    if found.peak_memory_gib is not None:
+        needed += f", expected peak {found.peak_memory_gib:.1f} GiB"
     rows = [
         (
             "rows",
