@@ -167,6 +167,8 @@ _TRAINED_BYTES = 16
 """Per trained value: weight, gradient and two Adam moments in float32."""
 _BLOCK, _SMALLEST_BLOCK, _LOGITS = 8192, 1024, 2**24
 """Vocabulary rows per block of the head, at least and at most, and the logits of one block (palate_trainer.fast.head)."""
+_TRL_BLOCK = 32768
+"""Vocabulary rows per block of TRL's head, which scores batches that are not packed."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,10 @@ def peak_of_batch(
     width = DTYPE_BYTES[spec.precision]
     shards = gpus if values.fsdp == "full_shard" else 1
     mixed = not spec.trains_adapter and spec.precision != "float32"
-    hidden, attention, inner = shape.hidden, 2 * shape.query + 2 * shape.key, 3 * shape.inner
+    packed = values.training_strategy != "kto"
+    # Without packing, keys and values are kept once per query head.
+    attention = 2 * shape.query + 2 * (shape.key if packed else shape.query)
+    hidden, inner = shape.hidden, 3 * shape.inner
     if spec.trains_adapter:
         a_value = 0.6 if values.load_in_4bit else 1.1 if values.load_in_8bit else width
         weights = parameters * a_value
@@ -259,11 +264,11 @@ def peak_of_batch(
     activations = tokens * a_layer * shape.layers
     if values.gradient_checkpointing:  # the input of every layer, and one layer that is computed again
         activations = tokens * (hidden * width * shape.layers + a_layer)
-    working = _buffers(shape, tokens, width)
-    if values.training_strategy == "dpo":
-        # The reference is scored before, in batches of twice the size. The C library's heap keeps those buffers, in pieces that
-        # the steps cannot fill; torch's allocator on a GPU reuses them.
-        scoring = _buffers(shape, 2 * tokens, width)
+    working = _buffers(shape, tokens, width, packed=packed)
+    if values.training_strategy != "sft":
+        # The reference is scored too: under DPO before, in batches of twice the size. The C library's heap keeps those buffers, in
+        # pieces that a backward pass cannot fill; torch's allocator on a GPU reuses them.
+        scoring = _buffers(shape, tokens * (2 if packed else 1), width, packed=packed)
         working = max(working, scoring) if cuda else working + scoring
     return Peak(
         process=_PROCESS_GIB["cuda" if cuda else "cpu"] * GIB,
@@ -274,11 +279,11 @@ def peak_of_batch(
     )
 
 
-def _buffers(shape: Shape, tokens: float, width: int) -> float:
+def _buffers(shape: Shape, tokens: float, width: int, *, packed: bool) -> float:
     """Bytes of one layer's intermediate values and of the head, which holds logits of one block of the vocabulary only."""
     layer = tokens * (4 * shape.inner + 2 * shape.hidden) * width
-    block = min(shape.vocabulary, _BLOCK, max(_SMALLEST_BLOCK, _LOGITS / max(1.0, tokens)))
-    head = tokens * 3 * (block + shape.hidden) * 4
+    block = min(_BLOCK, max(_SMALLEST_BLOCK, _LOGITS / max(1.0, tokens))) if packed else _TRL_BLOCK
+    head = tokens * 3 * (min(shape.vocabulary, block) + shape.hidden) * 4
     if width < 4:  # the mean over the head's weights is computed from a float32 copy of them
         head = max(head, shape.vocabulary * shape.hidden * 4)
     return layer + head
