@@ -167,8 +167,8 @@ _TRAINED_BYTES = 16
 """Per trained value: weight, gradient and two Adam moments in float32."""
 _BLOCK, _SMALLEST_BLOCK, _LOGITS = 8192, 1024, 2**24
 """Vocabulary rows per block of the head, at least and at most, and the logits of one block (palate_trainer.fast.head)."""
-_TRL_BLOCK = 32768
-"""Vocabulary rows per block of TRL's head, which scores batches that are not packed."""
+_TRL_BLOCK, _TRL_TOKENS = 32768, 4096
+"""Vocabulary rows and tokens per block of TRL's head, which scores batches that are not packed."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,8 @@ def _buffers(shape: Shape, tokens: float, width: int, *, packed: bool) -> float:
     """Bytes of one layer's intermediate values and of the head, which holds logits of one block of the vocabulary only."""
     layer = tokens * (4 * shape.inner + 2 * shape.hidden) * width
     block = min(_BLOCK, max(_SMALLEST_BLOCK, _LOGITS / max(1.0, tokens))) if packed else _TRL_BLOCK
-    head = tokens * 3 * (min(shape.vocabulary, block) + shape.hidden) * 4
+    at_once = tokens if packed else min(tokens, _TRL_TOKENS)
+    head = 3 * (at_once * min(shape.vocabulary, block) + tokens * shape.hidden) * 4
     if width < 4:  # the mean over the head's weights is computed from a float32 copy of them
         head = max(head, shape.vocabulary * shape.hidden * 4)
     return layer + head

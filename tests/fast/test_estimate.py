@@ -276,7 +276,7 @@ def warning(available: float, rows: RowTokens | None = DEMO, cuda: bool = False,
         ),
         (2.3, {"per_device_train_batch_size": 1}, ""),
         # KTO's divergence is estimated per batch, so its batch is not made smaller.
-        (2.3, {"training_strategy": "kto", "per_device_train_batch_size": 16}, "Set gradient_checkpointing=true"),
+        (2.8, {"training_strategy": "kto"}, "Set gradient_checkpointing=true"),
         (2.3, {"loss_type": "aot"}, "Set gradient_checkpointing=true"),
         (0.9, {}, "Use a smaller model, or a machine with more memory"),
     ],
