@@ -75,7 +75,7 @@ class Estimate:
         steps: Optimizer steps. Without token counts an upper bound: no row is taken as dropped.
         memory_gib: Minimum memory in GiB, by the formula that `train()` rejects with: weights, optimizer and libraries. Activations are
             not included. Per GPU, or of the machine without one. None if the model's size is not known.
-        peak_memory_gib: Expected peak in GiB: with the activations of the largest batch, measured to within 10% on a CPU and not
+        peak_memory_gib: Expected peak in GiB: with the activations of the largest batch, measured to within 11% on a CPU and not
             calibrated on a GPU. None without the model's size and config, without token counts, or with experts.
         memory_available_gib: What the device has in GiB; 0 if it is not known.
         backend: Name of the backend.
