@@ -44,6 +44,7 @@ from palate_recipes.servability import ENGINES, choose, require_servable
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import Measured, TrainSpec
 from palate_recipes.specs.weights import WeightsSource
+from palate_recipes.training_memory import RowTokens, memory_warning, peak_memory_gib
 
 if TYPE_CHECKING:
     from palate_recipes.hyperparameters import DeviceFacts
@@ -74,6 +75,8 @@ class Estimate:
         steps: Optimizer steps. Without token counts an upper bound: no row is taken as dropped.
         memory_gib: Minimum memory in GiB, by the formula that `train()` rejects with: weights, optimizer and libraries. Activations are
             not included. Per GPU, or of the machine without one. None if the model's size is not known.
+        peak_memory_gib: Expected peak in GiB: with the activations of the largest batch, measured to within 11% on a CPU and not
+            calibrated on a GPU. None without the model's size and config, without token counts, or with experts.
         memory_available_gib: What the device has in GiB; 0 if it is not known.
         backend: Name of the backend.
         device: `CPU`, or the GPU's name with its number.
@@ -97,6 +100,7 @@ class Estimate:
     seq_length: int
     steps: int | None = None
     memory_gib: float | None = None
+    peak_memory_gib: float | None = None
     memory_available_gib: float
     backend: str
     device: str
@@ -191,6 +195,19 @@ def estimate(
                 measured = _measured(checked["train"], data["train"], spec, session, warnings)
                 examples = checked["train"].rows if measured is None else measured["kept"]
                 found = _with_rows(found, checked["train"], measured, examples, spec, gpus, errors)
+                if measured is not None and examples:
+                    rows = RowTokens(
+                        examples, measured["tokens"] / examples, measured["deviation"], measured["largest"]
+                    )
+                    there: dict[str, Any] = {
+                        "available_gib": found.memory_available_gib,
+                        "cuda": device.cuda,
+                        "gpus": gpus,
+                    }
+                    found = replace(found, peak_memory_gib=peak_memory_gib(spec, parameters, config, rows, **there))
+                    # A training that is rejected already has an error with its own remedies.
+                    if (found.memory_gib or 0.0) <= found.memory_available_gib:
+                        warnings += filter(None, [memory_warning(spec, parameters, config, rows, **there)])
                 if few := few_steps_note(examples, spec.hyperparameters, gpus=gpus):
                     warnings.append(few)
     except PalateError as error:

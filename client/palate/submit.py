@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from palate.adapter_input import CHANNEL, keep_adapter, read_adapter
 from palate.job import TrainingJob
 from palate.preflight import (
+    available_memory_gib,
     check_memory,
     check_trackers,
     check_trainer,
@@ -37,6 +38,7 @@ from palate_recipes.servability import require_servable
 from palate_recipes.specs.run import TrainManifest
 from palate_recipes.specs.train import TrainSpec
 from palate_recipes.text import did_you_mean
+from palate_recipes.training_memory import memory_warning, tokens_of_characters
 
 CHANNELS = ("train", "validation", CHANNEL)
 
@@ -100,6 +102,9 @@ def submit(
         record = Record(session.store, "jobs", job_name)
         for check in place_checks(spec, record, session, row):
             check()
+        if text := peak_note(spec, parameter_count(spec, row), config, session, checked["train"]):
+            warnings.warn(text, UserWarning, stacklevel=4)
+            spec = replace(spec, notes=(*spec.notes, text))
         manifest = TrainManifest(
             name=job_name,
             backend=session.backend.name,
@@ -129,6 +134,27 @@ def imitation_note(spec: TrainSpec, checked: Mapping[str, Input]) -> str:
     return (
         "the rows are preference pairs, but training_strategy is sft, the default: `rejected` is ignored. For DPO set "
         'hyperparameters={"training_strategy": "dpo"}; to keep SFT without this warning set "sft"'
+    )
+
+
+def peak_note(spec: TrainSpec, parameters: float, config: dict[str, Any] | None, session: Session, train: Input) -> str:
+    """Returns a warning if the training is expected to run out of memory; "" if its model is not known.
+
+    From the characters of the rows: counting tokens loads the trainer's libraries, which takes seconds. A dry run counts them.
+    """
+    device = session.backend.device(spec.placement)
+    values = spec.hyperparameters
+    rows = tokens_of_characters(
+        train.report.lengths, train.rows, strategy=values.training_strategy, seq_length=values.seq_length
+    )
+    return memory_warning(
+        spec,
+        parameters,
+        config,
+        rows,
+        available_gib=available_memory_gib(device),
+        cuda=device.cuda,
+        gpus=max(1, device.gpu_count) if device.cuda else 1,
     )
 
 

@@ -24,6 +24,7 @@ from palate_recipes.preferences.row import Row
 from palate_recipes.specs.evaluation import SCORES_FILE, AnswerLogProbs, EvaluateTask, PairScores
 from palate_recipes.specs.reference_table import LogProbs
 from palate_recipes.specs.train import ERROR_FILE, EXIT_FAILED, EXIT_STOPPED, TrainTask
+from palate_recipes.training_memory import compares_rows
 from palate_trainer.env import keep_one_gpu, lean_imports, prepare_environment, use_available_cores
 from palate_trainer.failures import explain
 from palate_trainer.train import free_memory, may_be_of_the_fast_path, write_error
@@ -198,8 +199,6 @@ class _Scored:
         Returns:
             Losses by row, None if the loss compares the rows of a batch; and their mean, None if it needs more than these sums.
         """
-        from palate_trainer.trainers.arguments import compares_rows
-
         trainer: Any = self.trainer
         if trainer.ld_alpha is not None and "sft" in trainer.loss_types:
             notes.append("no loss: a mix of sft with ld_alpha needs the log-probability of every token")

@@ -1,20 +1,11 @@
-"""The order of rows, and how many batches run as one forward pass. Knows row lengths, no model."""
+"""The order of rows. Knows row lengths, no model."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch.utils.data import Sampler
-
-_WANTED_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens per batch beyond which matrix products get no faster."""
-_MEMORY_SHARE = 0.2
-"""Share of free memory for the activations of a joined batch. The user did not choose its size, so keep it small."""
-_ACTIVATION_FACTOR = 17
-"""Values kept per token and layer, in units of the hidden size, without recomputation (arXiv 2205.05198, table 2: 34 bytes
-in 16 bits)."""
 
 
 class RowSampler(Sampler[int]):
@@ -58,30 +49,3 @@ class SimilarLengths(RowSampler):
         random.Random(f"{self.seed}/{self.epoch}/batches").shuffle(batches)
         # The short batch must stay last: the batch sampler cuts every `size` rows and would split all batches after it.
         return (row for batch in [*batches, short] for row in batch)
-
-
-def batches_at_once(
-    batch_size: int, accumulation: int, tokens: Sequence[int], *, device: str, config: Any, free_bytes: int, width: int
-) -> int:
-    """How many of a step's micro-batches to run as one forward pass. Changes the speed, not the result.
-
-    Small batches are bound by memory bandwidth. Batches are joined up to the size at which the device computes efficiently,
-    within a share of the free memory, and never across optimizer steps.
-
-    Args:
-        batch_size: Rows per micro-batch, as configured.
-        accumulation: Micro-batches per optimizer step.
-        tokens: Tokens of each row, as packed.
-        device: `cpu` or `cuda`.
-        config: The model's text config.
-        free_bytes: Free memory of the device.
-        width: Bytes per value.
-
-    Returns:
-        A divisor of `accumulation`; 1 to join nothing.
-    """
-    long = sorted(tokens)[int(0.9 * len(tokens))]  # 90th percentile
-    a_token = _ACTIVATION_FACTOR * width * config.num_hidden_layers * config.hidden_size
-    most = min(_WANTED_TOKENS[device], _MEMORY_SHARE * free_bytes / a_token)
-    fitting = [n for n in range(1, accumulation + 1) if accumulation % n == 0 and n * batch_size * long <= most]
-    return max(fitting, default=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
@@ -47,14 +48,21 @@ def measured(
         "histogram": [],
         "kept": 0,
         "tokens": 0,
+        "largest": 0,
+        "deviation": 0.0,
         "truncated_rows": 0,
         "dropped_rows": 0,
     }
     lengths = array("I")
+    squares = 0
 
     def count(one: TokenPair) -> None:
+        nonlocal squares
+        tokens = len(one.prompt_ids) + len(one.chosen_ids) + len(one.rejected_ids)
         found["kept"] += 1
-        found["tokens"] += len(one.prompt_ids) + len(one.chosen_ids) + len(one.rejected_ids)
+        found["tokens"] += tokens
+        found["largest"] = max(found["largest"], tokens)
+        squares += tokens * tokens
 
     for path, name in files:
         container = open_container(path)
@@ -86,6 +94,9 @@ def measured(
                 count(cut)
         found["truncated_rows"] += len(truncated - both_ways)
         found["dropped_rows"] += len(dropped | both_ways)
+    if found["kept"]:
+        mean = found["tokens"] / found["kept"]
+        found["deviation"] = math.sqrt(max(0.0, squares / found["kept"] - mean * mean))
     if lengths:
         found["lengths"], found["histogram"] = percentiles(_as_numbers(lengths)), histogram(_as_numbers(lengths))
     return found

@@ -14,8 +14,16 @@ from palate.errors import ConfigurationError, HyperparameterError
 from palate.estimate import Estimate, _earlier_rates, _tokenizer_folder, _with_time
 from palate.preflight import few_steps_note, optimizer_steps, without_needless_notes
 from palate.runs.record import Record
+from palate.sources.inputs import checked_inputs
+from palate.submit import peak_note
 from palate_recipes.hyperparameters import DeviceFacts, resolve
 from palate_recipes.specs.weights import WeightsSource
+from palate_recipes.training_memory import (
+    RowTokens,
+    memory_warning,
+    peak_memory_gib,
+    tokens_of_characters,
+)
 from tests.support.manifests import train_manifest, train_spec
 
 DPO = {"training_strategy": "dpo"}
@@ -181,3 +189,149 @@ def test_a_tokenizer_in_a_store_takes_no_file_outside_its_folder(tmp_path: Path,
     with _tokenizer_folder(source, session) as folder:
         found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == {"config.json", "additional_chat_templates/a.jinja"}
+
+
+# ── the expected peak ─────────────────────────────────────────────────────────────────────────────────────────────
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+PLAIN = {**DPO, "load_in_4bit": False, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+DEMO = RowTokens(count=136, mean=120, deviation=8, largest=145)
+
+
+def peak(rows: RowTokens | None = DEMO, available: float = 16.0, cuda: bool = False, **given: Any) -> float | None:
+    """The expected peak of a training of SmolLM2-135M; `config` and `parameters` may be replaced, the rest is its spec."""
+    config, parameters = given.pop("config", SMOLLM2), given.pop("parameters", 134.5e6)
+    fields = {name: given.pop(name) for name in ("method", "precision") if name in given}
+    spec = train_spec(hyperparameters={**PLAIN, **given}, **fields)
+    return peak_memory_gib(spec, parameters, config, rows, available_gib=available, cuda=cuda)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"per_device_train_batch_size": size} for size in (1, 2, 8, 32)],
+        [{"lora_dim": rank} for rank in (4, 8, 32, 128)],
+        [{"rows": replace_rows} for replace_rows in (RowTokens(136, mean, 8, 2 * mean) for mean in (60, 120, 500))],
+        [{"rows": RowTokens(136, 120, spread, 400)} for spread in (0, 8, 60)],
+        [{"gradient_checkpointing": True}, {"lora_dropout": 0.0}, {"lora_dropout": 0.1}],
+        [{"precision": "bfloat16"}, {"precision": "float32"}, {"method": "Standard_LLM"}],
+        [{"training_strategy": "sft"}, {"training_strategy": "dpo"}],
+        [{"load_in_4bit": True}, {"load_in_8bit": True}, {}],
+        [{"method": "Standard_LLM"}, {"method": "Standard_LLM", "training_strategy": "kto"}],
+    ],
+)
+def test_the_expected_peak_grows_with_what_a_step_holds(steps: list[dict[str, Any]]) -> None:
+    found = [peak(**step) for step in steps]
+    assert None not in found
+    assert found == sorted(set(found))  # type: ignore[type-var]
+
+
+def test_batches_that_run_as_one_forward_pass_count_together() -> None:
+    one, joined = (peak(per_device_train_batch_size=1, gradient_accumulation_steps=steps) for steps in (1, 4))
+    assert one is not None
+    assert joined is not None
+    assert joined > 1.1 * one
+    # A loss that compares the rows of a batch keeps its batches.
+    alone = peak(per_device_train_batch_size=1, gradient_accumulation_steps=4, loss_type="aot")
+    assert alone == pytest.approx(one, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        {"rows": None},
+        {"rows": RowTokens(0, 0, 0, 0)},
+        {"config": None},
+        {"parameters": 0},
+        {"config": {**SMOLLM2, "hidden_size": None}},
+        {"config": {**SMOLLM2, "num_attention_heads": "9"}},
+        {"config": {**SMOLLM2, "num_local_experts": 8}},
+    ],
+)
+def test_the_expected_peak_is_none_where_a_fact_is_unknown(unknown: dict[str, Any]) -> None:
+    assert peak(**unknown) is None
+
+
+def warning(available: float, rows: RowTokens | None = DEMO, cuda: bool = False, **given: Any) -> str:
+    spec = train_spec(hyperparameters={**PLAIN, "seq_length": 128, **given})
+    return memory_warning(spec, 134.5e6, SMOLLM2, rows, available_gib=available, cuda=cuda)
+
+
+@pytest.mark.parametrize(
+    ("available", "given", "remedy"),
+    [
+        # The nearest batch that fits, with the same rows per step.
+        (
+            2.3,
+            {},
+            "Set per_device_train_batch_size=4 with gradient_accumulation_steps=2, or gradient_checkpointing=true",
+        ),
+        (2.3, {"per_device_train_batch_size": 1}, ""),
+        # KTO's divergence is estimated per batch, so its batch is not made smaller.
+        (2.8, {"training_strategy": "kto"}, "Set gradient_checkpointing=true"),
+        (2.3, {"loss_type": "aot"}, "Set gradient_checkpointing=true"),
+        (0.9, {}, "Use a smaller model, or a machine with more memory"),
+    ],
+)
+def test_a_peak_above_the_free_memory_is_a_warning_with_settings_that_fit(
+    available: float, given: dict[str, Any], remedy: str
+) -> None:
+    said = warning(available, **given)
+    assert bool(said) is bool(remedy)
+    assert remedy in said
+    assert not remedy or f"{available:.1f} GiB are free" in said
+
+
+def test_settings_of_a_warning_fit() -> None:
+    said = warning(2.3)
+    assert "or seq_length=32" in said
+    for changed in (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+    ):
+        assert warning(2.3, **changed) == ""
+
+
+def test_without_facts_nothing_is_warned_of() -> None:
+    assert warning(1.0, rows=None) == warning(0.0) == ""
+    assert "not calibrated on GPUs" in warning(1.0, cuda=True)
+
+
+def test_tokens_are_guessed_from_characters_up_to_the_cut() -> None:
+    def lengths(mean: int) -> dict[str, dict[str, int]]:
+        return {name: {"mean": mean, "p95": 2 * mean, "max": 4 * mean} for name in ("prompt", "chosen", "rejected")}
+
+    short = tokens_of_characters(lengths(100), 50, strategy="dpo", seq_length=1024)
+    assert short is not None
+    assert 75 <= short.mean <= 100
+    assert short.mean < short.mean + short.deviation < short.largest
+    long = tokens_of_characters(lengths(100_000), 50, strategy="dpo", seq_length=1024)
+    assert long == RowTokens(50, 2048, 0, 2048)
+    answers = tokens_of_characters(lengths(100), 50, strategy="kto", seq_length=1024)
+    assert answers is not None
+    assert answers.count == 100
+    assert answers.mean < short.mean
+    assert tokens_of_characters({}, 50, strategy="dpo", seq_length=1024) is None
+
+
+def test_train_warns_by_the_characters_of_its_rows(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = DeviceFacts(cuda=False, bf16=False, fp16=False, memory_gib=2.0)
+    monkeypatch.setattr(type(session.backend), "device", lambda self, placement=None: small)
+    data = write(tmp_path / "p.json", *[{**ROW, "prompt": f"Is it {number}? " * 60} for number in range(64)])
+    spec = train_spec(hyperparameters={**PLAIN, "per_device_train_batch_size": 16, "seq_length": 512})
+    with checked_inputs({"train": data}, session, strategy="dpo", bad_rows="error") as checked:
+        said = peak_note(spec, 134.5e6, SMOLLM2, session, checked["train"])
+        unknown = peak_note(spec, 134.5e6, None, session, checked["train"])
+    assert "and 2.0 GiB are free" in said
+    assert "Set per_device_train_batch_size=" in said
+    assert unknown == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,27 @@ def test_an_estimate_is_what_the_training_does(session: Session, tiny: Path, tmp
         assert "'one' is taken" in again.errors[0]
 
 
+def test_the_expected_peak_is_that_of_the_training(session: Session, base_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "p.json"
+    data.write_text(json.dumps(preference_rows(32)))
+    settings: dict[str, Any] = {
+        "training_strategy": "dpo",
+        "precision": "float32",
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 3,
+        "logging_steps": 1,
+    }
+    recipe = ModelTrainingRecipe("smollm", model_uri=str(base_model), hyperparameters=settings)
+    found = recipe.estimate({"train": data})
+    assert found.memory_gib is not None
+    assert found.peak_memory_gib is not None
+    assert found.memory_gib < found.peak_memory_gib
+    job = recipe.train({"train": data}, show_logs=False)
+    measured = job.metrics()[-1]["memory_gb"] * 1e9 / 1024**3
+    assert found.peak_memory_gib == pytest.approx(measured, rel=0.15)
+
+
 def test_a_dry_run_prints_the_estimate_and_submits_nothing(session: Session, tiny: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "p.json")
     (tmp_path / "r.toml").write_text(f'model_uri = "{tiny}"\ntrain = "{data.name}"\n[hyperparameters]\nseq_length = 64')
@@ -66,6 +88,7 @@ def test_a_dry_run_prints_the_estimate_and_submits_nothing(session: Session, tin
     assert done.returncode == 0, done.stderr
     assert table["rows"] == "11 usable, 0 skipped"
     assert table["at seq_length=64"] == "1 rows truncated, 2 dropped"
+    assert re.fullmatch(r"(at least 0\.7 GiB, )?expected peak 0\.\d GiB; the device has [\d.]+ GiB", table["memory"])
     assert table["time"].startswith("not known: no succeeded job")
     assert "nothing was submitted" in done.stderr
     data.write_text("[]")

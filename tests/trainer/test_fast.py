@@ -310,15 +310,14 @@ def test_a_row_alone_equals_the_row_in_a_ragged_batch(tiny: Path) -> None:
 
 
 def test_small_batches_of_a_step_are_joined_as_far_as_memory_and_gain_go() -> None:
-    from types import SimpleNamespace
-
-    from palate_trainer.samplers import batches_at_once
-
-    config = SimpleNamespace(num_hidden_layers=10, hidden_size=100)  # 68,000 bytes a token in float32
+    from palate_recipes.training_memory import batches_at_once
 
     def joined(size: int, accumulation: int, long: int, free: int = 2**40) -> int:
         tokens = [10] * 90 + [long] * 10
-        return batches_at_once(size, accumulation, tokens, device="cpu", config=config, free_bytes=free, width=4)
+        # 68,000 bytes a token in float32
+        return batches_at_once(
+            size, accumulation, tokens, device="cpu", layers=10, hidden=100, free_bytes=free, width=4
+        )
 
     assert joined(1, 8, 100) == 8
     assert joined(1, 8, 200) == 4  # 1,024 tokens are enough

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,9 @@ def test_the_check_with_a_tokenizer_says_what_a_training_does(renderer: Any, bas
     rows[3]["chosen"], rows[3]["rejected"] = "same " * 60 + "a", "same " * 60 + "b"
     path = tmp_path / "prefs.json"
     path.write_text(json.dumps(rows))
-    _, expected = encode_pairs(read_rows(path), replace(renderer, seq_length=64), name="train")
+    kept, expected = encode_pairs(read_rows(path), replace(renderer, seq_length=64), name="train")
     report = check([(path, "prefs.json")])
-    measure(
+    counted = measure(
         report,
         [(path, "prefs.json")],
         tokenizer=str(base_model),
@@ -132,6 +133,9 @@ def test_the_check_with_a_tokenizer_says_what_a_training_does(renderer: Any, bas
     assert found == {"cut": expected.cut, "no-room": expected.no_room, "same-after-cut": expected.same_after_cut}
     assert found == {"cut": [2], "no-room": [3], "same-after-cut": [4]}
     assert report.lengths["tokens"]["max"] == expected.longest
+    tokens = [len(one.prompt_ids) + len(one.chosen_ids) + len(one.rejected_ids) for one in kept]
+    assert (counted["kept"], counted["tokens"], counted["largest"]) == (len(tokens), sum(tokens), max(tokens))
+    assert counted["deviation"] == pytest.approx(statistics.pstdev(tokens))
     assert f"seq_length={expected.longest} keeps all" in "\n".join(report.lines())
 
 

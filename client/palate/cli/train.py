@@ -134,7 +134,11 @@ def print_estimate(found: Estimate) -> None:
     def known(text: str, *values: int | None) -> str:
         return "not known" if all(value is None for value in values) else text
 
-    needed = "not known" if found.memory_gib is None else f"at least {found.memory_gib:.1f} GiB"
+    bound, peak = found.memory_gib, found.peak_memory_gib
+    # The bound's share of the libraries is a round figure: of a tiny model it is above the peak.
+    shown = [f"at least {bound:.1f} GiB"] if bound is not None and (peak is None or bound < peak) else []
+    shown += [] if peak is None else [f"expected peak {peak:.1f} GiB"]
+    needed = ", ".join(shown) or "not known"
     rows = [
         (
             "rows",

@@ -19,14 +19,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from palate_recipes.errors import TrainerError
 from palate_recipes.specs.reference_table import LogProbs, row_digest
 from palate_recipes.specs.train import TrainTask
+from palate_recipes.training_memory import batches_at_once, may_join
 from palate_trainer.distributed import gather_rows, share_of_rank, world_size
 from palate_trainer.fast.tree import TreeCollator, answer_sequences, pair_sequences
 from palate_trainer.model import load_adapter, load_model, lora_config
 from palate_trainer.reference_scores import ReferenceScores
-from palate_trainer.samplers import batches_at_once
 from palate_trainer.sharding import is_sharded, reference_by_layers
 from palate_trainer.tokenize import TokenPair
-from palate_trainer.trainers.arguments import dpo_config, kto_config, may_join, sft_config
+from palate_trainer.trainers.arguments import dpo_config, kto_config, sft_config
 from palate_trainer.trainers.base import PalateMixin
 from palate_trainer.trainers.kto import MismatchedAnswers, PalateKTOTrainer, label_rows
 
@@ -143,7 +143,7 @@ def build_trainer(
         "callbacks": callbacks,
         "peft_config": lora_config(task) if task.spec.trains_adapter and task.files.adapter_dir is None else None,
     }
-    joined = _joined(task, model, train) if may_join(task) else 1
+    joined = _joined(task, model, train) if may_join(task.spec.hyperparameters) else 1
     if joined > 1:
         batches = task.spec.hyperparameters.gradient_accumulation_steps
         note(
@@ -210,12 +210,14 @@ def build_trainer(
 def _joined(task: TrainTask, model: Any, rows: list[TokenPair]) -> int:
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    config = model.config.get_text_config()
     here = batches_at_once(
         task.spec.hyperparameters.per_device_train_batch_size,
         task.spec.hyperparameters.gradient_accumulation_steps,
         [len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows],
         device="cuda" if on_gpu else "cpu",
-        config=model.config.get_text_config(),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
         free_bytes=free,
         width=4 if task.spec.precision == "float32" else 2,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,6 @@ from palate_recipes.trackers import chosen
 from palate_trainer.distributed import world_size
 from palate_trainer.env import PROJECT
 from palate_trainer.sharding import fsdp_arguments, is_sharded
-
-_OF_ONE_BATCH = {"sft", "aot", "aot_unpaired"}
-"""Losses whose value depends on which rows share a batch."""
-
-
-def may_join(task: TrainTask) -> bool:
-    """Whether a step's batches can be joined without changing the loss."""
-    strategy = task.spec.hyperparameters.training_strategy
-    if strategy == "kto":  # the KL divergence is estimated per batch
-        return False
-    return strategy != "dpo" or not compares_rows(task.spec.hyperparameters.loss_type.split(","))
-
-
-def compares_rows(loss_types: Iterable[str]) -> bool:
-    """Whether the value of a mix of losses depends on which rows share a batch."""
-    return not _OF_ONE_BATCH.isdisjoint(loss_types)
 
 
 def dpo_config(task: TrainTask, rows: int, evaluates: bool, *, joined: int, reference_known: bool) -> DPOConfig:

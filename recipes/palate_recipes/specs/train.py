@@ -192,6 +192,7 @@ class Measured(TypedDict):
         histogram: Number of rows by length in tokens, see `palate_recipes.preferences.statistics.histogram`.
         kept: Examples that are trained on in an epoch.
         tokens: Their tokens after truncation, the prompt of a pair once.
+        largest, deviation: Maximum and standard deviation of the same per example.
         truncated_rows, dropped_rows: Number of rows; a row with several answers counts once.
     """
 
@@ -201,5 +202,7 @@ class Measured(TypedDict):
     histogram: list[int]
     kept: int
     tokens: int
+    largest: int
+    deviation: float
     truncated_rows: int
     dropped_rows: int
