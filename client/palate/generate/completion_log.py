@@ -60,7 +60,8 @@ class CompletionLog:
         if self._writes:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT if self._writes else os.O_RDONLY, 0o666)
+            # Prompts and answers may be confidential, and `PALATE_HOME` may be readable by others.
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT if self._writes else os.O_RDONLY, 0o600)
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be opened: {error.strerror}. Use another output") from None
         try:
