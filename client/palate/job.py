@@ -414,7 +414,7 @@ class TrainingJob:
         if require_win_rate is not None:
             from palate.evaluation.gate import check_win_rate
 
-            check_win_rate(self, served, require_win_rate)
+            check_win_rate(self, served, require_win_rate, options=options or {})
         return start_service(
             self._run.session,
             service_name=service_name or f"{self.id}-{served.checkpoint or 'service'}",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.common.utils import unique_name
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from palate.job import TrainingJob
 
 _log = logging.getLogger(__name__)
+
+OF_ANSWERS = ("dtype", "quantization", "kv_cache_dtype", "chat_template", "engine_args")
+"""Options of a service that its answers depend on."""
 
 IDLE_TIME_TO_LIVE_S = 3600.0
 """A service that was left behind, because this process was killed, stops after this time without a request."""
@@ -133,6 +138,26 @@ def seats_in(predictor: Predictor, models: Sequence[Model]) -> dict[Weights, Sea
                 "service that is started for the evaluation"
             )
     return seats
+
+
+def answer_settings(served: ServedModel, options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what the answers of a service depend on besides its model, as an evaluation keeps it.
+
+    Values are texts, because a store keeps no tuples and no paths; of a chat template it is the digest.
+
+    Args:
+        served: The model, which may come with a dtype.
+        options: As in `TrainingJob.deploy`, or of a service's manifest.
+    """
+    from palate.deploy import read_template
+
+    given = served.settings(options)["options"]
+    found = {name: given[name] for name in OF_ANSWERS if given.get(name) is not None}
+    if isinstance(found.get("chat_template"), str | Path):
+        found["chat_template"] = hashlib.sha256(read_template(found["chat_template"]).encode()).hexdigest()[:16]
+    if isinstance(found.get("engine_args"), list | tuple):
+        found["engine_args"] = " ".join(map(str, found["engine_args"]))
+    return {name: str(value) for name, value in found.items() if value not in ("", "auto")}
 
 
 @contextmanager
