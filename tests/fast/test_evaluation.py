@@ -451,10 +451,10 @@ def figures_compared(job: TrainingJob) -> float | None:
 def test_few_prompts_and_many_failures_show_nothing(job: TrainingJob) -> None:
     served = job.served_model()
     evaluated(job, "a" * 16, 0.7, at=1.0, prompts=19)
-    with pytest.raises(WinRateError, match="only 19 prompts, and at least 20 are needed.*palate eval one --prompts"):
+    with pytest.raises(WinRateError, match=r"only 19 prompts, and at least 20 are needed.*palate eval one --prompts"):
         check_win_rate(job, served, 0.55)
     evaluated(job, "b" * 16, 0.7, at=2.0, prompts=94, failed=6)
-    with pytest.raises(WinRateError, match="6 of 100 prompts failed, more than 5%"):
+    with pytest.raises(WinRateError, match=r"6 of 100 prompts failed, more than 5%"):
         check_win_rate(job, served, 0.55)
     evaluated(job, "c" * 16, 0.7, at=3.0, prompts=95, failed=5)
     check_win_rate(job, served, 0.55)
