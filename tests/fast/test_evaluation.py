@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from palate import Session, TrainingJob
 from palate.comparison import compare
 from palate.errors import ConfigurationError, DamagedFilesError, DataError, MissingDependencyError, WinRateError
-from palate.evaluation.arena import answer_call
+from palate.evaluation.arena import EvaluationProgress, answer_call
 from palate.evaluation.gate import check_win_rate
 from palate.evaluation.held_out import figures_of
 from palate.evaluation.inputs import judge_of, read_labels
@@ -32,11 +32,15 @@ from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_con
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
+from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.rollout import ask, change_update, update_to
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
+from palate_recipes.specs.rollout import Version
 from palate_recipes.specs.run import ServeManifest
 from tests.support.chat import ChatServer, chat_server, completion
 from tests.support.evaluations import alphabetical, job_of
+from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest
 
 EVALSCOPE = json.loads((Path(__file__).parents[1] / "fixtures/evalscope/verdicts.json").read_text())
@@ -241,6 +245,57 @@ def test_flips_are_ties_and_unreadable_verdicts_too(job: TrainingJob, judge: Cha
     found = prepared_for(job, judge, rubric="Another.").run().against("base")
     assert found is not None
     assert (found.ties, found.flips, found.unreadable) == (4, 0, 6)
+
+
+@pytest.fixture
+def service(job: TrainingJob, session: Session) -> Iterator[Record]:
+    """A running service that serves the job's model and its base."""
+    served, given = job.served_model(), serve_manifest("svc")
+    facts = {"model": served.model, "tuned_uri": served.tuned_uri, "tuned_digest": served.tuned_digest, "adapter": True}
+    record = Record(session.store, "services", "svc")
+    record.create(replace(given, body=replace(given.body, **facts)))
+    session.store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
+    with fronted_service("a-token-for-tests", chats=True, adapts=True) as fronted:
+        record.advance("Running", expect={"Creating"}, endpoint=fronted.endpoint, engine_id="elsewhere:1:2:x")
+        yield record
+
+
+def test_answers_of_a_service_that_is_updated_meanwhile_are_dropped(
+    job: TrainingJob, judge: ChatServer, service: Record
+) -> None:
+    prepared = prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", service="svc")
+
+    def update(progress: EvaluationProgress) -> None:
+        if progress.done == 3:  # version 2 comes and goes: a canary that was rolled back leaves the manifest as it was
+            body = replace(service.serve_manifest().body, version=2)
+            update = update_to(
+                Version(body=body, outcome="asked", asked_at=1.0, changed_at=1.0), share=0.5, promote=False
+            )
+            ask(service, update)
+            change_update(service, update.id, ended=True)
+
+    with pytest.raises(ConfigurationError, match=r"service svc was changed while it answered.*8 answers are dropped"):
+        prepared.run(update)
+    assert prepared.ledger.read_bytes().count(b"\n") == 1
+    assert judge.asked == []
+    result = prepared.run()
+    assert [row["answer_a"] for row in result.rows()] == [f"[su] default {prompt}." for prompt in PROMPTS]
+    assert [row["answer_b"] for row in result.rows()] == [f"[su] base {prompt}." for prompt in PROMPTS]
+    assert prepared.plan().calls == 0
+
+
+def test_answers_of_a_service_are_kept_when_the_run_is_interrupted(
+    job: TrainingJob, judge: ChatServer, service: Record
+) -> None:
+    prepared = prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", service="svc", concurrency=1)
+
+    def interrupt(progress: EvaluationProgress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared.run(interrupt)
+    assert prepared.plan().finished == 3
 
 
 def test_several_jobs_are_ranked_and_each_has_the_record(
