@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace as replace_fields
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,24 @@ from msgspec.structs import replace
 
 from palate import Session, TrainingJob
 from palate.comparison import compare
-from palate.errors import ConfigurationError, DamagedFilesError, DataError, MissingDependencyError, WinRateError
-from palate.evaluation.arena import EvaluationProgress, answer_call
+from palate.errors import (
+    ConfigurationError,
+    DamagedFilesError,
+    DataError,
+    EngineError,
+    MissingDependencyError,
+    WinRateError,
+)
+from palate.evaluation.arena import EvaluationProgress, Seat, answer_call
 from palate.evaluation.gate import check_win_rate
 from palate.evaluation.held_out import figures_of
 from palate.evaluation.inputs import judge_of, read_labels
-from palate.evaluation.lm_eval import check_lm_eval
+from palate.evaluation.lm_eval import check_lm_eval, run_lm_eval
 from palate.evaluation.preferences import PreferenceScores
 from palate.evaluation.record import Comparison, EvaluationRecord, Figure, write
 from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
 from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
+from palate.generate.chat_client import Endpoint
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
@@ -357,6 +366,46 @@ def test_lm_eval_that_is_not_installed_is_said_before_anything_starts(
         pytest.skip("lm-eval is installed")
 
 
+LM_EVAL = """#!{python}
+import json, pathlib, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("asked for", given["--tasks"], flush=True)
+if given["--tasks"] == "endless":
+    time.sleep(600)
+out = pathlib.Path(given["--output_path"]) / "m"
+out.mkdir(parents=True)
+found = {{given["--tasks"]: {{"acc,none": 0.5, "acc_stderr,none": float("nan"), "alias": "x"}}}}
+(out / "results_1.json").write_text(json.dumps({{"results": found}}))
+"""
+
+
+def test_metrics_of_lm_eval_its_time_limit_and_paths_with_commas(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "programs" / "lm_eval"
+    program.parent.mkdir()
+    program.write_text(LM_EVAL.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    seat, served, session = (
+        Seat(Endpoint("http://127.0.0.1:9/v1", "k"), "default"),
+        job.served_model(),
+        job._run.session,
+    )
+    found = run_lm_eval(["one_row"], seat, served, session)
+    assert found == {"one_row": {"acc,none": 0.5}}
+    assert "acc_stderr,none left out" in capsys.readouterr().err
+    write(job._run.record, replace(evaluated(job, "a" * 16, 0.5, at=1.0), tasks={"one": found}), [])
+    assert job.evaluations()[0].record.tasks == {"one": found}
+    with pytest.raises(EngineError, match=r"did not end within 2 seconds.*\n  asked for endless"):
+        run_lm_eval(["endless"], seat, served, session, time_limit_s=2.0)
+    with pytest.raises(ConfigurationError, match="comma"):
+        prepare(job, lm_eval=[str(tmp_path / "a,tokenizer=b.yaml")])
+    there = replace_fields(served, tuned_uri=f"file://{tmp_path}/a,b/model")
+    with pytest.raises(ConfigurationError, match="comma"):
+        run_lm_eval(["one_row"], seat, there, session)
+
+
 def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     pairs = PairScores(
         rows=[1, 2, 3, 4],
@@ -393,6 +442,10 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     assert found.margin.value == pytest.approx(scores.margin.value)
     assert found.margin.low < found.margin.value < found.margin.high
     assert found.reward_margin.value == pytest.approx(0.1 * (1.5 + 2.0 + 1.5 + 0.0) / 4)
+    pairs.tuned.chosen[1] = math.nan
+    left = figures_of(scores, seed=0)
+    assert (left.rows, left.accuracy.value) == (3, pytest.approx(2 / 3))
+    assert math.isfinite(left.margin.low)
     record = replace(evaluated(job, "d" * 16, 0.5, at=1.0), preferences={"one": found})
     write(job._run.record, record, [])
     (kept,) = job.evaluations()

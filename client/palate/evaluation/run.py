@@ -37,7 +37,7 @@ from palate.evaluation.arena import (
     rows_of,
 )
 from palate.evaluation.inputs import Prompts, distinct_prompts, judge_of, read_labels, read_prompts_of, read_rubric
-from palate.evaluation.lm_eval import check_lm_eval, run_lm_eval
+from palate.evaluation.lm_eval import check_lm_eval, check_tasks, run_lm_eval
 from palate.evaluation.record import BASE, Contestant, EvaluationRecord, HeldOut, Spent, newest_first, write
 from palate.evaluation.result import Evaluation
 from palate.evaluation.serving import OF_ANSWERS, Model, answer_settings, answering, serve_in_turn
@@ -283,6 +283,7 @@ def prepare(
     models = _models(job, checkpoint, against, given_options)
     if lm_eval:
         check_lm_eval()
+        check_tasks(lm_eval, models[0].served, session)
     if judge is None and (prompts is not None or labels is not None):
         raise ConfigurationError(
             "judge is missing: pass judge='URL/MODEL', such as http://127.0.0.1:8000/v1/judge (--judge URL/MODEL)"
