@@ -388,7 +388,7 @@ def test_metrics_of_lm_eval_its_time_limit_and_paths_with_commas(
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
     seat, served, session = (
-        Seat(Endpoint("http://127.0.0.1:9/v1", "k"), "default"),
+        Seat(Endpoint("http://127.0.0.1:9/v1", "a-key"), "default"),
         job.served_model(),
         job._run.session,
     )
@@ -401,6 +401,7 @@ def test_metrics_of_lm_eval_its_time_limit_and_paths_with_commas(
         run_lm_eval(["endless"], seat, served, session, time_limit_s=2.0)
     with pytest.raises(ConfigurationError, match="comma"):
         prepare(job, lm_eval=[str(tmp_path / "a,tokenizer=b.yaml")])
+    (tmp_path / "a,b" / "model").mkdir(parents=True)
     there = replace_fields(served, tuned_uri=f"file://{tmp_path}/a,b/model")
     with pytest.raises(ConfigurationError, match="comma"):
         run_lm_eval(["one_row"], seat, there, session)
@@ -442,8 +443,8 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     assert found.margin.value == pytest.approx(scores.margin.value)
     assert found.margin.low < found.margin.value < found.margin.high
     assert found.reward_margin.value == pytest.approx(0.1 * (1.5 + 2.0 + 1.5 + 0.0) / 4)
-    pairs.tuned.chosen[1] = math.nan
-    left = figures_of(scores, seed=0)
+    diverged = replace(pairs, tuned=replace(pairs.tuned, chosen=[-1.0, math.nan, -3.0, -4.0]))
+    left = figures_of(replace_fields(scores, pairs=diverged), seed=0)
     assert (left.rows, left.accuracy.value) == (3, pytest.approx(2 / 3))
     assert math.isfinite(left.margin.low)
     record = replace(evaluated(job, "d" * 16, 0.5, at=1.0), preferences={"one": found})
