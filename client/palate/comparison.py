@@ -7,7 +7,6 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,12 +252,8 @@ def figures_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _win_rate(job: TrainingJob) -> float | None:
     """Returns the win-rate against the base in the job's newest evaluation, or None."""
-    record, found = job._run.record, []
-    for key in evaluations.keys(record):
-        with suppress(FileNotFoundError, PalateError):  # deleted meanwhile, or damaged
-            found.append(evaluations.read(record, key))
-    for evaluation in sorted(found, key=lambda one: one.created_at, reverse=True):
-        for one in evaluation.comparisons:
+    for _, evaluation in evaluations.newest_first(job._run.record):
+        for one in () if isinstance(evaluation, PalateError) else evaluation.comparisons:
             if {one.first, one.second} == {job.id, evaluations.BASE}:
                 return one.seen_from(job.id).win_rate.value
     return None

@@ -201,7 +201,7 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
     options = {name: value for name, value in options.items() if value is not None or name not in _UNSET_BY_NONE}
     check_values(options)
     if "chat_template" in options:
-        options["chat_template"] = _read_template(options["chat_template"])
+        options["chat_template"] = read_template(options["chat_template"])
     if "verify" in options:
         options["verify"] = {True: "error", False: "off"}.get(options["verify"], options["verify"])
     settings = {name: value for name, value in options.items() if name not in (*_LIVES, "autoscaling")}
@@ -212,7 +212,7 @@ def _check_options(service_name: str, options: dict[str, Any]) -> dict[str, Any]
     return dict(options)
 
 
-def _read_template(given: str | Path) -> str:
+def read_template(given: str | Path) -> str:
     """Returns a chat template's text, which the record keeps: the service may run where the file is not."""
     if isinstance(given, str) and ("{{" in given or "{%" in given):  # the text itself, as a service's record has it
         return given

@@ -102,12 +102,15 @@ class ServedModel:
             return {"options": dict(options), "model_dtype": UNSET}
         return {"options": {**options, "dtype": self.dtype}, "model_dtype": self.dtype}
 
+    def options_instead_of(self, manifest: ServeManifest) -> dict[str, Any]:
+        """Returns the options of a service that its user gave. What came with the model that is replaced, goes with it."""
+        body = manifest.body
+        return {name: value for name, value in body.options.items() if name != "dtype" or body.model_dtype is UNSET}
+
     def instead_of(self, manifest: ServeManifest, run: RunHandle) -> ServeManifest:
         """Returns a service's manifest with the same settings and this model."""
-        body = manifest.body
-        # What came with the model that is replaced, goes with it.
-        own = {name: value for name, value in body.options.items() if name != "dtype" or body.model_dtype is UNSET}
-        body = structs.replace(body, **self.settings(own), **self.facts(run.session, run.backend))
+        own = self.options_instead_of(manifest)
+        body = structs.replace(manifest.body, **self.settings(own), **self.facts(run.session, run.backend))
         return structs.replace(manifest, labels=dict(self.labels), body=body)
 
 
@@ -696,7 +699,8 @@ class Predictor:
 
         Raises:
             JobNotReadyError: The job has not succeeded or, with `checkpoint`, has no complete checkpoint. The service is unchanged.
-            WinRateError: There is no such evaluation, or its interval begins lower. The service is unchanged.
+            WinRateError: There is no such evaluation, its interval begins lower, it has fewer than 20 prompts, or more than 5% of
+                them failed. The service is unchanged.
             ServiceError: The new version did not start, or is not what was trained. Has the reason and the last lines of the
                 engine's log.
             ConfigurationError: Another update is in progress; the service has adapters and the job has another base; or the service

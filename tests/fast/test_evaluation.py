@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace as replace_fields
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,37 @@ import pytest
 from msgspec.structs import replace
 
 from palate import Session, TrainingJob
-from palate.errors import ConfigurationError, DamagedFilesError, DataError, MissingDependencyError, WinRateError
-from palate.evaluation.arena import answer_call
+from palate.comparison import compare
+from palate.errors import (
+    ConfigurationError,
+    DamagedFilesError,
+    DataError,
+    EngineError,
+    MissingDependencyError,
+    WinRateError,
+)
+from palate.evaluation.arena import EvaluationProgress, Seat, answer_call
 from palate.evaluation.gate import check_win_rate
 from palate.evaluation.held_out import figures_of
 from palate.evaluation.inputs import judge_of, read_labels
-from palate.evaluation.lm_eval import check_lm_eval, failure
+from palate.evaluation.lm_eval import check_lm_eval, failure, run_lm_eval
 from palate.evaluation.preferences import PreferenceScores
-from palate.evaluation.record import Comparison, EvaluationRecord, Figure, read_all, write
+from palate.evaluation.record import Comparison, EvaluationRecord, Figure, write
 from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
 from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
+from palate.generate.chat_client import Endpoint
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
+from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.rollout import ask, change_update, update_to
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
+from palate_recipes.specs.rollout import Version
 from palate_recipes.specs.run import ServeManifest
 from tests.support.chat import ChatServer, chat_server, completion
 from tests.support.evaluations import alphabetical, job_of
+from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest
 
 EVALSCOPE = json.loads((Path(__file__).parents[1] / "fixtures/evalscope/verdicts.json").read_text())
@@ -61,13 +77,25 @@ def test_win_rates_are_those_of_evalscopes_arena() -> None:
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_prompts() -> None:
-    scores = [1.0] * 50 + [0.5] * 20 + [0.0] * 30
+    scores = [1.0] * 60 + [0.0] * 40
     found = win_rate(scores)
     generator = np.random.default_rng(3)
     means = np.sort([generator.choice(scores, len(scores)).mean() for _ in range(4000)])
     assert found.value == pytest.approx(0.6)
-    assert (found.low, found.high) == pytest.approx((means[100], means[3900]), abs=0.01)
+    assert (found.low, found.high) == pytest.approx((means[100], means[3900]), abs=0.011)
     assert win_rate(scores) == found
+
+
+def test_the_interval_of_few_prompts_is_not_narrower_than_wilsons() -> None:
+    found = win_rate([1.0, 1.0, 1.0, 0.5])
+    assert (found.value, found.low) == pytest.approx((0.875, 0.3957731), abs=1e-6)
+    for wins in range(9):
+        for ties in range(9 - wins):
+            scores = [1.0] * wins + [0.5] * ties + [0.0] * (8 - wins - ties)
+            share, low, high = win_rate(scores)
+            middle, room = share + 3.8415 / 16, 1.96 * math.sqrt(share * (1 - share) / 8 + 3.8415 / 256)
+            assert 0.0 <= low <= (middle - room) / (1 + 3.8415 / 8) + 1e-4
+            assert 1.0 >= high >= min(1.0, (middle + room) / (1 + 3.8415 / 8) - 1e-4)
 
 
 @pytest.mark.parametrize(("score", "low", "high"), [(1.0, 0.025**0.1, 1.0), (0.0, 0.0, 1 - 0.025**0.1)])
@@ -166,7 +194,7 @@ def answered(prepared: PreparedEvaluation) -> PreparedEvaluation:
     """The same evaluation, after its models have answered."""
     with CompletionLog(prepared.ledger) as ledger:
         for model in prepared.models:
-            for prompt, text in zip(prepared.prompts, ANSWERS[model.name], strict=True):
+            for prompt, text in zip(prepared.prompts, cycle(ANSWERS[model.name]), strict=False):
                 call = answer_call(model.weights, prompt, prepared.settings)
                 ledger.add(call.key(), Reply(text, "stop", 10, 5), model="default", temperature=0.0)
     return prepared
@@ -226,6 +254,57 @@ def test_flips_are_ties_and_unreadable_verdicts_too(job: TrainingJob, judge: Cha
     found = prepared_for(job, judge, rubric="Another.").run().against("base")
     assert found is not None
     assert (found.ties, found.flips, found.unreadable) == (4, 0, 6)
+
+
+@pytest.fixture
+def service(job: TrainingJob, session: Session) -> Iterator[Record]:
+    """A running service that serves the job's model and its base."""
+    served, given = job.served_model(), serve_manifest("svc")
+    facts = {"model": served.model, "tuned_uri": served.tuned_uri, "tuned_digest": served.tuned_digest, "adapter": True}
+    record = Record(session.store, "services", "svc")
+    record.create(replace(given, body=replace(given.body, **facts)))
+    session.store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
+    with fronted_service("a-token-for-tests", chats=True, adapts=True) as fronted:
+        record.advance("Running", expect={"Creating"}, endpoint=fronted.endpoint, engine_id="elsewhere:1:2:x")
+        yield record
+
+
+def test_answers_of_a_service_that_is_updated_meanwhile_are_dropped(
+    job: TrainingJob, judge: ChatServer, service: Record
+) -> None:
+    prepared = prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", service="svc")
+
+    def update(progress: EvaluationProgress) -> None:
+        if progress.done == 3:  # version 2 comes and goes: a canary that was rolled back leaves the manifest as it was
+            body = replace(service.serve_manifest().body, version=2)
+            update = update_to(
+                Version(body=body, outcome="asked", asked_at=1.0, changed_at=1.0), share=0.5, promote=False
+            )
+            ask(service, update)
+            change_update(service, update.id, ended=True)
+
+    with pytest.raises(ConfigurationError, match=r"service svc was changed while it answered.*8 answers are dropped"):
+        prepared.run(update)
+    assert prepared.ledger.read_bytes().count(b"\n") == 1
+    assert judge.asked == []
+    result = prepared.run()
+    assert [row["answer_a"] for row in result.rows()] == [f"[su] default {prompt}." for prompt in PROMPTS]
+    assert [row["answer_b"] for row in result.rows()] == [f"[su] base {prompt}." for prompt in PROMPTS]
+    assert prepared.plan().calls == 0
+
+
+def test_answers_of_a_service_are_kept_when_the_run_is_interrupted(
+    job: TrainingJob, judge: ChatServer, service: Record
+) -> None:
+    prepared = prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", service="svc", concurrency=1)
+
+    def interrupt(progress: EvaluationProgress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared.run(interrupt)
+    assert prepared.plan().finished == 3
 
 
 def test_several_jobs_are_ranked_and_each_has_the_record(
@@ -327,6 +406,47 @@ def test_a_failure_of_lm_eval_shows_a_body_without_a_message_and_a_traceback_tha
     assert failure("no such task\n") == "Its last lines:\n  no such task"
 
 
+LM_EVAL = """#!{python}
+import json, pathlib, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("asked for", given["--tasks"], flush=True)
+if given["--tasks"] == "endless":
+    time.sleep(600)
+out = pathlib.Path(given["--output_path"]) / "m"
+out.mkdir(parents=True)
+found = {{given["--tasks"]: {{"acc,none": 0.5, "acc_stderr,none": float("nan"), "alias": "x"}}}}
+(out / "results_1.json").write_text(json.dumps({{"results": found}}))
+"""
+
+
+def test_metrics_of_lm_eval_its_time_limit_and_paths_with_commas(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "programs" / "lm_eval"
+    program.parent.mkdir()
+    program.write_text(LM_EVAL.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    seat, served, session = (
+        Seat(Endpoint("http://127.0.0.1:9/v1", "a-key"), "default"),
+        job.served_model(),
+        job._run.session,
+    )
+    found = run_lm_eval(["one_row"], seat, served, session)
+    assert found == {"one_row": {"acc,none": 0.5}}
+    assert "acc_stderr,none left out" in capsys.readouterr().err
+    write(job._run.record, replace(evaluated(job, "a" * 16, 0.5, at=1.0), tasks={"one": found}), [])
+    assert job.evaluations()[0].record.tasks == {"one": found}
+    with pytest.raises(EngineError, match=r"(?s)did not end within 2 seconds.*\n  asked for endless"):
+        run_lm_eval(["endless"], seat, served, session, time_limit_s=2.0)
+    with pytest.raises(ConfigurationError, match="comma"):
+        prepare(job, lm_eval=[str(tmp_path / "a,tokenizer=b.yaml")])
+    (tmp_path / "a,b" / "model").mkdir(parents=True)
+    there = replace_fields(served, tuned_uri=f"file://{tmp_path}/a,b/model")
+    with pytest.raises(ConfigurationError, match="comma"):
+        run_lm_eval(["one_row"], seat, there, session)
+
+
 def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     pairs = PairScores(
         rows=[1, 2, 3, 4],
@@ -363,6 +483,10 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     assert found.margin.value == pytest.approx(scores.margin.value)
     assert found.margin.low < found.margin.value < found.margin.high
     assert found.reward_margin.value == pytest.approx(0.1 * (1.5 + 2.0 + 1.5 + 0.0) / 4)
+    diverged = replace(pairs, tuned=replace(pairs.tuned, chosen=[-1.0, math.nan, -3.0, -4.0]))
+    left = figures_of(replace_fields(scores, pairs=diverged), seed=0)
+    assert (left.rows, left.accuracy.value) == (3, pytest.approx(2 / 3))
+    assert math.isfinite(left.margin.low)
     record = replace(evaluated(job, "d" * 16, 0.5, at=1.0), preferences={"one": found})
     write(job._run.record, record, [])
     (kept,) = job.evaluations()
@@ -407,22 +531,37 @@ def test_the_command_plans_prints_and_lists(job: TrainingJob, judge: ChatServer,
 # ── the gate ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluated(job: TrainingJob, key: str, low: float, *, at: float, digest: str | None = None) -> EvaluationRecord:
-    """Writes an evaluation of the job against its base."""
+def evaluated(
+    job: TrainingJob,
+    key: str,
+    low: float,
+    *,
+    at: float,
+    digest: str | None = None,
+    prompts: int = 100,
+    failed: int = 0,
+    created_at: float | None = None,
+    settings: dict[str, Any] | None = None,
+) -> EvaluationRecord:
+    """Writes an evaluation of the job against its base, at a time by the store's clock."""
     prepared = prepare(job, data="held-out.jsonl")
 
     one, base = (_facts(model) for model in prepared.models)
     figure = Figure(value=min(1.0, low + 0.1), low=low, high=min(1.0, low + 0.2))
-    counts = dict.fromkeys(("wins", "losses", "flips", "same", "unreadable", "failed"), 0)
+    counts = {**dict.fromkeys(("wins", "losses", "flips", "same", "unreadable"), 0), "failed": failed}
     record = EvaluationRecord(
         key=key,
-        created_at=at,
+        created_at=at if created_at is None else created_at,
         base=job.manifest.body.model,
         models=(replace(one, digest=digest or one.digest), base),
-        comparisons=(Comparison(first="one", second="base", prompts=9, ties=9, win_rate=figure, **counts),),
+        comparisons=(Comparison(first="one", second="base", prompts=prompts, ties=prompts, win_rate=figure, **counts),),
         judge="strict",
+        settings=settings or {},
     )
     write(job._run.record, record, [])
+    path = job._run.session.store.local_path(f"jobs/{job.id}/evaluations/{key}.json")
+    assert path is not None
+    os.utime(path, (at, at))
     return record
 
 
@@ -445,11 +584,59 @@ def test_a_deploy_needs_an_evaluation_of_exactly_this_model(job: TrainingJob) ->
     assert [one.key[0] for one in list_evaluations(job)] == ["c", "b", "a"]
 
 
+def test_the_last_evaluation_is_that_of_the_stores_clock(job: TrainingJob) -> None:
+    evaluated(job, "a" * 16, 0.7, at=1.0, created_at=9e9)  # of a client whose clock is fast
+    evaluated(job, "b" * 16, 0.4, at=2.0)
+    with pytest.raises(WinRateError, match=r"begins at 0\.400.*bbbb"):
+        check_win_rate(job, job.served_model(), 0.55)
+    assert [one.key[0] for one in list_evaluations(job)] == ["b", "a"]
+    assert figures_compared(job) == pytest.approx(0.5)
+
+
+def figures_compared(job: TrainingJob) -> float | None:
+    return compare([job], metric="win_rate").jobs[0].figures.get("win_rate")
+
+
+def test_few_prompts_and_many_failures_show_nothing(job: TrainingJob) -> None:
+    served = job.served_model()
+    evaluated(job, "a" * 16, 0.7, at=1.0, prompts=19)
+    with pytest.raises(WinRateError, match=r"only 19 prompts, and at least 20 are needed.*palate eval one --prompts"):
+        check_win_rate(job, served, 0.55)
+    evaluated(job, "b" * 16, 0.7, at=2.0, prompts=94, failed=6)
+    with pytest.raises(WinRateError, match=r"6 of 100 prompts failed, more than 5%"):
+        check_win_rate(job, served, 0.55)
+    evaluated(job, "c" * 16, 0.7, at=3.0, prompts=95, failed=5)
+    check_win_rate(job, served, 0.55)
+
+
+def test_a_deploy_with_other_settings_than_the_evaluation_is_noted(
+    job: TrainingJob, judge: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    many = [f"Is {number} even?" for number in range(20)]
+    options = {"dtype": "float32", "chat_template": template, "engine_args": ["--seed", "3"]}
+    made = prepared_for(job, judge, prompts=many, options=options).run().record.settings["service"]
+    assert (made["dtype"], made["engine_args"]) == ("float32", "--seed 3")
+    served = job.served_model()
+    capsys.readouterr()
+    check_win_rate(job, served, 0.0, options=options)
+    assert capsys.readouterr().err == ""
+    template.write_text("{{ messages[0] }}")
+    check_win_rate(job, served, 0.0, options={**options, "dtype": "auto", "quantization": "fp8"})
+    said = capsys.readouterr().err
+    assert "dtype 'float32' instead of the default" in said
+    assert "quantization the default instead of 'fp8'" in said
+    assert "chat_template" in said
+    assert "engine_args" not in said
+    assert "system_prompt" not in said
+
+
 def test_an_update_needs_an_evaluation_against_what_the_service_serves(
     job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path
 ) -> None:
     two = job_of(session, "two", tmp_path / "base", adapter(tmp_path / "two"), system_prompt="Be brief.")
-    prepared_for(job, judge, against=["two"]).run()
+    prepared_for(job, judge, against=["two"], prompts=[f"Is {number} even?" for number in range(20)]).run()
     served = two.served_model()
 
     def serving(model: ServedModel | None, **labels: str) -> ServeManifest:
@@ -466,19 +653,33 @@ def test_an_update_needs_an_evaluation_against_what_the_service_serves(
         )
         return replace(given, labels=labels, body=replace(given.body, **facts))
 
-    # two wins all four prompts: the exact interval begins at 0.025 ** (1 / 4).
-    check_win_rate(two, served, 0.39, instead_of=serving(job.served_model(), job="one"))
+    # two wins all prompts: the exact interval begins at 0.025 ** (1 / 20).
+    check_win_rate(two, served, 0.83, instead_of=serving(job.served_model(), job="one"))
     with pytest.raises(WinRateError, match=r"against one, which service svc serves, begins|win-rate against one"):
-        check_win_rate(two, served, 0.5, instead_of=serving(job.served_model(), job="one"))
-    check_win_rate(two, served, 0.39, instead_of=serving(None))
+        check_win_rate(two, served, 0.84, instead_of=serving(job.served_model(), job="one"))
+    check_win_rate(two, served, 0.83, instead_of=serving(None))
     check_win_rate(two, served, 1.0, instead_of=serving(served, job="two"))  # it is served already
     three = job_of(session, "three", tmp_path / "base", adapter(tmp_path / "three"))
     with pytest.raises(WinRateError, match=r"palate eval two three --prompts"):
         check_win_rate(two, served, 0.1, instead_of=serving(three.served_model(), job="three"))
 
 
-def test_a_damaged_evaluation_is_said_to_be(job: TrainingJob) -> None:
+def test_a_damaged_evaluation_hides_no_other_and_passes_no_gate(job: TrainingJob) -> None:
+    evaluated(job, "a" * 16, 0.7, at=1.0)
     record = job._run.record
     record.store.put(record.key("evaluations", "x.json"), b"{}")
+    listed = palate("eval", "one")
+    assert "aaaa" in listed.stdout
+    assert "evaluations/x.json is damaged" in listed.stderr
     with pytest.raises(DamagedFilesError, match=r"evaluations/x\.json is damaged"):
-        read_all(record)
+        check_win_rate(job, job.served_model(), 0.55)  # it may be the last one of this model
+    evaluated(job, "b" * 16, 0.7, at=9e9)
+    check_win_rate(job, job.served_model(), 0.55)
+
+
+def test_a_figure_that_is_not_finite_is_not_written(job: TrainingJob) -> None:
+    record = evaluated(job, "a" * 16, 0.7, at=1.0)
+    broken = replace(record, key="b" * 16, strengths={"one": math.nan})
+    with pytest.raises(DataError, match="cannot be written"):
+        write(job._run.record, broken, [])
+    assert [one.key[0] for one in list_evaluations(job)] == ["a"]

@@ -241,6 +241,7 @@ def test_an_interrupt_says_how_to_go_on(server: ChatServer, tmp_path: Path) -> N
 def test_the_ledger_refuses_what_it_cannot_trust(tmp_path: Path, server: ChatServer) -> None:
     output = tmp_path / "p.jsonl"
     with CompletionLog(completion_log_path(output)) as ledger:
+        assert ledger.path.stat().st_mode & 0o777 == 0o600
         ledger.add("k", Reply("half \ud83d", "stop", None, 1), model="m", temperature=1.0)
         with pytest.raises(ConfigurationError, match="another process"):
             make(server, output)

@@ -37,6 +37,13 @@ from palate.generate.prompts import read_prompts
         ("", None),
         ("{}", None),
         ('{"verdict": 1}', None),
+        # What is quoted from an answer is not the verdict.
+        ('A replies {"answer": "A"}, which is right; B replies {"answer": "B"}, which is wrong.\n\nA', "A"),
+        ('A writes {"verdict": "B"}.\nA', "A"),
+        ('A writes {"verdict": "B"}.\nBoth are fine.', None),
+        ('{"answer": "B"}', None),
+        ('<think>{"verdict": "A"}</think>\n```json\n{\n "verdict": "B",\n "reason": "than A"\n}\n```', "B"),
+        ('It is short.\n{"reason": "{x}", "winner": "A"}', "A"),
     ],
 )
 def test_verdicts_are_read_when_they_are_plain(text: str, verdict: str | None) -> None:

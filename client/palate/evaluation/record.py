@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from palate.runs.record import Record
-from palate_recipes.errors import DamagedFilesError, RunNotFoundError
+from palate_recipes.errors import DamagedFilesError, DataError, PalateError, RunNotFoundError
 from palate_recipes.specs.codec import Int, Natural, decode, encode
 from palate_recipes.specs.weights import BaseModel
 
@@ -191,7 +191,7 @@ class EvaluationRecord(Struct, frozen=True, kw_only=True):
 
     Attributes:
         key: Digest of everything that its answers and verdicts depend on.
-        created_at: Seconds since the epoch, by the client's clock.
+        created_at: Seconds since the epoch, by the client's clock. Decides nothing: see `newest_first`.
         base: The base model of all models.
         models: The models, the evaluated job first.
         comparisons: Every two of them.
@@ -203,7 +203,7 @@ class EvaluationRecord(Struct, frozen=True, kw_only=True):
         judge_url: Its base URL.
         rubric: Criteria that it was given.
         prompts_sha256: Digest of the prompts.
-        settings: Further settings of the answers and verdicts.
+        settings: Further settings of the answers and verdicts; `service` has those of the service that answered.
         spent: Calls, tokens and cost.
         versions: Versions of Palate and Python.
     """
@@ -232,43 +232,49 @@ def write(record: Record, evaluation: EvaluationRecord, rows: Iterable[dict[str,
 
     Raises:
         RunNotFoundError: The job was deleted meanwhile.
+        DataError: A figure is not finite. Nothing was written.
     """
+    data = encode(evaluation)
+    try:
+        decode(data, EvaluationRecord)  # NaN is written as null, which no reader accepts
+    except ValueError as error:
+        raise DataError(f"the evaluation of job {record.name} cannot be written: {error}") from None
     if not record.exists():
         raise RunNotFoundError(f"job {record.name} was deleted during its evaluation: {record.uri} is gone")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     record.store.put(record.key(_FOLDER, f"{evaluation.key}{_ROWS}"), text.encode())
-    record.store.put(record.key(_FOLDER, f"{evaluation.key}.json"), encode(evaluation))
+    record.store.put(record.key(_FOLDER, f"{evaluation.key}.json"), data)
 
 
-def keys(record: Record) -> list[str]:
-    """Returns the keys of a job's evaluations in the store."""
-    return sorted(info.key for info in record.store.list(record.key(_FOLDER)) if info.key.endswith(".json"))
+def newest_first(record: Record) -> list[tuple[str, EvaluationRecord | PalateError]]:
+    """Returns a job's evaluations with their keys in the store, newest first; instead of one that cannot be read, the error.
 
-
-def read(record: Record, key: str) -> EvaluationRecord:
-    """Reads one of `keys`.
-
-    Raises:
-        FileNotFoundError: The job is being deleted.
-        DamagedFilesError: The file is no evaluation.
+    The order is that of the store's clock. `created_at` is by clients' clocks, and one that is fast would make its evaluation the
+    newest for as long; it only decides between evaluations of the same second.
     """
+    found: list[tuple[tuple[float, float], str, EvaluationRecord | PalateError]] = []
+    for info in record.store.list(record.key(_FOLDER)):
+        if not info.key.endswith(".json"):
+            continue
+        try:
+            evaluation = _read(record, info.key)
+        except FileNotFoundError:  # the job is being deleted
+            continue
+        except PalateError as error:
+            found.append(((info.modified_s, 0.0), info.key, error))
+        else:
+            found.append(((info.modified_s, evaluation.created_at), info.key, evaluation))
+    found.sort(key=lambda one: one[0], reverse=True)
+    return [(key, evaluation) for _, key, evaluation in found]
+
+
+def _read(record: Record, key: str) -> EvaluationRecord:
     try:
         return decode(record.store.get_range(key, 0, LARGEST_BYTES), EvaluationRecord)
     except ValueError as error:
         raise DamagedFilesError(
             f"{record.store.uri(key)} is damaged ({error}): restore it, or delete the file and evaluate again"
         ) from None
-
-
-def read_all(record: Record) -> list[EvaluationRecord]:
-    """Returns a job's evaluations, newest first. Raises DamagedFilesError if one cannot be read."""
-    found = []
-    for key in keys(record):
-        try:
-            found.append(read(record, key))
-        except FileNotFoundError:
-            continue
-    return sorted(found, key=lambda one: one.created_at, reverse=True)
 
 
 def read_rows(record: Record, key: str) -> Iterator[dict[str, Any]]:

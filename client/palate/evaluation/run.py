@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palate.deploy import read_template
 from palate.evaluation.arena import (
     Compared,
     EvaluationPlan,
@@ -36,10 +37,10 @@ from palate.evaluation.arena import (
     rows_of,
 )
 from palate.evaluation.inputs import Prompts, distinct_prompts, judge_of, read_labels, read_prompts_of, read_rubric
-from palate.evaluation.lm_eval import check_lm_eval, run_lm_eval
-from palate.evaluation.record import BASE, Contestant, EvaluationRecord, HeldOut, Spent, read_all, write
+from palate.evaluation.lm_eval import check_lm_eval, check_tasks, run_lm_eval
+from palate.evaluation.record import BASE, Contestant, EvaluationRecord, HeldOut, Spent, newest_first, write
 from palate.evaluation.result import Evaluation
-from palate.evaluation.serving import Model, seats_in, serve_in_turn
+from palate.evaluation.serving import OF_ANSWERS, Model, answer_settings, answering, serve_in_turn
 from palate.evaluation.statistics import bradley_terry
 from palate.generate.completion_log import CompletionLog
 from palate.generate.judge import RUBRIC
@@ -51,7 +52,7 @@ from palate.predictor import Predictor, ServedModel
 from palate.runs.record import Record, versions
 from palate.service_adapters import same_weights
 from palate.ui import note
-from palate_recipes.errors import ConfigurationError, DataError
+from palate_recipes.errors import ConfigurationError, DataError, PalateError
 
 if TYPE_CHECKING:
     from palate.generate.chat_client import Endpoint
@@ -61,9 +62,6 @@ MOST_MODELS = 8
 """Models of one evaluation, the base included: every two of them are compared."""
 
 _SHOWN_FAILURES = 5
-
-_OF_ANSWERS = ("dtype", "quantization", "kv_cache_dtype", "chat_template", "engine_args")
-"""Options of a service that its answers depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +120,7 @@ class PreparedEvaluation:
 
         Raises:
             ServiceError: A service did not start.
+            ConfigurationError: The service that was given does not serve the models, or was changed while it answered.
             EndpointError: The judge rejected a request or is unreachable; finished calls are kept.
             DataError: No prompt could be compared.
         """
@@ -174,8 +173,11 @@ class PreparedEvaluation:
             rubric=self.settings.rubric if endpoint else "",
             prompts_sha256=hashlib.sha256(json.dumps([one.messages for one in self.prompts]).encode()).hexdigest(),
             settings={
-                name: getattr(self.settings, name)
-                for name in ("system_prompt", "max_tokens", "temperature", "judge_max_tokens", "seed")
+                **{
+                    name: getattr(self.settings, name)
+                    for name in ("system_prompt", "max_tokens", "temperature", "judge_max_tokens", "seed")
+                },
+                "service": answer_settings(self.models[0].served, self.options),
             },
             spent=tuple(
                 Spent(
@@ -229,7 +231,8 @@ class PreparedEvaluation:
                     tasks[weights.name] = run_lm_eval(self.tasks, seat, self.models[0].served, self.job._run.session)
 
         if wanted and self.service is not None:
-            ask(seats_in(self.service, wanted))
+            with answering(self.service, wanted, ledger) as seats:
+                ask(seats)
         elif wanted:
             with closing(serve_in_turn(wanted, self.job._run.session, self.options)) as services:
                 for _, seats in services:
@@ -274,6 +277,9 @@ def prepare(
     if served_by is not None and options:
         raise ConfigurationError("options are of a service that is started for the evaluation: omit them with service=")
     given_options = dict(options or {}) if served_by is None else served_by.manifest.body.options
+    if given_options.get("chat_template") is not None:
+        # Answers are known by the template's text: the file may change.
+        given_options = {**given_options, "chat_template": read_template(given_options["chat_template"])}
     models = _models(job, checkpoint, against, given_options)
     if lm_eval:
         # With engine="auto" it is known only when the service runs: it then rejects lm-eval's requests with the reason.
@@ -283,6 +289,7 @@ def prepare(
                 "engine=vllm (--engine vllm)"
             )
         check_lm_eval()
+        check_tasks(lm_eval, models[0].served, session)
     if judge is None and (prompts is not None or labels is not None):
         raise ConfigurationError(
             "judge is missing: pass judge='URL/MODEL', such as http://127.0.0.1:8000/v1/judge (--judge URL/MODEL)"
@@ -328,9 +335,14 @@ def prepare(
 
 
 def list_evaluations(job: TrainingJob) -> list[Evaluation]:
-    """Returns the evaluations of a job, newest first. See `TrainingJob.evaluations`."""
-    record = _record(job)
-    return [Evaluation(job.id, one, record) for one in read_all(record)]
+    """Returns the evaluations of a job, newest first, and notes those that cannot be read. See `TrainingJob.evaluations`."""
+    record, found = _record(job), []
+    for _, one in newest_first(record):
+        if isinstance(one, PalateError):
+            note(f"WARNING: not listed: {one}")
+        else:
+            found.append(Evaluation(job.id, one, record))
+    return found
 
 
 def _models(
@@ -380,7 +392,7 @@ def _model(job: TrainingJob, checkpoint: str | int | None, options: Mapping[str,
 def _identity(served: ServedModel, options: Mapping[str, Any]) -> str:
     source = served.model.source
     entering: list[Any] = [source.kind, source.location, source.revision, served.tuned_digest or served.tuned_uri]
-    entering += [[name, str(options[name])] for name in _OF_ANSWERS if name in options]
+    entering += [[name, str(options[name])] for name in OF_ANSWERS if name in options]
     return f"weights:{hashlib.sha256(json.dumps(entering).encode()).hexdigest()}"
 
 

@@ -47,7 +47,9 @@ Give your reason in one or two sentences. Then write your verdict alone on the l
 
 _AGAIN = "That has no verdict on its last line. Answer with one word and nothing else: A, B or tie."
 
-_JSON_KEYS = ("verdict", "winner", "preferred", "better", "choice", "answer")
+_JSON_KEYS = ("verdict", "winner", "preferred", "better", "choice")
+"""Not `answer`: that is the content of an answer more often than a verdict."""
+_FENCED = re.compile(r"\s*(?:```|~~~)\w*\s*(\{.*\})\s*(?:```|~~~)?\s*", re.DOTALL)
 _TIES = {"tie", "draw", "equal", "tied"}
 
 
@@ -82,22 +84,25 @@ def read_verdict(text: str) -> Verdict | None:
     """Returns the verdict in a judge's response; None if there is none or it is ambiguous.
 
     The verdict is the last word of the last line, if that line names only one answer (`A`, `**B**`, `Verdict: tie`,
-    `The better answer is A.`), or `verdict` or `winner` of a JSON object. Ignores the content of `<think>`.
+    `The better answer is A.`). A JSON object counts by its `verdict` or `winner`, if it is the whole response (also in a code
+    fence) or the last line: elsewhere it may be quoted from an answer. Ignores the content of `<think>`.
     """
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None  # cut before the verdict
-    for block in reversed(re.findall(r"\{[^{}]*\}", text)):
+    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
+    if not lines:
+        return None
+    fenced = _FENCED.fullmatch(text)
+    for block in (fenced[1] if fenced else text, lines[-1]):
         try:
             entry = json.loads(block)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        value = next((entry[key] for key in _JSON_KEYS if isinstance(entry.get(key), str)), "")
-        if (verdict := _of_line(value)) is not None:
-            return verdict
-    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
-    return _of_line(lines[-1]) if lines else None
+        if isinstance(entry, dict):
+            return _of_line(next((entry[key] for key in _JSON_KEYS if isinstance(entry.get(key), str)), ""))
+    return _of_line(lines[-1])
 
 
 def _of_line(line: str) -> Verdict | None:

@@ -218,18 +218,18 @@ def read_answers(path: Path) -> Answers:
 
 def read_evaluations(record: Record) -> list[Answers]:
     """Reads the newest evaluations of a job. A damaged one becomes a remark."""
-    found: list[tuple[float, Answers]] = []
-    for key in evaluations.keys(record):
+    found = []
+    for key, figures in evaluations.newest_first(record)[:_MOST_EVALUATIONS]:
         title = f"evaluation {Path(key).stem}"
         try:
-            figures = evaluations.read(record, key)
+            if isinstance(figures, PalateError):
+                raise figures
             answers = _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
         except (FileNotFoundError, ValueError, PalateError) as error:
-            found.append((0.0, Answers(title, facts=(("not read", str(error)[:200]),))))
+            found.append(Answers(title, facts=(("not read", str(error)[:200]),)))
             continue
-        found.append((figures.created_at, replace(answers, facts=tuple(_facts(figures)))))
-    newest = sorted(found, key=lambda one: one[0], reverse=True)
-    return [answers for _, answers in newest[:_MOST_EVALUATIONS]]
+        found.append(replace(answers, facts=tuple(_facts(figures))))
+    return found
 
 
 def _facts(evaluation: EvaluationRecord) -> Iterator[tuple[str, str]]:
