@@ -17,7 +17,7 @@ from palate.job import TrainingJob
 from palate.runs.list import each_result
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, JobNotReadyError, PalateError
-from palate_recipes.text import did_you_mean, html_block, html_table
+from palate_recipes.text import did_you_mean, html_block, html_table, visible, visible_line
 
 METRICS: Mapping[str, bool] = {
     "eval_loss": False,
@@ -137,12 +137,13 @@ class Comparison:
         """Returns the table as CSV, with unrounded figures."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
+        writer.writerow([_csv_cell(name) for name in self.columns])
         writer.writerows([_csv_cell(value) for value in row] for row in self.rows())
         return text.getvalue()
 
     def __str__(self) -> str:
-        table = [self.columns, *self.cells()]
+        # Names, reasons and settings come from a store.
+        table = [[visible_line(cell) for cell in row] for row in (self.columns, *self.cells())]
         widths = [max(len(row[at]) for row in table) for at in range(len(self.columns))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
@@ -251,11 +252,15 @@ def figures_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _win_rate(job: TrainingJob) -> float | None:
-    """Returns the win-rate against the base in the job's newest evaluation, or None."""
+    """Returns the win-rate against the base in the job's newest evaluation that has a possible one, or None."""
     for _, evaluation in evaluations.newest_first(job._run.record):
         for one in () if isinstance(evaluation, PalateError) else evaluation.comparisons:
             if {one.first, one.second} == {job.id, evaluations.BASE}:
-                return one.seen_from(job.id).win_rate.value
+                rate = one.seen_from(job.id).win_rate.value
+                if (
+                    _is_number(rate) and 0 <= rate <= 1
+                ):  # NaN compares with nothing: it would spoil the order of all jobs
+                    return rate
     return None
 
 
@@ -277,6 +282,6 @@ def shown(value: Any) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    text = json.dumps(value) if isinstance(value, list | dict) else value
+    text = json.dumps(value) if isinstance(value, list | dict) else visible(value) if isinstance(value, str) else value
     # A spreadsheet would run a text that begins like a formula, and names and readings come from a store.
     return f"'{text}" if isinstance(text, str) and text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -28,6 +28,11 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(_written_out, text)
 
 
+def visible_line(text: str) -> str:
+    """Returns a text as `visible`, on one line: a newline in a name would look like a further row of a table."""
+    return visible(text).replace("\t", " ").replace("\n", " ")
+
+
 def _written_out(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode("ascii")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from palate import Session, TrainingJob, compare
 from palate.errors import ConfigurationError, JobNotReadyError, RunNotFoundError
@@ -96,11 +98,48 @@ def test_the_newest_readable_evaluation_gives_the_win_rate(session: Session, job
     assert [(job.id, job.figures.get("win_rate")) for job in comparison.jobs] == [("late", 0.75), ("best", None)]
 
 
+@pytest.mark.parametrize("rate", [7.0, -0.25, math.nan, math.inf])
+def test_a_win_rate_that_cannot_be_does_not_spoil_the_order(session: Session, jobs: list[str], rate: float) -> None:
+    for name, value, at in (("late", 0.25, 1.0), ("best", 0.75, 1.0), ("best", rate, 2.0)):
+        against = compared(name, "base", Figure(value=value, low=0.1, high=0.9))
+        found = evaluation_record(f"k{at:.0f}", name, "base", comparisons=(against,))
+        write_evaluation(Record(session.store, "jobs", name), replace(found, created_at=at), [])
+    key = "jobs/best/evaluations/k2.json"
+    if not math.isfinite(rate):  # no JSON: a reader that takes it as a number anyway must not rank by it
+        session.store.put(key, session.store.get(key).replace(b'"value":null', b'"value":1e999'))
+    comparison = compare(["late", "best", "failed"], metric="win_rate")
+    assert [(job.id, job.figures.get("win_rate")) for job in comparison.jobs] == [
+        ("best", 0.75),
+        ("late", 0.25),
+        ("failed", None),
+    ]
+
+
 def test_what_a_store_holds_is_shown_as_text(session: Session) -> None:
     write(session, "a", [ended(1, reading={"verdict": "=1+1<script>\x1b[2J", "text": ""})])
     comparison = compare("a")
     check_html(comparison._repr_html_())
     assert list(csv.reader(comparison.to_csv().splitlines()))[1][-1].startswith("'=1+1")
+
+
+def test_no_escape_sequence_of_a_store_reaches_the_terminal(session: Session) -> None:
+    write(
+        session,
+        "a",
+        [ended(1, reading={"verdict": "\r=1+1\x1b[2J\nforged row", "text": ""})],
+        system_prompt="\x1b]52;c;\a",
+    )
+    record = write(session, "b", [ended(1)], system_prompt="\x9b2J")
+    assert record.note(details={"versions": {"\x1b[1mtorch": "1\x1b[8m"}})
+    comparison = compare(["a", "b"])
+    table, text = str(comparison), comparison.to_csv()
+    assert len(table.splitlines()) == 3
+    for shown in (table, text):
+        assert not set(shown) & {"\x1b", "\x9b", "\x07", "\r"}
+        assert r"\x1b]52;c;\x07" in shown
+        assert r"version \x1b[1mtorch" in shown
+        assert r"1\x1b[8m" in shown
+    assert r"'=1+1\x1b[2J" in text
 
 
 def test_mistakes(session: Session, jobs: list[str]) -> None:

@@ -35,6 +35,7 @@ from palate.evaluation.inputs import judge_of, read_labels
 from palate.evaluation.lm_eval import check_lm_eval, failure, run_lm_eval
 from palate.evaluation.preferences import PreferenceScores
 from palate.evaluation.record import Comparison, EvaluationRecord, Figure, write
+from palate.evaluation.result import Evaluation
 from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
 from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
 from palate.generate.chat_client import Endpoint
@@ -48,7 +49,7 @@ from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.rollout import Version
 from palate_recipes.specs.run import ServeManifest
 from tests.support.chat import ChatServer, chat_server, completion
-from tests.support.evaluations import alphabetical, job_of
+from tests.support.evaluations import alphabetical, compared, evaluation_record, job_of
 from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest
 
@@ -662,6 +663,16 @@ def test_an_update_needs_an_evaluation_against_what_the_service_serves(
     three = job_of(session, "three", tmp_path / "base", adapter(tmp_path / "three"))
     with pytest.raises(WinRateError, match=r"palate eval two three --prompts"):
         check_win_rate(two, served, 0.1, instead_of=serving(three.served_model(), job="three"))
+
+
+def test_no_escape_sequence_of_a_store_reaches_the_terminal(job: TrainingJob) -> None:
+    figure = Figure(value=0.5, low=0.4, high=0.6)
+    against = compared("\x1b[2Jone", "base\nforged line", figure)
+    record = evaluation_record("k", "one", "base", comparisons=(against,), strengths={"\x9bone": 0.5})
+    shown = str(Evaluation(job.id, record, job._run.record))
+    assert not set(shown) & {"\x1b", "\x9b"}
+    assert len(shown.splitlines()) == 2
+    assert shown.startswith(r"\x1b[2Jone against base forged line: win-rate 50.0%")
 
 
 def test_a_damaged_evaluation_hides_no_other_and_passes_no_gate(job: TrainingJob) -> None:

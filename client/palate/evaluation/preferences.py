@@ -1,7 +1,8 @@
 """Preference accuracy, margins and loss of a job's model on held-out pairs, scored by the trainer. Knows runs, no ML.
 
 An evaluation is a run of its own, `evaluations/<name>` in the store, on the job's backend. Its name is made from the digests of
-model, pairs and settings, so that the same question finds the answer that is stored, or the run that is working on it.
+model, pairs and settings, so that the same question finds the answer that is stored, or the run that is working on it. Others can
+compute the name too: a run that is found counts only if its manifest asks the same question.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from palate.parameters import reject_unknown_keywords
 from palate.preflight import check_scoring_memory, check_trainer
 from palate.runs.handle import RunHandle
 from palate.runs.record import Record, check_manifest, versions
+from palate.runs.same import same_evaluation
 from palate.session import Session, get_default_session
 from palate.sources.inputs import Input, PreferenceData, Rows, checked_inputs
 from palate.store import open_parent
@@ -329,6 +331,8 @@ def preference_scores(
         DataError: The data cannot be read or has no pairs; names file, row, field and remedy.
         NotEnoughMemoryError: The model cannot fit.
         DamagedFilesError: A file of the model is missing or changed.
+        NameTakenError: The store has another evaluation under this one's name, or one that would have to be continued and was not
+            started here. Says what differs and the remedy.
         EvaluationError: It failed or was stopped; has the reason and the last log lines.
     """
     run = start_preference_scores(job, data, checkpoint=checkpoint, session=session, announce=show_logs)
@@ -346,7 +350,7 @@ def start_preference_scores(
 ) -> PreferenceRun:
     """Starts what `preference_scores` waits for, or finds the run that is working on it or has ended. See there.
 
-    A failed or stopped one is continued.
+    A failed or stopped one is continued, if this user started it from this machine.
     """
     if isinstance(job, str):
         job = TrainingJob.get(job, session)
@@ -376,6 +380,7 @@ def start_preference_scores(
         record = Record(session.store, "evaluations", f"{job.id[:60]}-{key[:16]}")
         run = PreferenceRun(record, session)
         if record.exists():
+            _check_same(run, spec, job, checked[_CHANNEL], rows)
             return _continued(run, announce=announce)
         if backend.uses_this_python:
             check_trainer()
@@ -396,6 +401,7 @@ def start_preference_scores(
         try:
             record.create(manifest)
         except NameTakenError:  # somebody asked the same at the same time
+            _check_same(run, spec, job, checked[_CHANNEL], rows)
             return _continued(run, announce=announce)
         run._run.start()
     if announce:
@@ -408,14 +414,69 @@ def start_preference_scores(
 
 
 def _continued(run: PreferenceRun, *, announce: bool) -> PreferenceRun:
-    """Returns a run that exists, after it was started again if it had failed or was stopped."""
+    """Returns a run that exists, after it was started again if it had failed or was stopped.
+
+    Raises:
+        NameTakenError: It would have to be started again, and this user has not started it from here.
+    """
     status = run._run.refresh()
     if status.state in ("Failed", "Stopped"):
+        if not run._run.is_own:  # as `RunHandle.refresh`, which does not start it either
+            raise NameTakenError(
+                f"evaluation {run.name} is {status.state} and was not started by you on this machine. To continue it would run here "
+                f"what another writer of {run._run.record.store.root} may have left in it: delete it (`palate delete {run.name}`), and "
+                "ask again"
+            )
         run._run.restart(expect={"Failed", "Stopped"}, attempt=status.attempt, more=1, environments={})
     if announce:
         what = "is stored: nothing is started" if status.state == "Succeeded" else "continues"
         note(f"evaluation {run.name} {what}")
     return run
+
+
+def _check_same(run: PreferenceRun, own: EvaluationSpec, job: TrainingJob, item: Input, rows: Sequence[Row]) -> None:
+    """Raises NameTakenError if a run in the store has another manifest than this question would write."""
+    manifest = run.manifest
+    found = manifest.body
+    seen = _seen(rows, job.manifest.body, run._run.session, announce=False)
+    if (
+        None in seen or found.seen_rows is None
+    ):  # the job's data could be read then and cannot now, or the other way round
+        seen = found.seen_rows, found.seen_prompts
+    own = replace(own, seen_rows=seen[0], seen_prompts=seen[1])
+    differences = same_evaluation(found, own, backends=(manifest.backend, job.manifest.backend))
+    if not differences and not _has_rows(run._run.record, found.data, item.entry(_CHANNEL), rows):
+        differences = "its pairs are others"
+    if differences:
+        raise NameTakenError(
+            f"evaluation {run.name} in {run._run.record.store.root} is not what was asked for: {differences}. Its scores are not "
+            f"used: delete it (`palate delete {run.name}`), and ask again"
+        )
+
+
+def _has_rows(record: Record, found: InputFile, own: InputFile, rows: Sequence[Row]) -> bool:
+    """Returns whether the data of a run is the same file as the caller's, or a copy in its folder that has the same rows."""
+    from palate_recipes.preferences.load import read_rows
+
+    if found.sha256 is not None and found.sha256 == own.sha256:
+        return True
+    name = found.uri.rpartition("/")[2]
+    if name in ("", ".", "..") or found.uri != record.store.uri(key := record.key("inputs", _CHANNEL, name)):
+        return False  # nothing is read from a place that only the manifest names
+    with tempfile.TemporaryDirectory(prefix="palate-") as folder:
+        path = Path(folder) / name
+        try:
+            record.store.download(key, path)
+            if file_facts(path)["sha256"] != found.sha256:
+                return False
+            kept = read_rows(path, strategy="dpo", bad_rows="skip")
+        except (PalateError, OSError):
+            return False
+    return [_content(row) for row in kept] == [_content(row) for row in rows]
+
+
+def _content(row: Row) -> tuple[object, ...]:
+    return row.number, row.prompt, row.chosen, row.rejected
 
 
 def _key(spec: EvaluationSpec, rows: Sequence[Row], *, trained_at: float) -> str:
@@ -425,7 +486,7 @@ def _key(spec: EvaluationSpec, rows: Sequence[Row], *, trained_at: float) -> str
     # Jobs of early versions have no digest of their model.
     digest.update((spec.tuned_digest or f"{trained_at}").encode())
     for row in rows:
-        digest.update(repr((row.number, row.prompt, row.chosen, row.rejected)).encode())
+        digest.update(repr(_content(row)).encode())
     return digest.hexdigest()
 
 

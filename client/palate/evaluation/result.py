@@ -16,7 +16,7 @@ from palate.evaluation.record import (
     read_rows,
 )
 from palate.runs.record import Record
-from palate_recipes.text import html_block, html_table
+from palate_recipes.text import html_block, html_table, visible_line
 
 COLUMNS = ("model", "against", "win-rate", "95%", "at equal length", "wins", "ties", "losses", "flips", "prompts")
 
@@ -121,7 +121,8 @@ class Evaluation:
         if self.agreement is not None:
             lines.append(describe_agreement(self.agreement))
         lines += [f"{name}: {describe_held_out(one)}" for name, one in self.preferences.items()]
-        return "\n".join(lines) or f"evaluation {self.key} of job {self.job}"
+        # Models' names come from a store.
+        return "\n".join(map(visible_line, lines)) or visible_line(f"evaluation {self.key} of job {self.job}")
 
     def __repr__(self) -> str:
         return f"Evaluation(job={self.job!r}, key={self.key!r}, win_rate={str(self.win_rate) if self.win_rate else None!r})"

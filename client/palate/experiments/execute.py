@@ -1,7 +1,8 @@
 """Runs an experiment: its jobs, some at a time, each only once. Knows recipes and jobs, no file format.
 
 A job's id is the experiment's id and a digest of everything that its result depends on. So the same run is found again without a
-search, and of two clients that start it at once, one gets the name and the other follows.
+search, and of two clients that start it at once, one gets the name and the other follows. Others can compute the id too, and write
+something else under it: a job that is found counts only if its manifest is what this experiment would write.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
+from palate.adapter_input import read_adapter
 from palate.checksums import file_facts
 from palate.comparison import METRICS, Comparison, check_metric, compare_jobs, figures_of
 from palate.experiments.experiment_file import Experiment, Run
@@ -27,10 +29,12 @@ from palate.experiments.sweep import describe
 from palate.job import TrainingJob
 from palate.model import ModelTrainingRecipe
 from palate.runner.reference_cache import CACHE_PREFIX
+from palate.runs.same import same_training
 from palate.session import Session, get_default_session
-from palate.sources.inputs import PreferenceData
+from palate.sources.inputs import PreferenceData, checked_inputs
 from palate.sources.resolve import fetch_files
 from palate.ui import note
+from palate.weights import reachable_weights
 from palate_recipes.errors import (
     ConfigurationError,
     HyperparameterError,
@@ -41,6 +45,7 @@ from palate_recipes.errors import (
 )
 from palate_recipes.schema import HYPERPARAMETERS
 from palate_recipes.specs.reference_table import REFERENCE_DIR
+from palate_recipes.specs.train import InputFile, TrainSpec
 
 _POLL_S = 1.0
 _SHEETS = ("gsheet://", "https://docs.google.com/spreadsheets/")
@@ -142,7 +147,7 @@ def run_experiment(
     with prepared(experiment, session) as plans:
         for warning in experiment.warnings:
             say(f"warning: {warning}")
-        crew = _Crew(plans.session, at_once, say)
+        crew = _Crew(plans, at_once, say)
         if experiment.search == "grid":
             planned = plans.grid()
             crew.work(planned)
@@ -240,6 +245,7 @@ class Plans:
     session: Session
     inputs: dict[str, Any]
     facts: dict[str, Any] = field(repr=False)
+    _entries: dict[tuple[str, str], dict[str, InputFile]] = field(default_factory=dict, repr=False)
 
     def grid(self) -> list[Planned]:
         """Returns the runs of a grid. Of runs with the same settings only the first is kept."""
@@ -256,6 +262,9 @@ class Plans:
             run: The run.
             name: The job's id; default: by the digest of the settings.
             labels: Further labels.
+
+        Raises:
+            NameTakenError: The store has another job under this id, or one that would have to be resumed and was not started here.
         """
         recipe = self._recipe(run, labels or {})
         digest = self._digest(recipe)
@@ -268,11 +277,56 @@ class Plans:
             reference=self._reference(recipe),
         )
         try:
-            plan.job = TrainingJob.get(plan.name, self.session)
-            plan.state = plan.job.status
+            job = TrainingJob.get(plan.name, self.session)
         except RunNotFoundError:
-            pass
+            return plan
+        self.check_same(job, recipe)
+        plan.state = job.status
+        if plan.state in ("Failed", "Stopped"):
+            self.check_own(job, plan.state)
+        plan.job = job
         return plan
+
+    def check_same(self, job: TrainingJob, recipe: ModelTrainingRecipe) -> None:
+        """Raises NameTakenError if a job is not the one that a recipe would submit."""
+        manifest = job.manifest
+        differences = same_training(
+            manifest.body, self._body(recipe), backends=(manifest.backend, self.session.backend.name)
+        )
+        if differences:
+            raise NameTakenError(
+                f"job {job.id} in {self.session.store.root} is not what experiment {self.experiment.id} would train: {differences}. "
+                f"It is neither used nor resumed: give the experiment another id, or delete the job (`palate delete {job.id}`)"
+            )
+
+    def check_own(self, job: TrainingJob, state: str) -> None:
+        """Raises NameTakenError if a job that would be resumed was not started from here, as `RunHandle.refresh` does not resume it."""
+        if not job._run.is_own:
+            raise NameTakenError(
+                f"job {job.id} is {state} and was not started by you on this machine. A resume would run here what another writer of "
+                f"{self.session.store.root} may have left in it. If you trust it, `palate resume {job.id}`; else give the experiment "
+                f"another id, or delete the job (`palate delete {job.id}`)"
+            )
+
+    def _body(self, recipe: ModelTrainingRecipe) -> TrainSpec:
+        """Returns what `recipe.train` would write, without notes and with no URI of what it would upload."""
+        spec = recipe._spec()
+        source = reachable_weights(spec.model.source, self.session, self.session.backend)
+        spec = replace(spec, model=replace(spec.model, source=source))
+        values = spec.hyperparameters
+        key = values.training_strategy, values.bad_rows
+        if key not in self._entries:  # the same for most runs, and large data takes its time
+            data = {channel: given for channel, given in self.inputs.items() if channel != "adapter"}
+            with checked_inputs(
+                data, self.session, strategy=values.training_strategy, bad_rows=values.bad_rows
+            ) as checked:
+                self._entries[key] = {channel: item.entry(channel) for channel, item in checked.items()}
+        inputs = dict(self._entries[key])
+        if "adapter" in self.inputs:
+            adapter = read_adapter(self.inputs["adapter"], self.session)
+            spec = adapter.settle(spec)
+            inputs["adapter"] = adapter.as_input()
+        return replace(spec, inputs=inputs)
 
     def name(self, suffix: str) -> str:
         """Returns a job's id: the experiment's id and a suffix."""
@@ -341,8 +395,9 @@ class _Crew:
     The first DPO job of each reference scores it alone; the others start once its scores are in the store, where they find them.
     """
 
-    def __init__(self, session: Session, at_once: int, say: Any) -> None:
-        self._session = session
+    def __init__(self, plans: Plans, at_once: int, say: Any) -> None:
+        self._plans = plans
+        self._session = plans.session
         self._at_once = at_once
         self._say = say
         self._scored: set[str] = set()
@@ -393,18 +448,11 @@ class _Crew:
             return False
         try:
             if plan.job is None:
-                plan.job = plan.recipe.train(plan.inputs, wait=False, job_name=plan.name, show_logs=False)
-                self._say(f"{words}: started")
+                self._submit(plan, words)
             elif plan.state in ("Failed", "Stopped"):
-                plan.job.resume(environments=plan.recipe.environments, wait=False)
-                self._say(f"{words}: resumed, it was {plan.state}")
+                self._resume(plan, plan.job, words)
             else:
                 self._say(f"{words}: runs already")
-        except NameTakenError:  # another client was first
-            plan.job = TrainingJob.get(plan.name, self._session)
-            self._say(f"{words}: was just started by another process")
-        except JobNotReadyError:  # another client has just resumed it
-            self._say(f"{words}: was just resumed by another process")
         except PalateError as error:
             if not self._started:
                 raise
@@ -413,6 +461,28 @@ class _Crew:
             return False
         self._started += 1
         return True
+
+    def _submit(self, plan: Planned, words: str) -> None:
+        try:
+            plan.job = plan.recipe.train(plan.inputs, wait=False, job_name=plan.name, show_logs=False)
+            self._say(f"{words}: started")
+        except NameTakenError:  # another client was first
+            job = TrainingJob.get(plan.name, self._session)
+            self._plans.check_same(job, plan.recipe)
+            plan.job = job
+            self._say(f"{words}: was just started by another process")
+
+    def _resume(self, plan: Planned, job: TrainingJob, words: str) -> None:
+        plan.job = None  # if it is refused, it is no result of this experiment
+        job = TrainingJob.get(job.id, self._session)
+        self._plans.check_same(job, plan.recipe)  # again: a long sweep may have come here after hours
+        self._plans.check_own(job, plan.state)
+        plan.job = job
+        try:
+            job.resume(environments=plan.recipe.environments, wait=False)
+            self._say(f"{words}: resumed, it was {plan.state}")
+        except JobNotReadyError:  # another client has just resumed it
+            self._say(f"{words}: was just resumed by another process")
 
     def _tables(self) -> frozenset[str]:
         found = self._session.store.list(f"{CACHE_PREFIX}/{REFERENCE_DIR}")

@@ -6,10 +6,11 @@ draws the same values: all of a random search, and with TPE those that see the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from palate.experiments.sweep import Axes
+from palate.experiments.sweep import Axes, Range
 from palate_recipes.errors import ConfigurationError, MissingDependencyError
 
 
@@ -90,9 +91,14 @@ class Searcher:
         Args:
             given: The hyperparameters of its job, as they were given.
             arguments: Further settings of its job.
+
+        Raises:
+            ConfigurationError: They are not values of this search.
         """
         names = [*self._axes.ranges, *(name for choices in self._choices.values() for name in choices[0])]
-        return {name: given[name] if name in given else arguments[name] for name in names}
+        values = {name: given[name] if name in given else arguments.get(name) for name in names}
+        self._params(values)  # whoever writes to the store must not choose what is trained
+        return values
 
     def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
         from palate_recipes.schema import HYPERPARAMETERS
@@ -100,7 +106,7 @@ class Searcher:
         def parsed(name: str, value: Any) -> Any:
             return HYPERPARAMETERS[name].parse(value) if name in HYPERPARAMETERS else value
 
-        params = {name: values[name] for name in self._axes.ranges}
+        params = {name: values[name] for name, found in self._axes.ranges.items() if _is_in(found, values[name])}
         for name, choices in self._choices.items():
             for at, choice in enumerate(choices):
                 if all(parsed(one, value) == values[one] for one, value in choice.items()):
@@ -115,3 +121,12 @@ class Searcher:
         seed = (self._seed * 1_000_003 + number) % 2**32
         samplers = self._optuna.samplers
         return samplers.TPESampler(seed=seed, n_startup_trials=5) if self._tpe else samplers.RandomSampler(seed=seed)
+
+
+def _is_in(found: Range, value: Any) -> bool:
+    """Whether a range has a value, by Optuna's rules."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not found.low <= value <= found.high:
+        return False
+    # A whole number may be the value of a hyperparameter that is no whole number, and comes back from the store as 2.0.
+    steps = (value - found.low) / (found.step or (1 if found.is_int else math.inf))
+    return abs(steps - round(steps)) < 1e-8

@@ -71,6 +71,11 @@ class RunHandle:
         same = self.session.backend.name == self.manifest.backend
         return for_run(self.session.backend if same else get_backend(self.manifest.backend), self.record.uri)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this user started or resumed it from this PALATE_HOME, with the manifest that the store has now."""
+        return was_started_here(self.record.uri, self.record.manifest_bytes())
+
     def start(self, environments: dict[str, str] | None = None) -> None:
         """Starts the run on its backend. If that fails, sets the status to Failed and raises."""
         start_id = token_hex(8)
@@ -168,7 +173,7 @@ class RunHandle:
             status.state == "Running"
             and gone
             and status.attempt < status.last_attempt
-            and was_started_here(self.record.uri, self.record.manifest_bytes())
+            and self.is_own
             and self._begin_again(status, cause)
         ):
             return self.record.status()

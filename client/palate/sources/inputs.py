@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from palate.checksums import file_facts
 from palate.parameters import reject_unknown_keywords
 from palate_recipes.errors import ConfigurationError, DataError
@@ -119,27 +121,38 @@ class Input:
         A single file in an object store is used in place. A single local file is uploaded unchanged to the job's prefix.
         Everything else (shards, hub datasets, sheets, data with a given format) is uploaded as one JSONL file of plain rows.
         """
+        with self._as_file(channel) as (path, entry):
+            if entry.uri:
+                return entry
+            key = record.key("inputs", channel, path.name)
+            record.store.upload(path, key)
+            return replace(entry, uri=record.store.uri(key))
+
+    def entry(self, channel: str) -> InputFile:
+        """Returns the manifest entry that `keep` would return, and uploads nothing. What `keep` would upload has no URI."""
+        with self._as_file(channel) as (_, entry):
+            return entry
+
+    @contextmanager
+    def _as_file(self, channel: str) -> Iterator[tuple[Path, InputFile]]:
+        """Yields the file that the run reads, and its manifest entry; the entry's URI is "" if the file must be uploaded."""
         plain = len(self.fetched.files) == 1 and self.format is None
         path = self.fetched.files[0]
         origin = self.fetched.origin
         facts: dict[str, Any] = {"rows": self.rows}
         if self.skipped and plain:
             facts["skipped_rows"] = list(self.skipped)
-        if plain and origin.startswith(("s3://", "oss://")):
-            return InputFile(uri=origin, **file_facts(path), **facts)
-        if plain and origin.startswith(("file://", MEMORY)):
-            key = record.key("inputs", channel, path.name)
-            record.store.upload(path, key)
-            return InputFile(uri=record.store.uri(key), **file_facts(path), **facts)
-        key = record.key("inputs", channel, f"{channel}.jsonl")
+        if plain and origin.startswith(("s3://", "oss://", "file://", MEMORY)):
+            in_place = origin.startswith(("s3://", "oss://"))
+            yield path, InputFile(uri=origin if in_place else "", **file_facts(path), **facts)
+            return
         with tempfile.TemporaryDirectory(prefix="palate-") as folder:
             joined = Path(folder) / f"{channel}.jsonl"
             self._join(joined)
-            record.store.upload(joined, key)
             facts |= {"origin": origin, "files": len(self.fetched.files)}
             if self.fetched.revision:
                 facts["revision"] = self.fetched.revision
-            return InputFile(uri=record.store.uri(key), **file_facts(joined), **facts)
+            yield joined, InputFile(uri="", **file_facts(joined), **facts)
 
     def _join(self, out: Path) -> None:
         from palate_recipes.preferences.formats import plain_raw

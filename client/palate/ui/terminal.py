@@ -20,7 +20,7 @@ from rich.text import Text
 from palate.runs.record import events_in
 from palate.ui.display import Display, metrics_line
 from palate_recipes.specs.events import Curves
-from palate_recipes.text import visible
+from palate_recipes.text import visible, visible_line
 
 _QUIET = ("step ", "validation at step ", "reading: ")
 """Starts of log lines that the live view replaces."""
@@ -162,7 +162,7 @@ class LiveView:
         What is wider than the terminal is cut: a line that the terminal breaks could not be drawn again in its place.
         """
         every = _columns(columns)
-        cells = [[_one_line(cell) for cell in row] for row in rows]
+        cells = [[visible_line(str(cell)) for cell in row] for row in rows]
         shown = [*range(len(every))] if wide else _fitting(every, cells, self._console.width)
         widths = dict(zip(shown, _widths(every, cells, shown, whole=True), strict=True))
         cut: dict[int, int] = {}
@@ -195,9 +195,9 @@ def print_table(
     every = _columns(columns)
     if not sys.stdout.isatty():
         for row in ([column.title for column in every], *rows):
-            print("\t".join(_one_line(cell) for cell in row))
+            print("\t".join(visible_line(str(cell)) for cell in row))
         return
-    cells = [[_one_line(cell) if wide else visible(str(cell)) for cell in row] for row in rows]
+    cells = [[visible_line(str(cell)) if wide else visible(str(cell)) for cell in row] for row in rows]
     width = Console().width
     shown = [*range(len(every))] if wide else _fitting(every, cells, width)
     # If the rest is still too wide, the terminal breaks the lines: an id that rich has cut or broken could not be copied.
@@ -255,10 +255,6 @@ def _table(
     for row in cells:
         table.add_row(*(Text(row[at]) for at in shown))
     return table
-
-
-def _one_line(cell: object) -> str:
-    return visible(str(cell)).replace("\t", " ").replace("\n", " ")
 
 
 def _width(column: Column, cells: Sequence[str], *, whole: bool) -> int:
