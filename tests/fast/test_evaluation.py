@@ -35,7 +35,7 @@ from palate.predictor import ServedModel
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.run import ServeManifest
-from tests.support.chat import ChatServer, chat_server, completion
+from tests.support.chat import ChatServer, chat_server, completion, shown_answers
 from tests.support.evaluations import alphabetical, job_of
 from tests.support.manifests import serve_manifest
 
@@ -232,15 +232,37 @@ def test_figures_rows_cost_and_the_record(job: TrainingJob, judge: ChatServer) -
     assert prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", rubric="Shorter.").plan().calls == 6
 
 
-def test_flips_are_ties_and_unreadable_verdicts_too(job: TrainingJob, judge: ChatServer) -> None:
-    judge.behaviour = lambda body, number: completion("A" if "<answer-A-" in body["messages"][0]["content"] else "?")
+def test_flips_are_ties_and_unreadable_verdicts_too(
+    job: TrainingJob, judge: ChatServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge.behaviour = lambda body, number: completion("A" if min(shown := shown_answers(body)) == shown[0] else "?")
     found = prepared_for(job, judge).run().against("base")
     assert found is not None
     assert (found.ties, found.flips, found.flip_rate) == (4, 3, 1.0)
+    said = capsys.readouterr().err
+    assert "3 of 6 verdicts could not be read" in said
+    assert "judge strict is not usable" in said
+    assert "on 100% of the judged prompts" in said
+    (kept,) = job.evaluations()
+    assert "WARNING: one against base: 3 of 6 verdicts could not be read" in str(kept)
+    assert "3 of 6 verdicts could not be read" in kept._repr_html_()
+
+
+def test_a_judge_that_cannot_be_read_gives_no_figures(job: TrainingJob, judge: ChatServer) -> None:
     judge.behaviour = lambda body, number: completion("I do not know")
+    with pytest.raises(DataError, match=r"3 of 3 comparisons have no verdict.*'I do not know'.*another judge"):
+        prepared_for(job, judge).run()
+    judge.behaviour = lambda body, number: completion("Well, both", finish="length")
+    with pytest.raises(DataError, match=r"'Well, both'.*judge_max_tokens=9: raise"):
+        prepared_for(job, judge, judge_max_tokens=9).run()
+    assert job.evaluations() == []
+    # One comparison of three: its verdicts are ties, and the others count.
+    judge.behaviour = lambda body, number: (
+        completion("?") if "Third?" in body["messages"][0]["content"] else alphabetical(body, number)
+    )
     found = prepared_for(job, judge, rubric="Another.").run().against("base")
     assert found is not None
-    assert (found.ties, found.flips, found.unreadable) == (4, 0, 6)
+    assert (found.wins, found.ties, found.unreadable) == (2, 2, 2)
 
 
 def test_several_jobs_are_ranked_and_each_has_the_record(

@@ -218,7 +218,7 @@ def _print_result(result: Evaluation, *, as_json: bool, wide: bool) -> None:
 
         print(json.dumps(to_builtins(result.record), indent=1))
         return
-    drops = {"wins": 2, "ties": 3, "losses": 2, "flips": 4}
+    drops = {"wins": 2, "ties": 3, "losses": 2, "flips": 4, "unreadable": 1}
     if result.comparisons:
         print_table([Column(name, drops.get(name, 0)) for name in COLUMNS], result.table(), wide=wide)
     if result.strengths:

@@ -19,12 +19,15 @@ from palate.generate.pairs import REQUEST_BOUNDS, Usage, check_bounds, merge, us
 from palate.generate.prompts import Prompt
 from palate.generate.running import TEMPLATE_TOKENS, in_parallel, most_tokens, run_to_end
 from palate.generate.verdicts import CUT, Judge, Verdicts
-from palate_recipes.errors import ConfigurationError
+from palate_recipes.errors import ConfigurationError, DataError
 
 _BOUNDS = {**REQUEST_BOUNDS, "temperature": (0, 2), "seed": (0, 2**63 - 1)}
 _RESULTS = {"first": "A", "second": "B", "tie": "tie", "disagreement": "flip"}
 """Results of a comparison as rows have them."""
 _SCORES = {"A": 1.0, "B": 0.0}
+
+_SHOWN_START, _SHOWN_END = 120, 80
+"""Characters of a judge's reply in an error: the verdict is missing at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +300,38 @@ def judge_answers(
     return [done[task] for task in tasks], list(merge(usage)), failures
 
 
+def check_readable(
+    compared: Sequence[Compared],
+    answers: Answers,
+    prompts: Sequence[Prompt],
+    settings: EvaluationSettings,
+    ledger: CompletionLog,
+) -> None:
+    """Raises DataError if the judge gave no readable verdict in either order on more than half of what it judged.
+
+    All of these are ties, so the figures would be those of two equal models.
+    """
+    judged = [one for one in compared if one.verdicts is not None]
+    silent = [one for one in judged if one.verdicts is not None and one.verdicts.unreadable == 2]
+    if 2 * len(silent) <= len(judged):
+        return
+    one, judge = silent[0], settings.judge
+    texts = answers[one.first, one.at].text, answers[one.second, one.at].text
+    messages = comparison(prompts[one.at].messages, *texts, judge.rubric)
+    reply = ledger.get(_question(judge, messages).key())
+    assert reply is not None  # it was asked
+    if reply.finish in CUT:
+        remedy = f"It was cut at judge_max_tokens={judge.max_tokens}: raise that"
+    else:
+        remedy = "Use another judge, or a rubric that asks for A, B or tie alone on the last line"
+    shown = reply.text.strip()
+    shown = f"{shown[:_SHOWN_START]} … {shown[-_SHOWN_END:]}" if len(shown) > _SHOWN_START + _SHOWN_END else shown
+    raise DataError(
+        f"judge {settings.judge_model} cannot be read: {len(silent)} of {len(judged)} comparisons have no verdict in either order, so "
+        f"there is no win-rate, and nothing is recorded. Its first reply: {shown!r}. {remedy}"
+    )
+
+
 def judge_labels(
     rows: Sequence[Labelled], settings: EvaluationSettings, ledger: CompletionLog
 ) -> tuple[Agreement, list[Usage]]:
@@ -451,9 +486,13 @@ def _look_up(
     for first, second in (texts, texts[::-1]):
         messages = comparison(conversation, first, second, judge.rubric)
         most = max(most, most_tokens(messages))
-        call = Call(judge.endpoint, judge.model, messages, 0.0, judge.max_tokens)
-        done += known and call.key() in ledger
+        done += known and _question(judge, messages).key() in ledger
     return done, most
+
+
+def _question(judge: Judge, messages: list[dict[str, str]], attempt: int = 0) -> Call:
+    """Returns the call for a verdict, to be looked up in the ledger."""
+    return Call(judge.endpoint, judge.model, messages, 0.0, judge.max_tokens, attempt)
 
 
 def _figure(interval: Interval) -> Figure:

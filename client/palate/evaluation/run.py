@@ -26,6 +26,7 @@ from palate.evaluation.arena import (
     Seat,
     Weights,
     answer_usage,
+    check_readable,
     collect_answers,
     contestant,
     figures,
@@ -121,7 +122,7 @@ class PreparedEvaluation:
         Raises:
             ServiceError: A service did not start.
             EndpointError: The judge rejected a request or is unreachable; finished calls are kept.
-            DataError: No prompt could be compared.
+            DataError: No prompt could be compared, or most of the judge's verdicts could not be read.
         """
         preferences = self._preferences()
         with CompletionLog(self.ledger) as ledger:
@@ -135,6 +136,7 @@ class PreparedEvaluation:
                 compared, more, failed = judge_answers(names, answers, self.prompts, self.settings, ledger, progress)
                 usage += more
                 failures += failed
+                check_readable(compared, answers, self.prompts, self.settings, ledger)
             if self.labels:
                 agreement, more = judge_labels(self.labels, self.settings, ledger)
                 usage = list(merge([*usage, *more]))
@@ -194,7 +196,10 @@ class PreparedEvaluation:
         rows = list(rows_of(compared, answers, self.prompts))
         for job in dict.fromkeys(one.job for one in self.models if one.job is not None):
             write(_record(job), record, rows)
-        return Evaluation(self.job.id, record, _record(self.job))
+        result = Evaluation(self.job.id, record, _record(self.job))
+        for warning in result.warnings:
+            note(warning)
+        return result
 
     def _preferences(self) -> dict[str, HeldOut]:
         """Scores the held-out preferences with each job's model: the trainer's own program, before any service needs the memory."""
