@@ -104,6 +104,8 @@ def test_the_length_controlled_win_rate_is_that_without_the_judges_liking_for_le
     assert found.value == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.03)
     assert found.low < found.value < found.high
     assert length_controlled([1.0, 0.0], [5, 5]) is None
+    for same in (1.0, 0.5, 0.0):  # no length tells them apart, and no resample either
+        assert length_controlled([same] * 20, differences[:20]) is None
     decided = length_controlled([1.0, 1.0, 0.0, 0.0], [9, 8, -9, -8])  # by length alone
     assert decided is not None
     assert decided.value == pytest.approx(0.5, abs=0.05)
@@ -194,7 +196,7 @@ def prepared_for(job: TrainingJob, judge: ChatServer, **changes: Any) -> Prepare
 def test_figures_rows_cost_and_the_record(job: TrainingJob, judge: ChatServer) -> None:
     prepared = prepared_for(job, judge, prices={"strict": (2.0, 10.0)})
     plan = prepared.plan()
-    assert (plan.prompts, plan.answers, plan.verdicts, plan.finished, plan.calls) == (4, 8, 8, 8, 6)
+    assert (plan.prompts, plan.answers, plan.verdicts, plan.finished, plan.calls) == (4, 8, 8, 8, 12)
     assert judge.asked == []
     result = prepared.run()
     assert len(judge.asked) == 6  # both orders of three; identical answers are not asked about
@@ -229,7 +231,7 @@ def test_figures_rows_cost_and_the_record(job: TrainingJob, judge: ChatServer) -
     assert "62.5%" in str(kept)
     assert "62.5%" in kept._repr_html_()
     # Another rubric asks the judge alone.
-    assert prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", rubric="Shorter.").plan().calls == 6
+    assert prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", rubric="Shorter.").plan().calls == 12
 
 
 def test_flips_are_ties_and_unreadable_verdicts_too(
@@ -243,6 +245,8 @@ def test_flips_are_ties_and_unreadable_verdicts_too(
     assert "3 of 6 verdicts could not be read" in said
     assert "judge strict is not usable" in said
     assert "on 100% of the judged prompts" in said
+    assert len(judge.asked) == 9  # each unreadable one was asked for again
+    assert prepared_for(job, judge).plan().calls == 0
     (kept,) = job.evaluations()
     assert "WARNING: one against base: 3 of 6 verdicts could not be read" in str(kept)
     assert "3 of 6 verdicts could not be read" in kept._repr_html_()
@@ -380,13 +384,13 @@ def test_the_command_plans_prints_and_lists(job: TrainingJob, judge: ChatServer,
     prepared_for(job, judge)  # its answers are there, so no service is started
     words = ["eval", "one", "--prompts", prompts, "--judge", f"{judge.url}/strict", "--price", "strict=2,10"]
     planned = palate(*words, "--dry-run")
-    assert "remaining calls, maximum\t6" in planned.stdout
+    assert "remaining calls, maximum\t12" in planned.stdout
     assert "cost, maximum" in planned.stdout
     assert f"--judge {judge.url}/strict" in planned.stderr
     assert judge.asked == []
     done = palate(*words, "--rows", compared, "--pairs", pairs)
     assert "one\tbase\t62.5%" in done.stdout
-    assert "up to 6 calls (8 already finished)" in done.stderr
+    assert "up to 12 calls (8 already finished)" in done.stderr
     assert "deploy one --require-win-rate" in done.stderr
     assert [json.loads(line)["result"] for line in compared.read_text().splitlines()] == ["A", "A", "B", "same"]
     trained = read_rows(pairs)
@@ -494,7 +498,11 @@ def test_a_deploy_with_other_settings_than_the_evaluation_is_noted(
     served = job.served_model()
     capsys.readouterr()
     check_win_rate(job, served, 0.0, options=options)
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err
+    assert "one may be served: win-rate" in said
+    assert "on 20 prompts" in said
+    assert "with judge strict" in said
+    assert "WARNING" not in said
     template.write_text("{{ messages[0] }}")
     check_win_rate(job, served, 0.0, options={**options, "dtype": "auto", "quantization": "fp8"})
     said = capsys.readouterr().err

@@ -14,7 +14,7 @@ from palate.evaluation.record import Agreement, Comparison, Contestant, Figure
 from palate.evaluation.statistics import Interval, cohens_kappa, length_controlled, win_rate
 from palate.generate.chat_client import Call, CallFailed, ChatClient, Endpoint
 from palate.generate.completion_log import CompletionLog, Reply
-from palate.generate.judge import RUBRIC, comparison
+from palate.generate.judge import RUBRIC, asked_again, comparison
 from palate.generate.pairs import REQUEST_BOUNDS, Usage, check_bounds, merge, usage_of
 from palate.generate.prompts import Prompt
 from palate.generate.running import TEMPLATE_TOKENS, in_parallel, most_tokens, run_to_end
@@ -114,7 +114,7 @@ class EvaluationPlan:
         answers: Calls for answers, in total.
         verdicts: Calls for verdicts, in total, if no answers are identical and every verdict can be parsed.
         finished: Calls that earlier runs have finished.
-        calls: Maximum remaining calls if every verdict can be parsed; each unreadable one adds a call.
+        calls: Maximum remaining calls: each verdict that cannot be parsed is asked for a second time.
         prompt_tokens: Maximum prompt tokens of the judge's remaining calls, including unreadable verdicts.
         completion_tokens: Likewise for completion tokens.
         cost: Cost of those tokens; None without a price.
@@ -428,18 +428,18 @@ def plan(
             continue
         texts = ("", "") if one is None or other is None else (one.text, other.text)
         room = 2 * settings.max_tokens if one is None or other is None else 0
-        done, most = _look_up(prompts[at].messages, texts, settings, ledger, known=not room)
+        done, left, most = _look_up(prompts[at].messages, texts, settings, ledger, known=not room)
         finished += done
-        open_calls += 2 - done
-        prompt_tokens += (2 - done) * (most + room) * 2
+        open_calls += left
+        prompt_tokens += left * (most + room)
     for row in labels if asks else ():
-        done, most = _look_up(row.conversation, (row.first, row.second), settings, ledger, known=True)
+        done, left, most = _look_up(row.conversation, (row.first, row.second), settings, ledger, known=True)
         finished += done
-        open_calls += 2 - done
-        prompt_tokens += (2 - done) * most * 2
-    # The second half of the doubled tokens is for a verdict that cannot be parsed, with what the judge said before.
-    prompt_tokens += open_calls * (settings.judge_max_tokens + 10 * TEMPLATE_TOKENS)
-    completion_tokens = 2 * open_calls * settings.judge_max_tokens
+        open_calls += left
+        prompt_tokens += left * most
+    # The second question of two has what the judge said before.
+    prompt_tokens += (open_calls + 1) // 2 * (settings.judge_max_tokens + 10 * TEMPLATE_TOKENS)
+    completion_tokens = open_calls * settings.judge_max_tokens
     spent = usage_of(settings.prices, settings.judge_model, "verdicts", open_calls, prompt_tokens, completion_tokens)
     return EvaluationPlan(
         prompts=len(prompts),
@@ -479,15 +479,25 @@ def _look_up(
     ledger: CompletionLog,
     *,
     known: bool,
-) -> tuple[int, int]:
-    """Returns how many of the two verdicts are in the ledger, and the most tokens of one prompt."""
+) -> tuple[int, int, int]:
+    """Returns how many calls for the two verdicts are in the ledger, how many may be left, and the most tokens of one prompt."""
     judge = settings.judge
-    done = most = 0
+    done = left = most = 0
     for first, second in (texts, texts[::-1]):
         messages = comparison(conversation, first, second, judge.rubric)
         most = max(most, most_tokens(messages))
-        done += known and _question(judge, messages).key() in ledger
-    return done, most
+        reply = ledger.get(_question(judge, messages).key()) if known else None
+        if reply is None:
+            left += 2
+        elif judge.verdict_in(reply) is not None:
+            done += 1
+        else:
+            messages = asked_again(messages, reply.text)
+            most = max(most, most_tokens(messages))
+            again = _question(judge, messages, 1).key() in ledger
+            done += 1 + again
+            left += not again
+    return done, left, most
 
 
 def _question(judge: Judge, messages: list[dict[str, str]], attempt: int = 0) -> Call:
