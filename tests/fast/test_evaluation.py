@@ -18,8 +18,17 @@ import pytest
 from msgspec.structs import replace
 
 from palate import Session, TrainingJob
+from palate.cli.evaluate import _next_of, evaluate
+from palate.cli.flags import options_of, reworded
 from palate.comparison import compare
-from palate.errors import ConfigurationError, DamagedFilesError, DataError, MissingDependencyError, WinRateError
+from palate.errors import (
+    ConfigurationError,
+    DamagedFilesError,
+    DataError,
+    EndpointError,
+    MissingDependencyError,
+    WinRateError,
+)
 from palate.evaluation.arena import answer_call
 from palate.evaluation.gate import check_win_rate
 from palate.evaluation.held_out import figures_of
@@ -27,6 +36,7 @@ from palate.evaluation.inputs import judge_of, read_labels
 from palate.evaluation.lm_eval import check_lm_eval
 from palate.evaluation.preferences import PreferenceScores
 from palate.evaluation.record import Comparison, EvaluationRecord, Figure, write
+from palate.evaluation.result import Evaluation
 from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
 from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
 from palate.generate.completion_log import CompletionLog, Reply
@@ -35,7 +45,7 @@ from palate.predictor import ServedModel
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.run import ServeManifest
-from tests.support.chat import ChatServer, chat_server, completion, shown_answers
+from tests.support.chat import ChatServer, chat_server, completion, refusal, shown_answers
 from tests.support.evaluations import alphabetical, job_of
 from tests.support.manifests import serve_manifest
 
@@ -140,6 +150,23 @@ def test_a_judge_is_a_url_and_a_model(given: str, url: str, model: str) -> None:
 def test_a_judge_without_a_model_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="URL/MODEL"):
         judge_of("http://127.0.0.1:8000/v1")
+
+
+def test_a_judge_that_cannot_be_reached_so_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    options = options_of(evaluate)
+    for given, told in {
+        "judge": "--judge 'URL/MODEL', such as http://127.0.0.1:8000/v1/judge",
+        "127.0.0.1:18765/v1/judge": "--judge 'http://127.0.0.1:18765/v1/judge'",
+        "api.openai.com/v1/gpt-4o": "--judge 'http://api.openai.com/v1/gpt-4o'",
+    }.items():
+        with pytest.raises(ConfigurationError) as refused:
+            judge_of(given)
+        assert told in reworded(str(refused.value), options)
+        assert "--base-url" not in str(refused.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+    assert judge_of("Qwen/Qwen3-8B")[1] == "Qwen/Qwen3-8B"
 
 
 def test_labels_are_read_and_wrong_ones_are_refused(tmp_path: Path) -> None:
@@ -293,6 +320,48 @@ def test_people_agree_with_the_judge_or_not(job: TrainingJob, judge: ChatServer)
     assert len(judge.asked) == asked + 2
 
 
+def test_a_judge_that_needs_a_key_says_so(job: TrainingJob, judge: ChatServer) -> None:
+    judge.behaviour = lambda body, number: refusal(401)
+    with pytest.raises(EndpointError, match=r"No key was sent \(none; --judge-api-key-env VARIABLE passes one\)"):
+        prepared_for(job, judge).run()
+
+
+def test_one_evaluation_of_a_job_runs_at_a_time(job: TrainingJob, judge: ChatServer) -> None:
+    prepared = prepared_for(job, judge)
+    with (
+        CompletionLog(prepared.ledger),
+        pytest.raises(ConfigurationError, match=r"another evaluation of job one runs: wait until it ends$"),
+    ):
+        prepared.run()
+
+
+def test_calls_of_an_interrupted_evaluation_are_told_of(job: TrainingJob, judge: ChatServer) -> None:
+    prepared_for(job, judge)  # its answers, and no evaluation
+    said = palate("eval", "one").stderr
+    assert "8 finished calls are kept" in said
+    assert "no evaluation yet" in said
+
+
+def test_a_plan_counts_held_out_pairs_and_refuses_data_without_any(job: TrainingJob, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {number} even?", "chosen": "Yes.", "rejected": "No."} for number in range(3)]
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text("\n".join(json.dumps(row) for row in rows))
+    bad.write_text('{"prompt": "Is it?"}\n')
+    assert "held-out pairs\t3" in palate("eval", "one", "--data", good, "--dry-run").stdout
+    assert "bad.jsonl" in palate("eval", "one", "--data", bad, "--dry-run", code=1).stderr
+
+
+def test_the_next_command_is_one_that_succeeds(job: TrainingJob) -> None:
+    def following(**figures: Any) -> list[object]:
+        record = evaluated(job, "a" * 16, at=1.0, **figures)
+        return _next_of(Evaluation("one", record, job._run.record), "")
+
+    assert following(low=0.5) == ["deploy", "one", "--require-win-rate", 0.5]
+    assert following(low=0.49) == ["report", "one"]
+    assert following(low=0.7, prompts=4) == ["report", "one"]
+    assert following(low=0.7, failed=20) == ["report", "one"]
+
+
 def test_what_is_missing_or_contradictory_is_refused(
     job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path
 ) -> None:
@@ -368,6 +437,10 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     write(job._run.record, record, [])
     (kept,) = job.evaluations()
     assert kept.preferences == {"one": found}
+    write(job._run.record, replace(record, comparisons=(), tasks={"one": {"arc_easy": {"acc,none": 0.5}}}), [])
+    listed = palate("eval", "one").stdout
+    assert f"held-out accuracy\t{found.accuracy}\t4" in listed
+    assert "arc_easy acc,none\t0.5" in listed
     assert "on 4 held-out pairs; WARNING: 1 are in the training data" in str(kept)
 
 
@@ -391,10 +464,13 @@ def test_the_command_plans_prints_and_lists(job: TrainingJob, judge: ChatServer,
     done = palate(*words, "--rows", compared, "--pairs", pairs)
     assert "one\tbase\t62.5%" in done.stdout
     assert "up to 12 calls (8 already finished)" in done.stderr
-    assert "deploy one --require-win-rate" in done.stderr
+    assert "next: palate report one" in done.stderr.replace(
+        f"{sys.executable} -m palate.cli", "palate"
+    )  # 4 prompts show nothing
     assert [json.loads(line)["result"] for line in compared.read_text().splitlines()] == ["A", "A", "B", "same"]
     trained = read_rows(pairs)
     assert [row.chosen for row in trained] == ["a", "a", "c"]
+    assert "finished calls are kept" not in palate("eval", "one").stderr
     listed = json.loads(palate("eval", "one", "--json").stdout)
     assert listed[0]["comparisons"][0]["win_rate"]["value"] == 0.625
     assert "62.5%" in palate("eval", "one").stdout

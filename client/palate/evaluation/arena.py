@@ -118,6 +118,7 @@ class EvaluationPlan:
         prompt_tokens: Maximum prompt tokens of the judge's remaining calls, including unreadable verdicts.
         completion_tokens: Likewise for completion tokens.
         cost: Cost of those tokens; None without a price.
+        pairs: Held-out pairs that are scored; None without data.
     """
 
     prompts: int
@@ -129,6 +130,7 @@ class EvaluationPlan:
     prompt_tokens: int
     completion_tokens: int
     cost: float | None
+    pairs: int | None = None
 
 
 class Weights(NamedTuple):

@@ -29,9 +29,7 @@ def check_lm_eval() -> str:
     beside = Path(sys.executable).with_name("lm_eval")
     found = str(beside) if beside.exists() else shutil.which("lm_eval")
     if found is None:
-        raise MissingDependencyError(
-            "lm_eval is not installed, which lm_eval= (--lm-eval) runs: pip install 'lm-eval[api]' transformers"
-        )
+        raise MissingDependencyError("lm-eval is not installed: pip install 'lm-eval[api]' transformers")
     return found
 
 
@@ -81,7 +79,7 @@ def run_lm_eval(tasks: Sequence[str], seat: Seat, served: ServedModel, session: 
             tail = [seat.endpoint.without_key(line) for line in (done.stdout + done.stderr).splitlines()[-_TAIL:]]
             lines = "\n".join(f"  {line}" for line in tail)
             raise EngineError(
-                f"lm_eval failed with exit code {done.returncode} on {seat.model}. Its last lines:\n{lines}"
+                f"lm-eval failed with exit code {done.returncode} on {seat.model}. Its last lines:\n{lines}"
             )
         found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
     return {

@@ -135,6 +135,20 @@ class Evaluation:
         """Returns the comparisons as cells, in the order of `COLUMNS`."""
         return [comparison_cells(one) for one in self.comparisons]
 
+    def figures(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Returns every figure as cells: model, against, figure, value, number of prompts or pairs, judge."""
+        found = [
+            (one.first, one.second, "win-rate", str(one.win_rate), str(one.prompts), self.record.judge)
+            for one in self.comparisons
+        ]
+        for model, scored in self.preferences.items():
+            for name, value in (("accuracy", scored.accuracy), ("reward accuracy", scored.reward_accuracy)):
+                found.append((model, "", f"held-out {name}", str(value), str(scored.rows), ""))
+        for model, tasks in (self.record.tasks or {}).items():
+            for task, metrics in tasks.items():
+                found += [(model, "", f"{task} {name}", f"{value:.4g}", "", "") for name, value in metrics.items()]
+        return found
+
     def __str__(self) -> str:
         lines = [describe(one) for one in self.comparisons]
         if self.strengths:
