@@ -6,8 +6,10 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -42,10 +44,11 @@ from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_con
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
+from palate.runs.record import Record
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.run import ServeManifest
-from tests.support.chat import ChatServer, chat_server, completion, refusal, shown_answers
+from tests.support.chat import HANG, ChatServer, chat_server, completion, refusal, shown_answers
 from tests.support.evaluations import alphabetical, job_of
 from tests.support.manifests import serve_manifest
 
@@ -340,6 +343,48 @@ def test_calls_of_an_interrupted_evaluation_are_told_of(job: TrainingJob, judge:
     said = palate("eval", "one").stderr
     assert "8 finished calls are kept" in said
     assert "no evaluation yet" in said
+
+
+@pytest.mark.parametrize("service", ["", "svc"])
+def test_an_interruption_says_only_what_was_done(
+    job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path, service: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("First?")
+    record = Record(session.store, "services", "svc")
+    record.create(serve_manifest("svc"))
+    prepared_for(job, judge, prompts=prompts, **({"service": service} if service else {}))
+    asked = threading.Event()
+
+    def silent(body: dict[str, Any], number: int) -> str:
+        asked.set()
+        return HANG
+
+    judge.behaviour = silent
+    command = [
+        sys.executable,
+        "-m",
+        "palate.cli",
+        "eval",
+        "one",
+        "--prompts",
+        prompts,
+        "--judge",
+        f"{judge.url}/strict",
+    ]
+    command += ["--service", service] if service else []
+    running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert asked.wait(60)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130, said
+    assert "finished calls are kept, and the same command continues" in said
+    assert ("service that it started is deleted" in said) == (not service)
+    assert record.manifest().name == "svc"
 
 
 def test_a_plan_counts_held_out_pairs_and_refuses_data_without_any(job: TrainingJob, tmp_path: Path) -> None:

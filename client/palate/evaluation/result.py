@@ -200,7 +200,7 @@ def doubts(one: Comparison, judge: str) -> list[str]:
         )
     if one.flip_rate > MOST_FLIPS:
         found.append(
-            f"{pair}: judge {judge} is not usable: its verdict changed with the order of the answers on {one.flip_rate:.0%} of the "
+            f"{pair}: judge {judge} is not usable: its verdicts in the two orders differ on {one.flip_rate:.0%} of the "
             "judged prompts, which count as ties. Use another judge or rubric"
         )
     return found
