@@ -402,7 +402,8 @@ class TrainingJob:
                 interval begins at this value or above, such as 0.55.
 
         Raises:
-            WinRateError: There is no such evaluation, or its interval begins lower. Nothing was started.
+            WinRateError: There is no such evaluation, its interval begins lower, it has fewer than 20 prompts, or more than 5% of
+                them failed. Nothing was started.
             JobNotReadyError: The job has not succeeded; with `checkpoint`: it has no complete checkpoint.
             ConfigurationError: The job has no such checkpoint. The message lists those that it has.
             DamagedFilesError: A file of the model is missing or has the wrong size. The service's runner also compares all
@@ -553,11 +554,7 @@ class TrainingJob:
         return prepared.run(progress)
 
     def evaluations(self) -> builtins.list[Evaluation]:
-        """Returns the evaluations in which the job took part, newest first.
-
-        Raises:
-            DamagedFilesError: One of them cannot be read.
-        """
+        """Returns the evaluations in which the job took part, newest first by the store's clock. Notes those that cannot be read."""
         from palate.evaluation.run import list_evaluations
 
         return list_evaluations(self)

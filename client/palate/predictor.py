@@ -699,7 +699,8 @@ class Predictor:
 
         Raises:
             JobNotReadyError: The job has not succeeded or, with `checkpoint`, has no complete checkpoint. The service is unchanged.
-            WinRateError: There is no such evaluation, or its interval begins lower. The service is unchanged.
+            WinRateError: There is no such evaluation, its interval begins lower, it has fewer than 20 prompts, or more than 5% of
+                them failed. The service is unchanged.
             ServiceError: The new version did not start, or is not what was trained. Has the reason and the last lines of the
                 engine's log.
             ConfigurationError: Another update is in progress; the service has adapters and the job has another base; or the service

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace as replace_fields
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,33 @@ from palate.errors import (
     DamagedFilesError,
     DataError,
     EndpointError,
+    EngineError,
     MissingDependencyError,
     WinRateError,
 )
-from palate.evaluation.arena import answer_call
+from palate.evaluation.arena import EvaluationProgress, Seat, answer_call
 from palate.evaluation.gate import check_win_rate
 from palate.evaluation.held_out import figures_of
 from palate.evaluation.inputs import judge_of, read_labels
-from palate.evaluation.lm_eval import check_lm_eval
+from palate.evaluation.lm_eval import check_lm_eval, run_lm_eval
 from palate.evaluation.preferences import PreferenceScores
 from palate.evaluation.record import Comparison, EvaluationRecord, Figure, write
 from palate.evaluation.result import Evaluation
 from palate.evaluation.run import PreparedEvaluation, _facts, list_evaluations, prepare
 from palate.evaluation.statistics import bradley_terry, cohens_kappa, length_controlled, win_rate
+from palate.generate.chat_client import Endpoint
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import agreed
 from palate.predictor import ServedModel
-from palate.runs.record import Record
+from palate.runs.record import TOKEN_KEY, Record
+from palate.runs.rollout import ask, change_update, update_to
 from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
+from palate_recipes.specs.rollout import Version
 from palate_recipes.specs.run import ServeManifest
 from tests.support.chat import HANG, ChatServer, chat_server, completion, refusal, shown_answers
 from tests.support.evaluations import alphabetical, job_of
+from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest
 
 EVALSCOPE = json.loads((Path(__file__).parents[1] / "fixtures/evalscope/verdicts.json").read_text())
@@ -299,6 +305,57 @@ def test_a_judge_that_cannot_be_read_gives_no_figures(job: TrainingJob, judge: C
     assert (found.wins, found.ties, found.unreadable) == (2, 2, 2)
 
 
+@pytest.fixture
+def service(job: TrainingJob, session: Session) -> Iterator[Record]:
+    """A running service that serves the job's model and its base."""
+    served, given = job.served_model(), serve_manifest("svc")
+    facts = {"model": served.model, "tuned_uri": served.tuned_uri, "tuned_digest": served.tuned_digest, "adapter": True}
+    record = Record(session.store, "services", "svc")
+    record.create(replace(given, body=replace(given.body, **facts)))
+    session.store.put(record.key(TOKEN_KEY), b"a-token-for-tests", private=True)
+    with fronted_service("a-token-for-tests", chats=True, adapts=True) as fronted:
+        record.advance("Running", expect={"Creating"}, endpoint=fronted.endpoint, engine_id="elsewhere:1:2:x")
+        yield record
+
+
+def test_answers_of_a_service_that_is_updated_meanwhile_are_dropped(
+    job: TrainingJob, judge: ChatServer, service: Record
+) -> None:
+    prepared = prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", service="svc")
+
+    def update(progress: EvaluationProgress) -> None:
+        if progress.done == 3:  # version 2 comes and goes: a canary that was rolled back leaves the manifest as it was
+            body = replace(service.serve_manifest().body, version=2)
+            update = update_to(
+                Version(body=body, outcome="asked", asked_at=1.0, changed_at=1.0), share=0.5, promote=False
+            )
+            ask(service, update)
+            change_update(service, update.id, ended=True)
+
+    with pytest.raises(ConfigurationError, match=r"service svc was changed while it answered.*8 answers are dropped"):
+        prepared.run(update)
+    assert prepared.ledger.read_bytes().count(b"\n") == 1
+    assert judge.asked == []
+    result = prepared.run()
+    assert [row["answer_a"] for row in result.rows()] == [f"[su] default {prompt}." for prompt in PROMPTS]
+    assert [row["answer_b"] for row in result.rows()] == [f"[su] base {prompt}." for prompt in PROMPTS]
+    assert prepared.plan().calls == 0
+
+
+def test_answers_of_a_service_are_kept_when_the_run_is_interrupted(
+    job: TrainingJob, judge: ChatServer, service: Record
+) -> None:
+    prepared = prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", service="svc", concurrency=1)
+
+    def interrupt(progress: EvaluationProgress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared.run(interrupt)
+    assert prepared.plan().finished == 3
+
+
 def test_several_jobs_are_ranked_and_each_has_the_record(
     job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path
 ) -> None:
@@ -442,6 +499,47 @@ def test_lm_eval_that_is_not_installed_is_said_before_anything_starts(
         pytest.skip("lm-eval is installed")
 
 
+LM_EVAL = """#!{python}
+import json, pathlib, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("asked for", given["--tasks"], flush=True)
+if given["--tasks"] == "endless":
+    time.sleep(600)
+out = pathlib.Path(given["--output_path"]) / "m"
+out.mkdir(parents=True)
+found = {{given["--tasks"]: {{"acc,none": 0.5, "acc_stderr,none": float("nan"), "alias": "x"}}}}
+(out / "results_1.json").write_text(json.dumps({{"results": found}}))
+"""
+
+
+def test_metrics_of_lm_eval_its_time_limit_and_paths_with_commas(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "programs" / "lm_eval"
+    program.parent.mkdir()
+    program.write_text(LM_EVAL.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    seat, served, session = (
+        Seat(Endpoint("http://127.0.0.1:9/v1", "a-key"), "default"),
+        job.served_model(),
+        job._run.session,
+    )
+    found = run_lm_eval(["one_row"], seat, served, session)
+    assert found == {"one_row": {"acc,none": 0.5}}
+    assert "acc_stderr,none left out" in capsys.readouterr().err
+    write(job._run.record, replace(evaluated(job, "a" * 16, 0.5, at=1.0), tasks={"one": found}), [])
+    assert job.evaluations()[0].record.tasks == {"one": found}
+    with pytest.raises(EngineError, match=r"did not end within 2 seconds.*\n  asked for endless"):
+        run_lm_eval(["endless"], seat, served, session, time_limit_s=2.0)
+    with pytest.raises(ConfigurationError, match="comma"):
+        prepare(job, lm_eval=[str(tmp_path / "a,tokenizer=b.yaml")])
+    (tmp_path / "a,b" / "model").mkdir(parents=True)
+    there = replace_fields(served, tuned_uri=f"file://{tmp_path}/a,b/model")
+    with pytest.raises(ConfigurationError, match="comma"):
+        run_lm_eval(["one_row"], seat, there, session)
+
+
 def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     pairs = PairScores(
         rows=[1, 2, 3, 4],
@@ -478,6 +576,10 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     assert found.margin.value == pytest.approx(scores.margin.value)
     assert found.margin.low < found.margin.value < found.margin.high
     assert found.reward_margin.value == pytest.approx(0.1 * (1.5 + 2.0 + 1.5 + 0.0) / 4)
+    diverged = replace(pairs, tuned=replace(pairs.tuned, chosen=[-1.0, math.nan, -3.0, -4.0]))
+    left = figures_of(replace_fields(scores, pairs=diverged), seed=0)
+    assert (left.rows, left.accuracy.value) == (3, pytest.approx(2 / 3))
+    assert math.isfinite(left.margin.low)
     record = replace(evaluated(job, "d" * 16, 0.5, at=1.0), preferences={"one": found})
     write(job._run.record, record, [])
     (kept,) = job.evaluations()

@@ -121,7 +121,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def talk(scope: Any, receive: Any, send: Any) -> None:
-    """Streams what it was asked, in words.
+    """Streams what it was asked, in words; answers in one piece if it is not asked for a stream.
 
     `forever` gets an answer that never ends, `refuse` an error, `half` also half a character, `long` an answer that is cut.
     """
@@ -138,6 +138,16 @@ async def talk(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": b'{"error": {"message": "no"}}'})
         return
     roles = "".join(message["role"][0] for message in asked["messages"])
+    if not asked.get("stream"):
+        message = {"role": "assistant", "content": f"[{roles}] {asked['model']} {said}."}
+        whole = {
+            "id": "x",
+            "object": "chat.completion",
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        }
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": json.dumps(whole).encode()})
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
 
     async def tell(content: str, *, more: bool = True) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from palate.evaluation.preferences import PreferenceScores, preference_scores
 from palate.evaluation.record import Figure, HeldOut
 from palate.evaluation.statistics import Interval, mean, win_rate
+from palate.ui import note
+from palate_recipes.errors import DataError
 
 if TYPE_CHECKING:
     from palate.job import TrainingJob
@@ -24,22 +27,38 @@ def held_out(
 def figures_of(scores: PreferenceScores, *, seed: int) -> HeldOut:
     """Returns the figures of scored pairs."""
     pairs = scores.pairs
+    measured = list(zip(scores.margins, scores.base_margins, scores.reward_margins, strict=True))
+    # A model that diverged gives NaN, which would be a loss in every share and make every mean NaN.
+    finite = [row for row in measured if all(map(math.isfinite, row))]
+    if not finite:
+        raise DataError(
+            f"the model of {scores.name} gives no held-out pair a finite log-probability: the training diverged"
+        )
+    if len(finite) < len(measured):
+        note(
+            f"{len(measured) - len(finite)} held-out pairs are left out: their log-probabilities are not finite numbers"
+        )
+    margins, base_margins, reward_margins = (list(values) for values in zip(*finite, strict=True))
     return HeldOut(
         name=scores.name,
-        rows=len(pairs.rows),
+        rows=len(finite),
         skipped=scores.skipped,
         dropped=len(pairs.dropped),
         truncated=len(pairs.truncated),
         seen=None if scores.seen_rows is None else len(scores.seen_rows),
-        accuracy=_share(scores.margins, seed),
-        base_accuracy=_share(scores.base_margins, seed),
-        reward_accuracy=_share(scores.reward_margins, seed),
-        margin=_figure(mean(scores.margins, seed=seed)),
-        base_margin=_figure(mean(scores.base_margins, seed=seed)),
-        reward_margin=_figure(mean(scores.reward_margins, seed=seed)),
-        loss=scores.loss,
-        base_loss=scores.base_loss,
+        accuracy=_share(margins, seed),
+        base_accuracy=_share(base_margins, seed),
+        reward_accuracy=_share(reward_margins, seed),
+        margin=_figure(mean(margins, seed=seed)),
+        base_margin=_figure(mean(base_margins, seed=seed)),
+        reward_margin=_figure(mean(reward_margins, seed=seed)),
+        loss=_finite(scores.loss),
+        base_loss=_finite(scores.base_loss),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _share(margins: list[float], seed: int) -> Figure:

@@ -6,22 +6,27 @@ https://github.com/EleutherAI/lm-evaluation-harness, model `local-completions`. 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from palate.evaluation.arena import Seat
 from palate.predictor import ServedModel
 from palate.session import Session
 from palate.store import open_parent
-from palate_recipes.errors import EngineError, MissingDependencyError
+from palate.ui import note
+from palate_recipes.errors import ConfigurationError, EngineError, MissingDependencyError
 
 _TAIL = 15
 _CONCURRENT = 8
+
+TIME_LIMIT_S = 24 * 3600.0
+"""Of one model. `mmlu` on a small GPU takes hours; without an end, a server that answers nothing would be waited for for ever."""
 
 
 def check_lm_eval() -> str:
@@ -33,20 +38,42 @@ def check_lm_eval() -> str:
     return found
 
 
-def run_lm_eval(tasks: Sequence[str], seat: Seat, served: ServedModel, session: Session) -> dict[str, dict[str, float]]:
-    """Returns the metrics of each task, with the names that lm-eval gives them.
+def check_tasks(tasks: Sequence[str], served: ServedModel, session: Session) -> None:
+    """Raises ConfigurationError if a path has a comma: lm-eval separates tasks, and arguments of the model, by commas."""
+    paths = [task for task in tasks if "/" in task or task.endswith((".yaml", ".yml"))]
+    if served.tuned_uri is not None:
+        store, prefix = open_parent(served.tuned_uri, options=session.options_for(served.tuned_uri))
+        paths.append(str(store.local_path(prefix) or tempfile.gettempdir()))
+    for path in paths:
+        _refuse_comma(path)
+
+
+def _refuse_comma(path: str) -> None:
+    if "," in path:
+        raise ConfigurationError(
+            f"lm_eval cannot be given {path!r}, because it has a comma, which separates lm-eval's arguments: use a path without one"
+        )
+
+
+def run_lm_eval(
+    tasks: Sequence[str], seat: Seat, served: ServedModel, session: Session, *, time_limit_s: float = TIME_LIMIT_S
+) -> dict[str, dict[str, float]]:
+    """Returns the metrics of each task, with the names that lm-eval gives them. Notes and omits those that are not finite.
 
     Args:
         tasks: Names of tasks, or paths of their YAML files.
         seat: The model.
         served: The tuned model, whose folder has the tokenizer.
         session: Opens that folder.
+        time_limit_s: Seconds after which lm-eval is killed.
 
     Raises:
-        EngineError: lm-eval failed. Has the last lines of what it printed.
+        ConfigurationError: A path has a comma.
+        EngineError: lm-eval failed, or did not end in time. Has the last lines of what it printed.
         MissingDependencyError: It is not installed.
     """
     program = check_lm_eval()
+    check_tasks(tasks, served, session)
     with tempfile.TemporaryDirectory(prefix="palate-lm-eval-") as folder:
         arguments = {
             "model": seat.model,
@@ -65,27 +92,42 @@ def run_lm_eval(tasks: Sequence[str], seat: Seat, served: ServedModel, session: 
             f"{folder}/out",
         ]
         command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OPENAI_API_KEY": seat.endpoint.api_key},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        # Into a file: a worker that lm-eval leaves behind would keep a pipe open.
+        log = Path(folder) / "lm_eval.log"
+        with log.open("wb") as output:
+            try:
+                code: int | None = subprocess.run(
+                    command,
+                    env={**os.environ, "OPENAI_API_KEY": seat.endpoint.api_key},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=time_limit_s,
+                    check=False,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = None
         results = sorted(Path(folder).glob("out/**/results_*.json"))
-        if done.returncode or not results:
-            tail = [seat.endpoint.without_key(line) for line in (done.stdout + done.stderr).splitlines()[-_TAIL:]]
-            lines = "\n".join(f"  {line}" for line in tail)
-            raise EngineError(
-                f"lm-eval failed with exit code {done.returncode} on {seat.model}. Its last lines:\n{lines}"
+        if code or code is None or not results:
+            text = log.read_text(encoding="utf-8", errors="replace")
+            lines = "\n".join(f"  {seat.endpoint.without_key(line)}" for line in text.splitlines()[-_TAIL:])
+            why = (
+                f"did not end within {time_limit_s:g} seconds, and was killed: run fewer tasks, or smaller ones"
+                if code is None
+                else f"failed with exit code {code}"
             )
+            raise EngineError(f"lm-eval on {seat.model} {why}. Its last lines:\n{lines}")
         found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
-    return {
-        task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in found.items()
-    }
+    return {task: _finite(task, metrics) for task, metrics in found.items()}
+
+
+def _finite(task: str, metrics: Mapping[str, object]) -> dict[str, float]:
+    """Returns the numbers of a task. lm-eval writes NaN where it has no error, as of one row."""
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    left_out = sorted(name for name, value in numbers.items() if not math.isfinite(value))
+    if left_out:
+        note(f"task {task}: {', '.join(left_out)} left out, not a finite number")
+    return {name: value for name, value in numbers.items() if name not in left_out}
 
 
 def _tokenizer(served: ServedModel, session: Session, folder: Path) -> str:

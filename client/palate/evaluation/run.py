@@ -38,10 +38,10 @@ from palate.evaluation.arena import (
     rows_of,
 )
 from palate.evaluation.inputs import Prompts, distinct_prompts, judge_of, read_labels, read_prompts_of, read_rubric
-from palate.evaluation.lm_eval import check_lm_eval, run_lm_eval
+from palate.evaluation.lm_eval import check_lm_eval, check_tasks, run_lm_eval
 from palate.evaluation.record import BASE, Contestant, EvaluationRecord, HeldOut, Spent, newest_first, write
 from palate.evaluation.result import Evaluation
-from palate.evaluation.serving import OF_ANSWERS, Model, answer_settings, seats_in, serve_in_turn
+from palate.evaluation.serving import OF_ANSWERS, Model, answer_settings, answering, serve_in_turn
 from palate.evaluation.statistics import bradley_terry
 from palate.generate.completion_log import CompletionLog
 from palate.generate.judge import RUBRIC
@@ -129,6 +129,7 @@ class PreparedEvaluation:
 
         Raises:
             ServiceError: A service did not start.
+            ConfigurationError: The service that was given does not serve the models, or was changed while it answered.
             EndpointError: The judge rejected a request or is unreachable; finished calls are kept.
             DataError: No prompt could be compared, or most of the judge's verdicts could not be read.
         """
@@ -243,7 +244,8 @@ class PreparedEvaluation:
                     tasks[weights.name] = run_lm_eval(self.tasks, seat, self.models[0].served, self.job._run.session)
 
         if wanted and self.service is not None:
-            ask(seats_in(self.service, wanted))
+            with answering(self.service, wanted, ledger) as seats:
+                ask(seats)
         elif wanted:
             with closing(serve_in_turn(wanted, self.job._run.session, self.options)) as services:
                 for _, seats in services:
@@ -294,6 +296,7 @@ def prepare(
     models = _models(job, checkpoint, against, given_options)
     if lm_eval:
         check_lm_eval()
+        check_tasks(lm_eval, models[0].served, session)
     if judge is None and (prompts is not None or labels is not None):
         raise ConfigurationError("judge is missing: pass judge='URL/MODEL', such as http://127.0.0.1:8000/v1/judge")
     if judge is not None and prompts is None and data is None:

@@ -14,8 +14,10 @@ from palate.common.utils import unique_name
 from palate.evaluation.arena import Seat, Weights
 from palate.evaluation.record import BASE
 from palate.generate.chat_client import Endpoint
+from palate.generate.completion_log import CompletionLog
 from palate.predictor import Predictor, ServedModel
-from palate.runs.rollout import open_update
+from palate.runs.adapters import read_adapters
+from palate.runs.rollout import last_update, open_update
 from palate.service_adapters import same_weights
 from palate.session import Session
 from palate.ui import note
@@ -138,6 +140,62 @@ def seats_in(predictor: Predictor, models: Sequence[Model]) -> dict[Weights, Sea
                 "service that is started for the evaluation"
             )
     return seats
+
+
+@contextmanager
+def answering(predictor: Predictor, models: Sequence[Model], ledger: CompletionLog) -> Iterator[dict[Weights, Seat]]:
+    """Yields where a running service serves models (see `seats_in`), and records the answers of the block if it still does so.
+
+    The requests name a model, not a version: an update during the block would put another model's answers into the ledger under
+    this model's digest. So they are recorded at the end, after its record was compared with that before the first request.
+
+    Raises:
+        ConfigurationError: As `seats_in`; or the service was changed meanwhile, and its answers were dropped.
+    """
+    before = _state(predictor, models)  # before `seats_in`, so that a change in between is seen
+    seats = seats_in(predictor, models)
+    ledger.hold()
+    try:
+        yield seats
+    except BaseException:
+        # Ctrl-C, or a failed call: what has finished is kept, if it counts. The reason of the end stays the one that is raised.
+        if changed := _settle(predictor, models, ledger, before):
+            note(f"WARNING: {changed}")
+        raise
+    if changed := _settle(predictor, models, ledger, before):
+        raise ConfigurationError(changed)
+
+
+def _settle(predictor: Predictor, models: Sequence[Model], ledger: CompletionLog, before: list[object]) -> str:
+    """Records what the ledger holds, or drops it and returns why."""
+    same, why = False, "was changed"
+    try:
+        same = _state(predictor, models) == before
+    except PalateError as error:
+        why = f"cannot be read any more ({error})"
+    finally:
+        dropped = ledger.release(keep=same)
+    if same:
+        return ""
+    name = predictor.service_name
+    return (
+        f"service {name} {why} while it answered, so another model may have: {dropped} answers are dropped. Repeat the call when no "
+        f"update is in progress (`palate versions {name}` and `palate adapter list {name}` show what it serves), or omit service= "
+        "(--service) for a service that is started for the evaluation"
+    )
+
+
+def _state(predictor: Predictor, models: Sequence[Model]) -> list[object]:
+    """Returns what decides which model answers: the service, its version, the last update, and the models' adapters."""
+    run = predictor._run
+    run.forget_manifest()
+    manifest, update = predictor.manifest, last_update(run.record)
+    digests = {one.served.tuned_digest for one in models}
+    return [
+        (manifest.created_at, manifest.body.version, manifest.body.tuned_digest),
+        None if update is None else (update.id, update.ended),
+        [(one.name, one.digest, one.added_at) for one in read_adapters(run.record) if one.digest in digests],
+    ]
 
 
 def answer_settings(served: ServedModel, options: Mapping[str, Any]) -> dict[str, str]:

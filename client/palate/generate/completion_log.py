@@ -55,6 +55,7 @@ class CompletionLog:
         self._end = 0
         self._synced_at = time.monotonic()
         self._writes = not read_only
+        self._held: dict[str, tuple[Reply, str, float]] | None = None
         self._fd = -1
         if read_only and not path.exists():
             return
@@ -89,10 +90,12 @@ class CompletionLog:
         return len(self._places)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._places or key in (self._held or {})
 
     def get(self, key: str) -> Reply | None:
         """Returns the response to a call; None if the call is not finished."""
+        if self._held and key in self._held:
+            return self._held[key][0]
         place = self._places.get(key)
         if place is None:
             return None
@@ -105,6 +108,10 @@ class CompletionLog:
         Raises:
             DataError: The file cannot be written; its earlier lines stay intact.
         """
+        if self._held is not None:
+            self._held[key] = (reply, model, temperature)
+            self.answered.add((model, temperature))
+            return
         line = json.dumps({"key": key, "model": model, "temperature": temperature, **reply._asdict()}).encode() + b"\n"
         start = self._end
         self._append(line)
@@ -112,6 +119,18 @@ class CompletionLog:
         self.answered.add((model, temperature))
         if time.monotonic() - self._synced_at > _SYNC_S:
             self._sync()
+
+    def hold(self) -> None:
+        """Keeps further calls in memory until `release`, because it is not known yet whether they count. `close` drops them."""
+        self._held = {}
+
+    def release(self, *, keep: bool) -> int:
+        """Ends `hold`: records the calls since then, or drops them. Returns how many there were. Raises as `add`."""
+        held, self._held = self._held or {}, None
+        if keep:
+            for key, (reply, model, temperature) in held.items():
+                self.add(key, reply, model=model, temperature=temperature)
+        return len(held)
 
     def close(self) -> None:
         """Syncs the file and releases the lock. Idempotent."""
