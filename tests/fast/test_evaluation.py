@@ -6,8 +6,10 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace as replace_fields
 from itertools import cycle
@@ -19,11 +21,14 @@ import pytest
 from msgspec.structs import replace
 
 from palate import Session, TrainingJob
+from palate.cli.evaluate import _next_of, evaluate
+from palate.cli.flags import options_of, reworded
 from palate.comparison import compare
 from palate.errors import (
     ConfigurationError,
     DamagedFilesError,
     DataError,
+    EndpointError,
     EngineError,
     MissingDependencyError,
     WinRateError,
@@ -48,7 +53,7 @@ from palate_recipes.preferences.load import read_rows
 from palate_recipes.specs.evaluation import AnswerLogProbs, PairScores
 from palate_recipes.specs.rollout import Version
 from palate_recipes.specs.run import ServeManifest
-from tests.support.chat import ChatServer, chat_server, completion
+from tests.support.chat import HANG, ChatServer, chat_server, completion, refusal, shown_answers
 from tests.support.evaluations import alphabetical, compared, evaluation_record, job_of
 from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest
@@ -118,6 +123,8 @@ def test_the_length_controlled_win_rate_is_that_without_the_judges_liking_for_le
     assert found.value == pytest.approx(1 / (1 + math.exp(-0.4)), abs=0.03)
     assert found.low < found.value < found.high
     assert length_controlled([1.0, 0.0], [5, 5]) is None
+    for same in (1.0, 0.5, 0.0):  # no length tells them apart, and no resample either
+        assert length_controlled([same] * 20, differences[:20]) is None
     decided = length_controlled([1.0, 1.0, 0.0, 0.0], [9, 8, -9, -8])  # by length alone
     assert decided is not None
     assert decided.value == pytest.approx(0.5, abs=0.05)
@@ -152,6 +159,23 @@ def test_a_judge_is_a_url_and_a_model(given: str, url: str, model: str) -> None:
 def test_a_judge_without_a_model_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="URL/MODEL"):
         judge_of("http://127.0.0.1:8000/v1")
+
+
+def test_a_judge_that_cannot_be_reached_so_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    options = options_of(evaluate)
+    for given, told in {
+        "judge": "--judge 'URL/MODEL', such as http://127.0.0.1:8000/v1/judge",
+        "127.0.0.1:18765/v1/judge": "--judge 'http://127.0.0.1:18765/v1/judge'",
+        "api.openai.com/v1/gpt-4o": "--judge 'http://api.openai.com/v1/gpt-4o'",
+    }.items():
+        with pytest.raises(ConfigurationError) as refused:
+            judge_of(given)
+        assert told in reworded(str(refused.value), options)
+        assert "--base-url" not in str(refused.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
+    assert judge_of("Qwen/Qwen3-8B")[1] == "Qwen/Qwen3-8B"
 
 
 def test_labels_are_read_and_wrong_ones_are_refused(tmp_path: Path) -> None:
@@ -208,7 +232,7 @@ def prepared_for(job: TrainingJob, judge: ChatServer, **changes: Any) -> Prepare
 def test_figures_rows_cost_and_the_record(job: TrainingJob, judge: ChatServer) -> None:
     prepared = prepared_for(job, judge, prices={"strict": (2.0, 10.0)})
     plan = prepared.plan()
-    assert (plan.prompts, plan.answers, plan.verdicts, plan.finished, plan.calls) == (4, 8, 8, 8, 6)
+    assert (plan.prompts, plan.answers, plan.verdicts, plan.finished, plan.calls) == (4, 8, 8, 8, 12)
     assert judge.asked == []
     result = prepared.run()
     assert len(judge.asked) == 6  # both orders of three; identical answers are not asked about
@@ -243,18 +267,42 @@ def test_figures_rows_cost_and_the_record(job: TrainingJob, judge: ChatServer) -
     assert "62.5%" in str(kept)
     assert "62.5%" in kept._repr_html_()
     # Another rubric asks the judge alone.
-    assert prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", rubric="Shorter.").plan().calls == 6
+    assert prepare(job, prompts=PROMPTS, judge=f"{judge.url}/strict", rubric="Shorter.").plan().calls == 12
 
 
-def test_flips_are_ties_and_unreadable_verdicts_too(job: TrainingJob, judge: ChatServer) -> None:
-    judge.behaviour = lambda body, number: completion("A" if "<answer-A-" in body["messages"][0]["content"] else "?")
+def test_flips_are_ties_and_unreadable_verdicts_too(
+    job: TrainingJob, judge: ChatServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge.behaviour = lambda body, number: completion("A" if min(shown := shown_answers(body)) == shown[0] else "?")
     found = prepared_for(job, judge).run().against("base")
     assert found is not None
     assert (found.ties, found.flips, found.flip_rate) == (4, 3, 1.0)
+    said = capsys.readouterr().err
+    assert "3 of 6 verdicts could not be read" in said
+    assert "judge strict is not usable" in said
+    assert "on 100% of the judged prompts" in said
+    assert len(judge.asked) == 9  # each unreadable one was asked for again
+    assert prepared_for(job, judge).plan().calls == 0
+    (kept,) = job.evaluations()
+    assert "WARNING: one against base: 3 of 6 verdicts could not be read" in str(kept)
+    assert "3 of 6 verdicts could not be read" in kept._repr_html_()
+
+
+def test_a_judge_that_cannot_be_read_gives_no_figures(job: TrainingJob, judge: ChatServer) -> None:
     judge.behaviour = lambda body, number: completion("I do not know")
+    with pytest.raises(DataError, match=r"3 of 3 comparisons have no verdict.*'I do not know'.*another judge"):
+        prepared_for(job, judge).run()
+    judge.behaviour = lambda body, number: completion("Well, both", finish="length")
+    with pytest.raises(DataError, match=r"'Well, both'.*judge_max_tokens=9: raise"):
+        prepared_for(job, judge, judge_max_tokens=9).run()
+    assert job.evaluations() == []
+    # One comparison of three: its verdicts are ties, and the others count.
+    judge.behaviour = lambda body, number: (
+        completion("?") if "Third?" in body["messages"][0]["content"] else alphabetical(body, number)
+    )
     found = prepared_for(job, judge, rubric="Another.").run().against("base")
     assert found is not None
-    assert (found.ties, found.flips, found.unreadable) == (4, 0, 6)
+    assert (found.wins, found.ties, found.unreadable) == (2, 2, 2)
 
 
 @pytest.fixture
@@ -330,6 +378,90 @@ def test_people_agree_with_the_judge_or_not(job: TrainingJob, judge: ChatServer)
     assert (agreement.rows, agreement.agreed) == (4, 3)
     # The rows had been judged with the same conversation; only the identical answers are new.
     assert len(judge.asked) == asked + 2
+
+
+def test_a_judge_that_needs_a_key_says_so(job: TrainingJob, judge: ChatServer) -> None:
+    judge.behaviour = lambda body, number: refusal(401)
+    with pytest.raises(EndpointError, match=r"No key was sent \(none; --judge-api-key-env VARIABLE passes one\)"):
+        prepared_for(job, judge).run()
+
+
+def test_one_evaluation_of_a_job_runs_at_a_time(job: TrainingJob, judge: ChatServer) -> None:
+    prepared = prepared_for(job, judge)
+    with (
+        CompletionLog(prepared.ledger),
+        pytest.raises(ConfigurationError, match=r"another evaluation of job one runs: wait until it ends$"),
+    ):
+        prepared.run()
+
+
+def test_calls_of_an_interrupted_evaluation_are_told_of(job: TrainingJob, judge: ChatServer) -> None:
+    prepared_for(job, judge)  # its answers, and no evaluation
+    said = palate("eval", "one").stderr
+    assert "8 finished calls are kept" in said
+    assert "no evaluation yet" in said
+
+
+@pytest.mark.parametrize("service", ["", "svc"])
+def test_an_interruption_says_only_what_was_done(
+    job: TrainingJob, judge: ChatServer, session: Session, tmp_path: Path, service: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("First?")
+    record = Record(session.store, "services", "svc")
+    record.create(serve_manifest("svc"))
+    prepared_for(job, judge, prompts=prompts, **({"service": service} if service else {}))
+    asked = threading.Event()
+
+    def silent(body: dict[str, Any], number: int) -> str:
+        asked.set()
+        return HANG
+
+    judge.behaviour = silent
+    command = [
+        sys.executable,
+        "-m",
+        "palate.cli",
+        "eval",
+        "one",
+        "--prompts",
+        prompts,
+        "--judge",
+        f"{judge.url}/strict",
+    ]
+    command += ["--service", service] if service else []
+    running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert asked.wait(60)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130, said
+    assert "finished calls are kept, and the same command continues" in said
+    assert ("service that it started is deleted" in said) == (not service)
+    assert record.manifest().name == "svc"
+
+
+def test_a_plan_counts_held_out_pairs_and_refuses_data_without_any(job: TrainingJob, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {number} even?", "chosen": "Yes.", "rejected": "No."} for number in range(3)]
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text("\n".join(json.dumps(row) for row in rows))
+    bad.write_text('{"prompt": "Is it?"}\n')
+    assert "held-out pairs\t3" in palate("eval", "one", "--data", good, "--dry-run").stdout
+    assert "bad.jsonl" in palate("eval", "one", "--data", bad, "--dry-run", code=1).stderr
+
+
+def test_the_next_command_is_one_that_succeeds(job: TrainingJob) -> None:
+    def following(**figures: Any) -> list[object]:
+        record = evaluated(job, "a" * 16, at=1.0, **figures)
+        return _next_of(Evaluation("one", record, job._run.record), "")
+
+    assert following(low=0.5) == ["deploy", "one", "--require-win-rate", 0.5]
+    assert following(low=0.49) == ["report", "one"]
+    assert following(low=0.7, prompts=4) == ["report", "one"]
+    assert following(low=0.7, failed=20) == ["report", "one"]
 
 
 def test_what_is_missing_or_contradictory_is_refused(
@@ -492,6 +624,10 @@ def test_held_out_scores_get_intervals(job: TrainingJob) -> None:
     write(job._run.record, record, [])
     (kept,) = job.evaluations()
     assert kept.preferences == {"one": found}
+    write(job._run.record, replace(record, comparisons=(), tasks={"one": {"arc_easy": {"acc,none": 0.5}}}), [])
+    listed = palate("eval", "one").stdout
+    assert f"held-out accuracy\t{found.accuracy}\t4" in listed
+    assert "arc_easy acc,none\t0.5" in listed
     assert "on 4 held-out pairs; WARNING: 1 are in the training data" in str(kept)
 
 
@@ -508,17 +644,20 @@ def test_the_command_plans_prints_and_lists(job: TrainingJob, judge: ChatServer,
     prepared_for(job, judge)  # its answers are there, so no service is started
     words = ["eval", "one", "--prompts", prompts, "--judge", f"{judge.url}/strict", "--price", "strict=2,10"]
     planned = palate(*words, "--dry-run")
-    assert "remaining calls, maximum\t6" in planned.stdout
+    assert "remaining calls, maximum\t12" in planned.stdout
     assert "cost, maximum" in planned.stdout
     assert f"--judge {judge.url}/strict" in planned.stderr
     assert judge.asked == []
     done = palate(*words, "--rows", compared, "--pairs", pairs)
     assert "one\tbase\t62.5%" in done.stdout
-    assert "up to 6 calls (8 already finished)" in done.stderr
-    assert "deploy one --require-win-rate" in done.stderr
+    assert "up to 12 calls (8 already finished)" in done.stderr
+    assert "next: palate report one" in done.stderr.replace(
+        f"{sys.executable} -m palate.cli", "palate"
+    )  # 4 prompts show nothing
     assert [json.loads(line)["result"] for line in compared.read_text().splitlines()] == ["A", "A", "B", "same"]
     trained = read_rows(pairs)
     assert [row.chosen for row in trained] == ["a", "a", "c"]
+    assert "finished calls are kept" not in palate("eval", "one").stderr
     listed = json.loads(palate("eval", "one", "--json").stdout)
     assert listed[0]["comparisons"][0]["win_rate"]["value"] == 0.625
     assert "62.5%" in palate("eval", "one").stdout
@@ -622,7 +761,11 @@ def test_a_deploy_with_other_settings_than_the_evaluation_is_noted(
     served = job.served_model()
     capsys.readouterr()
     check_win_rate(job, served, 0.0, options=options)
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err
+    assert "one may be served: win-rate" in said
+    assert "on 20 prompts" in said
+    assert "with judge strict" in said
+    assert "WARNING" not in said
     template.write_text("{{ messages[0] }}")
     check_win_rate(job, served, 0.0, options={**options, "dtype": "auto", "quantization": "fp8"})
     said = capsys.readouterr().err

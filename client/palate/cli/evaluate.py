@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from palate.evaluation.result import Evaluation
     from palate.predictor import Predictor
 
+_NOT_WORSE = 0.5
+"""Win-rate of two equal models."""
+
 _NEWS_S = 5.0
 """Seconds between progress lines; on a terminal, one line is updated instead."""
 
@@ -99,7 +102,7 @@ def evaluate(
     Each answers the same prompts, and a judge compares every two answers in both orders. Without --prompts, --data and
     --lm-eval, lists the evaluations of the job.
     """
-    from palate.evaluation.run import prepare
+    from palate.evaluation.run import later_calls, prepare
     from palate.job import TrainingJob
 
     name, _, step = jobs[0].partition("@")
@@ -107,7 +110,13 @@ def evaluate(
         raise ConfigurationError(f"{jobs[0]} has a checkpoint: omit --checkpoint")
     job = TrainingJob.get(name)
     if prompts is None and data is None and not lm_eval and judge is None and judge_service is None:
-        _print_list(job.evaluations(), as_json=as_json, wide=wide)
+        found = job.evaluations()
+        _print_list(found, as_json=as_json, wide=wide)
+        if kept := later_calls(job, found):
+            print(
+                f"{kept} finished calls are kept, some since the last evaluation: after an interruption, the same command continues",
+                file=sys.stderr,
+            )
         return
     options: dict[str, object] = {} if service else {"engine": engine}
     if dtype != "auto":
@@ -159,12 +168,18 @@ def evaluate(
         result = prepared.run(news)
     except EndpointError as error:
         news.end()
-        print(f"error: {error}. Finished calls are kept", file=sys.stderr)
+        print(f"error: {error}. Finished calls are kept, and the same command continues", file=sys.stderr)
         say_next(*command)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as interrupt:
         news.end()
-        print("interrupted; the service is deleted, and finished calls are kept", file=sys.stderr)
+        starts = prepared.service is None and (prepared.prompts or prepared.tasks)
+        deleted = "any service that it started is deleted; " if starts else ""
+        calls = "finished calls are kept, and " if prepared.prompts else ""
+        print(f"interrupted; {deleted}{calls}the same command continues", file=sys.stderr)
+        for text in getattr(interrupt, "__notes__", ()):
+            if text.startswith("evaluation "):  # what a start says of its service is out of date: it is deleted by now
+                print(visible(text), file=sys.stderr)
         say_next(*command)
         raise typer.Exit(143 if isinstance(interrupt, Terminated) else 130) from None
     finally:
@@ -172,7 +187,29 @@ def evaluate(
     _write(rows, list(result.rows()) if rows else [])
     _write(pairs, result.to_rows() if pairs else [])
     _print_result(result, as_json=as_json, wide=wide)
-    say_next("deploy", job.id, "--require-win-rate", 0.5)
+    say_next(*_next_of(result, prepared.models[0].served.checkpoint))
+
+
+def _next_of(result: Evaluation, checkpoint: str) -> list[object]:
+    """Returns the command that deploys the model if the evaluation lets it pass, else the one that shows why not."""
+    from palate.evaluation.gate import LEAST_PROMPTS, MOST_FAILED
+    from palate.evaluation.record import BASE
+
+    found = result.against(BASE)
+    if (
+        found is None
+        or found.win_rate.low < _NOT_WORSE
+        or found.prompts < LEAST_PROMPTS
+        or found.failed > MOST_FAILED * (found.prompts + found.failed)
+    ):
+        return ["report", result.job]
+    return [
+        "deploy",
+        result.job,
+        *(["--checkpoint", checkpoint] if checkpoint else []),
+        "--require-win-rate",
+        _NOT_WORSE,
+    ]
 
 
 def _judge(address: str | None, service: str | None) -> str | Predictor | None:
@@ -197,6 +234,7 @@ def _print_plan(plan: EvaluationPlan) -> None:
     rows: list[tuple[str, object]] = [
         ("models", ", ".join(plan.models)),
         ("prompts", plan.prompts),
+        *([("held-out pairs", plan.pairs)] if plan.pairs is not None else []),
         ("calls for answers", plan.answers),
         ("calls for verdicts", plan.verdicts),
         ("finished calls", plan.finished),
@@ -207,6 +245,7 @@ def _print_plan(plan: EvaluationPlan) -> None:
     if plan.cost is not None:
         rows.append(("cost, maximum", f"{plan.cost:.4f}"))
     print_table(("what", "number"), rows)
+    print("the maximum includes a second question for every verdict, in case it cannot be read", file=sys.stderr)
 
 
 def _print_result(result: Evaluation, *, as_json: bool, wide: bool) -> None:
@@ -218,7 +257,7 @@ def _print_result(result: Evaluation, *, as_json: bool, wide: bool) -> None:
 
         print(json.dumps(to_builtins(result.record), indent=1))
         return
-    drops = {"wins": 2, "ties": 3, "losses": 2, "flips": 4}
+    drops = {"wins": 2, "ties": 3, "losses": 2, "flips": 4, "unreadable": 1}
     if result.comparisons:
         print_table([Column(name, drops.get(name, 0)) for name in COLUMNS], result.table(), wide=wide)
     if result.strengths:
@@ -252,23 +291,23 @@ def _print_list(found: list[Evaluation], *, as_json: bool, wide: bool) -> None:
         return
     from palate.ui.terminal import Column, print_table
 
-    rows = [
-        (
-            one.key,
-            age(one.record.created_at),
-            pair.first,
-            pair.second,
-            str(pair.win_rate),
-            pair.prompts,
-            one.record.judge,
-        )
-        for one in found
-        for pair in one.comparisons
-    ]
-    columns = ("evaluation", Column("age", 2), "model", "against", "win-rate", Column("prompts", 1), Column("judge", 3))
+    rows = [(one.key, age(one.record.created_at), *cells) for one in found for cells in one.figures()]
+    columns = (
+        "evaluation",
+        Column("age", 2),
+        "model",
+        Column("against", 1),
+        "figure",
+        "value",
+        Column("rows", 1),
+        Column("judge", 3),
+    )
     print_table(columns, rows, wide=wide)
+    for one in found:
+        for text in one.warnings:
+            print(visible(f"evaluation {one.key}: {text}"), file=sys.stderr)
     if not found:
-        print("no evaluation yet: pass --prompts and --judge", file=sys.stderr)
+        print("no evaluation yet: pass --prompts and --judge, --data or --lm-eval", file=sys.stderr)
 
 
 class _News:

@@ -14,17 +14,20 @@ from palate.evaluation.record import Agreement, Comparison, Contestant, Figure
 from palate.evaluation.statistics import Interval, cohens_kappa, length_controlled, win_rate
 from palate.generate.chat_client import Call, CallFailed, ChatClient, Endpoint
 from palate.generate.completion_log import CompletionLog, Reply
-from palate.generate.judge import RUBRIC, comparison
+from palate.generate.judge import RUBRIC, asked_again, comparison
 from palate.generate.pairs import REQUEST_BOUNDS, Usage, check_bounds, merge, usage_of
 from palate.generate.prompts import Prompt
 from palate.generate.running import TEMPLATE_TOKENS, in_parallel, most_tokens, run_to_end
 from palate.generate.verdicts import CUT, Judge, Verdicts
-from palate_recipes.errors import ConfigurationError
+from palate_recipes.errors import ConfigurationError, DataError
 
 _BOUNDS = {**REQUEST_BOUNDS, "temperature": (0, 2), "seed": (0, 2**63 - 1)}
 _RESULTS = {"first": "A", "second": "B", "tie": "tie", "disagreement": "flip"}
 """Results of a comparison as rows have them."""
 _SCORES = {"A": 1.0, "B": 0.0}
+
+_SHOWN_START, _SHOWN_END = 120, 80
+"""Characters of a judge's reply in an error: the verdict is missing at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +114,11 @@ class EvaluationPlan:
         answers: Calls for answers, in total.
         verdicts: Calls for verdicts, in total, if no answers are identical and every verdict can be parsed.
         finished: Calls that earlier runs have finished.
-        calls: Maximum remaining calls if every verdict can be parsed; each unreadable one adds a call.
+        calls: Maximum remaining calls: each verdict that cannot be parsed is asked for a second time.
         prompt_tokens: Maximum prompt tokens of the judge's remaining calls, including unreadable verdicts.
         completion_tokens: Likewise for completion tokens.
         cost: Cost of those tokens; None without a price.
+        pairs: Held-out pairs that are scored; None without data.
     """
 
     prompts: int
@@ -126,6 +130,7 @@ class EvaluationPlan:
     prompt_tokens: int
     completion_tokens: int
     cost: float | None
+    pairs: int | None = None
 
 
 class Weights(NamedTuple):
@@ -297,6 +302,38 @@ def judge_answers(
     return [done[task] for task in tasks], list(merge(usage)), failures
 
 
+def check_readable(
+    compared: Sequence[Compared],
+    answers: Answers,
+    prompts: Sequence[Prompt],
+    settings: EvaluationSettings,
+    ledger: CompletionLog,
+) -> None:
+    """Raises DataError if the judge gave no readable verdict in either order on more than half of what it judged.
+
+    All of these are ties, so the figures would be those of two equal models.
+    """
+    judged = [one for one in compared if one.verdicts is not None]
+    silent = [one for one in judged if one.verdicts is not None and one.verdicts.unreadable == 2]
+    if 2 * len(silent) <= len(judged):
+        return
+    one, judge = silent[0], settings.judge
+    texts = answers[one.first, one.at].text, answers[one.second, one.at].text
+    messages = comparison(prompts[one.at].messages, *texts, judge.rubric)
+    reply = ledger.get(_question(judge, messages).key())
+    assert reply is not None  # it was asked
+    if reply.finish in CUT:
+        remedy = f"It was cut at judge_max_tokens={judge.max_tokens}: raise that"
+    else:
+        remedy = "Use another judge, or a rubric that asks for A, B or tie alone on the last line"
+    shown = reply.text.strip()
+    shown = f"{shown[:_SHOWN_START]} … {shown[-_SHOWN_END:]}" if len(shown) > _SHOWN_START + _SHOWN_END else shown
+    raise DataError(
+        f"judge {settings.judge_model} cannot be read: {len(silent)} of {len(judged)} comparisons have no verdict in either order, so "
+        f"there is no win-rate, and nothing is recorded. Its first reply: {shown!r}. {remedy}"
+    )
+
+
 def judge_labels(
     rows: Sequence[Labelled], settings: EvaluationSettings, ledger: CompletionLog
 ) -> tuple[Agreement, list[Usage]]:
@@ -393,18 +430,18 @@ def plan(
             continue
         texts = ("", "") if one is None or other is None else (one.text, other.text)
         room = 2 * settings.max_tokens if one is None or other is None else 0
-        done, most = _look_up(prompts[at].messages, texts, settings, ledger, known=not room)
+        done, left, most = _look_up(prompts[at].messages, texts, settings, ledger, known=not room)
         finished += done
-        open_calls += 2 - done
-        prompt_tokens += (2 - done) * (most + room) * 2
+        open_calls += left
+        prompt_tokens += left * (most + room)
     for row in labels if asks else ():
-        done, most = _look_up(row.conversation, (row.first, row.second), settings, ledger, known=True)
+        done, left, most = _look_up(row.conversation, (row.first, row.second), settings, ledger, known=True)
         finished += done
-        open_calls += 2 - done
-        prompt_tokens += (2 - done) * most * 2
-    # The second half of the doubled tokens is for a verdict that cannot be parsed, with what the judge said before.
-    prompt_tokens += open_calls * (settings.judge_max_tokens + 10 * TEMPLATE_TOKENS)
-    completion_tokens = 2 * open_calls * settings.judge_max_tokens
+        open_calls += left
+        prompt_tokens += left * most
+    # The second question of two has what the judge said before.
+    prompt_tokens += (open_calls + 1) // 2 * (settings.judge_max_tokens + 10 * TEMPLATE_TOKENS)
+    completion_tokens = open_calls * settings.judge_max_tokens
     spent = usage_of(settings.prices, settings.judge_model, "verdicts", open_calls, prompt_tokens, completion_tokens)
     return EvaluationPlan(
         prompts=len(prompts),
@@ -444,16 +481,30 @@ def _look_up(
     ledger: CompletionLog,
     *,
     known: bool,
-) -> tuple[int, int]:
-    """Returns how many of the two verdicts are in the ledger, and the most tokens of one prompt."""
+) -> tuple[int, int, int]:
+    """Returns how many calls for the two verdicts are in the ledger, how many may be left, and the most tokens of one prompt."""
     judge = settings.judge
-    done = most = 0
+    done = left = most = 0
     for first, second in (texts, texts[::-1]):
         messages = comparison(conversation, first, second, judge.rubric)
         most = max(most, most_tokens(messages))
-        call = Call(judge.endpoint, judge.model, messages, 0.0, judge.max_tokens)
-        done += known and call.key() in ledger
-    return done, most
+        reply = ledger.get(_question(judge, messages).key()) if known else None
+        if reply is None:
+            left += 2
+        elif judge.verdict_in(reply) is not None:
+            done += 1
+        else:
+            messages = asked_again(messages, reply.text)
+            most = max(most, most_tokens(messages))
+            again = _question(judge, messages, 1).key() in ledger
+            done += 1 + again
+            left += not again
+    return done, left, most
+
+
+def _question(judge: Judge, messages: list[dict[str, str]], attempt: int = 0) -> Call:
+    """Returns the call for a verdict, to be looked up in the ledger."""
+    return Call(judge.endpoint, judge.model, messages, 0.0, judge.max_tokens, attempt)
 
 
 def _figure(interval: Interval) -> Figure:

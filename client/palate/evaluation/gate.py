@@ -33,7 +33,8 @@ def check_win_rate(
     """Checks the last evaluation of a model against its base, or against the model of a service.
 
     Models are compared by the digests of their files, so an evaluation counts for exactly the model that would be served. Passes
-    if the service serves this model already. Notes settings that would be served and differ from those of the evaluation.
+    if the service serves this model already. Notes the evaluation that lets the model pass, and settings that would be served and
+    differ from those of the evaluation.
 
     Args:
         job: The job.
@@ -89,6 +90,10 @@ def check_win_rate(
         if found.win_rate.low >= required:
             if instead_of is not None:
                 options = served.options_instead_of(instead_of)
+            note(
+                f"{name} may be served: win-rate {found.win_rate} against {shown} on {found.prompts} prompts, by evaluation "
+                f"{evaluation.key} with judge {evaluation.judge}"
+            )
             _note_differences(evaluation, served, options or {})
             return
         raise WinRateError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 Prompts = str | Path | Iterable[str | Sequence[Mapping[str, str]]]
 
 _JUDGE = re.compile(r"(?P<url>https?://\S*?/v\d\w*(?:/openai)?)/(?P<model>\S+)")
+_NO_SCHEME = re.compile(r"[^/\s]+:\d+/|[^/\s]+/(?:\S+/)?v\d\w*/\S")
+"""Starts a URL without its scheme; a model name may have a slash, as `Qwen/Qwen3-8B`."""
+_ENVIRONMENT = ("OPENAI_BASE_URL", "OPENAI_API_KEY")
 _ANSWERS = (("answer_a", "answer_b"), ("response_a", "response_b"))
 _LABELS = ("label", "preference")
 _SAID = {"a": "A", "b": "B", "tie": "tie"}
@@ -86,6 +90,13 @@ def judge_of(
     if "://" not in given:
         if not given.strip():
             raise ConfigurationError("judge is empty: expected URL/MODEL, such as http://127.0.0.1:8000/v1/judge")
+        if _NO_SCHEME.match(given):
+            raise ConfigurationError(f"judge={given!r} has no http:// or https://: pass judge='http://{given}'")
+        if api_key_env is None and not any(os.environ.get(name, "").strip() for name in _ENVIRONMENT):
+            raise ConfigurationError(
+                f"judge={given!r} is a model name alone, and no endpoint is configured: pass judge='URL/MODEL', such as "
+                f"http://127.0.0.1:8000/v1/{given}, or set {' or '.join(_ENVIRONMENT)}"
+            )
         return Endpoint.from_environment(None, api_key_env), given
     found = _JUDGE.fullmatch(given)
     if found is None:

@@ -43,9 +43,7 @@ def check_lm_eval() -> str:
     beside = Path(sys.executable).with_name("lm_eval")
     found = str(beside) if beside.exists() else shutil.which("lm_eval")
     if found is None:
-        raise MissingDependencyError(
-            "lm_eval is not installed, which lm_eval= (--lm-eval) runs: pip install 'lm-eval[api]' transformers"
-        )
+        raise MissingDependencyError("lm-eval is not installed: pip install 'lm-eval[api]' transformers")
     return found
 
 
@@ -126,7 +124,7 @@ def run_lm_eval(
                 if code is None
                 else f"failed with exit code {code}"
             )
-            raise EngineError(f"lm_eval on {seat.model} {why}. {text}")
+            raise EngineError(f"lm-eval on {seat.model} {why}. {text}")
         found = json.loads(results[-1].read_text(encoding="utf-8"))["results"]
     return {task: _finite(task, metrics) for task, metrics in found.items()}
 

@@ -490,6 +490,17 @@ def _key(spec: EvaluationSpec, rows: Sequence[Row], *, trained_at: float) -> str
     return digest.hexdigest()
 
 
+def count_pairs(job: TrainingJob, data: str | Path | Rows | PreferenceData) -> int:
+    """Returns the number of pairs that `preference_scores` would score, before the job's length limits; starts nothing.
+
+    Raises:
+        DataError: As `preference_scores`.
+    """
+    rule = job.manifest.body.hyperparameters.bad_rows
+    with checked_inputs({_CHANNEL: data}, job._run.session, strategy="dpo", bad_rows=rule) as checked:
+        return len(_rows(checked[_CHANNEL]))
+
+
 def _rows(item: Input) -> list[Row]:
     """Returns the usable rows, with the numbers that they will have in the run."""
     from palate_recipes.preferences.load import read_rows

@@ -88,7 +88,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
         unreadable: Verdicts that could not be parsed, even on the second try.
         failed: Prompts that were left out, because a call failed.
         win_rate: Wins and half of the ties, as a share of the prompts.
-        length_controlled: The win-rate at equal lengths; None if all lengths are equal.
+        length_controlled: The win-rate at equal lengths; None if all lengths or all results are equal.
     """
 
     first: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,22 @@ from palate.evaluation.record import (
 from palate.runs.record import Record
 from palate_recipes.text import html_block, html_table, visible_line
 
-COLUMNS = ("model", "against", "win-rate", "95%", "at equal length", "wins", "ties", "losses", "flips", "prompts")
+COLUMNS = (
+    "model",
+    "against",
+    "win-rate",
+    "95%",
+    "at equal length",
+    "wins",
+    "ties",
+    "losses",
+    "flips",
+    "unreadable",
+    "prompts",
+)
+
+MOST_FLIPS = 0.5
+"""Share of the judged prompts. Above it, the judge follows the order of the answers more often than the answers."""
 
 
 class Evaluation:
@@ -76,6 +92,11 @@ class Evaluation:
         own = next((one.name for one in self.models if one.job == self.job), None)
         return own or self.job
 
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against the figures: verdicts that could not be read, a judge that follows the order of the answers."""
+        return [f"WARNING: {text}" for one in self.comparisons for text in doubts(one, self.record.judge)]
+
     def against(self, other: str, *, model: str | None = None) -> Comparison | None:
         """Returns the comparison with another model, seen from the evaluated one or from `model`; None if there is none."""
         name = model or self.name
@@ -114,6 +135,20 @@ class Evaluation:
         """Returns the comparisons as cells, in the order of `COLUMNS`."""
         return [comparison_cells(one) for one in self.comparisons]
 
+    def figures(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Returns every figure as cells: model, against, figure, value, number of prompts or pairs, judge."""
+        found = [
+            (one.first, one.second, "win-rate", str(one.win_rate), str(one.prompts), self.record.judge)
+            for one in self.comparisons
+        ]
+        for model, scored in self.preferences.items():
+            for name, value in (("accuracy", scored.accuracy), ("reward accuracy", scored.reward_accuracy)):
+                found.append((model, "", f"held-out {name}", str(value), str(scored.rows), ""))
+        for model, tasks in (self.record.tasks or {}).items():
+            for task, metrics in tasks.items():
+                found += [(model, "", f"{task} {name}", f"{value:.4g}", "", "") for name, value in metrics.items()]
+        return found
+
     def __str__(self) -> str:
         lines = [describe(one) for one in self.comparisons]
         if self.strengths:
@@ -121,6 +156,7 @@ class Evaluation:
         if self.agreement is not None:
             lines.append(describe_agreement(self.agreement))
         lines += [f"{name}: {describe_held_out(one)}" for name, one in self.preferences.items()]
+        lines += self.warnings
         # Models' names come from a store.
         return "\n".join(map(visible_line, lines)) or visible_line(f"evaluation {self.key} of job {self.job}")
 
@@ -128,7 +164,9 @@ class Evaluation:
         return f"Evaluation(job={self.job!r}, key={self.key!r}, win_rate={str(self.win_rate) if self.win_rate else None!r})"
 
     def _repr_html_(self) -> str:
-        return html_block(html_table([COLUMNS, *self.table()]))
+        return html_block(
+            html_table([COLUMNS, *self.table()]), *(f"<p>{html.escape(text)}</p>" for text in self.warnings)
+        )
 
 
 def comparison_cells(one: Comparison) -> tuple[str, ...]:
@@ -140,7 +178,7 @@ def comparison_cells(one: Comparison) -> tuple[str, ...]:
         f"{rate.value:.1%}",
         f"{rate.low:.1%} to {rate.high:.1%}",
         f"{controlled.value:.1%}" if controlled else "",
-        *map(str, (one.wins, one.ties, one.losses, one.flips, one.prompts)),
+        *map(str, (one.wins, one.ties, one.losses, one.flips, one.unreadable, one.prompts)),
     )
 
 
@@ -151,6 +189,22 @@ def describe(one: Comparison) -> str:
         f"{one.first} against {one.second}: win-rate {one.win_rate}{controlled}; {one.wins} wins, {one.ties} ties, {one.losses} losses "
         f"on {one.prompts} prompts; flip rate {one.flip_rate:.0%}"
     )
+
+
+def doubts(one: Comparison, judge: str) -> list[str]:
+    """Returns what speaks against a comparison, as sentences."""
+    found = []
+    pair = f"{one.first} against {one.second}"
+    if one.unreadable:
+        found.append(
+            f"{pair}: {one.unreadable} of {2 * (one.prompts - one.same)} verdicts could not be read, which count as ties"
+        )
+    if one.flip_rate > MOST_FLIPS:
+        found.append(
+            f"{pair}: judge {judge} is not usable: its verdicts in the two orders differ on {one.flip_rate:.0%} of the "
+            "judged prompts, which count as ties. Use another judge or rubric"
+        )
+    return found
 
 
 def describe_agreement(one: Agreement) -> str:

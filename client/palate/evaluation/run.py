@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from palate.evaluation.arena import (
     Seat,
     Weights,
     answer_usage,
+    check_readable,
     collect_answers,
     contestant,
     figures,
@@ -93,8 +94,7 @@ class PreparedEvaluation:
     @property
     def ledger(self) -> Path:
         """The file with all finished calls about the job. Without it, everything is asked again."""
-        uri = self.job.uri.encode()
-        return palate_home() / "evaluations" / f"{self.job.id}-{hashlib.sha256(uri).hexdigest()[:8]}.ledger.jsonl"
+        return _ledger_of(self.job)
 
     def _key(self, preferences: Mapping[str, HeldOut]) -> str:
         """Returns a digest of everything that the figures depend on. The name of held-out scores is one of their data."""
@@ -111,9 +111,18 @@ class PreparedEvaluation:
         return hashlib.sha256(json.dumps(entering).encode()).hexdigest()[:16]
 
     def plan(self) -> EvaluationPlan:
-        """Estimates calls, tokens and cost; sends no request, starts no service and writes nothing."""
+        """Estimates calls, tokens and cost; sends no request, starts no service and writes nothing.
+
+        Raises:
+            DataError: The held-out data cannot be read or has no pairs.
+        """
         with CompletionLog(self.ledger, read_only=True) as ledger:
-            return plan(self._weights, self.prompts, self.labels, self.settings, ledger)
+            found = plan(self._weights, self.prompts, self.labels, self.settings, ledger)
+        if self.data is None:
+            return found
+        from palate.evaluation.preferences import count_pairs
+
+        return replace(found, pairs=count_pairs(self.job, self.data))
 
     def run(self, progress: Callable[[EvaluationProgress], None] | None = None) -> Evaluation:
         """Lets the models answer and the judge compare, and writes the record. The same call resumes after any interruption.
@@ -122,10 +131,10 @@ class PreparedEvaluation:
             ServiceError: A service did not start.
             ConfigurationError: The service that was given does not serve the models, or was changed while it answered.
             EndpointError: The judge rejected a request or is unreachable; finished calls are kept.
-            DataError: No prompt could be compared.
+            DataError: No prompt could be compared, or most of the judge's verdicts could not be read.
         """
         preferences = self._preferences()
-        with CompletionLog(self.ledger) as ledger:
+        with CompletionLog(self.ledger, writer=f"another evaluation of job {self.job.id}") as ledger:
             failures, tasks = self._serve(ledger, progress)
             answers = read_answers(self._weights, self.prompts, self.settings, ledger)
             names = [one.name for one in self.models]
@@ -136,6 +145,7 @@ class PreparedEvaluation:
                 compared, more, failed = judge_answers(names, answers, self.prompts, self.settings, ledger, progress)
                 usage += more
                 failures += failed
+                check_readable(compared, answers, self.prompts, self.settings, ledger)
             if self.labels:
                 agreement, more = judge_labels(self.labels, self.settings, ledger)
                 usage = list(merge([*usage, *more]))
@@ -195,7 +205,10 @@ class PreparedEvaluation:
         rows = list(rows_of(compared, answers, self.prompts))
         for job in dict.fromkeys(one.job for one in self.models if one.job is not None):
             write(_record(job), record, rows)
-        return Evaluation(self.job.id, record, _record(self.job))
+        result = Evaluation(self.job.id, record, _record(self.job))
+        for warning in result.warnings:
+            note(warning)
+        return result
 
     def _preferences(self) -> dict[str, HeldOut]:
         """Scores the held-out preferences with each job's model: the trainer's own program, before any service needs the memory."""
@@ -291,9 +304,7 @@ def prepare(
         check_lm_eval()
         check_tasks(lm_eval, models[0].served, session)
     if judge is None and (prompts is not None or labels is not None):
-        raise ConfigurationError(
-            "judge is missing: pass judge='URL/MODEL', such as http://127.0.0.1:8000/v1/judge (--judge URL/MODEL)"
-        )
+        raise ConfigurationError("judge is missing: pass judge='URL/MODEL', such as http://127.0.0.1:8000/v1/judge")
     if judge is not None and prompts is None and data is None:
         raise ConfigurationError("prompts is missing: pass a file of prompts, or data whose prompts are used")
     if judge is None and data is None and not lm_eval:
@@ -343,6 +354,20 @@ def list_evaluations(job: TrainingJob) -> list[Evaluation]:
         else:
             found.append(Evaluation(job.id, one, record))
     return found
+
+
+def later_calls(job: TrainingJob, found: Sequence[Evaluation]) -> int:
+    """Returns the number of finished calls about a job; 0 if none came after its last evaluation, as in one that was interrupted."""
+    path = _ledger_of(job)
+    last = max((one.record.created_at for one in found), default=0.0)
+    if not path.exists() or path.stat().st_mtime <= last:
+        return 0
+    with CompletionLog(path, read_only=True) as ledger:
+        return len(ledger)
+
+
+def _ledger_of(job: TrainingJob) -> Path:
+    return palate_home() / "evaluations" / f"{job.id}-{hashlib.sha256(job.uri.encode()).hexdigest()[:8]}.ledger.jsonl"
 
 
 def _models(

@@ -86,7 +86,7 @@ def mean(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def length_controlled(scores: Sequence[float], differences: Sequence[float], *, seed: int = 0) -> Interval | None:
-    """Returns the win-rate at equal lengths, with a bootstrap interval; None without a difference in lengths.
+    """Returns the win-rate at equal lengths, with a bootstrap interval; None without a difference in lengths or in scores.
 
     Fits, by logistic regression over prompts i with the score y_i (ties count one half),
 
@@ -96,6 +96,9 @@ def length_controlled(scores: Sequence[float], differences: Sequence[float], *, 
     AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475, section 3) without its term for the difficulty of an instruction, which
     takes the verdicts on many models. Both coefficients have a ridge penalty of 0.001.
 
+    Equal scores say nothing about lengths: theta would be as large as the penalty allows, in every resample, so that 20 wins of 20
+    prompts would give [0.994, 0.999]. `win_rate` has the interval for them.
+
     Args:
         scores: As in `win_rate`.
         differences: Length of the first answer minus that of the second, per prompt.
@@ -103,7 +106,7 @@ def length_controlled(scores: Sequence[float], differences: Sequence[float], *, 
     """
     won, differs = np.asarray(scores, float), np.asarray(differences, float)
     spread = float(differs.std())
-    if spread == 0.0:
+    if spread == 0.0 or won.min() == won.max():
         return None
     inputs = np.stack([np.ones_like(won), np.tanh(differs / spread)], axis=1)  # (prompts, 2)
     total = len(won)

@@ -101,7 +101,7 @@ class Endpoint:
         """
         if api_key_env:
             return cls.from_environment(base_url, api_key_env)
-        return cls(base_url, key_source="no key (set one with --judge-api-key-env)")
+        return cls(base_url, key_source="none; --judge-api-key-env VARIABLE passes one")
 
     @classmethod
     def of_service(cls, name: str, session: Session | None = None) -> Endpoint:
@@ -365,9 +365,11 @@ class ChatClient:
             return _Passing(f"status {status}: {said}", status=status, after_s=after_s)
         if status in _OF_THIS_CALL and (call.model, call.temperature) in self._ledger.answered:
             return CallFailed(f"{call.about}: {what}")
+        source = call.endpoint.key_source
+        unkeyed = f"No key was sent ({source}), and the endpoint needs one"
         remedies = {
-            401: f"The key was rejected: check the key from {call.endpoint.key_source}",
-            403: f"The key ({call.endpoint.key_source}) may not use this model: use another key or model",
+            401: unkeyed if call.endpoint.api_key == NO_KEY else f"The key was rejected: check the key from {source}",
+            403: f"The key ({source}) may not use this model: use another key or model",
             404: f"No such model, or the base URL lacks its path: see {call.endpoint.base_url}/models for the names",
         }
         remedy = remedies.get(status, "Check --model, --temperature, --max-tokens and the prompt")

@@ -38,6 +38,7 @@ class CompletionLog:
     Args:
         path: The file; created if missing, with its folder.
         read_only: Only look up calls: takes no lock, writes nothing, and the file may be missing.
+        writer: What another process must be that writes the file, for the message; default: the file is named.
 
     Attributes:
         answered: The (model, temperature) pairs of its calls.
@@ -47,7 +48,7 @@ class CompletionLog:
         DataError: The file is damaged before its last line, or is not a ledger.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, writer: str = "") -> None:
         self.path = path
         self._places: dict[str, tuple[int, int]] = {}  # key: (offset, bytes) of its line
         self.answered: set[tuple[str, float]] = set()
@@ -73,7 +74,9 @@ class CompletionLog:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigurationError(
-                    f"{path} is being written by another process: wait until it ends, or use another output"
+                    f"{writer} runs: wait until it ends"
+                    if writer
+                    else f"{path} is being written by another process: wait until it ends, or use another output"
                 ) from None
             self._load()
             os.ftruncate(self._fd, self._end)

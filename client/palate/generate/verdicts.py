@@ -68,11 +68,16 @@ class Judge:
         )
         return Verdicts(straight, swapped)
 
+    @staticmethod
+    def verdict_in(reply: Reply) -> Verdict | None:
+        """Returns the verdict in a reply; None if it cannot be parsed."""
+        return None if reply.finish in CUT else read_verdict(reply.text)  # cut: the verdict could still follow
+
     async def _verdict(self, ask: Ask, messages: list[dict[str, str]], about: str) -> Verdict | None:
         for attempt in range(2):
             call = Call(self.endpoint, self.model, messages, 0.0, self.max_tokens, attempt, True, f"verdict on {about}")
             reply = await ask(call)
-            verdict = None if reply.finish in CUT else read_verdict(reply.text)  # cut: the verdict could still follow
+            verdict = self.verdict_in(reply)
             if verdict is not None:
                 return verdict
             messages = asked_again(messages, reply.text)
