@@ -79,9 +79,11 @@ def workers_of(wanted: TrainTask) -> list[psutil.Process]:
     return found
 
 
-def training(wanted: TrainTask) -> bool:
+def training(wanted: TrainTask, *, step: int = 1) -> bool:
+    """Whether a run has logged this step."""
     metrics = Path(wanted.files.output_dir) / "metrics.jsonl"
-    return metrics.exists() and '"kind": "train"' in metrics.read_text()
+    events = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return any(event["kind"] == "train" and event["step"] >= step for event in events)
 
 
 @pytest.mark.parametrize(

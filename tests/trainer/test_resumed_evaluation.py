@@ -75,3 +75,48 @@ def test_an_evaluation_that_was_made_twice_counts_once() -> None:
     once = events_once([{**event, "attempt": 1} for event in first] + [{**event, "attempt": 2} for event in second])
     assert evaluations(once) == [(20, 0.6)]
     assert [point.step for point in Curves.of([*first, *second]).validation] == [20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "due",
+    [
+        {"eval_steps": 3, "max_steps": 3},
+        pytest.param({"eval_steps": 0, "num_train_epochs": 1, "rows": 12}, marks=pytest.mark.thorough),
+        pytest.param({"eval_steps": 2, "max_steps": 3, "save_steps": 1}, marks=pytest.mark.thorough),
+    ],
+    ids=["only", "epoch", "last"],
+)
+def test_a_stop_in_the_last_evaluation_leaves_the_best_model_to_the_resumed_run(
+    small: Path, tmp_path: Path, due: dict[str, Any], precision: str
+) -> None:
+    """Without the evaluation that was stopped, the best model would be an earlier one, or none."""
+    settings = {
+        "learning_rate": 1e-3,
+        "held_out": preference_rows(100),  # takes many times as long as a look at the metrics
+        "load_best_model_at_end": True,
+        "precision": precision,
+        **due,
+    }
+    whole = train(spec(small, tmp_path / "whole", **settings))
+    assert whole[-1]["best_step"] == 3
+
+    broken = spec(small, tmp_path / "broken", **settings)
+    out = tmp_path / "broken" / "out"
+    program = start(broken)
+    try:
+        until(lambda: training(broken, step=3) or program.poll() is not None, timeout_s=240)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(timeout=60) == EXIT_STOPPED, log_of(broken)[-3000:]
+    finally:
+        program.kill()
+        program.wait()
+    assert not (out / "model").exists()
+    first = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert 3 not in [step for step, _ in evaluations(first)]
+
+    checkpoint = out / "checkpoints" / "checkpoint-3"
+    second = train(broken.changed(resume_from=str(checkpoint), attempt=2))[len(first) :]
+    assert losses(second) == []
+    assert [step for step, _ in evaluations(second)] == [3]
+    assert (second[-1]["best_step"], second[-1]["best_metric"]) == (3, pytest.approx(whole[-1]["best_metric"], abs=1e-5))
