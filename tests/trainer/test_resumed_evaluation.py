@@ -119,4 +119,7 @@ def test_a_stop_in_the_last_evaluation_leaves_the_best_model_to_the_resumed_run(
     second = train(broken.changed(resume_from=str(checkpoint), attempt=2))[len(first) :]
     assert losses(second) == []
     assert [step for step, _ in evaluations(second)] == [3]
-    assert (second[-1]["best_step"], second[-1]["best_metric"]) == (3, pytest.approx(whole[-1]["best_metric"], abs=1e-5))
+    assert (second[-1]["best_step"], second[-1]["best_metric"]) == (
+        3,
+        pytest.approx(whole[-1]["best_metric"], abs=1e-5),
+    )
