@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -489,3 +491,10 @@ def test_an_experiment_without_a_best_run_says_so(
     assert "no model is copied to" in said
     with pytest.raises(JobNotReadyError, match="no job has succeeded with final_loss"):
         _ = result.best
+
+    experiment.file.write_text(experiment.file.read_text().replace("trials: 2", "trials: 1"))
+    command = [sys.executable, "-m", "palate.cli", "run-experiment", str(experiment.file), "a"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "no run is the best: none has final_loss" in done.stderr
+    assert f"compare {result.runs[0].job.id if result.runs[0].job else ''}" in done.stderr.splitlines()[-1]

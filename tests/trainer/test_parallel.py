@@ -79,11 +79,9 @@ def workers_of(wanted: TrainTask) -> list[psutil.Process]:
     return found
 
 
-def training(wanted: TrainTask, *, step: int = 1) -> bool:
-    """Whether a run has logged this step."""
+def training(wanted: TrainTask) -> bool:
     metrics = Path(wanted.files.output_dir) / "metrics.jsonl"
-    events = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return any(event["kind"] == "train" and event["step"] >= step for event in events)
+    return metrics.exists() and '"kind": "train"' in metrics.read_text()
 
 
 @pytest.mark.parametrize(

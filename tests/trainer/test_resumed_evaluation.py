@@ -16,6 +16,7 @@ from tests.slow.conftest import until
 from tests.support.rows import preference_rows
 from tests.trainer.support import losses, spec, train
 from tests.trainer.test_parallel import log_of, start, training
+from tests.trainer.test_training import program, wait_for
 
 STEPS = 40
 SETTINGS: dict[str, Any] = {
@@ -44,14 +45,14 @@ def test_a_resumed_run_has_every_evaluation(small: Path, tmp_path: Path, due: st
     assert [step for step, _ in evaluations(whole)] == [*range(1, STEPS + 1)]
 
     broken = spec(small, tmp_path / "broken", **settings)
-    program = start(broken)
+    process = start(broken)
     try:
-        until(lambda: training(broken) or program.poll() is not None, timeout_s=240)
-        program.send_signal(signal.SIGTERM)
-        assert program.wait(timeout=60) == EXIT_STOPPED, log_of(broken)[-3000:]
+        until(lambda: training(broken) or process.poll() is not None, timeout_s=240)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == EXIT_STOPPED, log_of(broken)[-3000:]
     finally:
-        program.kill()
-        program.wait()
+        process.kill()
+        process.wait()
     out = tmp_path / "broken" / "out"
     (mark,) = (out / "checkpoints").glob(f"checkpoint-*/{COMPLETE_MARK}")
     stopped_at = int(mark.parent.name.removeprefix("checkpoint-"))
@@ -103,14 +104,15 @@ def test_a_stop_in_the_last_evaluation_leaves_the_best_model_to_the_resumed_run(
 
     broken = spec(small, tmp_path / "broken", **settings)
     out = tmp_path / "broken" / "out"
-    program = start(broken)
+    process = program(broken, tmp_path / "broken")
     try:
-        until(lambda: training(broken, step=3) or program.poll() is not None, timeout_s=240)
-        program.send_signal(signal.SIGTERM)
-        assert program.wait(timeout=60) == EXIT_STOPPED, log_of(broken)[-3000:]
+        wait_for(process, out, '"kind": "train", "attempt": 1, "step": 3')
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == EXIT_STOPPED, output[-2000:]
     finally:
-        program.kill()
-        program.wait()
+        process.kill()
+        process.wait()
     assert not (out / "model").exists()
     first = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert 3 not in [step for step, _ in evaluations(first)]
