@@ -32,6 +32,9 @@ METRICS: Mapping[str, bool] = {
 }
 """Metrics that rank jobs, and whether higher is better."""
 
+EVALUATION_METRICS = tuple(name for name in METRICS if name.startswith("eval_") or name == "best_eval_loss")
+"""Those that need validation data."""
+
 _NOT_SETTINGS = ("precision",)  # in the hyperparameters too, as it was given
 
 

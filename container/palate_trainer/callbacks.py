@@ -276,11 +276,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def stopped_early(self) -> bool:
         return self.early is not None and self.early.has_stopped
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the model can be saved: all steps are done, and the evaluation of the last one if it chooses the model."""
+        trainer = self.trainer
+        awaited = trainer.keeps_best and self._is_evaluation_missing(trainer.args, trainer.state)
+        return self.all_steps_done and not awaited
+
     def checkpoint_now(self) -> None:
         """Writes a checkpoint of the last finished step, unless it exists or training is over."""
         trainer = self.trainer
         if (
-            not self.all_steps_done
+            not self.is_over
             and not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}" / COMPLETE_MARK).exists()
         ):
             trainer._save_checkpoint(trainer.model, trial=None)
@@ -295,6 +302,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """
         reading = read_run(self.metrics.read())
         state = self.trainer.state
+        # From the log of the checkpoints: metrics.jsonl of a resumed run may begin after the best step.
+        of_model = next(
+            (entry for entry in reversed(state.log_history) if entry["step"] == best_step and "eval_loss" in entry),
+            self.last["eval"],
+        )
         epoch_steps = max(1, round(state.max_steps / max(float(state.epoch or 1.0), 1e-9)))
         event = {
             "step": state.global_step,
@@ -307,7 +319,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             "final_loss": _mean(self.step_losses[-max(1, self._last_window) :]),
             "last_epoch_loss": _mean(self.step_losses[-epoch_steps:]),
             "train": _numbers_only(self.last["train"]),
-            "eval": _numbers_only(self.last["eval"]),
+            "eval": _numbers_only(of_model),
             "reading": {"verdict": reading.verdict, "text": reading.text},
         }
         if self.trainer.args.metric_for_best_model is not None:
@@ -351,7 +363,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         }
 
     def _maybe_stop(self, state: Any, control: Any) -> Any:
-        if self.stop.agreed and state.global_step < state.max_steps:
+        # After the last step only the model is left to write, unless an evaluation chooses it: a resumed run makes that one.
+        if self.stop.agreed and (state.global_step < state.max_steps or self.trainer.keeps_best):
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False

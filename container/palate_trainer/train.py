@@ -176,7 +176,7 @@ def _train(task: TrainTask, output: Path, importing: AbstractContextManager[None
             notes.append(warning)
             free_memory()
             trainer, callback = fit(task.changed(fast=False))
-        if stop.agreed and not callback.all_steps_done:
+        if stop.agreed and not callback.is_over:
             return EXIT_STOPPED
         stop.deferred = True  # only saving is left, so a stop must not interrupt it
         best_step = trainer.load_best() if hyperparameters.load_best_model_at_end else None

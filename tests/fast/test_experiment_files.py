@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from palate import ExperimentFile
-from palate.errors import ConfigurationError
+from palate import ExperimentFile, Session
+from palate.errors import ConfigurationError, JobNotReadyError
 from palate.experiments import Experiment
+from palate.experiments.execute import Planned, _Crew, planned_runs, prepared
+from palate.runs.record import Record
+from tests.support.manifests import train_manifest
+from tests.support.rows import preference_rows
 
 NATURAL = """
 defaults:
@@ -336,7 +344,158 @@ def test_a_search_stays_in_its_space_and_goes_on_where_it_was(tmp_path: Path, ho
     # Interrupted after six trials, whose values are read from their jobs.
     again = searcher()
     for number in range(6):
-        kept = again.values_in(experiment.with_values(seen[number]).hyperparameters, {})
+        kept = again.values_in(again.record(seen[number]))
         again.tell(number, kept, result(seen[number]))
     assert [again.ask(6)] == [seen[6]]
     assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+
+    # Another client's trial 7 has values of its own: they count, and not those that were drawn here.
+    again.tell(6, seen[6], result(seen[6]))
+    again.ask(7)
+    theirs = {**seen[7], "lora_dim": 8, "learning_rate": 5e-4}
+    again.tell(7, theirs, 0.25)
+    other = searcher()
+    for number in range(7):
+        other.tell(number, seen[number], result(seen[number]))
+    other.tell(7, theirs, 0.25)
+    assert again.ask(8) == other.ask(8)
+
+    for values in ({**seen[0], "lora_alpha": 9}, {**seen[0], "lora_dim": 99}, {"lora_dim": 8}, [1]):
+        with pytest.raises(ConfigurationError, match="not values of this search"):
+            again.values_in(json.dumps(values))
+    with pytest.raises(ConfigurationError, match="not values of this search"):
+        again.values_in("")
+
+
+def test_a_search_may_have_more_combinations_than_a_grid(tmp_path: Path) -> None:
+    many = """
+a:
+  model_name: smollm2-135m-instruct
+  inputs: {train: p.json}
+  HOW
+  hyperparameters:
+    seed: [SEEDS]
+    logging_steps: [STEPS]
+""".replace("SEEDS", ", ".join(map(str, range(1000)))).replace("STEPS", ", ".join(map(str, range(1, 1001))))
+    assert "the sweep has 1,000,000 combinations: at most 1,000 are run; use search: random" in refused(
+        tmp_path, many.replace("  HOW\n", "")
+    )
+    for how in ("random", "tpe"):
+        experiment = load(tmp_path, many.replace("HOW", f"search: {how}\n  trials: 4"), "a")
+        assert experiment.axes.size == 1_000_000
+    with_ranges = many.replace("HOW", "search: random\n  trials: 4") + "    learning_rate: {min: 1e-5, max: 1e-3}\n"
+    contradiction = with_ranges + "    load_best_model_at_end: true\n    fsdp: full_shard\n"
+    assert "load_best_model_at_end = true" in refused(tmp_path, contradiction)
+
+
+@pytest.mark.parametrize(
+    ("metric", "inputs", "message"),
+    [
+        (
+            "win_rate",
+            "{train: p.json, validation: v.json}",
+            r"FILE:6: metric = 'win_rate': a search needs the metric when",
+        ),
+        ("eval_loss", "{train: p.json}", r"FILE:6: metric = 'eval_loss': needs validation data; add `validation` to"),
+    ],
+)
+def test_a_metric_that_no_trial_has_is_refused(tmp_path: Path, metric: str, inputs: str, message: str) -> None:
+    text = SEARCH.replace("SEARCH", "tpe").replace("{train: p.json}", inputs)
+    assert message in refused(tmp_path, text.replace("search_seed: 7", f"metric: {metric}"))
+    with pytest.raises(ConfigurationError, match=f"experiment a: metric = '{metric}'"):
+        load(tmp_path, text, "a").run(metric=metric)
+
+
+def search_over_models(folder: Path, tiny: Path) -> Experiment:
+    (folder / "prefs.json").write_text(json.dumps(preference_rows(8)))
+    (folder / "other").symlink_to(tiny)
+    return load(
+        folder,
+        """
+a:
+  model_name: tiny
+  model_uri: [MODEL, other]
+  inputs: {train: prefs.json}
+  search: random
+  trials: 2
+  hyperparameters: {training_strategy: dpo, learning_rate: {min: 1e-5, max: 1e-3}}
+""".replace("MODEL", str(tiny)),
+        "a",
+    )
+
+
+def submitted(session: Session, plans: Plans, plan: Planned) -> Record:
+    """The record of a plan's job as it is after its training."""
+    record = Record(session.store, "jobs", plan.name)
+    body = plans._body(plan.recipe)
+    record.create(replace_fields(train_manifest(plan.name, labels=plan.recipe.labels), body=body))
+    record.advance("Running", expect={"Creating"})
+    record.advance("Succeeded", expect={"Running"})
+    return record
+
+
+def test_a_search_over_models_finds_its_trials_again(session: Session, tmp_path: Path, tiny: Path) -> None:
+    pytest.importorskip("optuna")
+    for experiment in (
+        search_over_models(tmp_path, tiny),
+        load(
+            tmp_path,
+            """
+b:
+  model_name: [hf://HuggingFaceTB/SmolLM2-135M-Instruct, hf://Qwen/Qwen2-0.5B-Instruct]
+  model_version: [v1, v2]
+  inputs: {train: prefs.json}
+  search: random
+  trials: 2
+  hyperparameters: {training_strategy: dpo}
+""",
+            "b",
+        ),
+    ):
+        with prepared(experiment, session) as plans:
+            (first,) = planned_runs(plans)
+            submitted(session, plans, first)
+            (again,) = planned_runs(plans)
+        assert (first.state, again.state) == ("new", "Succeeded")
+        assert again.run == first.run
+
+
+def test_a_trial_that_another_client_has_started_has_its_values(session: Session, tmp_path: Path, tiny: Path) -> None:
+    pytest.importorskip("optuna")
+    experiment, said = search_over_models(tmp_path, tiny), list[str]()
+    with prepared(experiment, session) as plans:
+        (ours,), (theirs,) = planned_runs(plans), planned_runs(plans)
+        drawn = ours.run.varied
+        uris = experiment.axes.lists["model_uri"]
+        values = {**drawn, "learning_rate": 2e-5, "model_uri": uris[drawn["model_uri"] == uris[0]]}
+        theirs.recipe.labels["values"] = json.dumps(values)
+        submitted(session, plans, theirs)
+        _Crew(session, 1, said.append).work([ours])
+    assert ours.run.varied == values
+    assert ours.recipe.model_uri == values["model_uri"]
+    assert said[0] == f"{ours.name}: was just started by another process"
+
+
+def test_an_experiment_without_a_best_run_says_so(
+    session: Session, tmp_path: Path, tiny: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its jobs are in the store, without the metric."""
+    pytest.importorskip("optuna")
+    experiment = replace(search_over_models(tmp_path, tiny), trials=1, upload=str(tmp_path / "copies"))
+    with prepared(experiment, session) as plans:
+        submitted(session, plans, *planned_runs(plans))
+    result = experiment.run(session=session)
+    assert (result.has_best, result.model_copy, result.failed) == (False, "", ())
+    assert result.comparison.metric == "final_loss"
+    said = capfd.readouterr().err
+    assert "the search chooses by final_loss, the training loss: there is no validation data" in said
+    assert "no model is copied to" in said
+    with pytest.raises(JobNotReadyError, match="no job has succeeded with final_loss"):
+        _ = result.best
+
+    experiment.file.write_text(experiment.file.read_text().replace("trials: 2", "trials: 1"))
+    command = [sys.executable, "-m", "palate.cli", "run-experiment", str(experiment.file), "a"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "no run is the best: none has final_loss" in done.stderr
+    assert f"compare {result.runs[0].job.id if result.runs[0].job else ''}" in done.stderr.splitlines()[-1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from palate import TrainingJob
+from palate import TrainingJob, compare
 from palate.errors import ConfigurationError
 from palate.evaluation.record import Figure
 from palate.report import Report
@@ -247,6 +247,17 @@ def test_one_job_has_a_figure_per_kind_of_metric(home: Path) -> None:
     ):
         assert words in text
     assert "warning[duplicate]" in text  # of the data file, which is as it was
+
+
+def test_the_figures_of_a_report_are_of_the_step_that_the_model_has(home: Path) -> None:
+    """As in a comparison; `load_best_model_at_end` chose the first of the two evaluations."""
+    better = {"kind": "eval", "step": 3, "eval_loss": 0.321, "eval_rewards/accuracies": 0.88}
+    told = [*events()[:4], better, *events()[4:], {"kind": "end", "step": 6, "seconds": 9.0, "best_step": 3}]
+    job = make_job(home, "best", told=told)
+    figures = compare([job]).jobs[0].figures
+    assert (figures["eval_loss"], figures["eval_rewards/accuracies"]) == (0.321, 0.88)
+    text = check_page(job.report().html)
+    assert re.search(r"validation loss\s+0\.321\s+validation accuracy\s+88%", text)
 
 
 def test_a_comparison_overlays_the_jobs_and_says_what_differs(home: Path) -> None:

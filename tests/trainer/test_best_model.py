@@ -52,6 +52,7 @@ def test_the_model_is_the_best_checkpoint_and_the_training_stops_early(
     assert list(seen) == [*range(1, best + 4)]  # three evaluations after the best one, of twelve planned
     assert (end["step"], end["best_step"], end["best_metric"]) == (best + 3, best, seen[best])
     assert end["stopped_early"]
+    assert end["eval"]["eval_loss"] == seen[best]
     kept = tmp_path / "whole/out/checkpoints"
     assert checkpoints(tmp_path / "whole")[-1] == best  # only improvements are written
     model = weights(tmp_path / "whole/out/model")
@@ -67,6 +68,7 @@ def test_the_model_is_the_best_checkpoint_and_the_training_stops_early(
     resumed = train(spec(tiny, tmp_path / "resumed", resume_from=str(moved), **settings))
     assert evaluations(resumed) == {step: seen[step] for step in seen if step > best}
     assert (resumed[-1]["step"], resumed[-1]["best_step"]) == (end["step"], best)
+    assert resumed[-1]["eval"]["eval_loss"] == seen[best]
     assert same(model, weights(tmp_path / "resumed/out/model"))
 
 

@@ -71,6 +71,10 @@ def run_experiment(
         say_next("run-experiment", file, experiment_id)
         raise typer.Exit(1)
     where = store or experiment.store
+    if not result.has_best:
+        print(f"no run is the best: none has {result.comparison.metric}", file=sys.stderr)
+        say_next("compare", *(run.job.id for run in result.runs if run.job), store=where)
+        return
     say_next("deploy", result.best.id, store=where)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from msgspec.structs import asdict, replace
 from palate.adapter_input import read_adapter
 from palate.checksums import file_facts
 from palate.comparison import METRICS, Comparison, check_metric, compare_jobs, figures_of
-from palate.experiments.experiment_file import Experiment, Run
+from palate.experiments.experiment_file import Experiment, Run, search_metric_problem
 from palate.experiments.search import Searcher
 from palate.experiments.sweep import describe
 from palate.job import TrainingJob
@@ -52,6 +52,7 @@ _SHEETS = ("gsheet://", "https://docs.google.com/spreadsheets/")
 EXPERIMENT_LABEL = "experiment"
 _DIGEST_LABEL = "settings"
 _TRIAL_LABEL = "trial"
+_VALUES_LABEL = "values"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +95,15 @@ class ExperimentResult:
         """The best succeeded job.
 
         Raises:
-            JobNotReadyError: None has succeeded.
+            JobNotReadyError: None has succeeded with the metric, see `has_best`.
         """
         best = self.comparison.best.id
         return next(run.job for run in self.runs if run.job is not None and run.job.id == best)
+
+    @property
+    def has_best(self) -> bool:
+        """Whether a job has succeeded with the metric that ranks them."""
+        return any(job.state == "Succeeded" and self.comparison.metric in job.figures for job in self.comparison.jobs)
 
     @property
     def failed(self) -> tuple[RunResult, ...]:
@@ -113,7 +119,10 @@ class ExperimentResult:
 
 @dataclass(kw_only=True)
 class Planned:
-    """A run with its recipe and its job's id. `state` is the job's state before this call, or "new"."""
+    """A run with its recipe and its job's id. `state` is the job's state before this call, or "new".
+
+    `adopt` changes a trial into the one that another client has started under its id: with other results, it chose other values.
+    """
 
     run: Run
     recipe: ModelTrainingRecipe
@@ -123,6 +132,7 @@ class Planned:
     state: str = "new"
     job: TrainingJob | None = None
     reason: str = ""
+    adopt: Callable[[TrainingJob], None] | None = None
 
     @property
     def is_reused(self) -> bool:
@@ -144,6 +154,8 @@ def run_experiment(
     check_metric(metric)
     at_once = jobs or experiment.jobs
     say = note if show else _silent
+    if experiment.search != "grid":
+        metric = _search_metric(experiment, metric, say)
     with prepared(experiment, session) as plans:
         for warning in experiment.warnings:
             say(f"warning: {warning}")
@@ -152,7 +164,7 @@ def run_experiment(
             planned = plans.grid()
             crew.work(planned)
         else:
-            planned = _search(plans, crew, at_once, metric or "eval_loss")
+            planned = _search(plans, crew, at_once, metric)
     found = [plan.job for plan in planned if plan.job is not None]
     comparison = compare_jobs(
         found, metric=metric, varied=sorted({name for plan in planned for name in plan.run.varied})
@@ -160,6 +172,9 @@ def run_experiment(
     runs = tuple(_result(plan) for plan in planned)
     result = ExperimentResult(experiment=experiment, runs=runs, comparison=comparison)
     if not experiment.upload or result.failed:
+        return result
+    if not result.has_best:
+        say(f"no model is copied to {experiment.upload}: no job has {comparison.metric}")
         return result
     uri = f"{experiment.upload}/{result.best.id}"
     say(f"copying the model of {result.best.id} to {uri}")
@@ -383,7 +398,8 @@ def planned_runs(plans: Plans) -> list[Planned]:
     """Returns the runs of a grid, or the first trial of a search, whose others depend on results."""
     if plans.experiment.search == "grid":
         return plans.grid()
-    return [_trial(plans, _searcher(plans.experiment, plans.experiment.metric), 0)]
+    metric = _search_metric(plans.experiment, plans.experiment.metric, _silent)
+    return [_trial(plans, _searcher(plans.experiment, metric), 0)]
 
 
 # ── jobs, some at a time ───────────────────────────────────────────────────────────────────────────────────────
@@ -468,9 +484,11 @@ class _Crew:
             self._say(f"{words}: started")
         except NameTakenError:  # another client was first
             job = TrainingJob.get(plan.name, self._session)
+            if plan.adopt is not None:
+                plan.adopt(job)
             self._plans.check_same(job, plan.recipe)
             plan.job = job
-            self._say(f"{words}: was just started by another process")
+            self._say(f"{plan.name}: was just started by another process")
 
     def _resume(self, plan: Planned, job: TrainingJob, words: str) -> None:
         plan.job = None  # if it is refused, it is no result of this experiment
@@ -515,12 +533,26 @@ def _ending(plan: Planned) -> str:
 # ── a search ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _search_metric(experiment: Experiment, metric: str, say: Callable[[str], None]) -> str:
+    """Returns what chooses the trials.
+
+    Raises:
+        ConfigurationError: No trial would have it.
+    """
+    validates = "validation" in experiment.inputs
+    if problem := metric and search_metric_problem(metric, validates=validates):
+        raise ConfigurationError(f"experiment {experiment.id}: {problem}")
+    if not metric and not validates:
+        say("the search chooses by final_loss, the training loss: there is no validation data")
+    return metric or ("eval_loss" if validates else "final_loss")
+
+
 def _searcher(experiment: Experiment, metric: str) -> Searcher:
     return Searcher(
         experiment.axes,
         tpe=experiment.search == "tpe",
         seed=experiment.search_seed,
-        maximize=METRICS[metric or "eval_loss"],
+        maximize=METRICS[metric],
     )
 
 
@@ -545,18 +577,32 @@ def _trial(plans: Plans, searcher: Searcher, number: int) -> Planned:
     Its job's id has its number and not its settings, so that a search goes on where it was, whatever its results depended on.
     """
     name = plans.name(f"{number:03d}-{plans.search_digest}"[:12])
-    labels = {_TRIAL_LABEL: str(number)}
     try:
-        given = TrainingJob.get(name, plans.session).manifest
-        varied = searcher.values_in(
-            given.body.given, {"model_name": given.body.model.name, "method": given.body.method}
-        )
+        varied = _recorded(searcher, TrainingJob.get(name, plans.session))
     except RunNotFoundError:
         varied = searcher.ask(number)
+    labels = {_TRIAL_LABEL: str(number), _VALUES_LABEL: searcher.record(varied)}
+    plan = plans.plan(_run_of(plans, number, varied), name=name, labels=labels)
+
+    def adopt(job: TrainingJob) -> None:
+        found = _recorded(searcher, job)
+        if found != plan.run.varied:
+            own = {**labels, _VALUES_LABEL: searcher.record(found)}
+            theirs = plans.plan(_run_of(plans, number, found), name=name, labels=own)
+            plan.run, plan.recipe, plan.reference = theirs.run, theirs.recipe, theirs.reference
+
+    plan.adopt = adopt
+    return plan
+
+
+def _recorded(searcher: Searcher, job: TrainingJob) -> dict[str, Any]:
+    return searcher.values_in(job.manifest.labels.get(_VALUES_LABEL, ""))
+
+
+def _run_of(plans: Plans, number: int, varied: Mapping[str, Any]) -> Run:
     try:
-        run = plans.experiment.with_values(varied)
+        return plans.experiment.with_values(varied)
     except HyperparameterError as error:
         raise ConfigurationError(
             f"experiment {plans.experiment.id}: trial {number} chose {describe(varied)}, which is not valid: {error}"
         ) from None
-    return plans.plan(run, name=name, labels=labels)

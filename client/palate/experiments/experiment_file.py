@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from palate.common.utils import check_name
-from palate.comparison import METRICS
+from palate.comparison import EVALUATION_METRICS, METRICS
 from palate.env_file import is_credential
 from palate.experiments.gllm_form import is_gllm_form, translate
 from palate.experiments.sweep import MOST_RUNS, Axes, SweepError, add_axis, clashes
@@ -302,7 +302,8 @@ class _Reader:
             if name not in KEYS:
                 self.problem(item, self._unknown(name, item))
         values = {name: self._checked(name, entries[name]) for name in KEYS if name in entries}
-        axes, arguments = self._axes(entries, warnings), {}
+        search = values.get("search", "grid")
+        axes, arguments = self._axes(entries, warnings, is_grid=search == "grid"), {}
         for name in ("model_name", "model_version", "model_provider", "model_uri", "method", "instance_type"):
             if name in values and name not in axes.lists:
                 arguments[name] = values[name]
@@ -316,8 +317,14 @@ class _Reader:
         if "model_uri" in axes.lists:
             axes.lists["model_uri"] = [beside(self.folder, uri) for uri in axes.lists["model_uri"]]
         inputs = self._inputs(key, node, entries.get("inputs"))
-        search = values.get("search", "grid")
-        self._check_search(key, node, entries, axes, search)
+        self._check_search(
+            key,
+            entries,
+            axes,
+            search,
+            metric=values.get("metric") or "",
+            validates="validation" in inputs,
+        )
         experiment = Experiment(
             id=key,
             file=self.file,
@@ -373,7 +380,7 @@ class _Reader:
             self.problem(node, f"{name} = {shorten(node.plain)}: expected a mapping")
         return value
 
-    def _axes(self, entries: Mapping[str, Node], warnings: list[tuple[int, str]]) -> Axes:
+    def _axes(self, entries: Mapping[str, Node], warnings: list[tuple[int, str]], *, is_grid: bool) -> Axes:
         axes = Axes()
         for name in _SWEPT:
             node = entries.get(name)
@@ -398,7 +405,7 @@ class _Reader:
                 self._check_value(one, value, node)
         for line, what in clashes(axes):
             self.problem(line, what)
-        if axes.size > MOST_RUNS:
+        if is_grid and axes.size > MOST_RUNS:
             self.problem(
                 given or 1,
                 f"the sweep has {axes.size:,} combinations: at most {MOST_RUNS:,} are run; use search: random",
@@ -488,7 +495,16 @@ class _Reader:
             return ()
         return tuple(node.plain)
 
-    def _check_search(self, key: str, node: Node, entries: Mapping[str, Node], axes: Axes, search: str) -> None:
+    def _check_search(
+        self,
+        key: str,
+        entries: Mapping[str, Node],
+        axes: Axes,
+        search: str,
+        *,
+        metric: str,
+        validates: bool,
+    ) -> None:
         if search == "grid":
             for name in axes.ranges:
                 self.problem(
@@ -505,21 +521,44 @@ class _Reader:
             )
         if "trials" not in entries:
             self.problem(entries["search"], f"{key}: search needs the number of runs: add `trials: 20`")
+        if metric in METRICS and (problem := search_metric_problem(metric, validates=validates)):
+            self.problem(entries["metric"], problem)
 
     def _check_runs(self, experiment: Experiment, node: Node) -> None:
-        """Checks values that depend on each other, in every run of a grid, or at both ends of a search's ranges."""
+        """Checks values that depend on each other, in every run of a grid, or at both ends of a search's ranges.
+
+        Of a search with more combinations than a grid may have, a sample is checked.
+        """
         if self._problems:
             return  # their messages would repeat these
         ends = [
             {name: getattr(found, end) for name, found in experiment.axes.ranges.items()} for end in ("low", "high")
         ]
-        for values in experiment.axes.combinations():
+        axes = experiment.axes
+        for values in axes.combinations() if axes.size <= MOST_RUNS else axes.sample(MOST_RUNS):
             for end in ends if experiment.axes.ranges else [{}]:
                 try:
                     experiment.with_values({**values, **end})
                 except HyperparameterError as error:
                     for line in str(error).partition("\n  ")[2].split("\n  "):
                         self.problem(node, line)
+
+
+def search_metric_problem(metric: str, *, validates: bool) -> str:
+    """Returns why no trial of a search would have this metric, or "".
+
+    Args:
+        metric: One of `palate.comparison.METRICS`.
+        validates: Whether the trials have validation data.
+    """
+    if metric == "win_rate":
+        return (
+            "metric = 'win_rate': a search needs the metric when a trial ends, and win rates come from a later `palate eval`; "
+            "use eval_loss or final_loss, and compare the jobs by win_rate afterwards"
+        )
+    if metric in EVALUATION_METRICS and not validates:
+        return f"metric = {metric!r}: needs validation data; add `validation` to inputs, or use final_loss"
+    return ""
 
 
 def _merged(defaults: Mapping[str, Node], own: Mapping[str, Node]) -> dict[str, Node]:

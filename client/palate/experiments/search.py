@@ -6,6 +6,7 @@ draws the same values: all of a random search, and with TPE those that see the s
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -72,49 +73,58 @@ class Searcher:
     def tell(self, number: int, values: Mapping[str, Any], result: float | None) -> None:
         """Records the result of a trial; None if it failed."""
         state = self._optuna.trial.TrialState
+        params, ended = self._params(values), state.COMPLETE if result is not None else state.FAIL
+        assert params is not None
         if number in self._asked:
             asked = self._asked.pop(number)
-            self._study.tell(asked, result, state=state.COMPLETE if result is not None else state.FAIL)
-            return
+            if asked.params == params:
+                self._study.tell(asked, result, state=ended)
+                return
+            self._study.tell(asked, state=state.FAIL)  # another client started this trial with values of its own
         self._study.add_trial(
-            self._optuna.trial.create_trial(
-                params=self._params(values),
-                distributions=self._space,
-                value=result,
-                state=state.COMPLETE if result is not None else state.FAIL,
-            )
+            self._optuna.trial.create_trial(params=params, distributions=self._space, value=result, state=ended)
         )
 
-    def values_in(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the values of a trial that was trained before.
+    @staticmethod
+    def record(values: Mapping[str, Any]) -> str:
+        """Returns the values of a trial as text, as the file has them: a recipe changes some, such as the names of models."""
+        return json.dumps(values)
+
+    def values_in(self, recorded: str) -> dict[str, Any]:
+        """Returns the values of a trial that was started before.
 
         Args:
-            given: The hyperparameters of its job, as they were given.
-            arguments: Further settings of its job.
+            recorded: What `record` returned for it.
 
         Raises:
             ConfigurationError: They are not values of this search.
         """
-        names = [*self._axes.ranges, *(name for choices in self._choices.values() for name in choices[0])]
-        values = {name: given[name] if name in given else arguments.get(name) for name in names}
-        self._params(values)  # whoever writes to the store must not choose what is trained
+        try:
+            values = json.loads(recorded)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict) or values.keys() != self._names or self._params(values) is None:
+            raise ConfigurationError(
+                f"a trial in the store has {recorded[:200]!r}, which are not values of this search: give the experiment another id"
+            )
         return values
 
-    def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        from palate_recipes.schema import HYPERPARAMETERS
+    @property
+    def _names(self) -> set[str]:
+        return {*self._axes.ranges, *(name for choices in self._choices.values() for name in choices[0])}
 
-        def parsed(name: str, value: Any) -> Any:
-            return HYPERPARAMETERS[name].parse(value) if name in HYPERPARAMETERS else value
-
-        params = {name: values[name] for name, found in self._axes.ranges.items() if _is_in(found, values[name])}
+    def _params(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns Optuna's parameters for values, or None if the space does not have them."""
+        params: dict[str, Any] = {}
+        for name, found in self._axes.ranges.items():
+            if not _is_in(found, values[name]):  # whoever writes to the store must not choose what is trained
+                return None
+            params[name] = values[name]
         for name, choices in self._choices.items():
-            for at, choice in enumerate(choices):
-                if all(parsed(one, value) == values[one] for one, value in choice.items()):
-                    params[name] = at
-        if len(params) < len(self._space):
-            raise ConfigurationError(
-                f"a trial in the store has {dict(values)!r}, which are not values of this search: give the experiment another id"
-            )
+            at = next((at for at, one in enumerate(choices) if all(values[key] == one[key] for key in one)), None)
+            if at is None:
+                return None
+            params[name] = at
         return params
 
     def _sampler(self, number: int) -> Any:

@@ -9,6 +9,7 @@ A list is one value where the schema's type is a list (`target_modules`, `loss_t
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -68,6 +69,14 @@ class Axes:
         alternatives += self.groups.values()
         for chosen in product(*alternatives):
             yield {name: value for part in chosen for name, value in part.items()}
+
+    def sample(self, count: int) -> Iterator[dict[str, Any]]:
+        """Yields combinations drawn at random, always the same ones."""
+        draw = random.Random(0)
+        alternatives = [[{name: value} for value in values] for name, values in self.lists.items()]
+        alternatives += self.groups.values()
+        for _ in range(count):
+            yield {name: value for values in alternatives for name, value in draw.choice(values).items()}
 
     @property
     def size(self) -> int:

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from palate.comparison import figures_of
 from palate.report.charts import figures, plotly_js
 from palate.report.gather import Answers, ChannelFacts, JobFacts, reproduce
 from palate_recipes import __version__
@@ -268,7 +269,7 @@ class _Page:
 
 def _results(job: JobFacts) -> list[tuple[str, str]]:
     """Returns the figures of a run that readers compare."""
-    end, train, held_out = job.last("end"), job.last("train"), job.last("eval")
+    end, train, held_out = job.last("end"), job.last("train"), figures_of(job.events)
     found = [
         ("training loss", _number(end.get("final_loss", train.get("loss")), ".3f")),
         ("validation loss", _number(held_out.get("eval_loss"), ".3f")),
