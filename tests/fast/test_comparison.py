@@ -15,6 +15,7 @@ from palate.errors import ConfigurationError, JobNotReadyError, RunNotFoundError
 from palate.evaluation.record import Figure
 from palate.evaluation.record import write as write_evaluation
 from palate.runs.record import Record
+from palate_recipes.specs.codec import encode
 from palate_recipes.specs.run import State
 from palate_recipes.specs.train import InputFile
 from tests.support.evaluations import compared, evaluation_record
@@ -98,15 +99,14 @@ def test_the_newest_readable_evaluation_gives_the_win_rate(session: Session, job
     assert [(job.id, job.figures.get("win_rate")) for job in comparison.jobs] == [("late", 0.75), ("best", None)]
 
 
-@pytest.mark.parametrize("rate", [7.0, -0.25, math.nan, math.inf])
+@pytest.mark.parametrize("rate", [7.0, -0.25, math.inf])
 def test_a_win_rate_that_cannot_be_does_not_spoil_the_order(session: Session, jobs: list[str], rate: float) -> None:
     for name, value, at in (("late", 0.25, 1.0), ("best", 0.75, 1.0), ("best", rate, 2.0)):
         against = compared(name, "base", Figure(value=value, low=0.1, high=0.9))
         found = evaluation_record(f"k{at:.0f}", name, "base", comparisons=(against,))
-        write_evaluation(Record(session.store, "jobs", name), replace(found, created_at=at), [])
-    key = "jobs/best/evaluations/k2.json"
-    if not math.isfinite(rate):  # no JSON: a reader that takes it as a number anyway must not rank by it
-        session.store.put(key, session.store.get(key).replace(b'"value":null', b'"value":1e999'))
+        # Not by `write`, which refuses a figure that is not finite.
+        content = encode(replace(found, created_at=at)).replace(b'"value":null', b'"value":1e999')
+        session.store.put(f"jobs/{name}/evaluations/k{at:.0f}.json", content)
     comparison = compare(["late", "best", "failed"], metric="win_rate")
     assert [(job.id, job.figures.get("win_rate")) for job in comparison.jobs] == [
         ("best", 0.75),

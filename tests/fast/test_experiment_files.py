@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replace_fields
 
 from palate import ExperimentFile, Session
 from palate.errors import ConfigurationError, JobNotReadyError
 from palate.experiments import Experiment
-from palate.experiments.execute import Planned, _Crew, planned_runs, prepared
+from palate.experiments.execute import Planned, Plans, _Crew, planned_runs, prepared
 from palate.runs.record import Record
 from tests.support.manifests import train_manifest
 from tests.support.rows import preference_rows
@@ -468,9 +469,11 @@ def test_a_trial_that_another_client_has_started_has_its_values(session: Session
         drawn = ours.run.varied
         uris = experiment.axes.lists["model_uri"]
         values = {**drawn, "learning_rate": 2e-5, "model_uri": uris[drawn["model_uri"] == uris[0]]}
-        theirs.recipe.labels["values"] = json.dumps(values)
-        submitted(session, plans, theirs)
-        _Crew(session, 1, said.append).work([ours])
+        # What the other client has drawn.
+        winner = plans.plan(experiment.with_values(values), name=theirs.name, labels=theirs.recipe.labels)
+        winner.recipe.labels["values"] = json.dumps(values)
+        submitted(session, plans, winner)
+        _Crew(plans, 1, said.append).work([ours])
     assert ours.run.varied == values
     assert ours.recipe.model_uri == values["model_uri"]
     assert said[0] == f"{ours.name}: was just started by another process"
