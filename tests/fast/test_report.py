@@ -253,6 +253,9 @@ def test_a_comparison_overlays_the_jobs_and_says_what_differs(home: Path) -> Non
         "0.001",
         "0.0001",
     ]
+    weaker = make_job(home, "weaker", given={"training_strategy": "dpo", "dpo_beta": 0.5})
+    remark = "The losses do not compare, because dpo_beta differs (0.1; 0.5)."
+    assert check_page(one.report([weaker]).html).count(remark) == 2  # under Results and under What differs
     with pytest.raises(ConfigurationError, match="1 to 12 different jobs, got 2"):
         one.report([TrainingJob.get("one")])
 

@@ -71,7 +71,7 @@ def run_experiment(
         say_next("run-experiment", file, experiment_id)
         raise typer.Exit(1)
     where = store or experiment.store
-    say_next("deploy", result.best.id, store=where)
+    say_next("deploy" if result.comparison.is_ranked else "show", result.comparison.jobs[0].id, store=where)
 
 
 def compare(
@@ -90,7 +90,7 @@ def compare(
     comparison = compare(names, metric=metric or "")
     _print(comparison, as_json=as_json, as_csv=as_csv, wide=wide)
     best = comparison.jobs[0]
-    say_next("deploy" if best.state == "Succeeded" else "show", best.id)
+    say_next("deploy" if best.state == "Succeeded" and comparison.is_ranked else "show", best.id)
 
 
 def _print(comparison: Comparison, *, as_json: bool, as_csv: bool, wide: bool) -> None:
@@ -110,6 +110,8 @@ def _print(comparison: Comparison, *, as_json: bool, as_csv: bool, wide: bool) -
             for name in comparison.columns
         ]
         print_table(columns, comparison.cells(), wide=wide)
+    if comparison.note:
+        print(visible(f"note: {comparison.note}"), file=sys.stderr)
 
 
 def _print_plan(experiment: Any, session: Any, *, as_json: bool, wide: bool) -> None:

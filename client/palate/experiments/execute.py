@@ -156,6 +156,9 @@ def run_experiment(
     result = ExperimentResult(experiment=experiment, runs=runs, comparison=comparison)
     if not experiment.upload or result.failed:
         return result
+    if not comparison.metric:
+        say(f"no model is copied to {experiment.upload}: {comparison.note}")
+        return result
     uri = f"{experiment.upload}/{result.best.id}"
     say(f"copying the model of {result.best.id} to {uri}")
     copied = result.best.save_model(uri, session=plans.session)
