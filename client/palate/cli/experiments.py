@@ -57,6 +57,9 @@ def run_experiment(
     experiment = ExperimentFile.load(file, experiment_id)
     session = Session(store=store) if store else None
     if dry_run:
+        from palate.comparison import check_metric
+
+        check_metric(metric or "")
         _print_plan(experiment, session, as_json=as_json, wide=wide)
         return
     result = experiment.run(session=session, jobs=jobs, metric=metric or "")
