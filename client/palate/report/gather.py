@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -182,19 +183,36 @@ def read_answers(path: Path) -> Answers:
 
 
 def read_evaluations(record: Record) -> list[Answers]:
-    """Reads the newest evaluations of a job. A damaged one becomes a remark."""
-    found: list[tuple[float, Answers]] = []
+    """Reads the newest evaluations of a job, the prompts and answers of the newest one only. A damaged one becomes a remark."""
+    found: list[tuple[str, EvaluationRecord]] = []
+    damaged: list[Answers] = []
     for key in evaluations.keys(record):
-        title = f"evaluation {Path(key).stem}"
         try:
-            figures = evaluations.read(record, key)
-            answers = _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
+            found.append((key, evaluations.read(record, key)))
         except (FileNotFoundError, ValueError, PalateError) as error:
-            found.append((0.0, Answers(title, facts=(("not read", str(error)[:200]),))))
+            damaged.append(_not_read(key, error))
+    found.sort(key=lambda one: one[1].created_at, reverse=True)
+    shown: list[Answers] = []
+    for key, figures in found[:_MOST_EVALUATIONS]:
+        title = f"evaluation {Path(key).stem}, {_date(figures.created_at)}"
+        try:
+            answers = Answers(title) if shown else _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
+        except (FileNotFoundError, ValueError, PalateError) as error:
+            shown.append(_not_read(key, error))
             continue
-        found.append((figures.created_at, replace(answers, facts=tuple(_facts(figures)))))
-    newest = sorted(found, key=lambda one: one[0], reverse=True)
-    return [answers for _, answers in newest[:_MOST_EVALUATIONS]]
+        shown.append(replace(answers, facts=tuple(_facts(figures))))
+    return [*shown, *damaged][:_MOST_EVALUATIONS]
+
+
+def _not_read(key: str, error: Exception) -> Answers:
+    return Answers(f"evaluation {Path(key).stem}", facts=(("not read", str(error)[:200]),))
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # a record may contain any number
+        return f"{seconds:g} s since 1970"
 
 
 def _facts(evaluation: EvaluationRecord) -> Iterator[tuple[str, str]]:
@@ -203,6 +221,8 @@ def _facts(evaluation: EvaluationRecord) -> Iterator[tuple[str, str]]:
     for one in evaluation.comparisons[:_MOST_ROWS]:
         at_equal_length = f", at equal lengths {_shown(one.length_controlled)}" if one.length_controlled else ""
         counts = f"{one.wins} won, {one.losses} lost and {one.ties} tied of {one.prompts} prompts"
+        more = [(one.flips, "flips"), (one.unreadable, "unreadable verdicts"), (one.failed, "failed prompts")]
+        counts += "".join(f", {count} {what}" for count, what in more if count or what == "flips")
         yield f"{one.first} against {one.second}", f"win-rate {_shown(one.win_rate)}{at_equal_length}; {counts}"
     if (agreement := evaluation.agreement) is not None:
         kappa = "" if agreement.kappa is None else f", Cohen's κ {agreement.kappa:.2f}"
