@@ -598,7 +598,7 @@ def test_a_job_s_page_lists_its_evaluations_newest_first(home: Path) -> None:
     shown = palate("show", "one", home=home).stdout
     found = re.findall(r"(\w{6}), 1970-01-(\d\d) .*: win-rate (75.0%) .* against base", shown)
     assert found == [("7e2297", "10", "75.0%"), ("0a1b2c", "04", "75.0%")]
-    unknown = palate("show", "7e2297", home=home, code=1)
+    unknown = palate("show", "7e2297", home=home)
     assert "`palate eval JOB` lists the evaluations of a job" in unknown.stderr
 
 
