@@ -17,7 +17,8 @@ from palate.job import TrainingJob
 from palate.runs.list import each_result
 from palate.session import Session
 from palate_recipes.errors import ConfigurationError, JobNotReadyError, PalateError
-from palate_recipes.text import did_you_mean, html_block, html_table, visible, visible_line
+from palate_recipes.hyperparameters import incomparable_losses
+from palate_recipes.text import did_you_mean, html_block, html_table, html_text, visible, visible_line
 
 METRICS: Mapping[str, bool] = {
     "eval_loss": False,
@@ -35,6 +36,8 @@ METRICS: Mapping[str, bool] = {
 EVALUATION_METRICS = tuple(name for name in METRICS if name.startswith("eval_") or name == "best_eval_loss")
 """Those that need validation data."""
 
+_ACCURACY, _MARGIN = "eval_rewards/accuracies", "eval_rewards/margins"
+_LOSSES = ("eval_loss", "best_eval_loss", "final_loss")
 _NOT_SETTINGS = ("precision",)  # in the hyperparameters too, as it was given
 
 
@@ -65,22 +68,31 @@ class Comparison:
     """Jobs side by side.
 
     Attributes:
-        metric: What ranks them.
-        jobs: The jobs, best first. Those without the metric are last.
+        metric: What ranks them; "" if nothing does.
+        jobs: The jobs, best first. Those without the metric are last. As given if nothing ranks them.
         varied: Names that are always shown among the settings, such as those of a sweep.
+        note: Why the losses of the jobs do not compare, or "".
     """
 
     metric: str
     jobs: tuple[ComparedJob, ...]
     varied: tuple[str, ...] = field(default=())
+    note: str = ""
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the first job is better than the others: not if the rank is by losses that do not compare."""
+        return bool(self.metric) and not (self.note and self.metric in _LOSSES)
 
     @property
     def best(self) -> ComparedJob:
         """The best succeeded job.
 
         Raises:
-            JobNotReadyError: No job has succeeded with this metric.
+            JobNotReadyError: No job has succeeded with this metric, or nothing ranks the jobs.
         """
+        if not self.metric:
+            raise JobNotReadyError(f"no job is the best: {self.note}")
         for job in self.jobs:
             if job.state == "Succeeded" and self.metric in job.figures:
                 return job
@@ -120,7 +132,8 @@ class Comparison:
         """Returns everything as values for JSON."""
         return {
             "metric": self.metric,
-            "higher_is_better": METRICS[self.metric],
+            "higher_is_better": METRICS.get(self.metric),
+            "note": self.note,
             "differing": self.differing,
             "jobs": [
                 {
@@ -150,10 +163,11 @@ class Comparison:
         widths = [max(len(row[at]) for row in table) for at in range(len(self.columns))]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        )
+        ) + (f"\n{self.note}" if self.note else "")
 
     def _repr_html_(self) -> str:
-        return html_block(html_table(self.cells(), self.columns))
+        note = f"<p>{html_text(self.note)}</p>" if self.note else ""
+        return html_block(html_table(self.cells(), self.columns) + note)
 
 
 def compare(jobs: Iterable[TrainingJob | str], *, metric: str = "", session: Session | None = None) -> Comparison:
@@ -161,7 +175,8 @@ def compare(jobs: Iterable[TrainingJob | str], *, metric: str = "", session: Ses
 
     Args:
         jobs: Jobs, ids or URIs, in any state.
-        metric: What ranks them, one of `palate.comparison.METRICS`; default: eval_loss if a job has it, else final_loss.
+        metric: What ranks them, one of `palate.comparison.METRICS`; default: eval_loss if a job has it, else final_loss. If their
+            losses do not compare (see `Comparison.note`): the reward accuracy if all jobs with a loss have it, else nothing.
         session: For ids; default: the default session.
 
     Returns:
@@ -191,11 +206,36 @@ def compare_jobs(jobs: Sequence[TrainingJob], *, metric: str = "", varied: Seque
             raise result
         read[job.uri] = result
     compared = [read[uri] for uri in seen]
+    with_loss = [job for job in compared if any(name in job.figures for name in _LOSSES)]
+    note = incomparable_losses([job.settings for job in with_loss])
     if not metric:
-        metric = "eval_loss" if any("eval_loss" in job.figures for job in compared) else "final_loss"
+        metric = _default_metric(with_loss, note)
+    if note:
+        ranking = f"the jobs are ranked by {metric}" if metric else "the jobs are not ranked; --metric chooses a figure"
+        note = f"{note}: {ranking}"
+    return Comparison(metric=metric, jobs=tuple(_ranked(compared, metric)), varied=tuple(varied), note=note)
+
+
+def _default_metric(with_loss: Sequence[ComparedJob], note: str) -> str:
+    if not note:
+        return "eval_loss" if any("eval_loss" in job.figures for job in with_loss) else "final_loss"
+    # Accuracies of DPO count pairs, whatever the loss.
+    same = all(job.settings["training_strategy"] == "dpo" and _ACCURACY in job.figures for job in with_loss)
+    return _ACCURACY if same else ""
+
+
+def _ranked(jobs: Sequence[ComparedJob], metric: str) -> Sequence[ComparedJob]:
+    if not metric:
+        return jobs
     sign = -1 if METRICS[metric] else 1
-    ranked = sorted(compared, key=lambda job: sign * job.figures.get(metric, sign * math.inf))
-    return Comparison(metric=metric, jobs=tuple(ranked), varied=tuple(varied))
+    # A margin is in units of beta, so that it decides only between jobs of one beta.
+    ties = metric == _ACCURACY and len({_key(job.settings.get("dpo_beta")) for job in jobs}) == 1
+
+    def key(job: ComparedJob) -> tuple[float, float]:
+        margin = job.figures.get(_MARGIN, -math.inf) if ties else 0.0
+        return sign * job.figures.get(metric, sign * math.inf), -margin
+
+    return sorted(jobs, key=key)
 
 
 def check_metric(metric: str) -> None:

@@ -7,7 +7,7 @@ Knows no trainer and no ML library. Single values are `palate_recipes.schema`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -40,6 +40,7 @@ __all__ = [
     "check_method",
     "describe",
     "differences",
+    "incomparable_losses",
     "known_name",
     "needs_validation",
     "resolve",
@@ -92,6 +93,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
 _LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
 _PAIR_NAMES = ("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau")
 _DPO_NAMES = ("dpo_beta", *_PAIR_NAMES)
+_LOSS_DEFINED_BY = ("training_strategy", "loss_type", "dpo_beta")
 _KTO_NAMES = ("desirable_weight", "undesirable_weight")
 _KTO_BATCH = 4
 _BEST_NAMES = ("load_best_model_at_end", "early_stopping_patience")
@@ -203,6 +205,13 @@ def differences(values: Hyperparameters) -> list[tuple[str, str, str]]:
         for name, row in HYPERPARAMETERS.items()
         if (value := getattr(values, name)) != row.default
     ]
+
+
+def incomparable_losses(settings: Sequence[Mapping[str, Any]]) -> str:
+    """Returns why the losses of trainings with these hyperparameters do not compare, or ""."""
+    values = {name: list(dict.fromkeys(str(one[name]) for one in settings)) for name in _LOSS_DEFINED_BY}
+    differing = [f"{name} differs ({'; '.join(found)})" for name, found in values.items() if len(found) > 1]
+    return f"losses do not compare, because {', '.join(differing)}" if differing else ""
 
 
 def resolve(values: Mapping[str, object] | Hyperparameters | None, *, method: str, device: DeviceFacts) -> Resolved:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from palate import Session, TrainingJob
 from palate.backends import get_backend
+from palate.backends.process import ProcessBackend
 from palate.paths import stale_work_folders, work_folder
 from palate.runs.lease import LEASE_KEY, lease_here
 from palate.runs.record import RENEWAL_KEY, Record
@@ -22,6 +23,7 @@ from palate.runs.renewal import write_renewal
 from palate_recipes.errors import DamagedFilesError
 from palate_recipes.specs.codec import encode
 from palate_recipes.specs.run import Lease
+from tests.support.chat import wait_for
 from tests.support.elsewhere import on_another_machine
 from tests.support.manifests import serve_manifest, train_manifest
 
@@ -194,3 +196,23 @@ def test_a_job_that_a_newer_version_wrote_is_neither_damaged_nor_removed(session
     values["versions"] = {}
     session.store.put(key, json.dumps(values).encode())
     assert clean(home)[0] == {("damaged record", "jobs/newer")}
+
+
+def test_the_folder_of_a_runner_that_had_to_be_killed_goes_with_its_run(session: Session, home: Path) -> None:
+    """As one whose engine is loading and does not end within the time that a stop has."""
+    code = (
+        "import signal, sys, time; from palate.paths import work_folder; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "work_folder('jobs', 'stuck').mkdir(parents=True); time.sleep(600)"
+    )
+    record = Record(session.store, "jobs", "stuck")
+    record.create(train_manifest("stuck"))
+    backend = ProcessBackend(record.uri)
+    engine_id = backend.start_command(
+        [sys.executable, "-c", code], run_name="jobs-stuck", env={"PALATE_RUN_URI": record.uri}
+    )
+    record.advance("Creating", expect={"Creating"}, engine_id=engine_id)
+    folder = home / "work" / "jobs" / "stuck"
+    wait_for(lambda: folder.is_dir() and any(folder.iterdir()))
+    TrainingJob.get("stuck")._run.delete(grace_s=0)
+    assert backend.status(engine_id).state == "gone"
+    assert not folder.exists()

@@ -28,12 +28,15 @@ from palate.cli import app
 from palate.cli.examples import EXAMPLES
 from palate.cli.flags import options_of, reworded
 from palate.errors import ConfigurationError
+from palate.evaluation.record import Figure
+from palate.evaluation.record import write as write_evaluation
 from palate.runs.record import TOKEN_KEY, Record
 from palate.store import open_store
 from palate_recipes import __version__
 from palate_recipes.catalog import models
 from palate_recipes.text import visible
 from tests.support.command_lines import parse
+from tests.support.evaluations import compared, evaluation_record
 from tests.support.fronted import fronted_service
 from tests.support.manifests import serve_manifest, train_manifest
 
@@ -582,6 +585,21 @@ def test_a_job_is_shown_on_a_page(home: Path) -> None:
     assert f"{home}/store/jobs/one" in lines["record"]
     assert "next: palate" in done.stderr
     assert json.loads(palate("show", "one", "--json", home=home).stdout)["manifest"]["name"] == "one"
+
+
+def test_a_job_s_page_lists_its_evaluations_newest_first(home: Path) -> None:
+    record = Record(open_store(str(home / "store")), "jobs", "one")
+    record.create(train_manifest("one"))
+    pair = compared("base", "one", Figure(value=0.25, low=0.1, high=0.4))
+    for key, created_at in (("7e2297", 86400.0 * 9), ("0a1b2c", 86400.0 * 3)):
+        made = evaluation_record(key, "one", "base", comparisons=(pair,))
+        write_evaluation(record, structs.replace(made, created_at=created_at), [])
+    record.store.put(record.key("evaluations/damaged.json"), b"{")
+    shown = palate("show", "one", home=home).stdout
+    found = re.findall(r"(\w{6}), 1970-01-(\d\d) .*: win-rate (75.0%) .* against base", shown)
+    assert found == [("7e2297", "10", "75.0%"), ("0a1b2c", "04", "75.0%")]
+    unknown = palate("show", "7e2297", home=home)
+    assert "`palate eval JOB` lists the evaluations of a job" in unknown.stderr
 
 
 def test_only_what_differs_from_the_defaults_is_shown(home: Path) -> None:

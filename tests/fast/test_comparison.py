@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from palate import Session, TrainingJob, compare
+from palate.cli import main
 from palate.errors import ConfigurationError, JobNotReadyError, RunNotFoundError
 from palate.evaluation.record import Figure
 from palate.evaluation.record import write as write_evaluation
@@ -75,6 +76,39 @@ def test_jobs_are_ranked_and_only_what_differs_is_shown(session: Session, jobs: 
     assert [job.id for job in compare(jobs, metric="eval_rewards/accuracies").jobs][:2] == ["best", "late"]
     with pytest.raises(JobNotReadyError, match=r"no job has succeeded with win_rate: .*failed is Failed"):
         _ = compare(jobs, metric="win_rate").best
+
+
+def test_losses_of_different_loss_types_are_not_ranked_against_each_other(
+    session: Session, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = "losses do not compare, because loss_type differs (sigmoid; sigmoid,sft)"
+    write(session, "plain", [evaluation(1, 0.48, 0.6) | {"eval_rewards/margins": 0.1}, ended(1)])
+    more = {"loss_type": "sigmoid,sft", "loss_weights": [1.0, 1.0]}
+    write(session, "with-sft", [evaluation(1, 3.958, 0.6) | {"eval_rewards/margins": 0.2}, ended(1)], **more)
+    comparison = compare(["plain", "with-sft"])
+    assert comparison.metric == "eval_rewards/accuracies"
+    assert [job.id for job in comparison.jobs] == ["with-sft", "plain"]  # by the margin: the accuracies are the same
+    assert comparison.note == f"{both}: the jobs are ranked by eval_rewards/accuracies"
+    assert comparison.is_ranked
+    # A metric that is asked for ranks, and no job is called the best.
+    assert not compare(["plain", "with-sft"], metric="eval_loss").is_ranked
+    write(session, "not-evaluated", [ended(1)], dpo_beta=0.5)
+    unranked = compare(["with-sft", "plain", "not-evaluated"])
+    assert [job.id for job in unranked.jobs] == ["with-sft", "plain", "not-evaluated"]
+    assert (unranked.metric, unranked.is_ranked) == ("", False)
+    assert "dpo_beta differs (0.1; 0.5): the jobs are not ranked" in unranked.note
+    assert [job["rank"] for job in unranked.as_dict()["jobs"]] == [None] * 3
+    assert str(unranked).splitlines()[-1] == unranked.note
+    assert check_html(unranked._repr_html_()).find(".//p") is not None
+    with pytest.raises(JobNotReadyError, match="no job is the best: losses do not compare"):
+        _ = unranked.best
+    monkeypatch.setattr("sys.argv", ["palate", "compare", "with-sft", "plain", "not-evaluated"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    told = capsys.readouterr().err
+    assert "note: losses do not compare" in told
+    assert "deploy" not in told
 
 
 def test_json_csv_and_html_have_the_same_table(session: Session, jobs: list[str]) -> None:

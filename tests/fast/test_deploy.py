@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +217,9 @@ def test_a_service_that_serves_the_job_already_is_not_started_again(
 def test_nothing_of_a_deleted_run_stays_in_the_work_folder(home: Path) -> None:
     Record(open_store(f"file://{home}/store"), "services", "svc").create(serve_manifest())
     left = home / "work" / "services" / "svc"
-    left.mkdir(parents=True)
+    code = "from palate.paths import work_folder\nwork_folder('services', 'svc').mkdir(parents=True)"
+    subprocess.run([sys.executable, "-c", code], check=True)  # a runner that was killed
+    assert [*left.iterdir()]
     Predictor("svc").delete_service()
     assert not left.exists()
 

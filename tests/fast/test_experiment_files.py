@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace as replace_fields
 
 from palate import ExperimentFile, Session
+from palate.cli import main
 from palate.errors import ConfigurationError, JobNotReadyError
 from palate.experiments import Experiment
 from palate.experiments.execute import Planned, Plans, _Crew, planned_runs, prepared
@@ -113,6 +114,9 @@ def write(folder: Path, text: str) -> Path:
 
 
 def load(folder: Path, text: str, experiment_id: str) -> Experiment:
+    for name in ("p.json", "data/prefs.json", "examples/csv/training_data.csv", "examples/csv/validation_data.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
     return ExperimentFile.load(write(folder, text), experiment_id)
 
 
@@ -293,6 +297,32 @@ def test_a_hostile_file_is_refused_with_a_reason(tmp_path: Path, data: bytes, me
     path.write_bytes(data)
     with pytest.raises(ConfigurationError, match=message):
         ExperimentFile.load(path)
+
+
+def test_missing_data_is_reported_with_the_other_problems_of_an_experiment(tmp_path: Path) -> None:
+    text = BASE + "  jobs: zero\n"
+    assert "p.json" not in refused(tmp_path, text)  # of the whole file: the data may come later
+    assert refused(tmp_path, text, "a") == (
+        "2 problems in the experiment file:\n"
+        f'  FILE:3: inputs.train = "p.json": {tmp_path / "p.json"} does not exist; check the path\n'
+        '  FILE:4: jobs = "zero": expected a whole number from 1 to 64'
+    )
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_command_names_the_keys_of_the_file_and_its_own_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    def told(text: str, *options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["palate", "run-experiment", str(write(tmp_path, text)), "a", *more, *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 1
+        return capsys.readouterr().err
+
+    (tmp_path / "p.json").touch()
+    assert "experiments.yml:4: jobs = " in told(BASE + "  jobs: zero\n")
+    assert "--metric 'foo' is unknown" in told(BASE, "--metric", "foo")
 
 
 def test_an_unknown_id_names_the_nearest(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from palate import TrainingJob, compare
 from palate.errors import ConfigurationError
@@ -81,13 +82,21 @@ def make_job(
 
 
 def put_evaluation(
-    record: Record, key: str, *, prompt: Any, models: tuple[str, str], answers: tuple[str, str], result: str = "A"
+    record: Record,
+    key: str,
+    *,
+    prompt: Any,
+    models: tuple[str, str],
+    answers: tuple[str, str],
+    result: str = "A",
+    created_at: float = 1.0,
+    **counts: int,
 ) -> None:
     """The files of an evaluation with one prompt."""
     figure = Figure(value=0.75, low=0.5, high=0.9)
-    comparison = compared(*models, figure, wins=3, losses=1, ties=0, length_controlled=figure)
+    comparison = compared(*models, figure, wins=3, losses=1, ties=0, length_controlled=figure, **counts)
     made = evaluation_record(key, *models, comparisons=(comparison,), judge="j")
-    record.store.put(record.key(f"evaluations/{key}.json"), encode(made))
+    record.store.put(record.key(f"evaluations/{key}.json"), encode(replace(made, created_at=created_at)))
     row = {"prompt": prompt, "model_a": models[0], "model_b": models[1], "answer_a": answers[0], "answer_b": answers[1]}
     lines = f'{json.dumps({**row, "result": result})}\n{{"cut off'
     record.store.put(record.key(f"evaluations/{key}.rows.jsonl"), lines.encode())
@@ -275,6 +284,9 @@ def test_a_comparison_overlays_the_jobs_and_says_what_differs(home: Path) -> Non
         "0.001",
         "0.0001",
     ]
+    weaker = make_job(home, "weaker", given={"training_strategy": "dpo", "dpo_beta": 0.5})
+    remark = "The losses do not compare, because dpo_beta differs (0.1; 0.5)."
+    assert check_page(one.report([weaker]).html).count(remark) == 2  # under Results and under What differs
     with pytest.raises(ConfigurationError, match="1 to 12 different jobs, got 2"):
         one.report([TrainingJob.get("one")])
 
@@ -314,10 +326,46 @@ def test_an_evaluation_has_its_figures_answers_and_verdicts(home: Path) -> None:
     text = check_page(job.report().html)
     interval = "75.0% (95% interval 50.0% to 90.0%)"
     assert (
-        f"one against base win-rate {interval}, at equal lengths {interval}; 3 won, 1 lost and 0 tied of 4 prompts"
+        f"one against base win-rate {interval}, at equal lengths {interval}; 3 won, 1 lost and 0 tied of 4 prompts, 0 flips"
         in text
     )
     assert "system: Be brief.\nuser: Flat? one No base Yes judge one against base: prefers one" in text
+
+
+def test_only_the_newest_evaluation_has_its_answers(home: Path) -> None:
+    job = make_job(home, "one")
+    for key, day in (("a", 3), ("b", 9), ("c", 6)):
+        put_evaluation(
+            job._run.record,
+            key,
+            prompt=f"Asked on day {day}",
+            models=("one", "base"),
+            answers=("No", "Yes"),
+            created_at=day * 86400.0,
+            flips=day,
+            unreadable=1,
+        )
+    text = check_page(job.report().html)
+    assert re.findall(r"evaluation (\w), 1970-01-(\d\d)", text) == [("b", "10"), ("c", "07"), ("a", "04")]
+    assert re.findall(r"4 prompts, (\d) flips, 1 unreadable verdicts", text) == ["9", "6", "3"]
+    assert re.findall(r"Asked on day \d", text) == ["Asked on day 9"]
+
+
+def test_no_word_of_a_comparison_is_broken_at_a_usual_width(home: Path, tmp_path: Path, browser: Browser) -> None:
+    end = {"kind": "end", "step": 6, "seconds": 4000.0, "final_loss": 0.4, "tokens_per_s": 12345.0, "memory_gb": 71.2}
+    jobs = [make_job(home, f"qwen2-0.5b-instruct-dpo-2026112918{at}", told=[*events(), end]) for at in (1001, 1002)]
+    for job in jobs:
+        job._run.record.advance("Succeeded", expect={"Running"})
+    page = browser.open(
+        jobs[0].report([jobs[1]]).save(tmp_path / "two.html").absolute().as_uri(), width=1200, height=900
+    )
+    page.wait("document.documentElement.dataset.charts")
+    # A word that is in two lines has two rectangles.
+    lines = (
+        "[...document.querySelectorAll('main > .wide td')].filter(cell => cell.textContent === 'Succeeded').map(cell => {"
+        " const range = document.createRange(); range.selectNodeContents(cell); return range.getClientRects().length })"
+    )
+    assert page.run(lines) == [1, 1]
 
 
 def test_the_script_of_a_report_gives_the_same_settings(home: Path) -> None:

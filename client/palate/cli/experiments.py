@@ -57,6 +57,9 @@ def run_experiment(
     experiment = ExperimentFile.load(file, experiment_id)
     session = Session(store=store) if store else None
     if dry_run:
+        from palate.comparison import check_metric
+
+        check_metric(metric or "")
         _print_plan(experiment, session, as_json=as_json, wide=wide)
         return
     result = experiment.run(session=session, jobs=jobs, metric=metric or "")
@@ -72,10 +75,11 @@ def run_experiment(
         raise typer.Exit(1)
     where = store or experiment.store
     if not result.has_best:
-        print(f"no run is the best: none has {result.comparison.metric}", file=sys.stderr)
+        why = result.comparison.note or f"none has {result.comparison.metric}"
+        print(f"no run is the best: {why}", file=sys.stderr)
         say_next("compare", *(run.job.id for run in result.runs if run.job), store=where)
         return
-    say_next("deploy", result.best.id, store=where)
+    say_next("deploy" if result.comparison.is_ranked else "show", result.best.id, store=where)
 
 
 def compare(
@@ -94,7 +98,7 @@ def compare(
     comparison = compare(names, metric=metric or "")
     _print(comparison, as_json=as_json, as_csv=as_csv, wide=wide)
     best = comparison.jobs[0]
-    say_next("deploy" if best.state == "Succeeded" else "show", best.id)
+    say_next("deploy" if best.state == "Succeeded" and comparison.is_ranked else "show", best.id)
 
 
 def _print(comparison: Comparison, *, as_json: bool, as_csv: bool, wide: bool) -> None:
@@ -114,6 +118,8 @@ def _print(comparison: Comparison, *, as_json: bool, as_csv: bool, wide: bool) -
             for name in comparison.columns
         ]
         print_table(columns, comparison.cells(), wide=wide)
+    if comparison.note:
+        print(visible(f"note: {comparison.note}"), file=sys.stderr)
 
 
 def _print_plan(experiment: Any, session: Any, *, as_json: bool, wide: bool) -> None:

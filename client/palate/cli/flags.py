@@ -50,11 +50,12 @@ _OF_TABLES = ("--input-column", "--label-column", "--prompt-template", "--prompt
 """Options of `palate data` that `train` lacks."""
 
 _NOT_OURS = re.compile(
-    r"""^  \| .*$|^last log lines:(?:\n  .*)+|(?<!inputs\[)(?<!\w)(?P<quote>['"])(?P<text>(?:(?!(?P=quote)).)*)(?P=quote)(?!\w)"""
+    r"^  \| .*$|^(?:last log lines|\d+ problems? in the experiment file):(?:\n  .*)+|"
+    r"""(?<!inputs\[)(?<!\w)(?P<quote>['"])(?P<text>(?:(?!(?P=quote)).)*)(?P=quote)(?!\w)"""
     r"|`[^`\n]*`",
     re.MULTILINE,
 )
-"""Lines of a log, quoted names and values, and commands."""
+"""Lines of a log, problems in a file, whose keys are no options, quoted names and values, and commands."""
 
 
 def name_flags(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palate.cli.format import age, left, moment, open_run, say_next
-from palate_recipes.errors import ConfigurationError
+from palate_recipes.errors import ConfigurationError, PalateError
 from palate_recipes.specs.events import duration
 from palate_recipes.text import visible
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _DETAILS_HIDDEN = ("model_digest", "renewal", "ends_at")
 """Details that only `--json` shows."""
+
+_MOST_EVALUATIONS, _MOST_PAIRS = 8, 4
 
 
 def show(
@@ -77,7 +79,24 @@ def _job(job: TrainingJob, status: Status) -> list[tuple[str, object]]:
     ]
     if status.state == "Succeeded":
         facts.append(("model", job.output_path("model")))
+    facts += [("evaluations", "\n".join(found)) for found in [_evaluations(job)] if found]
     return [*facts, *_rest(manifest.labels, manifest.backend, status), ("record", job.uri)]
+
+
+def _evaluations(job: TrainingJob) -> list[str]:
+    """Returns a line for each of the newest evaluations and each comparison with the job in it."""
+    from palate.evaluation import record as evaluations
+
+    read = evaluations.newest_first(job._run.record)
+    found = [one for _, one in read if not isinstance(one, PalateError)]  # `palate eval` says which are damaged
+    lines = []
+    for one in found[:_MOST_EVALUATIONS]:
+        pairs = [pair.seen_from(job.id) for pair in one.comparisons if job.id in (pair.first, pair.second)]
+        told = "; ".join(f"win-rate {pair.win_rate} against {pair.second}" for pair in pairs[:_MOST_PAIRS])
+        lines.append(f"{one.key}, {moment(one.created_at)}{': ' if told else ''}{told}")
+    if len(found) > _MOST_EVALUATIONS:
+        lines.append(f"and {len(found) - _MOST_EVALUATIONS} older ones, which `palate eval {job.id}` lists")
+    return lines
 
 
 def _instances(body: Deployment) -> str:

@@ -174,7 +174,7 @@ def run_experiment(
     if not experiment.upload or result.failed:
         return result
     if not result.has_best:
-        say(f"no model is copied to {experiment.upload}: no job has {comparison.metric}")
+        say(f"no model is copied to {experiment.upload}: {comparison.note or f'no job has {comparison.metric}'}")
         return result
     uri = f"{experiment.upload}/{result.best.id}"
     say(f"copying the model of {result.best.id} to {uri}")

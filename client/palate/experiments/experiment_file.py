@@ -7,8 +7,10 @@ All problems of a file are reported at once, each with its line.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -215,6 +217,8 @@ class ExperimentFile:
             if key not in found and key != "defaults" and not node.is_used:
                 reader.problem(node, f"{key}: is neither an experiment nor used by one: add model_name, or remove it")
         read = {key: reader.experiment(key, node, defaults) for key, node in wanted.items()}
+        if experiment_id is not None:  # the data of an experiment that nobody runs may come later
+            reader.check_files()
         reader.finish()
         experiments = {key: one for key, one in read.items() if one is not None}
         return cls(file, experiments) if experiment_id is None else experiments[experiment_id]
@@ -251,11 +255,18 @@ class _Reader:
         self.file = file
         self.folder = file.parent
         self._shown = shown
+        self._data_uris: list[tuple[Node, str, str]] = []
         self._problems: dict[str, int] = {}  # a problem in `defaults` would be reported by each experiment
 
     def problem(self, node: Node | int, what: str) -> None:
         line = node if isinstance(node, int) else node.line
         self._problems[f"{self._shown}:{line}: {what}"] = line
+
+    def check_files(self) -> None:
+        """Notes local data files that are missing."""
+        for node, name, uri in self._data_uris:
+            if "://" not in uri and not glob.has_magic(uri) and not os.path.exists(os.path.expanduser(uri)):
+                self.problem(node, f"{name} = {shorten(node.plain)}: {uri} does not exist; check the path")
 
     def finish(self) -> None:
         if self._problems:
@@ -444,6 +455,8 @@ class _Reader:
                 self.problem(item, f"inputs.{channel[:60]}: unknown channel; {hint}known are {', '.join(CHANNELS)}")
             elif isinstance(item.value, str) and item.value:
                 found[channel] = beside(self.folder, item.value)
+                if channel != "adapter":
+                    self._data_uris.append((item, f"inputs.{channel}", found[channel]))
             elif isinstance(item.value, dict) and channel != "adapter":
                 found[channel] = self._data(channel, item)
             else:
@@ -472,6 +485,8 @@ class _Reader:
                 self.problem(item, f"inputs.{channel}.{name} = {shorten(item.plain)}: expected a text")
             else:
                 values[name] = beside(self.folder, item.value) if name in ("uri", "prompt_template") else item.value
+                if name == "uri":
+                    self._data_uris.append((item, f"inputs.{channel}.uri", values[name]))
         if "uri" not in node.value:
             self.problem(node, f"inputs.{channel}: has no uri: add the path or URI of the data")
         return values

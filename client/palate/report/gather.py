@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -217,19 +218,34 @@ def read_answers(path: Path) -> Answers:
 
 
 def read_evaluations(record: Record) -> list[Answers]:
-    """Reads the newest evaluations of a job. A damaged one becomes a remark."""
-    found = []
+    """Reads the newest evaluations of a job, the prompts and answers of the newest one only. A damaged one becomes a remark."""
+    shown: list[Answers] = []
+    has_rows = False
     for key, figures in evaluations.newest_first(record)[:_MOST_EVALUATIONS]:
-        title = f"evaluation {Path(key).stem}"
         try:
             if isinstance(figures, PalateError):
                 raise figures
-            answers = _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
+            title = f"evaluation {Path(key).stem}, {_date(figures.created_at)}"
+            answers = (
+                Answers(title) if has_rows else _compared(title, f"{key.removesuffix('.json')}.rows.jsonl", record)
+            )
         except (FileNotFoundError, ValueError, PalateError) as error:
-            found.append(Answers(title, facts=(("not read", str(error)[:200]),)))
+            shown.append(_not_read(key, error))
             continue
-        found.append(replace(answers, facts=tuple(_facts(figures))))
-    return found
+        has_rows = True
+        shown.append(replace(answers, facts=tuple(_facts(figures))))
+    return shown
+
+
+def _not_read(key: str, error: Exception) -> Answers:
+    return Answers(f"evaluation {Path(key).stem}", facts=(("not read", str(error)[:200]),))
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # a record may contain any number
+        return f"{seconds:g} s since 1970"
 
 
 def _facts(evaluation: EvaluationRecord) -> Iterator[tuple[str, str]]:
@@ -238,6 +254,8 @@ def _facts(evaluation: EvaluationRecord) -> Iterator[tuple[str, str]]:
     for one in evaluation.comparisons[:_MOST_ROWS]:
         at_equal_length = f", at equal lengths {_shown(one.length_controlled)}" if one.length_controlled else ""
         counts = f"{one.wins} won, {one.losses} lost and {one.ties} tied of {one.prompts} prompts"
+        more = [(one.flips, "flips"), (one.unreadable, "unreadable verdicts"), (one.failed, "failed prompts")]
+        counts += "".join(f", {count} {what}" for count, what in more if count or what == "flips")
         yield f"{one.first} against {one.second}", f"win-rate {_shown(one.win_rate)}{at_equal_length}; {counts}"
     if (agreement := evaluation.agreement) is not None:
         kappa = "" if agreement.kappa is None else f", Cohen's κ {agreement.kappa:.2f}"

@@ -21,7 +21,7 @@ from palate.comparison import figures_of
 from palate.report.charts import figures, plotly_js
 from palate.report.gather import Answers, ChannelFacts, JobFacts, reproduce
 from palate_recipes import __version__
-from palate_recipes.hyperparameters import HYPERPARAMETERS, differences
+from palate_recipes.hyperparameters import HYPERPARAMETERS, differences, incomparable_losses
 from palate_recipes.preferences.report import RULES
 from palate_recipes.schema import show
 from palate_recipes.specs.events import duration
@@ -172,10 +172,14 @@ class _Page:
             for name in dict.fromkeys(name for column in columns for name in column)
             if len({column.get(name, "") for column in columns}) > 1
         ]
+        losses = incomparable_losses(
+            [{name: getattr(job.spec.hyperparameters, name) for name in HYPERPARAMETERS} for job in jobs]
+        )
+        remark = f'<p class="soft">{self.text(f"The {losses}.")}</p>' if losses else ""
         table = self.table(differing, ("", *(job.name for job in jobs)), wide=True)
         return (
-            f'<h2>Results</h2><div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            f"<h2>What differs</h2>{table or '<p>Nothing: model, data, settings and precision are the same.</p>'}"
+            f'<h2>Results</h2><div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{remark}'
+            f"<h2>What differs</h2>{remark}{table or '<p>Nothing: model, data, settings and precision are the same.</p>'}"
         )
 
     def answers(self, answers: Answers) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
@@ -12,7 +13,7 @@ from secrets import token_hex
 from typing import Any
 
 from palate.backends import Backend, EngineStatus, Launch, backend_names, folders_seen, for_run, get_backend
-from palate.paths import forget_start, remember_start, was_started_here, work_folder
+from palate.paths import forget_start, remember_start, stale_work_folders, was_started_here, work_folder
 from palate.runs.lease import LOST_AFTER_S, START_ID_VARIABLE, is_dead_here, read_lease, silence_s
 from palate.runs.record import LONGEST_LINE, LOST, Record
 from palate.session import Session
@@ -341,6 +342,9 @@ class RunHandle:
             self._stop_unread()
         self.record.delete()
         forget_start(self.record.uri)
+        # A runner that was killed after its time to end, such as one whose engine was loading, has not removed its folder.
+        for stale in stale_work_folders(self.record.kind, self.record.name):
+            shutil.rmtree(stale, ignore_errors=True)
         with suppress(OSError):  # not empty, or not there
             work_folder(self.record.kind, self.record.name).parent.rmdir()
 
