@@ -591,7 +591,7 @@ def test_a_job_s_page_lists_its_evaluations_newest_first(home: Path) -> None:
     record = Record(open_store(str(home / "store")), "jobs", "one")
     record.create(train_manifest("one"))
     pair = compared("base", "one", Figure(value=0.25, low=0.1, high=0.4))
-    for key, created_at in (("7e2297", 86400.0 * 9), ("0a1b2c", 86400.0 * 3)):
+    for key, created_at in (("0a1b2c", 86400.0 * 3), ("7e2297", 86400.0 * 9)):
         made = evaluation_record(key, "one", "base", comparisons=(pair,))
         write_evaluation(record, structs.replace(made, created_at=created_at), [])
     record.store.put(record.key("evaluations/damaged.json"), b"{")

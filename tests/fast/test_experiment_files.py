@@ -114,7 +114,13 @@ def write(folder: Path, text: str) -> Path:
 
 
 def load(folder: Path, text: str, experiment_id: str) -> Experiment:
-    for name in ("p.json", "data/prefs.json", "examples/csv/training_data.csv", "examples/csv/validation_data.csv"):
+    for name in (
+        "p.json",
+        "v.json",
+        "data/prefs.json",
+        "examples/csv/training_data.csv",
+        "examples/csv/validation_data.csv",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return ExperimentFile.load(write(folder, text), experiment_id)

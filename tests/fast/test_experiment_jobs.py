@@ -60,7 +60,8 @@ def own_manifest(file: Path, name: str = "e") -> TrainManifest:
     """Returns the manifest that the experiment's job would have."""
     with prepared(ExperimentFile.load(file, name)) as plans:
         (found,) = planned_runs(plans)
-        return TrainManifest(name=found.name, backend="process", body=plans._body(found.recipe))
+        body = plans._body(found.recipe)
+        return TrainManifest(name=found.name, backend="process", body=body, labels=dict(found.recipe.labels or {}))
 
 
 def put(session: Session, manifest: TrainManifest, state: State) -> Record:
@@ -137,9 +138,14 @@ def test_only_a_job_that_was_started_here_is_resumed(session: Session, file: Pat
 def test_a_trial_in_the_store_must_have_values_of_the_search(session: Session, file: Path) -> None:
     pytest.importorskip("optuna")
     own = own_manifest(file, "search")
-    evil = replace(own.body, given={**own.body.given, "learning_rate": 0.5})
-    record = put(session, replace(own, body=evil), "Succeeded")
-    with pytest.raises(ConfigurationError, match="not values of this search"):
+    for evil in ('{"learning_rate": 0.5}', '{"learning_rate": "x"}', "{}", "[]", "", "[" * 100_000):
+        record = put(session, replace(own, labels={**own.labels, "values": evil}), "Succeeded")
+        with pytest.raises(ConfigurationError, match="not values of this search"):
+            plan(file, "search")
+        record.delete()
+    hyperparameters = replace(own.body.hyperparameters, learning_rate=0.5)
+    record = put(session, replace(own, body=replace(own.body, hyperparameters=hyperparameters)), "Succeeded")
+    with pytest.raises(NameTakenError, match="learning_rate"):
         plan(file, "search")
     record.delete()
     record = put(session, replace(own, body=replace(own.body, environment_names=("GITHUB_TOKEN",))), "Succeeded")

@@ -334,7 +334,7 @@ def test_an_evaluation_has_its_figures_answers_and_verdicts(home: Path) -> None:
 
 def test_only_the_newest_evaluation_has_its_answers(home: Path) -> None:
     job = make_job(home, "one")
-    for key, day in (("a", 3), ("b", 9), ("c", 6)):
+    for key, day in (("a", 3), ("c", 6), ("b", 9)):
         put_evaluation(
             job._run.record,
             key,
