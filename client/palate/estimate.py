@@ -85,6 +85,7 @@ class Estimate:
             device.
         seconds: Lowest and highest seconds of training at these rates. Start-up, reference, evaluations and saving are not included.
         rate_source: Ids of the jobs behind `tokens_per_s`.
+        price: Lowest and highest price of `seconds`, in the currency of the given price per hour; None without one.
         serving: Of each engine, preferred first, how it can serve the result, or why not. Empty if the model's config is not here.
         errors: Why `train()` would raise, in its words.
         warnings: What `train()` would warn about, and what could not be estimated.
@@ -108,6 +109,7 @@ class Estimate:
     tokens_per_s: tuple[float, float] | None = None
     seconds: tuple[float, float] | None = None
     rate_source: tuple[str, ...] = ()
+    price: tuple[float, float] | None = None
     serving: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

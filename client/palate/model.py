@@ -9,6 +9,7 @@ import builtins
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,6 +279,7 @@ class ModelTrainingRecipe:
         *,
         job_name: str | None = None,
         servable: bool = True,
+        price_per_hour: float | None = None,
     ) -> Estimate:
         """Checks a training as `train()` does and estimates its size, memory and time. Submits nothing and loads no weights.
 
@@ -285,20 +287,27 @@ class ModelTrainingRecipe:
             inputs: As in `train()`.
             job_name: The job's id, checked whether it is taken; None for a unique one.
             servable: As in `train()`.
+            price_per_hour: What an hour of the device costs, in any currency, for `Estimate.price`.
 
         Returns:
             The estimate. Problems with data, memory or store are its `errors` and `warnings`.
 
         Raises:
             HyperparameterError: A hyperparameter is invalid.
-            ConfigurationError: The model's folder is unusable, or `job_name` is not a valid id.
+            ConfigurationError: The model's folder is unusable, `job_name` is not a valid id, or the price is not above 0.
         """
         from palate.estimate import estimate
 
         given = self.default_inputs if inputs is None else inputs
         if job_name is not None:
             check_name("job_name", job_name)
-        return estimate(self._spec(), self.session, inputs=given, row=self._row, job_name=job_name, servable=servable)
+        if price_per_hour is not None and not 0 < price_per_hour < math.inf:
+            raise ConfigurationError(f"price_per_hour={price_per_hour!r} is out of range: expected a number above 0")
+        found = estimate(self._spec(), self.session, inputs=given, row=self._row, job_name=job_name, servable=servable)
+        if price_per_hour is None or found.seconds is None:
+            return found
+        low, high = (seconds / 3600 * price_per_hour for seconds in found.seconds)
+        return replace(found, price=(low, high))
 
     def _spec(self) -> TrainSpec:
         """Returns the training as far as the recipe knows it: without its data."""

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from palate import ModelTrainingRecipe, Session, TrainingJob
+from palate.cli.train import print_estimate
 from palate.errors import ConfigurationError, HyperparameterError
 from palate.estimate import Estimate, _earlier_rates, _tokenizer_folder, _with_time
 from palate.preflight import few_steps_note, optimizer_steps, without_needless_notes
@@ -335,3 +336,22 @@ def test_train_warns_by_the_characters_of_its_rows(
     assert "and 2.0 GiB are free" in said
     assert "Set per_device_train_batch_size=" in said
     assert unknown == ""
+
+
+def test_a_price_per_hour_gives_the_price_of_the_time(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = Estimate(
+        seq_length=8, memory_available_gib=1.0, backend="process", device="CPU", precision="float32",
+        tokens=1, tokens_per_s=(1.0, 2.0), seconds=(1800.0, 3600.0), rate_source=("one",),
+    )  # fmt: skip
+    monkeypatch.setattr("palate.estimate.estimate", lambda *_, **__: known)
+    recipe = ModelTrainingRecipe("qwen2-0.5b-instruct", hyperparameters=DPO)
+    assert recipe.estimate({}).price is None
+    found = recipe.estimate({}, price_per_hour=4.0)
+    assert found.price == (2.0, 4.0)
+    print_estimate(found)
+    assert "2.00 to 4.00" in capsys.readouterr().out
+    for wrong in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match="price_per_hour"):
+            recipe.estimate({}, price_per_hour=wrong)

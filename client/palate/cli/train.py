@@ -62,6 +62,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print an estimate; submit nothing.")
     ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="With --dry-run: what an hour of the device costs, in any currency.")
+    ] = None,
     servable: Annotated[bool, typer.Option(help="Reject a training whose result no engine could serve.")] = True,
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended, and show progress.")] = True,
 ) -> None:
@@ -101,8 +104,11 @@ def train(
     recipe = ModelTrainingRecipe(**settings, hyperparameters=hyperparameters, backend=backend, session=session)
     job_name = file.name if file and name is None else name
     if dry_run:
-        print_estimate(recipe.estimate(inputs, job_name=job_name, servable=servable))
+        found = recipe.estimate(inputs, job_name=job_name, servable=servable, price_per_hour=price_per_hour)
+        print_estimate(found)
         return
+    if price_per_hour is not None:
+        raise ConfigurationError("--price-per-hour is for the estimate: add --dry-run, or omit it")
     job = recipe.train(inputs=inputs, wait=wait, job_name=job_name, servable=servable)
     print(job.id)
     is_elsewhere = recipe.session.store_uri != get_default_session().store_uri
@@ -165,6 +171,7 @@ def print_estimate(found: Estimate) -> None:
         ("memory", f"{needed}; the device has {found.memory_available_gib:.1f} GiB"),
         ("runs on", f"{found.backend} backend, {found.device}, {found.precision}"),
         ("time", time),
+        *((("price", " to ".join(sorted({f"{value:.2f}" for value in found.price}))),) if found.price else ()),
         *(("" if index else "serving", line) for index, line in enumerate(found.serving)),
     ]
     print_table(("what", Column("estimate", wraps=True)), rows)
