@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,6 +29,11 @@ with suppress(
 
 # As in an activated environment; without it the printed next commands name the program's path.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a background job of a shell, whose children would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: torch in each of them, on all, would only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")

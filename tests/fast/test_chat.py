@@ -72,7 +72,8 @@ class Terminal:
     def interrupt(self, until: str, send: Callable[[], None] | None = None) -> None:
         """Sends Ctrl-C, or what is given, until the text is shown.
 
-        Python's readline misses a signal that comes between its prompt and its wait for a key, so one may not be enough.
+        Python's readline misses a signal that comes between its prompt and its wait for a key, so one may not be enough. A second
+        one that comes while the first is slowly handled would break off the end of the command.
         """
         deadline = time.monotonic() + 60
         while until not in self._seen and time.monotonic() < deadline:
@@ -80,7 +81,7 @@ class Terminal:
                 self.type("\x03")
             else:
                 send()
-            if select.select([self._controller], [], [], 5)[0]:
+            if select.select([self._controller], [], [], 15)[0]:
                 self._seen = ESCAPES.sub("", self._seen + os.read(self._controller, 65536).decode())
         self.shown(until)
 
