@@ -176,7 +176,8 @@ def compare(jobs: Iterable[TrainingJob | str], *, metric: str = "", session: Ses
     Args:
         jobs: Jobs, ids or URIs, in any state.
         metric: What ranks them, one of `palate.comparison.METRICS`; default: eval_loss if a job has it, else final_loss. If their
-            losses do not compare (see `Comparison.note`): the reward accuracy if all jobs with a loss have it, else nothing.
+            losses do not compare (see `Comparison.note`): the reward accuracy if all jobs with a loss train with DPO and have it, else
+            nothing.
         session: For ids; default: the default session.
 
     Returns:
@@ -211,7 +212,11 @@ def compare_jobs(jobs: Sequence[TrainingJob], *, metric: str = "", varied: Seque
     if not metric:
         metric = _default_metric(with_loss, note)
     if note:
-        ranking = f"the jobs are ranked by {metric}" if metric else "the jobs are not ranked; --metric chooses a figure"
+        ranking = (
+            f"the jobs are ranked by {metric}"
+            if metric
+            else "the jobs are not ranked; metric (--metric) chooses a figure"
+        )
         note = f"{note}: {ranking}"
     return Comparison(metric=metric, jobs=tuple(_ranked(compared, metric)), varied=tuple(varied), note=note)
 

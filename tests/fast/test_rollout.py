@@ -747,8 +747,8 @@ def test_the_commands_show_and_change_versions(
         assert capsys.readouterr().out == "svc\t3-4\n"
         assert body(record)["autoscaling"] == {"max_instances": 4, "downscale_delay_s": 60.0}
         for wrong, says in (
-            ("x", "is no number of engines"),
-            ("1-", "is no number"),
+            ("x", "is not a number of engines"),
+            ("1-", "is not a number"),
             ("4-1", "max_instances=1 is below"),
         ):
             with pytest.raises(ConfigurationError, match=says):

@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="URL/MODEL", help="Endpoint and model that judge; a model alone is at OPENAI_BASE_URL."),
+        typer.Option(
+            metavar="URL/MODEL", help="Endpoint and model that judge; a model name alone uses OPENAI_BASE_URL."
+        ),
     ] = None,
     judge_service: Annotated[str | None, typer.Option(help="Running Palate service that judges.")] = None,
     judge_api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the judge's key.")] = None,
@@ -99,7 +101,7 @@ def evaluate(
 ) -> None:
     """Compare a tuned model with its base and other models.
 
-    Each answers the same prompts, and a judge compares every two answers in both orders. Without --prompts, --data and
+    Each answers the same prompts, and a judge compares each pair of answers in both orders. Without --prompts, --data and
     --lm-eval, lists the evaluations of the job.
     """
     from palate.evaluation.run import later_calls, prepare

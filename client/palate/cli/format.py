@@ -131,6 +131,6 @@ def open_run(name: str) -> TrainingJob | Predictor | PreferenceRun:
         return PreferenceRun.get(name)
     except RunNotFoundError:
         raise RunNotFoundError(
-            f"no job or service {name!r} in {get_default_session().store_uri}: `palate jobs` and `palate services` list them, "
-            "`palate eval JOB` lists the evaluations of a job"
+            f"no job, service or held-out scoring run {name!r} in {get_default_session().store_uri}: `palate jobs` and "
+            "`palate services` list jobs and services, and `palate eval JOB` lists the evaluations of a job"
         ) from None

@@ -166,14 +166,17 @@ def scale(
     instances: Annotated[str, typer.Argument(help="Number of engines, such as 2, or two bounds, such as 1-4.")],
     target_requests: Annotated[
         float | None,
-        typer.Option(help="With bounds: open requests for one engine. Default: 32 on a GPU, 4 on a processor."),
+        typer.Option(help="With bounds: open requests for one engine. Default: 32 on a GPU, 4 on a CPU."),
     ] = None,
     upscale_delay: Annotated[
         float | None,
         typer.Option(help="With bounds: seconds over which requests are averaged to add engines. Default: 10."),
     ] = None,
     downscale_delay: Annotated[
-        float | None, typer.Option(help="With bounds: seconds of fewer requests before engines end. Default: 300.")
+        float | None,
+        typer.Option(
+            help="With bounds: seconds for which fewer engines must be enough before some are stopped. Default: 300."
+        ),
     ] = None,
     wait: _Wait = True,
 ) -> None:
@@ -192,7 +195,7 @@ def scale(
     }
     if not least.isdecimal() or (dash and not most.isdecimal()):
         raise ConfigurationError(
-            f"{instances!r} is no number of engines: expected one such as 2, or bounds such as 1-4"
+            f"{instances!r} is not a number of engines: expected one such as 2, or bounds such as 1-4"
         )
     if dash:
         Predictor(name).autoscale(int(most), int(least), **settings, wait=wait)

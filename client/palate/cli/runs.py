@@ -332,7 +332,7 @@ def checkpoints(
 
 
 def logs(
-    name: Annotated[str, typer.Argument(help="Job id, or name of a service or evaluation.")],
+    name: Annotated[str, typer.Argument(help="Job id, or name of a service or of a held-out scoring run.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the run ends.")] = False,
 ) -> None:
     """Print the log of a job, service or evaluation."""
@@ -356,7 +356,9 @@ def save(
     say_next("deploy", name)
 
 
-def stop(name: Annotated[str, typer.Argument(help="Job id, or name of a service or evaluation.")]) -> None:
+def stop(
+    name: Annotated[str, typer.Argument(help="Job id, or name of a service or of a held-out scoring run.")],
+) -> None:
     """Stop a job, a service or an evaluation.
 
     A job writes a checkpoint first: `palate resume` continues it. `palate start` restarts a service.
@@ -404,7 +406,7 @@ def renew(
 
 
 def delete(
-    names: Annotated[list[str], typer.Argument(help="Job ids, or names of services or evaluations.")],
+    names: Annotated[list[str], typer.Argument(help="Job ids, or names of services or of held-out scoring runs.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Delete jobs, services and evaluations with their files.

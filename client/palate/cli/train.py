@@ -209,7 +209,8 @@ def deploy(
         int, typer.Option(help="Number of engines, each with its own copy of the model; `palate scale` changes it.")
     ] = 1,
     max_instances: Annotated[
-        int | None, typer.Option(help="Let their number follow the requests, up to this. Default: it stays the same.")
+        int | None,
+        typer.Option(help="Scale the engines with the open requests, up to this number. Default: no scaling."),
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
     time_to_live: Annotated[float | None, typer.Option(help="Stop the service after this many seconds.")] = None,
@@ -327,7 +328,9 @@ def deploy(
             raise
         predictor = job.deploy(name, checkpoint=checkpoint, require_win_rate=require_win_rate, **more)
     elif require_win_rate is not None:
-        raise ConfigurationError("--require-win-rate is of a job, and --base serves an untuned model: omit one of them")
+        raise ConfigurationError(
+            "--require-win-rate needs the evaluation of a job, and --base serves an untuned model: omit one of them"
+        )
     elif checkpoint is None:
         model = RegisteredModel(job_id)
         own = model.model_name.rpartition("/")[2][:80]  # a hub id has an owner, and a name at most 100 characters

@@ -16,7 +16,7 @@ from palate_recipes.errors import ConfigurationError, PalateError, WinRateError
 from palate_recipes.specs.run import ServeManifest
 
 LEAST_PROMPTS = 20
-"""Fewer prompts show nothing, whatever their interval: a handful is easily chosen, or alike, and no interval knows of that."""
+"""A few prompts can be hand-picked or near-duplicates, which no interval accounts for."""
 
 MOST_FAILED = 0.05
 """Share of the prompts. Calls do not fail by chance: long answers run into the time limit, so the prompts that are left differ."""

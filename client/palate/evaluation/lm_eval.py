@@ -77,8 +77,8 @@ def run_lm_eval(
         time_limit_s: Seconds after which lm-eval is killed.
 
     Raises:
-            ConfigurationError: A path has a comma.
-            EngineError: lm-eval failed, or did not end in time. Has what the service rejected, and the last lines that lm-eval printed.
+        ConfigurationError: A path has a comma.
+        EngineError: lm-eval failed, or did not end in time. Has what the service rejected, and the last lines that lm-eval printed.
         MissingDependencyError: It is not installed.
     """
     program = check_lm_eval()

@@ -1,4 +1,4 @@
-"""Experiments: files of trainings by id, sweeps over them, and their execution. Loads each part when it is first asked for."""
+"""Experiments: files of trainings by id, sweeps over them, and their execution."""
 
 from palate.experiments.experiment_file import Experiment, ExperimentFile
 

@@ -177,12 +177,6 @@ class _Hyperparameters:
                 )
             elif value not in ("adamw_torch", "adamw_torch_fused"):
                 self._warn(node.line, f"optim = {shorten(node.plain)} has no effect: AdamW's state is in 32 bits")
-        elif name == "report_to":
-            if value not in ("tensorboard", "none"):
-                self._warn(
-                    node.line,
-                    f"report_to = {shorten(node.plain)} has no effect: TensorBoard files are always written",
-                )
         elif name == "eval_strategy":
             self._evaluation = self._one_of(name, node, ("no", "steps", "epoch"))
         elif name == "save_strategy":
