@@ -82,7 +82,8 @@ class Comparison:
     @property
     def is_ranked(self) -> bool:
         """Whether the first job is better than the others: not if the rank is by losses that do not compare."""
-        return bool(self.metric) and not (self.note and self.metric in _LOSSES)
+        has_figure = any(self.metric in job.figures for job in self.jobs)
+        return bool(self.metric) and has_figure and not (self.note and self.metric in _LOSSES)
 
     @property
     def best(self) -> ComparedJob:

@@ -307,7 +307,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             (entry for entry in reversed(state.log_history) if entry["step"] == best_step and "eval_loss" in entry),
             self.last["eval"],
         )
-        epoch_steps = max(1, round(state.max_steps / max(float(state.epoch or 1.0), 1e-9)))
+        steps = state.global_step  # not max_steps: it may have stopped early
+        epoch_steps = max(1, round(steps / max(float(state.epoch or 1.0), 1e-9)))
         event = {
             "step": state.global_step,
             "total_steps": state.max_steps,

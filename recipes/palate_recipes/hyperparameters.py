@@ -93,7 +93,8 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
 _LORA_NAMES = ("lora_dim", "lora_alpha", "lora_dropout", "target_modules")
 _PAIR_NAMES = ("loss_type", "loss_weights", "label_smoothing", "ld_alpha", "discopop_tau")
 _DPO_NAMES = ("dpo_beta", *_PAIR_NAMES)
-_LOSS_DEFINED_BY = ("training_strategy", "loss_type", "dpo_beta")
+LOSS_DEFINED_BY = ("training_strategy", "loss_type", "dpo_beta")
+"""Hyperparameters without which losses do not compare."""
 _KTO_NAMES = ("desirable_weight", "undesirable_weight")
 _KTO_BATCH = 4
 _BEST_NAMES = ("load_best_model_at_end", "early_stopping_patience")
@@ -209,7 +210,7 @@ def differences(values: Hyperparameters) -> list[tuple[str, str, str]]:
 
 def incomparable_losses(settings: Sequence[Mapping[str, Any]]) -> str:
     """Returns why the losses of trainings with these hyperparameters do not compare, or ""."""
-    values = {name: list(dict.fromkeys(str(one[name]) for one in settings)) for name in _LOSS_DEFINED_BY}
+    values = {name: list(dict.fromkeys(str(one[name]) for one in settings)) for name in LOSS_DEFINED_BY}
     differing = [f"{name} differs ({'; '.join(found)})" for name, found in values.items() if len(found) > 1]
     return f"losses do not compare, because {', '.join(differing)}" if differing else ""
 

@@ -112,23 +112,24 @@ class Adapters:
 
     # ── into the engines ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def load(self, pool: Pool, *, own: Collection[str]) -> None:
+    def load(self, pool: Pool, *, own: Collection[str], ready: Collection[str]) -> None:
         """Lets each engine load what it lacks, and unload what nothing uses: one adapter at a time.
 
         Args:
             pool: The pool.
             own: Its engines' names of the versions on it.
+            ready: Those of the versions that answer.
         """
         if not pool.loads_adapters or not pool.is_proved:
             return
         now = time.monotonic()
-        ready = {one.lane.model for one in self if one.state == "ready"}
+        answer = {*ready, *(one.lane.model for one in self if one.state == "ready")}
         for engine in pool.up():
             engine.failed = {
                 model: why
                 for model, why in engine.failed.items()
                 if model in pool.hot
-                and (model not in ready or now < self._failed_at.get((engine, model), 0.0) + _AGAIN_S)
+                and (model not in answer or now < self._failed_at.get((engine, model), 0.0) + _AGAIN_S)
             }
             if engine in self._busy:
                 continue

@@ -45,6 +45,7 @@ class Pool:
         started: Engines that were started so far.
         crashes: Monotonic times of the last ends that nobody asked for.
         restart_at: Monotonic time before which no engine is started.
+        further_at: Monotonic time before which no engine is started beside those that run.
         failed_starts: Starts of additional engines that failed since one has come up.
     """
 
@@ -63,6 +64,7 @@ class Pool:
     restarts: int = 0
     last_crash: str = ""
     restart_at: float = 0.0
+    further_at: float = 0.0
     failed_starts: int = 0
     wakes: bool = False
     base: Lane = field(init=False)

@@ -362,8 +362,8 @@ class Service:
         if not was_up and pool.up() and all(version.state != "starting" for version in self._on(pool)):
             # One more than the machine can hold, perhaps. It must not use up the restarts of those that answer.
             pool.failed_starts += 1
-            pause_s = min(_FIRST_PAUSE_S * 2**pool.failed_starts, _CRASHES_WITHIN_S)
-            pool.restart_at, pool.last_crash = now + pause_s, str(error).splitlines()[0]
+            pause_s = min(_FIRST_PAUSE_S * 2 ** min(pool.failed_starts, 20), _CRASHES_WITHIN_S)
+            pool.further_at, pool.last_crash = now + pause_s, str(error).splitlines()[0]
             logger.error("engine %s did not start; the next attempt is in %.0f s: %s", name, pause_s, error)
             return
         pool.crashes.append(now)
@@ -396,13 +396,20 @@ class Service:
         """Gives up a pool, with the versions on it. Raises the error if no other version answers."""
         for version in self._on(pool):
             self._fail_version(version, error)
-        self._pools.remove(pool)
+        self._remove(pool)
         for engine in (*pool.engines, *pool.leaving):
             self._retire(engine)
         pool.engines.clear()
         if not any(version.state in ("ready", "starting") for version in self._versions.values()):
             self._publish()
             raise error  # none that answers, or will
+
+    def _remove(self, pool: Pool) -> None:
+        """Takes a pool out. A request that waits for one of its engines waits no longer."""
+        self._pools.remove(pool)
+        pool.wakes = False
+        for lane in self._lanes_of(pool):
+            lane.wakes = False
 
     def _fail_version(self, version: ServedVersion, error: ServerError) -> None:
         version.state, version.reason = "failed", str(error)
@@ -424,7 +431,8 @@ class Service:
             self._size(pool, now)
             self._late(pool, now)
             own = {version.lane.model for version in self._on(pool) if version.state != "failed"}
-            self._adapters.load(pool, own=own)
+            ready = {version.lane.model for version in self._on(pool) if version.state == "ready"}
+            self._adapters.load(pool, own=own, ready=ready)
         for tuned in self._all_tuned():
             if tuned.state == "starting":
                 self._advance(tuned)
@@ -444,6 +452,8 @@ class Service:
         elif not self._is_asleep and is_settled and self._activity.idle_s >= limit_s:
             self._is_asleep = True
             logger.info("no request for %g s: the engines end until one comes", limit_s)
+            for pool in self._pools:  # the request that wakes it must not wait for a pause of before
+                pool.restart_at = pool.further_at = 0.0
         for pool in self._pools:
             pool.wakes = self._is_asleep or (pool.wakes and pool.wanted > 0 and not pool.up())
         self._routes.is_asleep = any(pool.wakes for pool in self._pools)
@@ -463,7 +473,7 @@ class Service:
                 pool.plan = dataclasses.replace(pool.plan, tokenizer_dir=Path(last.folder))
             pool.spec = replace(pool.spec, model_dir=last.folder)
         else:
-            self._pools.remove(pool)
+            self._remove(pool)
             for engine in (*pool.engines, *pool.leaving):
                 self._retire(engine)
             pool.engines.clear()
@@ -481,7 +491,8 @@ class Service:
             has_requests = any(lane.open for lane in self._lanes_of(pool))
             wanted = max(len(pool.engines), int(has_requests))
         for _ in range(wanted - len(pool.engines)):
-            if pool in self._pools and now >= pool.restart_at:  # as the last one may not have been able to start
+            is_time = now >= pool.restart_at and (not pool.engines or now >= pool.further_at)
+            if pool in self._pools and is_time:  # as the last one may not have been able to start
                 self._start_engine(pool)
         for engine in sorted(pool.engines, key=lambda one: (one.is_up, one.open))[: max(0, len(pool.engines) - wanted)]:
             engine.takes = False
@@ -518,7 +529,7 @@ class Service:
     def _late(self, pool: Pool, now: float) -> None:
         limit_s = pool.spec.start_timeout_s
         for engine in list(pool.engines):
-            if not engine.is_up and now - engine.began_at > limit_s:
+            if engine in pool.engines and not engine.is_up and now - engine.began_at > limit_s:
                 what = (
                     f"{pool.title} did not answer within start_timeout_s={limit_s:g}: set a higher value, or look for the "
                     "cause: {story}"

@@ -185,3 +185,4 @@ def test_mistakes(session: Session, jobs: list[str]) -> None:
         compare(jobs, metric="loss")
     with pytest.raises(RunNotFoundError):
         compare(["none"])
+    assert not compare(jobs, metric="win_rate").is_ranked  # none was evaluated

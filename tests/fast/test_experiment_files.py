@@ -443,6 +443,25 @@ def test_a_metric_that_no_trial_has_is_refused(tmp_path: Path, metric: str, inpu
         load(tmp_path, text, "a").run(metric=metric)
 
 
+def test_a_search_over_what_defines_the_loss_needs_another_metric(tmp_path: Path) -> None:
+    text = SEARCH.replace("SEARCH", "tpe").replace(
+        "learning_rate: {min: 1e-5, max: 1e-3, log: true}", "dpo_beta: {min: 0.1, max: 0.5}"
+    )
+    experiment = load(tmp_path, text.replace("    dpo_beta", "    training_strategy: dpo\n    dpo_beta"), "a")
+    with pytest.raises(ConfigurationError, match="losses of different dpo_beta do not compare: add validation data"):
+        experiment.run()
+
+
+def test_a_search_whose_limits_change_is_the_same_search(tmp_path: Path) -> None:
+    first, longer, other = (
+        load(
+            tmp_path, SEARCH.replace("SEARCH", "tpe").replace("  trials: 4", f"  trials: 4\n  {line}"), "a"
+        ).search_digest
+        for line in ("max_run_time: 60", "max_run_time: 600\n  max_attempts: 3", "method: Standard_LLM")
+    )
+    assert first == longer != other
+
+
 def search_over_models(folder: Path, tiny: Path) -> Experiment:
     (folder / "prefs.json").write_text(json.dumps(preference_rows(8)))
     (folder / "other").symlink_to(tiny)

@@ -81,6 +81,15 @@ def test_a_job_with_the_same_settings_and_data_is_reused(session: Session, file:
     assert (found.state, found.is_reused) == ("Succeeded", True)
 
 
+def test_variables_of_a_tracker_do_not_make_another_job(
+    session: Session, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(file.read_text().replace("learning_rate: 1e-3}", "learning_rate: 1e-3, report_to: mlflow}"))
+    put(session, own_manifest(file), "Succeeded")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "1")
+    assert plan(file).is_reused
+
+
 def hostile(kind: str, own: TrainManifest) -> TrainManifest:
     body = own.body
     changed: dict[str, dict[str, Any]] = {

@@ -71,7 +71,9 @@ def run_experiment(
             name = run.job.id if run.job else "a run"
             print(visible(f"error: {name} is {run.state}: {run.reason}"), file=sys.stderr)
         print(f"{len(result.failed)} of {len(result.runs)} runs have no model", file=sys.stderr)
-        say_next("run-experiment", file, experiment_id)
+        given = [("--jobs", jobs), ("--metric", metric), ("--store", store)]
+        options = [str(part) for name, value in given if value is not None for part in (name, value)]
+        say_next("run-experiment", file, experiment_id, *options)
         raise typer.Exit(1)
     where = store or experiment.store
     if not result.has_best:
@@ -146,7 +148,8 @@ def _print_plan(experiment: Any, session: Any, *, as_json: bool, wide: bool) -> 
             print(f"{experiment.trials} runs; the values of the others depend on results", file=sys.stderr)
         new = next((plan for plan in found if plan.state == "new"), None)
         if new is None:
-            print("all runs are in the store", file=sys.stderr)
+            what = "all runs are" if experiment.search == "grid" else "the first run is"
+            print(f"{what} in the store", file=sys.stderr)
         elif not as_json:
             print_estimate(new.recipe.estimate(new.inputs, job_name=new.name))
 

@@ -43,6 +43,7 @@ from palate_recipes.errors import (
     PalateError,
     RunNotFoundError,
 )
+from palate_recipes.hyperparameters import LOSS_DEFINED_BY
 from palate_recipes.schema import HYPERPARAMETERS
 from palate_recipes.specs.reference_table import REFERENCE_DIR
 from palate_recipes.specs.train import InputFile, TrainSpec
@@ -173,7 +174,7 @@ def run_experiment(
     result = ExperimentResult(experiment=experiment, runs=runs, comparison=comparison)
     if not experiment.upload or result.failed:
         return result
-    if not result.has_best:
+    if not (result.has_best and comparison.is_ranked):
         say(f"no model is copied to {experiment.upload}: {comparison.note or f'no job has {comparison.metric}'}")
         return result
     uri = f"{experiment.upload}/{result.best.id}"
@@ -542,6 +543,14 @@ def _search_metric(experiment: Experiment, metric: str, say: Callable[[str], Non
     validates = "validation" in experiment.inputs
     if problem := metric and search_metric_problem(metric, validates=validates):
         raise ConfigurationError(f"experiment {experiment.id}: {problem}")
+    axes = experiment.axes
+    groups = {name for choices in axes.groups.values() for name in choices[0]}
+    varied = sorted({*axes.ranges, *axes.lists, *groups}.intersection(LOSS_DEFINED_BY))
+    if not metric and varied:
+        raise ConfigurationError(
+            f"experiment {experiment.id}: its search varies {', '.join(varied)}, and losses of different {', '.join(varied)} do not "
+            "compare: add validation data and `metric: eval_rewards/accuracies`, or use `search: grid`"
+        )
     if not metric and not validates:
         say("the search chooses by final_loss, the training loss: there is no validation data")
     return metric or ("eval_loss" if validates else "final_loss")

@@ -132,7 +132,8 @@ class Experiment:
             "ranges": {name: repr(found) for name, found in self.axes.ranges.items()},
             "search": self.search,
             "seed": self.search_seed,
-            "arguments": self.arguments,
+            # Limits of time and attempts, and the place, may change in the course of a search.
+            "arguments": {name: value for name, value in self.arguments.items() if name in _SWEPT},
         }
         return hashlib.sha256(json.dumps(space, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from palate_recipes.specs.codec import encode
 from palate_recipes.specs.evaluation import EvaluationSpec
 from palate_recipes.specs.train import InputFile, TrainSpec
+from palate_recipes.trackers import variables
 
 _SHOWN = 5
 _ABSENT = object()
@@ -57,7 +58,13 @@ def _essence(body: TrainSpec) -> TrainSpec:
         for channel, one in body.inputs.items()
     }
     # Notes depend on the free memory, and what was given is in the hyperparameters too.
-    return replace(body, notes=(), given={}, inputs=inputs, max_run_time_s=None, max_attempts=1)
+    # Variables of trackers are taken from whatever shell it is, and change no result.
+    report_to = body.hyperparameters.report_to
+    trackers = variables(report_to, dict.fromkeys(body.environment_names, ""))
+    names = tuple(name for name in body.environment_names if name not in trackers)
+    return replace(
+        body, notes=(), given={}, inputs=inputs, environment_names=names, max_run_time_s=None, max_attempts=1
+    )
 
 
 def _builtins(body: TrainSpec | EvaluationSpec) -> dict[str, Any]:
