@@ -353,7 +353,7 @@ def test_a_service_that_sleeps_forgets_the_pause_of_an_engine_that_could_not_be_
 
 
 def test_an_adapter_that_a_further_engine_did_not_load_is_loaded_later(
-    small: Small, monkeypatch: pytest.MonkeyPatch
+    small: Small, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(adapters, "_AGAIN_S", 0.3)
     running = small(base=True)
@@ -362,9 +362,9 @@ def test_an_adapter_that_a_further_engine_did_not_load_is_loaded_later(
     running.want(running.version("v1"), adapters=(extra,))
     running.folder("extra", refuses="no memory")
     running.want(running.version("v1", instances=2), adapters=(extra,), settles=False)
-    running.wait(lambda: running.state().versions[0].instances == 2)
+    running.wait(lambda: "v1-1 did not load it" in caplog.text)
+    running.folder("extra")
     with Load(running, model="extra") as load:
-        running.folder("extra")
         running.wait(lambda: len({answer.pid for answer in load.answers}) == 2)
     assert load.failures == []
 
