@@ -58,6 +58,7 @@ def test_an_estimate_is_what_the_training_does(session: Session, tiny: Path, tmp
         assert "'one' is taken" in again.errors[0]
 
 
+@pytest.mark.thorough
 def test_the_expected_peak_is_that_of_the_training(session: Session, base_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "p.json"
     data.write_text(json.dumps(preference_rows(32)))

@@ -58,6 +58,7 @@ def nothing_is_left(place: Path) -> None:
     until(lambda: processes_of(place) == [])
 
 
+@pytest.mark.thorough  # two starts of an engine; the fast tests have the same over a real front
 def test_ended_while_models_answer_it_leaves_nothing_and_resumes(
     job: TrainingJob, judge: ChatServer, place: Path, tmp_path: Path, tiny: Path
 ) -> None:
