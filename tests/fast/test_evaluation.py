@@ -707,7 +707,7 @@ def evaluated(
 
 def test_a_deploy_needs_an_evaluation_of_exactly_this_model(job: TrainingJob) -> None:
     served = job.served_model()
-    with pytest.raises(WinRateError, match="no evaluation of exactly this model of one"):
+    with pytest.raises(WinRateError, match="was never evaluated against"):
         job.deploy("svc", require_win_rate=0.55)
     evaluated(job, "a" * 16, 0.7, at=1.0, digest="f" * 64)
     with pytest.raises(WinRateError, match="palate eval one --prompts"):

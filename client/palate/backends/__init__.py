@@ -183,7 +183,7 @@ def for_run(backend: Backend, uri: str) -> Backend:
 def folders_seen(backend: Backend, engine_id: str) -> list[Path] | None:
     """Returns the local folders that a running run sees; None if it sees all, or if that is not known here.
 
-    A backend without the method `folders_seen(engine_id)` runs on the machine as it is.
+    A backend without a method `folders_seen(engine_id)` sees all folders of its machine.
     """
     ask = getattr(backend, "folders_seen", None)
     seen: list[Path] | None = None if ask is None else ask(engine_id)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate.cli.format import Terminated, Wide, age, say_next
+from palate.cli.format import ProgressLine, Terminated, Wide, age, say_next
 from palate.cli.generate import prices_of
 from palate_recipes.errors import ConfigurationError, EndpointError
 from palate_recipes.text import visible
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 _NOT_WORSE = 0.5
 """Win-rate of two equal models."""
-
-_NEWS_S = 5.0
-"""Seconds between progress lines; on a terminal, one line is updated instead."""
 
 
 def evaluate(
@@ -312,31 +308,12 @@ def _print_list(found: list[Evaluation], *, as_json: bool, wide: bool) -> None:
         print("no evaluation yet: pass --prompts and --judge, --data or --lm-eval", file=sys.stderr)
 
 
-class _News:
-    """Prints progress to stderr: one updated line on a terminal, otherwise a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._said = time.monotonic()
-        self._open = False
-
+class _News(ProgressLine):
     def __call__(self, progress: EvaluationProgress) -> None:
-        now = time.monotonic()
-        if progress.done < progress.total and now - self._said < (0.2 if self._terminal else _NEWS_S):
-            return
-        self._said = now
-        line = f"{progress.step}: {progress.done}/{progress.total}, {progress.asked} calls"
-        if self._terminal:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Ends the updated line."""
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
+        self.show(
+            lambda: f"{progress.step}: {progress.done}/{progress.total}, {progress.asked} calls",
+            is_last=progress.done >= progress.total,
+        )
 
 
 def register(app: typer.Typer) -> None:

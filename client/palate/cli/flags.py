@@ -55,7 +55,7 @@ _NOT_OURS = re.compile(
     r"|`[^`\n]*`",
     re.MULTILINE,
 )
-"""Lines of a log, problems in a file, whose keys are no options, quoted names and values, and commands."""
+"""Log lines, problems in an experiment file (its keys are not options), quoted names and values, and commands."""
 
 
 def name_flags(app: typer.Typer) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from palate.job import TrainingJob
     from palate.predictor import Predictor
 
+_NEWS_S = 5.0
+"""Seconds between progress lines; on a terminal, one line is updated instead."""
 EXAMPLE_MODEL = "smollm2-135m-instruct"
 """The model in printed commands. It trains on any machine, so the printed line runs unchanged."""
 
@@ -134,3 +137,30 @@ def open_run(name: str) -> TrainingJob | Predictor | PreferenceRun:
             f"no job, service or held-out scoring run {name!r} in {get_default_session().store_uri}: `palate jobs` and "
             "`palate services` list jobs and services, and `palate eval JOB` lists the evaluations of a job"
         ) from None
+
+
+class ProgressLine:
+    """Prints progress to stderr: one updated line on a terminal, otherwise a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._said = 0.0 if self._terminal else time.monotonic()
+        self._open = False
+
+    def show(self, line: Callable[[], str], *, is_last: bool) -> None:
+        """Prints what `line` returns, if it is time for it."""
+        now = time.monotonic()
+        if not is_last and now - self._said < (0.2 if self._terminal else _NEWS_S):
+            return
+        self._said = now
+        if self._terminal:
+            print(f"\r\x1b[K{line()}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        else:
+            print(line(), file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Ends the updated line."""
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False

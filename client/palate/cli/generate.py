@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from palate.cli.format import EXAMPLE_MODEL, Terminated, say_next
+from palate.cli.format import EXAMPLE_MODEL, ProgressLine, Terminated, say_next
 from palate_recipes.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from palate.generate import Generated, GenerationPlan, GenerationProgress
     from palate.generate.chat_client import Endpoint
     from palate.generate.pairs import PairSettings
-
-_NEWS_S = 5.0
-"""Seconds between progress lines; on a terminal, one line is updated instead."""
 
 
 def generate(
@@ -223,34 +220,19 @@ def _print_result(result: Generated) -> None:
     print("\n".join(say), file=sys.stderr)
 
 
-class _News:
-    """Prints progress to stderr: one updated line on a terminal, otherwise a line every few seconds."""
-
+class _News(ProgressLine):
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        super().__init__()
         self._begun = time.monotonic()
-        self._said = self._begun if not self._terminal else 0.0
-        self._open = False
 
     def __call__(self, progress: GenerationProgress) -> None:
-        now = time.monotonic()
-        last = progress.done == progress.prompts
-        if not last and now - self._said < (0.2 if self._terminal else _NEWS_S):
-            return
-        self._said = now
-        left_s = (now - self._begun) / progress.done * (progress.prompts - progress.done)
-        line = (
-            f"{progress.done}/{progress.prompts} prompts  {progress.pairs} pairs  {progress.asked} calls  "
-            f"{progress.tokens:,} tokens{_money(progress.cost)}" + ("" if last else f"  {left_s:.0f} s left")
-        )
-        if self._terminal:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        else:
-            print(line, file=sys.stderr, flush=True)
+        is_last = progress.done == progress.prompts
 
-    def end(self) -> None:
-        """Ends the updated line."""
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
+        def line() -> str:
+            left_s = (time.monotonic() - self._begun) / progress.done * (progress.prompts - progress.done)
+            return (
+                f"{progress.done}/{progress.prompts} prompts  {progress.pairs} pairs  {progress.asked} calls  "
+                f"{progress.tokens:,} tokens{_money(progress.cost)}" + ("" if is_last else f"  {left_s:.0f} s left")
+            )
+
+        self.show(line, is_last=is_last)

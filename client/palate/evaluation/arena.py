@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from palate.evaluation.record import Agreement, Comparison, Contestant, Figure
-from palate.evaluation.statistics import Interval, cohens_kappa, length_controlled, win_rate
+from palate.evaluation.statistics import cohens_kappa, length_controlled, win_rate
 from palate.generate.chat_client import Call, CallFailed, ChatClient, Endpoint
 from palate.generate.completion_log import CompletionLog, Reply
 from palate.generate.judge import RUBRIC, asked_again, comparison
@@ -329,8 +329,8 @@ def check_readable(
     shown = reply.text.strip()
     shown = f"{shown[:_SHOWN_START]} … {shown[-_SHOWN_END:]}" if len(shown) > _SHOWN_START + _SHOWN_END else shown
     raise DataError(
-        f"judge {settings.judge_model} cannot be read: {len(silent)} of {len(judged)} comparisons have no verdict in either order, so "
-        f"there is no win-rate, and nothing is recorded. Its first reply: {shown!r}. {remedy}"
+        f"judge {settings.judge_model} cannot be read: {len(silent)} of {len(judged)} comparisons have no verdict in either order. "
+        f"No win-rate was computed and nothing was recorded. Its first reply: {shown!r}. {remedy}"
     )
 
 
@@ -388,8 +388,8 @@ def figures(
         same=results.count("same"),
         unreadable=sum(one.verdicts.unreadable for one in counted if one.verdicts),
         failed=len(own) - len(counted),
-        win_rate=_figure(win_rate(scores, seed=seed)),
-        length_controlled=None if controlled is None else _figure(controlled),
+        win_rate=Figure.of(win_rate(scores, seed=seed)),
+        length_controlled=None if controlled is None else Figure.of(controlled),
     )
     return made, scores
 
@@ -505,10 +505,6 @@ def _look_up(
 def _question(judge: Judge, messages: list[dict[str, str]], attempt: int = 0) -> Call:
     """Returns the call for a verdict, to be looked up in the ledger."""
     return Call(judge.endpoint, judge.model, messages, 0.0, judge.max_tokens, attempt)
-
-
-def _figure(interval: Interval) -> Figure:
-    return Figure(value=interval.value, low=interval.low, high=interval.high)
 
 
 def _counted(

@@ -101,7 +101,7 @@ def check_win_rate(
             f"begins at {found.win_rate.low:.3f}. {which}. More prompts narrow the interval: {command}"
         )
     raise WinRateError(
-        f"require_win_rate={required:g}: there is no evaluation of exactly this model of {name} against {shown}. {command} makes one"
+        f"require_win_rate={required:g}: this model of {name} was never evaluated against {shown}. {command} evaluates it"
     )
 
 

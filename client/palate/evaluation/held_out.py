@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from palate.evaluation.preferences import PreferenceScores, preference_scores
 from palate.evaluation.record import Figure, HeldOut
-from palate.evaluation.statistics import Interval, mean, win_rate
+from palate.evaluation.statistics import mean, win_rate
 from palate.ui import note
 from palate_recipes.errors import DataError
 
@@ -49,9 +49,9 @@ def figures_of(scores: PreferenceScores, *, seed: int) -> HeldOut:
         accuracy=_share(margins, seed),
         base_accuracy=_share(base_margins, seed),
         reward_accuracy=_share(reward_margins, seed),
-        margin=_figure(mean(margins, seed=seed)),
-        base_margin=_figure(mean(base_margins, seed=seed)),
-        reward_margin=_figure(mean(reward_margins, seed=seed)),
+        margin=Figure.of(mean(margins, seed=seed)),
+        base_margin=Figure.of(mean(base_margins, seed=seed)),
+        reward_margin=Figure.of(mean(reward_margins, seed=seed)),
         loss=_finite(scores.loss),
         base_loss=_finite(scores.base_loss),
     )
@@ -62,8 +62,4 @@ def _finite(value: float | None) -> float | None:
 
 
 def _share(margins: list[float], seed: int) -> Figure:
-    return _figure(win_rate([float(margin > 0) for margin in margins], seed=seed))
-
-
-def _figure(interval: Interval) -> Figure:
-    return Figure(value=interval.value, low=interval.low, high=interval.high)
+    return Figure.of(win_rate([float(margin > 0) for margin in margins], seed=seed))

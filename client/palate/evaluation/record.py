@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +19,9 @@ from palate.runs.record import Record
 from palate_recipes.errors import DamagedFilesError, DataError, PalateError, RunNotFoundError
 from palate_recipes.specs.codec import Int, Natural, decode, encode
 from palate_recipes.specs.weights import BaseModel
+
+if TYPE_CHECKING:
+    from palate.evaluation.statistics import Interval
 
 EVALUATION_SCHEMA = 1
 BASE = "base"
@@ -63,6 +66,10 @@ class Figure(Struct, frozen=True, kw_only=True):
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, interval: Interval) -> Figure:
+        return cls(value=interval.value, low=interval.low, high=interval.high)
 
     @property
     def reversed(self) -> Figure:

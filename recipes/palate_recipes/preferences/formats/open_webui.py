@@ -151,8 +151,9 @@ def _without_thoughts(content: str) -> str:
 def _other(messages: dict[str, Any], rated: dict[str, Any], name: str, is_good: bool) -> str | None:
     parent = messages.get(rated["parentId"])  # there: the turns before were read
     children = parent.get("childrenIds") if isinstance(parent, dict) else None
-    for sibling in children if isinstance(children, list) else ():
-        found = messages.get(sibling) if isinstance(sibling, str) and sibling != name else None
+    names = [child for child in children if isinstance(child, str)] if isinstance(children, list) else []
+    for sibling in dict.fromkeys(names):  # a hostile row may name one many times
+        found = messages.get(sibling) if sibling != name else None
         if not isinstance(found, dict) or found.get("role") != "assistant" or found.get("error"):
             continue
         if not isinstance(found.get("content"), str) or not _without_thoughts(found["content"]).strip():
